@@ -1,0 +1,174 @@
+"""The composition root: settings in, a running server out, and an orderly end. The only module that knows them all."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from calotype_server import errors
+from calotype_server.admission import Admission
+from calotype_server.encode import Encoder
+from calotype_server.estimates import Pace
+from calotype_server.generations import Generations
+from calotype_server.telemetry import configure_logging
+from calotype_server.transport.native import NativeServer
+from calotype_server.transport.servicer import GenerationServicer
+from calotype_server.types import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from calotype_server.engine.protocol import Engine
+    from calotype_server.settings import Settings
+    from calotype_server.types import ModelInfo
+
+__all__ = ["Ready", "serve"]
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
+
+_MAX_ACTIVE = 1
+"""A pipeline is driven by one thread at a time: the denoiser is not shared between generations."""
+
+_LAST_WORDS_SECONDS = 2.0
+"""For streams to deliver their end after everything has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What there is to tell when the server takes requests."""
+
+    address: str
+    model: ModelInfo
+    load_seconds: float
+
+
+async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal hurries. Returns the exit code.
+
+    Args:
+        settings: What the operator wants.
+        announce: Called once, when requests are welcome.
+
+    Raises:
+        StartupError: The address is taken, or the model cannot be used.
+    """
+    configure_logging(settings.log_level, settings.log_format)
+    begun = time.monotonic()
+    signals = _Signals()
+    limits = Limits(settings.max_pixels, settings.max_step_count, settings.max_prompt_chars)
+    servicer = GenerationServicer(limits)
+    native = NativeServer(servicer)
+    address = await native.start(settings.grpc_address)
+    try:
+        engine = await signals.unless_stopped(_in_daemon_thread(lambda: _load_engine(settings)))
+        if engine is None:
+            return 0
+        encoder = Encoder(max_edge=settings.preview_max_edge, quality=settings.preview_quality)
+        pace = Pace()
+        admission = Admission(pace, max_active=_MAX_ACTIVE, max_queue=settings.max_queue)
+        dead = asyncio.Event()
+        generations = Generations(engine, admission, pace, encoder, max_active=_MAX_ACTIVE, on_dead=dead.set)
+        try:
+            await generations.warm_up()
+        except errors.ServiceError as error:
+            raise errors.ModelUnavailable(f"The model {settings.model!r} cannot make a picture: {error}") from error
+        servicer.open(generations)
+        await native.set_serving(True)
+        announce(Ready(address, engine.model, time.monotonic() - begun))
+        await signals.unless_stopped(dead.wait())
+        _log.info("draining", grace=settings.drain_seconds)
+        await native.set_serving(False)
+        generations.refuse(settings.drain_seconds)
+        await signals.unless_hurried(asyncio.wait_for(generations.idle(), settings.drain_seconds))
+        await generations.end_all()
+        await native.stop(_LAST_WORDS_SECONDS)
+        generations.close()
+        encoder.close()
+        engine.close()
+        return 1 if dead.is_set() else 0
+    finally:
+        await native.stop(0)
+
+
+def _load_engine(settings: Settings) -> Engine:
+    # Here, so that a wrong address or flag is told before torch has been imported for seconds.
+    from calotype_server.engine import capabilities, diffusers, loading
+
+    device = loading.pick_device(settings.device)
+    pipeline = loading.load_pipeline(
+        settings.model,
+        revision=settings.revision,
+        variant=settings.variant,
+        device=device,
+        dtype=loading.pick_dtype(settings.dtype, device),
+    )
+    given = capabilities.Defaults(settings.step_count, settings.guidance_scale)
+    defaults = given.or_else(capabilities.read_defaults(Path(pipeline.config._name_or_path)))
+    return diffusers.DiffusersEngine(
+        settings.model, pipeline, defaults=defaults, cache_dir=settings.cache_dir, threads=settings.threads
+    )
+
+
+async def _in_daemon_thread(function: Callable[[], Engine]) -> Engine:
+    """Loading cannot be interrupted; in a daemon thread it does not hold up an exit either."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[Engine] = loop.create_future()
+
+    def settle(setter: Callable[[object], None], value: object) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: None if result.done() else setter(value))
+
+    def run() -> None:
+        try:
+            settle(result.set_result, function())  # type: ignore[arg-type]
+        except BaseException as error:
+            settle(result.set_exception, error)  # type: ignore[arg-type]
+
+    threading.Thread(target=run, name="calotype-load", daemon=True).start()
+    return await result
+
+
+class _Signals:
+    """The first SIGTERM or SIGINT asks to stop, the second to hurry."""
+
+    def __init__(self) -> None:
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._receive)
+
+    def _receive(self) -> None:
+        (self._hurry if self._stop.is_set() else self._stop).set()
+
+    async def unless_stopped(self, work: Coroutine[object, object, T]) -> T | None:
+        """Returns what `work` returns, or None when the first signal comes before."""
+        return await _unless(self._stop, work)
+
+    async def unless_hurried(self, work: Coroutine[object, object, T]) -> T | None:
+        """Returns what `work` returns, or None when the second signal comes before."""
+        return await _unless(self._hurry, work)
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[object, object, T]) -> T | None:
+    """Awaits `work`, but gives up and returns None as soon as `event` is set, or when `work` times out."""
+    task, waiter = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            return None
+        try:
+            return task.result()
+        except TimeoutError:
+            return None
+    finally:
+        task.cancel()
+        waiter.cancel()

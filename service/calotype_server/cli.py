@@ -1,0 +1,93 @@
+"""The commands `serve` and `doctor`, which the server adds to the client's `calotype` script."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import pydantic
+import typer
+
+from calotype_server import app as application
+from calotype_server.doctor import doctor
+from calotype_server.errors import StartupError
+from calotype_server.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the server's commands to `app`."""
+    app.command("serve")(_with_settings(_serve))
+    app.command("doctor")(_with_settings(doctor))
+
+
+def _serve(settings: Settings) -> None:
+    """Serve a model over gRPC. Every option has an environment twin; options win."""
+    try:
+        code = asyncio.run(application.serve(settings, _announce))
+    except StartupError as error:
+        typer.secho(f"calotype: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    raise typer.Exit(code)
+
+
+def _announce(ready: application.Ready) -> None:
+    model = ready.model
+    typer.echo(
+        f"""
+  Calotype serves {model.name} ({model.pipeline}, {model.width}x{model.height}, {model.step_count} steps)
+  on {model.device} as {model.dtype}, loaded in {ready.load_seconds:.1f} s
+
+  gRPC     {ready.address}
+  try      calotype generate "a red apple" -o apple.png{_address_option(ready.address)}
+  stop     Ctrl-C
+"""
+    )
+    sys.stdout.flush()
+
+
+def _address_option(address: str) -> str:
+    return "" if address in ("127.0.0.1:50051", "localhost:50051") else f" --address {address}"
+
+
+def _with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
+    """Returns `command` with one option for each field of `Settings`, whose sources are then options, environment."""
+
+    def run(**options: Any) -> None:
+        given = {name: value for name, value in options.items() if value is not None}
+        try:
+            settings = Settings(**given)
+        except pydantic.ValidationError as error:
+            for problem in error.errors():
+                flag = "--" + str(problem["loc"][0]).replace("_", "-")
+                typer.secho(f"calotype: {flag}: {problem['msg']}", fg="red", err=True)
+            raise typer.Exit(2) from None
+        command(settings)
+
+    run.__doc__ = command.__doc__
+    run.__name__ = command.__name__.strip("_")
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name, field))
+            for name, field in Settings.model_fields.items()
+        ]
+    )
+    return run
+
+
+def _option(name: str, field: pydantic.fields.FieldInfo) -> Any:
+    default = "" if field.default is None else f" Default: {field.default}."
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",
+        help=f"{field.description}{default} (CALOTYPE_{name.upper()})",
+        show_default=False,
+        metavar="VALUE",
+    )
+    # As text: pydantic does the parsing, for options and environment alike.
+    return Annotated[str | None, option]

@@ -1,0 +1,92 @@
+"""`calotype doctor`: what is installed, what would happen, and what to do about it. It changes nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import socket
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+import typer
+
+from calotype_server.errors import StartupError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from calotype_server.settings import Settings
+
+__all__ = ["Finding", "doctor", "examine"]
+
+_PACKAGES = ("calotype", "grpcio", "protobuf", "torch", "diffusers", "transformers", "pillow")
+_EXTRAS = {"live pictures in the terminal": "textual_image", "notebooks": "IPython"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report; `advice` tells what to do when `ok` is false."""
+
+    ok: bool
+    subject: str
+    result: str
+    advice: str = ""
+
+
+def doctor(settings: Settings) -> None:
+    """Check this machine: packages, device, model, port. Takes the options of `serve`."""
+    sick = False
+    for finding in examine(settings):
+        mark = typer.style("ok  ", fg="green") if finding.ok else typer.style("FAIL", fg="red")
+        typer.echo(f"{mark} {finding.subject:12} {finding.result}")
+        if not finding.ok:
+            sick = True
+            typer.echo(f"     {'':12} {finding.advice}")
+    raise typer.Exit(1 if sick else 0)
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Yields what was found, in the order in which a start would stumble over it."""
+    yield Finding(True, "python", f"{platform.python_version()} on {platform.platform()}")
+    for package in _PACKAGES:
+        try:
+            yield Finding(True, package, version(package))
+        except PackageNotFoundError:
+            yield Finding(False, package, "not installed", f"pip install '{package}', or 'calotype[server]' for all")
+    for purpose, module in _EXTRAS.items():
+        if importlib.util.find_spec(module) is None:
+            yield Finding(True, "extra", f"not installed: {purpose}")
+    yield _port(settings.grpc_address)
+    yield from _model(settings)
+
+
+def _port(address: str) -> Finding:
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            advice = "Stop the other server, or choose another address with --grpc-address HOST:PORT."
+            return Finding(False, "port", f"cannot listen on {address}: {error.strerror}", advice)
+    return Finding(True, "port", f"{address} is free")
+
+
+def _model(settings: Settings) -> Iterator[Finding]:
+    try:
+        from calotype_server.engine import capabilities, loading
+
+        device = loading.pick_device(settings.device)
+        dtype = loading.pick_dtype(settings.dtype, device)
+        yield Finding(True, "device", f"{device}, {str(dtype).removeprefix('torch.')}")
+        pipeline = loading.load_pipeline(
+            settings.model, revision=settings.revision, variant=settings.variant, device=device, dtype=dtype
+        )
+        model = capabilities.describe(settings.model, pipeline, capabilities.Defaults())
+    except StartupError as error:
+        yield Finding(False, "model", f"{settings.model} cannot be used", str(error))
+    except ImportError as error:
+        yield Finding(False, "model", f"cannot import {error.name}", "pip install 'calotype[server]'")
+    else:
+        yield Finding(True, "model", f"{model.name}: {model.pipeline}, {model.width}x{model.height}")

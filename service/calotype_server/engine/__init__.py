@@ -1,0 +1,1 @@
+"""The engine: everything that imports torch and diffusers, behind the small protocol of `engine.protocol`."""

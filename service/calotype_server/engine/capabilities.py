@@ -1,0 +1,144 @@
+"""What a pipeline can do, read from the pipeline itself."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from calotype_server.engine.denoised import noise_level
+from calotype_server.engine.view import make_scheduler
+from calotype_server.types import ModelInfo
+
+__all__ = ["Defaults", "denoiser_name", "describe", "read_defaults"]
+
+_DENOISERS = ("transformer", "unet")
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Defaults that take precedence over the pipeline's own, each None where not given."""
+
+    step_count: int | None = None
+    guidance_scale: float | None = None
+
+    def or_else(self, other: Defaults) -> Defaults:
+        """Returns these, and those of `other` where these are None."""
+        return Defaults(
+            other.step_count if self.step_count is None else self.step_count,
+            other.guidance_scale if self.guidance_scale is None else self.guidance_scale,
+        )
+
+
+def read_defaults(folder: Path) -> Defaults:
+    """Reads `calotype.json` next to `model_index.json`: `step_count` and `guidance_scale` that suit the weights.
+
+    diffusers has no place for them: a pipeline class has one set of defaults for all weights.
+    """
+    try:
+        values = json.loads((folder / "calotype.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Defaults()
+    return Defaults(values.get("step_count"), values.get("guidance_scale"))
+
+
+def denoiser_name(pipeline: Any) -> str:
+    """Attribute of the module that is called once or twice a step."""
+    return next(name for name in _DENOISERS if getattr(pipeline, name, None) is not None)
+
+
+def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
+    """Reads sizes, defaults, schedulers and accepted parameters from a loaded pipeline."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    multiple = _size_multiple(pipeline, denoiser)
+    width, height = _native_size(pipeline, denoiser, multiple)
+    guidance = None
+    if "guidance_scale" in parameters:
+        guidance = defaults.guidance_scale
+        if guidance is None:
+            guidance = float(parameters["guidance_scale"].default)
+    return ModelInfo(
+        name=name,
+        pipeline=type(pipeline).__name__,
+        width=width,
+        height=height,
+        size_multiple=multiple,
+        step_count=defaults.step_count or parameters["num_inference_steps"].default,
+        guidance_scale=guidance,
+        takes_negative_prompt="negative_prompt" in parameters,
+        scheduler=type(pipeline.scheduler).__name__,
+        schedulers=_schedulers(pipeline),
+        max_prompt_tokens=max((limit for _, limit in tokenizers(pipeline)), default=0),
+        device=str(denoiser.device),
+        dtype=str(denoiser.dtype).removeprefix("torch."),
+    )
+
+
+def tokenizers(pipeline: Any) -> list[tuple[Any, int]]:
+    """Every tokenizer with the number of tokens that the pipeline lets through, special ones included."""
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    found = []
+    for name, component in pipeline.components.items():
+        if not name.startswith("tokenizer") or component is None:
+            continue
+        limit = component.model_max_length
+        # The first of two is CLIP's, which has a limit of its own; T5 and language models are cut by the pipeline.
+        if parameter is not None and (limit > 77 or name != "tokenizer"):
+            limit = parameter.default
+        if limit < 1_000_000:
+            found.append((component, limit))
+    return found
+
+
+def _size_multiple(pipeline: Any, denoiser: Any) -> int:
+    factor = getattr(pipeline, "vae_scale_factor", 8)
+    patch = denoiser.config.get("patch_size", 1)
+    patched = factor * (patch if isinstance(patch, int) else 1)
+    processor = getattr(pipeline, "image_processor", None)
+    # FLUX and its kin pack 2x2 latents outside the transformer, and tell only their image processor.
+    processed = processor.config.get("vae_scale_factor", 1) if processor is not None else 1
+    return max(patched, processed)
+
+
+def _native_size(pipeline: Any, denoiser: Any, multiple: int) -> tuple[int, int]:
+    size = getattr(pipeline, "default_sample_size", None) or denoiser.config.get("sample_size") or 128
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    factor = getattr(pipeline, "vae_scale_factor", 8)
+    return tuple(max(multiple, side * factor // multiple * multiple) for side in (width, height))  # type: ignore[return-value]
+
+
+def _schedulers(pipeline: Any) -> tuple[str, ...]:
+    """Compatible schedulers that take a step with this model's config and read its output as its own scheduler does.
+
+    The list that diffusers keeps is generous: some need a package that is not there, some expect another prediction.
+    """
+    own = type(pipeline.scheduler).__name__
+    kind = _prediction_kind(pipeline, own)
+    names = {own}
+    for compatible in getattr(pipeline.scheduler, "compatibles", []):
+        name = compatible.__name__
+        if hasattr(diffusers, name) and kind is not None and _prediction_kind(pipeline, name) == kind:
+            names.add(name)
+    return tuple(sorted(names))
+
+
+def _prediction_kind(pipeline: Any, name: str) -> str | None:
+    """What a scheduler takes the model's output for, or None when it cannot take a step."""
+    try:
+        scheduler = make_scheduler(pipeline, name)
+        scheduler.set_timesteps(4)
+        sample = torch.ones(1, 4, 8, 8)
+        timestep = scheduler.timesteps[0]
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(sample, timestep)
+        level = noise_level(scheduler, 0, timestep)
+        stepped = scheduler.step(sample, timestep, sample, return_dict=False)[0]
+    except Exception:  # whatever the reason, it is not offered
+        return None
+    return level.kind if level is not None and torch.isfinite(stepped).all() else None

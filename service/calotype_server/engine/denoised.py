@@ -1,0 +1,109 @@
+"""The predicted x0 of a denoising step, for any diffusers scheduler.
+
+Every scheduler's sample is `x = alpha * x0 + sigma * noise` in a space of its own. Knowing alpha and sigma at the point
+where the model was evaluated, and what the model predicts, x0 follows:
+
+| the model predicts | x0 |
+|---|---|
+| `epsilon` (noise) | `(x - sigma * m) / alpha` |
+| `sample` (x0 itself) | `m` |
+| `v_prediction` (Salimans & Ho 2022, arXiv 2202.00512, appendix D) | `(alpha * x) / n^2 - (sigma * m) / n`, `n^2 = alpha^2 + sigma^2` |
+| `flow_prediction` (noise - x0; Lipman et al. 2023, arXiv 2210.02747) | `x - sigma * m` |
+| EDM (Karras et al. 2022, arXiv 2206.00364, eq. 7) | the scheduler's `precondition_outputs` |
+
+`n` is 1 for variance-preserving schedulers, and turns the variance-exploding v into the usual one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["NoiseLevel", "noise_level", "predict_x0"]
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseLevel:
+    """Where on the noise schedule a model evaluation took place, and what the model predicts there.
+
+    `alpha` and `sigma` are floats or 0-d tensors; `kind` is a prediction type of the table above, or "edm".
+    """
+
+    kind: str
+    alpha: Any
+    sigma: Any
+
+
+def noise_level(scheduler: Any, evaluation: int, timestep: Any) -> NoiseLevel | None:
+    """Returns the noise level of a model evaluation, or None for a scheduler that is not understood.
+
+    Call it before `scheduler.step`, which moves the scheduler on.
+
+    Args:
+        scheduler: Any diffusers scheduler, after `set_timesteps`.
+        evaluation: How many times `step` was called so far.
+        timestep: As it will be given to `step`.
+    """
+    kind = scheduler.config.get("prediction_type")
+    kind = {"original_sample": "sample"}.get(kind, kind)
+    sigmas = getattr(scheduler, "sigmas", None)
+    index = _step_index(scheduler, evaluation, timestep)
+    if hasattr(scheduler, "precondition_outputs"):
+        return NoiseLevel("edm", None, sigmas[index])
+    if sigmas is not None and kind is None and hasattr(scheduler, "scale_noise"):
+        return NoiseLevel("flow_prediction", 1 - sigmas[index], sigmas[index])
+    if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+        # DPM-Solver, DEIS, UniPC, SA-Solver: sigmas hold sigma / alpha.
+        alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigmas[index])
+        return NoiseLevel(kind, alpha, sigma)
+    if sigmas is not None and hasattr(scheduler, "init_noise_sigma") and hasattr(scheduler, "scale_model_input"):
+        if hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order:
+            # The second stage of KDPM2 sits between two sigmas.
+            sigmas = scheduler.sigmas_interpol
+        return NoiseLevel(kind, 1.0, sigmas[index])
+    if hasattr(scheduler, "alphas_cumprod") and kind is not None:
+        cumulative = scheduler.alphas_cumprod[int(timestep)]
+        return NoiseLevel(kind, cumulative**0.5, (1 - cumulative) ** 0.5)
+    return None
+
+
+def predict_x0(
+    scheduler: Any, level: NoiseLevel, sample: torch.Tensor, model_output: torch.Tensor
+) -> torch.Tensor | None:
+    """Returns the predicted x0 in the scheduler's sample space, or None for an unknown prediction type.
+
+    Args:
+        scheduler: The one that `level` comes from; only EDM's preconditioning is asked of it.
+        level: Of this evaluation.
+        sample: Noisy latents before the step, any layout with the batch first.
+        model_output: What `step` got, after guidance; channels beyond those of `sample` (a learned variance) are cut.
+    """
+    if model_output.shape != sample.shape and model_output.ndim == sample.ndim:
+        model_output = model_output[:, : sample.shape[1]]
+    alpha, sigma = level.alpha, level.sigma
+    match level.kind:
+        case "epsilon":
+            return (sample - sigma * model_output) / alpha
+        case "sample":
+            return model_output
+        case "v_prediction":
+            norm = alpha * alpha + sigma * sigma
+            return (alpha / norm) * sample - (sigma / norm**0.5) * model_output
+        case "flow_prediction":
+            return sample - sigma * model_output
+        case "edm":
+            return scheduler.precondition_outputs(sample, model_output, sigma)  # type: ignore[no-any-return]
+    return None
+
+
+def _step_index(scheduler: Any, evaluation: int, timestep: Any) -> int:
+    """The scheduler's own index, which it sets only inside its first `step`."""
+    index = getattr(scheduler, "step_index", None)
+    if index is None:
+        index = getattr(scheduler, "begin_index", None)
+    if index is None and hasattr(scheduler, "index_for_timestep") and hasattr(scheduler, "sigmas"):
+        index = scheduler.index_for_timestep(timestep)
+    return evaluation if index is None else int(index)

@@ -1,0 +1,143 @@
+"""From a model's name to its pipeline: `bundled`, a local diffusers folder or a hub id, all by `from_pretrained`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from calotype_server.errors import ModelUnavailable
+
+__all__ = ["BUNDLED", "load_pipeline", "pick_device", "pick_dtype"]
+
+BUNDLED = "bundled"
+
+
+def pick_device(device: str | None) -> torch.device:
+    """Returns the device asked for, or CUDA where there is one, else the CPU.
+
+    Raises:
+        ModelUnavailable: No such device here.
+    """
+    if device is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(1, device=picked)
+    except (RuntimeError, AssertionError):
+        raise ModelUnavailable(f"There is no device {device!r} here; try --device cpu.") from None
+    return picked
+
+
+def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """Returns the number format asked for, or what the device does best: bfloat16, float16, or float32 on a CPU."""
+    if dtype is not None:
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def load_pipeline(
+    model: str, *, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """Loads a text-to-image pipeline: safetensors only, and never code that comes with the weights.
+
+    Args:
+        model: "bundled", a path, or a hub id.
+        revision: Branch, tag or commit of a hub id.
+        variant: Weight variant, such as "fp16".
+        device: Where it shall run.
+        dtype: Number format of the weights.
+
+    Raises:
+        ModelUnavailable: It is not there, not reachable, not complete, or not text-to-image.
+    """
+    source = _source(model)
+    local = isinstance(source, Path)
+    try:
+        with _quiet():
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                source,
+                revision=None if local else revision,
+                variant=variant,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=local,
+            )
+            pipeline.to(device)
+    except torch.OutOfMemoryError:
+        raise ModelUnavailable(f"The model {model!r} does not fit into the memory of {device}.") from None
+    except Exception as error:
+        raise ModelUnavailable(_explain(model, local, error)) from error
+    parameters = _call_parameters(pipeline)
+    if "prompt" not in parameters or "image" in parameters and parameters["image"].default is parameters["image"].empty:
+        raise ModelUnavailable(f"{model!r} is a {type(pipeline).__name__}, which does not turn text into images.")
+    if getattr(pipeline, "vae", None) is None or getattr(pipeline, "scheduler", None) is None:
+        raise ModelUnavailable(f"{model!r} is a {type(pipeline).__name__}, which is not a latent diffusion pipeline.")
+    return pipeline
+
+
+def _source(model: str) -> Path | str:
+    if model == BUNDLED:
+        if importlib.util.find_spec("calotype_bundled_model") is None:
+            raise ModelUnavailable("The bundled model is not installed: pip install calotype-bundled-model")
+        from calotype_bundled_model import PATH
+
+        return Path(PATH)
+    path = Path(model).expanduser()
+    if path.exists() or model.startswith((".", "/", "~")):
+        if not path.is_dir():
+            raise ModelUnavailable(f"There is no folder {model!r}.")
+        if not (path / "model_index.json").is_file():
+            raise ModelUnavailable(f"{model!r} is not a diffusers folder: it has no model_index.json.")
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ModelUnavailable(f"{model!r} is neither a folder nor a hub id (org/name) nor {BUNDLED!r}.")
+    return model
+
+
+def _explain(model: str, local: bool, error: Exception) -> str:
+    """What went wrong and what to do, for an operator. The cause keeps the library's own words."""
+    if local:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return (
+            f"The model folder {model!r} is incomplete or damaged ({first[:300]}). It needs model_index.json, "
+            "the configs, and weights as .safetensors."
+        )
+    if isinstance(error, GatedRepoError):
+        return f"The hub wants you to accept the terms of {model!r} and to log in: huggingface-cli login"
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        return f"The hub has no model {model!r}, or it is private and you are not logged in."
+    if isinstance(error, OfflineModeIsEnabled | OSError):
+        return (
+            f"The hub cannot be reached, and {model!r} is not complete in the local cache. Check the network, or use a "
+            f"local folder, or --model {BUNDLED}."
+        )
+    return f"The model {model!r} cannot be loaded: {type(error).__name__}. The log says more."
+
+
+def _call_parameters(pipeline: Any) -> dict[str, Any]:
+    import inspect
+
+    return dict(inspect.signature(type(pipeline).__call__).parameters)
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Progress bars and advice of the libraries would tear the server's output apart."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
+    yield

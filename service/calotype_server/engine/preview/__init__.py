@@ -1,0 +1,1 @@
+"""Cheap pictures of the predicted x0: a fitted head, its calibration, and the thread that renders."""

@@ -1,0 +1,71 @@
+"""Keeps calibrated heads on disk: one file for each decoder, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+from safetensors.torch import load_file, save
+
+from calotype_server.engine.preview.head import HeadStatistics, PreviewHead
+
+__all__ = ["cache_path", "load_head", "save_head"]
+
+_log = structlog.get_logger(__name__)
+
+_FORMAT = 1
+"""Part of the key: raise it when heads of an older version no longer fit."""
+
+_SAMPLED = 64
+"""Weights of each tensor that enter the checksum, from both ends: reading all would cost seconds on a large VAE."""
+
+
+def cache_path(folder: Path, pipeline: Any) -> Path:
+    """Returns the file for a pipeline's decoder: the key covers its class, config and weights."""
+    vae = pipeline.vae
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    key = hashlib.sha256()
+    key.update(json.dumps([_FORMAT, type(pipeline).__name__, type(vae).__name__, config], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        flat = tensor.detach().flatten()
+        ends = torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]]).double().cpu()
+        key.update(f"{name}{tuple(tensor.shape)}".encode() + ends.numpy().tobytes())
+    return folder.expanduser() / "heads" / f"{key.hexdigest()[:32]}.safetensors"
+
+
+def load_head(path: Path) -> PreviewHead | None:
+    """Returns the head, or None when there is none or the file is damaged; that is logged, and heals by itself."""
+    if not path.is_file():
+        return None
+    try:
+        stored = load_file(path)
+        statistics = HeadStatistics(stored["inputs"], stored["products"], float(stored["count"]))
+        return PreviewHead(int(stored["scale"]), statistics)
+    except Exception as error:
+        _log.warning("preview head in the cache is damaged, calibrating anew", path=str(path), error=repr(error))
+        return None
+
+
+def save_head(path: Path, head: PreviewHead) -> None:
+    """Writes the head; a folder that cannot be written costs the next start a calibration, and a line in the log."""
+    content = save(
+        {
+            "inputs": head.statistics.inputs,
+            "products": head.statistics.products,
+            "count": torch.tensor(head.statistics.count, dtype=torch.float64),
+            "scale": torch.tensor(head.scale),
+        }
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError as error:
+        _log.warning("preview head cannot be cached", path=str(path), error=str(error))

@@ -1,0 +1,176 @@
+"""Every error that the server knows by name.
+
+```
+ServiceError                  has a status code, a reason and a sentence fit for a stranger
+├── InvalidRequest            INVALID_ARGUMENT     with all violations
+├── NotReady                  UNAVAILABLE          loading or draining
+├── QueueFull                 RESOURCE_EXHAUSTED
+├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
+├── GenerationNotFound        NOT_FOUND
+└── GenerationError           one generation ended; the engine goes on
+    ├── Cancelled             CANCELLED
+    ├── Interrupted           UNAVAILABLE          the server is stopping
+    ├── OutOfMemory           RESOURCE_EXHAUSTED
+    ├── NumericalFailure      INTERNAL
+    ├── GenerationFailed      INTERNAL
+    └── EngineDead            INTERNAL             the engine does not go on
+StartupError                  for the operator: what is wrong and what to do about it
+├── ModelUnavailable
+└── AddressInUse
+```
+
+`str(error)` of a `ServiceError` may reach any caller, so it never holds the text of another exception.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "AddressInUse",
+    "Cancelled",
+    "DeadlineTooShort",
+    "EngineDead",
+    "GenerationError",
+    "GenerationFailed",
+    "GenerationNotFound",
+    "Interrupted",
+    "InvalidRequest",
+    "ModelUnavailable",
+    "NotReady",
+    "NumericalFailure",
+    "OutOfMemory",
+    "QueueFull",
+    "ServiceError",
+    "StartupError",
+    "Violation",
+]
+
+
+class ServiceError(Exception):
+    """Base of what a caller may be told.
+
+    Attributes:
+        code: Name of the gRPC status code.
+        reason: Machine-readable, in UPPER_SNAKE_CASE.
+        message: One sentence for people.
+        retry_after: Seconds after which trying again makes sense, or None.
+        metadata: Facts for programs, such as a limit that was exceeded.
+    """
+
+    code: ClassVar[str] = "INTERNAL"
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+        self.metadata = dict(metadata or {})
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing wrong with a request: the field's name in the proto, and what it should be."""
+
+    field: str
+    description: str
+
+
+class InvalidRequest(ServiceError):
+    """The request cannot be carried out as it stands."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations = tuple(violations)
+
+
+class NotReady(ServiceError):
+    """The server does not take work now: it is loading its model, or it is about to stop."""
+
+    code = "UNAVAILABLE"
+    reason = "NOT_READY"
+
+
+class QueueFull(ServiceError):
+    """The queue has no place left."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "QUEUE_FULL"
+
+
+class DeadlineTooShort(ServiceError):
+    """The caller's deadline would pass before the picture is there."""
+
+    code = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_TOO_SHORT"
+
+
+class GenerationNotFound(ServiceError):
+    """No generation of that id is known."""
+
+    code = "NOT_FOUND"
+    reason = "GENERATION_NOT_FOUND"
+
+
+class GenerationError(ServiceError):
+    """One generation ended without its image."""
+
+
+class Cancelled(GenerationError):
+    """The caller cancelled it, or left."""
+
+    code = "CANCELLED"
+    reason = "CANCELLED"
+
+
+class Interrupted(GenerationError):
+    """The server is stopping and could not wait for it."""
+
+    code = "UNAVAILABLE"
+    reason = "DRAINING"
+
+
+class OutOfMemory(GenerationError):
+    """The device's memory was not enough."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "OUT_OF_MEMORY"
+
+
+class NumericalFailure(GenerationError):
+    """The model produced NaN or infinity."""
+
+    reason = "NUMERICAL_FAILURE"
+
+
+class GenerationFailed(GenerationError):
+    """The pipeline raised; the log says what."""
+
+    reason = "GENERATION_FAILED"
+
+
+class EngineDead(GenerationError):
+    """The device is in a state that only a new process cures."""
+
+    reason = "ENGINE_DEAD"
+
+
+class StartupError(Exception):
+    """The server cannot start; the text tells the operator why, and what to do."""
+
+
+class ModelUnavailable(StartupError):
+    """The model is not there, not reachable, not complete, or not one that Calotype can drive."""
+
+
+class AddressInUse(StartupError):
+    """The address to listen on is taken."""

@@ -1,0 +1,278 @@
+"""The use case: start a generation, follow it, cancel it, and see every one to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import structlog
+
+from calotype_server import errors
+from calotype_server.stream import EventLog, Update
+from calotype_server.types import (
+    Decoding,
+    Denoising,
+    EncodedImage,
+    EncodingPrompt,
+    Event,
+    Failed,
+    Job,
+    Phase,
+    PreviewReady,
+    Queued,
+    Succeeded,
+    Timings,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from calotype_server.admission import Admission, Ticket
+    from calotype_server.encode import Encoder
+    from calotype_server.engine.protocol import Engine
+    from calotype_server.estimates import Pace
+    from calotype_server.types import ModelInfo
+
+__all__ = ["Generation", "Generations"]
+
+_log = structlog.get_logger(__name__)
+
+_REMEMBERED_ENDS = 1024
+"""Ends kept so that cancelling twice, or too late, is answered truthfully."""
+
+_WARM_UP_STEPS = 3
+
+
+class Generation:
+    """One accepted job on its way to its end."""
+
+    def __init__(self, job: Job) -> None:
+        self.id = secrets.token_urlsafe(16)
+        self.job = job
+        self.log = EventLog()
+        self.stop = threading.Event()
+        self.stop_error: errors.GenerationError | None = None
+        self.ticket: Ticket | None = None
+        self.watch = _Stopwatch()
+
+    def end_early(self, error: errors.GenerationError) -> None:
+        """Asks it to end with `error`: at once while queued, before the next denoising step while running."""
+        if self.stop.is_set() or self.log.state.phase.is_end:
+            return
+        self.stop_error = error
+        self.stop.set()
+        if self.ticket is not None and not self.ticket.turn.done():
+            self.ticket.turn.set_exception(error)
+
+
+class Generations:
+    """All generations of one engine.
+
+    Args:
+        engine: Does the work.
+        admission: Decides who works when.
+        pace: Learns from every generation that succeeds.
+        encoder: Makes image files.
+        max_active: Threads to keep, as many as admission lets run at once.
+        on_dead: Called once when the engine cannot go on.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        admission: Admission,
+        pace: Pace,
+        encoder: Encoder,
+        *,
+        max_active: int,
+        on_dead: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._admission = admission
+        self._pace = pace
+        self._encoder = encoder
+        self._on_dead = on_dead
+        self._threads = ThreadPoolExecutor(max_active, "calotype-generation")
+        self._running: dict[str, tuple[Generation, asyncio.Task[None]]] = {}
+        self._ended: OrderedDict[str, Phase] = OrderedDict()
+        self._retry_after: float | None = None
+
+    @property
+    def model(self) -> ModelInfo:
+        """The engine's model."""
+        return self._engine.model
+
+    def start(self, job: Job, deadline: float | None = None) -> Generation:
+        """Accepts a job; its events can be followed from now on.
+
+        Args:
+            job: The work.
+            deadline: Seconds that the caller waits at most; None for ever.
+
+        Raises:
+            NotReady: The server is draining.
+            QueueFull: No place in the queue.
+            DeadlineTooShort: Hopeless from the start.
+        """
+        if self._retry_after is not None:
+            raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
+        generation = Generation(job)
+
+        def on_move(position: int, remaining: float | None) -> None:
+            generation.log.publish(Queued(position, remaining))
+
+        generation.ticket = self._admission.enter(job, on_move, deadline)
+        task = asyncio.create_task(self._run(generation, generation.ticket), name=f"generation-{generation.id}")
+        self._running[generation.id] = generation, task
+        return generation
+
+    async def follow(self, generation: Generation) -> AsyncIterator[tuple[Update, EncodedImage | None]]:
+        """Yields updates with their preview encoded, up to the end. Leaving before the end cancels the generation."""
+        try:
+            async for update in generation.log.follow():
+                image = None if update.preview is None else await self._encoder.preview(update.preview.pixels)
+                yield update, image
+        finally:
+            generation.end_early(errors.Cancelled("The caller left."))
+
+    def cancel(self, generation_id: str) -> Phase:
+        """Cancels a generation and returns the phase it was in; an end means there was nothing to cancel.
+
+        Raises:
+            GenerationNotFound: No such generation, or it ended long ago.
+        """
+        if generation_id in self._running:
+            generation, _ = self._running[generation_id]
+            phase = generation.log.state.phase
+            generation.end_early(errors.Cancelled("The generation was cancelled."))
+            return phase
+        try:
+            return self._ended[generation_id]
+        except KeyError:
+            raise errors.GenerationNotFound("No generation of that id is known.") from None
+
+    async def warm_up(self) -> None:
+        """Makes one small picture, so that the first caller finds warm caches and the estimates have something to go by.
+
+        Raises:
+            ServiceError: The model cannot make a picture.
+        """
+        model = self.model
+        job = Job(
+            prompt="warm-up",
+            negative_prompt=None,
+            width=model.width,
+            height=model.height,
+            step_count=min(model.step_count, _WARM_UP_STEPS),
+            guidance_scale=model.guidance_scale,
+            seed=0,
+            scheduler=model.scheduler,
+        )
+        generation = self.start(job)
+        await self.idle()
+        if isinstance(generation.log.state.end, Failed):
+            raise generation.log.state.end.error
+
+    def refuse(self, retry_after: float) -> None:
+        """Takes no more work from now on; `retry_after` is what callers are told, in seconds."""
+        self._retry_after = retry_after
+
+    async def idle(self) -> None:
+        """Returns when every accepted generation has ended."""
+        while self._running:
+            await asyncio.wait([task for _, task in self._running.values()])
+
+    async def end_all(self) -> None:
+        """Ends what is left as UNAVAILABLE, and waits for it: at most one denoising step, or one decode."""
+        for generation, _ in list(self._running.values()):
+            generation.end_early(errors.Interrupted("The server is stopping.", retry_after=self._retry_after))
+        await self.idle()
+
+    def close(self) -> None:
+        """Frees the threads; everything must have ended."""
+        self._threads.shutdown()
+
+    async def _run(self, generation: Generation, ticket: Ticket) -> None:
+        structlog.contextvars.bind_contextvars(generation=generation.id)
+        end: Succeeded | Failed
+        try:
+            image = await self._make(generation, ticket)
+            end = Succeeded(image, generation.watch.timings())
+            self._pace.observe(generation.job, end.timings)
+        except errors.ServiceError as error:
+            cause = generation.stop_error if isinstance(error, errors.Cancelled) else None
+            end = Failed(cause or error, generation.watch.timings())
+        except Exception:
+            _log.exception("generation failed")
+            end = Failed(errors.GenerationFailed("The image could not be made."), generation.watch.timings())
+        generation.log.publish(end)
+        self._remember(generation)
+        outcome = "succeeded" if isinstance(end, Succeeded) else end.error.reason
+        _log.info("generation ended", outcome=outcome, seconds=round(end.timings.total or 0.0, 3))
+        if isinstance(end, Failed) and isinstance(end.error, errors.EngineDead):
+            self._on_dead()
+
+    async def _make(self, generation: Generation, ticket: Ticket) -> EncodedImage:
+        try:
+            await ticket.turn
+            call = contextvars.copy_context().run
+            work = asyncio.get_running_loop().run_in_executor(
+                self._threads, call, self._engine.run, generation.job, self._reporter(generation), generation.stop
+            )
+            # The slot is free when the thread has ended, not before.
+            pixels = await asyncio.shield(work)
+        finally:
+            self._admission.leave(ticket)
+        return await self._encoder.final(pixels)
+
+    def _reporter(self, generation: Generation) -> Callable[[Event], None]:
+        """Returns the engine's `report`: notes the time, adds the estimate, publishes. Runs in the engine's threads."""
+        job, pace = generation.job, self._pace
+
+        def report(event: Event) -> None:
+            generation.watch.note(event)
+            match event:
+                case EncodingPrompt():
+                    event = replace(event, estimated_remaining=pace.total_seconds(job))
+                case Denoising() | PreviewReady():
+                    left = pace.remaining_seconds(job, event.step, event.total_steps)
+                    event = replace(event, estimated_remaining=left)
+                case Decoding():
+                    event = replace(event, estimated_remaining=pace.remaining_seconds(job, 1, 1))
+            generation.log.publish(event)
+
+        return report
+
+    def _remember(self, generation: Generation) -> None:
+        self._ended[generation.id] = generation.log.state.phase
+        del self._running[generation.id]
+        while len(self._ended) > _REMEMBERED_ENDS:
+            self._ended.popitem(last=False)
+
+
+class _Stopwatch:
+    """Notes when each phase was first reached, in seconds of the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._accepted = time.monotonic()
+        self._reached: dict[type[Event], float] = {}
+
+    def note(self, event: Event) -> None:
+        self._reached.setdefault(type(event), time.monotonic())
+
+    def timings(self) -> Timings:
+        """Returns the durations as of now."""
+        now = time.monotonic()
+        marks = [self._accepted, *(self._reached.get(kind) for kind in (EncodingPrompt, Denoising, Decoding))]
+        begun = [mark for mark in marks if mark is not None]
+        spans = [end - begin for begin, end in zip(begun, [*begun[1:], now], strict=True)]
+        spans += [None] * (4 - len(spans))  # type: ignore[list-item]
+        preview = self._reached.get(PreviewReady)
+        return Timings(*spans, first_preview=preview and preview - self._accepted, total=now - self._accepted)

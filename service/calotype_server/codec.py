@@ -75,7 +75,7 @@ def encode_update(generation_id: str, seed: int, update: Update, image: EncodedI
                 yield chunk
 
 
-def encode_phase(phase: Phase) -> pb.Phase:
+def encode_phase(phase: Phase) -> pb.Phase.ValueType:
     """The wire's phase."""
     return pb.Phase.Value(f"PHASE_{phase.name}")
 
@@ -119,7 +119,7 @@ def encode_error(error: ServiceError) -> Status:
     return status
 
 
-def _describe_image(progress: pb.Progress, image: EncodedImage, kind: pb.ImageKind, step: int) -> None:
+def _describe_image(progress: pb.Progress, image: EncodedImage, kind: pb.ImageKind.ValueType, step: int) -> None:
     progress.image_format = _FORMATS[image.format]
     progress.image_kind = kind
     progress.image_step = step

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import io
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from calotype_server.types import EncodedImage, Pixels
 
-__all__ = ["Encoder"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Encoder", "encode_final", "encode_preview"]
 
 
 class Encoder:
@@ -39,7 +43,7 @@ class Encoder:
         """Ends the threads after what they are doing."""
         self._threads.shutdown()
 
-    async def _run(self, function, *arguments):  # type: ignore[no-untyped-def]
+    async def _run(self, function: Callable[..., EncodedImage], *arguments: object) -> EncodedImage:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
 

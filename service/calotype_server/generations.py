@@ -32,7 +32,7 @@ from calotype_server.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from calotype_server.admission import Admission, Ticket
     from calotype_server.encode import Encoder
@@ -133,7 +133,7 @@ class Generations:
         self._running[generation.id] = generation, task
         return generation
 
-    async def follow(self, generation: Generation) -> AsyncIterator[tuple[Update, EncodedImage | None]]:
+    async def follow(self, generation: Generation) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
         """Yields updates with their preview encoded, up to the end. Leaving before the end cancels the generation."""
         try:
             async for update in generation.log.follow():
@@ -159,7 +159,7 @@ class Generations:
             raise errors.GenerationNotFound("No generation of that id is known.") from None
 
     async def warm_up(self) -> None:
-        """Makes one small picture, so that the first caller finds warm caches and the estimates have something to go by.
+        """Makes one quick picture: the first caller finds warm caches, and the estimates have something to go by.
 
         Raises:
             ServiceError: The model cannot make a picture.
@@ -270,9 +270,18 @@ class _Stopwatch:
     def timings(self) -> Timings:
         """Returns the durations as of now."""
         now = time.monotonic()
-        marks = [self._accepted, *(self._reached.get(kind) for kind in (EncodingPrompt, Denoising, Decoding))]
-        begun = [mark for mark in marks if mark is not None]
-        spans = [end - begin for begin, end in zip(begun, [*begun[1:], now], strict=True)]
-        spans += [None] * (4 - len(spans))  # type: ignore[list-item]
-        preview = self._reached.get(PreviewReady)
-        return Timings(*spans, first_preview=preview and preview - self._accepted, total=now - self._accepted)
+        started, denoising, decoding, preview = (
+            self._reached.get(kind) for kind in (EncodingPrompt, Denoising, Decoding, PreviewReady)
+        )
+        return Timings(
+            queued=_span(self._accepted, started or now),
+            encoding_prompt=_span(started, denoising or now),
+            denoising=_span(denoising, decoding or now),
+            decoding=_span(decoding, now),
+            first_preview=_span(self._accepted, preview),
+            total=now - self._accepted,
+        )
+
+
+def _span(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else end - begin

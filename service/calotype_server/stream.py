@@ -69,9 +69,7 @@ def advance(state: State, event: Event) -> State:
         case EncodingPrompt(notices, remaining) if state.phase == Phase.QUEUED:
             return replace(later, phase=Phase.ENCODING_PROMPT, notices=notices, estimated_remaining=remaining)
         case Denoising(step, total, remaining) if state.phase <= Phase.DENOISING and step >= state.step:
-            return replace(
-                later, phase=Phase.DENOISING, step=step, total_steps=total, estimated_remaining=remaining
-            )
+            return replace(later, phase=Phase.DENOISING, step=step, total_steps=total, estimated_remaining=remaining)
         case PreviewReady():
             later = replace(later, previews_skipped=state.previews_skipped + event.skipped)
             if state.phase <= Phase.DENOISING and event.step >= state.step:
@@ -80,9 +78,7 @@ def advance(state: State, event: Event) -> State:
         case Decoding(remaining) if state.phase < Phase.DECODING:
             return replace(later, phase=Phase.DECODING, step=state.total_steps, estimated_remaining=remaining)
         case Succeeded():
-            return replace(
-                later, phase=Phase.SUCCEEDED, step=state.total_steps, estimated_remaining=None, end=event
-            )
+            return replace(later, phase=Phase.SUCCEEDED, step=state.total_steps, estimated_remaining=None, end=event)
         case Failed(error):
             phase = Phase.CANCELLED if isinstance(error, errors.Cancelled) else Phase.FAILED
             return replace(later, phase=phase, estimated_remaining=None, end=event)

@@ -37,9 +37,7 @@ def configure_logging(level: str, format: Literal["console", "json"]) -> None:  
     # The libraries log through the standard library; they come out in the same shape.
     handler = logging.StreamHandler(sys.stderr)
     remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[remove, *renderers])
-    )
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[remove, *renderers]))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)

@@ -161,7 +161,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """Waits for its turn; position 1 is the next to start. Estimates are seconds to the final image, None if unknown."""
+    """Waits for its turn; position 1 is the next to start. Estimates are seconds to the final image."""
 
     position: int
     estimated_remaining: float | None = None

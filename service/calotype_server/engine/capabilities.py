@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -14,6 +13,9 @@ import torch
 from calotype_server.engine.denoised import noise_level
 from calotype_server.engine.view import make_scheduler
 from calotype_server.types import ModelInfo
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["Defaults", "denoiser_name", "describe", "read_defaults"]
 
@@ -110,7 +112,7 @@ def _native_size(pipeline: Any, denoiser: Any, multiple: int) -> tuple[int, int]
     size = getattr(pipeline, "default_sample_size", None) or denoiser.config.get("sample_size") or 128
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     factor = getattr(pipeline, "vae_scale_factor", 8)
-    return tuple(max(multiple, side * factor // multiple * multiple) for side in (width, height))  # type: ignore[return-value]
+    return tuple(max(multiple, side * factor // multiple * multiple) for side in (width, height))
 
 
 def _schedulers(pipeline: Any) -> tuple[str, ...]:

@@ -7,11 +7,11 @@ where the model was evaluated, and what the model predicts, x0 follows:
 |---|---|
 | `epsilon` (noise) | `(x - sigma * m) / alpha` |
 | `sample` (x0 itself) | `m` |
-| `v_prediction` (Salimans & Ho 2022, arXiv 2202.00512, appendix D) | `(alpha * x) / n^2 - (sigma * m) / n`, `n^2 = alpha^2 + sigma^2` |
+| `v_prediction` (Salimans & Ho 2022, arXiv 2202.00512, appendix D) | `alpha * x / n^2 - sigma * m / n` |
 | `flow_prediction` (noise - x0; Lipman et al. 2023, arXiv 2210.02747) | `x - sigma * m` |
 | EDM (Karras et al. 2022, arXiv 2206.00364, eq. 7) | the scheduler's `precondition_outputs` |
 
-`n` is 1 for variance-preserving schedulers, and turns the variance-exploding v into the usual one.
+`n^2 = alpha^2 + sigma^2` is 1 for variance-preserving schedulers, and brings variance-exploding ones to the same form.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def noise_level(scheduler: Any, evaluation: int, timestep: Any) -> NoiseLevel | 
     """
     kind = scheduler.config.get("prediction_type")
     kind = {"original_sample": "sample"}.get(kind, kind)
-    sigmas = getattr(scheduler, "sigmas", None)
+    sigmas: Any = getattr(scheduler, "sigmas", None)
     index = _step_index(scheduler, evaluation, timestep)
     if hasattr(scheduler, "precondition_outputs"):
         return NoiseLevel("edm", None, sigmas[index])
@@ -95,7 +95,7 @@ def predict_x0(
         case "flow_prediction":
             return sample - sigma * model_output
         case "edm":
-            return scheduler.precondition_outputs(sample, model_output, sigma)  # type: ignore[no-any-return]
+            return scheduler.precondition_outputs(sample, model_output, sigma)
     return None
 
 

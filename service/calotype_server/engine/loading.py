@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import os
 import re
 from pathlib import Path
@@ -40,7 +41,7 @@ def pick_device(device: str | None) -> torch.device:
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
     """Returns the number format asked for, or what the device does best: bfloat16, float16, or float32 on a CPU."""
     if dtype is not None:
-        return getattr(torch, dtype)  # type: ignore[no-any-return]
+        return getattr(torch, dtype)
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -79,11 +80,13 @@ def load_pipeline(
         raise ModelUnavailable(f"The model {model!r} does not fit into the memory of {device}.") from None
     except Exception as error:
         raise ModelUnavailable(_explain(model, local, error)) from error
-    parameters = _call_parameters(pipeline)
-    if "prompt" not in parameters or "image" in parameters and parameters["image"].default is parameters["image"].empty:
-        raise ModelUnavailable(f"{model!r} is a {type(pipeline).__name__}, which does not turn text into images.")
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    image = parameters.get("image")
+    kind = type(pipeline).__name__
+    if "prompt" not in parameters or (image is not None and image.default is image.empty):
+        raise ModelUnavailable(f"{model!r} is a {kind}, which does not turn text into images.")
     if getattr(pipeline, "vae", None) is None or getattr(pipeline, "scheduler", None) is None:
-        raise ModelUnavailable(f"{model!r} is a {type(pipeline).__name__}, which is not a latent diffusion pipeline.")
+        raise ModelUnavailable(f"{model!r} is a {kind}, which is not a latent diffusion pipeline.")
     return pipeline
 
 
@@ -124,12 +127,6 @@ def _explain(model: str, local: bool, error: Exception) -> str:
             f"local folder, or --model {BUNDLED}."
         )
     return f"The model {model!r} cannot be loaded: {type(error).__name__}. The log says more."
-
-
-def _call_parameters(pipeline: Any) -> dict[str, Any]:
-    import inspect
-
-    return dict(inspect.signature(type(pipeline).__call__).parameters)
 
 
 @contextlib.contextmanager

@@ -113,5 +113,5 @@ def _reported_x0(output: Any) -> torch.Tensor | None:
     for name in ("denoised", "pred_original_sample"):
         value = getattr(output, name, None)
         if value is not None:
-            return value  # type: ignore[no-any-return]
+            return value
     return None

@@ -15,7 +15,10 @@ from calotype_server import codec
 from calotype_server.errors import GenerationFailed, ServiceError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+    Handler = grpc.RpcMethodHandler[Any, Any]
 
 __all__ = ["CallInterceptor"]
 
@@ -30,30 +33,33 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> Handler | None:
         """Wraps the handlers whose requests are not streams; all of ours, and those of the health service."""
-        handler: Any = await continuation(handler_call_details)
+        handler = await continuation(handler_call_details)
+        guarded: Handler
         if handler is None or handler.request_streaming:
             return handler
-        codecs = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        if handler.response_streaming:
-            # grpc.aio looks at the function to learn its style: writers such as health.Watch stay what they are.
-            if not inspect.isasyncgenfunction(handler.unary_stream):
-                return handler
-            return grpc.unary_stream_rpc_method_handler(_guard_stream(handler.unary_stream), **codecs)
-        return grpc.unary_unary_rpc_method_handler(_guard_unary(handler.unary_unary), **codecs)
+        if not handler.response_streaming:
+            guarded = grpc.unary_unary_rpc_method_handler(
+                _guard_unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            )
+            return guarded
+        # grpc.aio looks at the function to learn its style: writers such as health.Watch stay what they are.
+        if not inspect.isasyncgenfunction(handler.unary_stream):
+            return handler
+        guarded = grpc.unary_stream_rpc_method_handler(
+            _guard_stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+        )
+        return guarded
 
 
-def _guard_stream(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+def _guard_stream(method: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
+    async def guarded(request: Any, context: Context) -> AsyncGenerator[Any, None]:
         with _bound(context):
             try:
-                async with contextlib.aclosing(method(request, context)) as messages:  # type: ignore[type-var]
+                async with contextlib.aclosing(method(request, context)) as messages:
                     async for message in messages:
                         yield message
             except grpc.aio.AbortError:
@@ -64,8 +70,8 @@ def _guard_stream(method: Callable[..., AsyncIterator[Any]]) -> Callable[..., As
     return guarded
 
 
-def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
+def _guard_unary(method: Any) -> Callable[..., Awaitable[Any]]:
+    async def guarded(request: Any, context: Context) -> Any:
         with _bound(context):
             try:
                 return await method(request, context)
@@ -78,7 +84,7 @@ def _guard_unary(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitab
 
 
 @contextlib.contextmanager
-def _bound(context: grpc.aio.ServicerContext) -> Any:
+def _bound(context: Context) -> Iterator[None]:
     metadata = dict(context.invocation_metadata() or ())
     given = metadata.get("x-request-id", "")
     request_id = given[:64] if isinstance(given, str) and given.isprintable() and given else secrets.token_hex(4)
@@ -86,7 +92,7 @@ def _bound(context: grpc.aio.ServicerContext) -> Any:
     yield
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
+async def _abort(context: Context, error: Exception) -> None:
     if not isinstance(error, ServiceError):
         _log.error("call failed", exc_info=error)
         error = GenerationFailed("Internal error.")

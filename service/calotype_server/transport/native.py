@@ -66,6 +66,7 @@ class NativeServer:
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError:
+            await self._server.stop(None)
             raise AddressInUse(
                 f"Cannot listen on {address}: it is in use, or not an address of this machine. Stop the other server, "
                 "or choose another address with --grpc-address HOST:PORT (port 0 picks a free one)."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from grpc_status import rpc_status
@@ -15,12 +15,14 @@ from calotype_server.types import Failed
 from calotype_server.validation import validate
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     import grpc.aio
 
     from calotype_server.generations import Generations
     from calotype_server.types import Limits
+
+    Context = grpc.aio.ServicerContext[Any, Any]
 
 __all__ = ["GenerationServicer"]
 
@@ -45,8 +47,8 @@ class GenerationServicer(GenerationServiceServicer):
         self._opened = generations
 
     async def Generate(  # noqa: N802 - the name in the proto
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.Progress]:
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncGenerator[pb.Progress, None]:
         """Streams one generation; see the proto."""
         generations = self._generations
         job = validate(request, generations.model, self._limits)
@@ -64,7 +66,7 @@ class GenerationServicer(GenerationServiceServicer):
             await context.abort_with_status(rpc_status.to_status(codec.encode_error(end.error)))
 
     async def Cancel(  # noqa: N802
-        self, request: pb.CancelRequest, context: grpc.aio.ServicerContext
+        self, request: pb.CancelRequest, context: Context
     ) -> pb.CancelResponse:
         """Cancels by id; see the proto."""
         if not request.generation_id:
@@ -72,7 +74,7 @@ class GenerationServicer(GenerationServiceServicer):
         return pb.CancelResponse(phase=codec.encode_phase(self._generations.cancel(request.generation_id)))
 
     async def GetModel(  # noqa: N802
-        self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GetModelRequest, context: Context
     ) -> pb.Model:
         """Describes the model; see the proto."""
         return codec.encode_model(self._generations.model, self._limits, __version__)

@@ -230,7 +230,9 @@ class Progress(_message.Message):
     generation_id: _builtins.str
     """Identifies the generation, the same in every message of a stream. Unguessable."""
     sequence: _builtins.int
-    """Rises strictly from 1. A gap means that messages were merged because the reader was slow."""
+    """Rises strictly from 1; only the chunks of one final image share a number. A gap means that messages were merged
+    because the reader was slow.
+    """
     phase: Global___Phase.ValueType
     """What is being done, or how it ended."""
     step: _builtins.int

@@ -6,14 +6,16 @@ import hashlib
 import json
 import os
 import tempfile
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import torch
 from safetensors.torch import load_file, save
 
 from calotype_server.engine.preview.head import HeadStatistics, PreviewHead
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["cache_path", "load_head", "save_head"]
 
@@ -31,7 +33,9 @@ def cache_path(folder: Path, pipeline: Any) -> Path:
     vae = pipeline.vae
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     key = hashlib.sha256()
-    key.update(json.dumps([_FORMAT, type(pipeline).__name__, type(vae).__name__, config], sort_keys=True, default=str).encode())
+    key.update(
+        json.dumps([_FORMAT, type(pipeline).__name__, type(vae).__name__, config], sort_keys=True, default=str).encode()
+    )
     for name, tensor in sorted(vae.state_dict().items()):
         flat = tensor.detach().flatten()
         ends = torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]]).double().cpu()

@@ -35,7 +35,8 @@ def to_grid(latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         rows = max(1, round(math.sqrt(latents.shape[1] * height / width)))
         while latents.shape[1] % rows:
             rows -= 1
-        latents = latents.transpose(1, 2).unflatten(2, (rows, -1))
+        batch, cells, channels = latents.shape
+        latents = latents.transpose(1, 2).reshape(batch, channels, rows, cells // rows)
     return latents.float()
 
 
@@ -54,9 +55,7 @@ class HeadStatistics:
     count: float
 
     def __add__(self, other: HeadStatistics) -> HeadStatistics:
-        return HeadStatistics(
-            self.inputs + other.inputs, self.products + other.products, self.count + other.count
-        )
+        return HeadStatistics(self.inputs + other.inputs, self.products + other.products, self.count + other.count)
 
 
 class PreviewHead:

@@ -1,0 +1,49 @@
+"""Keeps what others write out of a live picture."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["quiet_core", "quiet_keyboard"]
+
+
+@contextmanager
+def quiet_keyboard() -> Iterator[None]:
+    """Switches echo off: keys, and answers of the terminal, would be drawn into the picture."""
+    if sys.platform == "win32" or not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    during = termios.tcgetattr(sys.stdin)
+    during[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, during)
+    try:
+        yield
+    finally:
+        # An answer that came too late must not be typed into the shell.
+        termios.tcsetattr(sys.stdin, termios.TCSAFLUSH, before)
+
+
+@contextmanager
+def quiet_core() -> Iterator[None]:
+    """Keeps the C core of gRPC from writing into the picture. It writes to the descriptor, past `sys.stderr`."""
+    if "GRPC_VERBOSITY" in os.environ:  # somebody wants to read it
+        yield
+        return
+    sys.stderr.flush()
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)

@@ -1,0 +1,94 @@
+"""Statuses and error messages of the wire → exceptions. `grpc.RpcError` never leaves this package."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from ._convert import optional_seconds
+from ._errors import BY_CODE, CalotypeError, InvalidRequest, UnknownError
+from ._request import ARGUMENTS
+
+if TYPE_CHECKING:
+    import grpc
+
+    from .v1 import calotype_pb2 as v1
+
+__all__ = ["DETAILS_KEY", "from_error_message", "from_rpc_error", "from_status"]
+
+DETAILS_KEY = "grpc-status-details-bin"
+
+_IN_PLAIN_WORDS = {
+    "Channel closed!": "The client was closed.",
+    "Deadline Exceeded": "The timeout passed before the server had finished.",
+    "Locally cancelled by application!": "Cancelled by this client.",
+}
+
+
+def from_rpc_error(error: grpc.RpcError) -> CalotypeError:
+    """Makes the exception for a call that ended with a status other than OK.
+
+    Raise it `from None`: the traceback then shows the line of the user, not the plumbing.
+    """
+    # grpc's annotations leave out that an RpcError of a call is also the call.
+    call: Any = error
+    if not callable(getattr(call, "code", None)):
+        return UnknownError(str(error))
+    return from_status(call.code(), call.details(), call.trailing_metadata())
+
+
+def from_status(code: grpc.StatusCode | None, text: str | None, metadata: Any) -> CalotypeError:
+    """Makes the exception for the parts of a status."""
+    kind = BY_CODE.get(code.value[0], UnknownError) if code is not None else UnknownError
+    text = next((words for phrase, words in _IN_PLAIN_WORDS.items() if phrase in (text or "")), text or "")
+    return _make(kind, text, _details(metadata))
+
+
+def from_error_message(error: v1.Error, default: type[CalotypeError]) -> CalotypeError:
+    """Makes the exception for the error in the last message of a stream.
+
+    Args:
+        error: The error.
+        default: What to raise when its code is not one of an error.
+    """
+    kind = BY_CODE.get(error.code, default)
+    return kind(error.message, reason=error.reason, retry_after=optional_seconds(error, "retry_delay"))
+
+
+def _make(kind: type[CalotypeError], text: str, status: status_pb2.Status) -> CalotypeError:
+    keywords: dict[str, Any] = {}
+    for detail in status.details:
+        if (info := _unpack(detail, error_details_pb2.ErrorInfo)) is not None:
+            keywords |= {"reason": info.reason, "metadata": dict(info.metadata)}
+        elif (retry := _unpack(detail, error_details_pb2.RetryInfo)) is not None:
+            keywords["retry_after"] = optional_seconds(retry, "retry_delay")
+        elif kind is InvalidRequest and (bad := _unpack(detail, error_details_pb2.BadRequest)) is not None:
+            keywords["violations"] = [
+                (ARGUMENTS.get(violation.field, violation.field), violation.description)
+                for violation in bad.field_violations
+            ]
+    return kind(status.message or text, **keywords)
+
+
+def _unpack(detail: Any, kind: Any) -> Any:
+    if not detail.Is(kind.DESCRIPTOR):
+        return None
+    message = kind()
+    try:
+        message.ParseFromString(detail.value)
+    except DecodeError:
+        return None
+    return message
+
+
+def _details(metadata: Any) -> status_pb2.Status:
+    """Reads the rich status. One that is absent or damaged must not hide the error that it describes."""
+    for key, value in metadata or ():
+        if key == DETAILS_KEY:
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                break
+    return status_pb2.Status()

@@ -1,0 +1,222 @@
+"""What people hold: progress, pictures and the model. No wire types here, see `_convert`."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import os
+
+    import PIL.Image
+
+__all__ = ["Image", "Model", "Notice", "Phase", "Progress", "Timings"]
+
+_SUFFIXES = {"jpeg": (".jpg", ".jpeg"), "png": (".png",)}
+
+
+class Phase(StrEnum):
+    """What a generation is doing, or how it ended. It only moves forward."""
+
+    QUEUED = "queued"
+    """Waiting for its turn."""
+    ENCODING_PROMPT = "encoding_prompt"
+    """Turning the prompt into embeddings."""
+    DENOISING = "denoising"
+    """Denoising the latents, step by step."""
+    DECODING = "decoding"
+    """Decoding the latents to the final image."""
+    SUCCEEDED = "succeeded"
+    """Ended with the final image."""
+    FAILED = "failed"
+    """Ended without an image."""
+    CANCELLED = "cancelled"
+    """Ended because the caller cancelled it or left."""
+    UNKNOWN = "unknown"
+    """A phase that a newer server knows and this client does not. Not an end."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the generation is over."""
+        return self in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A complete image file in memory. Notebooks show it as a picture.
+
+    Attributes:
+        data: The file, as it came from the server.
+        format: "jpeg" for previews, "png" for final images.
+        width: Width in pixels.
+        height: Height in pixels.
+    """
+
+    data: bytes
+    format: str
+    width: int
+    height: int
+
+    def to_pil(self) -> PIL.Image.Image:
+        """Decodes to a `PIL.Image.Image`.
+
+        Raises:
+            ImportError: Pillow is not installed.
+        """
+        try:
+            import PIL.Image
+        except ImportError:
+            raise ImportError("Decoding an image needs Pillow: pip install pillow") from None
+        picture = PIL.Image.open(io.BytesIO(self.data))
+        picture.load()
+        return picture
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the image to a file.
+
+        The bytes are written as they are when the suffix fits the format or there is none; otherwise Pillow converts.
+
+        Args:
+            path: Where to write. An existing file is replaced.
+
+        Raises:
+            ImportError: A conversion is needed and Pillow is not installed.
+            ValueError: The suffix is not one of an image format that Pillow knows.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower()
+        if not suffix or suffix in _SUFFIXES.get(self.format, ()):
+            path.write_bytes(self.data)
+            return
+        try:
+            picture = self.to_pil()
+        except ImportError:
+            raise ImportError(
+                f"Saving a {self.format} image as {suffix} needs Pillow: pip install pillow, or save with the suffix "
+                f"{_SUFFIXES.get(self.format, ('',))[0]!r}"
+            ) from None
+        picture.save(path)
+
+    def __repr__(self) -> str:
+        return f"<Image {self.format} {self.width}x{self.height}, {len(self.data)} bytes>"
+
+    def _repr_png_(self) -> bytes | None:
+        return self.data if self.format == "png" else None
+
+    def _repr_jpeg_(self) -> bytes | None:
+        return self.data if self.format == "jpeg" else None
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something worth knowing that did not stop the generation.
+
+    Attributes:
+        reason: Machine-readable, in UPPER_SNAKE_CASE, such as PROMPT_TRUNCATED.
+        message: One sentence for people.
+    """
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of a generation went, in seconds. A phase that was not reached is None.
+
+    Attributes:
+        queued: From acceptance to the start of work.
+        encoding_prompt: From the start of work to the first denoising step.
+        denoising: From the first denoising step to the last.
+        decoding: From the last denoising step to the final image file.
+        first_preview: From acceptance to the first preview.
+        total: From acceptance to the end.
+    """
+
+    queued: float | None = None
+    encoding_prompt: float | None = None
+    denoising: float | None = None
+    decoding: float | None = None
+    first_preview: float | None = None
+    total: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a generation stands and, where there is a new one, a picture.
+
+    Attributes:
+        generation_id: The same for a whole generation. `Client.cancel` takes it.
+        sequence: Rises strictly from 1. A gap means that messages were merged because the reader was slow.
+        phase: What is being done, or how it ended.
+        step: Denoising steps done, 0 to `total_steps`. Never falls.
+        total_steps: Denoising steps in all. 0 until it is known.
+        preview: The model's current estimate of the finished picture, or None when there is no new one.
+        image_step: Step whose estimate the picture shows. 0 when there is none.
+        queue_position: Place in the queue: 1 is the next to start. 0 when not queued.
+        estimated_remaining: Seconds until the final image, waiting included. None when nothing was measured yet.
+        previews_dropped: Previews that were not sent, because the reader or the encoder was slow.
+        seed: Seed in use: the one asked for, or the one drawn.
+        warnings: What the caller should know although the generation goes on, such as a prompt that was cut.
+        timings: Where the time went, at the end. None before.
+    """
+
+    generation_id: str
+    sequence: int
+    phase: Phase
+    step: int = 0
+    total_steps: int = 0
+    preview: Image | None = None
+    image_step: int = 0
+    queue_position: int = 0
+    estimated_remaining: float | None = None
+    previews_dropped: int = 0
+    seed: int = 0
+    warnings: tuple[Notice, ...] = ()
+    timings: Timings | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """The loaded model: what it can do and what it does by default.
+
+    Attributes:
+        name: `bundled`, a hub id or the name of a folder.
+        pipeline: Class of the diffusers pipeline, such as StableDiffusionPipeline.
+        width: Default width in pixels: the model's native one.
+        height: Default height in pixels: the model's native one.
+        size_multiple: Widths and heights are multiples of this, in pixels.
+        max_pixels: Largest width times height accepted.
+        steps: Default number of denoising steps.
+        max_steps: Largest number of denoising steps accepted.
+        guidance_scale: Default guidance scale. None when the model takes none.
+        takes_negative_prompt: Whether a negative prompt is accepted.
+        scheduler: Default scheduler.
+        schedulers: Schedulers accepted, sorted; the names of diffusers' classes.
+        max_prompt_chars: Longest prompt accepted, in characters.
+        max_prompt_tokens: Longest prompt that the model reads, in tokens, special tokens included. 0 when unknown.
+        device: Where the model runs, such as cpu or cuda:0.
+        dtype: Number format of its weights, such as float32 or bfloat16.
+        server_version: Version of the server.
+    """
+
+    name: str
+    pipeline: str
+    width: int
+    height: int
+    size_multiple: int
+    max_pixels: int
+    steps: int
+    max_steps: int
+    guidance_scale: float | None
+    takes_negative_prompt: bool
+    scheduler: str
+    schedulers: tuple[str, ...] = field(repr=False)
+    max_prompt_chars: int
+    max_prompt_tokens: int
+    device: str
+    dtype: str
+    server_version: str

@@ -1,0 +1,169 @@
+"""The `calotype` command. Needs the extra: pip install 'calotype[cli]'."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ._client import Client
+from ._errors import CalotypeError, Cancelled, InvalidRequest, Unavailable
+from ._outputs import BadPath, Outputs
+from ._quiet import quiet_core
+from ._terminal import choose_view
+
+__all__ = ["app", "register_missing_server"]
+
+app = typer.Typer(
+    name="calotype",
+    help="Streams an image while a diffusion model denoises it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNAVAILABLE = 3
+EXIT_INTERRUPTED = 130
+
+Address = Annotated[
+    str, typer.Option(help="Where the server listens.", metavar="HOST:PORT", envvar="CALOTYPE_GRPC_ADDRESS")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
+    address: Address = "localhost:50051",
+    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Strength of guidance, 0 to 100.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the initial noise; the same seed, the same picture.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Scheduler; `calotype model` lists them.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds until the image, waiting included.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The image. [default: calotype-SEED.png]")
+    ] = None,
+    previews: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep every preview in a folder.")] = None,
+    filmstrip: Annotated[Path | None, typer.Option(metavar="FILE", help="Compose previews and image in a row.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate an image and watch it form."""
+    try:
+        outputs = Outputs(output, previews, filmstrip)
+    except BadPath as error:
+        _exit(str(error), EXIT_USAGE)
+    with _connected(address) as client, choose_view(Console(), as_json=as_json) as view:
+        try:
+            generation = client.generate(
+                prompt,
+                negative_prompt=negative_prompt,
+                width=width,
+                height=height,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                scheduler=scheduler,
+                timeout=timeout,
+            )
+            for progress in generation:
+                view.update(progress, outputs.keep(progress))
+            image = generation.result()
+            view.finish(progress, image, outputs.finish(image, progress.seed))
+        except CalotypeError as error:
+            view.fail(error)
+            raise
+        except KeyboardInterrupt:
+            view.fail(Cancelled("Cancelled by this client."))
+            raise
+
+
+@app.command()
+def cancel(
+    generation_id: Annotated[str, typer.Argument(help="The generation_id that `generate --json` tells.")],
+    address: Address = "localhost:50051",
+) -> None:
+    """Cancel a generation."""
+    with _connected(address) as client:
+        phase = client.cancel(generation_id)
+    typer.echo(f"It had {phase} already." if phase.ended else f"Cancelled while {phase.replace('_', ' ')}.")
+
+
+@app.command()
+def model(address: Address = "localhost:50051", as_json: Json = False) -> None:
+    """Describe the model that the server has loaded."""
+    with _connected(address) as client:
+        facts = asdict(client.model())
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        text = "none" if value is None else ", ".join(value) if isinstance(value, tuple) else str(value)
+        table.add_row(name.replace("_", " "), text)
+    Console().print(table, markup=False, highlight=False)
+
+
+def register_missing_server(why: str) -> None:
+    """Adds commands in the place of the server's that say what to install."""
+
+    def missing(context: typer.Context) -> None:
+        _exit(f"`calotype {context.info_name}` needs an extra: pip install 'calotype[server]' ({why})", EXIT_USAGE)
+
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    for name, text in (("serve", "Run a server."), ("doctor", "Say what is installed and what is missing.")):
+        app.command(name, help=f"{text} Needs the extra `server`.", context_settings=settings)(missing)
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Client]:
+    """A client whose errors end the program with one clear sentence and an exit code that says what to do."""
+    try:
+        with quiet_core(), Client(address) as client:
+            yield client
+    except CalotypeError as error:
+        _exit(_explain(error, address), _exit_code(error))
+    except KeyboardInterrupt:
+        _exit("Cancelled.", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _exit(f"Cannot write {error.filename or 'the output'}: {error.strerror or error}", EXIT_FAILED)
+    except ValueError as error:
+        _exit(str(error), EXIT_USAGE)
+
+
+def _exit(text: str, code: int) -> NoReturn:
+    sys.stderr.write(text + "\n")
+    raise typer.Exit(code)
+
+
+def _exit_code(error: CalotypeError) -> int:
+    if isinstance(error, InvalidRequest):
+        return EXIT_USAGE
+    return EXIT_UNAVAILABLE if isinstance(error, Unavailable) else EXIT_FAILED
+
+
+def _explain(error: CalotypeError, address: str) -> str:
+    # Only a server gives a reason: without one, nobody answered.
+    if isinstance(error, Unavailable) and not error.reason:
+        return f"No Calotype server answers at {address}; start one with: calotype serve"
+    if isinstance(error, InvalidRequest) and error.violations:
+        lines = [f"  --{field.replace('_', '-')}: {text}" for field, text in error.violations]
+        return "\n".join(["The server cannot make this picture:", *lines]).replace("--prompt:", "prompt:")
+    text = str(error)
+    if error.retry_after is not None:
+        text += f" Try again in {error.retry_after:.0f} s."
+    return text

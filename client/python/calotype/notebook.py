@@ -1,0 +1,88 @@
+"""Pictures that form in a notebook. Needs the extra: pip install 'calotype[notebook]'.
+
+Usage, in a cell::
+
+    from calotype import Client
+    from calotype.notebook import show
+
+    image = show(Client().generate("a red apple", seed=1))
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from typing import TYPE_CHECKING
+
+try:
+    from IPython.display import HTML, display
+except ImportError:
+    raise ImportError("calotype.notebook needs an extra: pip install 'calotype[notebook]'") from None
+
+if TYPE_CHECKING:
+    from ._stream import AsyncGeneration, Generation
+    from ._types import Image, Notice, Progress
+
+__all__ = ["ashow", "show"]
+
+
+def show(generation: Generation) -> Image:
+    """Displays a generation while it forms and returns the final image.
+
+    Interrupting the cell cancels the generation.
+
+    Raises:
+        CalotypeError: The generation ended without an image.
+    """
+    cell = _Cell()
+    for progress in generation:
+        cell.update(progress, generation.warnings)
+    image = generation.result()
+    cell.finish(image)
+    return image
+
+
+async def ashow(generation: AsyncGeneration) -> Image:
+    """Does what `show` does, with `await`."""
+    cell = _Cell()
+    async for progress in generation:
+        cell.update(progress, generation.warnings)
+    image = await generation.result()
+    cell.finish(image)
+    return image
+
+
+class _Cell:
+    """The output of a cell: the newest picture and a caption."""
+
+    def __init__(self) -> None:
+        self._picture: Image | None = None
+        self._caption = ""
+        self._handle = display(_html(""), display_id=True)  # type: ignore[no-untyped-call]
+
+    def update(self, progress: Progress, warnings: tuple[Notice, ...]) -> None:
+        """Shows progress."""
+        self._picture = progress.preview or self._picture
+        words = [progress.phase.replace("_", " ")]
+        if progress.step:
+            words.append(f"step {progress.step}/{progress.total_steps}")
+        self._caption = ", ".join([*words, f"seed {progress.seed}", *(notice.message for notice in warnings)])
+        self._show()
+
+    def finish(self, image: Image) -> None:
+        """Shows the final image."""
+        self._picture = image
+        self._show()
+
+    def _show(self) -> None:
+        picture = ""
+        if self._picture is not None:
+            data = base64.b64encode(self._picture.data).decode()
+            source = f"data:image/{self._picture.format};base64,{data}"
+            # Previews are smaller than the image: one width for all keeps the page from jumping.
+            picture = f'<img src="{source}" alt="{html.escape(self._caption)}" style="width: 384px; max-width: 100%">'
+        self._handle.update(_html(f"<figure>{picture}<figcaption>{html.escape(self._caption)}</figcaption></figure>"))
+
+
+def _html(text: str) -> HTML:
+    return HTML(text)  # type: ignore[no-untyped-call]

@@ -1,0 +1,286 @@
+"""What a caller of `Generate` may rely on, over a real socket, with an engine whose steps the test controls."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from grpc_status import rpc_status
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server import codec, errors
+from calotype_server.stream import State, Update
+from calotype_server.types import EncodedImage, Phase, Succeeded, Timings
+from support.fake_engine import FakeEngine
+from support.service import read_until, running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from support.service import Service
+
+RED_APPLE = pb.GenerateRequest(prompt="a red apple", seed=7)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    """One that runs freely unless told to hold."""
+    return FakeEngine()
+
+
+@pytest.fixture
+async def service(engine: FakeEngine) -> AsyncIterator[Service]:
+    """A server around it, with room for four in the queue."""
+    async with running(engine) as service:
+        yield service
+
+
+async def wait_for(semaphore) -> None:
+    """Waits in a thread, so that the loop goes on."""
+    assert await asyncio.to_thread(semaphore.acquire, timeout=20)
+
+
+def details(error: grpc.aio.AioRpcError) -> dict[str, object]:
+    """The typed details of a status, by name."""
+    status = rpc_status.from_call(error)
+    found = {}
+    for kind in (BadRequest, ErrorInfo, RetryInfo):
+        for packed in status.details:
+            if packed.Is(kind.DESCRIPTOR):
+                found[kind.__name__] = kind.FromString(packed.value)
+    return found
+
+
+async def test_a_stream_tells_the_whole_story_in_order(service: Service) -> None:
+    """Numbers rise, phases and steps never go back, and the last message has the final PNG, the seed and timings."""
+    messages = [message async for message in service.stub.Generate(RED_APPLE)]
+    for before, after in zip(messages, messages[1:], strict=False):
+        assert after.sequence > before.sequence
+        assert after.phase >= before.phase
+        assert after.step >= before.step
+    assert messages[0].phase == pb.PHASE_QUEUED
+    assert len({message.generation_id for message in messages}) == 1
+    assert {message.seed for message in messages} == {7}
+    last = messages[-1]
+    assert (last.phase, last.image_kind, last.chunk_count) == (pb.PHASE_SUCCEEDED, pb.IMAGE_KIND_FINAL, 1)
+    assert last.image.startswith(b"\x89PNG")
+    assert (last.width_px, last.height_px) == (64, 64)
+    assert last.timings.total.ToNanoseconds() >= last.timings.denoising.ToNanoseconds() >= 0
+
+
+async def test_every_step_shows_a_preview_to_a_reader_who_keeps_up(service: Service, engine: FakeEngine) -> None:
+    """Steps released one by one come with one JPEG each, of the step they show."""
+    engine.hold()
+    call = service.stub.Generate(RED_APPLE)
+    shown = []
+    for step in (1, 2, 3, 4):
+        engine.allow(1)
+        while (message := await call.read()) is not grpc.aio.EOF:
+            if message.image:
+                break
+        assert message.image.startswith(b"\xff\xd8")
+        assert message.image_kind == pb.IMAGE_KIND_PREDICTED
+        assert message.previews_dropped == 0
+        shown.append((message.image_step, message.step >= message.image_step))
+        assert step == message.image_step
+    assert shown == [(step, True) for step in (1, 2, 3, 4)]
+
+
+async def test_the_first_message_comes_before_any_work(service: Service, engine: FakeEngine) -> None:
+    """While the engine has not taken a step, the caller already holds an id."""
+    engine.hold()
+    call = service.stub.Generate(RED_APPLE)
+    message = await call.read()
+    assert message.generation_id
+    assert message.step == 0
+    call.cancel()
+
+
+async def test_all_violations_come_at_once_with_details(service: Service) -> None:
+    """INVALID_ARGUMENT carries a BadRequest that names each field, and an ErrorInfo."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await service.stub.Generate(pb.GenerateRequest(width_px=7, seed=-1)).read()
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    found = details(caught.value)
+    assert [v.field for v in found["BadRequest"].field_violations] == ["prompt", "width_px", "seed"]
+    assert (found["ErrorInfo"].reason, found["ErrorInfo"].domain) == ("INVALID_REQUEST", "calotype")
+
+
+async def test_waiting_callers_learn_their_position_as_it_changes(service: Service, engine: FakeEngine) -> None:
+    """The third in line is told 2, then 1, then starts."""
+    engine.hold()
+    running_call = service.stub.Generate(RED_APPLE)
+    await wait_for(engine.at_step)
+    second = service.stub.Generate(RED_APPLE)
+    assert (await second.read()).queue_position == 1
+    third = service.stub.Generate(RED_APPLE)
+    assert (await third.read()).queue_position == 2
+    second.cancel()
+    assert (await third.read()).queue_position == 1
+    engine.allow()
+    assert (await read_until(third, pb.PHASE_SUCCEEDED)).queue_position == 0
+    await read_until(running_call, pb.PHASE_SUCCEEDED)
+    assert engine.most_active == 1
+
+
+async def test_a_full_queue_answers_at_once_with_retry_info(engine: FakeEngine) -> None:
+    """RESOURCE_EXHAUSTED, with a time to come back; those accepted are served all the same."""
+    engine.hold()
+    async with running(engine, max_queue=1) as service:
+        accepted = [service.stub.Generate(RED_APPLE)]
+        await wait_for(engine.at_step)
+        accepted.append(service.stub.Generate(RED_APPLE))
+        await accepted[1].read()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await service.stub.Generate(RED_APPLE).read()
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert details(caught.value)["RetryInfo"].retry_delay.ToNanoseconds() > 0
+        assert details(caught.value)["ErrorInfo"].reason == "QUEUE_FULL"
+        engine.allow()
+        for call in accepted:
+            await read_until(call, pb.PHASE_SUCCEEDED)
+
+
+async def test_a_caller_who_leaves_while_running_frees_the_engine(service: Service, engine: FakeEngine) -> None:
+    """The run is stopped before its next step, and the next caller gets the slot."""
+    engine.hold()
+    call = service.stub.Generate(RED_APPLE)
+    await read_until(call, pb.PHASE_DENOISING)
+    await wait_for(engine.at_step)
+    call.cancel()
+    # The engine is inside a step; it obeys when the step is over.
+    assert await asyncio.to_thread(engine.stops[0].wait, timeout=20)
+    engine.allow(1)
+    await wait_for(engine.stopped)
+    engine.allow()
+    await read_until(service.stub.Generate(RED_APPLE), pb.PHASE_SUCCEEDED)
+
+
+async def test_a_caller_who_leaves_while_queued_never_runs(service: Service, engine: FakeEngine) -> None:
+    """Its place goes to the next, and the engine never hears of it."""
+    engine.hold()
+    first = service.stub.Generate(RED_APPLE)
+    await wait_for(engine.at_step)
+    leaver = service.stub.Generate(pb.GenerateRequest(prompt="never", seed=1))
+    await leaver.read()
+    stayer = service.stub.Generate(pb.GenerateRequest(prompt="stays", seed=2))
+    await stayer.read()
+    leaver.cancel()
+    assert (await stayer.read()).queue_position == 1
+    engine.allow()
+    await read_until(first, pb.PHASE_SUCCEEDED)
+    await read_until(stayer, pb.PHASE_SUCCEEDED)
+    assert [job.prompt for job in engine.jobs] == ["a red apple", "stays"]
+
+
+@pytest.mark.parametrize("queued", [False, True])
+async def test_cancel_by_id_ends_the_stream_with_a_typed_end(
+    service: Service, engine: FakeEngine, queued: bool
+) -> None:
+    """The stream says CANCELLED in a message and again in its status; cancelling twice is no error."""
+    engine.hold()
+    ahead = service.stub.Generate(RED_APPLE) if queued else None
+    if ahead is not None:
+        await wait_for(engine.at_step)
+    call = service.stub.Generate(RED_APPLE)
+    first = await read_until(call, pb.PHASE_QUEUED if queued else pb.PHASE_DENOISING)
+    answer = await service.stub.Cancel(pb.CancelRequest(generation_id=first.generation_id))
+    assert answer.phase == first.phase
+    if not queued:
+        engine.allow()
+    end = await read_until(call, pb.PHASE_CANCELLED)
+    assert (end.error.code, end.error.reason) == (1, "CANCELLED")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.CANCELLED
+    assert details(caught.value)["ErrorInfo"].reason == "CANCELLED"
+    again = await service.stub.Cancel(pb.CancelRequest(generation_id=first.generation_id))
+    assert again.phase == pb.PHASE_CANCELLED
+    if ahead is not None:
+        engine.allow()
+        await read_until(ahead, pb.PHASE_SUCCEEDED)
+
+
+async def test_cancelling_what_does_not_exist_is_not_found(service: Service) -> None:
+    """An unknown id and an empty one are told apart."""
+    for generation_id, code in (("nobody", grpc.StatusCode.NOT_FOUND), ("", grpc.StatusCode.INVALID_ARGUMENT)):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await service.stub.Cancel(pb.CancelRequest(generation_id=generation_id))
+        assert caught.value.code() is code
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "reason"),
+    [
+        (errors.NumericalFailure("Numbers."), grpc.StatusCode.INTERNAL, "NUMERICAL_FAILURE"),
+        (errors.OutOfMemory("Memory."), grpc.StatusCode.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+        (RuntimeError("secret path /etc/shadow"), grpc.StatusCode.INTERNAL, "GENERATION_FAILED"),
+    ],
+)
+async def test_failures_are_typed_and_the_service_goes_on(
+    service: Service, engine: FakeEngine, failure: Exception, code: grpc.StatusCode, reason: str
+) -> None:
+    """A failed generation ends with a message and a status that agree, tells no secrets, and harms nobody else."""
+    engine.failure = failure
+    call = service.stub.Generate(RED_APPLE)
+    end = await read_until(call, pb.PHASE_FAILED)
+    assert end.error.reason == reason
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() is code
+    assert end.error.code == code.value[0]
+    assert "secret" not in caught.value.details() + end.error.message
+    engine.failure = None
+    await read_until(service.stub.Generate(RED_APPLE), pb.PHASE_SUCCEEDED)
+
+
+async def test_a_dead_engine_is_reported_to_whoever_runs_the_server(service: Service, engine: FakeEngine) -> None:
+    """The generation fails, and the server learns that it should stop."""
+    engine.failure = errors.EngineDead("The device failed.")
+    await read_until(service.stub.Generate(RED_APPLE), pb.PHASE_FAILED)
+    assert service.dead == [True]
+
+
+async def test_a_deadline_that_passes_stops_the_work(service: Service, engine: FakeEngine) -> None:
+    """The caller gets DEADLINE_EXCEEDED, and the engine is told to stop."""
+    engine.hold()
+    call = service.stub.Generate(RED_APPLE, timeout=0.3)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await read_until(call, pb.PHASE_SUCCEEDED)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert await asyncio.to_thread(engine.stops[0].wait, timeout=20)
+    engine.allow()
+    await wait_for(engine.stopped)
+
+
+async def test_a_reader_who_sleeps_loses_previews_but_never_the_end(engine: FakeEngine) -> None:
+    """Nothing is read until the work is over; the end is there, and what was not sent is counted."""
+    async with running(engine) as service:
+        generation = service.generations.start(await _job(service))
+        updates = service.generations.follow(generation)
+        await anext(updates)
+        await service.generations.idle()
+        rest = [update async for update, _ in updates]
+    assert [update.state.phase for update in rest] == [Phase.SUCCEEDED]
+    assert rest[0].previews_dropped == 4
+
+
+async def _job(service: Service):
+    from calotype_server.validation import validate
+    from support.service import LIMITS
+
+    return validate(RED_APPLE, service.generations.model, LIMITS)
+
+
+def test_a_large_final_image_comes_in_chunks_below_the_default_limit() -> None:
+    """7 MiB come as three consecutive messages under 4 MiB that join to the file."""
+    data = bytes(range(256)) * (7 * 1024 * 4)
+    state = State(sequence=9, phase=Phase.SUCCEEDED, end=Succeeded(EncodedImage("png", 4, 4, data), Timings()))
+    chunks = list(codec.encode_update("id", 1, Update(state, None, 0), None))
+    assert [(chunk.chunk_index, chunk.chunk_count) for chunk in chunks] == [(0, 3), (1, 3), (2, 3)]
+    assert all(chunk.ByteSize() < 4 * 1024 * 1024 for chunk in chunks)
+    assert all(chunk.phase == pb.PHASE_SUCCEEDED for chunk in chunks)
+    assert b"".join(chunk.image for chunk in chunks) == data

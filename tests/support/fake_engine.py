@@ -1,0 +1,99 @@
+"""An engine without a model, for tests that are about something else: its steps happen when the test says so."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from calotype_server import errors
+from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, ModelInfo, Pixels, PreviewReady
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from calotype_server.types import Job
+
+MODEL = ModelInfo(
+    name="fake",
+    pipeline="FakePipeline",
+    width=64,
+    height=64,
+    size_multiple=8,
+    step_count=4,
+    guidance_scale=3.0,
+    takes_negative_prompt=True,
+    scheduler="DDIMScheduler",
+    schedulers=("DDIMScheduler", "EulerDiscreteScheduler"),
+    max_prompt_tokens=16,
+    device="cpu",
+    dtype="float32",
+)
+
+
+def flat_pixels(width: int, height: int, value: int) -> Pixels:
+    """A grey picture."""
+    return Pixels(width, height, bytes([value % 256]) * (width * height * 3))
+
+
+class FakeEngine:
+    """Runs jobs step by step; `hold()` makes every further step wait for `allow(n)`."""
+
+    model = MODEL
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        """Raised after the first step of every job while set."""
+        self.jobs: list[Job] = []
+        self.stops: list[threading.Event] = []
+        """The `stop` of every run, in the order of `jobs`."""
+        self.active = 0
+        self.most_active = 0
+        self.stopped = threading.Semaphore(0)
+        """Released whenever a run ended because it was told to stop."""
+        self.at_step = threading.Semaphore(0)
+        """Released whenever a run is about to take a step."""
+        self._permits: threading.Semaphore | None = None
+        self._lock = threading.Lock()
+
+    def hold(self) -> None:
+        """Lets no step happen until `allow`."""
+        self._permits = threading.Semaphore(0)
+
+    def allow(self, steps: int = 1_000_000) -> None:
+        """Lets steps happen."""
+        assert self._permits is not None
+        self._permits.release(steps)
+
+    def run(self, job: Job, report: Callable[[Event], None], stop: threading.Event) -> Pixels:
+        """See `engine.protocol`."""
+        with self._lock:
+            self.jobs.append(job)
+            self.stops.append(stop)
+            self.active += 1
+            self.most_active = max(self.most_active, self.active)
+        try:
+            return self._run(job, report, stop)
+        finally:
+            with self._lock:
+                self.active -= 1
+
+    def _run(self, job: Job, report: Callable[[Event], None], stop: threading.Event) -> Pixels:
+        report(EncodingPrompt())
+        report(Denoising(0, job.step_count))
+        for step in range(1, job.step_count + 1):
+            self.at_step.release()
+            if self._permits is not None:
+                self._permits.acquire()
+            if stop.is_set():
+                self.stopped.release()
+                raise errors.Cancelled("stopped")
+            report(PreviewReady(step, job.step_count, flat_pixels(8, 8, step)))
+            if self.failure is not None:
+                raise self.failure
+        report(Decoding())
+        return flat_pixels(job.width, job.height, job.seed)
+
+    def close(self) -> None:
+        """Lets whatever is held go."""
+        if self._permits is not None:
+            self.allow()

@@ -1,0 +1,57 @@
+"""Servers for the tests of the client."""
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
+
+
+class Scripted(GenerationServiceServicer):
+    """Sends what a test tells it, also what a real server never would."""
+
+    def __init__(self, messages=(), *, end=None):
+        self.messages, self.end = messages, end
+
+    def Generate(self, request, context):  # noqa: N802
+        """Sends the messages and ends."""
+        yield from self.messages
+        if self.end is not None:
+            self.end(context)
+
+    def Cancel(self, request, context):  # noqa: N802
+        """Ends."""
+        self.end(context)
+
+    def GetModel(self, request, context):  # noqa: N802
+        """Ends."""
+        self.end(context)
+
+
+@contextlib.contextmanager
+def _serve(servicer, credentials=None):
+    server = grpc.server(ThreadPoolExecutor(4))
+    add_GenerationServiceServicer_to_server(servicer, server)
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("localhost:0", credentials)
+    server.start()
+    try:
+        yield f"{'127.0.0.1' if credentials is None else 'localhost'}:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+@pytest.fixture
+def serve():
+    """A context manager that serves any servicer and gives its address."""
+    return _serve
+
+
+@pytest.fixture
+def scripted():
+    """Makes a servicer from messages and a function that ends the call."""
+    return Scripted

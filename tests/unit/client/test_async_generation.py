@@ -1,0 +1,213 @@
+"""Following a generation with the async client."""
+
+import asyncio
+
+import pytest
+
+from calotype import (
+    AsyncClient,
+    Cancelled,
+    ClientClosed,
+    GenerationConsumed,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Phase,
+)
+from calotype.testing import FakeServer
+
+
+@pytest.fixture
+def held():
+    """A server whose generations stand still at step 2."""
+    with FakeServer(hold_at=2) as server:
+        yield server
+
+
+async def cancelled(server):
+    """Waits for a cancellation without holding up the event loop."""
+    return await asyncio.to_thread(server.wait_cancelled)
+
+
+async def test_loop_and_result():
+    """The loop ends after success, and the result is there as often as it is asked for."""
+    with FakeServer(chunk_bytes=500) as server:
+        async with AsyncClient(server.address) as client:
+            generation = client.generate("a red apple", seed=5)
+            seen = [progress async for progress in generation]
+            image = await generation.result()
+            assert [progress.phase for progress in seen].count(Phase.SUCCEEDED) == 1
+            assert await generation.result() is image
+            assert (image.width, generation.seed, generation.done) == (64, 5, True)
+            assert (await client.model()).name == "fake"
+        assert server.cancelled == []
+
+
+async def test_client_can_be_made_before_the_loop_runs():
+    """A client at module level works: its channel belongs to the loop of the first call."""
+    with FakeServer() as server:
+        client = await asyncio.to_thread(AsyncClient, server.address)
+        assert await client.generate("a red apple").result()
+        await client.aclose()
+
+
+async def test_break_cancels_on_the_server(held):
+    """Leaving the loop early cancels as soon as the event loop runs."""
+    async with AsyncClient(held.address) as client:
+        generation = client.generate("a red apple")
+        async for progress in generation:
+            if progress.step == 2:
+                break
+        assert await cancelled(held)
+        with pytest.raises(Cancelled):
+            await generation.result()
+
+
+async def test_leaving_a_with_block_cancels_on_the_server(held):
+    """An async with block cancels at once, whoever still holds the iterator."""
+    async with AsyncClient(held.address) as client:
+        async with client.generate("a red apple") as generation:
+            iterator = aiter(generation)
+            while (await anext(iterator)).step < 2:
+                pass
+        assert generation.done
+        assert await cancelled(held)
+        with pytest.raises(Cancelled):
+            await anext(iterator)
+
+
+async def test_cancelling_the_task_cancels_on_the_server(held):
+    """A task that waits for a result takes the generation with it, and is itself cancelled, not failed."""
+    async with AsyncClient(held.address) as client:
+        generation, arrived = client.generate("a red apple"), asyncio.Event()
+
+        async def follow():
+            async for progress in generation:
+                if progress.step == 2:
+                    arrived.set()
+
+        task = asyncio.create_task(follow())
+        await arrived.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await cancelled(held)
+
+
+async def test_cancelling_a_wait_for_the_result_cancels_on_the_server(held):
+    """Leaving result() is leaving the generation."""
+    async with AsyncClient(held.address) as client:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(client.generate("a red apple").result(), 0.2)
+        assert await cancelled(held)
+
+
+async def test_cancel_wakes_a_waiting_task(held):
+    """cancel() ends the wait of another task with Cancelled, which is no CancelledError."""
+    async with AsyncClient(held.address) as client:
+        generation = client.generate("a red apple")
+        task = asyncio.create_task(generation.result())
+        await asyncio.sleep(0)
+        generation.cancel()
+        with pytest.raises(Cancelled):
+            await task
+
+
+async def test_cancel_by_id(held):
+    """The server's CANCELLED is Cancelled, never asyncio.CancelledError."""
+    async with AsyncClient(held.address) as client:
+
+        async def follow():
+            async for progress in client.generate("a red apple"):
+                if progress.step == 2:
+                    assert await client.cancel(progress.generation_id) is Phase.DENOISING
+
+        with pytest.raises(Cancelled) as caught:
+            await follow()
+        assert caught.value.reason == "CANCELLED"
+        with pytest.raises(NotFound):
+            await client.cancel("no such id")
+
+
+async def test_refusal_with_cancelled_keeps_its_details():
+    """A call that the server ends with CANCELLED before any message is Cancelled with its reason."""
+    with FakeServer(error=Cancelled("no", reason="DRAINING", retry_after=3)) as server:
+        async with AsyncClient(server.address) as client:
+            with pytest.raises(Cancelled) as caught:
+                await client.generate("a red apple").result()
+    assert (caught.value.reason, caught.value.retry_after) == ("DRAINING", 3)
+
+
+@pytest.mark.parametrize("fail_at", [None, 1])
+async def test_errors_are_typed(fail_at):
+    """Refused or failed underway, the exception is the same."""
+    with FakeServer(error=Overloaded("full", reason="QUEUE_FULL", retry_after=2), fail_at=fail_at) as server:
+        async with AsyncClient(server.address) as client:
+            generation = client.generate("a red apple")
+            for _ in range(2):
+                with pytest.raises(Overloaded) as caught:
+                    await generation.result()
+                assert (caught.value.reason, caught.value.retry_after) == ("QUEUE_FULL", 2)
+
+
+async def test_second_loop_is_a_mistake():
+    """Iterating twice raises GenerationConsumed."""
+    with FakeServer() as server:
+        async with AsyncClient(server.address) as client:
+            generation = client.generate("a red apple")
+            assert [progress async for progress in generation]
+            with pytest.raises(GenerationConsumed):
+                await anext(aiter(generation))
+
+
+async def test_closed_client_refuses_to_work():
+    """Use after close is a mistake that says so; closing again is not."""
+    client = AsyncClient()
+    await client.aclose()
+    await client.aclose()
+    with pytest.raises(ClientClosed):
+        client.generate("a red apple")
+    for use in (client.model, client.__aenter__, lambda: client.cancel("x")):
+        with pytest.raises(ClientClosed):
+            await use()
+
+
+async def test_closing_the_client_cancels_what_runs(held):
+    """What a closed client still runs ends with Cancelled."""
+    client = AsyncClient(held.address)
+
+    async def follow():
+        async for progress in client.generate("a red apple"):
+            if progress.step == 2:
+                await client.aclose()
+
+    with pytest.raises(Cancelled):
+        await follow()
+    assert await cancelled(held)
+
+
+async def test_invalid_request_is_raised_where_it_is_made():
+    """What cannot be sent is refused before anything is sent."""
+    async with AsyncClient() as client:
+        with pytest.raises(InvalidRequest):
+            client.generate("a red apple", steps="four")
+
+
+async def test_many_at_once():
+    """One client follows many generations at the same time."""
+    with FakeServer(error=None) as server:
+        async with AsyncClient(server.address) as client:
+            images = await asyncio.gather(*(client.generate("a red apple", seed=n).result() for n in range(8)))
+    assert len(images) == 8
+    assert sorted(request.seed for request in server.requests) == list(range(8))
+
+
+async def test_failure_after_progress_leaves_the_progress():
+    """What was reached stays visible after an error."""
+    with FakeServer(error=InternalError("no"), fail_at=2) as server:
+        async with AsyncClient(server.address) as client:
+            generation = client.generate("a red apple")
+            with pytest.raises(InternalError):
+                await generation.result()
+            assert (generation.progress.phase, generation.progress.step) == (Phase.FAILED, 2)

@@ -1,0 +1,207 @@
+"""The command line, with a pipe for its output."""
+
+import json
+import os
+
+import PIL.Image
+import pytest
+from typer.testing import CliRunner
+
+from calotype import InternalError, InvalidRequest, Notice, Overloaded, Unavailable
+from calotype.cli import app
+from calotype.testing import FakeServer
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(server, *arguments):
+        address = server if isinstance(server, str) else server.address
+        return CliRunner().invoke(app, arguments, env={"CALOTYPE_GRPC_ADDRESS": address})
+
+    return run
+
+
+def test_plain_lines(run):
+    """A pipe gets one line for each thing that happens, without escape codes, and the file is named."""
+    with FakeServer(steps=2, warnings=[Notice("PROMPT_TRUNCATED", "The prompt was cut.")]) as server:
+        result = run(server, "generate", "a red apple", "--seed", "5")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [
+        "Note: The prompt was cut.",
+        "queued, place 1",
+        "encoding prompt, 2 s left",
+        "denoising, 2 s left",
+        "denoising, step 1/2, 1 s left",
+        "denoising, step 2/2, 0 s left",
+        "decoding, step 2/2",
+        "succeeded, step 2/2",
+        "Saved calotype-5.png (seed 5, 2.0 s)",
+    ]
+    with PIL.Image.open("calotype-5.png") as picture:
+        assert picture.size == (64, 64)
+
+
+def test_unnamed_output_never_replaces_a_file(run):
+    """The same seed twice gives two files."""
+    with FakeServer() as server:
+        for _ in range(2):
+            result = run(server, "generate", "a red apple", "--seed", "5")
+    assert "Saved calotype-5-2.png" in result.stdout
+    assert sorted(os.listdir()) == ["calotype-5-2.png", "calotype-5.png"]
+
+
+def test_all_options_reach_the_server(run):
+    """Every option of the command is a field of the request."""
+    options = "--negative-prompt pears --width 32 --height 16 --steps 3 --guidance-scale 2.5 --seed 7 --timeout 60"
+    with FakeServer() as server:
+        result = run(
+            server, "generate", "apple", *options.split(), "--scheduler", "EulerDiscreteScheduler", "-o", "a.png"
+        )
+    assert result.exit_code == 0
+    request = server.requests[0]
+    assert (request.prompt, request.negative_prompt, request.width_px, request.height_px) == ("apple", "pears", 32, 16)
+    assert (request.step_count, request.guidance_scale, request.seed) == (3, 2.5, 7)
+    assert request.scheduler == "EulerDiscreteScheduler"
+
+
+def test_json_events(run):
+    """Each line is one event, without image bytes; the last one names the file."""
+    with FakeServer(steps=2, chunk_bytes=100) as server:
+        result = run(server, "generate", "a red apple", "--json", "--previews", "frames", "-o", "apple.png")
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    phases = [event["phase"] for event in events]
+    assert phases == ["queued", "encoding_prompt", *["denoising"] * 3, "decoding", "succeeded"]
+    assert events[3]["preview"] == {
+        "format": "jpeg",
+        "width": 16,
+        "height": 16,
+        "bytes": 303,
+        "path": os.path.join("frames", "step-01.jpg"),
+    }
+    assert events[-1]["output"] == "apple.png"
+    assert events[-1]["seed"] == 1234
+    assert events[-1]["timings"]["total"] == 2.0
+    assert events[-1]["image"]["bytes"] == os.path.getsize("apple.png")
+
+
+def test_json_error_is_an_event_too(run):
+    """A program that reads the events sees why there is no image."""
+    with FakeServer(error=Overloaded("full", reason="QUEUE_FULL", retry_after=2)) as server:
+        result = run(server, "generate", "a red apple", "--json")
+    event = json.loads(result.stdout)
+    assert event["phase"] == "failed"
+    assert event["error"]["code"] == "RESOURCE_EXHAUSTED"
+    assert event["error"]["retry_after"] == 2
+    assert result.exit_code == 1
+
+
+def test_previews_are_kept(run):
+    """--previews makes the folder and keeps every frame and the final image."""
+    with FakeServer(steps=3) as server:
+        result = run(server, "generate", "a red apple", "--previews", "deep/frames", "-o", "apple.jpg")
+    assert result.exit_code == 0
+    assert sorted(os.listdir("deep/frames")) == ["final.png", "step-01.jpg", "step-02.jpg", "step-03.jpg"]
+    with PIL.Image.open("apple.jpg") as picture:
+        assert picture.format == "JPEG"
+
+
+@pytest.mark.parametrize(("steps", "frames"), [(3, 4), (20, 9)])
+def test_filmstrip(run, steps, frames):
+    """--filmstrip puts up to eight previews and the image in one row."""
+    with FakeServer(steps=steps) as server:
+        result = run(server, "generate", "a red apple", "--filmstrip", "strip.png", "-o", "apple.png")
+    assert result.exit_code == 0
+    with PIL.Image.open("strip.png") as picture:
+        assert picture.size == (frames * 64 + (frames - 1) * 8, 64)
+    assert sorted(os.listdir()) == ["apple.png", "strip.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "nowhere/apple.png"], "There is no folder nowhere"),
+        (["-o", "apple.xyz"], "Cannot write .xyz: use .jpg, .png, .webp"),
+        (["-o", "."], ". is a folder; name a file in it"),
+        (["--filmstrip", "strip.jpg"], "Cannot write .jpg: use .png"),
+        (["--address", "http://localhost"], "Expected HOST:PORT"),
+        (["--timeout", "-1"], "--timeout: must be a positive number of seconds"),
+        (["--seed", str(2**64)], "--seed: must fit in 64 bits"),
+        (["--steps", "four"], "Invalid value for '--steps'"),
+    ],
+)
+def test_usage_errors_come_before_any_work(run, arguments, message):
+    """What cannot work is said at once, and nothing is generated."""
+    with FakeServer() as server:
+        result = run(server, "generate", "a red apple", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            InvalidRequest("Two.", violations=[("width_px", "too wide"), ("step_count", "too many")]),
+            2,
+            "The server cannot make this picture:\n  --width: too wide\n  --steps: too many\n",
+        ),
+        (InternalError("The model failed.", reason="NUMERICAL_FAILURE"), 1, "The model failed.\n"),
+        (Overloaded("The queue is full.", reason="Q", retry_after=3), 1, "The queue is full. Try again in 3 s.\n"),
+        (Unavailable("Loading.", reason="LOADING", retry_after=5), 3, "Loading. Try again in 5 s.\n"),
+    ],
+)
+def test_errors_are_words_and_exit_codes(run, error, code, message):
+    """An error is one clear message on stderr, an exit code, and no file."""
+    with FakeServer(error=error) as server:
+        result = run(server, "generate", "a red apple", "-o", "apple.png")
+    assert (result.exit_code, result.stderr) == (code, message)
+    assert os.listdir() == []
+
+
+def test_no_server(run):
+    """A refused connection says how to start a server."""
+    for command in (["generate", "a red apple"], ["model"], ["cancel", "x"]):
+        result = run("127.0.0.1:1", *command)
+        assert result.exit_code == 3
+        assert result.stderr == "No Calotype server answers at 127.0.0.1:1; start one with: calotype serve\n"
+
+
+def test_failed_write_leaves_the_old_file(run, monkeypatch):
+    """The output appears whole or not at all."""
+    with open("apple.png", "w") as file:
+        file.write("old")
+
+    def full(self, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("calotype.Image.save", full)
+    with FakeServer() as server:
+        result = run(server, "generate", "a red apple", "-o", "apple.png")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert os.listdir() == ["apple.png"]
+    with open("apple.png") as file:
+        assert file.read() == "old"
+
+
+def test_model(run):
+    """The model is described for people and for programs."""
+    with FakeServer() as server:
+        people, program = run(server, "model"), run(server, "model", "--json")
+    assert "DDIMScheduler, EulerDiscreteScheduler" in people.stdout
+    assert json.loads(program.stdout)["max_steps"] == 100
+
+
+def test_cancel(run):
+    """Cancelling says in which phase it was; an unknown id is an error."""
+    with FakeServer() as server:
+        run(server, "generate", "a red apple", "-o", "apple.png")
+        ended, unknown = run(server, "cancel", "fake-1"), run(server, "cancel", "nobody")
+    assert ended.stdout == "It had succeeded already.\n"
+    assert unknown.exit_code == 1
+    assert "nobody" in unknown.stderr

@@ -1,0 +1,104 @@
+"""Statuses and error messages become typed exceptions."""
+
+import pickle
+
+import grpc
+import pytest
+
+import calotype
+from calotype import CalotypeError, Client, InvalidRequest, Overloaded, StreamIncomplete, Violation
+from calotype._errors import BY_CODE
+from calotype._status import from_error_message, from_status
+from calotype.testing import FakeServer
+from calotype.v1 import calotype_pb2 as v1
+
+CODES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
+
+
+def test_each_code_has_a_class_of_its_own():
+    """All 16 codes are mapped, each to its own public class, which names the code."""
+    assert set(BY_CODE) == {code.value[0] for code in CODES}
+    assert len(set(BY_CODE.values())) == 16
+    for code in CODES:
+        kind = BY_CODE[code.value[0]]
+        assert kind.code == code.name
+        assert getattr(calotype, kind.__name__) is kind
+
+
+@pytest.mark.parametrize("code", CODES, ids=lambda code: code.name)
+def test_status_of_a_call_becomes_its_class(code):
+    """A refused call raises the class of its code, with the text of the server."""
+    kind = BY_CODE[code.value[0]]
+    with (
+        FakeServer(error=kind("because", reason="BECAUSE", retry_after=1.5, metadata={"key": "value"})) as server,
+        Client(server.address) as client,
+        pytest.raises(kind) as caught,
+    ):
+        client.generate("a red apple").result()
+    error = caught.value
+    assert type(error) is kind
+    assert (str(error), error.code, error.reason) == ("because", code.name, "BECAUSE")
+    assert (error.retry_after, error.metadata) == (1.5, {"key": "value"})
+    assert error.__cause__ is None
+
+
+@pytest.mark.parametrize("code", CODES, ids=lambda code: code.name)
+def test_last_message_becomes_its_class(code):
+    """A generation that fails underway raises the class of the code in its last message."""
+    kind = BY_CODE[code.value[0]]
+    with (
+        FakeServer(error=kind("because", reason="BECAUSE", retry_after=2), fail_at=2) as server,
+        Client(server.address) as client,
+    ):
+        generation, steps = client.generate("a red apple"), []
+        with pytest.raises(kind) as caught:
+            steps.extend(progress.step for progress in generation)
+        assert steps == [0, 0, 0, 1, 2]
+        assert (caught.value.reason, caught.value.retry_after) == ("BECAUSE", 2)
+        with pytest.raises(kind):
+            generation.result()
+
+
+def test_every_violation_arrives_under_the_name_of_its_argument():
+    """BadRequest details become violations named as the arguments of generate."""
+    refused = InvalidRequest("Two things are wrong.", violations=[("width_px", "too wide"), ("steps", "too many")])
+    with (
+        FakeServer(error=refused) as server,
+        Client(server.address) as client,
+        pytest.raises(InvalidRequest) as caught,
+    ):
+        client.generate("a red apple").result()
+    assert caught.value.violations == (("width", "too wide"), ("steps", "too many"))
+    assert caught.value.violations[0] == Violation("width", "too wide")
+    assert str(caught.value) == "Two things are wrong.\n  width: too wide\n  steps: too many"
+
+
+def test_damaged_details_do_not_hide_the_error():
+    """A rich status that cannot be read leaves the plain one."""
+    error = from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", [("grpc-status-details-bin", b"\xff\xff")])
+    assert isinstance(error, Overloaded)
+    assert (str(error), error.reason, error.retry_after) == ("full", "", None)
+
+
+def test_code_that_is_not_one_becomes_the_default():
+    """An error message whose code is no error code is still an error."""
+    error = from_error_message(v1.Error(code=0, message="odd"), calotype.InternalError)
+    assert type(error) is calotype.InternalError
+
+
+def test_error_without_text_says_its_reason_or_code():
+    """No exception prints as an empty line."""
+    assert str(Overloaded(reason="QUEUE_FULL")) == "QUEUE_FULL"
+    assert str(Overloaded()) == "RESOURCE_EXHAUSTED"
+
+
+def test_incomplete_stream_is_an_unknown_error():
+    """StreamIncomplete can be caught with UnknownError and with CalotypeError."""
+    assert issubclass(StreamIncomplete, calotype.UnknownError)
+    assert issubclass(StreamIncomplete, CalotypeError)
+
+
+def test_errors_survive_pickling():
+    """An error that crosses a process keeps what it knows."""
+    error = pickle.loads(pickle.dumps(InvalidRequest("no", reason="R", violations=[("steps", "too many")])))
+    assert (error.message, error.reason, error.violations) == ("no", "R", (("steps", "too many"),))

@@ -1,0 +1,58 @@
+"""Pictures that form in a notebook."""
+
+import pytest
+
+from calotype import AsyncClient, Client, InternalError, Notice
+from calotype.notebook import ashow, show
+from calotype.testing import FakeServer
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the cell displays, oldest first."""
+    pages = []
+
+    class Handle:
+        def update(self, page):
+            pages.append(page.data)
+
+    def display(page, *, display_id):
+        assert display_id is True
+        return Handle()
+
+    monkeypatch.setattr("calotype.notebook.display", display)
+    return pages
+
+
+def test_show_updates_one_display(shown):
+    """The picture forms in place, with a caption, and the final image is returned."""
+    with FakeServer(steps=2, warnings=[Notice("CUT", "<cut>")]) as server, Client(server.address) as client:
+        image = show(client.generate("a red apple", seed=5))
+    assert image.format == "png"
+    assert "<img" not in shown[0]
+    assert "queued, seed 5" in shown[0]
+    assert "&lt;cut&gt;" in shown[0]
+    assert "data:image/jpeg;base64," in shown[3]
+    assert "denoising, step 1/2, seed 5" in shown[3]
+    assert "data:image/png;base64," in shown[-1]
+    assert "succeeded, step 2/2" in shown[-1]
+
+
+async def test_ashow_does_the_same(shown):
+    """The async twin shows the same."""
+    with FakeServer(steps=2) as server:
+        async with AsyncClient(server.address) as client:
+            image = await ashow(client.generate("a red apple"))
+    assert image.format == "png"
+    assert "data:image/png;base64," in shown[-1]
+
+
+def test_show_raises_what_goes_wrong(shown):
+    """A failed generation raises, and the last preview stays."""
+    with (
+        FakeServer(error=InternalError("no"), fail_at=2) as server,
+        Client(server.address) as client,
+        pytest.raises(InternalError),
+    ):
+        show(client.generate("a red apple"))
+    assert "data:image/jpeg" in shown[-1]

@@ -1,0 +1,74 @@
+"""What the package promises to the outside."""
+
+import inspect
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import calotype
+from calotype import AsyncClient, AsyncGeneration, Client, Generation
+from calotype.testing import FakeServer
+
+ASYNC_NAMES = {"aclose": "close", "__aenter__": "__enter__", "__aexit__": "__exit__", "__aiter__": "__iter__"}
+
+
+def surface(kind):
+    """Public methods and protocols of a class, under the names of the sync twin."""
+    names = [name for name in vars(kind) if not name.startswith("_") or name in {*ASYNC_NAMES, *ASYNC_NAMES.values()}]
+    return {ASYNC_NAMES.get(name, name): getattr(kind, name) for name in [*names, "__init__"]}
+
+
+def test_public_names_are_the_declared_ones():
+    """Every public name is in __all__, and __all__ is sorted as ruff sorts it."""
+    names = {name for name, value in vars(calotype).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert names | {"__version__"} == set(calotype.__all__)
+    assert list(calotype.__all__) == sorted(calotype.__all__, key=lambda name: (not name.isupper(), name))
+
+
+def test_everything_public_has_a_docstring():
+    """No public class is without an explanation."""
+    for name in calotype.__all__:
+        if name != "__version__":
+            assert inspect.getdoc(getattr(calotype, name)), name
+
+
+@pytest.mark.parametrize(("sync", "asynchronous"), [(Client, AsyncClient), (Generation, AsyncGeneration)])
+def test_async_twin_has_the_same_surface(sync, asynchronous):
+    """Sync and async classes have the same methods with the same parameters."""
+    ours, theirs = surface(sync), surface(asynchronous)
+    assert ours.keys() == theirs.keys()
+    for name, method in ours.items():
+        if callable(method) and name != "__init__":
+            mine, other = inspect.signature(method), inspect.signature(theirs[name])
+            assert list(mine.parameters.values()) == list(other.parameters.values()), name
+
+
+def test_constructors_take_the_same_arguments():
+    """Client and AsyncClient are made in the same way."""
+    assert inspect.signature(Client) == inspect.signature(AsyncClient)
+
+
+def test_core_imports_none_of_the_extras():
+    """Importing the package and its fake server loads no extra."""
+    extras = {"typer", "rich", "textual_image", "PIL", "IPython", "numpy"}
+    code = f"import sys, calotype, calotype.testing; print(sorted({extras} & {{*sys.modules}}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_documented_example_runs(tmp_path, monkeypatch):
+    """The lines that the package's documentation begins with work as they stand."""
+    monkeypatch.chdir(tmp_path)
+    lines = textwrap.dedent(calotype.__doc__.split("Usage::\n\n")[1].split("\n\n`AsyncClient`")[0])
+    with FakeServer() as server:
+        exec(lines.replace("localhost:50051", server.address))
+    assert (tmp_path / "apple.png").stat().st_size > 0
+
+
+def test_package_is_typed():
+    """Type checkers are told to look inside."""
+    assert (Path(calotype.__file__).parent / "py.typed").exists()
+    assert calotype.__version__

@@ -1,0 +1,132 @@
+"""The queue: order, positions, estimates, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calotype_server import errors
+from calotype_server.admission import Admission
+from calotype_server.estimates import Pace
+from calotype_server.types import Job, Timings
+
+JOB = Job("a cat", None, 64, 64, 10, 3.0, 0, "DDIMScheduler")
+
+
+def paced(seconds_per_step: float = 1.0, around: float = 2.0) -> Pace:
+    """A pace that has seen one generation."""
+    pace = Pace()
+    pace.observe(JOB, Timings(encoding_prompt=around / 2, denoising=10 * seconds_per_step, decoding=around / 2))
+    return pace
+
+
+class Caller:
+    """Records what the queue tells one caller."""
+
+    def __init__(self) -> None:
+        self.moves: list[tuple[int, float | None]] = []
+
+    def __call__(self, position: int, remaining: float | None) -> None:
+        self.moves.append((position, remaining))
+
+
+async def test_the_first_starts_at_once_and_others_move_up() -> None:
+    """Positions are told on entry and on every change, and turns come in order."""
+    admission = Admission(Pace(), max_active=1, max_queue=3)
+    callers = [Caller() for _ in range(4)]
+    tickets = [admission.enter(JOB, caller) for caller in callers]
+    assert [ticket.turn.done() for ticket in tickets] == [True, False, False, False]
+    admission.leave(tickets[0])
+    assert [ticket.turn.done() for ticket in tickets] == [True, True, False, False]
+    admission.leave(tickets[2])
+    assert [position for position, _ in callers[3].moves] == [3, 2, 1]
+    admission.leave(tickets[1])
+    assert tickets[3].turn.done()
+
+
+async def test_leaving_twice_frees_one_slot_only() -> None:
+    """A slot given back twice must not let two in."""
+    admission = Admission(Pace(), max_active=1, max_queue=3)
+    tickets = [admission.enter(JOB, Caller()) for _ in range(3)]
+    admission.leave(tickets[0])
+    admission.leave(tickets[0])
+    assert [ticket.turn.done() for ticket in tickets] == [True, True, False]
+
+
+async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
+    """One more than fits is refused at once, with a time from measured steps; nobody else is disturbed."""
+    admission = Admission(paced(), max_active=1, max_queue=1)
+    first, second = Caller(), Caller()
+    admission.enter(JOB, first)
+    admission.enter(JOB, second)
+    with pytest.raises(errors.QueueFull) as caught:
+        admission.enter(JOB, Caller())
+    assert caught.value.retry_after == pytest.approx(12.0, abs=1.0)
+    assert len(first.moves) == len(second.moves) == 1
+
+
+async def test_no_queue_means_refusal_only_while_busy() -> None:
+    """`max_queue` of 0 still serves one at a time."""
+    admission = Admission(Pace(), max_active=1, max_queue=0)
+    ticket = admission.enter(JOB, Caller())
+    with pytest.raises(errors.QueueFull):
+        admission.enter(JOB, Caller())
+    admission.leave(ticket)
+    assert admission.enter(JOB, Caller()).turn.done()
+
+
+async def test_a_hopeless_deadline_is_refused_before_any_work() -> None:
+    """12 s of work do not fit into 11, nor 24 behind another; 13 do, and without measurements nobody is refused."""
+    admission = Admission(paced(), max_active=1, max_queue=3)
+    with pytest.raises(errors.DeadlineTooShort) as caught:
+        admission.enter(JOB, Caller(), deadline=11.0)
+    assert float(caught.value.metadata["estimated_seconds"]) == pytest.approx(12.0)
+    admission.enter(JOB, Caller(), deadline=13.0)
+    with pytest.raises(errors.DeadlineTooShort):
+        admission.enter(JOB, Caller(), deadline=20.0)
+    admission.enter(JOB, Caller(), deadline=25.0)
+    Admission(Pace(), max_active=1, max_queue=0).enter(JOB, Caller(), deadline=0.001)
+
+
+async def test_estimates_add_up_along_the_queue() -> None:
+    """Position 2 waits for what is running, position 1 and itself; larger pictures count by their pixels."""
+    admission = Admission(paced(), max_active=1, max_queue=3)
+    admission.enter(JOB, Caller())
+    admission.enter(replace(JOB, width=128), Caller())
+    third = Caller()
+    admission.enter(JOB, third)
+    position, remaining = third.moves[-1]
+    assert position == 2
+    assert remaining == pytest.approx(12 + 24 + 12, abs=1.0)
+
+
+def test_pace_follows_changes_and_ignores_unfinished_work() -> None:
+    """The newest generation moves the estimate; one that did not finish does not."""
+    pace = paced(1.0)
+    pace.observe(JOB, Timings(encoding_prompt=1.0, denoising=30.0))
+    assert pace.step_seconds(JOB) == pytest.approx(1.0)
+    pace.observe(JOB, Timings(encoding_prompt=1.0, denoising=20.0, decoding=1.0))
+    assert 1.0 < pace.step_seconds(JOB) < 2.0
+    assert pace.remaining_seconds(JOB, 10, 10) == pytest.approx(1.0)
+    assert Pace().total_seconds(JOB) is None
+
+
+@given(st.lists(st.tuples(st.sampled_from(["enter", "leave"]), st.integers(0, 20))), st.integers(1, 3))
+async def test_slots_are_never_lost_nor_shared(actions: list, max_active: int) -> None:
+    """Whatever comes and goes: at most `max_active` have a turn, nobody waits beside a free slot, order is kept."""
+    admission = Admission(Pace(), max_active=max_active, max_queue=5)
+    inside = []
+    for action, which in actions:
+        if action == "enter":
+            try:
+                inside.append(admission.enter(JOB, Caller()))
+            except errors.QueueFull:
+                assert len(inside) == max_active + 5
+        elif inside:
+            admission.leave(inside.pop(which % len(inside)))
+        turns = [ticket.turn.done() for ticket in inside]
+        assert turns == sorted(turns, reverse=True)
+        assert sum(turns) == min(max_active, len(inside))

@@ -1,0 +1,160 @@
+"""The event log: what a subscriber may rely on, whatever happens in whatever order."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calotype_server import errors
+from calotype_server.stream import EventLog, State, Update, advance
+from calotype_server.types import (
+    Decoding,
+    Denoising,
+    EncodedImage,
+    EncodingPrompt,
+    Failed,
+    Phase,
+    PreviewReady,
+    Queued,
+    Succeeded,
+    Timings,
+)
+from support.fake_engine import flat_pixels
+
+PIXELS = flat_pixels(1, 1, 0)
+IMAGE = EncodedImage("png", 1, 1, b"png")
+
+steps = st.integers(0, 5)
+progress_events = st.one_of(
+    st.builds(Queued, st.integers(1, 9)),
+    st.just(EncodingPrompt()),
+    st.builds(Denoising, steps, st.just(5)),
+    st.builds(PreviewReady, steps, st.just(5), st.just(PIXELS), st.integers(0, 2)),
+    st.just(Decoding()),
+)
+ends = st.one_of(
+    st.just(Succeeded(IMAGE, Timings())),
+    st.builds(
+        Failed,
+        st.sampled_from([errors.Cancelled("gone"), errors.GenerationFailed("broken")]),
+        st.just(Timings()),
+    ),
+)
+
+
+@given(st.lists(st.one_of(progress_events, ends)))
+def test_state_only_moves_forward(events: list) -> None:
+    """Phase, step and sequence never fall, a changed state has a new number, and nothing changes after the end."""
+    state = State()
+    for event in events:
+        later = advance(state, event)
+        assert (later is state) or later.sequence == state.sequence + 1
+        assert later.phase >= state.phase
+        assert later.step >= state.step
+        assert later.phase.is_end == (later.end is not None)
+        if state.end is not None:
+            assert later is state
+        state = later
+
+
+@given(st.lists(st.one_of(progress_events, st.just("read")), max_size=30), ends)
+def test_a_reader_of_any_speed_gets_the_newest_and_always_the_end(script: list, end) -> None:
+    """However reads fall between events: sequences rise strictly, each preview comes once or is counted, the end comes."""
+
+    async def scenario() -> tuple[list[Update], int]:
+        log = EventLog()
+        updates: list[Update] = []
+        follower = log.follow()
+        published = 0
+        for action in [*script, end]:
+            if action == "read":
+                if not updates or updates[-1].state.sequence < log.state.sequence:
+                    if log.state.sequence:
+                        updates.append(await anext(follower))
+                continue
+            before = log.state
+            log.publish(action)
+            published += isinstance(action, PreviewReady) and log.state is not before
+        updates.extend([update async for update in follower])
+        return updates, published
+
+    updates, previews_published = asyncio.run(scenario())
+    sequences = [update.state.sequence for update in updates]
+    assert sequences == sorted(set(sequences))
+    assert updates[-1].state.end == end
+    assert sum(update.state.end is not None for update in updates) == 1
+    delivered = [update.preview for update in updates if update.preview is not None]
+    # A preview before anybody subscribed is nobody's loss; `follow` subscribes at its first read.
+    assert len(delivered) + updates[-1].previews_dropped - updates[-1].state.previews_skipped <= previews_published
+    assert len({id(preview) for preview in delivered}) == len(delivered)
+
+
+async def test_an_unread_preview_is_replaced_and_counted() -> None:
+    """A reader that sleeps through three previews gets the last one and learns that two were dropped."""
+    log = EventLog()
+    log.publish(Queued(1))
+    follower = log.follow()
+    assert (await anext(follower)).state.queue_position == 1
+    for step in (1, 2, 3):
+        log.publish(PreviewReady(step, 5, PIXELS))
+    update = await anext(follower)
+    assert update.preview is not None
+    assert (update.preview.step, update.previews_dropped, update.state.step) == (3, 2, 3)
+    log.publish(Succeeded(IMAGE, Timings()))
+    assert [update.state.phase async for update in follower] == [Phase.SUCCEEDED]
+
+
+async def test_a_late_preview_does_not_turn_back_the_phase() -> None:
+    """The picture of the last step may arrive while decoding; it is shown, and the phase stays."""
+    log = EventLog()
+    log.publish(Denoising(4, 5))
+    log.publish(Decoding())
+    log.publish(PreviewReady(5, 5, PIXELS))
+    assert (log.state.phase, log.state.step) == (Phase.DECODING, 5)
+
+
+async def test_events_from_threads_reach_a_waiting_reader_in_order() -> None:
+    """Two threads publish while the reader waits in the loop; it sees rising numbers and the end."""
+    log = EventLog()
+
+    def publish(end: bool) -> None:
+        for step in range(200):
+            log.publish(Denoising(step, 200))
+        if end:
+            log.publish(Succeeded(IMAGE, Timings()))
+
+    first = threading.Thread(target=publish, args=(False,))
+    first.start()
+    threading.Thread(target=lambda: (first.join(), publish(True))).start()
+    sequences = [update.state.sequence async for update in log.follow()]
+    assert sequences == sorted(set(sequences))
+    assert log.state.phase is Phase.SUCCEEDED
+
+
+async def test_every_follower_has_a_slot_of_its_own() -> None:
+    """A slow follower loses nothing but its own previews."""
+    log = EventLog()
+    log.publish(Queued(1))
+    quick, slow = log.follow(), log.follow()
+    await anext(quick)
+    await anext(slow)
+    for step in (1, 2):
+        log.publish(PreviewReady(step, 2, PIXELS))
+        assert (await anext(quick)).previews_dropped == 0
+    assert (await anext(slow)).previews_dropped == 1
+    log.publish(Failed(errors.Cancelled("gone"), Timings()))
+    assert [u.state.phase async for u in quick] == [u.state.phase async for u in slow] == [Phase.CANCELLED]
+
+
+def test_publishing_after_the_loop_is_gone_is_harmless() -> None:
+    """A preview thread that finishes after the loop closed must not die of it."""
+
+    async def make() -> EventLog:
+        return EventLog()
+
+    log = asyncio.run(make())
+    log.publish(Queued(1))
+    assert log.state.queue_position == 1

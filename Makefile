@@ -63,10 +63,10 @@ proto-check: $(PROTO_READY) ## fail when the generated code is not what the prot
 	diff -ru --exclude=__pycache__ build/proto/calotype/v1 client/python/calotype/v1
 
 bench: $(READY) ## measure; prints a table and writes build/bench.json
-	$(BIN)/python -m tests.benchmarks.bench
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench
 
 filmstrip: $(READY) ## draw the README's picture
-	$(BIN)/python -m tests.benchmarks.filmstrip
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.filmstrip
 
 clean: ## remove what was built, but not the environments
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

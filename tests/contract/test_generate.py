@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import TYPE_CHECKING
 
 import grpc
@@ -57,7 +58,7 @@ def details(error: grpc.aio.AioRpcError) -> dict[str, object]:
 async def test_a_stream_tells_the_whole_story_in_order(service: Service) -> None:
     """Numbers rise, phases and steps never go back, and the last message has the final PNG, the seed and timings."""
     messages = [message async for message in service.stub.Generate(RED_APPLE)]
-    for before, after in zip(messages, messages[1:], strict=False):
+    for before, after in itertools.pairwise(messages):
         assert after.sequence > before.sequence
         assert after.phase >= before.phase
         assert after.step >= before.step

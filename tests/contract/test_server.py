@@ -94,9 +94,10 @@ async def test_what_cannot_be_finished_in_time_ends_unavailable() -> None:
     engine = FakeEngine()
     engine.hold()
     async with running(engine) as service:
-        calls = [service.stub.Generate(PROMPT), service.stub.Generate(PROMPT)]
-        for call in calls:
-            await call.read()
+        calls = []
+        for _ in range(2):
+            calls.append(service.stub.Generate(PROMPT))
+            await calls[-1].read()
         service.generations.refuse(retry_after=5.0)
         ending = asyncio.create_task(service.generations.end_all())
         # The queued one, last in, ends at once; the running one when its step is over.

@@ -62,7 +62,7 @@ def test_state_only_moves_forward(events: list) -> None:
 
 @given(st.lists(st.one_of(progress_events, st.just("read")), max_size=30), ends)
 def test_a_reader_of_any_speed_gets_the_newest_and_always_the_end(script: list, end) -> None:
-    """However reads fall between events: sequences rise strictly, each preview comes once or is counted, the end comes."""
+    """However reads fall between events, numbers rise, a preview comes once or is counted, and the end comes."""
 
     async def scenario() -> tuple[list[Update], int]:
         log = EventLog()
@@ -71,9 +71,8 @@ def test_a_reader_of_any_speed_gets_the_newest_and_always_the_end(script: list, 
         published = 0
         for action in [*script, end]:
             if action == "read":
-                if not updates or updates[-1].state.sequence < log.state.sequence:
-                    if log.state.sequence:
-                        updates.append(await anext(follower))
+                if log.state.sequence > (updates[-1].state.sequence if updates else 0):
+                    updates.append(await anext(follower))
                 continue
             before = log.state
             log.publish(action)

@@ -1,0 +1,146 @@
+"""Measures what streaming costs: ratios of things done side by side in one run, so that a slow machine cancels out.
+
+`make bench` prints a table and writes build/bench.json, flat: name to number.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# As the server sets it, so that both sides of every ratio compute alike. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+import calotype
+from calotype_server.engine import loading
+from support.process import ServerProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROUNDS = int(os.environ.get("ROUNDS", "12"))
+STEPS = 20
+PROMPT = "a red apple"
+OUTPUT = Path("build/bench.json")
+
+
+def main() -> None:
+    """Runs everything and reports."""
+    pipeline = loading.load_pipeline(
+        "bundled", revision=None, variant=None, device=torch.device("cpu"), dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    with ServerProcess("--log-level", "warning") as server, calotype.Client(server.address) as client:
+        results = {**cost_of_streaming(pipeline, client), **latencies(client)}
+    OUTPUT.parent.mkdir(exist_ok=True)
+    OUTPUT.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    aims = {"stream_over_bare": 1.05, "first_preview_steps": 2.5, "cancel_steps": 1.2}
+    print(f"{'':28} {'measured':>10} {'aim':>8}")
+    for name, value in results.items():
+        print(f"{name:28} {value:10.3f} {'<= ' + str(aims[name]) if name in aims else '':>8}")
+
+
+def cost_of_streaming(pipeline: Any, client: calotype.Client) -> dict[str, float]:
+    """Wall time of a full stream with a preview at every step, and of the usual callback, over the bare call."""
+
+    def bare() -> None:
+        picture(pipeline)
+
+    def seed_style() -> None:
+        picture(pipeline, callback_on_step_end=decode_and_encode)
+
+    dropped = []
+
+    def stream() -> None:
+        generation = client.generate(PROMPT, seed=1, steps=STEPS)
+        generation.result()
+        dropped.append(generation.progress.previews_dropped)
+
+    times = interleaved({"bare": bare, "stream": stream, "seed_style": seed_style})
+    return {
+        "stream_over_bare": ratio(times, "stream", "bare"),
+        "seed_style_over_bare": ratio(times, "seed_style", "bare"),
+        "bare_seconds": statistics.median(times["bare"]),
+        "stream_seconds": statistics.median(times["stream"]),
+        "previews_dropped_share": sum(dropped) / (len(dropped) * STEPS),
+    }
+
+
+def latencies(client: calotype.Client) -> dict[str, float]:
+    """Time to the first preview, and from a cancel until the denoiser works for the next; in steps."""
+    steps, firsts, cancels = [], [], []
+    for round_number in range(ROUNDS):
+        begun = time.perf_counter()
+        generation = client.generate(PROMPT, seed=round_number, steps=STEPS)
+        first = None
+        for progress in generation:
+            if progress.preview is not None and first is None:
+                first = time.perf_counter() - begun
+        step = generation.progress.timings.denoising / STEPS
+        steps.append(step)
+        firsts.append(first / step)
+
+        left = client.generate(PROMPT, seed=round_number, steps=STEPS)
+        for progress in left:
+            if progress.step == 3 + round_number % 8:
+                begun = time.perf_counter()
+                left.cancel()
+                break
+        for progress in client.generate(PROMPT, steps=1):
+            if progress.phase is not calotype.Phase.QUEUED:
+                cancels.append((time.perf_counter() - begun) / step)
+                break
+    return {
+        "first_preview_steps": statistics.median(firsts),
+        "cancel_steps": statistics.median(cancels),
+        "cancel_steps_max": max(cancels),
+        "step_ms": 1000 * statistics.median(steps),
+    }
+
+
+def picture(pipeline: Any, **options: Any) -> None:
+    """The bare call, with the server's settings."""
+    pipeline(
+        PROMPT,
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(1),
+        **options,
+    )
+
+
+def decode_and_encode(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """What is usually written into `callback_on_step_end`: the full VAE and a JPEG, in the way of the denoiser."""
+    latents = tensors["latents"] / pipeline.vae.config.scaling_factor
+    with torch.no_grad():
+        image = pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)[0]
+    image.save(io.BytesIO(), "jpeg", quality=75)
+    return tensors
+
+
+def interleaved(functions: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Wall seconds of each function, called in turn for every round, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for round_number in range(ROUNDS + 1):
+        for name, function in functions.items():
+            begun = time.perf_counter()
+            function()
+            if round_number:
+                times[name].append(time.perf_counter() - begun)
+    return times
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
+    """Median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The whole way, with the real model over a real socket: what the README promises."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from PIL import Image as Pillow
+
+import calotype
+from calotype.v1 import calotype_pb2 as pb
+from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
+from support.process import CALOTYPE
+
+if TYPE_CHECKING:
+    from support.process import ServerProcess
+
+pytestmark = pytest.mark.e2e
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_readmes_lines_of_python_work(
+    server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first Python block of the README, word for word but for the address, writes the picture."""
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    assert len(code.strip().splitlines()) <= 8
+    exec(compile(code.replace("localhost:50051", server.address), "README.md", "exec"), {})
+    with Pillow.open(tmp_path / "apple.png") as image:
+        assert (image.format, image.size) == ("PNG", (128, 128))
+    assert "denoising 10 20" in capsys.readouterr().out
+
+
+def test_a_generated_stub_alone_is_enough(server: ServerProcess) -> None:
+    """Another service, with nothing but generated code, sees pictures form and gets the final one."""
+    with grpc.insecure_channel(server.address) as channel:
+        stub = GenerationServiceStub(channel)
+        model = stub.GetModel(pb.GetModelRequest())
+        messages = list(stub.Generate(pb.GenerateRequest(prompt="a red apple", seed=1)))
+    previews = [message for message in messages if message.image_kind == pb.IMAGE_KIND_PREDICTED]
+    assert len(previews) >= 5
+    assert all(Pillow.open(io.BytesIO(message.image)).format == "JPEG" for message in previews)
+    final = messages[-1]
+    assert (final.phase, final.step, final.total_steps) == (pb.PHASE_SUCCEEDED, model.step_count, model.step_count)
+    assert Pillow.open(io.BytesIO(final.image)).size == (model.width_px, model.height_px)
+
+
+def test_previews_become_the_final_picture(server: ServerProcess) -> None:
+    """Predicted pictures come ever closer to the final one: they show the picture, not noise."""
+    with calotype.Client(server.address) as client, client.generate("a red apple", seed=3) as generation:
+        previews = [progress.preview for progress in generation if progress.preview is not None]
+        final = generation.result().to_pil().convert("RGB")
+
+    def distance(preview: calotype.Image) -> float:
+        picture = preview.to_pil().convert("RGB").resize(final.size)
+        pairs = zip(picture.tobytes(), final.tobytes(), strict=True)
+        return sum(abs(a - b) for a, b in pairs) / len(final.tobytes())
+
+    assert distance(previews[-1]) < distance(previews[0])
+    assert distance(previews[-1]) < 40
+
+
+def test_the_same_seed_gives_the_same_picture(server: ServerProcess) -> None:
+    """Byte for byte; another seed gives another picture."""
+    with calotype.Client(server.address) as client:
+        first, again, other = (client.generate("a dog", seed=seed, steps=4).result().data for seed in (5, 5, 6))
+    assert first == again != other
+
+
+def test_the_drawn_seed_repeats_the_picture(server: ServerProcess) -> None:
+    """A caller who gave no seed is told the one that was drawn, and it works."""
+    with calotype.Client(server.address) as client:
+        drawn = client.generate("a dog", steps=4)
+        picture = drawn.result().data
+        assert client.generate("a dog", seed=drawn.seed, steps=4).result().data == picture
+
+
+def test_sizes_and_schedulers_are_honoured(server: ServerProcess) -> None:
+    """A wide picture by a scheduler that evaluates the model twice a step tells the true number of steps."""
+    with calotype.Client(server.address) as client:
+        generation = client.generate("a car", width=160, height=96, steps=4, scheduler="HeunDiscreteScheduler", seed=1)
+        image = generation.result()
+    assert (image.width, image.height) == (160, 96)
+    assert generation.progress.total_steps == 7
+
+
+def test_a_prompt_that_is_cut_is_reported(server: ServerProcess) -> None:
+    """The model reads 16 tokens; the caller of a longer prompt is warned, and gets a picture."""
+    with calotype.Client(server.address) as client:
+        generation = client.generate("a very " * 20 + "red apple", steps=2)
+        generation.result()
+        assert [notice.reason for notice in generation.warnings] == ["PROMPT_TRUNCATED"]
+
+
+def test_every_violation_reaches_the_python_caller(server: ServerProcess) -> None:
+    """One exception with all of them, and no grpc type."""
+    with calotype.Client(server.address) as client, pytest.raises(calotype.InvalidRequest) as caught:
+        client.generate("", width=7, steps=0, guidance_scale=float("nan"), scheduler="No").result()
+    assert len(caught.value.violations) == 5
+    assert not isinstance(caught.value, grpc.RpcError)
+
+
+def test_leaving_frees_the_device_for_the_next(server: ServerProcess) -> None:
+    """150 steps are left after one; a picture asked for next does not wait for the rest."""
+    with calotype.Client(server.address) as client:
+        for progress in client.generate("a cat", steps=150):
+            if progress.step:
+                break
+        longest = client.generate("a cat", steps=2, seed=1)
+        longest.result()
+        assert longest.progress.timings.queued < longest.progress.timings.total
+        assert any("outcome=CANCELLED" in line for line in server.log)
+
+
+async def test_many_callers_are_served_in_turn(server: ServerProcess) -> None:
+    """Six at once all get their own picture, and those who wait learn their position."""
+    positions = set()
+
+    async def ask(client: calotype.AsyncClient, seed: int) -> bytes:
+        generation = client.generate("a rocket", seed=seed, steps=4)
+        async for progress in generation:
+            positions.add(progress.queue_position)
+        return (await generation.result()).data
+
+    async with calotype.AsyncClient(server.address) as client:
+        pictures = await asyncio.gather(*(ask(client, seed) for seed in range(6)))
+        assert len(set(pictures)) == 6
+        assert pictures[3] == (await client.generate("a rocket", seed=3, steps=4).result()).data
+    assert {1, 2} <= positions
+
+
+def test_the_command_line_shows_the_picture_in_a_terminal(server: ServerProcess, tmp_path: Path) -> None:
+    """Under a pty: half blocks in colour, a bar that reaches 20/20, and the file at the end."""
+    output = tmp_path / "apple.png"
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [*CALOTYPE, "generate", "a red apple", "--address", server.address, "--seed", "1", "-o", str(output)],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", "COLORTERM": "truecolor"},
+    )
+    os.close(slave)
+    seen = b""
+    while True:
+        try:
+            chunk = os.read(master, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        seen += chunk
+    os.close(master)
+    assert process.wait(60) == 0
+    text = seen.decode(errors="replace")
+    assert "▀" in text or "▄" in text
+    assert "20/20" in text
+    with Pillow.open(output) as image:
+        assert image.size == (128, 128)
+
+
+def test_the_command_line_writes_events_for_programs(server: ServerProcess, tmp_path: Path) -> None:
+    """`--json` gives one object a line; `--previews` and `--filmstrip` keep the pictures."""
+    command = ["generate", "a dog", "--address", server.address, "--seed", "2", "-o", str(tmp_path / "dog.png")]
+    keep = ["--json", "--previews", str(tmp_path / "frames"), "--filmstrip", str(tmp_path / "strip.png")]
+    done = subprocess.run([*CALOTYPE, *command, *keep], capture_output=True, text=True, timeout=120, check=True)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert events[0]["phase"] == "queued"
+    assert events[-1]["phase"] == "succeeded"
+    assert len(list((tmp_path / "frames").iterdir())) >= 5
+    with Pillow.open(tmp_path / "strip.png") as strip:
+        assert strip.width > 500
+
+
+def test_log_lines_carry_the_ids_and_never_the_prompt(server: ServerProcess) -> None:
+    """Every line about a call has its request id, those about a generation its id; prompts are not logged."""
+    with calotype.Client(server.address) as client:
+        generation = client.generate("unmistakable words", steps=1)
+        generation.result()
+    lines = [line for line in server.log if generation.id in line]
+    assert len(lines) >= 2
+    assert all("request=" in re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines)
+    assert not any("unmistakable" in line for line in server.log)

@@ -1,0 +1,117 @@
+"""What an operator does: start it wrongly, stop it in mid-stream, kill it, ask the doctor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+import calotype
+from support.process import CALOTYPE, ServerProcess
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.e2e
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
+    return subprocess.run([*CALOTYPE, *arguments], capture_output=True, text=True, timeout=100, env=env, check=False)
+
+
+def test_sigterm_lets_the_running_picture_finish(cache_dir: Path) -> None:
+    """The stream under way ends with its image, new calls are refused with a retry time, and the exit code is 0."""
+    with ServerProcess("--cache-dir", str(cache_dir)) as server, calotype.Client(server.address) as client:
+        generation = client.generate("a red apple", steps=40, seed=1)
+        for progress in generation:
+            if progress.step == 3:
+                server.terminate()
+            if progress.step == 20:
+                with pytest.raises(calotype.Unavailable) as caught:
+                    client.generate("another").result()
+                assert caught.value.retry_after > 0
+        assert generation.result().width == 128
+        assert server.process.wait(30) == 0
+
+
+def test_without_grace_the_stream_ends_typed(cache_dir: Path) -> None:
+    """What cannot be finished ends as Unavailable with a retry time, not as a broken connection."""
+    options = ("--cache-dir", str(cache_dir), "--drain-seconds", "0")
+    with ServerProcess(*options) as server, calotype.Client(server.address) as client:
+        generation = client.generate("a red apple", steps=150)
+        with pytest.raises(calotype.Unavailable) as caught:
+            for progress in generation:
+                if progress.step == 2:
+                    server.terminate()
+        assert caught.value.reason == "DRAINING"
+        assert caught.value.retry_after > 0
+        assert server.process.wait(30) == 0
+
+
+def test_a_killed_server_is_a_typed_error_and_a_killed_client_costs_nothing(cache_dir: Path) -> None:
+    """SIGKILL of a client frees the queue for the next; SIGKILL of the server raises Unavailable in mid-stream."""
+    with ServerProcess("--cache-dir", str(cache_dir)) as server, calotype.Client(server.address) as client:
+        command = [*CALOTYPE, "generate", "a cat", "--address", server.address, "--steps", "150", "--json"]
+        victim = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        for line in victim.stdout:
+            if '"denoising"' in line:
+                break
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        victim.stdout.close()
+        client.generate("a dog", steps=2).result()
+        with pytest.raises(calotype.Unavailable):
+            for progress in client.generate("a cat", steps=150):
+                if progress.step == 2:
+                    server.process.kill()
+
+
+def test_a_taken_port_is_explained() -> None:
+    """Exit code 1 and a sentence with the flag, before any model is loaded."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("serve", "--grpc-address", f"127.0.0.1:{taken.getsockname()[1]}")
+    assert done.returncode == 1
+    assert "--grpc-address" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("./no-such-folder", "no folder"),
+        ("org/no-such-model", "hub cannot be reached"),
+        ("nonsense", "neither a folder nor a hub id"),
+    ],
+)
+def test_a_model_that_is_not_there_is_explained(model: str, words: str) -> None:
+    """Each way to be wrong has its own sentence and exit code 1, without a traceback."""
+    done = run("serve", "--grpc-address", "127.0.0.1:0", "--model", model)
+    assert done.returncode == 1
+    assert words in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_settings_are_all_named() -> None:
+    """Flags and variables are checked alike, all at once, with exit code 2."""
+    done = run("serve", "--max-queue", "-1", "--dtype", "float8", CALOTYPE_PREVIEW_QUALITY="100")
+    assert done.returncode == 2
+    for flag in ("--max-queue", "--dtype", "--preview-quality"):
+        assert flag in done.stderr
+
+
+def test_the_doctor_reports_health_and_sickness() -> None:
+    """All is well on this machine but for a model that is not there; then it says what to do and exits with 1."""
+    done = run("doctor", "--grpc-address", "127.0.0.1:0")
+    assert done.returncode == 0, done.stdout
+    assert "bundled: StableDiffusionPipeline" in done.stdout
+    sick = run("doctor", "--grpc-address", "127.0.0.1:0", "--model", "./nowhere")
+    assert sick.returncode == 1
+    assert "There is no folder" in sick.stdout

@@ -1,0 +1,54 @@
+"""`calotype serve` as a process of its own, as an operator would start it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from typing import Self
+
+CALOTYPE = [sys.executable, "-m", "calotype"]
+
+
+class ServerProcess:
+    """Runs `calotype serve` on a free port; a context manager that ends it.
+
+    Args:
+        options: Further flags.
+        environment: Further variables.
+    """
+
+    def __init__(self, *options: str, **environment: str) -> None:
+        self._command = [*CALOTYPE, "serve", "--grpc-address", "127.0.0.1:0", *options]
+        self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+        self.address = ""
+        self.log: list[str] = []
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self._environment
+        )
+        self._reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True)
+        self._reader.start()
+        for line in self.process.stdout:
+            if found := re.search(r"gRPC +(\S+)", line):
+                self.address = found[1]
+            if "Ctrl-C" in line:
+                return self
+        self._reader.join(10)
+        raise AssertionError("the server did not start:\n" + "".join(self.log))
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._reader.join(10)
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+    def terminate(self) -> None:
+        """Sends SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.e2e
 
 README = Path(__file__).parents[2] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_the_readmes_lines_of_python_work(
@@ -34,12 +35,21 @@ def test_the_readmes_lines_of_python_work(
 ) -> None:
     """The first Python block of the README, word for word but for the address, writes the picture."""
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
-    assert len(code.strip().splitlines()) <= 8
+    code = BLOCKS[0]
+    assert len([line for line in code.splitlines() if line]) <= 7
     exec(compile(code.replace("localhost:50051", server.address), "README.md", "exec"), {})
     with Pillow.open(tmp_path / "apple.png") as image:
         assert (image.format, image.size) == ("PNG", (128, 128))
     assert "denoising 10 20" in capsys.readouterr().out
+
+
+def test_the_readmes_other_blocks_work(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    """Errors look as the README shows them, and the fake server serves."""
+    assert len(BLOCKS) == 3
+    with calotype.Client(server.address) as client:
+        exec(compile(BLOCKS[1], "README.md", "exec"), {"calotype": calotype, "client": client})
+    assert "Violation(" in capsys.readouterr().out
+    exec(compile(BLOCKS[2], "README.md", "exec"), {})
 
 
 def test_a_generated_stub_alone_is_enough(server: ServerProcess) -> None:

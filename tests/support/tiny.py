@@ -239,11 +239,11 @@ def _qwen_image() -> diffusers.QwenImagePipeline:
         axes_dims_rope=(8, 4, 4),
     )
     vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=24,
+        base_dim=8,
         z_dim=4,
-        dim_mult=[1, 2, 4],
+        dim_mult=[1, 2, 2, 2],
         num_res_blocks=1,
-        temperal_downsample=[False, True],
+        temperal_downsample=[False, True, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.0, 2.0, 1.5, 0.7],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 
 from calotype_server.engine.denoised import noise_level
 from calotype_server.engine.view import make_scheduler
+from calotype_server.errors import ModelUnavailable
 from calotype_server.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -42,11 +44,19 @@ def read_defaults(folder: Path) -> Defaults:
 
     diffusers has no place for them: a pipeline class has one set of defaults for all weights.
     """
+    file = folder / "calotype.json"
     try:
-        values = json.loads((folder / "calotype.json").read_text(encoding="utf-8"))
+        values = json.loads(file.read_text(encoding="utf-8"))
+        step_count, guidance = values.get("step_count"), values.get("guidance_scale")
+        if step_count is not None and not (type(step_count) is int and step_count >= 1):
+            raise ValueError("step_count must be a whole number from 1")
+        if guidance is not None and not (isinstance(guidance, (int, float)) and math.isfinite(guidance)):
+            raise ValueError("guidance_scale must be a finite number")
     except FileNotFoundError:
         return Defaults()
-    return Defaults(values.get("step_count"), values.get("guidance_scale"))
+    except (ValueError, AttributeError) as error:
+        raise ModelUnavailable(f"{str(file)!r} is damaged ({error}); correct or delete it.") from error
+    return Defaults(step_count, guidance)
 
 
 def denoiser_name(pipeline: Any) -> str:
@@ -63,8 +73,10 @@ def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
     guidance = None
     if "guidance_scale" in parameters:
         guidance = defaults.guidance_scale
-        if guidance is None:
-            guidance = float(parameters["guidance_scale"].default)
+        default = parameters["guidance_scale"].default
+        # Qwen-Image's default is None: it has the parameter for models distilled on guidance only.
+        if guidance is None and default is not None:
+            guidance = float(default)
     return ModelInfo(
         name=name,
         pipeline=type(pipeline).__name__,

@@ -63,6 +63,8 @@ def noise_level(scheduler: Any, evaluation: int, timestep: Any) -> NoiseLevel | 
         if hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order:
             # The second stage of KDPM2 sits between two sigmas.
             sigmas = scheduler.sigmas_interpol
+            # The ancestral variant keeps them one place earlier.
+            index -= hasattr(scheduler, "sigmas_up")
         return NoiseLevel(kind, 1.0, sigmas[index])
     if hasattr(scheduler, "alphas_cumprod") and kind is not None:
         cumulative = scheduler.alphas_cumprod[int(timestep)]

@@ -83,7 +83,8 @@ def load_pipeline(
     parameters = inspect.signature(type(pipeline).__call__).parameters
     image = parameters.get("image")
     kind = type(pipeline).__name__
-    if "prompt" not in parameters or (image is not None and image.default is image.empty):
+    needs_image = image is not None and (image.default is image.empty or "strength" in parameters)
+    if needs_image or not {"prompt", "width", "height", "num_inference_steps"} <= parameters.keys():
         raise ModelUnavailable(f"{model!r} is a {kind}, which does not turn text into images.")
     if getattr(pipeline, "vae", None) is None or getattr(pipeline, "scheduler", None) is None:
         raise ModelUnavailable(f"{model!r} is a {kind}, which is not a latent diffusion pipeline.")
@@ -118,7 +119,7 @@ def _explain(model: str, local: bool, error: Exception) -> str:
             "the configs, and weights as .safetensors."
         )
     if isinstance(error, GatedRepoError):
-        return f"The hub wants you to accept the terms of {model!r} and to log in: huggingface-cli login"
+        return f"The hub wants you to accept the terms of {model!r} and to log in: hf auth login"
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
         return f"The hub has no model {model!r}, or it is private and you are not logged in."
     if isinstance(error, OfflineModeIsEnabled | OSError):

@@ -83,7 +83,7 @@ class StepTap:
             nonlocal done
             set_timesteps(*args, **kwargs)
             done = 0
-            on_start(len(scheduler.timesteps))
+            on_start(_total(scheduler))
 
         @functools.wraps(step)
         def tapped_step(
@@ -96,9 +96,7 @@ class StepTap:
             level = noise_level(scheduler, done, timestep)
             output = step(model_output, timestep, sample, *args, **kwargs, return_dict=True)
             done += 1
-            self.last = Step(
-                done, len(scheduler.timesteps), sample, model_output, level, _reported_x0(output), scheduler
-            )
+            self.last = Step(done, _total(scheduler), sample, model_output, level, _reported_x0(output), scheduler)
             on_step(self.last)
             if should_stop():
                 raise Stopped
@@ -106,6 +104,11 @@ class StepTap:
 
         scheduler.set_timesteps = tapped_set_timesteps
         scheduler.step = tapped_step
+
+
+def _total(scheduler: Any) -> int:
+    """Steps that a pipeline takes. SCM and Wuerstchen list the noise-free end too, and pipelines leave it out."""
+    return len(scheduler.timesteps) - (type(scheduler).__name__ in ("SCMScheduler", "DDPMWuerstchenScheduler"))
 
 
 def _reported_x0(output: Any) -> torch.Tensor | None:

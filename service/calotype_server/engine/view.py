@@ -18,7 +18,9 @@ def make_scheduler(pipeline: Any, name: str) -> Any:
     own = pipeline.scheduler
     if name == type(own).__name__:
         return copy.deepcopy(own)
-    return getattr(diffusers, name).from_config(own.config)
+    # PNDM's default Runge-Kutta warm-up fails below four steps; the released models skip it as well.
+    adjusted = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    return getattr(diffusers, name).from_config(own.config, **adjusted)
 
 
 def request_view(pipeline: Any, scheduler: Any, **replaced: Any) -> Any:

@@ -1,0 +1,39 @@
+"""Tiny pipelines for the tests of the engine. None of them reaches for the network."""
+
+import pytest
+import structlog
+import torch
+
+from support import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tiny tensors gain nothing from more threads, and one thread always sums in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def logs():
+    """What the code under test logs."""
+    # Loggers that were used before keep their processors unless told not to.
+    structlog.configure(cache_logger_on_first_use=False)
+    with structlog.testing.capture_logs() as entries:
+        yield entries
+
+
+@pytest.fixture(scope="session")
+def sd15():
+    """The shared tiny SD1.5, which no test may change."""
+    return tiny.shared("sd15")
+
+
+@pytest.fixture(scope="session")
+def sd15_folder(tmp_path_factory):
+    """A diffusers folder as `--model` takes it, with the tiny SD1.5 in it; tests copy it before they change it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-sd15"
+    tiny.build("sd15").save_pretrained(folder)
+    return folder

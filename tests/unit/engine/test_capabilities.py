@@ -1,0 +1,261 @@
+"""What a model can do and does by default, read from its pipeline."""
+
+import json
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+
+from calotype_server.engine.capabilities import Defaults, describe, read_defaults, tokenizers
+from calotype_server.engine.view import make_scheduler, request_view
+from calotype_server.errors import ModelUnavailable
+from support import tiny
+from support.tiny_inputs import arguments
+
+# Native side, size multiple, guidance by default, negative prompt, steps by default.
+# Pipelines whose config holds no size have a native one of 1024 in their own code.
+EXPECTED = {
+    "aura_flow": (64, 16, 3.5, True, 50),
+    "chroma": (1024, 16, 5.0, True, 35),
+    "cogview4": (1024, 16, 5.0, True, 50),
+    "flux": (1024, 16, 3.5, True, 28),
+    "flux2_klein": (1024, 16, 4.0, False, 50),
+    "lcm": (64, 8, 8.5, False, 4),
+    "lumina2": (32, 16, 4.0, True, 30),
+    "pixart_sigma": (64, 16, 4.5, True, 20),
+    "qwen_image": (1024, 16, None, True, 50),
+    "sana": (256, 32, 4.5, True, 20),
+    "sana_sprint": (256, 32, 4.5, False, 2),
+    "sd15": (64, 8, 7.5, True, 50),
+    "sd3": (64, 16, 7.0, True, 28),
+    "sdxl": (64, 8, 5.0, True, 50),
+    "z_image": (1024, 16, 5.0, True, 50),
+}
+
+EPSILON_SCHEDULERS = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+]
+# They need scipy and torchsde, which may or may not be there.
+NEEDING_MORE = {"LMSDiscreteScheduler", "DPMSolverSDEScheduler"}
+
+
+def model_of(pipeline, defaults=None):
+    """A pipeline's description, with the class's own defaults unless others are given."""
+    return describe("tiny", pipeline, defaults or Defaults())
+
+
+@pytest.fixture(scope="module")
+def offered():
+    """The schedulers that the tiny SD1.5 is offered."""
+    return model_of(tiny.shared("sd15")).schedulers
+
+
+def test_every_family_is_expected():
+    """The table below leaves no family out."""
+    assert set(EXPECTED) == set(tiny.FAMILIES)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_family_is_described(family):
+    """Sizes, guidance, negative prompt and steps are those of the pipeline."""
+    pipeline = tiny.shared(family)
+    model = model_of(pipeline)
+    side, multiple, guidance, negative, steps = EXPECTED[family]
+    assert (model.width, model.height, model.size_multiple) == (side, side, multiple)
+    assert model.guidance_scale == guidance
+    assert model.takes_negative_prompt is negative
+    assert model.step_count == steps
+    assert (model.name, model.pipeline) == ("tiny", type(pipeline).__name__)
+    assert (model.device, model.dtype) == ("cpu", "float32")
+    assert model.scheduler in model.schedulers
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_multiples_of_the_size_are_drawn_exactly(family):
+    """A picture of any multiple in width and height, also an odd one, has just that size."""
+    multiple = EXPECTED[family][1]
+    width, height = (factor * multiple for factor in (5, 3))
+    call = arguments(family, width=width, height=height, steps=1, output_type="pt")
+    assert tiny.shared(family)(**call)[0].shape == (1, 3, height, width)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "lumina2", "sd15"])
+def test_multiple_is_no_smaller_than_it_must_be(family):
+    """Between two multiples a pipeline refuses, fails, or draws another size than it was asked for."""
+    multiple = EXPECTED[family][1]
+    call = arguments(family, width=3 * multiple + multiple // 2, height=3 * multiple, steps=1, output_type="pt")
+    try:
+        drawn = tiny.shared(family)(**call)[0].shape
+    except (ValueError, RuntimeError):
+        return
+    assert drawn != (1, 3, call["height"], call["width"])
+
+
+def test_sizes_need_not_be_square(sd15):
+    """A native size with two sides is read as height and width."""
+    unet = SimpleNamespace(
+        config={"sample_size": (8, 16)}, device=sd15.unet.device, dtype=sd15.unet.dtype, __class__=object
+    )
+    pipeline = request_view(sd15, sd15.scheduler, unet=unet, default_sample_size=None)
+    model = model_of(pipeline)
+    assert (model.width, model.height) == (128, 64)
+
+
+class TestSchedulers:
+    """Only schedulers that work with the model are offered."""
+
+    def test_epsilon_model(self, sd15, offered):
+        """A model that predicts noise gets all that read its output so, sorted; EDM's, which do not, are left out."""
+        assert list(offered) == sorted(offered)
+        assert "EDMEulerScheduler" in {kind.__name__ for kind in sd15.scheduler.compatibles}
+        assert set(offered) - NEEDING_MORE == set(EPSILON_SCHEDULERS)
+
+    @pytest.mark.parametrize("steps", [1, 2, 4])
+    @pytest.mark.parametrize("name", EPSILON_SCHEDULERS)
+    def test_offered_scheduler_draws(self, sd15, offered, name, steps):
+        """Every offered scheduler gives a finite picture, with few steps as well."""
+        assert name in offered
+        picture = request_view(sd15, make_scheduler(sd15, name))(**arguments("sd15", steps=steps, output_type="pt"))[0]
+        assert torch.isfinite(picture).all()
+        assert float(picture.std()) > 0.01
+
+    @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+    def test_other_predictions(self, prediction_type):
+        """What is offered depends on the prediction: some schedulers do not know every type."""
+        scheduler = diffusers.DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+        pipeline = tiny.build("sd15", scheduler=scheduler)
+        offered = set(model_of(pipeline).schedulers)
+        assert {"DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"} <= offered
+        assert ("EulerAncestralDiscreteScheduler" in offered) == (prediction_type == "v_prediction")
+        assert ("KDPM2DiscreteScheduler" in offered) == (prediction_type == "v_prediction")
+        assert "EDMEulerScheduler" not in offered
+        for name in sorted(offered - NEEDING_MORE):
+            result = request_view(pipeline, make_scheduler(pipeline, name))(**arguments("sd15", steps=4))[0]
+            assert torch.isfinite(result).all(), name
+
+    @pytest.mark.parametrize("family", ["flux", "sd3", "cogview4", "z_image"])
+    def test_flow_model(self, family):
+        """A flow model is offered flow matching, also where its scheduler needs to know the size of the picture."""
+        assert model_of(tiny.shared(family)).schedulers == ("FlowMatchEulerDiscreteScheduler",)
+
+    def test_own_scheduler_is_always_offered(self):
+        """A scheduler that nothing is known of is still the model's own."""
+        assert model_of(tiny.shared("sana_sprint")).schedulers == ("SCMScheduler",)
+
+    def test_description_leaves_the_pipeline_alone(self, sd15):
+        """Trying the schedulers out changes nothing of the pipeline's own."""
+        before = sd15.scheduler
+        values = dict(vars(before))
+        model_of(sd15)
+        assert sd15.scheduler is before
+        assert vars(before).keys() == values.keys()
+        assert all(vars(before)[name] is value for name, value in values.items())
+
+
+class TestDefaults:
+    """`calotype.json` suits the weights, the pipeline's signature the class, and the operator has the last word."""
+
+    def test_given_values_take_precedence(self, sd15):
+        """What is given replaces what the class says."""
+        model = model_of(sd15, Defaults(step_count=12, guidance_scale=0.0))
+        assert model.step_count == 12
+        assert model.guidance_scale == 0.0
+
+    def test_guidance_needs_a_parameter(self):
+        """A pipeline that takes no guidance has none, whatever the defaults say."""
+
+        class Unguided(diffusers.StableDiffusionPipeline):
+            def __call__(self, prompt=None, height=None, width=None, num_inference_steps=8):
+                raise NotImplementedError
+
+        pipeline = request_view(tiny.shared("sd15"), tiny.shared("sd15").scheduler)
+        pipeline.__class__ = Unguided
+        model = model_of(pipeline, Defaults(guidance_scale=4.0))
+        assert model.guidance_scale is None
+        assert not model.takes_negative_prompt
+        assert model.step_count == 8
+
+    def test_or_else(self):
+        """Each value that is missing comes from the other; zero is a value."""
+        assert Defaults(5, None).or_else(Defaults(9, 2.0)) == Defaults(5, 2.0)
+        assert Defaults(None, 0.0).or_else(Defaults(9, 2.0)) == Defaults(9, 0.0)
+        assert Defaults().or_else(Defaults()) == Defaults()
+
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            ({"step_count": 20, "guidance_scale": 3.0}, Defaults(20, 3.0)),
+            ({"step_count": 20}, Defaults(20, None)),
+            ({"guidance_scale": 3}, Defaults(None, 3)),
+            ({}, Defaults()),
+            ({"about": "something else"}, Defaults()),
+        ],
+    )
+    def test_file_is_read(self, tmp_path, content, expected):
+        """The file gives either value, both or none; what else it holds is ignored."""
+        (tmp_path / "calotype.json").write_text(json.dumps(content))
+        assert read_defaults(tmp_path) == expected
+
+    def test_no_file_is_no_defaults(self, tmp_path):
+        """Most models have no such file."""
+        assert read_defaults(tmp_path) == Defaults()
+        assert read_defaults(tmp_path / "not" / "there") == Defaults()
+
+    @pytest.mark.parametrize(
+        "content", ["{not json", "[]", '{"step_count": "many"}', '{"step_count": 0}', '{"guidance_scale": NaN}']
+    )
+    def test_damaged_file_is_told(self, tmp_path, content):
+        """A file that makes no sense is told to the operator by its name, rather than by a stack trace."""
+        (tmp_path / "calotype.json").write_text(content)
+        with pytest.raises(ModelUnavailable, match=r"calotype\.json"):
+            read_defaults(tmp_path)
+
+
+class TestTokenizers:
+    """How much of a prompt a model reads."""
+
+    @staticmethod
+    def limits(family, **lengths):
+        """The limits of a pipeline whose tokenizers have the given lengths of their own."""
+        pipeline = tiny.shared(family)
+        replaced = {name: SimpleNamespace(model_max_length=length) for name, length in lengths.items()}
+        return [limit for _, limit in tokenizers(request_view(pipeline, pipeline.scheduler, **replaced))]
+
+    def test_clip(self, sd15):
+        """CLIP reads 77 tokens, and the model says so."""
+        assert tokenizers(sd15) == [(sd15.tokenizer, 77)]
+        assert model_of(sd15).max_prompt_tokens == 77
+
+    def test_longest_counts(self):
+        """Of CLIP and T5, T5 reads the most, as far as the pipeline lets it."""
+        assert self.limits("sd3", tokenizer=77, tokenizer_2=77, tokenizer_3=512)[0] == 77
+        assert max(self.limits("sd3", tokenizer=77, tokenizer_2=77, tokenizer_3=512)) == 256
+        assert max(self.limits("flux", tokenizer=77, tokenizer_2=512)) == 512
+
+    @pytest.mark.parametrize(("family", "limit"), [("z_image", 512), ("pixart_sigma", 300), ("sana", 300)])
+    def test_language_model(self, family, limit):
+        """A tokenizer without a limit of its own is cut by the pipeline."""
+        assert self.limits(family, tokenizer=10**30) == [limit]
+
+    def test_no_limit_is_unknown(self):
+        """Where neither tokenizer nor pipeline has a limit, there is none to tell."""
+        pipeline = tiny.shared("sd15")
+        view = request_view(pipeline, pipeline.scheduler, tokenizer=SimpleNamespace(model_max_length=10**30))
+        assert tokenizers(view) == []
+        assert model_of(view).max_prompt_tokens == 0
+
+    def test_no_tokenizer_is_unknown(self):
+        """A pipeline without a tokenizer has no limit to tell."""
+        assert model_of(tiny.shared("flux")).max_prompt_tokens == 0

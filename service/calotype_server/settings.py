@@ -24,7 +24,7 @@ class Settings(BaseSettings):
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None, description="Number format of the weights. Default: bfloat16 or float16 on cuda, float32 on cpu."
     )
-    threads: int | None = Field(None, ge=1, description="Threads that torch computes with. Default: torch's own.")
+    threads: int | None = Field(None, ge=1, description="Threads that torch computes with. Default: measured.")
     step_count: int | None = Field(None, ge=1, description="Default denoising steps. Default: the model's.")
     guidance_scale: float | None = Field(None, ge=0, description="Default guidance scale. Default: the model's.")
     max_step_count: int = Field(150, ge=1, description="Largest number of denoising steps accepted.")

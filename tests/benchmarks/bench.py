@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import calotype
-from calotype_server.engine import loading
+from calotype_server.engine import capabilities, loading, probe
 from support.process import ServerProcess
 
 if TYPE_CHECKING:
@@ -37,8 +37,15 @@ def main() -> None:
         "bundled", revision=None, variant=None, device=torch.device("cpu"), dtype=torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
-    with ServerProcess("--log-level", "warning") as server, calotype.Client(server.address) as client:
-        results = {**cost_of_streaming(pipeline, client), **latencies(client)}
+    threads = probe.pick_threads(
+        pipeline, capabilities.describe("bundled", pipeline, capabilities.Defaults(STEPS, 3.0))
+    )
+    torch.set_num_threads(threads)
+    with (
+        ServerProcess("--log-level", "warning", "--threads", str(threads)) as server,
+        calotype.Client(server.address) as client,
+    ):
+        results = {"threads": threads, **cost_of_streaming(pipeline, client), **latencies(client)}
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     aims = {"stream_over_bare": 1.05, "first_preview_steps": 2.5, "cancel_steps": 1.2}
@@ -93,10 +100,12 @@ def latencies(client: calotype.Client) -> dict[str, float]:
                 begun = time.perf_counter()
                 left.cancel()
                 break
-        for progress in client.generate(PROMPT, steps=1):
-            if progress.phase is not calotype.Phase.QUEUED:
-                cancels.append((time.perf_counter() - begun) / step)
-                break
+        following = client.generate(PROMPT, steps=1)
+        started = None
+        for progress in following:
+            if progress.phase is not calotype.Phase.QUEUED and started is None:
+                started = time.perf_counter()
+        cancels.append((started - begun) / step)
     return {
         "first_preview_steps": statistics.median(firsts),
         "cancel_steps": statistics.median(cancels),

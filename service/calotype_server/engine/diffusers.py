@@ -12,6 +12,7 @@ from calotype_server.engine.capabilities import Defaults, describe, tokenizers
 from calotype_server.engine.preview.cache import cache_path, load_head, save_head
 from calotype_server.engine.preview.calibrate import calibrate
 from calotype_server.engine.preview.renderer import PreviewRenderer
+from calotype_server.engine.probe import pick_threads
 from calotype_server.engine.tap import Step, StepTap, Stopped
 from calotype_server.engine.view import make_scheduler, request_view
 from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, Notice, Pixels
@@ -36,15 +37,16 @@ class DiffusersEngine:
         pipeline: A loaded text-to-image pipeline; it is never changed.
         defaults: What takes precedence over the pipeline's own defaults.
         cache_dir: Folder for the calibrated preview head.
-        threads: Threads that torch computes with; None for its own choice.
+        threads: Threads that torch computes with; None to measure what is quickest.
     """
 
     def __init__(
         self, name: str, pipeline: Any, *, defaults: Defaults, cache_dir: Path, threads: int | None = None
     ) -> None:
         self._pipeline = pipeline
-        self._threads = threads or torch.get_num_threads()
         self._model = describe(name, pipeline, defaults)
+        self._threads = threads or pick_threads(pipeline, self._model)
+        _log.info("model loaded", model=name, device=self._model.device, threads=self._threads)
         self._renderer = _make_renderer(pipeline, self._model, cache_dir)
 
     @property

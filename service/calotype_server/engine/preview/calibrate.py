@@ -8,7 +8,6 @@ pipeline's, so nothing about its layout has to be known here.
 from __future__ import annotations
 
 import functools
-import inspect
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch.nn import functional
 
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.preview.head import PreviewHead, to_grid
+from calotype_server.engine.probe import Proxy, plain_arguments
 from calotype_server.engine.view import make_scheduler, request_view
 
 if TYPE_CHECKING:
@@ -47,10 +47,10 @@ def calibrate(pipeline: Any, model: ModelInfo, *, seed: int = 0, budget: float =
     """
     deadline = time.monotonic() + budget
     edge = min(model.width, model.size_multiple * _MAX_CELLS)
-    call = _smallest_call(pipeline, edge)
+    call = plain_arguments(pipeline, edge, guidance_scale=1.0)
     denoiser = denoiser_name(pipeline)
     # What the denoiser says is thrown away, so once is enough.
-    replaced = {denoiser: _FirstAnswer(getattr(pipeline, denoiser))}
+    replaced = {denoiser: _first_answer(getattr(pipeline, denoiser))}
     _, shape = decode_planted(pipeline, None, call, **replaced)
     generator = torch.Generator().manual_seed(seed)
     statistics: HeadStatistics | None = None
@@ -137,33 +137,16 @@ def decode_planted(
     raise AssertionError("unreachable")
 
 
-class _FirstAnswer:
+def _first_answer(module: Any) -> Proxy:
     """A module that computes its first answer and repeats it."""
+    answers: list[Any] = []
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
-        self._answer: Any = None
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        if not answers:
+            answers.append(module(*args, **kwargs))
+        return answers[0]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._answer is None:
-            self._answer = self._module(*args, **kwargs)
-        return self._answer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
-def _smallest_call(pipeline: Any, edge: int) -> dict[str, Any]:
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    call: dict[str, Any] = {"prompt": "", "width": edge, "height": edge}
-    if "guidance_scale" in parameters:
-        call["guidance_scale"] = 1.0
-    if "use_resolution_binning" in parameters:
-        # It would draw at the nearest of the real model's sizes, which is larger than asked for, and shrink that.
-        call["use_resolution_binning"] = False
-    if "generator" in parameters:
-        call["generator"] = torch.Generator().manual_seed(0)
-    return call
+    return Proxy(module, answer)
 
 
 def _scale(cells: int, cell_edge: int) -> int:

@@ -79,7 +79,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         dead = asyncio.Event()
         generations = Generations(engine, admission, pace, encoder, max_active=_MAX_ACTIVE, on_dead=dead.set)
         try:
-            await generations.warm_up()
+            await signals.unless_stopped(generations.warm_up())
         except errors.ServiceError as error:
             raise errors.ModelUnavailable(f"The model {settings.model!r} cannot make a picture: {error}") from error
         servicer.open(generations)

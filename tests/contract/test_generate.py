@@ -177,6 +177,23 @@ async def test_a_caller_who_leaves_while_queued_never_runs(service: Service, eng
     assert [job.prompt for job in engine.jobs] == ["a red apple", "stays"]
 
 
+async def test_a_caller_who_leaves_while_decoding_holds_the_slot_until_the_thread_ends(
+    service: Service, engine: FakeEngine
+) -> None:
+    """A decode cannot be interrupted: the next caller starts when it is over, not before, and not never."""
+    engine.decoding.clear()
+    call = service.stub.Generate(RED_APPLE)
+    await read_until(call, pb.PHASE_DECODING)
+    call.cancel()
+    assert await asyncio.to_thread(engine.stops[0].wait, timeout=20)
+    following = service.stub.Generate(RED_APPLE)
+    assert (await following.read()).queue_position == 1
+    assert engine.active == 1
+    engine.decoding.set()
+    await read_until(following, pb.PHASE_SUCCEEDED)
+    assert engine.most_active == 1
+
+
 @pytest.mark.parametrize("queued", [False, True])
 async def test_cancel_by_id_ends_the_stream_with_a_typed_end(
     service: Service, engine: FakeEngine, queued: bool

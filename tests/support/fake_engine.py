@@ -52,6 +52,9 @@ class FakeEngine:
         """Released whenever a run ended because it was told to stop."""
         self.at_step = threading.Semaphore(0)
         """Released whenever a run is about to take a step."""
+        self.decoding = threading.Event()
+        """Runs end their decoding when it is set, as it is until a test clears it."""
+        self.decoding.set()
         self._permits: threading.Semaphore | None = None
         self._lock = threading.Lock()
 
@@ -91,9 +94,11 @@ class FakeEngine:
             if self.failure is not None:
                 raise self.failure
         report(Decoding())
+        self.decoding.wait()
         return flat_pixels(job.width, job.height, job.seed)
 
     def close(self) -> None:
         """Lets whatever is held go."""
+        self.decoding.set()
         if self._permits is not None:
             self.allow()

@@ -62,7 +62,7 @@ class StepTap:
         scheduler: A scheduler nobody else uses.
         on_start: Called with the total when the timesteps are set: encoding has ended, denoising begins.
         on_step: Called after every step.
-        should_stop: Asked before and after every step; True raises `Stopped` into the pipeline.
+        should_stop: Asked when the timesteps are set, and before and after every step; True raises `Stopped`.
     """
 
     def __init__(
@@ -84,6 +84,8 @@ class StepTap:
             set_timesteps(*args, **kwargs)
             done = 0
             on_start(_total(scheduler))
+            if should_stop():
+                raise Stopped
 
         @functools.wraps(step)
         def tapped_step(

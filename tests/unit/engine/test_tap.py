@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.probe import Proxy
 from calotype_server.engine.tap import StepTap, Stopped
 from calotype_server.engine.view import make_scheduler, request_view
 from support import tiny
@@ -133,6 +134,20 @@ def test_stopping_ends_the_call(family, untouched):
         tapped_view(family, recorder)(**arguments(family))
     assert len(recorder.steps) == 1
     assert torch.equal(tiny.shared(family)(**arguments(family))[0], untouched(family))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_stop_while_encoding_costs_no_denoiser_call(family):
+    """Told to stop before the timesteps are set, a request takes not one step."""
+    recorder = Recorder(stop_after=0)
+    pipeline = tiny.shared(family)
+    scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
+    recorder.tap(scheduler)
+    calls = []
+    denoiser = Proxy(getattr(pipeline, denoiser_name(pipeline)), lambda *args, **kwargs: calls.append(args))
+    with pytest.raises(Stopped):
+        request_view(pipeline, scheduler, **{denoiser_name(pipeline): denoiser})(**arguments(family))
+    assert calls == recorder.steps == []
 
 
 def test_stop_during_the_denoiser_takes_no_step(sd15):

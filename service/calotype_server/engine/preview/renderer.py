@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import queue
 import threading
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ class PreviewFeed:
         self.report = report
         self.broken = False
         """Whether the latents were seen to hold NaN or infinity."""
+        self.context = contextvars.copy_context()
+        """So that lines logged by the preview thread carry the generation's ids."""
         self._ready = ready
         self._lock = threading.Lock()
         self._slot: Step | None = None
@@ -90,7 +93,7 @@ class PreviewRenderer:
             try:
                 pixels = self._render(step, feed)
             except Exception:
-                _log.exception("preview failed", step=step.number)
+                feed.context.run(_log.exception, "preview failed", step=step.number)
                 pixels = None
             if pixels is None:
                 feed.report(Denoising(step.number, step.total))

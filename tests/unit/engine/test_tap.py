@@ -144,7 +144,7 @@ def test_a_stop_while_encoding_costs_no_denoiser_call(family):
     scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
     recorder.tap(scheduler)
     calls = []
-    denoiser = Proxy(getattr(pipeline, denoiser_name(pipeline)), lambda *args, **kwargs: calls.append(args))
+    denoiser = Proxy(getattr(pipeline, denoiser_name(pipeline)), lambda *args, **_: calls.append(args))
     with pytest.raises(Stopped):
         request_view(pipeline, scheduler, **{denoiser_name(pipeline): denoiser})(**arguments(family))
     assert calls == recorder.steps == []

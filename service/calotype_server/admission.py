@@ -69,6 +69,8 @@ class Admission:
             )
         needed = self._seconds_to_finish(job, len(self._waiting))
         if deadline is not None and needed is not None and needed > deadline:
+            if not self._active:
+                self._pace.doubt()
             raise errors.DeadlineTooShort(
                 f"The picture needs about {needed:.1f} s, the deadline is in {deadline:.1f} s.",
                 metadata={"estimated_seconds": f"{needed:.3f}"},

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from calotype_server.settings import Settings
     from calotype_server.types import ModelInfo
 
-__all__ = ["Ready", "serve"]
+__all__ = ["LOADING_THREAD", "Ready", "serve"]
+
+LOADING_THREAD = "calotype-load"
 
 T = TypeVar("T")
 
@@ -82,14 +84,16 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             await signals.unless_stopped(generations.warm_up())
         except errors.ServiceError as error:
             raise errors.ModelUnavailable(f"The model {settings.model!r} cannot make a picture: {error}") from error
-        servicer.open(generations)
-        await native.set_serving(True)
-        announce(Ready(address, engine.model, time.monotonic() - begun))
-        await signals.unless_stopped(dead.wait())
+        if not signals.stopped:
+            servicer.open(generations)
+            await native.set_serving(True)
+            announce(Ready(address, engine.model, time.monotonic() - begun))
+            await signals.unless_stopped(dead.wait())
         _log.info("draining", grace=settings.drain_seconds)
         await native.set_serving(False)
         generations.refuse(retry_after=settings.drain_seconds + _LAST_WORDS_SECONDS)
-        await signals.unless_hurried(asyncio.wait_for(generations.idle(), settings.drain_seconds))
+        with contextlib.suppress(TimeoutError):
+            await signals.unless_hurried(asyncio.wait_for(generations.idle(), settings.drain_seconds))
         await generations.end_all()
         await native.stop(_LAST_WORDS_SECONDS)
         generations.close()
@@ -115,11 +119,21 @@ def _load_engine(settings: Settings) -> Engine:
         device=device,
         dtype=loading.pick_dtype(settings.dtype, device),
     )
-    given = capabilities.Defaults(settings.step_count, settings.guidance_scale)
-    defaults = given.or_else(capabilities.read_defaults(Path(pipeline.config._name_or_path)))
-    return diffusers.DiffusersEngine(
-        settings.model, pipeline, defaults=defaults, cache_dir=settings.cache_dir, threads=settings.threads
-    )
+    try:
+        given = capabilities.Defaults(settings.step_count, settings.guidance_scale)
+        return diffusers.DiffusersEngine(
+            loading.display_name(settings.model),
+            pipeline,
+            defaults=given.or_else(capabilities.read_defaults(loading.locate(settings.model))),
+            cache_dir=settings.cache_dir,
+            threads=settings.threads,
+        )
+    except errors.StartupError:
+        raise
+    except Exception as error:
+        _log.exception("the pipeline cannot be driven")
+        kind = type(pipeline).__name__
+        raise errors.ModelUnavailable(f"{settings.model!r} is a {kind}, which Calotype cannot drive.") from error
 
 
 async def _in_daemon_thread(function: Callable[[], Engine]) -> Engine:
@@ -137,7 +151,7 @@ async def _in_daemon_thread(function: Callable[[], Engine]) -> Engine:
         except BaseException as error:
             settle(result.set_exception, error)  # type: ignore[arg-type]
 
-    threading.Thread(target=run, name="calotype-load", daemon=True).start()
+    threading.Thread(target=run, name=LOADING_THREAD, daemon=True).start()
     return await result
 
 
@@ -153,6 +167,11 @@ class _Signals:
     def _receive(self) -> None:
         (self._hurry if self._stop.is_set() else self._stop).set()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the first signal has come."""
+        return self._stop.is_set()
+
     async def unless_stopped(self, work: Coroutine[object, object, T]) -> T | None:
         """Returns what `work` returns, or None when the first signal comes before."""
         return await _unless(self._stop, work)
@@ -163,16 +182,13 @@ class _Signals:
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[object, object, T]) -> T | None:
-    """Awaits `work`, but gives up and returns None as soon as `event` is set, or when `work` times out."""
+    """Awaits `work`, but gives up and returns None as soon as `event` is set."""
     task, waiter = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
     try:
         await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             return None
-        try:
-            return task.result()
-        except TimeoutError:
-            return None
+        return task.result()
     finally:
         task.cancel()
         waiter.cancel()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import sys
+import threading
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
@@ -34,6 +36,9 @@ def _serve(settings: Settings) -> None:
     except StartupError as error:
         typer.secho(f"calotype: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
+    if any(thread.name == application.LOADING_THREAD for thread in threading.enumerate()):
+        # Stopped while loading: torch aborts the process when the interpreter ends under it.
+        os._exit(code)
     raise typer.Exit(code)
 
 

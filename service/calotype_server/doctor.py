@@ -1,10 +1,12 @@
-"""`calotype doctor`: what is installed, what would happen, and what to do about it. It changes nothing."""
+"""`calotype doctor`: what is installed, what would happen, and what to do about it.
+
+It changes nothing and downloads nothing.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import platform
-import socket
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from calotype_server.errors import StartupError
+from calotype_server.transport.native import check_free
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,14 +65,10 @@ def examine(settings: Settings) -> Iterator[Finding]:
 
 
 def _port(address: str) -> Finding:
-    host, _, port = address.rpartition(":")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, int(port)))
-        except OSError as error:
-            advice = "Stop the other server, or choose another address with --grpc-address HOST:PORT."
-            return Finding(False, "port", f"cannot listen on {address}: {error.strerror}", advice)
+    try:
+        check_free(address)
+    except StartupError as error:
+        return Finding(False, "port", f"cannot listen on {address}", str(error))
     return Finding(True, "port", f"{address} is free")
 
 
@@ -80,10 +79,22 @@ def _model(settings: Settings) -> Iterator[Finding]:
         device = loading.pick_device(settings.device)
         dtype = loading.pick_dtype(settings.dtype, device)
         yield Finding(True, "device", f"{device}, {str(dtype).removeprefix('torch.')}")
-        pipeline = loading.load_pipeline(
-            settings.model, revision=settings.revision, variant=settings.variant, device=device, dtype=dtype
-        )
-        model = capabilities.describe(settings.model, pipeline, capabilities.Defaults())
+        source = loading.locate(settings.model)
+        try:
+            pipeline = loading.load_pipeline(
+                settings.model,
+                revision=settings.revision,
+                variant=settings.variant,
+                device=device,
+                dtype=dtype,
+                download=False,
+            )
+        except StartupError:
+            if not isinstance(source, str):
+                raise
+            yield Finding(True, "model", f"{settings.model} is not in the local cache: serve will try to download it")
+            return
+        model = capabilities.describe(settings.model, pipeline, capabilities.read_defaults(source))
     except StartupError as error:
         yield Finding(False, "model", f"{settings.model} cannot be used", str(error))
     except ImportError as error:

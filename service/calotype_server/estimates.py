@@ -12,6 +12,8 @@ __all__ = ["Pace"]
 _NEWEST_WEIGHT = 0.3
 """Weight of the newest observation in the moving averages: a busy minute is forgotten after a few generations."""
 
+_DOUBT = 0.9
+
 
 class Pace:
     """Moving averages of seconds per step and of the time around the steps, both per pixel.
@@ -29,6 +31,16 @@ class Pace:
             return
         self._step = _mix(self._step, timings.denoising / job.step_count / job.pixel_count)
         self._around = _mix(self._around, (timings.encoding_prompt + timings.decoding) / job.pixel_count)
+
+    def doubt(self) -> None:
+        """Lowers the estimates a little: work was refused because of them, so nothing else would ever correct them."""
+        if self._step is not None and self._around is not None:
+            self._step *= _DOUBT
+            self._around *= _DOUBT
+
+    def forget(self) -> None:
+        """Starts anew."""
+        self._step = self._around = None
 
     def step_seconds(self, job: Job) -> float | None:
         """Seconds that one step of this job takes; None before anything was observed."""

@@ -103,6 +103,9 @@ class Generations:
         self._running: dict[str, tuple[Generation, asyncio.Task[None]]] = {}
         self._ended: OrderedDict[str, Phase] = OrderedDict()
         self._retry_after: float | None = None
+        self._followers = 0
+        self._followed = asyncio.Event()
+        self._followed.set()
 
     @property
     def model(self) -> ModelInfo:
@@ -135,12 +138,17 @@ class Generations:
 
     async def follow(self, generation: Generation) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
         """Yields updates with their preview encoded, up to the end. Leaving before the end cancels the generation."""
+        self._followers += 1
+        self._followed.clear()
         try:
             async for update in generation.log.follow():
                 image = None if update.preview is None else await self._encoder.preview(update.preview.pixels)
                 yield update, image
         finally:
             generation.end_early(errors.Cancelled("The caller left."))
+            self._followers -= 1
+            if not self._followers:
+                self._followed.set()
 
     def cancel(self, generation_id: str) -> Phase:
         """Cancels a generation and returns the phase it was in; an end means there was nothing to cancel.
@@ -159,7 +167,7 @@ class Generations:
             raise errors.GenerationNotFound("No generation of that id is known.") from None
 
     async def warm_up(self) -> None:
-        """Makes one quick picture: the first caller finds warm caches, and the estimates have something to go by.
+        """Makes two quick pictures: the first caller finds warm caches, and the estimates have something to go by.
 
         Raises:
             ServiceError: The model cannot make a picture.
@@ -175,25 +183,32 @@ class Generations:
             seed=0,
             scheduler=model.scheduler,
         )
-        generation = self.start(job)
-        await self.idle()
-        if isinstance(generation.log.state.end, Failed):
-            raise generation.log.state.end.error
+        for _ in range(2):
+            # What the first one takes is not typical: everything is done for the first time.
+            self._pace.forget()
+            generation = self.start(job)
+            await self.idle()
+            if isinstance(generation.log.state.end, Failed):
+                raise generation.log.state.end.error
 
     def refuse(self, retry_after: float) -> None:
         """Takes no more work from now on; `retry_after` is what callers are told, in seconds."""
         self._retry_after = retry_after
 
     async def idle(self) -> None:
-        """Returns when every accepted generation has ended."""
-        while self._running:
-            await asyncio.wait([task for _, task in self._running.values()])
+        """Returns when every accepted generation has ended, and whoever follows one has read its end."""
+        await self._all_ended()
+        await self._followed.wait()
 
     async def end_all(self) -> None:
         """Ends what is left as UNAVAILABLE, and waits for it: at most one denoising step, or one decode."""
         for generation, _ in list(self._running.values()):
             generation.end_early(errors.Interrupted("The server is stopping.", retry_after=self._retry_after))
-        await self.idle()
+        await self._all_ended()
+
+    async def _all_ended(self) -> None:
+        while self._running:
+            await asyncio.wait([task for _, task in self._running.values()])
 
     def close(self) -> None:
         """Frees the threads; everything must have ended."""
@@ -230,6 +245,9 @@ class Generations:
             pixels = await asyncio.shield(work)
         finally:
             self._admission.leave(ticket)
+        if isinstance(generation.stop_error, errors.Cancelled):
+            # It came while the picture was being decoded, which cannot be interrupted.
+            raise generation.stop_error
         return await self._encoder.final(pixels)
 
     def _reporter(self, generation: Generation) -> Callable[[Event], None]:

@@ -222,6 +222,17 @@ async def test_cancel_by_id_ends_the_stream_with_a_typed_end(
         await read_until(ahead, pb.PHASE_SUCCEEDED)
 
 
+async def test_cancel_while_decoding_ends_cancelled(service: Service, engine: FakeEngine) -> None:
+    """The answer says DECODING, so the end must not be a success."""
+    engine.decoding.clear()
+    call = service.stub.Generate(RED_APPLE)
+    message = await read_until(call, pb.PHASE_DECODING)
+    answer = await service.stub.Cancel(pb.CancelRequest(generation_id=message.generation_id))
+    assert answer.phase == pb.PHASE_DECODING
+    engine.decoding.set()
+    assert (await read_until(call, pb.PHASE_CANCELLED)).error.reason == "CANCELLED"
+
+
 async def test_cancelling_what_does_not_exist_is_not_found(service: Service) -> None:
     """An unknown id and an empty one are told apart."""
     for generation_id, code in (("nobody", grpc.StatusCode.NOT_FOUND), ("", grpc.StatusCode.INVALID_ARGUMENT)):
@@ -265,7 +276,9 @@ async def test_a_dead_engine_is_reported_to_whoever_runs_the_server(service: Ser
 async def test_a_deadline_that_passes_stops_the_work(service: Service, engine: FakeEngine) -> None:
     """The caller gets DEADLINE_EXCEEDED, and the engine is told to stop."""
     engine.hold()
-    call = service.stub.Generate(RED_APPLE, timeout=0.3)
+    await service.stub.GetModel(pb.GetModelRequest())
+    call = service.stub.Generate(RED_APPLE, timeout=2)
+    await wait_for(engine.at_step)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await read_until(call, pb.PHASE_SUCCEEDED)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -280,7 +293,8 @@ async def test_a_reader_who_sleeps_loses_previews_but_never_the_end(engine: Fake
         generation = service.generations.start(await _job(service))
         updates = service.generations.follow(generation)
         await anext(updates)
-        await service.generations.idle()
+        async for _ in generation.log.follow():
+            pass
         rest = [update async for update, _ in updates]
     assert [update.state.phase for update in rest] == [Phase.SUCCEEDED]
     assert rest[0].previews_dropped == 4

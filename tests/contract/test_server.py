@@ -68,9 +68,12 @@ async def test_the_model_is_described_with_the_operators_limits() -> None:
 async def test_two_servers_cannot_share_a_port() -> None:
     """The second is told so in words, instead of silently taking half of the calls."""
     async with running(FakeEngine()) as service:
-        second = NativeServer(GenerationServicer(LIMITS))
-        with pytest.raises(AddressInUse, match="--grpc-address"):
-            await second.start(service.address)
+        port = service.address.rpartition(":")[2]
+        for host in ("127.0.0.1", "localhost"):
+            second = NativeServer(GenerationServicer(LIMITS))
+            with pytest.raises(AddressInUse, match="--grpc-address"):
+                await second.start(f"{host}:{port}")
+            await second.stop(0)
 
 
 async def test_draining_finishes_what_was_accepted_and_refuses_the_rest() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -28,14 +29,16 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_sigterm_lets_the_running_picture_finish(cache_dir: Path) -> None:
     """The stream under way ends with its image, new calls are refused with a retry time, and the exit code is 0."""
     with ServerProcess("--cache-dir", str(cache_dir)) as server, calotype.Client(server.address) as client:
-        generation = client.generate("a red apple", steps=40, seed=1)
+        generation = client.generate("a red apple", steps=60, seed=1)
+        refused = False
         for progress in generation:
-            if progress.step == 3:
+            if progress.step >= 3 and not refused:
                 server.terminate()
-            if progress.step == 20:
+                server.wait_for_log("draining")
                 with pytest.raises(calotype.Unavailable) as caught:
                     client.generate("another").result()
-                assert caught.value.retry_after > 0
+                refused = caught.value.retry_after > 0
+        assert refused
         assert generation.result().width == 128
         assert server.process.wait(30) == 0
 
@@ -47,7 +50,7 @@ def test_without_grace_the_stream_ends_typed(cache_dir: Path) -> None:
         generation = client.generate("a red apple", steps=150)
         with pytest.raises(calotype.Unavailable) as caught:
             for progress in generation:
-                if progress.step == 2:
+                if progress.step >= 2:
                     server.terminate()
         assert caught.value.reason == "DRAINING"
         assert caught.value.retry_after > 0
@@ -61,15 +64,27 @@ def test_a_killed_server_is_a_typed_error_and_a_killed_client_costs_nothing(cach
         victim = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         for line in victim.stdout:
             if '"denoising"' in line:
+                victims_id = json.loads(line)["generation_id"]
                 break
         victim.send_signal(signal.SIGKILL)
         victim.wait()
         victim.stdout.close()
         client.generate("a dog", steps=2).result()
+        server.wait_for_log(victims_id, "outcome=CANCELLED")
         with pytest.raises(calotype.Unavailable):
             for progress in client.generate("a cat", steps=150):
-                if progress.step == 2:
+                if progress.step >= 2:
                     server.process.kill()
+
+
+@pytest.mark.parametrize("moment", ["calibrating", "model loaded"])
+def test_a_signal_while_loading_ends_it_in_order(tmp_path: Path, moment: str) -> None:
+    """Whatever torch is doing, the exit code is 0, and the server never says that it is ready."""
+    with ServerProcess("--cache-dir", str(tmp_path), ready=False) as server:
+        server.wait_for_log(moment)
+        server.terminate()
+        assert server.process.wait(60) == 0
+        assert "gRPC" not in server.process.stdout.read()
 
 
 def test_a_taken_port_is_explained() -> None:

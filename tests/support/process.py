@@ -18,21 +18,26 @@ class ServerProcess:
 
     Args:
         options: Further flags.
+        ready: Whether to wait until the server takes requests.
         environment: Further variables.
     """
 
-    def __init__(self, *options: str, **environment: str) -> None:
+    def __init__(self, *options: str, ready: bool = True, **environment: str) -> None:
         self._command = [*CALOTYPE, "serve", "--grpc-address", "127.0.0.1:0", *options]
         self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
         self.address = ""
+        self._ready = ready
         self.log: list[str] = []
+        self._logged = threading.Condition()
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
             self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self._environment
         )
-        self._reader = threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True)
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        if not self._ready:
+            return self
         for line in self.process.stdout:
             if found := re.search(r"gRPC +(\S+)", line):
                 self.address = found[1]
@@ -48,6 +53,22 @@ class ServerProcess:
         self._reader.join(10)
         self.process.stdout.close()
         self.process.stderr.close()
+
+    def _read(self) -> None:
+        for line in self.process.stderr:
+            with self._logged:
+                self.log.append(re.sub(r"\x1b\[[0-9;]*m", "", line))
+                self._logged.notify_all()
+
+    def wait_for_log(self, *words: str) -> str:
+        """Returns the first line with all the words, which may be still to come."""
+
+        def find() -> str | None:
+            return next((line for line in self.log if all(word in line for word in words)), None)
+
+        with self._logged:
+            assert self._logged.wait_for(find, timeout=60), f"no line with {words} in:\n{''.join(self.log)}"
+            return find()
 
     def terminate(self) -> None:
         """Sends SIGTERM."""

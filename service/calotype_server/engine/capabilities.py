@@ -39,12 +39,14 @@ class Defaults:
         )
 
 
-def read_defaults(folder: Path) -> Defaults:
-    """Reads `calotype.json` next to `model_index.json`: `step_count` and `guidance_scale` that suit the weights.
+def read_defaults(source: Path | str) -> Defaults:
+    """Reads `calotype.json` in a local model folder: `step_count` and `guidance_scale` that suit the weights.
 
     diffusers has no place for them: a pipeline class has one set of defaults for all weights.
     """
-    file = folder / "calotype.json"
+    if isinstance(source, str):
+        return Defaults()
+    file = source / "calotype.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         step_count, guidance = values.get("step_count"), values.get("guidance_scale")
@@ -61,7 +63,10 @@ def read_defaults(folder: Path) -> Defaults:
 
 def denoiser_name(pipeline: Any) -> str:
     """Attribute of the module that is called once or twice a step."""
-    return next(name for name in _DENOISERS if getattr(pipeline, name, None) is not None)
+    for name in _DENOISERS:
+        if getattr(pipeline, name, None) is not None:
+            return name
+    raise ModelUnavailable(f"A {type(pipeline).__name__} has neither a transformer nor a UNet.")
 
 
 def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:

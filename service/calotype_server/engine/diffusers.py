@@ -83,7 +83,7 @@ class DiffusersEngine:
             if not stop.is_set():
                 raise _numerical_failure() from None
             raise errors.Cancelled("The generation was cancelled.") from None
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             torch.cuda.empty_cache()
             raise errors.OutOfMemory("The device ran out of memory; a smaller picture may fit.") from None
         except torch.AcceleratorError as error:
@@ -92,6 +92,9 @@ class DiffusersEngine:
         except errors.ServiceError:
             raise
         except Exception as error:
+            if "DefaultCPUAllocator" in str(error):
+                # Torch has a type of its own for the memory of devices only.
+                raise errors.OutOfMemory("Memory ran out; a smaller picture may fit.") from None
             _log.exception("the pipeline failed")
             raise errors.GenerationFailed("The model could not make this picture.") from error
         finally:
@@ -120,16 +123,18 @@ class DiffusersEngine:
         return arguments
 
     def _notices(self, job: Job) -> tuple[Notice, ...]:
-        """Says so when no tokenizer of the pipeline reads the whole prompt."""
+        """Says so when no tokenizer of the pipeline reads the whole of a prompt."""
         found = tokenizers(self._pipeline)
         if not found:
             return ()
         tokenizer, limit = max(found, key=lambda each: each[1])
-        count = len(tokenizer(job.prompt, truncation=False)["input_ids"])
-        if count <= limit:
-            return ()
-        message = f"The prompt has {count} tokens; the model read only the first {limit}."
-        return (Notice("PROMPT_TRUNCATED", message),)
+        notices = []
+        for name, text in (("prompt", job.prompt), ("negative prompt", job.negative_prompt)):
+            count = len(tokenizer(text, truncation=False)["input_ids"]) if text else 0
+            if count > limit:
+                message = f"The {name} has {count} tokens; the model read only the first {limit}."
+                notices.append(Notice("PROMPT_TRUNCATED", message))
+        return tuple(notices)
 
 
 def _make_renderer(pipeline: Any, model: ModelInfo, cache_dir: Path) -> PreviewRenderer | None:

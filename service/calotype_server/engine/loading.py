@@ -8,16 +8,31 @@ import inspect
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
+import structlog
 import torch
 import transformers
-from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from calotype_server.errors import ModelUnavailable
 
-__all__ = ["BUNDLED", "load_pipeline", "pick_device", "pick_dtype"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["BUNDLED", "display_name", "load_pipeline", "locate", "pick_device", "pick_dtype"]
+
+_log = structlog.get_logger(__name__)
 
 BUNDLED = "bundled"
 
@@ -48,7 +63,13 @@ def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 
 
 def load_pipeline(
-    model: str, *, revision: str | None, variant: str | None, device: torch.device, dtype: torch.dtype
+    model: str,
+    *,
+    revision: str | None,
+    variant: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    download: bool = True,
 ) -> Any:
     """Loads a text-to-image pipeline: safetensors only, and never code that comes with the weights.
 
@@ -58,11 +79,12 @@ def load_pipeline(
         variant: Weight variant, such as "fp16".
         device: Where it shall run.
         dtype: Number format of the weights.
+        download: Whether a hub id may be fetched; otherwise it must be in the local cache.
 
     Raises:
         ModelUnavailable: It is not there, not reachable, not complete, or not text-to-image.
     """
-    source = _source(model)
+    source = locate(model)
     local = isinstance(source, Path)
     try:
         with _quiet():
@@ -73,25 +95,37 @@ def load_pipeline(
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
-                local_files_only=local,
+                local_files_only=local or not download,
             )
             pipeline.to(device)
     except torch.OutOfMemoryError:
         raise ModelUnavailable(f"The model {model!r} does not fit into the memory of {device}.") from None
     except Exception as error:
+        _log.debug("the model cannot be loaded", model=model, exc_info=error)
         raise ModelUnavailable(_explain(model, local, error)) from error
     parameters = inspect.signature(type(pipeline).__call__).parameters
     image = parameters.get("image")
     kind = type(pipeline).__name__
     needs_image = image is not None and (image.default is image.empty or "strength" in parameters)
-    if needs_image or not {"prompt", "width", "height", "num_inference_steps"} <= parameters.keys():
+    makes_video = not {"num_frames", "video_length"}.isdisjoint(parameters)
+    if needs_image or makes_video or not {"prompt", "width", "height", "num_inference_steps"} <= parameters.keys():
         raise ModelUnavailable(f"{model!r} is a {kind}, which does not turn text into images.")
     if getattr(pipeline, "vae", None) is None or getattr(pipeline, "scheduler", None) is None:
         raise ModelUnavailable(f"{model!r} is a {kind}, which is not a latent diffusion pipeline.")
     return pipeline
 
 
-def _source(model: str) -> Path | str:
+def display_name(model: str) -> str:
+    """What callers are told: a folder's name without its path, otherwise the model as the operator gave it."""
+    return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
+
+
+def locate(model: str) -> Path | str:
+    """Returns the folder of a local or bundled model, or the hub id as it is.
+
+    Raises:
+        ModelUnavailable: It is neither.
+    """
     if model == BUNDLED:
         if importlib.util.find_spec("calotype_bundled_model") is None:
             raise ModelUnavailable("The bundled model is not installed: pip install calotype-bundled-model")
@@ -112,22 +146,39 @@ def _source(model: str) -> Path | str:
 
 def _explain(model: str, local: bool, error: Exception) -> str:
     """What went wrong and what to do, for an operator. The cause keeps the library's own words."""
+    chain = list(_chain(error))
+    words = str(error).strip().splitlines()
+    first = words[0][:300] if words else type(error).__name__
     if local:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return (
-            f"The model folder {model!r} is incomplete or damaged ({first[:300]}). It needs model_index.json, "
+            f"The model folder {model!r} is incomplete or damaged ({first}). It needs model_index.json, "
             "the configs, and weights as .safetensors."
         )
-    if isinstance(error, GatedRepoError):
+    if any(isinstance(each, GatedRepoError) for each in chain):
         return f"The hub wants you to accept the terms of {model!r} and to log in: hf auth login"
-    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+    if any(isinstance(each, RevisionNotFoundError) for each in chain):
+        return f"The hub has {model!r}, but not the revision that you asked for."
+    if any(isinstance(each, RepositoryNotFoundError | HFValidationError) for each in chain):
         return f"The hub has no model {model!r}, or it is private and you are not logged in."
-    if isinstance(error, OfflineModeIsEnabled | OSError):
+    if any(_is_unreachable(each) for each in chain):
         return (
             f"The hub cannot be reached, and {model!r} is not complete in the local cache. Check the network, or use a "
             f"local folder, or --model {BUNDLED}."
         )
-    return f"The model {model!r} cannot be loaded: {type(error).__name__}. The log says more."
+    return f"The model {model!r} cannot be loaded ({first})."
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError | TimeoutError):
+        return True
+    # `HTTPError` is that of whichever client the hub's library uses; what the hub itself answers is another.
+    return isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager

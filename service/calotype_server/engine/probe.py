@@ -7,6 +7,7 @@ import inspect
 import time
 from typing import TYPE_CHECKING, Any
 
+import structlog
 import torch
 
 from calotype_server.engine.capabilities import denoiser_name
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from calotype_server.types import ModelInfo
+
+_log = structlog.get_logger(__name__)
 
 __all__ = ["Proxy", "denoiser_call", "pick_threads", "plain_arguments"]
 
@@ -88,8 +91,12 @@ def pick_threads(pipeline: Any, model: ModelInfo) -> int:
     everything = torch.get_num_threads()
     if model.device != "cpu" or everything == 1:
         return everything
-    call = denoiser_call(pipeline, model)
-    call()
+    try:
+        call = denoiser_call(pipeline, model)
+        call()
+    except Exception:
+        _log.exception("the denoiser cannot be measured")
+        return everything
     quickest = _seconds(call)
     if quickest > _LONG_CALL_SECONDS:
         return everything

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from typing import TYPE_CHECKING
 
 import grpc
@@ -16,7 +18,7 @@ from calotype_server.transport.interceptors import CallInterceptor
 if TYPE_CHECKING:
     from calotype_server.transport.servicer import GenerationServicer
 
-__all__ = ["NativeServer"]
+__all__ = ["NativeServer", "check_free"]
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
@@ -63,14 +65,12 @@ class NativeServer:
             AddressInUse: The address is taken or not one of this machine's.
         """
         await self.set_serving(False)
+        check_free(address)
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError:
             await self._server.stop(None)
-            raise AddressInUse(
-                f"Cannot listen on {address}: it is in use, or not an address of this machine. Stop the other server, "
-                "or choose another address with --grpc-address HOST:PORT (port 0 picks a free one)."
-            ) from None
+            raise _in_use(address) from None
         await self._server.start()
         return f"{address.rpartition(':')[0]}:{port}"
 
@@ -84,3 +84,30 @@ class NativeServer:
         """Closes the port; calls under way get `grace` seconds to deliver their end."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
+
+
+def check_free(address: str) -> None:
+    """Raises `AddressInUse` unless every address that HOST:PORT stands for is free.
+
+    A name such as localhost stands for several, and gRPC is content when it gets one of them.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        raise _in_use(address) from None
+    for family, kind, protocol, _, target in found if int(port) else ():
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(target)
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise _in_use(address) from None
+
+
+def _in_use(address: str) -> AddressInUse:
+    return AddressInUse(
+        f"Cannot listen on {address}: it is in use, or not an address of this machine. Stop the other server, "
+        "or choose another address with --grpc-address HOST:PORT (port 0 picks a free one)."
+    )

@@ -252,15 +252,15 @@ class TestHub:
         assert asked["trust_remote_code"] is False
 
     def test_unforeseen_error(self, monkeypatch):
-        """An error that nobody foresaw names its kind, and keeps its text for the log."""
+        """An error that nobody foresaw is told to the operator in its own first line, without its traceback."""
 
         def from_pretrained(*args, **kwargs):
-            raise ZeroDivisionError("secret details")
+            raise ZeroDivisionError("what went wrong\nand much more")
 
         monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
         text = refusal("some-org/some-model")
-        assert "ZeroDivisionError" in text
-        assert "secret" not in text
+        assert "what went wrong" in text
+        assert "much more" not in text
 
 
 class TestBundled:

@@ -91,6 +91,19 @@ async def test_a_hopeless_deadline_is_refused_before_any_work() -> None:
     Admission(Pace(), max_active=1, max_queue=0).enter(JOB, Caller(), deadline=0.001)
 
 
+async def test_refusals_by_deadline_cannot_go_on_for_ever() -> None:
+    """On an idle server, an estimate that was once too high is doubted until somebody gets through to correct it."""
+    admission = Admission(paced(seconds_per_step=10.0), max_active=1, max_queue=3)
+    refused = 0
+    while refused < 100:
+        try:
+            admission.enter(JOB, Caller(), deadline=20.0)
+            break
+        except errors.DeadlineTooShort:
+            refused += 1
+    assert 5 < refused < 30
+
+
 async def test_estimates_add_up_along_the_queue() -> None:
     """Position 2 waits for what is running, position 1 and itself; larger pictures count by their pixels."""
     admission = Admission(paced(), max_active=1, max_queue=3)

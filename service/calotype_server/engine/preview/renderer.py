@@ -86,19 +86,26 @@ class PreviewRenderer:
         # The cores belong to the denoiser; the setting holds for the calling thread.
         torch.set_num_threads(1)
         while (feed := self._due.get()) is not None:
-            taken = feed.take()
-            if taken is None:
-                continue
-            step, skipped = taken
             try:
-                pixels = self._render(step, feed)
+                self._serve(feed)
             except Exception:
-                feed.context.run(_log.exception, "preview failed", step=step.number)
-                pixels = None
-            if pixels is None:
-                feed.report(Denoising(step.number, step.total))
-            else:
-                feed.report(PreviewReady(step.number, step.total, pixels, skipped))
+                # One generation's trouble; the thread works for all of them.
+                feed.context.run(_log.exception, "preview cannot be reported")
+
+    def _serve(self, feed: PreviewFeed) -> None:
+        taken = feed.take()
+        if taken is None:
+            return
+        step, skipped = taken
+        try:
+            pixels = self._render(step, feed)
+        except Exception:
+            feed.context.run(_log.exception, "preview failed", step=step.number)
+            pixels = None
+        if pixels is None:
+            feed.report(Denoising(step.number, step.total))
+        else:
+            feed.report(PreviewReady(step.number, step.total, pixels, skipped))
 
     def _render(self, step: Step, feed: PreviewFeed) -> Pixels | None:
         x0 = step.x0()

@@ -65,6 +65,10 @@ proto-check: $(PROTO_READY) ## fail when the generated code is not what the prot
 bench: $(READY) ## measure; prints a table and writes build/bench.json
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench
 
+evaluate-model: $(READY) ## measure the bundled model; writes build/model.json and build/names.png
+	$(BIN)/python service/bundled_model/recipe/evaluate.py --model service/bundled_model/calotype_bundled_model/model \
+		--output build/model.json --sheet build/names.png $(ARGS)
+
 filmstrip: $(READY) ## draw the README's picture
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.filmstrip
 

@@ -9,12 +9,12 @@ from support.process import CALOTYPE, ServerProcess
 
 PROMPT = "a red apple"
 SEED = 1
-TARGET = Path("docs/filmstrip.png")
+TARGET = Path("service/filmstrip.png")
 
 
 def main() -> None:
     """Starts a server, generates one picture and keeps its filmstrip."""
-    TARGET.parent.mkdir(exist_ok=True)
+    Path("build").mkdir(exist_ok=True)
     with ServerProcess() as server:
         command = [*CALOTYPE, "generate", PROMPT, "--address", server.address, "--seed", str(SEED)]
         subprocess.run([*command, "-o", "build/apple.png", "--filmstrip", str(TARGET)], check=True)

@@ -43,6 +43,14 @@ def test_the_readmes_lines_of_python_work(
     assert "denoising 10 20" in capsys.readouterr().out
 
 
+def test_what_the_readmes_link_to_is_there() -> None:
+    """Every relative link and picture of every README leads to a file or folder."""
+    root = README.parent
+    for readme in [root / "CONTRIBUTING.md", *root.glob("README.md"), *root.glob("[ps]*/**/README.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", readme.read_text(encoding="utf-8")):
+            assert (readme.parent / link).exists(), f"{readme} links to {link}"
+
+
 def test_the_readmes_other_blocks_work(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
     """Errors look as the README shows them, and the fake server serves."""
     assert len(BLOCKS) == 3

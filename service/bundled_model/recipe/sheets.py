@@ -1,0 +1,90 @@
+"""Sheets to look at: prompts that are no emoji's name, and what the model predicts while it denoises."""
+
+import argparse
+from pathlib import Path
+
+import data
+import evaluate
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageDraw
+
+CAPTION = 16  # pixels of the line below a picture
+PROMPTS = (
+    "a cold drink",
+    "angry cat",
+    "something to cut paper with",
+    "crimson fruit",
+    "a happy puppy",
+    "a fast red car",
+    "sad person crying",
+    "a sweet dessert",
+    "spicy food",
+    "music with strings",
+    "an animal in the sea",
+    "it is raining",
+)
+PREVIEWED = ("red apple", "police car", "tiger face", "birthday cake", "guitar", "rocket")
+
+
+def write_sheet(pictures: list[Image.Image], captions: list[str], columns: int, path: Path) -> None:
+    """Write pictures in rows, each with its caption below."""
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * data.SIZE, rows * (data.SIZE + CAPTION)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = index % columns * data.SIZE, index // columns * (data.SIZE + CAPTION)
+        sheet.paste(picture, (left, top))
+        pen.text((left + 3, top + data.SIZE + 1), caption, fill="black", font_size=10)
+    sheet.save(path)
+
+
+def prompts(pipeline: DiffusionPipeline, path: Path, seeds: int = 2) -> None:
+    """Draw every prompt, one row for each seed."""
+    pictures = [evaluate.generate(pipeline, prompt, seed) for seed in range(seeds) for prompt in PROMPTS]
+    write_sheet(pictures, list(PROMPTS) * seeds, len(PROMPTS), path)
+
+
+@torch.no_grad()
+def predictions(pipeline: DiffusionPipeline, prompt: str, seed: int) -> list[Image.Image]:
+    """Return the decoded prediction of the final picture at every second step, the last one included."""
+    predicted: list[torch.Tensor] = []
+    step = pipeline.scheduler.step
+
+    def recording_step(*arguments: object, **options: object) -> tuple:
+        previous, original = step(*arguments, **options)  # the pipeline asks for a tuple
+        predicted.append(original)
+        return previous, original
+
+    pipeline.scheduler.step = recording_step
+    try:
+        evaluate.generate(pipeline, prompt, seed)
+    finally:
+        pipeline.scheduler.step = step
+    latents = torch.cat(predicted[1::2]) / pipeline.vae.config.scaling_factor
+    return pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)
+
+
+def previews(pipeline: DiffusionPipeline, path: Path) -> None:
+    """Draw a row of predictions for each of a few names."""
+    rows = [predictions(pipeline, prompt, seed=1) for prompt in PREVIEWED]
+    captions = [
+        f"{prompt}, step {2 * (number + 1)}"
+        for prompt, row in zip(PREVIEWED, rows, strict=True)
+        for number in range(len(row))
+    ]
+    write_sheet([picture for row in rows for picture in row], captions, len(rows[0]), path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sheet", choices=["prompts", "previews"])
+    parser.add_argument("--model", type=Path, required=True, help="folder of the exported pipeline")
+    parser.add_argument("--output", type=Path, required=True, help="picture to write (PNG or WebP)")
+    options = parser.parse_args()
+    pipeline, _ = evaluate.load(options.model)
+    {"prompts": prompts, "previews": previews}[options.sheet](pipeline, options.output)
+
+
+if __name__ == "__main__":
+    main()

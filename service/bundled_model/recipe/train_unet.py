@@ -1,0 +1,88 @@
+"""Train the UNet on cached latents. Resumes from its checkpoint; `--samples` may be changed on resuming."""
+
+import argparse
+from pathlib import Path
+
+import muon
+import text
+import torch
+import training
+import unet
+from safetensors.torch import load_file
+
+BATCH = 32  # images per process and step
+EMPTY = 0.1  # share of samples with an empty caption, for classifier-free guidance
+SEED = 3
+
+
+class Optimizers:
+    """Muon for the matrices inside, AdamW at half the rate for the rest (first and last layer, norms, biases)."""
+
+    def __init__(self, model: torch.nn.Module, rate: float) -> None:
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            inside = parameter.dim() >= 2 and not name.startswith(("conv_in", "conv_out"))
+            (matrices if inside else others).append(parameter)
+        self.members = (
+            muon.Muon(matrices, lr=rate, momentum=0.95, weight_decay=0.03),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+        )
+
+    def step(self, rate: float) -> None:
+        for member, share in zip(self.members, (1.0, 0.5), strict=True):
+            for group in member.param_groups:
+                group["lr"] = rate * share
+            member.step()
+            member.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        return [member.state_dict() for member in self.members]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for member, state in zip(self.members, states, strict=True):
+            member.load_state_dict(state)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--samples", type=int, required=True, help="images to train on, in all")
+    parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
+    parser.add_argument("--warm-start", type=Path, help="folder of a UNet2DConditionModel to begin with")
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.manual_seed(SEED)
+    latents = torch.load(options.work / "latents.pt", weights_only=True)
+    captions = torch.load(options.work / "text.pt", weights_only=True)
+    model = unet.build(latents.size(1))
+    if options.warm_start:
+        training.warm_start(model, load_file(options.warm_start / "diffusion_pytorch_model.safetensors"))
+    training.start_processes(options.rank, port=29522)
+    parameters = list(model.parameters())
+    optimizers = Optimizers(model, options.rate)
+    ema = training.Ema(model, decay=0.998)
+    checkpoint = training.Checkpoint(options.work / "unet.pt", model, ema, optimizers)
+    samples = checkpoint.load()
+    log = training.Log(options.work / "unet.csv", ["loss"]) if options.rank == 0 else None
+    alphas = unet.scheduler().alphas_cumprod
+    while samples < options.samples:
+        rate = training.learning_rate(samples, options.samples, options.rate, warmup=3000, hold=0.3)
+        source = training.generator(SEED, options.rank, samples)
+        indices = training.batch_indices(samples + options.rank * BATCH, BATCH, len(latents), SEED)
+        chosen = captions["captions"][indices, torch.randint(0, text.CAPTIONS, (BATCH,), generator=source)]
+        chosen[torch.rand(BATCH, generator=source) < EMPTY] = captions["empty"]
+        loss = unet.loss(model, latents[indices].float(), captions["embeddings"][chosen].float(), alphas, source)
+        loss.backward()
+        training.average_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizers.step(rate)
+        samples += BATCH * training.PROCESSES
+        if log:
+            ema.update(model)
+            log.add(samples, rate, [loss.item()])
+            if checkpoint.due() or samples >= options.samples:
+                checkpoint.save(samples)
+
+
+if __name__ == "__main__":
+    main()

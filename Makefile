@@ -28,7 +28,7 @@ $(PROTO_READY): protos/requirements.txt
 	$(PROTO_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement protos/requirements.txt
 	@touch $@
 
-run: $(READY) ## start the service with the bundled model; ARGS="--grpc-address 0.0.0.0:50051" and so on
+run: $(READY) ## start the service with the bundled model; ARGS="--model FOLDER" and so on
 	$(BIN)/calotype serve $(ARGS)
 
 generate: $(READY) ## watch a picture form in this terminal; PROMPT="a red apple"

@@ -64,7 +64,7 @@ class Admission:
         if not free and len(self._waiting) >= self._max_queue:
             raise errors.QueueFull(
                 f"The queue is full: {len(self._waiting)} are waiting.",
-                retry_after=max(1.0, self._seconds_to_free_slot() or 1.0),
+                retry_after=max(1.0, self._seconds_left_in_slots() / self._max_active),
                 metadata={"max_queue": str(self._max_queue)},
             )
         needed = self._seconds_to_finish(job, len(self._waiting))
@@ -118,6 +118,3 @@ class Admission:
             total = self._pace.total_seconds(ticket.job) or 0.0
             left += max(0.0, total - (now - (ticket.started_at or now)))
         return left
-
-    def _seconds_to_free_slot(self) -> float | None:
-        return self._seconds_left_in_slots() / self._max_active if self._active else None

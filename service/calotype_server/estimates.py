@@ -42,10 +42,6 @@ class Pace:
         """Starts anew."""
         self._step = self._around = None
 
-    def step_seconds(self, job: Job) -> float | None:
-        """Seconds that one step of this job takes; None before anything was observed."""
-        return None if self._step is None else self._step * job.pixel_count
-
     def total_seconds(self, job: Job) -> float | None:
         """Seconds from the start of work to the final image."""
         return self.remaining_seconds(job, 0, job.step_count)

@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A validated request: only validation makes one, and only a `Job` enters the queue.
+    """A validated request: validation makes it, and only a `Job` enters the queue.
 
     Attributes:
         prompt: What to show; not empty.

@@ -79,7 +79,9 @@ class _ImageFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImageForm
     IMAGE_FORMAT_JPEG: _ImageFormat.ValueType  # 1
     """JPEG, as all previews are."""
     IMAGE_FORMAT_PNG: _ImageFormat.ValueType  # 2
-    """PNG, as the final image is."""
+    """PNG, lossless."""
+    IMAGE_FORMAT_WEBP: _ImageFormat.ValueType  # 3
+    """WebP, lossy."""
 
 class ImageFormat(_ImageFormat, metaclass=_ImageFormatEnumTypeWrapper):
     """File format of an image."""
@@ -89,7 +91,9 @@ IMAGE_FORMAT_UNSPECIFIED: ImageFormat.ValueType  # 0
 IMAGE_FORMAT_JPEG: ImageFormat.ValueType  # 1
 """JPEG, as all previews are."""
 IMAGE_FORMAT_PNG: ImageFormat.ValueType  # 2
-"""PNG, as the final image is."""
+"""PNG, lossless."""
+IMAGE_FORMAT_WEBP: ImageFormat.ValueType  # 3
+"""WebP, lossy."""
 Global___ImageFormat: _TypeAlias = ImageFormat  # noqa: Y015
 
 class _ImageKind:
@@ -116,6 +120,42 @@ IMAGE_KIND_FINAL: ImageKind.ValueType  # 2
 """The finished picture."""
 Global___ImageKind: _TypeAlias = ImageKind  # noqa: Y015
 
+class _PreviewMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PreviewMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PreviewMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PREVIEW_METHOD_UNSPECIFIED: _PreviewMethod.ValueType  # 0
+    """As the server does by default."""
+    PREVIEW_METHOD_AUTO: _PreviewMethod.ValueType  # 1
+    """The best that costs the denoiser no more than a set share of its time, chosen from what was measured."""
+    PREVIEW_METHOD_HEAD: _PreviewMethod.ValueType  # 2
+    """A linear map from latents to a small picture, fitted to this model. Costs next to nothing."""
+    PREVIEW_METHOD_TINY_VAE: _PreviewMethod.ValueType  # 3
+    """A small decoder that the operator has configured."""
+    PREVIEW_METHOD_FULL_VAE: _PreviewMethod.ValueType  # 4
+    """The model's own decoder: exact, and may cost more than a step."""
+    PREVIEW_METHOD_NONE: _PreviewMethod.ValueType  # 5
+    """No previews."""
+
+class PreviewMethod(_PreviewMethod, metaclass=_PreviewMethodEnumTypeWrapper):
+    """What draws previews."""
+
+PREVIEW_METHOD_UNSPECIFIED: PreviewMethod.ValueType  # 0
+"""As the server does by default."""
+PREVIEW_METHOD_AUTO: PreviewMethod.ValueType  # 1
+"""The best that costs the denoiser no more than a set share of its time, chosen from what was measured."""
+PREVIEW_METHOD_HEAD: PreviewMethod.ValueType  # 2
+"""A linear map from latents to a small picture, fitted to this model. Costs next to nothing."""
+PREVIEW_METHOD_TINY_VAE: PreviewMethod.ValueType  # 3
+"""A small decoder that the operator has configured."""
+PREVIEW_METHOD_FULL_VAE: PreviewMethod.ValueType  # 4
+"""The model's own decoder: exact, and may cost more than a step."""
+PREVIEW_METHOD_NONE: PreviewMethod.ValueType  # 5
+"""No previews."""
+Global___PreviewMethod: _TypeAlias = PreviewMethod  # noqa: Y015
+
 @_typing.final
 class GenerateRequest(_message.Message):
     """What to generate. Everything but the prompt may be left out; `GetModel` tells the defaults."""
@@ -130,6 +170,8 @@ class GenerateRequest(_message.Message):
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     SCHEDULER_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Describes the picture. 1 to `Model.max_prompt_chars` characters. A prompt longer than the model reads is cut, and
     `Progress.warnings` says so.
@@ -154,6 +196,14 @@ class GenerateRequest(_message.Message):
     """
     scheduler: _builtins.str
     """Scheduler (sampler), one of `Model.schedulers`. Default: `Model.scheduler`."""
+    @_builtins.property
+    def preview(self) -> Global___PreviewOptions:
+        """How previews look and how often they come. Default: `Model.preview`."""
+
+    @_builtins.property
+    def output(self) -> Global___OutputOptions:
+        """How the final image is written. Default: a PNG with metadata."""
+
     def __init__(
         self,
         *,
@@ -165,10 +215,12 @@ class GenerateRequest(_message.Message):
         guidance_scale: _builtins.float | None = ...,
         seed: _builtins.int | None = ...,
         scheduler: _builtins.str | None = ...,
+        preview: Global___PreviewOptions | None = ...,
+        output: Global___OutputOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "output", b"output", "preview", b"preview", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "output", b"output", "preview", b"preview", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -202,6 +254,100 @@ class GenerateRequest(_message.Message):
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
+class PreviewOptions(_message.Message):
+    """How previews look and how often they come. What is left out is as in `Model.preview`. All options hold together: a
+    preview comes when enough steps and enough time have passed. The last step is always shown, unless there are none.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVERY_STEPS_FIELD_NUMBER: _builtins.int
+    MIN_INTERVAL_FIELD_NUMBER: _builtins.int
+    MAX_EDGE_PX_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    every_steps: _builtins.int
+    """Shows every nth step at most, 1 to 1000."""
+    max_edge_px: _builtins.int
+    """Longer edge at most in pixels, 16 to `Model.max_preview_edge_px`. Previews are never larger than what is known of
+    the picture, so they may be smaller than this.
+    """
+    quality: _builtins.int
+    """JPEG quality, 1 to `Model.max_preview_quality`."""
+    method: Global___PreviewMethod.ValueType
+    """What draws them, one of `Model.preview_methods`, AUTO or NONE. FAILED_PRECONDITION when this server has it not."""
+    @_builtins.property
+    def min_interval(self) -> _duration_pb2.Duration:
+        """Least time between two previews, 0 to 60 seconds."""
+
+    def __init__(
+        self,
+        *,
+        every_steps: _builtins.int | None = ...,
+        min_interval: _duration_pb2.Duration | None = ...,
+        max_edge_px: _builtins.int | None = ...,
+        quality: _builtins.int | None = ...,
+        method: Global___PreviewMethod.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_max_edge_px", b"_max_edge_px", "_quality", b"_quality", "every_steps", b"every_steps", "max_edge_px", b"max_edge_px", "min_interval", b"min_interval", "quality", b"quality"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps", "_max_edge_px", b"_max_edge_px", "_quality", b"_quality", "every_steps", b"every_steps", "max_edge_px", b"max_edge_px", "method", b"method", "min_interval", b"min_interval", "quality", b"quality"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__every_steps: _TypeAlias = _typing.Literal["every_steps"]  # noqa: Y015
+    _WhichOneofArgType__every_steps: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps"]  # noqa: Y015
+    _WhichOneofReturnType__max_edge_px: _TypeAlias = _typing.Literal["max_edge_px"]  # noqa: Y015
+    _WhichOneofArgType__max_edge_px: _TypeAlias = _typing.Literal["_max_edge_px", b"_max_edge_px"]  # noqa: Y015
+    _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
+    _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__every_steps) -> _WhichOneofReturnType__every_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_edge_px) -> _WhichOneofReturnType__max_edge_px | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
+
+Global___PreviewOptions: _TypeAlias = PreviewOptions  # noqa: Y015
+
+@_typing.final
+class OutputOptions(_message.Message):
+    """How the final image is written."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    QUALITY_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    format: Global___ImageFormat.ValueType
+    """File format. Default: PNG."""
+    quality: _builtins.int
+    """Quality of JPEG, 1 to 95, or of lossy WebP, 1 to 100. Default: 90. Refused for PNG, which loses nothing."""
+    metadata: _builtins.bool
+    """Whether the parameters (prompt, seed, size, steps, guidance, scheduler, model, version) are written into the file:
+    a text named `parameters` in PNG, the EXIF field UserComment in JPEG and WebP. Default: true.
+    """
+    def __init__(
+        self,
+        *,
+        format: Global___ImageFormat.ValueType = ...,
+        quality: _builtins.int | None = ...,
+        metadata: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_metadata", b"_metadata", "_quality", b"_quality", "metadata", b"metadata", "quality", b"quality"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_metadata", b"_metadata", "_quality", b"_quality", "format", b"format", "metadata", b"metadata", "quality", b"quality"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__metadata: _TypeAlias = _typing.Literal["metadata"]  # noqa: Y015
+    _WhichOneofArgType__metadata: _TypeAlias = _typing.Literal["_metadata", b"_metadata"]  # noqa: Y015
+    _WhichOneofReturnType__quality: _TypeAlias = _typing.Literal["quality"]  # noqa: Y015
+    _WhichOneofArgType__quality: _TypeAlias = _typing.Literal["_quality", b"_quality"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__metadata) -> _WhichOneofReturnType__metadata | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__quality) -> _WhichOneofReturnType__quality | None: ...
+
+Global___OutputOptions: _TypeAlias = OutputOptions  # noqa: Y015
+
+@_typing.final
 class Progress(_message.Message):
     """One message of a generation's stream: where it stands and, where there is a new one, a picture."""
 
@@ -227,6 +373,8 @@ class Progress(_message.Message):
     WARNINGS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    PREVIEW_METHOD_FIELD_NUMBER: _builtins.int
+    PREVIEWS_WITHDRAWN_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """Identifies the generation, the same in every message of a stream. Unguessable."""
     sequence: _builtins.int
@@ -267,6 +415,12 @@ class Progress(_message.Message):
     """Number of chunks of the final image: 1 when it came whole, 0 when there is no final image in this message. Chunks
     come in order as consecutive `PHASE_SUCCEEDED` messages; join their `image` fields.
     """
+    preview_method: Global___PreviewMethod.ValueType
+    """What drew the preview in `image`. Unspecified when there is none."""
+    previews_withdrawn: _builtins.bool
+    """The model's safety checker objects to this picture: take every preview of this generation from the screen. Once
+    true it stays true; the generation then fails with the reason CONTENT_WITHHELD.
+    """
     @_builtins.property
     def estimated_remaining(self) -> _duration_pb2.Duration:
         """Estimated time until the final image, waiting in the queue included. Absent when nothing was measured yet."""
@@ -306,10 +460,12 @@ class Progress(_message.Message):
         warnings: _abc.Iterable[Global___Warning] | None = ...,
         error: Global___Error | None = ...,
         timings: Global___Timings | None = ...,
+        preview_method: Global___PreviewMethod.ValueType = ...,
+        previews_withdrawn: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "estimated_remaining", b"estimated_remaining", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "chunk_index", b"chunk_index", "error", b"error", "estimated_remaining", b"estimated_remaining", "generation_id", b"generation_id", "height_px", b"height_px", "image", b"image", "image_format", b"image_format", "image_kind", b"image_kind", "image_step", b"image_step", "phase", b"phase", "previews_dropped", b"previews_dropped", "queue_position", b"queue_position", "seed", b"seed", "sequence", b"sequence", "step", b"step", "timings", b"timings", "total_steps", b"total_steps", "warnings", b"warnings", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "chunk_index", b"chunk_index", "error", b"error", "estimated_remaining", b"estimated_remaining", "generation_id", b"generation_id", "height_px", b"height_px", "image", b"image", "image_format", b"image_format", "image_kind", b"image_kind", "image_step", b"image_step", "phase", b"phase", "preview_method", b"preview_method", "previews_dropped", b"previews_dropped", "previews_withdrawn", b"previews_withdrawn", "queue_position", b"queue_position", "seed", b"seed", "sequence", b"sequence", "step", b"step", "timings", b"timings", "total_steps", b"total_steps", "warnings", b"warnings", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -517,6 +673,10 @@ class Model(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
+    PREVIEW_METHODS_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
+    MAX_PREVIEW_EDGE_PX_FIELD_NUMBER: _builtins.int
+    MAX_PREVIEW_QUALITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name as the server was told it: `bundled`, a hub id or the name of a folder."""
     pipeline: _builtins.str
@@ -549,9 +709,21 @@ class Model(_message.Message):
     """Number format of its weights, such as float32 or bfloat16."""
     server_version: _builtins.str
     """Version of the server."""
+    max_preview_edge_px: _builtins.int
+    """Largest `PreviewOptions.max_edge_px` accepted."""
+    max_preview_quality: _builtins.int
+    """Largest `PreviewOptions.quality` accepted."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Schedulers accepted, sorted; the names of diffusers' classes."""
+
+    @_builtins.property
+    def preview_methods(self) -> _containers.RepeatedScalarFieldContainer[Global___PreviewMethod.ValueType]:
+        """Methods that a request may name, besides AUTO and NONE."""
+
+    @_builtins.property
+    def preview(self) -> Global___PreviewOptions:
+        """Defaults of `GenerateRequest.preview`, every field set."""
 
     def __init__(
         self,
@@ -573,10 +745,14 @@ class Model(_message.Message):
         device: _builtins.str = ...,
         dtype: _builtins.str = ...,
         server_version: _builtins.str = ...,
+        preview_methods: _abc.Iterable[Global___PreviewMethod.ValueType] | None = ...,
+        preview: Global___PreviewOptions | None = ...,
+        max_preview_edge_px: _builtins.int = ...,
+        max_preview_quality: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "preview", b"preview"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "device", b"device", "dtype", b"dtype", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "max_pixels", b"max_pixels", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "name", b"name", "pipeline", b"pipeline", "scheduler", b"scheduler", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "device", b"device", "dtype", b"dtype", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "name", b"name", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "scheduler", b"scheduler", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015

@@ -15,13 +15,13 @@ import structlog
 
 from calotype_server import errors
 from calotype_server.admission import Admission
+from calotype_server.budget import PreviewBudget
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
 from calotype_server.telemetry import configure_logging
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
-from calotype_server.types import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -67,15 +67,15 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     configure_logging(settings.log_level, settings.log_format)
     begun = time.monotonic()
     signals = _Signals()
-    limits = Limits(settings.max_pixels, settings.max_step_count, settings.max_prompt_chars)
-    servicer = GenerationServicer(limits)
+    servicer = GenerationServicer(settings.limits)
     native = NativeServer(servicer)
+    budget = PreviewBudget(settings.preview_budget)
     address = await native.start(settings.grpc_address)
     try:
-        engine = await signals.unless_stopped(_in_daemon_thread(lambda: _load_engine(settings)))
+        engine = await signals.unless_stopped(_in_daemon_thread(lambda: _load_engine(settings, budget)))
         if engine is None:
             return 0
-        encoder = Encoder(max_edge=settings.preview_max_edge, quality=settings.preview_quality)
+        encoder = Encoder(budget.observe_encode)
         pace = Pace()
         admission = Admission(pace, max_active=_MAX_ACTIVE, max_queue=settings.max_queue)
         dead = asyncio.Event()
@@ -104,7 +104,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         await native.stop(0)
 
 
-def _load_engine(settings: Settings) -> Engine:
+def _load_engine(settings: Settings, budget: PreviewBudget) -> Engine:
     # OpenMP's threads spin while they wait for each other. A server shares its cores, with its own event loop at least,
     # and spinning against it was measured to cost up to twenty times the time of a step. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -120,13 +120,18 @@ def _load_engine(settings: Settings) -> Engine:
         dtype=loading.pick_dtype(settings.dtype, device),
     )
     try:
-        given = capabilities.Defaults(settings.step_count, settings.guidance_scale)
+        given = capabilities.Defaults(settings.step_count, settings.guidance_scale, settings.tiny_vae)
+        defaults = given.or_else(capabilities.read_defaults(loading.locate(settings.model)))
+        tiny_vae = loading.load_tiny_vae(defaults.tiny_vae, like=pipeline.vae) if defaults.tiny_vae else None
         return diffusers.DiffusersEngine(
             loading.display_name(settings.model),
             pipeline,
-            defaults=given.or_else(capabilities.read_defaults(loading.locate(settings.model))),
+            defaults=defaults,
             cache_dir=settings.cache_dir,
             threads=settings.threads,
+            budget=budget,
+            preview_methods=settings.allowed_methods,
+            tiny_vae=tiny_vae,
         )
     except errors.StartupError:
         raise

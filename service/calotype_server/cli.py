@@ -70,8 +70,9 @@ def _with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
             settings = Settings(**given)
         except pydantic.ValidationError as error:
             for problem in error.errors():
-                flag = "--" + str(problem["loc"][0]).replace("_", "-")
-                typer.secho(f"calotype: {flag}: {problem['msg']}", fg="red", err=True)
+                # A problem of two settings together has no place of its own, and its text names them.
+                flag = f"--{problem['loc'][0]}: ".replace("_", "-") if problem["loc"] else ""
+                typer.secho(f"calotype: {flag}{problem['msg']}", fg="red", err=True)
             raise typer.Exit(2) from None
         command(settings)
 

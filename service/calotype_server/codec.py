@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from calotype_server.stream import Update
-    from calotype_server.types import Limits, ModelInfo
+    from calotype_server.types import Limits, ModelInfo, PreviewMethod
 
 __all__ = ["DOMAIN", "encode_error", "encode_model", "encode_phase", "encode_update"]
 
@@ -29,7 +29,7 @@ DOMAIN = "calotype"
 _CHUNK_BYTES = 3 * 1024 * 1024
 """Of a final image in one message: well under the 4 MiB that every gRPC client accepts by default."""
 
-_FORMATS = {"jpeg": pb.IMAGE_FORMAT_JPEG, "png": pb.IMAGE_FORMAT_PNG}
+_FORMATS = {"jpeg": pb.IMAGE_FORMAT_JPEG, "png": pb.IMAGE_FORMAT_PNG, "webp": pb.IMAGE_FORMAT_WEBP}
 
 
 def encode_update(generation_id: str, seed: int, update: Update, image: EncodedImage | None) -> Iterator[pb.Progress]:
@@ -45,12 +45,14 @@ def encode_update(generation_id: str, seed: int, update: Update, image: EncodedI
         estimated_remaining=_duration(state.estimated_remaining),
         previews_dropped=update.previews_dropped,
         seed=seed,
+        previews_withdrawn=state.withdrawn,
         warnings=[pb.Warning(reason=notice.reason, message=notice.message) for notice in state.notices],
     )
     match state.end:
         case None:
             if image is not None and update.preview is not None:
                 _describe_image(progress, image, pb.IMAGE_KIND_PREDICTED, update.preview.step)
+                progress.preview_method = _method(update.preview.method)
                 progress.image = image.data
             yield progress
         case Failed(error, timings):
@@ -100,6 +102,16 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str) -> pb.Mo
         device=model.device,
         dtype=model.dtype,
         server_version=server_version,
+        preview_methods=[_method(each) for each in model.preview_methods if each in limits.preview_methods],
+        preview=pb.PreviewOptions(
+            every_steps=limits.preview.every_steps,
+            min_interval=_duration(limits.preview.min_interval),
+            max_edge_px=limits.preview.max_edge,
+            quality=limits.preview.quality,
+            method=_method(limits.preview.method),
+        ),
+        max_preview_edge_px=limits.max_preview_edge,
+        max_preview_quality=limits.max_preview_quality,
     )
 
 
@@ -125,6 +137,10 @@ def _describe_image(progress: pb.Progress, image: EncodedImage, kind: pb.ImageKi
     progress.image_step = step
     progress.width_px = image.width
     progress.height_px = image.height
+
+
+def _method(method: PreviewMethod) -> pb.PreviewMethod.ValueType:
+    return pb.PreviewMethod.Value(f"PREVIEW_METHOD_{method.name}")
 
 
 def _timings(timings: Timings) -> pb.Timings:

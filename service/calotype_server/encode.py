@@ -4,44 +4,53 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from PIL import ExifTags, Image, PngImagePlugin
 
-from calotype_server.types import EncodedImage, Pixels
+from calotype_server.types import EncodedImage, OutputOptions, Pixels, PreviewOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["Encoder", "encode_final", "encode_preview"]
 
+_MAX_EXIF_CHARS = 30_000
+"""An EXIF block holds 64 KiB, and the text in it has two bytes a character, or four."""
+
 
 class Encoder:
-    """Encodes previews as JPEG and final images as PNG.
+    """Encodes previews as JPEG and final images in the format asked for.
 
     Args:
-        max_edge: Longer edge of a preview at most, in pixels; larger ones are reduced.
-        quality: JPEG quality of previews, 1 to 95.
+        on_preview: Told the seconds that encoding a preview took.
     """
 
-    def __init__(self, *, max_edge: int = 512, quality: int = 75) -> None:
-        self._max_edge = max_edge
-        self._quality = quality
+    def __init__(self, on_preview: Callable[[float], None] | None = None) -> None:
+        self._on_preview = on_preview
         # Two, so that a preview does not wait behind another generation's final image.
         self._threads = ThreadPoolExecutor(2, "calotype-encode")
 
-    async def preview(self, pixels: Pixels) -> EncodedImage:
-        """Returns a JPEG no larger than `max_edge`."""
-        return await self._run(encode_preview, pixels, self._max_edge, self._quality)
+    async def preview(self, pixels: Pixels, options: PreviewOptions) -> EncodedImage:
+        """Returns a JPEG no larger than `options.max_edge`."""
+        return await self._run(self._timed_preview, pixels, options.max_edge, options.quality)
 
-    async def final(self, pixels: Pixels) -> EncodedImage:
-        """Returns a PNG of the full size."""
-        return await self._run(encode_final, pixels)
+    async def final(self, pixels: Pixels, options: OutputOptions, parameters: str) -> EncodedImage:
+        """Returns a file of the full size, with `parameters` inside where the options want metadata."""
+        return await self._run(encode_final, pixels, options, parameters)
 
     def close(self) -> None:
         """Ends the threads after what they are doing."""
         self._threads.shutdown()
+
+    def _timed_preview(self, pixels: Pixels, max_edge: int, quality: int) -> EncodedImage:
+        begun = time.thread_time()
+        image = encode_preview(pixels, max_edge, quality)
+        if self._on_preview is not None:
+            self._on_preview(time.thread_time() - begun)
+        return image
 
     async def _run(self, function: Callable[..., EncodedImage], *arguments: object) -> EncodedImage:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
@@ -54,16 +63,38 @@ def encode_preview(pixels: Pixels, max_edge: int, quality: int) -> EncodedImage:
     return _save(image, "jpeg", quality=quality)
 
 
-def encode_final(pixels: Pixels) -> EncodedImage:
-    """PNG of `pixels`. Compression level 3: half the time of the default for a few per cent more bytes."""
-    return _save(_image(pixels), "png", compress_level=3)
+def encode_final(pixels: Pixels, options: OutputOptions, parameters: str) -> EncodedImage:
+    """The finished file. PNG takes compression level 3: half the time of the default for a few per cent more bytes.
+
+    The parameters go where tools look for them: a text chunk named `parameters` in PNG, the EXIF field UserComment in
+    JPEG and WebP.
+    """
+    saved: dict[str, Any] = {"compress_level": 3} if options.format == "png" else {"quality": options.quality}
+    if options.metadata and options.format == "png":
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt("parameters", parameters)
+        saved["pnginfo"] = text
+    elif options.metadata:
+        saved["exif"] = _exif(parameters[:_MAX_EXIF_CHARS])
+    if options.format == "jpeg":
+        # Colour at half resolution is for previews; the keeper gets all of it.
+        saved["subsampling"] = "4:4:4"
+    return _save(_image(pixels), options.format, **saved)
+
+
+def _exif(text: str) -> Image.Exif:
+    exif = Image.Exif()
+    # A comment begins with eight bytes that name its encoding (EXIF 2.3, table 9).
+    comment = b"UNICODE\0" + text.encode("utf-16-be", "replace")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    return exif
 
 
 def _image(pixels: Pixels) -> Image.Image:
     return Image.frombytes("RGB", (pixels.width, pixels.height), pixels.data)
 
 
-def _save(image: Image.Image, format: str, **options: int) -> EncodedImage:  # noqa: A002 - Pillow's word
+def _save(image: Image.Image, format: str, **options: Any) -> EncodedImage:  # noqa: A002 - Pillow's word
     file = io.BytesIO()
     image.save(file, format, **options)
     return EncodedImage(format, image.width, image.height, file.getvalue())  # type: ignore[arg-type]

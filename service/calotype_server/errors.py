@@ -7,10 +7,12 @@ ServiceError                  has a status code, a reason and a sentence fit for
 ├── QueueFull                 RESOURCE_EXHAUSTED
 ├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
 ├── GenerationNotFound        NOT_FOUND
+├── MethodUnavailable         FAILED_PRECONDITION  a preview method that this server lacks or forbids
 └── GenerationError           one generation ended; the engine goes on
     ├── Cancelled             CANCELLED
     ├── Interrupted           UNAVAILABLE          the server is stopping
     ├── OutOfMemory           RESOURCE_EXHAUSTED
+    ├── ContentWithheld       FAILED_PRECONDITION  the model's safety checker objects
     ├── NumericalFailure      INTERNAL
     ├── GenerationFailed      INTERNAL
     └── EngineDead            INTERNAL             the engine does not go on
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AddressInUse",
     "Cancelled",
+    "ContentWithheld",
     "DeadlineTooShort",
     "EngineDead",
     "GenerationError",
@@ -40,6 +43,7 @@ __all__ = [
     "GenerationNotFound",
     "Interrupted",
     "InvalidRequest",
+    "MethodUnavailable",
     "ModelUnavailable",
     "NotReady",
     "NumericalFailure",
@@ -121,6 +125,13 @@ class GenerationNotFound(ServiceError):
     reason = "GENERATION_NOT_FOUND"
 
 
+class MethodUnavailable(ServiceError):
+    """The preview method is not there, or the operator does not allow it."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "PREVIEW_METHOD_UNAVAILABLE"
+
+
 class GenerationError(ServiceError):
     """One generation ended without its image."""
 
@@ -144,6 +155,13 @@ class OutOfMemory(GenerationError):
 
     code = "RESOURCE_EXHAUSTED"
     reason = "OUT_OF_MEMORY"
+
+
+class ContentWithheld(GenerationError):
+    """The model's safety checker objects to the picture."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "CONTENT_WITHHELD"
 
 
 class NumericalFailure(GenerationError):

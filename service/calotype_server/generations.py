@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from calotype_server import errors
+from calotype_server import errors, metadata
 from calotype_server.stream import EventLog, Update
 from calotype_server.types import (
     Decoding,
@@ -141,8 +141,9 @@ class Generations:
         self._followers += 1
         self._followed.clear()
         try:
+            preview = generation.job.preview
             async for update in generation.log.follow():
-                image = None if update.preview is None else await self._encoder.preview(update.preview.pixels)
+                image = None if update.preview is None else await self._encoder.preview(update.preview.pixels, preview)
                 yield update, image
         finally:
             generation.end_early(errors.Cancelled("The caller left."))
@@ -248,7 +249,7 @@ class Generations:
         if isinstance(generation.stop_error, errors.Cancelled):
             # It came while the picture was being decoded, which cannot be interrupted.
             raise generation.stop_error
-        return await self._encoder.final(pixels)
+        return await self._encoder.final(pixels, generation.job.output, metadata.describe(generation.job, self.model))
 
     def _reporter(self, generation: Generation) -> Callable[[Event], None]:
         """Returns the engine's `report`: notes the time, adds the estimate, publishes. Runs in the engine's threads."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from calotype_server.types import Limits, PreviewMethod, PreviewOptions
 
 __all__ = ["Settings"]
 
@@ -31,8 +33,26 @@ class Settings(BaseSettings):
     max_pixels: int = Field(2048 * 2048, ge=64, description="Largest width times height accepted.")
     max_prompt_chars: int = Field(4000, ge=1, description="Longest prompt accepted, in characters.")
     max_queue: int = Field(32, ge=0, description="Generations that may wait; one more is refused.")
-    preview_max_edge: int = Field(512, ge=16, description="Longer edge of previews at most, in pixels.")
-    preview_quality: int = Field(75, ge=1, le=95, description="JPEG quality of previews.")
+    preview_method: PreviewMethod = Field(PreviewMethod.AUTO, description="What draws previews unless a request says.")
+    preview_methods: str = Field(
+        "head,tiny_vae,full_vae", description="Methods that may be used, with commas between them."
+    )
+    preview_every_steps: int = Field(1, ge=1, le=1000, description="Steps between previews unless a request says.")
+    preview_min_interval: float = Field(
+        0.0, ge=0, le=60, description="Least seconds between previews unless a request says."
+    )
+    preview_edge: int = Field(512, ge=16, description="Longer edge of previews in pixels unless a request says.")
+    preview_quality: int = Field(75, ge=1, le=95, description="JPEG quality of previews unless a request says.")
+    preview_budget: float = Field(
+        0.02, gt=0, le=1, description="Share of the denoiser's time that automatic previews may cost."
+    )
+    max_preview_edge: int = Field(1024, ge=16, description="Longest edge of previews accepted, in pixels.")
+    max_preview_quality: int = Field(95, ge=1, le=95, description="Largest JPEG quality of previews accepted.")
+    tiny_vae: str | None = Field(
+        None,
+        description="AutoencoderTiny that fits the model, for previews: a hub id or folder. "
+        "Default: the bundled model's own, none for others.",
+    )
     drain_seconds: float = Field(30.0, ge=0, description="Time to finish running generations after SIGTERM.")
     cache_dir: Path = Field(
         Path("~/.cache/calotype"), description="Folder for what was measured of a model, such as its preview head."
@@ -47,3 +67,48 @@ class Settings(BaseSettings):
         if not separator or not host or not port.isdecimal() or int(port) > 65535:
             raise ValueError(f"{value!r} is not HOST:PORT")
         return value
+
+    @field_validator("preview_methods")
+    @classmethod
+    def _known_methods(cls, value: str) -> str:
+        known = {PreviewMethod.HEAD, PreviewMethod.TINY_VAE, PreviewMethod.FULL_VAE}
+        if not {name.strip() for name in value.split(",") if name.strip()} <= known:
+            raise ValueError(f"{value!r} is not a list of {', '.join(sorted(known))}")
+        return value
+
+    @model_validator(mode="after")
+    def _defaults_within_ceilings(self) -> Self:
+        for default, ceiling in (("preview_edge", "max_preview_edge"), ("preview_quality", "max_preview_quality")):
+            # A default that was not chosen follows the ceiling that was.
+            if getattr(self, default) > getattr(self, ceiling):
+                if default in self.model_fields_set:
+                    raise ValueError(f"{default} is above {ceiling}")
+                setattr(self, default, getattr(self, ceiling))
+        chosen = self.preview_method
+        if chosen not in (PreviewMethod.AUTO, PreviewMethod.NONE) and chosen not in self.allowed_methods:
+            raise ValueError(f"preview_method {chosen} is not among preview_methods")
+        return self
+
+    @property
+    def allowed_methods(self) -> frozenset[PreviewMethod]:
+        """`preview_methods`, taken apart."""
+        return frozenset(PreviewMethod(name.strip()) for name in self.preview_methods.split(",") if name.strip())
+
+    @property
+    def limits(self) -> Limits:
+        """What requests are held to."""
+        return Limits(
+            max_pixels=self.max_pixels,
+            max_step_count=self.max_step_count,
+            max_prompt_chars=self.max_prompt_chars,
+            max_preview_edge=self.max_preview_edge,
+            max_preview_quality=self.max_preview_quality,
+            preview=PreviewOptions(
+                every_steps=self.preview_every_steps,
+                min_interval=self.preview_min_interval,
+                max_edge=self.preview_edge,
+                quality=self.preview_quality,
+                method=self.preview_method,
+            ),
+            preview_methods=self.allowed_methods,
+        )

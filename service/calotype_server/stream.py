@@ -23,6 +23,7 @@ from calotype_server.types import (
     PreviewReady,
     Queued,
     Succeeded,
+    Withdrawn,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class State:
     estimated_remaining: float | None = None
     notices: tuple[Notice, ...] = ()
     previews_skipped: int = 0
+    withdrawn: bool = False
     end: Succeeded | Failed | None = None
 
 
@@ -68,13 +70,20 @@ def advance(state: State, event: Event) -> State:
             return replace(later, queue_position=position, estimated_remaining=remaining)
         case EncodingPrompt(notices, remaining) if state.phase == Phase.QUEUED:
             return replace(later, phase=Phase.ENCODING_PROMPT, notices=notices, estimated_remaining=remaining)
-        case Denoising(step, total, remaining) if state.phase <= Phase.DENOISING and step >= state.step:
-            return replace(later, phase=Phase.DENOISING, step=step, total_steps=total, estimated_remaining=remaining)
-        case PreviewReady():
-            later = replace(later, previews_skipped=state.previews_skipped + event.skipped)
-            if state.phase <= Phase.DENOISING and event.step >= state.step:
-                return advance(replace(later, sequence=state.sequence), _denoising(event))
-            return later
+        case Denoising(step, total, skipped, remaining):
+            if state.phase <= Phase.DENOISING and step >= state.step:
+                later = replace(
+                    later, phase=Phase.DENOISING, step=step, total_steps=total, estimated_remaining=remaining
+                )
+            elif not skipped:
+                return state
+            return replace(later, previews_skipped=state.previews_skipped + skipped)
+        case PreviewReady(step, total, skipped=skipped, estimated_remaining=remaining):
+            reached = advance(state, Denoising(step, total, skipped, remaining))
+            # A preview that comes after the next step was told changes nothing in the state but its number.
+            return replace(reached, sequence=later.sequence)
+        case Withdrawn() if not state.withdrawn:
+            return replace(later, withdrawn=True)
         case Decoding(remaining) if state.phase < Phase.DECODING:
             return replace(later, phase=Phase.DECODING, step=state.total_steps, estimated_remaining=remaining)
         case Succeeded():
@@ -83,10 +92,6 @@ def advance(state: State, event: Event) -> State:
             phase = Phase.CANCELLED if isinstance(error, errors.Cancelled) else Phase.FAILED
             return replace(later, phase=phase, estimated_remaining=None, end=event)
     return state
-
-
-def _denoising(preview: PreviewReady) -> Denoising:
-    return Denoising(preview.step, preview.total_steps, preview.estimated_remaining)
 
 
 class EventLog:
@@ -164,7 +169,7 @@ class _Subscription:
             return None
         self._sequence = state.sequence
         preview, self._slot = self._slot, None
-        if preview is not None and state.end is not None:
+        if preview is not None and (state.end is not None or state.withdrawn):
             # The final image supersedes it, and an error needs no picture.
             self._dropped += 1
             preview = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -20,13 +20,66 @@ __all__ = [
     "Limits",
     "ModelInfo",
     "Notice",
+    "OutputOptions",
     "Phase",
     "Pixels",
+    "PreviewMethod",
+    "PreviewOptions",
     "PreviewReady",
     "Queued",
     "Succeeded",
     "Timings",
+    "Withdrawn",
 ]
+
+
+class PreviewMethod(StrEnum):
+    """What draws previews."""
+
+    AUTO = "auto"
+    """The best that stays within the budget."""
+    HEAD = "head"
+    """The fitted linear map, see `engine.preview.head`."""
+    TINY_VAE = "tiny_vae"
+    """A small decoder that the operator configured."""
+    FULL_VAE = "full_vae"
+    """The model's own decoder."""
+    NONE = "none"
+    """No previews."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewOptions:
+    """How previews look and how often they come.
+
+    Attributes:
+        every_steps: Shows every nth step at most, from 1. The last step is always shown.
+        min_interval: Least seconds between two previews, from 0.
+        max_edge: Longer edge at most, in pixels.
+        quality: JPEG quality, 1 to 95.
+        method: What draws them.
+    """
+
+    every_steps: int = 1
+    min_interval: float = 0.0
+    max_edge: int = 512
+    quality: int = 75
+    method: PreviewMethod = PreviewMethod.AUTO
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """How the final image is written.
+
+    Attributes:
+        format: File format.
+        quality: Of JPEG, 1 to 95, and WebP, 1 to 100; PNG has none.
+        metadata: Whether the parameters are written into the file.
+    """
+
+    format: Literal["jpeg", "png", "webp"] = "png"
+    quality: int = 90
+    metadata: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +95,8 @@ class Job:
         guidance_scale: Classifier-free guidance, or None where the model takes none.
         seed: Of the initial noise, 0 to 2**53 - 1.
         scheduler: Class name of the scheduler, one that the model offers.
+        preview: What the caller wants to see on the way.
+        output: What the caller wants in the end.
     """
 
     prompt: str
@@ -52,6 +107,8 @@ class Job:
     guidance_scale: float | None
     seed: int
     scheduler: str
+    preview: PreviewOptions = PreviewOptions()
+    output: OutputOptions = OutputOptions()
 
     @property
     def pixel_count(self) -> int:
@@ -61,11 +118,15 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Ceilings that the operator sets, all inclusive."""
+    """What the operator sets: ceilings, all inclusive; the defaults of previews; and what may draw them."""
 
     max_pixels: int
     max_step_count: int
     max_prompt_chars: int
+    max_preview_edge: int = 1024
+    max_preview_quality: int = 95
+    preview: PreviewOptions = PreviewOptions()
+    preview_methods: frozenset[PreviewMethod] = frozenset(PreviewMethod)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +147,7 @@ class ModelInfo:
         max_prompt_tokens: Tokens that the model reads, special ones included; 0 when unknown.
         device: Such as "cpu" or "cuda:0".
         dtype: Such as "float32".
+        preview_methods: What can draw previews of this model.
     """
 
     name: str
@@ -101,6 +163,7 @@ class ModelInfo:
     max_prompt_tokens: int
     device: str
     dtype: str
+    preview_methods: tuple[PreviewMethod, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +179,7 @@ class Pixels:
 class EncodedImage:
     """A complete image file."""
 
-    format: Literal["jpeg", "png"]
+    format: Literal["jpeg", "png", "webp"]
     width: int
     height: int
     data: bytes = field(repr=False)
@@ -177,10 +240,11 @@ class EncodingPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Denoising:
-    """`step` of `total_steps` are done; 0 when the first is about to start."""
+    """`step` of `total_steps` are done, 0 at the start; `skipped` previews were due since the last and are lost."""
 
     step: int
     total_steps: int
+    skipped: int = 0
     estimated_remaining: float | None = None
 
 
@@ -191,8 +255,14 @@ class PreviewReady:
     step: int
     total_steps: int
     pixels: Pixels
+    method: PreviewMethod
     skipped: int = 0
     estimated_remaining: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The safety checker objects to the picture: what was shown of it must be taken off every screen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,5 +288,5 @@ class Failed:
     timings: Timings
 
 
-Event = Queued | EncodingPrompt | Denoising | PreviewReady | Decoding | Succeeded | Failed
+Event = Queued | EncodingPrompt | Denoising | PreviewReady | Withdrawn | Decoding | Succeeded | Failed
 """Everything that can happen to a generation. `Succeeded` and `Failed` end it."""

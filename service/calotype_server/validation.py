@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import secrets
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
-from calotype_server.errors import InvalidRequest, Violation
-from calotype_server.types import Job
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server.errors import InvalidRequest, MethodUnavailable, Violation
+from calotype_server.types import Job, OutputOptions, PreviewMethod, PreviewOptions
 
 if TYPE_CHECKING:
-    from calotype.v1.calotype_pb2 import GenerateRequest
+    from collections.abc import Callable
+
     from calotype_server.types import Limits, ModelInfo
 
 __all__ = ["MAX_GUIDANCE_SCALE", "MAX_SEED", "validate"]
@@ -21,11 +24,33 @@ MAX_SEED = 2**53 - 1
 MAX_GUIDANCE_SCALE = 100.0
 
 
-def validate(request: GenerateRequest, model: ModelInfo, limits: Limits) -> Job:
-    """Returns the job that `request` asks for, with the model's defaults filled in.
+MAX_EVERY_STEPS = 1000
+MIN_PREVIEW_EDGE = 16
+MAX_PREVIEW_INTERVAL = 60.0
+"""Seconds."""
+
+_METHODS = {
+    pb.PREVIEW_METHOD_AUTO: PreviewMethod.AUTO,
+    pb.PREVIEW_METHOD_HEAD: PreviewMethod.HEAD,
+    pb.PREVIEW_METHOD_TINY_VAE: PreviewMethod.TINY_VAE,
+    pb.PREVIEW_METHOD_FULL_VAE: PreviewMethod.FULL_VAE,
+    pb.PREVIEW_METHOD_NONE: PreviewMethod.NONE,
+}
+_FORMATS: dict[int, Literal["jpeg", "png", "webp"]] = {
+    pb.IMAGE_FORMAT_UNSPECIFIED: "png",
+    pb.IMAGE_FORMAT_JPEG: "jpeg",
+    pb.IMAGE_FORMAT_PNG: "png",
+    pb.IMAGE_FORMAT_WEBP: "webp",
+}
+_MAX_QUALITY = {"jpeg": 95, "webp": 100}
+
+
+def validate(request: pb.GenerateRequest, model: ModelInfo, limits: Limits) -> Job:
+    """Returns the job that `request` asks for, with the defaults filled in.
 
     Raises:
         InvalidRequest: With one violation for each thing that is wrong, in the order of the fields.
+        MethodUnavailable: Nothing is wrong but the preview method, which this server has not, or does not allow.
     """
     violations: list[Violation] = []
 
@@ -69,7 +94,68 @@ def validate(request: GenerateRequest, model: ModelInfo, limits: Limits) -> Job:
     if scheduler not in model.schedulers:
         refuse("scheduler", f"{scheduler[:80]!r} is unknown, must be one of {', '.join(model.schedulers)}")
 
+    preview = _preview(request.preview, limits, refuse)
+    output = _output(request.output, refuse)
     if violations:
         raise InvalidRequest(violations)
+    _check_method(preview.method, model, limits)
     negative = request.negative_prompt or None
-    return Job(request.prompt, negative, width, height, steps, guidance, seed, scheduler)
+    return Job(request.prompt, negative, width, height, steps, guidance, seed, scheduler, preview, output)
+
+
+def _preview(options: pb.PreviewOptions, limits: Limits, refuse: Callable[[str, str], None]) -> PreviewOptions:
+    """Fills in the operator's defaults; tells `refuse` what is out of range."""
+    chosen = limits.preview
+    for field, attribute, least, most in (
+        ("every_steps", "every_steps", 1, MAX_EVERY_STEPS),
+        ("max_edge_px", "max_edge", MIN_PREVIEW_EDGE, limits.max_preview_edge),
+        ("quality", "quality", 1, limits.max_preview_quality),
+    ):
+        if options.HasField(field):  # type: ignore[arg-type]
+            value = getattr(options, field)
+            if not least <= value <= most:
+                refuse(f"preview.{field}", f"is {value}, must be {least} to {most}")
+            chosen = replace(chosen, **{attribute: value})
+    if options.HasField("min_interval"):
+        interval = options.min_interval.seconds + options.min_interval.nanos / 1e9
+        if not 0 <= interval <= MAX_PREVIEW_INTERVAL:
+            refuse("preview.min_interval", f"is {interval:g} s, must be 0 to {MAX_PREVIEW_INTERVAL:g} s")
+        chosen = replace(chosen, min_interval=interval)
+    if options.method != pb.PREVIEW_METHOD_UNSPECIFIED:
+        method = _METHODS.get(options.method)
+        if method is None:
+            refuse("preview.method", f"is {options.method}, which is unknown")
+        else:
+            chosen = replace(chosen, method=method)
+    return chosen
+
+
+def _output(options: pb.OutputOptions, refuse: Callable[[str, str], None]) -> OutputOptions:
+    """Fills in defaults; tells `refuse` what is out of range."""
+    name = _FORMATS.get(options.format)
+    if name is None:
+        refuse("output.format", f"is {options.format}, which is unknown")
+        return OutputOptions()
+    chosen = OutputOptions(format=name, metadata=options.metadata if options.HasField("metadata") else True)
+    if options.HasField("quality"):
+        most = _MAX_QUALITY.get(name)
+        if most is None:
+            refuse("output.quality", f"{name.upper()} has none, it loses nothing")
+        elif not 1 <= options.quality <= most:
+            refuse("output.quality", f"is {options.quality}, must be 1 to {most}")
+        chosen = replace(chosen, quality=options.quality)
+    return chosen
+
+
+def _check_method(method: PreviewMethod, model: ModelInfo, limits: Limits) -> None:
+    if method in (PreviewMethod.AUTO, PreviewMethod.NONE):
+        return
+    metadata = {"method": method.name}
+    if method not in limits.preview_methods:
+        raise MethodUnavailable(f"This server does not allow previews by {method.name}.", metadata=metadata)
+    if method in model.preview_methods:
+        return
+    why = f"There are no previews by {method.name} of this model."
+    if method is PreviewMethod.TINY_VAE:
+        why = "No tiny VAE is configured; the operator can name one that fits the model: calotype serve --tiny-vae ID."
+    raise MethodUnavailable(why, metadata=metadata)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
 import torch
 
 from calotype_server import errors
+from calotype_server.budget import PreviewBudget
 from calotype_server.engine.capabilities import Defaults, describe, tokenizers
-from calotype_server.engine.preview.cache import cache_path, load_head, save_head
-from calotype_server.engine.preview.calibrate import calibrate
-from calotype_server.engine.preview.renderer import PreviewRenderer
+from calotype_server.engine.preview.previews import Previews
 from calotype_server.engine.probe import pick_threads
 from calotype_server.engine.tap import Step, StepTap, Stopped
-from calotype_server.engine.view import make_scheduler, request_view
-from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, Notice, Pixels
+from calotype_server.engine.view import Locked, make_scheduler, request_view
+from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, Notice, Pixels, PreviewMethod, Withdrawn
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
     from calotype_server.types import Job, ModelInfo
@@ -38,16 +40,42 @@ class DiffusersEngine:
         defaults: What takes precedence over the pipeline's own defaults.
         cache_dir: Folder for the calibrated preview head.
         threads: Threads that torch computes with; None to measure what is quickest.
+        budget: Chooses how previews are drawn.
+        preview_methods: What the operator allows to draw them.
+        tiny_vae: An `AutoencoderTiny` that fits the pipeline, or None.
     """
 
     def __init__(
-        self, name: str, pipeline: Any, *, defaults: Defaults, cache_dir: Path, threads: int | None = None
+        self,
+        name: str,
+        pipeline: Any,
+        *,
+        defaults: Defaults,
+        cache_dir: Path,
+        threads: int | None = None,
+        budget: PreviewBudget | None = None,
+        preview_methods: Collection[PreviewMethod] = tuple(PreviewMethod),
+        tiny_vae: Any = None,
     ) -> None:
         self._pipeline = pipeline
-        self._model = describe(name, pipeline, defaults)
-        self._threads = threads or pick_threads(pipeline, self._model)
-        _log.info("model loaded", model=name, device=self._model.device, threads=self._threads)
-        self._renderer = _make_renderer(pipeline, self._model, cache_dir)
+        model = describe(name, pipeline, defaults)
+        self._threads = threads or pick_threads(pipeline, model)
+        _log.info("model loaded", model=name, device=model.device, threads=self._threads)
+        self._budget = budget or PreviewBudget(share=0.02)
+        if model.device == "cpu":
+            self._budget.contention = min(1.0, self._threads / (os.cpu_count() or 1))
+        # Some VAEs keep state while they decode, and previews decode beside the images of others.
+        self._vae = Locked(pipeline.vae)
+        self._previews = Previews(
+            pipeline,
+            model,
+            cache_dir=cache_dir,
+            allowed=preview_methods,
+            budget=self._budget,
+            vae=self._vae,
+            tiny_vae=tiny_vae,
+        )
+        self._model = replace(model, preview_methods=self._previews.methods)
 
     @property
     def model(self) -> ModelInfo:
@@ -58,27 +86,37 @@ class DiffusersEngine:
         """Generates one picture; see the protocol."""
         # Torch keeps the setting by thread, and new threads take whatever was set last anywhere.
         torch.set_num_threads(self._threads)
-        feed = self._renderer.feed(job, report) if self._renderer is not None else None
+        feed = self._previews.feed(job, report)
+        decoding_since = 0.0
 
         def on_step(step: Step) -> None:
-            if feed is None:
-                report(Denoising(step.number, step.total))
-            else:
-                feed.offer(step)
+            nonlocal decoding_since
+            feed.offer(step)
             if step.number >= step.total:
+                decoding_since = time.perf_counter()
                 report(Decoding())
 
         scheduler = make_scheduler(self._pipeline, job.scheduler)
-        StepTap(
+        tap = StepTap(
             scheduler,
             on_start=lambda total: report(Denoising(0, total)),
             on_step=on_step,
-            should_stop=lambda: stop.is_set() or (feed is not None and feed.broken),
+            should_stop=lambda: stop.is_set() or feed.broken,
         )
         try:
             report(EncodingPrompt(self._notices(job)))
-            output = request_view(self._pipeline, scheduler)(**self._arguments(job))
-            return _to_pixels(output[0])
+            output = request_view(self._pipeline, scheduler, vae=self._vae)(**self._arguments(job))
+            pixels = _to_pixels(output[0])
+            self._budget.observe_decode(
+                PreviewMethod.FULL_VAE, (time.perf_counter() - decoding_since) * self._threads, job.pixel_count
+            )
+            feed.flush()
+            if any(getattr(output, "nsfw_content_detected", None) or ()):
+                report(Withdrawn())
+                raise errors.ContentWithheld("The model's safety checker objects to this picture. Try another seed.")
+            if tap.last is not None:
+                self._previews.learn(job, tap.last, output[0])
+            return pixels
         except Stopped:
             if not stop.is_set():
                 raise _numerical_failure() from None
@@ -98,13 +136,11 @@ class DiffusersEngine:
             _log.exception("the pipeline failed")
             raise errors.GenerationFailed("The model could not make this picture.") from error
         finally:
-            if feed is not None:
-                feed.close()
+            feed.close()
 
     def close(self) -> None:
         """Ends the preview thread."""
-        if self._renderer is not None:
-            self._renderer.close()
+        self._previews.close()
 
     def _arguments(self, job: Job) -> dict[str, Any]:
         arguments: dict[str, Any] = {
@@ -135,21 +171,6 @@ class DiffusersEngine:
                 message = f"The {name} has {count} tokens; the model read only the first {limit}."
                 notices.append(Notice("PROMPT_TRUNCATED", message))
         return tuple(notices)
-
-
-def _make_renderer(pipeline: Any, model: ModelInfo, cache_dir: Path) -> PreviewRenderer | None:
-    """Loads or calibrates the head. A pipeline that cannot be calibrated still works, with progress but no pictures."""
-    path = cache_path(cache_dir, pipeline)
-    head = load_head(path)
-    if head is None:
-        _log.info("calibrating previews", model=model.name)
-        try:
-            head = calibrate(pipeline, model)
-        except Exception:
-            _log.exception("previews cannot be calibrated for this pipeline; it will show progress without pictures")
-            return None
-        save_head(path, head)
-    return PreviewRenderer(head)
 
 
 def _to_pixels(images: Any) -> Pixels:

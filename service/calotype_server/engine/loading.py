@@ -30,7 +30,7 @@ from calotype_server.errors import ModelUnavailable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["BUNDLED", "display_name", "load_pipeline", "locate", "pick_device", "pick_dtype"]
+__all__ = ["BUNDLED", "display_name", "load_pipeline", "load_tiny_vae", "locate", "pick_device", "pick_dtype"]
 
 _log = structlog.get_logger(__name__)
 
@@ -115,6 +115,33 @@ def load_pipeline(
     return pipeline
 
 
+def load_tiny_vae(name: str, like: Any) -> Any:
+    """Loads an `AutoencoderTiny` for previews: a hub id or a local folder, safetensors only.
+
+    Args:
+        name: Which.
+        like: The VAE that it stands in for; its device and number format are taken.
+
+    Raises:
+        ModelUnavailable: It is not there, not reachable, or something else.
+    """
+    folder = Path(name).expanduser()
+    local = folder.exists() or name.startswith((".", "/", "~"))
+    try:
+        with _quiet():
+            vae = diffusers.AutoencoderTiny.from_pretrained(
+                folder if local else name, torch_dtype=like.dtype, use_safetensors=True, local_files_only=local
+            )
+    except Exception as error:
+        raise ModelUnavailable(f"{name!r} cannot be loaded as an AutoencoderTiny ({_first_line(error)}).") from error
+    if vae.config.latent_channels != like.config.latent_channels:
+        raise ModelUnavailable(
+            f"The tiny VAE {name!r} has {vae.config.latent_channels} latent channels, the model has "
+            f"{like.config.latent_channels}."
+        )
+    return vae.to(like.device).eval()
+
+
 def display_name(model: str) -> str:
     """What callers are told: a folder's name without its path, otherwise the model as the operator gave it."""
     return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
@@ -147,8 +174,7 @@ def locate(model: str) -> Path | str:
 def _explain(model: str, local: bool, error: Exception) -> str:
     """What went wrong and what to do, for an operator. The cause keeps the library's own words."""
     chain = list(_chain(error))
-    words = str(error).strip().splitlines()
-    first = words[0][:300] if words else type(error).__name__
+    first = _first_line(error)
     if local:
         return (
             f"The model folder {model!r} is incomplete or damaged ({first}). It needs model_index.json, "
@@ -166,6 +192,11 @@ def _explain(model: str, local: bool, error: Exception) -> str:
             f"local folder, or --model {BUNDLED}."
         )
     return f"The model {model!r} cannot be loaded ({first})."
+
+
+def _first_line(error: Exception) -> str:
+    words = str(error).strip().splitlines()
+    return words[0][:300] if words else type(error).__name__
 
 
 def _is_unreachable(error: BaseException) -> bool:

@@ -47,10 +47,10 @@ class Proxy:
         return getattr(self._module, name)
 
 
-def plain_arguments(pipeline: Any, edge: int, guidance_scale: float | None) -> dict[str, Any]:
-    """Returns arguments for a call with an empty prompt and a square picture, but for the number of steps."""
+def plain_arguments(pipeline: Any, width: int, height: int, guidance_scale: float | None) -> dict[str, Any]:
+    """Returns arguments for a call with an empty prompt, but for the number of steps."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
-    call: dict[str, Any] = {"prompt": "", "width": edge, "height": edge}
+    call: dict[str, Any] = {"prompt": "", "width": width, "height": height}
     if "guidance_scale" in parameters and guidance_scale is not None:
         call["guidance_scale"] = guidance_scale
     if "use_resolution_binning" in parameters:
@@ -73,7 +73,10 @@ def denoiser_call(pipeline: Any, model: ModelInfo) -> Callable[[], Any]:
 
     view = request_view(pipeline, make_scheduler(pipeline, model.scheduler), **{name: Proxy(module, capture)})
     with contextlib.suppress(_Captured):
-        view(**plain_arguments(pipeline, model.width, model.guidance_scale), num_inference_steps=model.step_count)
+        view(
+            **plain_arguments(pipeline, model.width, model.height, model.guidance_scale),
+            num_inference_steps=model.step_count,
+        )
     args, kwargs = captured[0]
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ __all__ = ["cache_path", "load_head", "save_head"]
 
 _log = structlog.get_logger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of the key: raise it when heads of an older version no longer fit."""
 
 _SAMPLED = 64
@@ -49,8 +49,8 @@ def load_head(path: Path) -> PreviewHead | None:
         return None
     try:
         stored = load_file(path)
-        statistics = HeadStatistics(stored["inputs"], stored["products"], float(stored["count"]))
-        return PreviewHead(int(stored["scale"]), statistics)
+        seen = _unpack("seen", stored) if "seen.inputs" in stored else None
+        return PreviewHead(int(stored["scale"]), _unpack("planted", stored), seen)
     except Exception as error:
         _log.warning("preview head in the cache is damaged, calibrating anew", path=str(path), error=repr(error))
         return None
@@ -58,14 +58,7 @@ def load_head(path: Path) -> PreviewHead | None:
 
 def save_head(path: Path, head: PreviewHead) -> None:
     """Writes the head; a folder that cannot be written costs the next start a calibration, and a line in the log."""
-    content = save(
-        {
-            "inputs": head.statistics.inputs,
-            "products": head.statistics.products,
-            "count": torch.tensor(head.statistics.count, dtype=torch.float64),
-            "scale": torch.tensor(head.scale),
-        }
-    )
+    content = save({"scale": torch.tensor(head.scale), **_pack("planted", head.planted), **_pack("seen", head.seen)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -78,3 +71,14 @@ def save_head(path: Path, head: PreviewHead) -> None:
                 raise
     except OSError as error:
         _log.warning("preview head cannot be cached", path=str(path), error=str(error))
+
+
+def _pack(name: str, statistics: HeadStatistics | None) -> dict[str, torch.Tensor]:
+    if statistics is None:
+        return {}
+    count = torch.tensor(statistics.count, dtype=torch.float64)
+    return {f"{name}.inputs": statistics.inputs, f"{name}.products": statistics.products, f"{name}.count": count}
+
+
+def _unpack(name: str, stored: dict[str, torch.Tensor]) -> HeadStatistics:
+    return HeadStatistics(stored[f"{name}.inputs"], stored[f"{name}.products"], float(stored[f"{name}.count"]))

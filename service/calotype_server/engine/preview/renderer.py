@@ -2,119 +2,185 @@
 
 from __future__ import annotations
 
-import contextvars
-import queue
 import threading
+from collections import deque
 from typing import TYPE_CHECKING
 
 import structlog
 import torch
 
+from calotype_server.engine.preview.feed import PreviewFeed
+from calotype_server.engine.preview.gate import blurred
 from calotype_server.types import Denoising, Event, Pixels, PreviewReady
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
-    from calotype_server.engine.preview.head import PreviewHead
-    from calotype_server.engine.tap import Step
-    from calotype_server.types import Job
+    from calotype_server.budget import PreviewBudget
+    from calotype_server.engine.preview.decoders import Decoder
+    from calotype_server.engine.preview.feed import Due
+    from calotype_server.engine.preview.gate import SafetyGate
+    from calotype_server.engine.preview.lane import Lane
+    from calotype_server.types import Job, PreviewMethod
 
-__all__ = ["PreviewFeed", "PreviewRenderer"]
+__all__ = ["PreviewRenderer"]
 
 _log = structlog.get_logger(__name__)
 
-
-class PreviewFeed:
-    """One generation's line to the preview thread: a slot for the newest step. An unrendered one is replaced."""
-
-    def __init__(self, job: Job, report: Callable[[Event], None], ready: Callable[[PreviewFeed], None]) -> None:
-        self.job = job
-        self.report = report
-        self.broken = False
-        """Whether the latents were seen to hold NaN or infinity."""
-        self.context = contextvars.copy_context()
-        """So that lines logged by the preview thread carry the generation's ids."""
-        self._ready = ready
-        self._lock = threading.Lock()
-        self._slot: Step | None = None
-        self._skipped = 0
-
-    def offer(self, step: Step) -> None:
-        """Hands over a step; returns at once."""
-        with self._lock:
-            waiting, self._slot = self._slot, step
-            self._skipped += waiting is not None
-        if waiting is None:
-            self._ready(self)
-
-    def take(self) -> tuple[Step, int] | None:
-        """Takes the newest step and how many were replaced before it; None after `close`."""
-        with self._lock:
-            step, self._slot = self._slot, None
-            skipped, self._skipped = self._skipped, 0
-        return None if step is None else (step, skipped)
-
-    def close(self) -> None:
-        """Forgets a step that nobody will see any more."""
-        with self._lock:
-            self._slot = None
+_MAX_CHORES = 8
 
 
 class PreviewRenderer:
-    """A thread that renders the steps of all feeds, in the order in which they became due.
+    """A thread that renders what is due: all feeds that are due together, and of one kind, as one batch.
 
     Args:
-        head: Draws the pictures.
+        decoders: What can draw.
+        budget: Learns how long decoders take.
+        lane: Where previews are computed.
+        gate: Asked before a preview is shown sharp; None where the pipeline has no safety checker.
     """
 
-    def __init__(self, head: PreviewHead) -> None:
-        self._head = head
-        self._due: queue.SimpleQueue[PreviewFeed | None] = queue.SimpleQueue()
+    def __init__(
+        self,
+        decoders: Mapping[PreviewMethod, Decoder],
+        budget: PreviewBudget,
+        lane: Lane,
+        gate: SafetyGate | None = None,
+    ) -> None:
+        self._decoders = decoders
+        self._budget = budget
+        self._lane = lane
+        self._gate = gate
+        self._changed = threading.Condition()
+        self._due: deque[PreviewFeed] = deque()
+        self._chores: deque[Callable[[], None]] = deque()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="calotype-preview", daemon=True)
         self._thread.start()
 
     def feed(self, job: Job, report: Callable[[Event], None]) -> PreviewFeed:
         """Opens a line for one generation; previews come out of `report`."""
-        return PreviewFeed(job, report, self._due.put)
+        return PreviewFeed(
+            job, report, methods=self._decoders.keys(), budget=self._budget, lane=self._lane, ready=self._enqueue
+        )
+
+    def when_idle(self, chore: Callable[[], None]) -> None:
+        """Runs `chore` on the preview thread when nothing is due; where too many wait already, it is forgotten."""
+        with self._changed:
+            if len(self._chores) < _MAX_CHORES:
+                self._chores.append(chore)
+                self._changed.notify()
 
     def close(self) -> None:
         """Ends the thread after what is due."""
-        self._due.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
         self._thread.join()
+
+    def _enqueue(self, feed: PreviewFeed) -> None:
+        with self._changed:
+            self._due.append(feed)
+            self._changed.notify()
 
     def _run(self) -> None:
         # The cores belong to the denoiser; the setting holds for the calling thread.
         torch.set_num_threads(1)
-        while (feed := self._due.get()) is not None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._due or self._chores or self._closed)
+                feeds = list(self._due)
+                self._due.clear()
+                chore = self._chores.popleft() if not feeds and self._chores else None
+            if feeds:
+                self._serve(feeds)
+            elif chore is not None:
+                try:
+                    chore()
+                except Exception:
+                    _log.exception("the preview head cannot learn from a picture")
+            else:
+                return
+
+    def _serve(self, feeds: Sequence[PreviewFeed]) -> None:
+        groups: dict[tuple[object, ...], list[tuple[PreviewFeed, Due]]] = {}
+        for feed in feeds:
+            due = feed.take()
+            if due is not None:
+                kind = (due.method, due.step.sample.shape[1:], feed.job.width, feed.job.height)
+                groups.setdefault(kind, []).append((feed, due))
+        for group in groups.values():
             try:
-                self._serve(feed)
-            except Exception:
-                # One generation's trouble; the thread works for all of them.
-                feed.context.run(_log.exception, "preview cannot be reported")
+                self._render(group)
+            except Exception as error:
+                if len(group) == 1:
+                    self._give_up(*group[0], error)
+                    continue
+                # Somebody's trouble; each for himself, so that it costs nobody else a preview.
+                for member in group:
+                    try:
+                        self._render([member])
+                    except Exception as own:
+                        self._give_up(*member, own)
 
-    def _serve(self, feed: PreviewFeed) -> None:
-        taken = feed.take()
-        if taken is None:
-            return
-        step, skipped = taken
-        try:
-            pixels = self._render(step, feed)
-        except Exception:
-            feed.context.run(_log.exception, "preview failed", step=step.number)
-            pixels = None
-        if pixels is None:
-            feed.report(Denoising(step.number, step.total))
+    def _render(self, group: Sequence[tuple[PreviewFeed, Due]]) -> None:
+        """Draws and reports the steps of one kind. Raises before anything is reported, or not at all."""
+        method, job = group[0][1].method, group[0][0].job
+        unchecked = sum(feed.passed is None for feed, _ in group)
+        with torch.no_grad(), self._lane.after([due.mark for _, due in group]) as spent:
+            predictions = [_finite_x0(feed, due) for feed, due in group]
+            known = [x0 for x0 in predictions if x0 is not None]
+            pictures = self._decoders[method].decode(torch.cat(known), job.width, job.height) if known else None
+            drawn = iter(() if pictures is None else torch.split(pictures, 1))
+            images = [
+                None if x0 is None else self._finish(feed, due, x0, next(drawn))
+                for (feed, due), x0 in zip(group, predictions, strict=True)
+            ]
+        if known and unchecked == sum(feed.passed is None for feed, _ in group):
+            # Without the safety checker's time, which comes once in a generation.
+            self._budget.observe_decode(method, spent.seconds / len(known), job.pixel_count)
+        for (feed, due), image in zip(group, images, strict=True):
+            _report(feed, due, image)
+
+    def _finish(self, feed: PreviewFeed, due: Due, x0: torch.Tensor, picture: torch.Tensor) -> Pixels | None:
+        if not torch.isfinite(picture).all():
+            feed.failed()
+            return None
+        if self._gate is not None:
+            if feed.passed is None and 2 * due.step.number >= due.step.total:
+                feed.passed = self._gate.passes(x0, feed.job.width, feed.job.height)
+            if not feed.passed:
+                picture = blurred(picture)
+        pixels = (picture[0] * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().contiguous()
+        height, width, _ = pixels.shape
+        return Pixels(width, height, pixels.numpy().tobytes())
+
+    def _give_up(self, feed: PreviewFeed, due: Due, error: Exception) -> None:
+        feed.context.run(_log.error, "preview failed", step=due.step.number, method=due.method, exc_info=error)
+        feed.failed()
+        _report(feed, due, None)
+
+
+def _finite_x0(feed: PreviewFeed, due: Due) -> torch.Tensor | None:
+    x0 = due.step.x0()
+    if x0 is not None and not torch.isfinite(x0).all():
+        # At zero signal, x0 of an epsilon model may be infinite; the latents themselves must not be.
+        step = due.step
+        feed.broken = not bool(torch.isfinite(step.sample).all() and torch.isfinite(step.model_output).all())
+        feed.failed()
+        return None
+    return x0
+
+
+def _report(feed: PreviewFeed, due: Due, image: Pixels | None) -> None:
+    step, lost = due.step, feed.lost()
+    try:
+        if image is None:
+            feed.report(Denoising(step.number, step.total, lost))
         else:
-            feed.report(PreviewReady(step.number, step.total, pixels, skipped))
-
-    def _render(self, step: Step, feed: PreviewFeed) -> Pixels | None:
-        x0 = step.x0()
-        if x0 is None:
-            return None
-        if not torch.isfinite(x0).all():
-            # At zero signal, x0 of an epsilon model may be infinite; the latents themselves must not be.
-            feed.broken = not bool(torch.isfinite(step.sample).all() and torch.isfinite(step.model_output).all())
-            return None
-        picture = self._head.render(x0, feed.job.width, feed.job.height)
-        height, width, _ = picture.shape
-        return Pixels(width, height, picture.numpy().tobytes())
+            feed.report(PreviewReady(step.number, step.total, image, due.method, lost))
+    except Exception:
+        # One generation's trouble; the thread works for all of them.
+        feed.context.run(_log.exception, "preview cannot be reported")
+    finally:
+        feed.done()

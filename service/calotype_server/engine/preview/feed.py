@@ -1,0 +1,171 @@
+"""One generation's line to the preview thread: which steps are due, and a slot for the newest of them."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from calotype_server.types import Denoising, PreviewMethod
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    import torch
+
+    from calotype_server.budget import PreviewBudget
+    from calotype_server.engine.preview.lane import Lane
+    from calotype_server.engine.tap import Step
+    from calotype_server.types import Event, Job, PreviewOptions
+
+__all__ = ["Cadence", "Due", "PreviewFeed"]
+
+
+class Cadence:
+    """Decides which steps are shown.
+
+    Args:
+        options: The caller's wishes.
+        clock: Seconds that only rise.
+    """
+
+    def __init__(self, options: PreviewOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        self._options = options
+        self._clock = clock
+        self._shown_step: int | None = None
+        self._shown_at = 0.0
+
+    def due(self, step: int, total: int, stride: int) -> bool:
+        """Whether to show `step` of `total`, given what was shown so far; asked once for each step.
+
+        Args:
+            step: From 1.
+            total: Steps in all; the last is always due.
+            stride: Least number of steps between two previews that the budget allows.
+        """
+        now = self._clock()
+        if step < total:
+            if step % self._options.every_steps:
+                return False
+            if self._shown_step is not None and (
+                step - self._shown_step < stride or now - self._shown_at < self._options.min_interval
+            ):
+                return False
+        self._shown_step, self._shown_at = step, now
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A step to draw, what with, and what to wait for on the device."""
+
+    step: Step
+    method: PreviewMethod
+    mark: torch.cuda.Event | None
+
+
+class PreviewFeed:
+    """Takes the steps of one generation. An unrendered one is replaced by the next that is due.
+
+    Args:
+        job: The generation's.
+        report: Takes its events.
+        methods: What can draw.
+        budget: Chooses among them, and learns how long steps take.
+        lane: Where previews are computed.
+        ready: Told when the slot is filled.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        report: Callable[[Event], None],
+        *,
+        methods: Collection[PreviewMethod],
+        budget: PreviewBudget,
+        lane: Lane,
+        ready: Callable[[PreviewFeed], None],
+    ) -> None:
+        self.job = job
+        self.report = report
+        self.broken = False
+        """Whether the latents were seen to hold NaN or infinity."""
+        self.passed: bool | None = None
+        """What the safety checker said about the predicted picture; None before it was asked."""
+        self.context = contextvars.copy_context()
+        """So that lines logged by the preview thread carry the generation's ids."""
+        self._methods = methods
+        self._budget = budget
+        self._lane = lane
+        self._ready = ready
+        self._cadence = Cadence(job.preview)
+        self._method: PreviewMethod | None = None
+        self._offered_at: float | None = None
+        self._changed = threading.Condition()
+        self._slot: Due | None = None
+        self._rendering = False
+        self._lost = 0
+
+    def offer(self, step: Step) -> None:
+        """Hands over a step; returns at once."""
+        now = time.monotonic()
+        if self._offered_at is not None:
+            self._budget.observe_step(now - self._offered_at, self.job.pixel_count)
+        self._offered_at = now
+        stride = self._choose()
+        if self._method is None or not self._cadence.due(step.number, step.total, stride):
+            self.report(Denoising(step.number, step.total))
+            return
+        due = Due(step, self._method, self._lane.mark())
+        with self._changed:
+            waiting, self._slot = self._slot, due
+            self._lost += waiting is not None
+        if waiting is None:
+            self._ready(self)
+
+    def take(self) -> Due | None:
+        """Takes the step in the slot; None after `close`. `drawn` or `failed` must follow."""
+        with self._changed:
+            due, self._slot = self._slot, None
+            self._rendering = due is not None
+        return due
+
+    def lost(self) -> int:
+        """Returns how many previews were due and are lost since this was last asked."""
+        with self._changed:
+            lost, self._lost = self._lost, 0
+        return lost
+
+    def failed(self) -> None:
+        """The step that was taken could not be drawn."""
+        with self._changed:
+            self._lost += 1
+
+    def done(self) -> None:
+        """What became of the step that was taken has been reported."""
+        with self._changed:
+            self._rendering = False
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Returns when what is due has been drawn and reported: the last step comes before the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._slot is None and not self._rendering)
+
+    def close(self) -> None:
+        """Forgets a step that nobody will see any more."""
+        with self._changed:
+            self._slot = None
+            self._changed.notify_all()
+
+    def _choose(self) -> int:
+        """Sets the method for this step and returns the budget's stride."""
+        wanted = self.job.preview.method
+        if wanted is not PreviewMethod.AUTO:
+            self._method = wanted if wanted in self._methods else None
+            return 1
+        choice = self._budget.choose(self._methods, self.job.pixel_count, self._method)
+        self._method = None if choice is None else choice.method
+        return 1 if choice is None else choice.stride

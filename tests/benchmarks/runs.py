@@ -1,0 +1,53 @@
+"""The bundled model in this process: what benchmarks and pictures that look inside need of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from calotype_server.engine import capabilities, loading, probe
+from calotype_server.engine.tap import Step, StepTap
+from calotype_server.engine.view import make_scheduler, request_view
+
+if TYPE_CHECKING:
+    from calotype_server.types import ModelInfo
+
+STEPS = 20
+GUIDANCE = 3.0
+
+
+def bundled() -> tuple[Any, ModelInfo]:
+    """Returns the pipeline and its description; torch then computes with as many threads as the server would take."""
+    pipeline = loading.load_pipeline(
+        "bundled", revision=None, variant=None, device=torch.device("cpu"), dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    model = capabilities.describe("bundled", pipeline, capabilities.Defaults(STEPS, GUIDANCE))
+    torch.set_num_threads(probe.pick_threads(pipeline, model))
+    return pipeline, model
+
+
+def tiny_vae(pipeline: Any) -> Any:
+    """Returns the bundled model's small VAE, or None where there is none."""
+    name = capabilities.read_defaults(loading.locate("bundled")).tiny_vae
+    return None if name is None else loading.load_tiny_vae(name, like=pipeline.vae)
+
+
+def watched(pipeline: Any, prompt: str, seed: int) -> tuple[dict[int, Step], torch.Tensor]:
+    """Makes a picture and returns every step by its number, and the picture: (1, 3, height, width), 0 to 1."""
+    scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
+    steps: dict[int, Step] = {}
+
+    def keep(step: Step) -> None:
+        steps[step.number] = step
+
+    StepTap(scheduler, on_start=lambda _: None, on_step=keep, should_stop=lambda: False)
+    picture = request_view(pipeline, scheduler)(
+        prompt,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+    )[0]
+    return steps, picture.float()

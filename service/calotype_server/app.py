@@ -38,9 +38,6 @@ T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
-_MAX_ACTIVE = 1
-"""A pipeline is driven by one thread at a time: the denoiser is not shared between generations."""
-
 _LAST_WORDS_SECONDS = 2.0
 """For streams to deliver their end after everything has ended."""
 
@@ -77,9 +74,15 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             return 0
         encoder = Encoder(budget.observe_encode)
         pace = Pace()
-        admission = Admission(pace, max_active=_MAX_ACTIVE, max_queue=settings.max_queue)
+        max_active = engine.model.max_active
+        admission = Admission(
+            pace,
+            max_active=max_active,
+            max_queue=settings.max_queue,
+            max_queue_per_caller=settings.max_queue_per_caller,
+        )
         dead = asyncio.Event()
-        generations = Generations(engine, admission, pace, encoder, max_active=_MAX_ACTIVE, on_dead=dead.set)
+        generations = Generations(engine, admission, pace, encoder, max_active=max_active, on_dead=dead.set)
         try:
             await signals.unless_stopped(generations.warm_up())
         except errors.ServiceError as error:

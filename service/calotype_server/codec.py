@@ -112,6 +112,9 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str) -> pb.Mo
         ),
         max_preview_edge_px=limits.max_preview_edge,
         max_preview_quality=limits.max_preview_quality,
+        max_active=model.max_active,
+        max_batch_rows=model.max_batch_rows,
+        unbatched_reason=model.unbatched_reason,
     )
 
 

@@ -112,11 +112,12 @@ class Generations:
         """The engine's model."""
         return self._engine.model
 
-    def start(self, job: Job, deadline: float | None = None) -> Generation:
+    def start(self, job: Job, caller: str = "", deadline: float | None = None) -> Generation:
         """Accepts a job; its events can be followed from now on.
 
         Args:
             job: The work.
+            caller: Whose it is; callers share the server evenly.
             deadline: Seconds that the caller waits at most; None for ever.
 
         Raises:
@@ -131,7 +132,7 @@ class Generations:
         def on_move(position: int, remaining: float | None) -> None:
             generation.log.publish(Queued(position, remaining))
 
-        generation.ticket = self._admission.enter(job, on_move, deadline)
+        generation.ticket = self._admission.enter(job, caller, on_move, deadline)
         task = asyncio.create_task(self._run(generation, generation.ticket), name=f"generation-{generation.id}")
         self._running[generation.id] = generation, task
         return generation
@@ -221,7 +222,7 @@ class Generations:
         try:
             image = await self._make(generation, ticket)
             end = Succeeded(image, generation.watch.timings())
-            self._pace.observe(generation.job, end.timings)
+            self._pace.observe_end(generation.job, end.timings)
         except errors.ServiceError as error:
             cause = generation.stop_error if isinstance(error, errors.Cancelled) else None
             end = Failed(cause or error, generation.watch.timings())
@@ -240,7 +241,12 @@ class Generations:
             await ticket.turn
             call = contextvars.copy_context().run
             work = asyncio.get_running_loop().run_in_executor(
-                self._threads, call, self._engine.run, generation.job, self._reporter(generation), generation.stop
+                self._threads,
+                call,
+                self._engine.run,
+                generation.job,
+                self._reporter(generation, ticket),
+                generation.stop,
             )
             # The slot is free when the thread has ended, not before.
             pixels = await asyncio.shield(work)
@@ -251,20 +257,25 @@ class Generations:
             raise generation.stop_error
         return await self._encoder.final(pixels, generation.job.output, metadata.describe(generation.job, self.model))
 
-    def _reporter(self, generation: Generation) -> Callable[[Event], None]:
+    def _reporter(self, generation: Generation, ticket: Ticket) -> Callable[[Event], None]:
         """Returns the engine's `report`: notes the time, adds the estimate, publishes. Runs in the engine's threads."""
-        job, pace = generation.job, self._pace
+        job, pace, watch = generation.job, self._pace, generation.watch
 
         def report(event: Event) -> None:
-            generation.watch.note(event)
+            watch.note(event)
+            active = self._admission.active
             match event:
                 case EncodingPrompt():
-                    event = replace(event, estimated_remaining=pace.total_seconds(job))
-                case Denoising() | PreviewReady():
-                    left = pace.remaining_seconds(job, event.step, event.total_steps)
+                    event = replace(event, estimated_remaining=pace.total_seconds(job, active))
+                case Denoising(step, total) | PreviewReady(step, total):
+                    if seconds := watch.step_seconds(step):
+                        pace.observe_step(job, seconds * total / job.step_count, active)
+                    left = pace.remaining_seconds(job, step, total, active)
                     event = replace(event, estimated_remaining=left)
+                    if left is not None and (whole := pace.total_seconds(job, active)):
+                        ticket.left = min(ticket.left, left / whole)
                 case Decoding():
-                    event = replace(event, estimated_remaining=pace.remaining_seconds(job, 1, 1))
+                    event = replace(event, estimated_remaining=pace.remaining_seconds(job, 1, 1, active))
             generation.log.publish(event)
 
         return report
@@ -282,9 +293,18 @@ class _Stopwatch:
     def __init__(self) -> None:
         self._accepted = time.monotonic()
         self._reached: dict[type[Event], float] = {}
+        self._step: tuple[int, float] | None = None
 
     def note(self, event: Event) -> None:
         self._reached.setdefault(type(event), time.monotonic())
+
+    def step_seconds(self, step: int) -> float | None:
+        """Returns the seconds of a step since this was last asked; None the first time and when there was none."""
+        before, now = self._step, time.monotonic()
+        if before is not None and step <= before[0]:
+            return None
+        self._step = step, now
+        return None if before is None else (now - before[1]) / (step - before[0])
 
     def timings(self) -> Timings:
         """Returns the durations as of now."""

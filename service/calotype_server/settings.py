@@ -32,7 +32,13 @@ class Settings(BaseSettings):
     max_step_count: int = Field(150, ge=1, description="Largest number of denoising steps accepted.")
     max_pixels: int = Field(2048 * 2048, ge=64, description="Largest width times height accepted.")
     max_prompt_chars: int = Field(4000, ge=1, description="Longest prompt accepted, in characters.")
+    max_active: int | None = Field(
+        None, ge=1, description="Generations worked on at once. Default: as many as batching pays for, measured."
+    )
     max_queue: int = Field(32, ge=0, description="Generations that may wait; one more is refused.")
+    max_queue_per_caller: int | None = Field(
+        None, ge=0, description="Generations of one caller that may wait. Default: max_queue."
+    )
     preview_method: PreviewMethod = Field(PreviewMethod.AUTO, description="What draws previews unless a request says.")
     preview_methods: str = Field(
         "head,tiny_vae,full_vae", description="Methods that may be used, with commas between them."

@@ -26,11 +26,19 @@ __all__ = [
     "PreviewMethod",
     "PreviewOptions",
     "PreviewReady",
+    "Priority",
     "Queued",
     "Succeeded",
     "Timings",
     "Withdrawn",
 ]
+
+
+class Priority(IntEnum):
+    """Who goes first; the smaller number."""
+
+    INTERACTIVE = 1
+    BATCH = 2
 
 
 class PreviewMethod(StrEnum):
@@ -97,6 +105,7 @@ class Job:
         scheduler: Class name of the scheduler, one that the model offers.
         preview: What the caller wants to see on the way.
         output: What the caller wants in the end.
+        priority: Its rank in the queue.
     """
 
     prompt: str
@@ -109,6 +118,7 @@ class Job:
     scheduler: str
     preview: PreviewOptions = PreviewOptions()
     output: OutputOptions = OutputOptions()
+    priority: Priority = Priority.INTERACTIVE
 
     @property
     def pixel_count(self) -> int:
@@ -148,6 +158,9 @@ class ModelInfo:
         device: Such as "cpu" or "cuda:0".
         dtype: Such as "float32".
         preview_methods: What can draw previews of this model.
+        max_active: Generations at work at once.
+        max_batch_rows: Rows of latents that the denoiser computes together at most; 0 when calls are not joined.
+        unbatched_reason: Why calls are not joined, one sentence; empty when they are.
     """
 
     name: str
@@ -164,6 +177,9 @@ class ModelInfo:
     device: str
     dtype: str
     preview_methods: tuple[PreviewMethod, ...] = ()
+    max_active: int = 1
+    max_batch_rows: int = 0
+    unbatched_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import InvalidRequest, MethodUnavailable, Violation
-from calotype_server.types import Job, OutputOptions, PreviewMethod, PreviewOptions
+from calotype_server.types import Job, OutputOptions, PreviewMethod, PreviewOptions, Priority
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +41,11 @@ _FORMATS: dict[int, Literal["jpeg", "png", "webp"]] = {
     pb.IMAGE_FORMAT_JPEG: "jpeg",
     pb.IMAGE_FORMAT_PNG: "png",
     pb.IMAGE_FORMAT_WEBP: "webp",
+}
+_PRIORITIES = {
+    pb.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
+    pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
+    pb.PRIORITY_BATCH: Priority.BATCH,
 }
 _MAX_QUALITY = {"jpeg": 95, "webp": 100}
 
@@ -96,11 +101,14 @@ def validate(request: pb.GenerateRequest, model: ModelInfo, limits: Limits) -> J
 
     preview = _preview(request.preview, limits, refuse)
     output = _output(request.output, refuse)
-    if violations:
+    priority = _PRIORITIES.get(request.priority)
+    if priority is None:
+        refuse("priority", f"is {request.priority}, which is unknown")
+    if violations or priority is None:
         raise InvalidRequest(violations)
     _check_method(preview.method, model, limits)
     negative = request.negative_prompt or None
-    return Job(request.prompt, negative, width, height, steps, guidance, seed, scheduler, preview, output)
+    return Job(request.prompt, negative, width, height, steps, guidance, seed, scheduler, preview, output, priority)
 
 
 def _preview(options: pb.PreviewOptions, limits: Limits, refuse: Callable[[str, str], None]) -> PreviewOptions:

@@ -38,12 +38,16 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def running(engine: Engine, *, max_queue: int = 4, opened: bool = True) -> AsyncIterator[Service]:
+async def running(
+    engine: Engine, *, max_queue: int = 4, max_active: int = 1, opened: bool = True
+) -> AsyncIterator[Service]:
     """Serves `engine` while the block runs."""
     pace, dead = Pace(), []
-    admission = Admission(pace, max_active=1, max_queue=max_queue)
+    admission = Admission(pace, max_active=max_active, max_queue=max_queue)
     encoder = Encoder()
-    generations = Generations(engine, admission, pace, encoder, max_active=1, on_dead=lambda: dead.append(True))
+    generations = Generations(
+        engine, admission, pace, encoder, max_active=max_active, on_dead=lambda: dead.append(True)
+    )
     servicer = GenerationServicer(LIMITS)
     if opened:
         servicer.open(generations)

@@ -52,7 +52,7 @@ class GenerationServicer(GenerationServiceServicer):
         """Streams one generation; see the proto."""
         generations = self._generations
         job = validate(request, generations.model, self._limits)
-        generation = generations.start(job, context.time_remaining())
+        generation = generations.start(job, _caller(context), context.time_remaining())
         structlog.contextvars.bind_contextvars(generation=generation.id)
         _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count)
         end = None
@@ -84,3 +84,8 @@ class GenerationServicer(GenerationServiceServicer):
         if self._opened is None:
             raise errors.NotReady("The model is still loading.", retry_after=_LOADING_RETRY_SECONDS)
         return self._opened
+
+
+def _caller(context: Context) -> str:
+    """Whose call it is: the peer's host. Every connection has a port of its own, and stands for the same caller."""
+    return context.peer().rpartition(":")[0]

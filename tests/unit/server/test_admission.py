@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from calotype_server import errors
 from calotype_server.admission import Admission
 from calotype_server.estimates import Pace
-from calotype_server.types import Job, Timings
+from calotype_server.types import Job, Priority, Timings
 
 JOB = Job("a cat", None, 64, 64, 10, 3.0, 0, "DDIMScheduler")
 
@@ -19,12 +19,13 @@ JOB = Job("a cat", None, 64, 64, 10, 3.0, 0, "DDIMScheduler")
 def paced(seconds_per_step: float = 1.0, around: float = 2.0) -> Pace:
     """A pace that has seen one generation."""
     pace = Pace()
-    pace.observe(JOB, Timings(encoding_prompt=around / 2, denoising=10 * seconds_per_step, decoding=around / 2))
+    pace.observe_step(JOB, seconds_per_step, 1)
+    pace.observe_end(JOB, Timings(encoding_prompt=around / 2, decoding=around / 2))
     return pace
 
 
-class Caller:
-    """Records what the queue tells one caller."""
+class Mover:
+    """Records what the queue tells about one place."""
 
     def __init__(self) -> None:
         self.moves: list[tuple[int, float | None]] = []
@@ -36,8 +37,8 @@ class Caller:
 async def test_the_first_starts_at_once_and_others_move_up() -> None:
     """Positions are told on entry and on every change, and turns come in order."""
     admission = Admission(Pace(), max_active=1, max_queue=3)
-    callers = [Caller() for _ in range(4)]
-    tickets = [admission.enter(JOB, caller) for caller in callers]
+    callers = [Mover() for _ in range(4)]
+    tickets = [admission.enter(JOB, "a", caller) for caller in callers]
     assert [ticket.turn.done() for ticket in tickets] == [True, False, False, False]
     admission.leave(tickets[0])
     assert [ticket.turn.done() for ticket in tickets] == [True, True, False, False]
@@ -50,7 +51,7 @@ async def test_the_first_starts_at_once_and_others_move_up() -> None:
 async def test_leaving_twice_frees_one_slot_only() -> None:
     """A slot given back twice must not let two in."""
     admission = Admission(Pace(), max_active=1, max_queue=3)
-    tickets = [admission.enter(JOB, Caller()) for _ in range(3)]
+    tickets = [admission.enter(JOB, "a", Mover()) for _ in range(3)]
     admission.leave(tickets[0])
     admission.leave(tickets[0])
     assert [ticket.turn.done() for ticket in tickets] == [True, True, False]
@@ -59,11 +60,11 @@ async def test_leaving_twice_frees_one_slot_only() -> None:
 async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     """One more than fits is refused at once, with a time from measured steps; nobody else is disturbed."""
     admission = Admission(paced(), max_active=1, max_queue=1)
-    first, second = Caller(), Caller()
-    admission.enter(JOB, first)
-    admission.enter(JOB, second)
+    first, second = Mover(), Mover()
+    admission.enter(JOB, "a", first)
+    admission.enter(JOB, "a", second)
     with pytest.raises(errors.QueueFull) as caught:
-        admission.enter(JOB, Caller())
+        admission.enter(JOB, "a", Mover())
     assert caught.value.retry_after == pytest.approx(12.0, abs=1.0)
     assert len(first.moves) == len(second.moves) == 1
 
@@ -71,24 +72,24 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
 async def test_no_queue_means_refusal_only_while_busy() -> None:
     """`max_queue` of 0 still serves one at a time."""
     admission = Admission(Pace(), max_active=1, max_queue=0)
-    ticket = admission.enter(JOB, Caller())
+    ticket = admission.enter(JOB, "a", Mover())
     with pytest.raises(errors.QueueFull):
-        admission.enter(JOB, Caller())
+        admission.enter(JOB, "a", Mover())
     admission.leave(ticket)
-    assert admission.enter(JOB, Caller()).turn.done()
+    assert admission.enter(JOB, "a", Mover()).turn.done()
 
 
 async def test_a_hopeless_deadline_is_refused_before_any_work() -> None:
     """12 s of work do not fit into 11, nor 24 behind another; 13 do, and without measurements nobody is refused."""
     admission = Admission(paced(), max_active=1, max_queue=3)
     with pytest.raises(errors.DeadlineTooShort) as caught:
-        admission.enter(JOB, Caller(), deadline=11.0)
+        admission.enter(JOB, "a", Mover(), deadline=11.0)
     assert float(caught.value.metadata["estimated_seconds"]) == pytest.approx(12.0)
-    admission.enter(JOB, Caller(), deadline=13.0)
+    admission.enter(JOB, "a", Mover(), deadline=13.0)
     with pytest.raises(errors.DeadlineTooShort):
-        admission.enter(JOB, Caller(), deadline=20.0)
-    admission.enter(JOB, Caller(), deadline=25.0)
-    Admission(Pace(), max_active=1, max_queue=0).enter(JOB, Caller(), deadline=0.001)
+        admission.enter(JOB, "a", Mover(), deadline=20.0)
+    admission.enter(JOB, "a", Mover(), deadline=25.0)
+    Admission(Pace(), max_active=1, max_queue=0).enter(JOB, "a", Mover(), deadline=0.001)
 
 
 async def test_refusals_by_deadline_cannot_go_on_for_ever() -> None:
@@ -97,7 +98,7 @@ async def test_refusals_by_deadline_cannot_go_on_for_ever() -> None:
     refused = 0
     while refused < 100:
         try:
-            admission.enter(JOB, Caller(), deadline=20.0)
+            admission.enter(JOB, "a", Mover(), deadline=20.0)
             break
         except errors.DeadlineTooShort:
             refused += 1
@@ -107,24 +108,59 @@ async def test_refusals_by_deadline_cannot_go_on_for_ever() -> None:
 async def test_estimates_add_up_along_the_queue() -> None:
     """Position 2 waits for what is running, position 1 and itself; larger pictures count by their pixels."""
     admission = Admission(paced(), max_active=1, max_queue=3)
-    admission.enter(JOB, Caller())
-    admission.enter(replace(JOB, width=128), Caller())
-    third = Caller()
-    admission.enter(JOB, third)
+    admission.enter(JOB, "a", Mover())
+    admission.enter(replace(JOB, width=128), "a", Mover())
+    third = Mover()
+    admission.enter(JOB, "a", third)
     position, remaining = third.moves[-1]
     assert position == 2
     assert remaining == pytest.approx(12 + 24 + 12, abs=1.0)
 
 
-def test_pace_follows_changes_and_ignores_unfinished_work() -> None:
-    """The newest generation moves the estimate; one that did not finish does not."""
-    pace = paced(1.0)
-    pace.observe(JOB, Timings(encoding_prompt=1.0, denoising=30.0))
-    assert pace.total_seconds(JOB) == pytest.approx(12.0)
-    pace.observe(JOB, Timings(encoding_prompt=1.0, denoising=20.0, decoding=1.0))
-    assert 12.0 < pace.total_seconds(JOB) < 22.0
-    assert pace.remaining_seconds(JOB, 10, 10) == pytest.approx(1.0)
-    assert Pace().total_seconds(JOB) is None
+async def test_callers_share_the_queue_evenly() -> None:
+    """One who queued three pictures delays another's first by one at most; alone, callers go in order of arrival."""
+    admission = Admission(Pace(), max_active=1, max_queue=9)
+    running = admission.enter(JOB, "a", Mover())
+    hers = [admission.enter(JOB, "a", Mover()) for _ in range(3)]
+    his = [admission.enter(JOB, "b", Mover()) for _ in range(2)]
+    order = []
+    admission.leave(running)
+    while waiting := [ticket for ticket in [*hers, *his] if ticket not in order]:
+        (current,) = [ticket for ticket in waiting if ticket.turn.done()]
+        order.append(current)
+        admission.leave(current)
+    assert [ticket.caller for ticket in order] == ["b", "a", "b", "a", "a"]
+
+
+async def test_a_caller_may_be_held_to_a_share_of_the_queue() -> None:
+    """The second waiting picture of one caller is refused; another caller still finds room."""
+    admission = Admission(Pace(), max_active=1, max_queue=3, max_queue_per_caller=1)
+    for caller in ("a", "a"):
+        admission.enter(JOB, caller, Mover())
+    with pytest.raises(errors.QueueFull, match="You have 1 waiting"):
+        admission.enter(JOB, "a", Mover())
+    assert not admission.enter(JOB, "b", Mover()).turn.done()
+
+
+async def test_interactive_goes_before_batch() -> None:
+    """A batch that waits longer lets whoever waits in person go first, and is told its new position."""
+    admission = Admission(Pace(), max_active=1, max_queue=3)
+    running, batch = admission.enter(JOB, "a", Mover()), Mover()
+    waiting = admission.enter(replace(JOB, priority=Priority.BATCH), "b", batch)
+    person = admission.enter(JOB, "c", Mover())
+    assert [position for position, _ in batch.moves] == [1, 2]
+    admission.leave(running)
+    assert person.turn.done()
+    assert not waiting.turn.done()
+
+
+async def test_the_last_of_several_slots_is_kept_for_people() -> None:
+    """Batches fill one of two slots and the queue; whoever waits in person still starts at once."""
+    admission = Admission(Pace(), max_active=2, max_queue=2)
+    batch = replace(JOB, priority=Priority.BATCH)
+    turns = [admission.enter(batch, "a", Mover()).turn.done() for _ in range(3)]
+    assert turns == [True, False, False]
+    assert admission.enter(JOB, "b", Mover()).turn.done()
 
 
 @given(st.lists(st.tuples(st.sampled_from(["enter", "leave"]), st.integers(0, 20))), st.integers(1, 3))
@@ -135,7 +171,7 @@ async def test_slots_are_never_lost_nor_shared(actions: list, max_active: int) -
     for action, which in actions:
         if action == "enter":
             try:
-                inside.append(admission.enter(JOB, Caller()))
+                inside.append(admission.enter(JOB, "a", Mover()))
             except errors.QueueFull:
                 assert len(inside) == max_active + 5
         elif inside:

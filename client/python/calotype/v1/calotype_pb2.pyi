@@ -120,6 +120,30 @@ IMAGE_KIND_FINAL: ImageKind.ValueType  # 2
 """The finished picture."""
 Global___ImageKind: _TypeAlias = ImageKind  # noqa: Y015
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """INTERACTIVE."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody is waiting for it."""
+    PRIORITY_BATCH: _Priority.ValueType  # 2
+    """Nobody is: it starts when nothing interactive waits, and never takes the last of several slots."""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Rank in the queue. Callers of the same rank share the server evenly."""
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""INTERACTIVE."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody is waiting for it."""
+PRIORITY_BATCH: Priority.ValueType  # 2
+"""Nobody is: it starts when nothing interactive waits, and never takes the last of several slots."""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 class _PreviewMethod:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -172,6 +196,7 @@ class GenerateRequest(_message.Message):
     SCHEDULER_FIELD_NUMBER: _builtins.int
     PREVIEW_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Describes the picture. 1 to `Model.max_prompt_chars` characters. A prompt longer than the model reads is cut, and
     `Progress.warnings` says so.
@@ -196,6 +221,8 @@ class GenerateRequest(_message.Message):
     """
     scheduler: _builtins.str
     """Scheduler (sampler), one of `Model.schedulers`. Default: `Model.scheduler`."""
+    priority: Global___Priority.ValueType
+    """Rank in the queue. Default: INTERACTIVE."""
     @_builtins.property
     def preview(self) -> Global___PreviewOptions:
         """How previews look and how often they come. Default: `Model.preview`."""
@@ -217,10 +244,11 @@ class GenerateRequest(_message.Message):
         scheduler: _builtins.str | None = ...,
         preview: Global___PreviewOptions | None = ...,
         output: Global___OutputOptions | None = ...,
+        priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "output", b"output", "preview", b"preview", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "output", b"output", "preview", b"preview", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "output", b"output", "preview", b"preview", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -677,6 +705,9 @@ class Model(_message.Message):
     PREVIEW_FIELD_NUMBER: _builtins.int
     MAX_PREVIEW_EDGE_PX_FIELD_NUMBER: _builtins.int
     MAX_PREVIEW_QUALITY_FIELD_NUMBER: _builtins.int
+    MAX_ACTIVE_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_ROWS_FIELD_NUMBER: _builtins.int
+    UNBATCHED_REASON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name as the server was told it: `bundled`, a hub id or the name of a folder."""
     pipeline: _builtins.str
@@ -713,6 +744,14 @@ class Model(_message.Message):
     """Largest `PreviewOptions.max_edge_px` accepted."""
     max_preview_quality: _builtins.int
     """Largest `PreviewOptions.quality` accepted."""
+    max_active: _builtins.int
+    """Generations worked on at the same time; more wait in the queue."""
+    max_batch_rows: _builtins.int
+    """Rows of latents of concurrent generations that the denoiser computes together at most. A generation with guidance
+    has two rows in most models. 0 when calls are not joined.
+    """
+    unbatched_reason: _builtins.str
+    """Why calls are not joined, in one sentence. Empty when they are."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Schedulers accepted, sorted; the names of diffusers' classes."""
@@ -749,10 +788,13 @@ class Model(_message.Message):
         preview: Global___PreviewOptions | None = ...,
         max_preview_edge_px: _builtins.int = ...,
         max_preview_quality: _builtins.int = ...,
+        max_active: _builtins.int = ...,
+        max_batch_rows: _builtins.int = ...,
+        unbatched_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "preview", b"preview"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "device", b"device", "dtype", b"dtype", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "name", b"name", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "scheduler", b"scheduler", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "device", b"device", "dtype", b"dtype", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "max_active", b"max_active", "max_batch_rows", b"max_batch_rows", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "name", b"name", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "scheduler", b"scheduler", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "unbatched_reason", b"unbatched_reason", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015

@@ -112,7 +112,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     if target.exists() and not target.is_file():  # such as /dev/stdout
         yield target
         return
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    temporary = target.with_name(f".calotype-{os.getpid()}-{target.name}")
     try:
         yield temporary
         temporary.replace(target)

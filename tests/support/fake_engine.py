@@ -6,7 +6,16 @@ import threading
 from typing import TYPE_CHECKING
 
 from calotype_server import errors
-from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, ModelInfo, Pixels, PreviewMethod, PreviewReady
+from calotype_server.types import (
+    Decoding,
+    Denoising,
+    EncodingPrompt,
+    Event,
+    ModelInfo,
+    Pixels,
+    PreviewMethod,
+    PreviewReady,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

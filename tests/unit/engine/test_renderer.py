@@ -415,7 +415,7 @@ class TestChores:
     def test_too_many_chores_are_forgotten(self, head, events):
         """Under load they do not pile up, and hold no tensors."""
         renderer = renderer_of(head)
-        hold(head, renderer.feed(JOB, lambda event: None))
+        hold(head, renderer.feed(JOB, queue.SimpleQueue().put))
         for number in range(20):
             renderer.when_idle(lambda number=number: events.put(number))
         head.gate.set()

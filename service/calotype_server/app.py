@@ -22,6 +22,7 @@ from calotype_server.generations import Generations
 from calotype_server.telemetry import configure_logging
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
+from calotype_server.types import PreviewMethod
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -126,7 +127,7 @@ def _load_engine(settings: Settings, budget: PreviewBudget) -> Engine:
         given = capabilities.Defaults(settings.step_count, settings.guidance_scale, settings.tiny_vae)
         defaults = given.or_else(capabilities.read_defaults(loading.locate(settings.model)))
         tiny_vae = loading.load_tiny_vae(defaults.tiny_vae, like=pipeline.vae) if defaults.tiny_vae else None
-        return diffusers.DiffusersEngine(
+        engine = diffusers.DiffusersEngine(
             loading.display_name(settings.model),
             pipeline,
             defaults=defaults,
@@ -136,12 +137,27 @@ def _load_engine(settings: Settings, budget: PreviewBudget) -> Engine:
             preview_methods=settings.allowed_methods,
             tiny_vae=tiny_vae,
         )
+        _check_default_method(settings, engine.model)
+        return engine
     except errors.StartupError:
         raise
     except Exception as error:
         _log.exception("the pipeline cannot be driven")
         kind = type(pipeline).__name__
         raise errors.ModelUnavailable(f"{settings.model!r} is a {kind}, which Calotype cannot drive.") from error
+
+
+def _check_default_method(settings: Settings, model: ModelInfo) -> None:
+    """Otherwise every request that leaves the method open would be refused."""
+    method = settings.preview_method
+    if method in (PreviewMethod.AUTO, PreviewMethod.NONE) or method in model.preview_methods:
+        return
+    others = ", ".join((PreviewMethod.AUTO, *model.preview_methods, PreviewMethod.NONE))
+    hint = " Name one that fits the model with --tiny-vae, or" if method is PreviewMethod.TINY_VAE else " Please"
+    raise errors.ModelUnavailable(
+        f"--preview-method is {method}, by which no previews of {settings.model!r} can be drawn."
+        f"{hint} choose another method: {others}."
+    )
 
 
 async def _in_daemon_thread(function: Callable[[], Engine]) -> Engine:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoder", "encode_final", "encode_preview"]
 
-_MAX_EXIF_CHARS = 30_000
-"""An EXIF block holds 64 KiB, and the text in it has two bytes a character, or four."""
+_MAX_COMMENT_BYTES = 60_000
+"""An EXIF block holds 64 KiB in all."""
 
 
 class Encoder:
@@ -75,7 +75,7 @@ def encode_final(pixels: Pixels, options: OutputOptions, parameters: str) -> Enc
         text.add_itxt("parameters", parameters)
         saved["pnginfo"] = text
     elif options.metadata:
-        saved["exif"] = _exif(parameters[:_MAX_EXIF_CHARS])
+        saved["exif"] = _exif(parameters)
     if options.format == "jpeg":
         # Colour at half resolution is for previews; the keeper gets all of it.
         saved["subsampling"] = "4:4:4"
@@ -85,7 +85,11 @@ def encode_final(pixels: Pixels, options: OutputOptions, parameters: str) -> Enc
 def _exif(text: str) -> Image.Exif:
     exif = Image.Exif()
     # A comment begins with eight bytes that name its encoding (EXIF 2.3, table 9).
-    comment = b"UNICODE\0" + text.encode("utf-16-be", "replace")
+    encoded = text.encode("utf-16-be", "replace")
+    if len(encoded) > _MAX_COMMENT_BYTES:
+        # A character of four bytes may have been cut in half.
+        encoded = encoded[:_MAX_COMMENT_BYTES].decode("utf-16-be", "ignore").encode("utf-16-be")
+    comment = b"UNICODE\0" + encoded
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
     return exif
 

@@ -7,7 +7,7 @@ import contextvars
 import secrets
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -61,6 +61,8 @@ class Generation:
         self.stop_error: errors.GenerationError | None = None
         self.ticket: Ticket | None = None
         self.watch = _Stopwatch()
+        self.previews: Counter[str] = Counter()
+        """How many were drawn, by method."""
 
     def end_early(self, error: errors.GenerationError) -> None:
         """Asks it to end with `error`: at once while queued, before the next denoising step while running."""
@@ -232,7 +234,8 @@ class Generations:
         generation.log.publish(end)
         self._remember(generation)
         outcome = "succeeded" if isinstance(end, Succeeded) else end.error.reason
-        _log.info("generation ended", outcome=outcome, seconds=round(end.timings.total or 0.0, 3))
+        seconds = round(end.timings.total or 0.0, 3)
+        _log.info("generation ended", outcome=outcome, seconds=seconds, previews=dict(generation.previews))
         if isinstance(end, Failed) and isinstance(end.error, errors.EngineDead):
             self._on_dead()
 
@@ -262,7 +265,9 @@ class Generations:
         job, pace, watch = generation.job, self._pace, generation.watch
 
         def report(event: Event) -> None:
-            watch.note(event)
+watch.note(event)
+            if isinstance(event, PreviewReady):
+                generation.previews[event.method] += 1
             active = self._admission.active
             match event:
                 case EncodingPrompt():

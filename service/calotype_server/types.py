@@ -266,7 +266,7 @@ class Denoising:
 
 @dataclass(frozen=True, slots=True)
 class PreviewReady:
-    """A picture of the predicted x0 of `step`; `skipped` previews were due before it and never rendered."""
+    """A picture of the predicted x0 of `step`; `skipped` other previews were due since the last and are lost."""
 
     step: int
     total_steps: int

@@ -143,7 +143,7 @@ def _output(options: pb.OutputOptions, refuse: Callable[[str, str], None]) -> Ou
     name = _FORMATS.get(options.format)
     if name is None:
         refuse("output.format", f"is {options.format}, which is unknown")
-        return OutputOptions()
+        name = "webp"  # whose range of qualities is the widest
     chosen = OutputOptions(format=name, metadata=options.metadata if options.HasField("metadata") else True)
     if options.HasField("quality"):
         most = _MAX_QUALITY.get(name)

@@ -18,7 +18,7 @@ from calotype_server.engine.preview.calibrate import calibrate
 from calotype_server.engine.preview.head import PreviewHead
 
 PROMPTS = (("a red apple", 1), ("fox", 3))
-TARGET = Path("service/contact_sheet.png")
+TARGET = Path("service/contact_sheet.jpg")
 CELL, GAP, LABEL = 128, 6, 26
 BACKGROUND, INK = "white", "#444444"
 
@@ -48,7 +48,7 @@ def main() -> None:
             sheet.paste(image((exact.detach() / 2 + 0.5).clamp(0, 1)), (left, top))
             sheet.paste(image(head.decode(steps[number].x0(), model.width, model.height)), (left, top + CELL + GAP))
         top += 2 * (CELL + GAP) + GAP
-    sheet.save(TARGET, optimize=True)
+    sheet.save(TARGET, quality=88)
     print(f"wrote {TARGET}")
 
 

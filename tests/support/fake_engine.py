@@ -6,7 +6,16 @@ import threading
 from typing import TYPE_CHECKING
 
 from calotype_server import errors
-from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, ModelInfo, Pixels, PreviewReady
+from calotype_server.types import (
+    Decoding,
+    Denoising,
+    EncodingPrompt,
+    Event,
+    ModelInfo,
+    Pixels,
+    PreviewMethod,
+    PreviewReady,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +36,7 @@ MODEL = ModelInfo(
     max_prompt_tokens=16,
     device="cpu",
     dtype="float32",
+    preview_methods=(PreviewMethod.HEAD, PreviewMethod.FULL_VAE),
 )
 
 
@@ -43,6 +53,8 @@ class FakeEngine:
     def __init__(self) -> None:
         self.failure: Exception | None = None
         """Raised after the first step of every job while set."""
+        self.preview_size = (8, 8)
+        """Width and height of every preview, in pixels."""
         self.jobs: list[Job] = []
         self.stops: list[threading.Event] = []
         """The `stop` of every run, in the order of `jobs`."""
@@ -90,7 +102,7 @@ class FakeEngine:
             if stop.is_set():
                 self.stopped.release()
                 raise errors.Cancelled("stopped")
-            report(PreviewReady(step, job.step_count, flat_pixels(8, 8, step)))
+            report(PreviewReady(step, job.step_count, flat_pixels(*self.preview_size, step), PreviewMethod.HEAD))
             if self.failure is not None:
                 raise self.failure
         report(Decoding())

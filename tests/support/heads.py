@@ -42,5 +42,4 @@ def observed(decode, *seeds, noise=0.0, side=16):
 def error(head, decode):
     """Mean squared error of a head on pictures that it has not seen."""
     latents = torch.randn(1, 4, 16, 16, generator=seeded(1000))
-    drawn = head.render(latents, 32, 32).permute(2, 0, 1) / 255
-    return float(((drawn - decode(latents)[0].clamp(0, 1)) ** 2).mean())
+    return float(((head.decode(latents, 32, 32) - decode(latents).clamp(0, 1)) ** 2).mean())

@@ -40,8 +40,10 @@ from ._errors import (
     UnknownError,
     Violation,
 )
+from ._image import Image
+from ._options import Output, PreviewMethod, Previews
 from ._stream import AsyncGeneration, Generation
-from ._types import Image, Model, Notice, Phase, Progress, Timings
+from ._types import Model, Notice, Phase, Progress, Timings
 from ._version import __version__
 
 __all__ = [
@@ -66,9 +68,12 @@ __all__ = [
     "NotFound",
     "Notice",
     "OutOfRange",
+    "Output",
     "Overloaded",
     "PermissionDenied",
     "Phase",
+    "PreviewMethod",
+    "Previews",
     "Progress",
     "StreamIncomplete",
     "Timings",

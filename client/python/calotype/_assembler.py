@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from ._convert import image_from_proto, phase_from_proto, progress_from_proto
 from ._errors import CalotypeError, Cancelled, InternalError, StreamIncomplete
 from ._status import from_error_message
-from ._types import Image, Notice, Phase, Progress
+from ._types import Notice, Phase, Progress
 
 if TYPE_CHECKING:
+    from ._image import Image
     from .v1 import calotype_pb2 as v1
 
 __all__ = ["Assembler"]
@@ -41,17 +42,20 @@ class Assembler:
         """Takes a message.
 
         Returns:
-            What to show for it. None for all but the last chunk of a final image, and for an end without one.
+            What to show for it. None for all but the last chunk of a final image, and for an end without one, unless
+            that is the first to say that previews are withdrawn.
         """
         if self.ended:
             return None
         phase = phase_from_proto(message.phase)
         if phase is Phase.SUCCEEDED:
             return self._add_chunk(message)
+        known = self.progress is not None and self.progress.previews_withdrawn
         self._note(progress_from_proto(message))
         if phase.ended:
             self.error = from_error_message(message.error, Cancelled if phase is Phase.CANCELLED else InternalError)
-            return None
+            # Messages merge when the reader is slow: this may be the only one that says so.
+            return None if known or not message.previews_withdrawn else self.progress
         return self.progress
 
     def _note(self, progress: Progress) -> None:

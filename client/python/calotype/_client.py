@@ -18,6 +18,7 @@ from .v1.calotype_pb2_grpc import GenerationServiceStub
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from ._options import Output, Previews
     from ._types import Model, Phase
 
 __all__ = ["Client"]
@@ -75,6 +76,8 @@ class Client:
         guidance_scale: float | None = None,
         seed: int | None = None,
         scheduler: str | None = None,
+        previews: Previews | None = None,
+        output: Output | None = None,
         timeout: float | None = None,
     ) -> Generation:
         """Starts a generation. What is left out, the server chooses; `model` tells what.
@@ -90,6 +93,8 @@ class Client:
             guidance_scale: Strength of classifier-free guidance, 0 to 100; 1 or less switches it off in most models.
             seed: Seed of the initial noise, 0 to 2^53 - 1. The same request with the same seed gives the same picture.
             scheduler: One of `Model.schedulers`.
+            previews: How previews look and how often they come. Default: `Model.previews`.
+            output: How the final image is written. Default: a PNG with metadata.
             timeout: Seconds until the final image, waiting in the queue included. Default: that of the client;
                 `math.inf` means no limit.
 
@@ -106,6 +111,8 @@ class Client:
             guidance_scale=guidance_scale,
             seed=seed,
             scheduler=scheduler,
+            previews=previews,
+            output=output,
         )
         timeout = resolve_timeout(timeout, self._timeout)
         return Generation(self._open().Generate(request, timeout=timeout, wait_for_ready=self._wait_for_ready))

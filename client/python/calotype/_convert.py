@@ -4,26 +4,44 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._types import Image, Model, Notice, Phase, Progress, Timings
+from ._image import Image
+from ._options import PreviewMethod, Previews
+from ._types import Model, Notice, Phase, Progress, Timings
 from .v1 import calotype_pb2 as v1
 
 if TYPE_CHECKING:
+    from google.protobuf.descriptor import EnumDescriptor
     from google.protobuf.duration_pb2 import Duration
     from google.protobuf.message import Message
 
-__all__ = ["image_from_proto", "model_from_proto", "optional_seconds", "phase_from_proto", "progress_from_proto"]
+__all__ = [
+    "image_from_proto",
+    "model_from_proto",
+    "optional_seconds",
+    "phase_from_proto",
+    "progress_from_proto",
+    "wire_names",
+]
 
-_PHASES: dict[int, Phase] = {
-    value: Phase(name.removeprefix("PHASE_").lower()) for name, value in v1.Phase.items() if value
-}
-_FORMATS: dict[int, str] = {
-    value: name.removeprefix("IMAGE_FORMAT_").lower() for name, value in v1.ImageFormat.items() if value
-}
+
+def wire_names(enum: EnumDescriptor) -> dict[int, str]:
+    """Returns the names of an enum's values as people write them, such as "jpeg", without the unspecified one."""
+    prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return {value.number: value.name.removeprefix(prefix).lower() for value in enum.values if value.number}
+
+
+_PHASES = {number: Phase(name) for number, name in wire_names(v1.Phase.DESCRIPTOR).items()}
+_METHODS = {number: PreviewMethod(name) for number, name in wire_names(v1.PreviewMethod.DESCRIPTOR).items()}
+_FORMATS = wire_names(v1.ImageFormat.DESCRIPTOR)
 
 
 def phase_from_proto(phase: int) -> Phase:
     """Reads a phase."""
     return _PHASES.get(phase, Phase.UNKNOWN)
+
+
+def _method_from_proto(method: int) -> PreviewMethod | None:
+    return _METHODS.get(method, PreviewMethod.UNKNOWN) if method else None
 
 
 def optional_seconds(message: Message, name: str) -> float | None:
@@ -41,7 +59,7 @@ def image_from_proto(message: v1.Progress, data: bytes) -> Image:
 
 def progress_from_proto(message: v1.Progress) -> Progress:
     """Reads a message, without the final image."""
-    predicted = message.image_kind == v1.IMAGE_KIND_PREDICTED and bool(message.image)
+    predicted = message.image_kind == v1.IMAGE_KIND_PREDICTED and bool(message.image) and not message.previews_withdrawn
     return Progress(
         generation_id=message.generation_id,
         sequence=message.sequence,
@@ -49,10 +67,12 @@ def progress_from_proto(message: v1.Progress) -> Progress:
         step=message.step,
         total_steps=message.total_steps,
         preview=image_from_proto(message, message.image) if predicted else None,
+        preview_method=_method_from_proto(message.preview_method) if predicted else None,
         image_step=message.image_step,
         queue_position=message.queue_position,
         estimated_remaining=optional_seconds(message, "estimated_remaining"),
         previews_dropped=message.previews_dropped,
+        previews_withdrawn=message.previews_withdrawn,
         seed=message.seed,
         warnings=tuple(Notice(warning.reason, warning.message) for warning in message.warnings),
         timings=_timings_from_proto(message.timings) if message.HasField("timings") else None,
@@ -80,7 +100,21 @@ def model_from_proto(model: v1.Model) -> Model:
         schedulers=tuple(model.schedulers),
         max_prompt_chars=model.max_prompt_chars,
         max_prompt_tokens=model.max_prompt_tokens,
+        preview_methods=tuple(_METHODS.get(method, PreviewMethod.UNKNOWN) for method in model.preview_methods),
+        previews=_previews_from_proto(model.preview),
+        max_preview_edge=model.max_preview_edge_px,
+        max_preview_quality=model.max_preview_quality,
         device=model.device,
         dtype=model.dtype,
         server_version=model.server_version,
+    )
+
+
+def _previews_from_proto(options: v1.PreviewOptions) -> Previews:
+    return Previews(
+        every_steps=options.every_steps if options.HasField("every_steps") else None,
+        min_interval=optional_seconds(options, "min_interval"),
+        max_edge=options.max_edge_px if options.HasField("max_edge_px") else None,
+        quality=options.quality if options.HasField("quality") else None,
+        method=_method_from_proto(options.method),
     )

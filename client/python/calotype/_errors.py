@@ -65,7 +65,7 @@ class Violation(NamedTuple):
     """One thing that is wrong with a request."""
 
     field: str
-    """The argument of `generate`, such as "width"."""
+    """The argument of `generate`, such as "width" or "previews.every_steps"."""
     description: str
     """What is wrong with it."""
 
@@ -132,7 +132,7 @@ class DeadlineExceeded(CalotypeError):
 
 
 class FailedPrecondition(CalotypeError):
-    """The server is not in a state that allows this."""
+    """The server is not set up for this, such as for a preview method that it does not have."""
 
     code = "FAILED_PRECONDITION"
 

@@ -9,7 +9,7 @@ import PIL.Image
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ._types import Image
+    from ._image import Image
 
 __all__ = ["compose", "pick_evenly"]
 

@@ -14,11 +14,10 @@ from ._filmstrip import compose, pick_evenly
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ._types import Image, Progress
+    from ._image import Image
+    from ._types import Progress
 
 __all__ = ["BadPath", "Outputs"]
-
-_SUFFIXES = {"jpeg": ".jpg", "png": ".png"}
 
 
 class BadPath(ValueError):
@@ -36,6 +35,7 @@ class Outputs:
         """
         self._output, self._previews, self._filmstrip = output, previews, filmstrip
         self._frames: list[Image] = []
+        self._kept: set[Path] = set()
         PIL.Image.init()
         if output is not None:
             _check(output, {"", *(suffix for suffix, kind in PIL.Image.EXTENSION.items() if kind in PIL.Image.SAVE)})
@@ -48,7 +48,12 @@ class Outputs:
                 raise BadPath(f"Cannot make the folder {previews}: {error.strerror}") from None
 
     def keep(self, progress: Progress) -> Path | None:
-        """Keeps the preview, if there is one, and returns its file, if it has one."""
+        """Keeps the preview, if there is one, and returns its file, if it has one.
+
+        Deletes all that it kept when previews are withdrawn.
+        """
+        if progress.previews_withdrawn:
+            self._withdraw()
         if progress.preview is None:
             return None
         if self._filmstrip is not None:
@@ -56,18 +61,24 @@ class Outputs:
         if self._previews is None:
             return None
         digits = max(2, len(str(progress.total_steps)))
-        suffix = _SUFFIXES.get(progress.preview.format, "")
-        path = self._previews / f"step-{progress.image_step:0{digits}}{suffix}"
+        path = self._previews / f"step-{progress.image_step:0{digits}}{progress.preview.suffix}"
+        self._kept.add(path)
         path.write_bytes(progress.preview.data)
         return path
 
+    def _withdraw(self) -> None:
+        self._frames.clear()
+        for path in self._kept:
+            path.unlink(missing_ok=True)
+        self._kept.clear()
+
     def finish(self, image: Image, seed: int) -> Path:
         """Writes everything that needs the final image and returns its file."""
-        output = self._output or _unused(f"calotype-{seed}", _SUFFIXES.get(image.format, ""))
+        output = self._output or _unused(f"calotype-{seed}", image.suffix)
         with _replacing(output) as path:
             image.save(path)
         if self._previews is not None:
-            image.save(self._previews / f"final{_SUFFIXES.get(image.format, '')}")
+            image.save(self._previews / f"final{image.suffix}")
         if self._filmstrip is not None:
             with _replacing(self._filmstrip) as path:
                 compose([*pick_evenly(self._frames), image]).save(path)
@@ -101,7 +112,7 @@ def _replacing(path: Path) -> Iterator[Path]:
     if target.exists() and not target.is_file():  # such as /dev/stdout
         yield target
         return
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
+    temporary = target.with_name(f".calotype-{os.getpid()}-{target.name}")
     try:
         yield temporary
         temporary.replace(target)

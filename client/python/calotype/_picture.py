@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    from ._types import Image
+    from ._image import Image
 
 __all__ = ["HalfBlocks", "Protocol", "detect_protocol", "picture_renderer"]
 

@@ -6,50 +6,87 @@ one authority on that.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 import operator
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.duration_pb2 import Duration
 
+from ._convert import wire_names
 from ._errors import InvalidRequest, Violation
+from ._options import Output, Previews
 from .v1 import calotype_pb2 as v1
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-__all__ = ["ARGUMENTS", "CONTROL_TIMEOUT", "build_request", "resolve_timeout"]
+    from google.protobuf.message import Message
 
-ARGUMENTS = {"width_px": "width", "height_px": "height", "step_count": "steps"}
-"""Fields of the request whose argument has another name."""
+__all__ = ["CONTROL_TIMEOUT", "argument_name", "build_request", "fill", "resolve_timeout"]
 
 CONTROL_TIMEOUT = 10.0
 """Deadline in seconds of the calls that the server answers at once."""
 
-_FIELDS = {argument: field for field, argument in ARGUMENTS.items()}
+_ARGUMENTS = {
+    "width_px": "width",
+    "height_px": "height",
+    "step_count": "steps",
+    "preview": "previews",
+    "max_edge_px": "max_edge",
+}
+_FIELDS = {argument: field for field, argument in _ARGUMENTS.items()}
+_OPTIONS: dict[str, type[Previews | Output]] = {"preview": Previews, "output": Output}
 _FLOAT32_MAX = 3.4028234663852886e38
+_DURATION_MAX = 315_576_000_000  # seconds; the range of google.protobuf.Duration
 
 
-def build_request(prompt: str, **optional: Any) -> v1.GenerateRequest:
+def argument_name(path: str) -> str:
+    """Names the argument for a field of the request, such as "previews.max_edge" for "preview.max_edge_px"."""
+    return ".".join(_ARGUMENTS.get(part, part) for part in path.split("."))
+
+
+def build_request(
+    prompt: str, *, previews: Previews | None = None, output: Output | None = None, **optional: Any
+) -> v1.GenerateRequest:
     """Builds a request; None means that the server chooses.
 
     Raises:
         InvalidRequest: The wire cannot carry an argument. Names all of them.
     """
     request = v1.GenerateRequest()
-    violations: list[Violation] = []
-    for argument, value in {"prompt": prompt, **optional}.items():
-        if value is None and argument != "prompt":
-            continue
-        field = request.DESCRIPTOR.fields_by_name[_FIELDS.get(argument, argument)]
-        try:
-            setattr(request, field.name, _CONVERTERS[field.type](value))
-        except ValueError as error:
-            violations.append(Violation(argument, str(error)))
+    violations = fill(request, {"prompt": prompt, **optional, "previews": previews, "output": output})
+    if prompt is None:
+        violations.insert(0, Violation("prompt", "must be a str, not NoneType"))
     if violations:
         raise InvalidRequest(_sentence(violations), reason="INVALID_ARGUMENTS", violations=violations)
     return request
+
+
+def fill(message: Message, values: Mapping[str, Any], prefix: str = "") -> list[Violation]:
+    """Sets the fields of a message from arguments; None leaves one out.
+
+    Returns:
+        What the wire cannot carry.
+    """
+    violations: list[Violation] = []
+    for argument, value in values.items():
+        if value is None:
+            continue
+        field = message.DESCRIPTOR.fields_by_name[_FIELDS.get(argument, argument)]
+        try:
+            if (kind := _OPTIONS.get(field.name)) is not None:
+                options = _options(value, kind)
+                violations += fill(getattr(message, field.name), options, f"{prefix}{argument}.")
+            elif field.type == FieldDescriptor.TYPE_MESSAGE:
+                getattr(message, field.name).CopyFrom(_duration(value))
+            else:
+                setattr(message, field.name, _CONVERTERS[field.type](value, field))
+        except ValueError as error:
+            violations.append(Violation(prefix + argument, str(error)))
+    return violations
 
 
 def resolve_timeout(timeout: float | None, default: float | None) -> float | None:
@@ -85,9 +122,13 @@ def _integer(value: Any, bits: int) -> int:
     return number
 
 
-def _number(value: Any) -> float:
+def _check_real(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"must be a number, not {type(value).__name__}")
+
+
+def _number(value: Any) -> float:
+    _check_real(value)
     try:
         number = float(value)
     except OverflowError:
@@ -97,11 +138,41 @@ def _number(value: Any) -> float:
     return number
 
 
-_CONVERTERS: dict[int, Callable[[Any], str | int | float]] = {
-    FieldDescriptor.TYPE_STRING: _text,
-    FieldDescriptor.TYPE_INT32: lambda value: _integer(value, 32),
-    FieldDescriptor.TYPE_INT64: lambda value: _integer(value, 64),
-    FieldDescriptor.TYPE_FLOAT: _number,
+def _duration(value: Any) -> Duration:
+    _check_real(value)
+    if not abs(value) <= _DURATION_MAX:
+        raise ValueError(f"must be at most {_DURATION_MAX} seconds")
+    duration = Duration()
+    duration.FromNanoseconds(round(float(value) * 1e9))
+    return duration
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be a bool, not {type(value).__name__}")
+    return value
+
+
+def _choice(value: Any, field: Any) -> int:
+    choices = {name: number for number, name in wire_names(field.enum_type).items()}
+    if _text(value) not in choices:
+        raise ValueError(f"must be one of {', '.join(choices)}, not {str(value)!r}")
+    return choices[value]
+
+
+def _options(value: Any, kind: type[Previews | Output]) -> dict[str, Any]:
+    if not isinstance(value, kind):
+        raise ValueError(f"must be a calotype.{kind.__name__}, not {type(value).__name__}")
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+_CONVERTERS: dict[int, Callable[[Any, Any], str | int | float]] = {
+    FieldDescriptor.TYPE_STRING: lambda value, _: _text(value),
+    FieldDescriptor.TYPE_BOOL: lambda value, _: _boolean(value),
+    FieldDescriptor.TYPE_INT32: lambda value, _: _integer(value, 32),
+    FieldDescriptor.TYPE_INT64: lambda value, _: _integer(value, 64),
+    FieldDescriptor.TYPE_FLOAT: lambda value, _: _number(value),
+    FieldDescriptor.TYPE_ENUM: _choice,
 }
 
 

@@ -9,7 +9,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from ._convert import optional_seconds
 from ._errors import BY_CODE, CalotypeError, InvalidRequest, UnknownError
-from ._request import ARGUMENTS
+from ._request import argument_name
 
 if TYPE_CHECKING:
     import grpc
@@ -66,8 +66,7 @@ def _make(kind: type[CalotypeError], text: str, status: status_pb2.Status) -> Ca
             keywords["retry_after"] = optional_seconds(retry, "retry_delay")
         elif kind is InvalidRequest and (bad := _unpack(detail, error_details_pb2.BadRequest)) is not None:
             keywords["violations"] = [
-                (ARGUMENTS.get(violation.field, violation.field), violation.description)
-                for violation in bad.field_violations
+                (argument_name(violation.field), violation.description) for violation in bad.field_violations
             ]
     return kind(status.message or text, **keywords)
 

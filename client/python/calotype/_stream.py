@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from types import TracebackType
 
-    from ._types import Image, Notice, Progress
+    from ._image import Image
+    from ._types import Notice, Progress
     from .v1 import calotype_pb2 as v1
 
     SyncCall: TypeAlias = grpc._CallIterator[v1.Progress]

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from ._errors import CalotypeError
-    from ._types import Image, Notice, Progress
+    from ._image import Image
+    from ._types import Notice, Progress
 
 __all__ = ["JsonView", "LiveView", "PlainView", "View", "choose_view", "describe"]
 
@@ -69,6 +70,8 @@ def describe(progress: Progress) -> str:
     if progress.estimated_remaining is not None and not progress.phase.ended:
         seconds = progress.estimated_remaining
         words.append(f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left")
+    if progress.previews_withdrawn:
+        words.append("previews withdrawn")
     return ", ".join(words)
 
 
@@ -123,8 +126,12 @@ class PlainView(_Silent):
 class JsonView(_Silent):
     """One JSON object for each event, on a line of its own."""
 
+    def __init__(self) -> None:
+        self._withdrawn = False
+
     def update(self, progress: Progress, path: Path | None) -> None:
-        """Prints an event. The end with an image waits for `finish`."""
+        """Prints an event. An end waits for `finish` or `fail`."""
+        self._withdrawn = progress.previews_withdrawn
         if not progress.phase.ended:
             self._print(self._event(progress, path))
 
@@ -137,7 +144,8 @@ class JsonView(_Silent):
         facts: dict[str, Any] = {"code": error.code, "reason": error.reason, "message": error.message}
         facts |= {"retry_after": error.retry_after, "metadata": error.metadata}
         facts["violations"] = [violation._asdict() for violation in getattr(error, "violations", ())]
-        self._print({"phase": "cancelled" if error.code == "CANCELLED" else "failed", "error": facts})
+        phase = "cancelled" if error.code == "CANCELLED" else "failed"
+        self._print({"phase": phase, "previews_withdrawn": self._withdrawn, "error": facts})
 
     def _event(self, progress: Progress, path: Path | None) -> dict[str, Any]:
         preview = None if progress.preview is None else _facts(progress.preview)
@@ -197,15 +205,17 @@ class LiveView(_Silent):
         self._console.print(_summary(progress, output), markup=False, highlight=False, soft_wrap=True)
 
     def _draw(self, progress: Progress, image: Image | None) -> None:
-        old = None
+        old = self._picture
         self._noticed |= dict.fromkeys(progress.warnings)
-        if image is not None and self._render is not None:
+        if progress.previews_withdrawn:
+            self._picture = None
+        elif image is not None and self._render is not None:
             rows = max(1, min(_MAX_ROWS, self._console.height - _OTHER_ROWS - len(self._noticed)))
-            old, self._picture = self._picture, self._render(image, self._console.width, rows)
+            self._picture = self._render(image, self._console.width, rows)
         parts: list[RenderableType] = [] if self._picture is None else [self._picture]
         parts += [Text(f"Note: {notice.message}", style="yellow") for notice in self._noticed]
         self._live.update(Group(*parts, _status_line(progress)), refresh=True)
-        if old is not None and hasattr(old, "cleanup"):
+        if old is not None and old is not self._picture and hasattr(old, "cleanup"):
             old.cleanup()
 
 

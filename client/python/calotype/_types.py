@@ -1,21 +1,16 @@
-"""What people hold: progress, pictures and the model. No wire types here, see `_convert`."""
+"""What people hold: progress and the model. No wire types here, see `_convert`."""
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import os
+    from ._image import Image
+    from ._options import PreviewMethod, Previews
 
-    import PIL.Image
-
-__all__ = ["Image", "Model", "Notice", "Phase", "Progress", "Timings"]
-
-_SUFFIXES = {"jpeg": (".jpg", ".jpeg"), "png": (".png",)}
+__all__ = ["Model", "Notice", "Phase", "Progress", "Timings"]
 
 
 class Phase(StrEnum):
@@ -42,72 +37,6 @@ class Phase(StrEnum):
     def ended(self) -> bool:
         """Whether the generation is over."""
         return self in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A complete image file in memory. Notebooks show it as a picture.
-
-    Attributes:
-        data: The file, as it came from the server.
-        format: "jpeg" for previews, "png" for final images.
-        width: Width in pixels.
-        height: Height in pixels.
-    """
-
-    data: bytes
-    format: str
-    width: int
-    height: int
-
-    def to_pil(self) -> PIL.Image.Image:
-        """Decodes to a `PIL.Image.Image`.
-
-        Raises:
-            ImportError: Pillow is not installed.
-        """
-        try:
-            import PIL.Image
-        except ImportError:
-            raise ImportError("Decoding an image needs Pillow: pip install pillow") from None
-        picture = PIL.Image.open(io.BytesIO(self.data))
-        picture.load()
-        return picture
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the image to a file.
-
-        The bytes are written as they are when the suffix fits the format or there is none; otherwise Pillow converts.
-
-        Args:
-            path: Where to write. An existing file is replaced.
-
-        Raises:
-            ImportError: A conversion is needed and Pillow is not installed.
-            ValueError: The suffix is not one of an image format that Pillow knows.
-        """
-        path = Path(path)
-        suffix = path.suffix.lower()
-        if not suffix or suffix in _SUFFIXES.get(self.format, ()):
-            path.write_bytes(self.data)
-            return
-        try:
-            picture = self.to_pil()
-        except ImportError:
-            raise ImportError(
-                f"Saving a {self.format} image as {suffix} needs Pillow: pip install pillow, or save with the suffix "
-                f"{_SUFFIXES.get(self.format, ('',))[0]!r}"
-            ) from None
-        picture.save(path)
-
-    def __repr__(self) -> str:
-        return f"<Image {self.format} {self.width}x{self.height}, {len(self.data)} bytes>"
-
-    def _repr_png_(self) -> bytes | None:
-        return self.data if self.format == "png" else None
-
-    def _repr_jpeg_(self) -> bytes | None:
-        return self.data if self.format == "jpeg" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +84,14 @@ class Progress:
         step: Denoising steps done, 0 to `total_steps`. Never falls.
         total_steps: Denoising steps in all. 0 until it is known.
         preview: The model's current estimate of the finished picture, or None when there is no new one.
+        preview_method: What drew the preview. None when there is none, or the server does not say.
         image_step: Step whose estimate the picture shows. 0 when there is none.
         queue_position: Place in the queue: 1 is the next to start. 0 when not queued.
         estimated_remaining: Seconds until the final image, waiting included. None when nothing was measured yet.
         previews_dropped: Previews that were not sent, because the reader or the encoder was slow.
+        previews_withdrawn: Whether the model's safety checker objects to this picture: take every preview of this
+            generation from the screen. Once True it stays True, and the generation then fails with the reason
+            CONTENT_WITHHELD. A loop is told before it raises.
         seed: Seed in use: the one asked for, or the one drawn.
         warnings: What the caller should know although the generation goes on, such as a prompt that was cut.
         timings: Where the time went, at the end. None before.
@@ -170,10 +103,12 @@ class Progress:
     step: int = 0
     total_steps: int = 0
     preview: Image | None = None
+    preview_method: PreviewMethod | None = None
     image_step: int = 0
     queue_position: int = 0
     estimated_remaining: float | None = None
     previews_dropped: int = 0
+    previews_withdrawn: bool = False
     seed: int = 0
     warnings: tuple[Notice, ...] = ()
     timings: Timings | None = None
@@ -198,6 +133,10 @@ class Model:
         schedulers: Schedulers accepted, sorted; the names of diffusers' classes.
         max_prompt_chars: Longest prompt accepted, in characters.
         max_prompt_tokens: Longest prompt that the model reads, in tokens, special tokens included. 0 when unknown.
+        preview_methods: Methods that `Previews.method` may name, besides "auto" and "none".
+        previews: Default previews, every option set.
+        max_preview_edge: Largest `Previews.max_edge` accepted, in pixels.
+        max_preview_quality: Largest `Previews.quality` accepted.
         device: Where the model runs, such as cpu or cuda:0.
         dtype: Number format of its weights, such as float32 or bfloat16.
         server_version: Version of the server.
@@ -217,6 +156,10 @@ class Model:
     schedulers: tuple[str, ...] = field(repr=False)
     max_prompt_chars: int
     max_prompt_tokens: int
+    preview_methods: tuple[PreviewMethod, ...]
+    previews: Previews
+    max_preview_edge: int
+    max_preview_quality: int
     device: str
     dtype: str
     server_version: str

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from ._client import Client
 from ._errors import CalotypeError, Cancelled, InvalidRequest, Unavailable
+from ._image import FORMATS
+from ._options import FormatName, MethodName, Output, Previews
 from ._outputs import BadPath, Outputs
 from ._quiet import quiet_core
 from ._terminal import choose_view
@@ -36,6 +38,20 @@ EXIT_INTERRUPTED = 130
 Address = Annotated[
     str, typer.Option(help="Where the server listens.", metavar="HOST:PORT", envvar="CALOTYPE_GRPC_ADDRESS")
 ]
+PREVIEWS, FILES = "Previews", "Files"
+OPTIONS = {
+    "prompt": "prompt",
+    "previews.every_steps": "--preview-every",
+    "previews.min_interval": "--preview-interval",
+    "previews.max_edge": "--preview-edge",
+    "previews.quality": "--preview-quality",
+    "previews.method": "--preview-method",
+    "output.format": "--format",
+    "output.quality": "--quality",
+    "output.metadata": "--no-metadata",
+}
+"""Options whose name is not that of the argument of `Client.generate`."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -54,10 +70,54 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="Scheduler; `calotype model` lists them.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds until the image, waiting included.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The image. [default: calotype-SEED.png]")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The image; .jpg, .png and .webp choose its format.",
+            show_default="calotype-SEED.png",
+            rich_help_panel=FILES,
+        ),
     ] = None,
-    previews: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep every preview in a folder.")] = None,
-    filmstrip: Annotated[Path | None, typer.Option(metavar="FILE", help="Compose previews and image in a row.")] = None,
+    file_format: Annotated[
+        FormatName | None,
+        typer.Option("--format", help="Format of the image.", show_default="that of -o, or png", rich_help_panel=FILES),
+    ] = None,
+    quality: Annotated[
+        int | None,
+        typer.Option(help="Of JPEG, 1 to 95, or of WebP, 1 to 100.", show_default="90", rich_help_panel=FILES),
+    ] = None,
+    no_metadata: Annotated[
+        bool,
+        typer.Option("--no-metadata", help="Leave prompt, seed and the like out of the image.", rich_help_panel=FILES),
+    ] = False,
+    previews: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep every preview in a folder.", rich_help_panel=FILES)
+    ] = None,
+    filmstrip: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Compose previews and image in a row, as a PNG.", rich_help_panel=FILES),
+    ] = None,
+    preview_every: Annotated[
+        int | None,
+        typer.Option(metavar="STEPS", help="Show every nth step at most, 1 to 1000.", rich_help_panel=PREVIEWS),
+    ] = None,
+    preview_interval: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Least time between two previews, 0 to 60.", rich_help_panel=PREVIEWS),
+    ] = None,
+    preview_edge: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="Longer edge at most, from 16.", rich_help_panel=PREVIEWS)
+    ] = None,
+    preview_quality: Annotated[int | None, typer.Option(help="JPEG quality, from 1.", rich_help_panel=PREVIEWS)] = None,
+    preview_method: Annotated[
+        MethodName | None,
+        typer.Option(
+            help="What draws them, if anything; `calotype model` tells what the server has.",
+            rich_help_panel=PREVIEWS,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Generate an image and watch it form."""
@@ -76,6 +136,19 @@ def generate(
                 guidance_scale=guidance_scale,
                 seed=seed,
                 scheduler=scheduler,
+                previews=Previews(
+                    every_steps=preview_every,
+                    min_interval=preview_interval,
+                    max_edge=preview_edge,
+                    quality=preview_quality,
+                    method=preview_method,
+                ),
+                output=Output(
+                    # Converting another format would cost quality, and the parameters in the file.
+                    format=file_format or (FORMATS.get(output.suffix.lower()) if output else None),
+                    quality=quality,
+                    metadata=False if no_metadata else None,
+                ),
                 timeout=timeout,
             )
             for progress in generation:
@@ -111,8 +184,7 @@ def model(address: Address = "localhost:50051", as_json: Json = False) -> None:
         return
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
-        text = "none" if value is None else ", ".join(value) if isinstance(value, tuple) else str(value)
-        table.add_row(name.replace("_", " "), text)
+        table.add_row(name.replace("_", " "), _in_words(value))
     Console().print(table, markup=False, highlight=False)
 
 
@@ -145,6 +217,12 @@ def _connected(address: str) -> Iterator[Client]:
         _exit(str(error), EXIT_USAGE)
 
 
+def _in_words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name.replace('_', ' ')} {_in_words(part)}" for name, part in value.items())
+    return "none" if value is None else ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
 def _exit(text: str, code: int) -> NoReturn:
     sys.stderr.write(text + "\n")
     raise typer.Exit(code)
@@ -161,9 +239,13 @@ def _explain(error: CalotypeError, address: str) -> str:
     if isinstance(error, Unavailable) and not error.reason:
         return f"No Calotype server answers at {address}; start one with: calotype serve"
     if isinstance(error, InvalidRequest) and error.violations:
-        lines = [f"  --{field.replace('_', '-')}: {text}" for field, text in error.violations]
-        return "\n".join(["The server cannot make this picture:", *lines]).replace("--prompt:", "prompt:")
+        lines = [f"  {_option(field)}: {text}" for field, text in error.violations]
+        return "\n".join(["The server cannot make this picture:", *lines])
     text = str(error)
     if error.retry_after is not None:
         text += f" Try again in {error.retry_after:.0f} s."
     return text
+
+
+def _option(argument: str) -> str:
+    return OPTIONS.get(argument, f"--{argument.replace('_', '-')}")

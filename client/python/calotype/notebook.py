@@ -20,8 +20,9 @@ except ImportError:
     raise ImportError("calotype.notebook needs an extra: pip install 'calotype[notebook]'") from None
 
 if TYPE_CHECKING:
+    from ._image import Image
     from ._stream import AsyncGeneration, Generation
-    from ._types import Image, Notice, Progress
+    from ._types import Notice, Progress
 
 __all__ = ["ashow", "show"]
 
@@ -62,10 +63,12 @@ class _Cell:
 
     def update(self, progress: Progress, warnings: tuple[Notice, ...]) -> None:
         """Shows progress."""
-        self._picture = progress.preview or self._picture
+        self._picture = None if progress.previews_withdrawn else progress.preview or self._picture
         words = [progress.phase.replace("_", " ")]
         if progress.step:
             words.append(f"step {progress.step}/{progress.total_steps}")
+        if progress.previews_withdrawn:
+            words.append("previews withdrawn")
         self._caption = ", ".join([*words, f"seed {progress.seed}", *(notice.message for notice in warnings)])
         self._show()
 

@@ -31,16 +31,21 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
-from ._errors import CalotypeError, Cancelled, InvalidRequest, NotFound
-from ._samples import make_png, sample_jpeg
+from ._convert import wire_names
+from ._errors import CalotypeError, Cancelled, FailedPrecondition, InvalidRequest, NotFound
+from ._options import PreviewMethod, Previews
+from ._request import fill
+from ._samples import make_image, sample_jpeg
 from ._status import DETAILS_KEY
-from ._types import Image, Model, Notice
+from ._types import Model, Notice
 from .v1 import calotype_pb2 as v1
 from .v1.calotype_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import TracebackType
+
+    from ._image import Image
 
 __all__ = ["FakeServer"]
 
@@ -59,16 +64,22 @@ _MODEL = Model(
     schedulers=("DDIMScheduler", "EulerDiscreteScheduler"),
     max_prompt_chars=2000,
     max_prompt_tokens=77,
+    preview_methods=(PreviewMethod.HEAD, PreviewMethod.FULL_VAE),
+    previews=Previews(every_steps=1, min_interval=0.0, max_edge=256, quality=75, method=PreviewMethod.AUTO),
+    max_preview_edge=1024,
+    max_preview_quality=95,
     device="cpu",
     dtype="float32",
     server_version="0",
 )
+_WITHHELD = FailedPrecondition("The safety checker of the model withheld the picture.", reason="CONTENT_WITHHELD")
 
 
 class FakeServer:
     """A server that follows a script: queued, encoding, the steps with a preview each, and the image.
 
-    It does not validate: whatever a client can send is served.
+    Of the options, it follows the steps, the size, the format, and how often previews come; a preview looks the same
+    whatever is asked for. It does not validate: whatever a client can send is served.
 
     Attributes:
         requests: The requests received, oldest first.
@@ -86,27 +97,32 @@ class FakeServer:
         error: CalotypeError | None = None,
         fail_at: int | None = None,
         hold_at: int | None = None,
+        withdraw_at: int | None = None,
         model: Model = _MODEL,
     ) -> None:
         """Makes a server; entering the context starts it.
 
         Args:
             steps: Number of denoising steps. Default: what the request asks for, else that of the model.
-            previews: Whether each step comes with a preview.
-            image: The final image. Default: a PNG of the size that the request asks for, else that of the model.
+            previews: Whether steps come with previews, as often as the request asks for, else at each step.
+            image: The final image. Default: one of the format and the size that the request asks for, else a PNG of
+                the size of the model.
             chunk_bytes: Sends the final image in chunks of at most this size. Default: whole.
             warnings: Goes with every message.
             error: How every generation ends. Default: with the image.
             fail_at: Step after which `error` comes, as the last message. Default: before the first message, as when
                 the server refuses a request.
             hold_at: Step after which generations stand still until `release`.
+            withdraw_at: Step, 1 or later, with which previews are withdrawn; generations then fail with the reason
+                CONTENT_WITHHELD in the place of their image.
             model: The answer to `Client.model`.
         """
         self.requests: list[v1.GenerateRequest] = []
         self.cancelled: list[str] = []
         self._steps, self._previews, self._image, self._chunk_bytes = steps, previews, image, chunk_bytes
         self._warnings = [v1.Warning(reason=notice.reason, message=notice.message) for notice in warnings]
-        self._error, self._fail_at, self._hold_at, self._model = error, fail_at, hold_at, model
+        self._error, self._fail_at, self._hold_at, self._withdraw_at = error, fail_at, hold_at, withdraw_at
+        self._model = model
         self._phases: dict[str, v1.Phase.ValueType] = {}
         self._released = False
         self._changed = threading.Condition()
@@ -165,8 +181,12 @@ class _Servicer(GenerationServiceServicer):
     def GetModel(self, request: v1.GetModelRequest, context: Any) -> v1.Model:  # noqa: N802
         model = self._fake._model
         names = {"width": "width_px", "height": "height_px", "size_multiple": "size_multiple_px"}
-        names |= {"steps": "step_count", "max_steps": "max_step_count"}
-        return v1.Model(**{names.get(name, name): getattr(model, name) for name in Model.__dataclass_fields__})
+        names |= {"steps": "step_count", "max_steps": "max_step_count", "max_preview_edge": "max_preview_edge_px"}
+        plain = {names.get(name, name): getattr(model, name) for name in Model.__dataclass_fields__}
+        methods = [_method_to_proto(method) for method in plain.pop("preview_methods")]
+        answer = v1.Model(preview_methods=methods, **{name: plain[name] for name in plain if name != "previews"})
+        fill(answer, {"previews": model.previews})
+        return answer
 
     def Cancel(self, request: v1.CancelRequest, context: Any) -> v1.CancelResponse:  # noqa: N802
         fake, generation = self._fake, request.generation_id
@@ -198,7 +218,7 @@ class _Servicer(GenerationServiceServicer):
         fake, model = self._fake, self._fake._model
         total = fake._steps or request.step_count or model.steps
         error: CalotypeError | None = None
-        sequence = 0
+        sequence, withdrawn = 0, False
         for message in self._script(request, total):
             sequence += message.chunk_index == 0  # the chunks of one image share a number
             with fake._changed:
@@ -207,10 +227,12 @@ class _Servicer(GenerationServiceServicer):
                     message.Clear()
                     message.MergeFrom(v1.Progress(phase=v1.PHASE_CANCELLED, error=_error_message(error)))
                 elif message.HasField("error"):
-                    error = fake._error
+                    error = _WITHHELD if message.error.reason == _WITHHELD.reason else fake._error
                 fake._phases[generation] = message.phase
             message.generation_id, message.sequence, message.total_steps = generation, sequence, total
             message.seed = request.seed if request.HasField("seed") else 1234
+            withdrawn = withdrawn or _withdrawn(fake, message.step)
+            message.previews_withdrawn = withdrawn
             message.warnings.extend(fake._warnings)
             yield message
             if error is not None:
@@ -225,20 +247,27 @@ class _Servicer(GenerationServiceServicer):
 
     def _script(self, request: v1.GenerateRequest, total: int) -> Iterator[v1.Progress]:
         fake, model, preview = self._fake, self._fake._model, sample_jpeg()
+        every, method = _previews_of(request, model)
         yield v1.Progress(phase=v1.PHASE_QUEUED, queue_position=1)
         yield v1.Progress(phase=v1.PHASE_ENCODING_PROMPT, estimated_remaining=_duration(total))
         for step in range(total + 1):
             message = v1.Progress(phase=v1.PHASE_DENOISING, step=step, estimated_remaining=_duration(total - step))
-            if fake._previews and step:
+            due = step and (step % every == 0 or step == total) and method != v1.PREVIEW_METHOD_NONE
+            if fake._previews and due and not _withdrawn(fake, step):
                 message.image, message.image_format = preview.data, v1.IMAGE_FORMAT_JPEG
                 message.image_kind, message.image_step = v1.IMAGE_KIND_PREDICTED, step
                 message.width_px, message.height_px = preview.width, preview.height
+                message.preview_method = method
             yield message
             if fake._error is not None and step == fake._fail_at:
                 phase = v1.PHASE_CANCELLED if isinstance(fake._error, Cancelled) else v1.PHASE_FAILED
                 yield v1.Progress(phase=phase, step=step, error=_error_message(fake._error))
         yield v1.Progress(phase=v1.PHASE_DECODING, step=total)
-        image = fake._image or make_png(request.width_px or model.width, request.height_px or model.height)
+        if fake._withdraw_at is not None:
+            yield v1.Progress(phase=v1.PHASE_FAILED, step=total, error=_error_message(_WITHHELD))
+        kind = wire_names(v1.ImageFormat.DESCRIPTOR).get(request.output.format, "png")
+        width, height = request.width_px or model.width, request.height_px or model.height
+        image = fake._image or make_image(kind, width, height)
         size = fake._chunk_bytes or len(image.data)
         starts = range(0, len(image.data), size)
         for index, start in enumerate(starts):
@@ -246,7 +275,7 @@ class _Servicer(GenerationServiceServicer):
                 phase=v1.PHASE_SUCCEEDED,
                 step=total,
                 image=image.data[start : start + size],
-                image_format=v1.IMAGE_FORMAT_PNG if image.format == "png" else v1.IMAGE_FORMAT_JPEG,
+                image_format=v1.ImageFormat.Value(f"IMAGE_FORMAT_{image.format.upper()}"),
                 image_kind=v1.IMAGE_KIND_FINAL,
                 image_step=total,
                 width_px=image.width,
@@ -255,6 +284,24 @@ class _Servicer(GenerationServiceServicer):
                 chunk_count=len(starts),
                 timings=v1.Timings(denoising=_duration(total), total=_duration(total)),
             )
+
+
+def _previews_of(request: v1.GenerateRequest, model: Model) -> tuple[int, v1.PreviewMethod.ValueType]:
+    """Returns after how many steps each a preview comes, and what is said to draw it."""
+    asked = request.preview
+    every = asked.every_steps or model.previews.every_steps or 1
+    method = asked.method or _method_to_proto(model.previews.method or PreviewMethod.AUTO)
+    if method == v1.PREVIEW_METHOD_AUTO:
+        method = _method_to_proto((*model.preview_methods, PreviewMethod.NONE)[0])
+    return every, method
+
+
+def _method_to_proto(method: str) -> v1.PreviewMethod.ValueType:
+    return v1.PreviewMethod.Value(f"PREVIEW_METHOD_{method.upper()}")
+
+
+def _withdrawn(fake: FakeServer, step: int) -> bool:
+    return fake._withdraw_at is not None and step >= fake._withdraw_at
 
 
 def _end_early(fake: FakeServer, generation: str) -> None:

@@ -134,10 +134,11 @@ def load_tiny_vae(name: str, like: Any) -> Any:
             )
     except Exception as error:
         raise ModelUnavailable(f"{name!r} cannot be loaded as an AutoencoderTiny ({_first_line(error)}).") from error
-    if vae.config.latent_channels != like.config.latent_channels:
+    # Those that come from video models name it otherwise.
+    channels = like.config.get("latent_channels", like.config.get("z_dim"))
+    if vae.config.latent_channels != channels:
         raise ModelUnavailable(
-            f"The tiny VAE {name!r} has {vae.config.latent_channels} latent channels, the model has "
-            f"{like.config.latent_channels}."
+            f"The tiny VAE {name!r} has {vae.config.latent_channels} latent channels, the model has {channels}."
         )
     return vae.to(like.device).eval()
 

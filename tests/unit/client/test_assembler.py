@@ -75,6 +75,22 @@ def test_end_without_an_error_is_still_an_error(phase, kind):
         assembler.outcome()
 
 
+@given(st.lists(previews), st.lists(previews), st.booleans())
+def test_withdrawal_is_shown_before_the_error(before, after, merged):
+    """Whichever messages were merged, the loop sees the withdrawal, and no preview with it or after it."""
+    assembler = Assembler()
+    for message in before:
+        assembler.feed(message)
+    withdrawn = [] if merged else [v1.Progress(phase=v1.PHASE_DENOISING), *after]
+    for message in [*withdrawn, end := v1.Progress(phase=v1.PHASE_FAILED)]:
+        message.previews_withdrawn = True
+    shown = [assembler.feed(message) for message in [*withdrawn, end]]
+    told = [progress for progress in shown if progress is not None]
+    assert len(told) == max(1, len(withdrawn))
+    assert all(progress.previews_withdrawn and progress.preview is None for progress in told)
+    assert assembler.ended
+
+
 def test_warnings_add_up():
     """A warning that came once is remembered, and one that came often is told once."""
     assembler = Assembler()

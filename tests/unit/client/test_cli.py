@@ -1,14 +1,18 @@
 """The command line, with a pipe for its output."""
 
+import dataclasses
 import json
 import os
 
 import PIL.Image
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from calotype import InternalError, InvalidRequest, Notice, Overloaded, Unavailable
-from calotype.cli import app
+from calotype import FailedPrecondition, InternalError, InvalidRequest, Notice, Overloaded, Unavailable
+from calotype._options import Output, Previews
+from calotype._request import build_request
+from calotype.cli import OPTIONS, app
 from calotype.testing import FakeServer
 
 
@@ -67,6 +71,44 @@ def test_all_options_reach_the_server(run):
     assert request.scheduler == "EulerDiscreteScheduler"
 
 
+def test_preview_and_output_options_reach_the_server(run):
+    """Every option of previews and of the file is a field of the request."""
+    previews = "--preview-every 2 --preview-interval 0.5 --preview-edge 64 --preview-quality 70 --preview-method head"
+    file = "--format jpeg --quality 80 --no-metadata"
+    with FakeServer() as server:
+        result = run(server, "generate", "apple", *previews.split(), *file.split())
+    assert result.exit_code == 0
+    expected = build_request(
+        "apple",
+        previews=Previews(every_steps=2, min_interval=0.5, max_edge=64, quality=70, method="head"),
+        output=Output(format="jpeg", quality=80, metadata=False),
+    )
+    assert server.requests == [expected]
+    assert os.listdir() == ["calotype-1234.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked", "written"),
+    [
+        (["-o", "apple.webp"], "webp", "WEBP"),
+        (["-o", "apple.jpg"], "jpeg", "JPEG"),
+        (["-o", "apple.JPEG"], "jpeg", "JPEG"),
+        (["-o", "apple.png"], "png", "PNG"),
+        (["-o", "apple.bmp"], None, "BMP"),
+        (["-o", "apple.png", "--format", "webp"], "webp", "PNG"),
+        (["-o", "apple", "--format", "webp"], "webp", "WEBP"),
+    ],
+)
+def test_suffix_of_the_output_asks_for_its_format(run, arguments, asked, written):
+    """The server makes what the file's name says, unless --format says otherwise; the file is what its name says."""
+    with FakeServer() as server:
+        result = run(server, "generate", "apple", *arguments)
+    assert result.exit_code == 0
+    assert server.requests == [build_request("apple", output=Output(format=asked))]
+    with PIL.Image.open(arguments[1]) as picture:
+        assert picture.format == written
+
+
 def test_json_events(run):
     """Each line is one event, without image bytes; the last one names the file."""
     with FakeServer(steps=2, chunk_bytes=100) as server:
@@ -103,9 +145,33 @@ def test_previews_are_kept(run):
     with FakeServer(steps=3) as server:
         result = run(server, "generate", "a red apple", "--previews", "deep/frames", "-o", "apple.jpg")
     assert result.exit_code == 0
-    assert sorted(os.listdir("deep/frames")) == ["final.png", "step-01.jpg", "step-02.jpg", "step-03.jpg"]
+    assert sorted(os.listdir("deep/frames")) == ["final.jpg", "step-01.jpg", "step-02.jpg", "step-03.jpg"]
     with PIL.Image.open("apple.jpg") as picture:
         assert picture.format == "JPEG"
+
+
+def test_withdrawn_previews_are_deleted(run):
+    """When previews are withdrawn, those in the folder go, nothing else does, and there is no filmstrip."""
+    os.mkdir("frames")
+    with open("frames/notes.txt", "w") as file:
+        file.write("mine")
+    with FakeServer(steps=4, withdraw_at=3) as server:
+        result = run(server, "generate", "apple", "--previews", "frames", "--filmstrip", "strip.png", "-o", "apple.png")
+    assert result.exit_code == 1
+    assert result.stderr == "The safety checker of the model withheld the picture.\n"
+    assert "step 2/4, 2 s left: frames" in result.stdout
+    assert "step 3/4, 1 s left, previews withdrawn\n" in result.stdout
+    assert os.listdir() == ["frames"]
+    assert os.listdir("frames") == ["notes.txt"]
+
+
+def test_withdrawal_is_in_every_later_event(run):
+    """A program that reads the events is told by the first event after it, and by the last one."""
+    with FakeServer(steps=2, withdraw_at=2) as server:
+        result = run(server, "generate", "a red apple", "--json")
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [event["previews_withdrawn"] for event in events] == [False] * 4 + [True] * 3
+    assert events[-1]["error"]["reason"] == "CONTENT_WITHHELD"
 
 
 @pytest.mark.parametrize(("steps", "frames"), [(3, 4), (20, 9)])
@@ -130,6 +196,10 @@ def test_filmstrip(run, steps, frames):
         (["--timeout", "-1"], "--timeout: must be a positive number of seconds"),
         (["--seed", str(2**64)], "--seed: must fit in 64 bits"),
         (["--steps", "four"], "Invalid value for '--steps'"),
+        (["--preview-every", str(2**31)], "--preview-every: must fit in 32 bits"),
+        (["--preview-interval", "nan"], "--preview-interval: must be at most"),
+        (["--preview-method", "taesd"], "Invalid value for '--preview-method'"),
+        (["--format", "gif"], "Invalid value for '--format'"),
     ],
 )
 def test_usage_errors_come_before_any_work(run, arguments, message):
@@ -149,6 +219,12 @@ def test_usage_errors_come_before_any_work(run, arguments, message):
             2,
             "The server cannot make this picture:\n  --width: too wide\n  --steps: too many\n",
         ),
+        (
+            InvalidRequest("Two.", violations=[("preview.max_edge_px", "too large"), ("output.quality", "of a PNG")]),
+            2,
+            "The server cannot make this picture:\n  --preview-edge: too large\n  --quality: of a PNG\n",
+        ),
+        (FailedPrecondition("It has no small decoder.", reason="NO_TINY_VAE"), 1, "It has no small decoder.\n"),
         (InternalError("The model failed.", reason="NUMERICAL_FAILURE"), 1, "The model failed.\n"),
         (Overloaded("The queue is full.", reason="Q", retry_after=3), 1, "The queue is full. Try again in 3 s.\n"),
         (Unavailable("Loading.", reason="LOADING", retry_after=5), 3, "Loading. Try again in 5 s.\n"),
@@ -194,7 +270,20 @@ def test_model(run):
     with FakeServer() as server:
         people, program = run(server, "model"), run(server, "model", "--json")
     assert "DDIMScheduler, EulerDiscreteScheduler" in people.stdout
-    assert json.loads(program.stdout)["max_steps"] == 100
+    assert "every steps 1, min interval 0.0, max edge 256, quality 75, method auto" in " ".join(people.stdout.split())
+    facts = json.loads(program.stdout)
+    assert facts["max_steps"] == 100
+    assert facts["preview_methods"] == ["head", "full_vae"]
+    assert facts["previews"]["max_edge"] == 256
+
+
+def test_every_option_that_the_server_refuses_has_its_flag():
+    """Each name of a nested argument is that of an option of the command."""
+    flags = {flag for parameter in typer.main.get_command(app).commands["generate"].params for flag in parameter.opts}
+    nested = {f"previews.{field.name}" for field in dataclasses.fields(Previews)}
+    nested |= {f"output.{field.name}" for field in dataclasses.fields(Output)}
+    assert set(OPTIONS) - {"prompt"} == nested
+    assert {*OPTIONS.values()} <= flags
 
 
 def test_cancel(run):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,6 +130,27 @@ def test_warning_stays_visible(terminal):
     with FakeServer(steps=2, warnings=[Notice("PROMPT_TRUNCATED", "The prompt was cut.")]) as server:
         output, _ = rest(*terminal(server, "generate", "a red apple", "-o", "apple.png"))
     assert "Note: The prompt was cut." in output[output.rindex("▀") :]
+
+
+def test_withdrawn_previews_leave_the_screen(terminal):
+    """When previews are withdrawn, every line of the picture is erased, and the reason stands in its place."""
+    with FakeServer(withdraw_at=3) as server:
+        output, code = rest(*terminal(server, "generate", "a red apple"))
+    assert code == 1
+    before, _, after = output.partition("previews withdrawn")
+    erased = before[before.rindex("▀") :]
+    assert erased.count("\x1b[2K") >= 24
+    assert "▀" not in after
+    assert "The safety checker of the model withheld the picture." in after
+
+
+def test_withdrawn_previews_leave_kitty(terminal):
+    """Kitty is told to forget every picture that it was sent."""
+    with FakeServer(withdraw_at=3) as server:
+        output, _ = rest(*terminal(server, "generate", "a red apple", term="xterm-kitty"))
+    placed, deleted = re.findall(r"\x1b_Ga=p,i=(\d+)", output), re.findall(r"\x1b_Ga=d,I=(\d+)", output)
+    assert len(placed) == 2
+    assert placed == deleted
 
 
 def test_small_terminal(terminal):

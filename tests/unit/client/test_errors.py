@@ -61,7 +61,7 @@ def test_last_message_becomes_its_class(code):
 
 def test_every_violation_arrives_under_the_name_of_its_argument():
     """BadRequest details become violations named as the arguments of generate."""
-    refused = InvalidRequest("Two things are wrong.", violations=[("width_px", "too wide"), ("steps", "too many")])
+    refused = InvalidRequest("Two things are wrong.", violations=[("width_px", "too wide"), ("step_count", "too many")])
     with (
         FakeServer(error=refused) as server,
         Client(server.address) as client,
@@ -71,6 +71,31 @@ def test_every_violation_arrives_under_the_name_of_its_argument():
     assert caught.value.violations == (("width", "too wide"), ("steps", "too many"))
     assert caught.value.violations[0] == Violation("width", "too wide")
     assert str(caught.value) == "Two things are wrong.\n  width: too wide\n  steps: too many"
+
+
+@pytest.mark.parametrize(
+    ("field", "argument"),
+    [
+        ("preview", "previews"),
+        ("preview.every_steps", "previews.every_steps"),
+        ("preview.min_interval", "previews.min_interval"),
+        ("preview.max_edge_px", "previews.max_edge"),
+        ("preview.quality", "previews.quality"),
+        ("preview.method", "previews.method"),
+        ("output.format", "output.format"),
+        ("output.quality", "output.quality"),
+        ("something_new.of_a_newer_server", "something_new.of_a_newer_server"),
+    ],
+)
+def test_violation_of_an_option_is_named_as_its_argument(field, argument):
+    """The path of a field becomes the path of the argument."""
+    with (
+        FakeServer(error=InvalidRequest("no", violations=[(field, "wrong")])) as server,
+        Client(server.address) as client,
+        pytest.raises(InvalidRequest) as caught,
+    ):
+        client.generate("a red apple").result()
+    assert caught.value.violations == ((argument, "wrong"),)
 
 
 def test_damaged_details_do_not_hide_the_error():

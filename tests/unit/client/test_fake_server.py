@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from calotype import Client, Image, InternalError, testing
+from calotype import Client, Image, InternalError, Output, PreviewMethod, Previews, testing
 from calotype.testing import FakeServer
 
 
@@ -33,6 +33,43 @@ def test_script_is_configurable():
     assert seen[-1].total_steps == 7
     assert not any(progress.preview for progress in seen)
     assert server.requests[0].step_count == 3
+
+
+@pytest.mark.parametrize(
+    ("previews", "steps"),
+    [
+        (None, [1, 2, 3, 4, 5]),
+        (Previews(every_steps=2), [2, 4, 5]),
+        (Previews(every_steps=9), [5]),
+        (Previews(method="none"), []),
+    ],
+)
+def test_previews_come_as_often_as_asked_for(previews, steps):
+    """Every nth step and the last one are shown, or none at all."""
+    with FakeServer(steps=5) as server, Client(server.address) as client:
+        seen = list(client.generate("a red apple", previews=previews))
+    assert [progress.image_step for progress in seen if progress.preview] == steps
+
+
+def test_preview_method_is_the_one_asked_for():
+    """What is asked for is what is said to have drawn a preview; AUTO is the first that the model has."""
+    drawn = []
+    with FakeServer(steps=1) as server, Client(server.address) as client:
+        for method in ("auto", "full_vae", PreviewMethod.TINY_VAE):
+            seen = list(client.generate("a red apple", previews=Previews(method=method)))
+            drawn += [progress.preview_method for progress in seen if progress.preview]
+    assert drawn == [PreviewMethod.HEAD, PreviewMethod.FULL_VAE, PreviewMethod.TINY_VAE]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("chunk_bytes", [None, 10])
+def test_final_image_has_the_format_asked_for(kind, chunk_bytes):
+    """The file is a real one of that format and size, also in chunks."""
+    with FakeServer(chunk_bytes=chunk_bytes) as server, Client(server.address) as client:
+        image = client.generate("a red apple", width=40, height=24, output=Output(format=kind)).result()
+    picture = image.to_pil()
+    assert (image.format, image.width, image.height) == (kind, 40, 24)
+    assert (picture.format.lower(), picture.size) == (kind, (40, 24))
 
 
 def test_held_generation_goes_on_when_released():

@@ -9,12 +9,15 @@ from calotype import (
     Cancelled,
     Client,
     ClientClosed,
+    FailedPrecondition,
     GenerationConsumed,
     InternalError,
     InvalidRequest,
     NotFound,
     Notice,
     Phase,
+    PreviewMethod,
+    Previews,
 )
 from calotype.testing import FakeServer
 
@@ -59,6 +62,9 @@ def test_loop_shows_every_phase_in_order():
     assert seen[0].queue_position == 1
     assert seen[1].estimated_remaining == 2.0
     assert seen[3].preview.format == "jpeg"
+    assert seen[3].preview_method is PreviewMethod.HEAD
+    assert seen[2].preview_method is None
+    assert not any(progress.previews_withdrawn for progress in seen)
     assert seen[3].image_step == 1
     assert seen[-1].timings.total == 2.0
     assert seen[-1].timings.queued is None
@@ -177,6 +183,17 @@ def test_cancel_by_id_from_another_client(held):
             other.cancel("no such id")
 
 
+def test_withdrawn_previews_end_in_an_error():
+    """A loop is told to take the previews away, gets no more of them, and raises."""
+    with FakeServer(withdraw_at=2) as server, Client(server.address) as client:
+        seen = []
+        with pytest.raises(FailedPrecondition) as caught:
+            seen.extend(client.generate("a red apple"))
+    assert caught.value.reason == "CONTENT_WITHHELD"
+    assert [progress.previews_withdrawn for progress in seen] == [False] * 4 + [True] * 4
+    assert [progress.preview is not None for progress in seen] == [False] * 3 + [True] + [False] * 4
+
+
 def test_second_loop_is_a_mistake():
     """Iterating twice raises GenerationConsumed, after success and after a break."""
     with FakeServer() as server, Client(server.address) as client:
@@ -211,6 +228,9 @@ def test_model_is_described():
         model = client.model()
     assert (model.name, model.width, model.steps, model.guidance_scale) == ("fake", 64, 4, 5.0)
     assert model.schedulers == ("DDIMScheduler", "EulerDiscreteScheduler")
+    assert model.preview_methods == (PreviewMethod.HEAD, PreviewMethod.FULL_VAE)
+    assert model.previews == Previews(every_steps=1, min_interval=0, max_edge=256, quality=75, method="auto")
+    assert (model.max_preview_edge, model.max_preview_quality) == (1024, 95)
 
 
 def test_closed_client_refuses_to_work():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from calotype import AsyncClient, Client, InternalError, Notice
+from calotype import AsyncClient, Client, FailedPrecondition, InternalError, Notice, Output
 from calotype.notebook import ashow, show
 from calotype.testing import FakeServer
 
@@ -56,3 +56,23 @@ def test_show_raises_what_goes_wrong(shown):
     ):
         show(client.generate("a red apple"))
     assert "data:image/jpeg" in shown[-1]
+
+
+def test_withdrawn_previews_leave_the_page(shown):
+    """When previews are withdrawn, the picture goes and the words say why."""
+    with (
+        FakeServer(withdraw_at=3) as server,
+        Client(server.address) as client,
+        pytest.raises(FailedPrecondition),
+    ):
+        show(client.generate("a red apple"))
+    assert "<img" in shown[4]
+    assert not any("<img" in page for page in shown[5:])
+    assert "previews withdrawn" in shown[-1]
+
+
+def test_webp_is_shown(shown):
+    """The final image is shown in the format that was asked for."""
+    with FakeServer(steps=1) as server, Client(server.address) as client:
+        show(client.generate("a red apple", output=Output(format="webp")))
+    assert "data:image/webp;base64," in shown[-1]

@@ -1,12 +1,17 @@
 """Arguments become requests."""
 
+import dataclasses
 import math
+import typing
 
 import pytest
 
-from calotype import Client, InvalidRequest
+from calotype import Client, InvalidRequest, Output, PreviewMethod, Previews
+from calotype._convert import wire_names
+from calotype._options import FormatName, MethodName
 from calotype._request import build_request, resolve_timeout
 from calotype.testing import FakeServer
+from calotype.v1 import calotype_pb2 as v1
 
 
 class Index:
@@ -41,9 +46,43 @@ def test_arguments_arrive_on_the_server():
     assert request.seed == 0
 
 
+def test_options_arrive_on_the_server():
+    """Every option of previews and output is sent, also zero and False."""
+    previews = Previews(every_steps=2, min_interval=0.25, max_edge=64, quality=70, method="full_vae")
+    with FakeServer() as server, Client(server.address) as client:
+        client.generate("a", previews=previews, output=Output(format="webp", quality=80, metadata=False)).result()
+        client.generate("a", previews=Previews(min_interval=0, method=PreviewMethod.NONE)).result()
+    sent, zero = server.requests[0].preview, server.requests[1].preview
+    assert (sent.every_steps, sent.max_edge_px, sent.quality) == (2, 64, 70)
+    assert (sent.min_interval.seconds, sent.min_interval.nanos) == (0, 250_000_000)
+    assert sent.method == v1.PREVIEW_METHOD_FULL_VAE
+    output = server.requests[0].output
+    assert (output.format, output.quality, output.metadata) == (v1.IMAGE_FORMAT_WEBP, 80, False)
+    assert output.HasField("metadata")
+    assert zero.HasField("min_interval")
+    assert zero.method == v1.PREVIEW_METHOD_NONE
+    assert not zero.HasField("every_steps")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(Previews, v1.PreviewOptions), (Output, v1.OutputOptions)], ids=["previews", "output"]
+)
+def test_every_option_of_the_wire_can_be_asked_for(options, message):
+    """Options have the fields of their message, without the unit in the name."""
+    names = [field.name for field in dataclasses.fields(options)]
+    assert names == [field.name.removesuffix("_px") for field in message.DESCRIPTOR.fields]
+
+
+def test_every_choice_of_the_wire_has_a_name():
+    """Methods and formats are those of the contract."""
+    methods = set(wire_names(v1.PreviewMethod.DESCRIPTOR).values())
+    assert set(typing.get_args(MethodName)) == methods == {*PreviewMethod} - {"unknown"}
+    assert set(typing.get_args(FormatName)) == set(wire_names(v1.ImageFormat.DESCRIPTOR).values())
+
+
 def test_what_is_left_out_is_not_sent():
     """None means that the server chooses, which is not the same as zero."""
-    request = build_request("a red apple", width=None, seed=None)
+    request = build_request("a red apple", width=None, seed=None, previews=Previews(), output=Output())
     assert [field.name for field, _ in request.ListFields()] == ["prompt"]
 
 
@@ -63,6 +102,23 @@ def test_what_is_left_out_is_not_sent():
         ({"guidance_scale": 1e39}, "guidance_scale"),
         ({"guidance_scale": 10**400}, "guidance_scale"),
         ({"scheduler": 1}, "scheduler"),
+        ({"previews": {"every_steps": 2}}, "previews"),
+        ({"previews": Output()}, "previews"),
+        ({"output": "webp"}, "output"),
+        ({"previews": Previews(every_steps=2.0)}, "previews.every_steps"),
+        ({"previews": Previews(min_interval="1")}, "previews.min_interval"),
+        ({"previews": Previews(min_interval=math.nan)}, "previews.min_interval"),
+        ({"previews": Previews(min_interval=-math.inf)}, "previews.min_interval"),
+        ({"previews": Previews(min_interval=10**400)}, "previews.min_interval"),
+        ({"previews": Previews(max_edge=2**31)}, "previews.max_edge"),
+        ({"previews": Previews(quality=True)}, "previews.quality"),
+        ({"previews": Previews(method="taesd")}, "previews.method"),
+        ({"previews": Previews(method=PreviewMethod.UNKNOWN)}, "previews.method"),
+        ({"previews": Previews(method=2)}, "previews.method"),
+        ({"output": Output(format="gif")}, "output.format"),
+        ({"output": Output(format="unspecified")}, "output.format"),
+        ({"output": Output(quality="90")}, "output.quality"),
+        ({"output": Output(metadata=1)}, "output.metadata"),
     ],
 )
 def test_what_the_wire_cannot_carry_is_an_invalid_request(arguments, field):
@@ -75,9 +131,13 @@ def test_what_the_wire_cannot_carry_is_an_invalid_request(arguments, field):
 def test_all_violations_are_named_at_once():
     """One look is enough to correct a request."""
     with Client() as client, pytest.raises(InvalidRequest) as caught:
-        client.generate(7, width="wide", seed=2**70)
-    assert [violation.field for violation in caught.value.violations] == ["prompt", "width", "seed"]
-    assert all(field in str(caught.value) for field in ("prompt", "width", "seed"))
+        client.generate(
+            7, width="wide", seed=2**70, previews=Previews(max_edge="big", method="best"), output=Output(format="gif")
+        )
+    fields = ["prompt", "width", "seed", "previews.max_edge", "previews.method", "output.format"]
+    assert [violation.field for violation in caught.value.violations] == fields
+    assert all(field in str(caught.value) for field in fields)
+    assert "must be one of jpeg, png, webp, not 'gif'" in str(caught.value)
 
 
 def test_what_makes_sense_is_left_to_the_server():
@@ -85,6 +145,9 @@ def test_what_makes_sense_is_left_to_the_server():
     request = build_request("", width=-1, steps=0, guidance_scale=math.nan, seed=Index())
     assert (request.width_px, request.step_count, request.seed) == (-1, 0, 7)
     assert math.isnan(request.guidance_scale)
+    previews = build_request("", previews=Previews(every_steps=0, min_interval=-1.5, quality=101)).preview
+    assert (previews.every_steps, previews.quality) == (0, 101)
+    assert (previews.min_interval.seconds, previews.min_interval.nanos) == (-1, -500_000_000)
 
 
 @pytest.mark.parametrize(

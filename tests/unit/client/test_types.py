@@ -1,18 +1,29 @@
 """What people hold."""
 
+import base64
+import io
 import subprocess
 import sys
 
+import PIL.ExifTags
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 
-from calotype import Image, Phase
-from calotype._convert import phase_from_proto
-from calotype._samples import make_png, sample_jpeg
+from calotype import Image, Phase, PreviewMethod
+from calotype._convert import model_from_proto, phase_from_proto, progress_from_proto
+from calotype._samples import make_image, make_png, sample_jpeg
 from calotype.v1 import calotype_pb2 as v1
 
 
-@pytest.mark.parametrize("image", [make_png(5, 3), sample_jpeg()], ids=["png", "jpeg"])
+@pytest.mark.parametrize(
+    "image",
+    [
+        sample_jpeg(),
+        *(make_image(kind, *size) for kind in ("jpeg", "png", "webp") for size in ((1, 1), (5, 3), (99, 64))),
+    ],
+    ids=repr,
+)
 def test_samples_are_valid_pictures(image):
     """The pictures of the fake server decode to the size that they claim."""
     picture = image.to_pil()
@@ -20,12 +31,29 @@ def test_samples_are_valid_pictures(image):
     assert picture.format.lower() == image.format
 
 
-@pytest.mark.parametrize("name", ["apple.png", "apple.PNG", "apple"])
-def test_matching_suffix_writes_the_bytes_as_they_are(tmp_path, name):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("png", "apple.png"),
+        ("png", "apple.PNG"),
+        ("png", "apple"),
+        ("jpeg", "apple.jpg"),
+        ("jpeg", "apple.jpeg"),
+        ("webp", "apple.webp"),
+        ("unknown", "apple"),
+    ],
+)
+def test_matching_suffix_writes_the_bytes_as_they_are(tmp_path, kind, name):
     """Nothing is encoded again without need."""
-    image = make_png(4, 4)
+    image = Image(b"as it is", kind, 4, 4)
     image.save(tmp_path / name)
-    assert (tmp_path / name).read_bytes() == image.data
+    assert (tmp_path / name).read_bytes() == b"as it is"
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("png", ".png"), ("jpeg", ".jpg"), ("webp", ".webp"), ("unknown", "")])
+def test_suffix_is_the_usual_one(kind, suffix):
+    """Each format knows how its files are named."""
+    assert Image(b"", kind, 1, 1).suffix == suffix
 
 
 def test_other_suffix_converts(tmp_path):
@@ -55,12 +83,77 @@ def test_images_print_compactly():
     assert repr(make_png(4, 4)).startswith("<Image png 4x4, ")
 
 
-def test_notebooks_show_images():
-    """Each format answers to its own display hook."""
-    assert make_png(4, 4)._repr_png_()
-    assert make_png(4, 4)._repr_jpeg_() is None
-    assert sample_jpeg()._repr_jpeg_()
-    assert Image(b"", "unknown", 0, 0)._repr_png_() is None
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_notebooks_show_images(kind):
+    """IPython finds the picture of every format, beside the words."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    image = make_image(kind, 4, 4)
+    bundle, _ = InteractiveShell().display_formatter.format(image)
+    assert base64.b64decode(bundle[f"image/{kind}"]) == image.data
+    assert bundle["text/plain"] == repr(image)
+
+
+def test_notebooks_show_unknown_formats_in_words():
+    """What no notebook can show is left to its representation."""
+    assert Image(b"", "unknown", 0, 0)._repr_mimebundle_() == {}
+
+
+def written(kind, parameters):
+    """An image file with parameters where servers write them."""
+    buffer, options = io.BytesIO(), {}
+    if kind == "png":
+        options["pnginfo"] = PIL.PngImagePlugin.PngInfo()
+        options["pnginfo"].add_itxt("parameters", parameters)
+    else:
+        exif = PIL.Image.Exif()
+        comment = b"UNICODE\0" + parameters.encode("utf-16-be")
+        exif.get_ifd(PIL.ExifTags.IFD.Exif)[PIL.ExifTags.Base.UserComment] = comment
+        options["exif"] = exif
+    PIL.Image.new("RGB", (4, 4)).save(buffer, kind, **options)
+    return Image(buffer.getvalue(), kind, 4, 4)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_parameters_are_read_back(kind):
+    """The parameters in a file come back as they were written, in any script."""
+    text = "ein rötlicher 🍎\nSteps: 20, Seed: 5"
+    assert written(kind, text).parameters() == text
+    assert make_image(kind, 4, 4).parameters() is None
+
+
+def test_comment_of_another_program_is_not_parameters():
+    """A UserComment in another encoding is left alone."""
+    exif = PIL.Image.Exif()
+    exif.get_ifd(PIL.ExifTags.IFD.Exif)[PIL.ExifTags.Base.UserComment] = b"ASCII\0\0\0holiday"
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (4, 4)).save(buffer, "jpeg", exif=exif)
+    assert Image(buffer.getvalue(), "jpeg", 4, 4).parameters() is None
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [(v1.PREVIEW_METHOD_HEAD, PreviewMethod.HEAD), (v1.PREVIEW_METHOD_UNSPECIFIED, None), (99, PreviewMethod.UNKNOWN)],
+)
+def test_preview_tells_what_drew_it(method, expected):
+    """A method from the future is known to be unknown, and one that was not told is None."""
+    message = v1.Progress(image=b"x", image_kind=v1.IMAGE_KIND_PREDICTED, image_format=99, preview_method=method)
+    progress = progress_from_proto(message)
+    assert progress.preview_method is expected
+    assert progress.preview.format == "unknown"
+    message.ClearField("image")
+    assert progress_from_proto(message).preview_method is None
+
+
+def test_model_of_another_version_is_read():
+    """A newer server's methods and an older one's silence do not disturb."""
+    newer = v1.Model(preview_methods=[v1.PREVIEW_METHOD_HEAD, 99], preview=v1.PreviewOptions(method=98))
+    assert model_from_proto(newer).preview_methods == (PreviewMethod.HEAD, PreviewMethod.UNKNOWN)
+    assert model_from_proto(newer).previews.method is PreviewMethod.UNKNOWN
+    older = model_from_proto(v1.Model())
+    assert older.preview_methods == ()
+    assert older.previews.every_steps is None
+    assert older.previews.method is None
 
 
 def test_every_phase_of_the_wire_has_a_name():

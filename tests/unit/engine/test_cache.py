@@ -28,23 +28,48 @@ class TestCache:
         loaded = load_head(path)
         latents = torch.randn(1, 4, 8, 8, generator=seeded())
         assert loaded.scale == head.scale
-        assert torch.equal(loaded.render(latents, 16, 16), head.render(latents, 16, 16))
+        assert torch.equal(loaded.decode(latents, 16, 16), head.decode(latents, 16, 16))
+        assert loaded.seen is None
         assert [file.name for file in path.parent.iterdir()] == ["head.safetensors"]
+
+    def test_lessons_survive(self, tmp_path, head):
+        """A taught head is the same head after it is loaded, and the next lesson changes both alike."""
+        path = tmp_path / "head.safetensors"
+        taught = head.taught(observed(linear_decoder(), 2)).taught(observed(linear_decoder(), 3))
+        save_head(path, taught)
+        loaded = load_head(path)
+        for mine, its in ((taught.planted, loaded.planted), (taught.seen, loaded.seen)):
+            assert mine.count == its.count
+            assert torch.equal(mine.inputs, its.inputs)
+            assert torch.equal(mine.products, its.products)
+        latents = torch.randn(1, 4, 8, 8, generator=seeded())
+        lesson = observed(linear_decoder(), 4)
+        again, anew = (each.taught(lesson).decode(latents, 16, 16) for each in (taught, loaded))
+        assert torch.equal(again, anew)
 
     def test_absent_file_is_no_head(self, tmp_path, logs):
         """Nothing in the cache gives None, and that is nothing to warn about."""
         assert load_head(tmp_path / "head.safetensors") is None
         assert logs == []
 
-    @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "other"])
+    @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "other", "old", "nan"])
     def test_damaged_file_is_no_head(self, tmp_path, head, logs, damage):
         """Whatever is wrong with the file, loading gives None and a warning that names it; saving heals it."""
         path = tmp_path / "head.safetensors"
         save_head(path, head)
         whole = path.read_bytes()
-        cache_of_something_else = cache.save({"weights": torch.zeros(3)})
+        tensors = cache.load_file(path)
+        old = {name.removeprefix("planted."): value for name, value in tensors.items()}
+        nan = {**tensors, "planted.products": torch.full_like(tensors["planted.products"], float("nan"))}
         path.write_bytes(
-            {"empty": b"", "cut": whole[:-100], "garbage": b"\xff" * 500, "other": cache_of_something_else}[damage]
+            {
+                "empty": b"",
+                "cut": whole[:-100],
+                "garbage": b"\xff" * 500,
+                "other": cache.save({"weights": torch.zeros(3)}),
+                "old": cache.save(old),
+                "nan": cache.save(nan),
+            }[damage]
         )
         assert load_head(path) is None
         assert [(entry["log_level"], entry["path"]) for entry in logs] == [("warning", str(path))]
@@ -81,7 +106,7 @@ class TestCache:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(cache.os, "replace", full)
-        save_head(path, PreviewHead(1, head.statistics))
+        save_head(path, PreviewHead(1, head.planted))
         assert path.read_bytes() == before
 
     def test_same_decoder_has_the_same_key(self, tmp_path):

@@ -2,18 +2,15 @@
 
 import copy
 import dataclasses
-import inspect
 
 import pytest
 import torch
 
 from calotype_server.engine.capabilities import Defaults, describe
-from calotype_server.engine.preview.calibrate import calibrate, decode_planted, multiscale_noise
+from calotype_server.engine.preview.calibrate import calibrate, multiscale_noise
 from calotype_server.engine.preview.head import to_grid
-from calotype_server.engine.view import make_scheduler, request_view
 from support import tiny
 from support.heads import seeded
-from support.tiny_inputs import arguments
 
 
 class TestMultiscaleNoise:
@@ -51,60 +48,6 @@ class TestMultiscaleNoise:
         assert near > 2 * abs(far)
 
 
-class TestDecodePlanted:
-    """The pipeline's own tail decodes what is planted."""
-
-    @staticmethod
-    def own_picture(family):
-        """The picture of a call with as few steps as possible, and what the scheduler gave for decoding."""
-        pipeline = tiny.shared(family)
-        scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
-        step, ends = scheduler.step, []
-
-        def recording(*args, return_dict=True, **kwargs):
-            output = step(*args, return_dict=True, **kwargs)
-            # Consistency models decode their x0, the others what follows the last step.
-            named = "denoised" if hasattr(output, "denoised") else "prev_sample"
-            named = "pred_original_sample" if family == "sana_sprint" else named
-            ends.append(getattr(output, named))
-            return output if return_dict else output.to_tuple()
-
-        scheduler.step = recording
-        # The pipelines look for `generator` among the parameters.
-        recording.__signature__ = inspect.signature(step)
-        call = arguments(family, steps=1, output_type="pt")
-        return request_view(pipeline, scheduler)(**call)[0], ends[-1]
-
-    @pytest.mark.parametrize("family", tiny.FAMILIES)
-    def test_own_result_gives_the_own_picture(self, family):
-        """Planting what the scheduler would return gives the very picture that the pipeline makes of it."""
-        picture, latents = self.own_picture(family)
-        call = {
-            name: value
-            for name, value in arguments(family).items()
-            if name not in ("num_inference_steps", "output_type")
-        }
-        decoded, shape = decode_planted(tiny.shared(family), latents, call)
-        assert shape == tuple(latents.shape)
-        assert float(picture.std()) > 0.05
-        torch.testing.assert_close(decoded, picture, rtol=0, atol=1e-6)
-
-    @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "PNDMScheduler", "KDPM2DiscreteScheduler"])
-    def test_second_order_schedulers_work(self, name):
-        """Schedulers that need more than one step are given as many, and the picture is still that of the latents."""
-        pipeline = tiny.sd15(scheduler=make_scheduler(tiny.shared("sd15"), name))
-        call = {"prompt": "", "width": 64, "height": 64, "guidance_scale": 1.0}
-        latents = multiscale_noise((1, 4, 8, 8), seeded())
-        decoded, _ = decode_planted(pipeline, latents, call)
-        expected = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-        torch.testing.assert_close(decoded, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
-
-    def test_error_of_the_pipeline_comes_out(self, sd15):
-        """A call that no number of steps can save raises what the pipeline raised."""
-        with pytest.raises(ValueError, match="divisible by 8"):
-            decode_planted(sd15, None, {"prompt": "", "width": 60, "height": 60})
-
-
 CALIBRATED = ["sd15", "sdxl", "sd3", "flux", "flux2_klein", "qwen_image", "lumina2", "sana_sprint", "z_image", "lcm"]
 
 
@@ -124,22 +67,22 @@ class TestCalibrate:
         pipeline = tiny.prompted(family)
         model = self.small(pipeline)
         first, second = (calibrate(pipeline, model, budget=0.0) for _ in range(2))
-        assert torch.isfinite(first.statistics.inputs).all()
+        assert torch.isfinite(first.planted.inputs).all()
         assert first.scale == second.scale
-        assert torch.equal(first.statistics.inputs, second.statistics.inputs)
-        assert torch.equal(first.statistics.products, second.statistics.products)
+        assert torch.equal(first.planted.inputs, second.planted.inputs)
+        assert torch.equal(first.planted.products, second.planted.products)
 
     def test_other_seed_gives_another_head(self, sd15):
         """The planted latents come from the seed."""
         model = self.small(sd15)
         first, second = (calibrate(sd15, model, seed=seed, budget=0.0) for seed in (0, 1))
-        assert not torch.equal(first.statistics.inputs, second.statistics.inputs)
+        assert not torch.equal(first.planted.inputs, second.planted.inputs)
 
     @pytest.mark.parametrize(("budget", "pictures"), [(0.0, 4), (float("inf"), 24)])
     def test_budget_decides_how_many_pictures(self, sd15, budget, pictures):
         """Out of time, four pictures must do; otherwise there are twenty-four."""
         head = calibrate(sd15, self.small(sd15, side=32), budget=budget)
-        assert head.statistics.count == pictures * 4 * 4
+        assert head.planted.count == pictures * 4 * 4
 
     def test_shared_pipeline_is_not_changed(self, sd15):
         """Calibration runs on views."""

@@ -1,4 +1,4 @@
-"""The preview head, its calibration against the pipeline's own decoder, and its place on disk."""
+"""The preview head: what it is fitted to, what it draws, and what it learns from finished images."""
 
 import pytest
 import torch
@@ -45,8 +45,8 @@ class TestHead:
         decode = linear_decoder()
         head = PreviewHead(2, observed(decode, *range(8)))
         latents = torch.randn(1, 4, 16, 16, generator=seeded(1000))
-        difference = head.render(latents, 32, 32).permute(2, 0, 1) - 255 * decode(latents)[0].clamp(0, 1)
-        assert difference.abs().max() < 2.0
+        difference = head.decode(latents, 32, 32) - decode(latents).clamp(0, 1)
+        assert difference.abs().max() < 0.008
 
     def test_more_observations_lower_the_error(self):
         """With a noisy decoder, sixteen pictures teach more than four, and four more than one."""
@@ -55,10 +55,10 @@ class TestHead:
         assert errors[0] > errors[1] > errors[2]
 
     def test_same_statistics_give_the_same_picture(self):
-        """Two heads of equal statistics draw equal bytes."""
+        """Two heads of equal statistics draw equal pictures."""
         statistics = observed(linear_decoder(), 0, 1)
         latents = torch.randn(1, 4, 16, 16, generator=seeded(7))
-        first, second = (PreviewHead(2, statistics).render(latents, 32, 32) for _ in range(2))
+        first, second = (PreviewHead(2, statistics).decode(latents, 32, 32) for _ in range(2))
         assert torch.equal(first, second)
 
     @pytest.mark.parametrize(
@@ -66,26 +66,26 @@ class TestHead:
         [((1, 4, 6, 9), 72, 48), ((2, 4, 6, 9), 72, 48), ((1, 4, 1, 6, 9), 72, 48), ((1, 54, 4), 72, 48)],
     )
     def test_picture_has_pixels_of_every_cell(self, shape, width, height):
-        """Every layout gives rows, columns and RGB bytes: `scale` pixels for each cell of the first latents."""
+        """Every layout gives one picture for each of the batch, with `scale` pixels for each cell."""
         head = PreviewHead(2, observed(linear_decoder(), 0, 1))
-        picture = head.render(torch.randn(shape, generator=seeded()), width, height)
-        assert picture.shape == (12, 18, 3)
-        assert picture.dtype is torch.uint8
+        pictures = head.decode(torch.randn(shape, generator=seeded()), width, height)
+        assert pictures.shape == (shape[0], 3, 12, 18)
+        assert (pictures.min() >= 0, pictures.max() <= 1) == (True, True)
 
     def test_out_of_range_is_clipped(self):
-        """Latents far from any that were seen give black and white, not wrapped bytes."""
+        """Latents far from any that were seen give black and white."""
         random = seeded()
         latents = torch.randn(1, 1, 8, 8, generator=random)
         head = PreviewHead(1, PreviewHead.observe(1, latents, 0.5 + 0.1 * latents.expand(1, 3, 8, 8)))
-        assert head.render(torch.full((1, 1, 4, 4), 100.0), 4, 4).min() == 255
-        assert head.render(torch.full((1, 1, 4, 4), -100.0), 4, 4).max() == 0
+        assert head.decode(torch.full((1, 1, 4, 4), 100.0), 4, 4).min() == 1
+        assert head.decode(torch.full((1, 1, 4, 4), -100.0), 4, 4).max() == 0
 
-    def test_render_leaves_the_latents_alone(self):
+    def test_decoding_leaves_the_latents_alone(self):
         """The denoiser goes on with the very latents that are drawn."""
         head = PreviewHead(2, observed(linear_decoder(), 0, 1))
         latents = torch.randn(1, 4, 8, 8, generator=seeded())
         before = latents.clone()
-        head.render(latents, 16, 16)
+        head.decode(latents, 16, 16)
         assert torch.equal(latents, before)
 
     @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -124,3 +124,66 @@ class TestHead:
         assert summed.count == together.count == 128
         torch.testing.assert_close(summed.inputs, together.inputs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(summed.products, together.products, rtol=1e-5, atol=1e-5)
+
+
+class TestLessons:
+    """Finished images teach the head what planted latents could not."""
+
+    @staticmethod
+    def other_decoder():
+        """A decoder that the head was not calibrated for: what a model's real latents are decoded to."""
+        decode = linear_decoder()
+        return lambda latents: 0.3 + 0.5 * decode(latents.flip(1))
+
+    def test_what_was_seen_is_drawn_better(self):
+        """A lesson lowers the error on the very image that it came from."""
+        decode = self.other_decoder()
+        head = PreviewHead(2, observed(linear_decoder(), *range(4)))
+        latents = torch.randn(1, 4, 16, 16, generator=seeded(5))
+        taught = head.taught(PreviewHead.observe(2, latents, decode(latents)))
+        before, after = ((each.decode(latents, 32, 32) - decode(latents)).square().mean() for each in (head, taught))
+        assert after < 0.5 * before
+
+    def test_images_of_the_same_kind_are_drawn_better(self):
+        """Lessons carry over to pictures that were not seen, the more of them the better."""
+        decode = self.other_decoder()
+        head = PreviewHead(2, observed(linear_decoder(), *range(4)))
+        errors = [error(head, decode)]
+        for seed in range(10, 26):
+            head = head.taught(observed(decode, seed))
+            errors.append(error(head, decode))
+        assert errors[0] > errors[4] > errors[16]
+        assert errors[16] < 0.05 * errors[0]
+
+    def test_the_head_that_is_taught_stays_as_it_was(self):
+        """A head in use by the preview thread is exchanged, never changed."""
+        head = PreviewHead(2, observed(linear_decoder(), 0, 1))
+        latents = torch.randn(1, 4, 8, 8, generator=seeded())
+        before = head.decode(latents, 16, 16)
+        head.taught(observed(self.other_decoder(), 2))
+        assert torch.equal(head.decode(latents, 16, 16), before)
+        assert head.seen is None
+
+    def test_old_lessons_fade(self):
+        """However many images there were, what has been seen weighs no more than the last few hundred of them."""
+        decode, lesson = linear_decoder(), observed(linear_decoder(), 3)
+        head = PreviewHead(2, observed(decode, 0, 1))
+        counts = []
+        for _ in range(600):
+            head = head.taught(lesson)
+            counts.append(head.seen.count / lesson.count)
+        assert counts == sorted(counts)
+        assert counts[-1] == pytest.approx(3.0 * 128, rel=0.02)
+
+    @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+    def test_an_image_of_invalid_numbers_teaches_nothing(self, poison):
+        """A broken picture leaves a head that draws as before."""
+        head = PreviewHead(2, observed(linear_decoder(), 0, 1))
+        latents = torch.randn(1, 4, 8, 8, generator=seeded())
+        taught = head.taught(PreviewHead.observe(2, latents, torch.full((1, 3, 16, 16), poison)))
+        assert torch.equal(taught.decode(latents, 16, 16), head.decode(latents, 16, 16))
+
+    def test_a_large_image_teaches_by_a_sample(self):
+        """The cells of one picture that enter the statistics are bounded, so that a lesson stays quick."""
+        latents = torch.randn(1, 4, 100, 100, generator=seeded())
+        assert 500 < PreviewHead.observe(1, latents, torch.rand(1, 3, 100, 100, generator=seeded())).count <= 1024

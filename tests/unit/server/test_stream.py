@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,22 +18,31 @@ from calotype_server.types import (
     EncodingPrompt,
     Failed,
     Phase,
+    PreviewMethod,
     PreviewReady,
     Queued,
     Succeeded,
     Timings,
+    Withdrawn,
 )
 from support.fake_engine import flat_pixels
 
 PIXELS = flat_pixels(1, 1, 0)
 IMAGE = EncodedImage("png", 1, 1, b"png")
 
+
+def preview(step: int, total: int = 5, skipped: int = 0) -> PreviewReady:
+    """A picture of a step."""
+    return PreviewReady(step, total, PIXELS, PreviewMethod.HEAD, skipped)
+
+
 steps = st.integers(0, 5)
 progress_events = st.one_of(
     st.builds(Queued, st.integers(1, 9)),
     st.just(EncodingPrompt()),
-    st.builds(Denoising, steps, st.just(5)),
-    st.builds(PreviewReady, steps, st.just(5), st.just(PIXELS), st.integers(0, 2)),
+    st.builds(Denoising, steps, st.just(5), st.integers(0, 2)),
+    st.builds(preview, steps, st.just(5), st.integers(0, 2)),
+    st.just(Withdrawn()),
     st.just(Decoding()),
 )
 ends = st.one_of(
@@ -54,6 +64,9 @@ def test_state_only_moves_forward(events: list) -> None:
         assert (later is state) or later.sequence == state.sequence + 1
         assert later.phase >= state.phase
         assert later.step >= state.step
+        assert later.withdrawn >= state.withdrawn
+        lost = getattr(event, "skipped", 0) if state.end is None else 0
+        assert later.previews_skipped == state.previews_skipped + lost
         assert later.phase.is_end == (later.end is not None)
         if state.end is not None:
             assert later is state
@@ -98,7 +111,7 @@ async def test_an_unread_preview_is_replaced_and_counted() -> None:
     follower = log.follow()
     assert (await anext(follower)).state.queue_position == 1
     for step in (1, 2, 3):
-        log.publish(PreviewReady(step, 5, PIXELS))
+        log.publish(preview(step))
     update = await anext(follower)
     assert update.preview is not None
     assert (update.preview.step, update.previews_dropped, update.state.step) == (3, 2, 3)
@@ -111,8 +124,59 @@ async def test_a_late_preview_does_not_turn_back_the_phase() -> None:
     log = EventLog()
     log.publish(Denoising(4, 5))
     log.publish(Decoding())
-    log.publish(PreviewReady(5, 5, PIXELS))
+    log.publish(preview(5))
     assert (log.state.phase, log.state.step) == (Phase.DECODING, 5)
+
+
+@pytest.mark.parametrize("late", [preview(3, skipped=2), Denoising(3, 5, 2)])
+def test_a_late_event_changes_nothing_but_what_it_counts(late) -> None:
+    """A preview that was overtaken by the next steps leaves step and phase; what was lost before it is added."""
+    state = advance(advance(State(), Denoising(5, 5, 1)), Decoding())
+    later = advance(state, late)
+    assert (later.phase, later.step, later.previews_skipped) == (Phase.DECODING, 5, 3)
+    assert later.sequence == state.sequence + 1
+    assert advance(state, Denoising(3, 5)) is state
+
+
+def test_a_withdrawal_is_told_once() -> None:
+    """It does not move the phase, and nothing takes it back."""
+    state = advance(advance(State(), Denoising(5, 5)), Withdrawn())
+    assert (state.withdrawn, state.phase, state.sequence) == (True, Phase.DENOISING, 2)
+    assert advance(state, Withdrawn()) is state
+    ended = advance(state, Failed(errors.ContentWithheld("No."), Timings()))
+    assert ended.withdrawn
+    assert advance(ended, Withdrawn()) is ended
+
+
+async def test_a_withdrawn_preview_never_reaches_a_reader() -> None:
+    """What waits in the slot when the checker objects is counted as dropped, not sent."""
+    log = EventLog()
+    log.publish(Denoising(0, 5))
+    follower = log.follow()
+    await anext(follower)
+    log.publish(preview(4))
+    log.publish(Withdrawn())
+    update = await anext(follower)
+    assert (update.state.withdrawn, update.preview, update.previews_dropped) == (True, None, 1)
+    log.publish(preview(5))
+    assert (await anext(follower)).preview is None
+    log.publish(Failed(errors.ContentWithheld("No."), Timings()))
+    assert [update.previews_dropped async for update in follower] == [2]
+
+
+async def test_what_was_never_drawn_is_counted_with_what_was_not_read() -> None:
+    """Losses of the preview thread and of a slow reader add up to one number."""
+    log = EventLog()
+    follower = log.follow()
+    log.publish(Queued(1))
+    await anext(follower)
+    log.publish(preview(2, skipped=1))
+    log.publish(preview(4, skipped=1))
+    log.publish(Denoising(5, 5, skipped=1))
+    update = await anext(follower)
+    assert (update.preview.step, update.state.step, update.previews_dropped) == (4, 5, 4)
+    log.publish(Succeeded(IMAGE, Timings()))
+    assert [update.state.phase async for update in follower] == [Phase.SUCCEEDED]
 
 
 async def test_events_from_threads_reach_a_waiting_reader_in_order() -> None:
@@ -141,7 +205,7 @@ async def test_every_follower_has_a_slot_of_its_own() -> None:
     await anext(quick)
     await anext(slow)
     for step in (1, 2):
-        log.publish(PreviewReady(step, 2, PIXELS))
+        log.publish(preview(step, 2))
         assert (await anext(quick)).previews_dropped == 0
     assert (await anext(slow)).previews_dropped == 1
     log.publish(Failed(errors.Cancelled("gone"), Timings()))

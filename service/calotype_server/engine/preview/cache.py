@@ -49,6 +49,8 @@ def load_head(path: Path) -> PreviewHead | None:
         return None
     try:
         stored = load_file(path)
+        if not all(torch.isfinite(values).all() for values in stored.values()):
+            raise ValueError("it holds invalid numbers")
         seen = _unpack("seen", stored) if "seen.inputs" in stored else None
         return PreviewHead(int(stored["scale"]), _unpack("planted", stored), seen)
     except Exception as error:

@@ -124,6 +124,9 @@ class PreviewFeed:
             self._lost += waiting is not None
         if waiting is None:
             self._ready(self)
+        else:
+            # Drawing takes longer than a step; the progress is told all the same.
+            self.report(Denoising(step.number, step.total))
 
     def take(self) -> Due | None:
         """Takes the step in the slot; None after `close`. `drawn` or `failed` must follow."""

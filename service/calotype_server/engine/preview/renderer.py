@@ -128,23 +128,28 @@ class PreviewRenderer:
         method, job = group[0][1].method, group[0][0].job
         unchecked = sum(feed.passed is None for feed, _ in group)
         with torch.no_grad(), self._lane.after([due.mark for _, due in group]) as spent:
-            predictions = [_finite_x0(feed, due) for feed, due in group]
-            known = [x0 for x0 in predictions if x0 is not None]
+            predictions = [due.step.x0() for _, due in group]
+            drawable = [
+                x0 if x0 is not None and _is_finite(feed, due, x0) else None
+                for (feed, due), x0 in zip(group, predictions, strict=True)
+            ]
+            known = [x0 for x0 in drawable if x0 is not None]
             pictures = self._decoders[method].decode(torch.cat(known), job.width, job.height) if known else None
             drawn = iter(() if pictures is None else torch.split(pictures, 1))
             images = [
                 None if x0 is None else self._finish(feed, due, x0, next(drawn))
-                for (feed, due), x0 in zip(group, predictions, strict=True)
+                for (feed, due), x0 in zip(group, drawable, strict=True)
             ]
         if known and unchecked == sum(feed.passed is None for feed, _ in group):
             # Without the safety checker's time, which comes once in a generation.
             self._budget.observe_decode(method, spent.seconds / len(known), job.pixel_count)
-        for (feed, due), image in zip(group, images, strict=True):
+        for (feed, due), x0, image in zip(group, predictions, images, strict=True):
+            if x0 is not None and image is None:
+                feed.failed()
             _report(feed, due, image)
 
     def _finish(self, feed: PreviewFeed, due: Due, x0: torch.Tensor, picture: torch.Tensor) -> Pixels | None:
         if not torch.isfinite(picture).all():
-            feed.failed()
             return None
         if self._gate is not None:
             if feed.passed is None and 2 * due.step.number >= due.step.total:
@@ -161,15 +166,13 @@ class PreviewRenderer:
         _report(feed, due, None)
 
 
-def _finite_x0(feed: PreviewFeed, due: Due) -> torch.Tensor | None:
-    x0 = due.step.x0()
-    if x0 is not None and not torch.isfinite(x0).all():
-        # At zero signal, x0 of an epsilon model may be infinite; the latents themselves must not be.
-        step = due.step
-        feed.broken = not bool(torch.isfinite(step.sample).all() and torch.isfinite(step.model_output).all())
-        feed.failed()
-        return None
-    return x0
+def _is_finite(feed: PreviewFeed, due: Due, x0: torch.Tensor) -> bool:
+    if torch.isfinite(x0).all():
+        return True
+    # At zero signal, x0 of an epsilon model may be infinite; the latents themselves must not be.
+    step = due.step
+    feed.broken = not bool(torch.isfinite(step.sample).all() and torch.isfinite(step.model_output).all())
+    return False
 
 
 def _report(feed: PreviewFeed, due: Due, image: Pixels | None) -> None:

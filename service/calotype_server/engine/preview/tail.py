@@ -11,14 +11,14 @@ import functools
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.probe import Proxy, plain_arguments
 from calotype_server.engine.view import make_scheduler, request_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
 __all__ = ["Tail"]
 
@@ -63,7 +63,11 @@ class Tail:
             width: Of the pictures, in pixels.
             height: Of the pictures, in pixels.
         """
-        return self._call(lambda sample: latents.to(sample), width, height)
+        pictures = self._call(lambda sample: latents.to(sample), width, height)
+        if len(pictures) == len(latents):
+            return pictures
+        # FLUX.2 unpacks by positions, and those of one picture were asked for.
+        return torch.cat([self.decode(one, width, height) for one in latents.split(1)])
 
     def _call(self, plant: Callable[[torch.Tensor], torch.Tensor], width: int, height: int) -> torch.Tensor:
         scheduler = make_scheduler(self._pipeline, type(self._pipeline.scheduler).__name__)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from calotype_server.engine.batching.proxy import DenoiserProxy
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.preview.head import PreviewHead, to_grid
-from calotype_server.engine.probe import Proxy, plain_arguments
+from calotype_server.engine.probe import plain_arguments
 from calotype_server.engine.view import make_scheduler, request_view
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def decode_planted(
     raise AssertionError("unreachable")
 
 
-def _first_answer(module: Any) -> Proxy:
+def _first_answer(module: Any) -> DenoiserProxy:
     """A module that computes its first answer and repeats it."""
     answers: list[Any] = []
 
@@ -146,7 +147,7 @@ def _first_answer(module: Any) -> Proxy:
             answers.append(module(*args, **kwargs))
         return answers[0]
 
-    return Proxy(module, answer)
+    return DenoiserProxy(module, answer)
 
 
 def _scale(cells: int, cell_edge: int) -> int:

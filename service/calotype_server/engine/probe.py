@@ -48,12 +48,12 @@ def plain_arguments(pipeline: Any, edge: int, guidance_scale: float | None) -> d
 def sample_calls(pipeline: Any, model: ModelInfo) -> list[Arguments]:
     """Returns the arguments of three denoiser calls of different requests, the first as that of a default request.
 
-    They differ in latents and, where the model has it, in timestep. The first and the last have the same prompt, so
-    that those two can be joined even where prompts of different length cannot.
+    They differ in latents, and in timestep or prompt. The first and the last have the same prompt, so that they can be
+    joined even where prompts of different length cannot.
     """
     return [
         _captured_call(pipeline, model, number=1, prompt="", seed=0),
-        _captured_call(pipeline, model, number=3, prompt="A red apple.", seed=1),
+        _captured_call(pipeline, model, number=2, prompt="A red apple.", seed=1),
         _captured_call(pipeline, model, number=3, prompt="", seed=2),
     ]
 

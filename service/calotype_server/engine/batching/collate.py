@@ -49,6 +49,9 @@ _PADDED = {
 _RAGGED = ("ZImageTransformer2DModel",)
 """Classes that take rows of different shapes in one list."""
 
+_TRIMMED = {"Lumina2Transformer2DModel": "encoder_attention_mask"}
+"""Class to mask that it cuts the whole batch by, to its longest prompt: an answer's last bits depend on that length."""
+
 _MAX_DIGESTS = 16
 
 _TIME, _ROWS, _PAD, _SHARED, _LIST, _DICT, _EACH, _SAME = range(8)
@@ -78,7 +81,7 @@ class Collator:
 
     Args:
         module: The denoiser; only its signature and its class are looked at.
-        exact: Join only what needs no filling up within a row, so that no result depends on the company it was in.
+        exact: Join only rows that need no filling up, so that no row's length depends on the company it is in.
     """
 
     def __init__(self, module: Any, *, exact: bool = False) -> None:
@@ -86,6 +89,7 @@ class Collator:
         kind = type(original).__name__
         self._masks = {} if exact else _PADDED.get(kind, {})
         self._padded = {*self._masks, *self._masks.values()}
+        self._decisive = _TRIMMED.get(kind) if exact else None
         self._ragged = not exact and kind in _RAGGED
         self._names = tuple(inspect.signature(original.forward).parameters)
 
@@ -145,7 +149,8 @@ class Collator:
             if value.ndim and value.shape[0] == rows and not (name in _POSITIONS and value.ndim == 2):
                 if name in self._padded:
                     return (_PAD, value.shape[2:], value.dtype)
-                return (_ROWS, value.shape[1:], value.dtype)
+                decisive = _digest(value, digests) if name == self._decisive else None
+                return (_ROWS, value.shape[1:], value.dtype, decisive)
             return (_SHARED, value.shape, value.dtype, _digest(value, digests))
         if isinstance(value, dict):
             return (_DICT, tuple((key, self._sign(key, value[key], rows, lists, digests)) for key in value))

@@ -1,9 +1,9 @@
 """Which waiting calls run next. No threads and no clock: whoever asks says what time it is.
 
 Calls of one signature form a group. A group is *ready* when nothing is gained by waiting longer: everybody who is
-expected in it has arrived, or no further call would fit, or its oldest call has kept the device waiting for `max_wait`.
-Of the groups that are ready the one with the oldest call goes first, and within a group the oldest calls: who just ran is behind all
-who wait, so that everybody has a turn when more are active than fit.
+expected in it has arrived, or no further call would fit, or a free device has waited for it for `max_wait`. Of the
+groups that are ready the one with the oldest call goes first, and within a group the oldest calls: who just ran is
+behind all who wait, so that everybody has a turn when more are active than fit.
 
 A request is expected only between an answer and its next call, and only if it was punctual the last time: waiting for
 a slow one costs the others `max_wait` once, not once a step.
@@ -11,6 +11,7 @@ a slow one costs the others `max_wait` once, not once a step.
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -54,14 +55,14 @@ class Ticket:
         seat: Whose it is.
         call: What to run.
         arrived: Since when, in seconds.
-        offered: Since when the device could have run it; None while it has been busy.
+        offered: Since when the device could have run it.
         future: For whoever runs the call to answer it.
     """
 
     seat: Seat
     call: Call
     arrived: float
-    offered: float | None = None
+    offered: float = math.inf
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -126,11 +127,10 @@ class Rendezvous:
         groups: dict[Hashable, list[Ticket]] = {}
         for ticket in self.waiting:
             groups.setdefault(ticket.call.signature, []).append(ticket)
-            if ticket.offered is None:
-                ticket.offered = now
+            ticket.offered = min(ticket.offered, now)
         deadline = None
         for signature, group in groups.items():  # the group with the oldest call first
-            limit = (group[0].offered or now) + self.max_wait
+            limit = group[0].offered + self.max_wait
             missing = [seat for seat in self._expected if seat.expected == signature]
             if missing and now >= limit:
                 for seat in missing:

@@ -265,7 +265,7 @@ class Generations:
         job, pace, watch = generation.job, self._pace, generation.watch
 
         def report(event: Event) -> None:
-watch.note(event)
+            watch.note(event)
             if isinstance(event, PreviewReady):
                 generation.previews[event.method] += 1
             active = self._admission.active

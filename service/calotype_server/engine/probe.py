@@ -1,4 +1,4 @@
-"""What is measured of a model at load: its denoiser, called as a request would call it."""
+"""What is seen and measured of a model at load: its denoiser, called as a request would call it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import torch
 
+from calotype_server.engine.batching.proxy import DenoiserProxy
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.view import make_scheduler, request_view
 
@@ -20,31 +21,14 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
-__all__ = ["Proxy", "denoiser_call", "pick_threads", "plain_arguments"]
+__all__ = ["Arguments", "denoiser_call", "pick_threads", "plain_arguments", "sample_calls"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a call."""
 
 _REPEATS = 5
 _LONG_CALL_SECONDS = 0.5
 """A denoiser this slow has enough work for every core; trying fewer would only make the start slower."""
-
-
-class Proxy:
-    """Stands in for a module in a view: answers calls itself, and has the module's attributes otherwise.
-
-    Args:
-        module: The real one.
-        answer: Called in its place.
-    """
-
-    def __init__(self, module: Any, answer: Callable[..., Any]) -> None:
-        self._module = module
-        self._answer = answer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Asks `answer`."""
-        return self._answer(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
 
 
 def plain_arguments(pipeline: Any, width: int, height: int, guidance_scale: float | None) -> dict[str, Any]:
@@ -61,23 +45,23 @@ def plain_arguments(pipeline: Any, width: int, height: int, guidance_scale: floa
     return call
 
 
+def sample_calls(pipeline: Any, model: ModelInfo) -> list[Arguments]:
+    """Returns the arguments of three denoiser calls of different requests, the first as that of a default request.
+
+    They differ in latents, and in timestep or prompt. The first and the last have the same prompt, so that they can be
+    joined even where prompts of different length cannot.
+    """
+    return [
+        _captured_call(pipeline, model, number=1, prompt="", seed=0),
+        _captured_call(pipeline, model, number=2, prompt="A red apple.", seed=1),
+        _captured_call(pipeline, model, number=3, prompt="", seed=2),
+    ]
+
+
 def denoiser_call(pipeline: Any, model: ModelInfo) -> Callable[[], Any]:
     """Returns a function that calls the denoiser once, as the first step of a default request does."""
-    name = denoiser_name(pipeline)
-    module = getattr(pipeline, name)
-    captured: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def capture(*args: Any, **kwargs: Any) -> Any:
-        captured.append((args, kwargs))
-        raise _Captured
-
-    view = request_view(pipeline, make_scheduler(pipeline, model.scheduler), **{name: Proxy(module, capture)})
-    with contextlib.suppress(_Captured):
-        view(
-            **plain_arguments(pipeline, model.width, model.height, model.guidance_scale),
-            num_inference_steps=model.step_count,
-        )
-    args, kwargs = captured[0]
+    module = getattr(pipeline, denoiser_name(pipeline))
+    args, kwargs = _captured_call(pipeline, model, number=1, prompt="", seed=0)
 
     @torch.no_grad()
     def call() -> Any:
@@ -109,6 +93,28 @@ def pick_threads(pipeline: Any, model: ModelInfo) -> int:
         return 1 if _seconds(call) < quickest else everything
     finally:
         torch.set_num_threads(everything)
+
+
+def _captured_call(pipeline: Any, model: ModelInfo, *, number: int, prompt: str, seed: int) -> Arguments:
+    """Arguments of a request's call of that number, from 1, or of its last one if it makes fewer."""
+    name = denoiser_name(pipeline)
+    module = getattr(pipeline, name)
+    captured: list[Arguments] = []
+
+    def capture(*args: Any, **kwargs: Any) -> Any:
+        captured.append((args, kwargs))
+        if len(captured) == number:
+            raise _Captured
+        return module(*args, **kwargs)
+
+    proxies = {name: DenoiserProxy(module, capture)}
+    view = request_view(pipeline, make_scheduler(pipeline, model.scheduler), **proxies)
+    arguments = plain_arguments(pipeline, model.width, model.height, model.guidance_scale) | {"prompt": prompt}
+    if "generator" in arguments:
+        arguments["generator"].manual_seed(seed)
+    with contextlib.suppress(_Captured):
+        view(**arguments, num_inference_steps=model.step_count)
+    return captured[-1]
 
 
 class _Captured(BaseException):

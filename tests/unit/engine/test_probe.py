@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calotype_server.engine import probe
-from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
+from calotype_server.engine.capabilities import Defaults, describe
 from support import tiny
 
 
@@ -45,12 +45,3 @@ def test_a_slow_denoiser_is_not_measured_twice(monkeypatch: pytest.MonkeyPatch) 
         assert len(measured) == 1
     finally:
         torch.set_num_threads(now)
-
-
-def test_a_proxy_has_the_modules_attributes() -> None:
-    """Pipelines look at the config of what they call."""
-    pipeline = tiny.shared("sd15")
-    module = getattr(pipeline, denoiser_name(pipeline))
-    proxy = probe.Proxy(module, lambda value: value + 1)
-    assert proxy(1) == 2
-    assert proxy.config is module.config

@@ -8,8 +8,8 @@ import diffusers
 import pytest
 import torch
 
+from calotype_server.engine.batching.proxy import DenoiserProxy
 from calotype_server.engine.capabilities import denoiser_name
-from calotype_server.engine.probe import Proxy
 from calotype_server.engine.tap import StepTap, Stopped
 from calotype_server.engine.view import make_scheduler, request_view
 from support import tiny
@@ -144,7 +144,7 @@ def test_a_stop_while_encoding_costs_no_denoiser_call(family):
     scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
     recorder.tap(scheduler)
     calls = []
-    denoiser = Proxy(getattr(pipeline, denoiser_name(pipeline)), lambda *args, **_: calls.append(args))
+    denoiser = DenoiserProxy(getattr(pipeline, denoiser_name(pipeline)), lambda *args, **_: calls.append(args))
     with pytest.raises(Stopped):
         request_view(pipeline, scheduler, **{denoiser_name(pipeline): denoiser})(**arguments(family))
     assert calls == recorder.steps == []

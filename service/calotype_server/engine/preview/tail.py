@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from calotype_server.engine.batching.proxy import DenoiserProxy
 from calotype_server.engine.capabilities import denoiser_name
-from calotype_server.engine.probe import Proxy, plain_arguments
+from calotype_server.engine.probe import plain_arguments
 from calotype_server.engine.view import make_scheduler, request_view
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Tail:
         if "safety_checker" in pipeline.components:
             self._replaced["safety_checker"] = None
         self._denoiser = denoiser_name(pipeline)
-        self._denoisers: OrderedDict[tuple[int, int], Proxy] = OrderedDict()
+        self._denoisers: OrderedDict[tuple[int, int], DenoiserProxy] = OrderedDict()
 
     def shape(self, width: int, height: int) -> tuple[int, ...]:
         """Returns the shape of the scheduler's sample for a picture of that size in pixels."""
@@ -99,7 +100,7 @@ class Tail:
                     raise
         raise AssertionError("unreachable")
 
-    def _repeating_denoiser(self, width: int, height: int) -> Proxy:
+    def _repeating_denoiser(self, width: int, height: int) -> DenoiserProxy:
         """What the denoiser says is thrown away, so once for each size is enough."""
         size = (width, height)
         proxy = self._denoisers.pop(size, None) or _first_answer(getattr(self._pipeline, self._denoiser))
@@ -109,7 +110,7 @@ class Tail:
         return proxy
 
 
-def _first_answer(module: Any) -> Proxy:
+def _first_answer(module: Any) -> DenoiserProxy:
     """A module that computes its first answer and repeats it."""
     answers: list[Any] = []
 
@@ -118,4 +119,4 @@ def _first_answer(module: Any) -> Proxy:
             answers.append(module(*args, **kwargs))
         return answers[0]
 
-    return Proxy(module, answer)
+    return DenoiserProxy(module, answer)

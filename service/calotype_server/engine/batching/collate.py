@@ -1,0 +1,275 @@
+"""Joins the denoiser calls of several requests into one, and cuts the answer apart again.
+
+No model is known by its arguments as a whole; each argument is judged by what it is:
+
+| argument | joined calls |
+|---|---|
+| tensor with one entry a row | are concatenated |
+| timestep: a number, or a tensor of one or of all rows | get one entry a row, for every request is at its own |
+| list with one entry a row (Z-Image; the shapes of Qwen-Image) | are concatenated |
+| other tensor (FLUX's `img_ids`) | have equal values, and pass it on once |
+| dict, tuple, other list | are judged entry by entry |
+| anything else | have equal values, and pass it on |
+
+The number of rows does not matter: a request with classifier-free guidance has two, one without has one. What must
+agree to be joined is a call's *signature*. A wrong guess about an unknown model is found by `policy.verify` at load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+__all__ = ["Call", "Collator", "Digests"]
+
+Digests = dict[int, tuple[torch.Tensor, int, bytes]]
+"""What tensors hold, by their `id`: the tensor, its version and a hash. Kept by request, read by its thread alone."""
+
+_TIMESTEPS = ("timestep", "timesteps", "t")
+_POSITIONS = ("img_ids", "txt_ids")
+"""Positions of tokens. In two dimensions they have no entry for a row, however many tokens there are."""
+_ROW_LISTS = ("img_shapes", "txt_seq_lens")
+"""Lists of plain values with one entry a row."""
+
+_PADDED = {
+    "PixArtTransformer2DModel": {"encoder_attention_mask": "encoder_hidden_states"},
+    "QwenImageTransformer2DModel": {"encoder_hidden_states_mask": "encoder_hidden_states"},
+    "SanaTransformer2DModel": {"encoder_attention_mask": "encoder_hidden_states"},
+}
+"""Class to mask to embeddings that may be filled up to a common length, because 0 in the mask hides what is added."""
+
+_RAGGED = ("ZImageTransformer2DModel",)
+"""Classes that take rows of different shapes in one list."""
+
+_TRIMMED = {"Lumina2Transformer2DModel": "encoder_attention_mask"}
+"""Class to mask that it cuts the whole batch by, to its longest prompt: an answer's last bits depend on that length."""
+
+_MAX_DIGESTS = 16
+
+_TIME, _ROWS, _PAD, _SHARED, _LIST, _DICT, _EACH, _SAME = range(8)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the denoiser.
+
+    Attributes:
+        args: As the pipeline gave them.
+        kwargs: Likewise.
+        named: Both, by name.
+        rows: Length of the batch dimension.
+        signature: Calls can be joined when theirs are equal.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    named: dict[str, Any]
+    rows: int
+    signature: tuple[Any, ...]
+
+
+class Collator:
+    """Joins and splits calls of one module.
+
+    Args:
+        module: The denoiser; only its signature and its class are looked at.
+        exact: Join only rows that need no filling up, so that no row's length depends on the company it is in.
+    """
+
+    def __init__(self, module: Any, *, exact: bool = False) -> None:
+        original = getattr(module, "_orig_mod", module)  # what `torch.compile` wraps
+        kind = type(original).__name__
+        self._masks = {} if exact else _PADDED.get(kind, {})
+        self._padded = {*self._masks, *self._masks.values()}
+        self._decisive = _TRIMMED.get(kind) if exact else None
+        self._ragged = not exact and kind in _RAGGED
+        self._names = tuple(inspect.signature(original.forward).parameters)
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], digests: Digests) -> Call:
+        """Names a call's arguments and finds its signature.
+
+        A call whose first argument is not a batch gets a signature of its own, so that it runs alone.
+        """
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        main = named.get(self._names[0])
+        if isinstance(main, torch.Tensor) and main.ndim:
+            rows, lists = main.shape[0], False
+        elif isinstance(main, (list, tuple)):
+            rows, lists = len(main), True
+        else:
+            return Call(args, kwargs, named, 1, (object(),))
+        # Where there are embeddings, a mask may be missing: it means that every token counts.
+        skipped = {mask for mask, embeddings in self._masks.items() if named.get(embeddings) is not None}
+        signature = tuple(
+            (name, self._sign(name, named[name], rows, lists, digests)) for name in sorted(named) if name not in skipped
+        )
+        return Call(args, kwargs, named, rows, signature)
+
+    def join(self, calls: Sequence[Call], padded_rows: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments of one call for calls of one signature.
+
+        Args:
+            calls: In the order of their rows.
+            padded_rows: Rows to fill up to, by repeating the last one; no fewer than the calls have.
+        """
+        rows = [call.rows for call in calls]
+        extra = padded_rows - sum(rows)
+        if len(calls) == 1 and not extra:
+            return calls[0].args, calls[0].kwargs
+        named = self._with_masks([call.named for call in calls])
+        main = named[0][self._names[0]]
+        joiner = _Joiner(rows, extra, main.device if isinstance(main, torch.Tensor) else main[0].device)
+        joined = {name: joiner.join(signed, [each[name] for each in named]) for name, signed in calls[0].signature}
+        for mask in self._masks:
+            if mask in named[0] and mask not in joined:
+                values = [each[mask] for each in named]
+                joined[mask] = None if values[0] is None else joiner.join((_PAD,), values)
+        return (), joined
+
+    def split(self, output: Any, calls: Sequence[Call], padded_rows: int) -> list[Any]:
+        """Cuts the answer to joined calls into theirs, which are views of it."""
+        if len(calls) == 1 and calls[0].rows == padded_rows:
+            return [output]
+        ends = list(itertools.accumulate(call.rows for call in calls))
+        return [_cut(output, start, end, padded_rows) for start, end in itertools.pairwise([0, *ends])]
+
+    def _sign(self, name: str, value: Any, rows: int, lists: bool, digests: Digests) -> Hashable:
+        """The signature of an argument: how it is joined, and what must be equal for that."""
+        if name in _TIMESTEPS and _is_timestep(value, rows):
+            return (_TIME,)
+        if isinstance(value, torch.Tensor):
+            if value.ndim and value.shape[0] == rows and not (name in _POSITIONS and value.ndim == 2):
+                if name in self._padded:
+                    return (_PAD, value.shape[2:], value.dtype)
+                decisive = _digest(value, digests) if name == self._decisive else None
+                return (_ROWS, value.shape[1:], value.dtype, decisive)
+            return (_SHARED, value.shape, value.dtype, _digest(value, digests))
+        if isinstance(value, dict):
+            return (_DICT, tuple((key, self._sign(key, value[key], rows, lists, digests)) for key in value))
+        if isinstance(value, (list, tuple)):
+            if lists and len(value) == rows and isinstance(value[0], torch.Tensor):
+                shapes = value[0].ndim if self._ragged else tuple(each.shape for each in value)
+                return (_LIST, shapes, value[0].dtype)
+            if name in _ROW_LISTS and len(value) == rows:
+                return (_LIST, *dict.fromkeys(map(repr, value)))
+            return (_EACH, type(value), tuple(self._sign("", each, rows, lists, digests) for each in value))
+        return (_SAME, type(value), _by_value(value))
+
+    def _with_masks(self, named: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Writes out missing masks where one is needed: lengths differ, or another call has one.
+
+        Without need they stay missing, for models are faster without.
+        """
+        for mask, embeddings in self._masks.items():
+            if named[0].get(embeddings) is None:
+                continue
+            given = [each[mask] for each in named if each.get(mask) is not None]
+            if not given and len({each[embeddings].shape[1] for each in named}) == 1:
+                continue
+            dtype = given[0].dtype if given else torch.bool
+            named = [
+                each if each.get(mask) is not None else {**each, mask: _all_ones(each[embeddings], dtype)}
+                for each in named
+            ]
+        return named
+
+
+@dataclass(frozen=True, slots=True)
+class _Joiner:
+    """Joins values of one signature: `rows` of each, and the last row `extra` times more."""
+
+    rows: list[int]
+    extra: int
+    device: torch.device
+
+    def join(self, signed: Any, values: list[Any]) -> Any:
+        kind, first = signed[0], values[0]
+        if kind == _TIME:
+            return self._tensors(
+                [
+                    torch.as_tensor(value).to(self.device).reshape(-1).expand(rows)
+                    for value, rows in zip(values, self.rows, strict=True)
+                ]
+            )
+        if kind == _ROWS:
+            return self._tensors(values)
+        if kind == _PAD:
+            length = max(value.shape[1] for value in values)
+            return self._tensors([_lengthened(value, length) for value in values])
+        if kind == _LIST:
+            joined = list(itertools.chain.from_iterable(values))
+            return joined + joined[-1:] * self.extra
+        if kind == _DICT:
+            return {key: self.join(entry, [value[key] for value in values]) for key, entry in signed[1]}
+        if kind == _EACH:
+            entries = [self.join(entry, list(column)) for entry, *column in zip(signed[2], *values, strict=True)]
+            # A named tuple takes its fields one by one.
+            return type(first)(*entries) if hasattr(first, "_fields") else type(first)(entries)
+        return first
+
+    def _tensors(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        if self.extra:
+            last = parts[-1]
+            parts = [*parts, last[-1:].expand(self.extra, *last.shape[1:])]
+        return torch.cat(parts)
+
+
+def _cut(output: Any, start: int, end: int, rows: int) -> Any:
+    """The rows from `start` to `end` of an answer, in the form that the answer has."""
+    if isinstance(output, torch.Tensor):
+        return output[start:end] if output.ndim and output.shape[0] == rows else output
+    if isinstance(output, dict):  # diffusers' output classes are dicts with a constructor of keywords
+        return type(output)(**{key: _cut(value, start, end, rows) for key, value in output.items()})
+    if isinstance(output, list) and len(output) == rows:
+        return output[start:end]
+    if isinstance(output, (list, tuple)):
+        return type(output)(_cut(value, start, end, rows) for value in output)
+    return output
+
+
+def _is_timestep(value: Any, rows: int) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0 or (value.ndim == 1 and value.shape[0] in (1, rows))
+    return isinstance(value, (int, float))
+
+
+def _digest(tensor: torch.Tensor, digests: Digests) -> bytes:
+    """A hash of a tensor's values, computed once for as long as they stay: on a GPU it waits for them."""
+    known = digests.get(id(tensor))
+    if known is not None and known[1] == tensor._version:
+        return known[2]
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest = hashlib.blake2b(values.numpy().tobytes(), digest_size=16).digest()
+    while len(digests) >= _MAX_DIGESTS:
+        del digests[next(iter(digests))]
+    # The tensor is kept, or its `id` might come to be another's.
+    digests[id(tensor)] = (tensor, tensor._version, digest)
+    return digest
+
+
+def _by_value(value: Any) -> Hashable:
+    """Something that is equal for equal values; for what cannot be compared, for the same object only."""
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+def _lengthened(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """Zeros added along the second dimension."""
+    if tensor.shape[1] == length:
+        return tensor
+    return torch.nn.functional.pad(tensor, (*(0, 0) * (tensor.ndim - 2), 0, length - tensor.shape[1]))
+
+
+def _all_ones(embeddings: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones(embeddings.shape[:2], dtype=dtype, device=embeddings.device)

@@ -1,0 +1,182 @@
+"""What is found out about a model at load: whether its calls may be joined, and how many at once pay.
+
+Together they make "any pipeline" honest: an unknown model is batched because its own answers were seen to stay the
+same, and as far as its own speed was seen to rise.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from calotype_server.engine.batching.collate import Call, Collator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["knee", "unbatchable", "verify"]
+
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+_TF32_TOLERANCE = 2e-3
+"""For float32 on CUDA, where convolutions round to ten bits unless told otherwise."""
+_REQUESTS = (1, 2, 4, 8, 16)
+_LEAST_GAIN = 1.1
+_REPEATS = 3
+_LONG_CALL_SECONDS = 0.5
+
+
+def unbatchable(module: torch.nn.Module) -> str | None:
+    """Says why requests must not even take turns on a module, in a sentence; None when they may.
+
+    Such a module needs the requests one after another, each with the module itself in its view: no proxy.
+    """
+    if getattr(module, "is_cache_enabled", False):
+        return "Its cache keeps results from one step for the next, and all requests would share them."
+    if getattr(module, "_parallel_config", None) is not None:
+        return "It is spread over several processes, which would have to agree on every batch."
+    for part in module.modules():
+        if hasattr(part, "_hf_hook"):
+            return "Accelerate moves its weights between devices at the start and at the end of a generation."
+        registry = getattr(part, "_diffusers_hook", None)
+        for name, hook in getattr(registry, "hooks", {}).items():
+            if getattr(hook, "_is_stateful", False):
+                return f"Its hook {name!r} keeps results from one step for the next, and all requests would share them."
+    return None
+
+
+@torch.no_grad()
+def verify(
+    module: torch.nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], *, deterministic_rows: int = 0
+) -> str | None:
+    """Compares joined calls with the same calls one by one.
+
+    Args:
+        module: The denoiser.
+        calls: Positional and keyword arguments of real calls that differ in latents, prompt and timestep. At least two
+            of them must be of a kind that can be joined.
+        deterministic_rows: Rows of the bucket of a deterministic batcher. If given, an answer must be bitwise the same
+            whoever shares the bucket.
+
+    Returns:
+        Why the module must not be batched, in a sentence; None when it may. It can still be shared in turns, by a
+        `StepBatcher` with one row.
+    """
+    collator = Collator(module, exact=bool(deterministic_rows))
+    bound = [collator.bind(args, kwargs, {}) for args, kwargs in calls]
+    mates = max(([each for each in bound if each.signature == call.signature] for call in bound), key=len)
+    if len(mates) < 2:
+        return "Two of its calls have nothing in common that could be joined."
+    try:
+        together = _answers(collator, module, mates)
+        alone = [_answers(collator, module, [call])[0] for call in mates]
+        for joined, single in zip(together, alone, strict=True):
+            error, tolerance = _compare(joined, single)
+            if not error <= tolerance:
+                return (
+                    f"Joined calls have answers of their own: they differ by {error:.1e}, and {tolerance:.0e} may be."
+                )
+        if deterministic_rows and not _is_deterministic(collator, module, mates, deterministic_rows):
+            return "An answer's last bits depend on the company in the batch."
+    except Exception as error:
+        return f"A joined call failed with {type(error).__name__}."
+    return None
+
+
+@torch.no_grad()
+def knee(
+    module: torch.nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], *, requests: Sequence[int] = _REQUESTS
+) -> int:
+    """Returns the most rows at once that pay, by timing a call joined with itself.
+
+    Stops where a further doubling does not raise the throughput by a tenth, or memory runs out: beyond, everybody
+    would only wait for everybody.
+
+    Args:
+        module: The denoiser.
+        call: Positional and keyword arguments of a real call.
+        requests: How many calls to join, rising; the first is taken for granted.
+    """
+    collator = Collator(module)
+    bound = collator.bind(*call, {})
+    best, throughput = requests[0], 0.0
+    for count in requests:
+        try:
+            reached = count / _seconds(module, *collator.join([bound] * count, bound.rows * count))
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError):
+            if count == requests[0]:
+                raise
+            break
+        if reached < throughput * _LEAST_GAIN:
+            break
+        best, throughput = count, reached
+    return best * bound.rows
+
+
+def _answers(collator: Collator, module: Any, calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
+    rows = max(padded_rows, sum(call.rows for call in calls))
+    args, kwargs = collator.join(calls, rows)
+    return collator.split(module(*args, **kwargs), calls, rows)
+
+
+def _is_deterministic(collator: Collator, module: Any, calls: Sequence[Call], rows: int) -> bool:
+    """Whether the first call's answer is the same alone, and behind as many others as there is room for."""
+    first, *others = calls
+    count = max(0, (rows - first.rows) // max(call.rows for call in others))
+    company = [others[number % len(others)] for number in range(count)]
+    alone = _answers(collator, module, [first], rows)[0]
+    last = _answers(collator, module, [*company, first], rows)[-1]
+    return all(torch.equal(a, b) for a, b in zip(_tensors(alone), _tensors(last), strict=True))
+
+
+def _compare(joined: Any, single: Any) -> tuple[float, float]:
+    """Largest error relative to the largest value, and what is allowed."""
+    worst, allowed = 0.0, math.inf
+    for a, b in zip(_tensors(joined), _tensors(single), strict=True):
+        if a.shape != b.shape:
+            return math.inf, 0.0
+        allowed = min(allowed, _tolerance(b))
+        scale = b.abs().max().double().clamp_min(torch.finfo(torch.float32).tiny)
+        error = float((a.double() - b.double()).abs().max() / scale)
+        worst = max(worst, error) if not math.isnan(error) else math.nan
+        if math.isnan(worst):
+            break
+    return worst, allowed
+
+
+def _tolerance(answer: torch.Tensor) -> float:
+    if answer.dtype == torch.float32 and answer.is_cuda:
+        return _TF32_TOLERANCE
+    return _TOLERANCES.get(answer.dtype, _TOLERANCES[torch.bfloat16])
+
+
+def _tensors(answer: Any) -> Iterator[torch.Tensor]:
+    if isinstance(answer, torch.Tensor):
+        yield answer
+    elif isinstance(answer, dict):
+        yield from _tensors(list(answer.values()))
+    elif isinstance(answer, (list, tuple)):
+        for part in answer:
+            yield from _tensors(part)
+
+
+def _seconds(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Shortest of a few after one to warm up; of one where that takes long."""
+    best = math.inf
+    module(*args, **kwargs)
+    for _ in range(_REPEATS):
+        _synchronize()
+        begun = time.perf_counter()
+        module(*args, **kwargs)
+        _synchronize()
+        best = min(best, time.perf_counter() - begun)
+        if best > _LONG_CALL_SECONDS:
+            break
+    return best
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,114 @@
+"""A denoiser whose answers are known in advance, and threads that call it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import threading
+
+import torch
+
+from calotype_server.engine.batching.batcher import StepBatcher
+from support.runs import PATIENCE
+
+__all__ = ["Denoiser", "Party", "answer_to", "sample"]
+
+
+class Denoiser(torch.nn.Module):
+    """Answers every row with twice itself plus its timestep.
+
+    Args:
+        act: Called with the rows before each answer; may wait or raise.
+    """
+
+    def __init__(self, act=lambda _: None):
+        super().__init__()
+        self.act = act
+        self.sizes = []
+
+    def forward(self, sample, timestep, return_dict=True):
+        self.sizes.append(sample.shape[0])
+        self.act(sample)
+        return (sample * 2 + timestep.reshape(-1, 1),)
+
+
+def sample(value, rows=1, width=4):
+    """A batch that is all one value."""
+    return torch.full((rows, width), float(value))
+
+
+def answer_to(value, timestep, rows=1, width=4):
+    """What the denoiser says to it."""
+    return sample(2 * value + timestep, rows, width)
+
+
+class Party:
+    """Calls on one batcher from threads; the device can be held, so that calls come together for certain."""
+
+    def __init__(self, act=lambda _: None, **options):
+        self.module = Denoiser(self._act)
+        self.act = act
+        self.records = []
+        self._free = threading.Event()
+        self._free.set()
+        self._held = threading.Event()
+        options = {"max_rows": 16, "threads": 1, "on_batch": self.records.append, **options}
+        self.batcher = StepBatcher(self.module, **options)
+        self._pool = concurrent.futures.ThreadPoolExecutor(32)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._free.set()
+        self.batcher.close()
+        self._pool.shutdown()
+
+    def _act(self, rows):
+        if not self._free.is_set():
+            self._held.set()
+            assert self._free.wait(PATIENCE)
+        self.act(rows)
+
+    def start(self, function, *args):
+        """Runs a function in a thread of its own."""
+        return self._pool.submit(function, *args)
+
+    def call(self, value, timestep=0, rows=1, width=4):
+        """One request of one step."""
+        with self.batcher.stream() as stream:
+            return self.step(stream, value, timestep, rows, width)
+
+    def step(self, stream, value, timestep=0, rows=1, width=4):
+        """One step of a request."""
+        return stream.proxy()(sample(value, rows, width), torch.tensor(timestep))[0]
+
+    @contextlib.contextmanager
+    def held(self, waiting):
+        """Holds the device within a call, and lets it go when that many calls wait."""
+        self._free.clear()
+        self._held.clear()
+        plug = self.start(self.call, 0)
+        assert self._held.wait(PATIENCE)
+        yield
+        self.await_calls(waiting)
+        self.module.sizes.clear()
+        self._free.set()
+        plug.result(PATIENCE)
+
+    def await_calls(self, count):
+        """Waits until that many calls wait for a device that is held."""
+        changed = self.batcher._changed
+        with changed:
+            assert changed.wait_for(lambda: len(self.batcher._rendezvous.waiting) >= count, PATIENCE)
+
+    def together(self, *calls):
+        """Makes calls that wait at the same time, in this order, and returns their futures, which are done."""
+        futures = []
+        with self.held(len(calls)):
+            for call in calls:
+                futures.append(self.start(self.call, *call))
+                self.await_calls(len(futures))
+        concurrent.futures.wait(futures, PATIENCE)
+        assert all(future.done() for future in futures)
+        return futures

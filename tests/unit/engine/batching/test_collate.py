@@ -1,0 +1,232 @@
+"""Arguments are joined for what they are, and calls that differ in more than rows are kept apart."""
+
+import types
+
+import pytest
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from calotype_server.engine.batching.collate import Collator
+from support import tiny
+
+
+class Module(torch.nn.Module):
+    """Has the arguments of a transformer."""
+
+    def forward(self, hidden_states, timestep=None, encoder_hidden_states=None, guidance=None, img_ids=None, **others):
+        """Only its signature matters."""
+
+
+@pytest.fixture
+def collator():
+    """For a module that no rule is written for."""
+    return Collator(Module())
+
+
+def bind(collator, rows=1, **arguments):
+    """A call with so many rows of latents."""
+    return collator.bind((torch.ones(rows, 3),), arguments, {})
+
+
+def joined(collator, *calls, padded_rows=None):
+    """The arguments that the module gets."""
+    return collator.join(calls, padded_rows or sum(call.rows for call in calls))[1]
+
+
+def test_position_and_keyword_are_the_same(collator):
+    """Pipelines may pass an argument either way."""
+    latents, timestep = torch.ones(1, 3), torch.tensor(1.0)
+    by_position = collator.bind((latents, timestep), {}, {})
+    by_keyword = collator.bind((), {"timestep": timestep, "hidden_states": latents}, {})
+    assert by_position.signature == by_keyword.signature
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "expected"),
+    [
+        ((torch.tensor(5), torch.tensor(7)), [5, 5, 7]),
+        ((torch.tensor(5), torch.tensor(7.5)), [5, 5, 7.5]),
+        ((torch.tensor([5]), 7), [5, 5, 7]),
+        ((torch.tensor([5, 6]), 7.5), [5, 6, 7.5]),
+    ],
+)
+def test_timesteps_get_one_entry_a_row(collator, timesteps, expected):
+    """In whatever form schedulers give them, those of different requests go together."""
+    calls = [bind(collator, rows, timestep=timestep) for rows, timestep in zip((2, 1), timesteps, strict=True)]
+    assert calls[0].signature == calls[1].signature
+    assert joined(collator, *calls)["timestep"].tolist() == expected
+
+
+def test_filling_repeats_the_last_row(collator):
+    """Fixed buckets: latents, timesteps and lists are filled up alike."""
+    call = bind(collator, 1, timestep=torch.tensor(5), guidance=torch.tensor([3.0]))
+    filled = joined(collator, call, padded_rows=3)
+    assert filled["hidden_states"].shape == (3, 3)
+    assert filled["timestep"].tolist() == [5, 5, 5]
+    assert filled["guidance"].tolist() == [3, 3, 3]
+
+
+def test_tensors_without_rows_are_compared(collator):
+    """Equal positions are passed on once; different ones keep calls apart. A change in place is seen."""
+    positions, digests = torch.arange(6).reshape(3, 2), {}
+    first = collator.bind((torch.ones(1, 3),), {"img_ids": positions}, digests)
+    same = bind(collator, img_ids=positions.clone())
+    assert first.signature == same.signature
+    assert joined(collator, first, same)["img_ids"] is positions
+    assert bind(collator, img_ids=positions + 1).signature != first.signature
+    positions[0, 0] = 9
+    assert collator.bind((torch.ones(1, 3),), {"img_ids": positions}, digests).signature != first.signature
+
+
+def test_positions_are_no_rows_by_chance(collator):
+    """FLUX's ids have one entry a token, be there as many tokens as rows."""
+    call = bind(collator, 3, img_ids=torch.zeros(3, 2))
+    assert joined(collator, call, call)["img_ids"].shape == (3, 2)
+
+
+def test_other_scalars_are_not_spread(collator):
+    """A number that is no timestep is passed on where it is equal, for nobody knows what it would mean by row."""
+    assert bind(collator, guidance=torch.tensor(3.0)).signature == bind(collator, guidance=torch.tensor(3.0)).signature
+    assert bind(collator, guidance=torch.tensor(3.0)).signature != bind(collator, guidance=torch.tensor(4.0)).signature
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(None, 1), (True, 1), (1, 1.0), ("a", "b"), ([1], (1,)), ({"a": 1}, {"a": 2}), (Module(), Module())],
+)
+def test_different_values_keep_calls_apart(collator, one, other):
+    """Flags, LoRA scales and anything else must be the same, type and all."""
+    assert bind(collator, value=one).signature == bind(collator, value=one).signature
+    assert bind(collator, value=one).signature != bind(collator, value=other).signature
+
+
+def test_different_shapes_and_dtypes_keep_calls_apart(collator):
+    """Whatever cannot be concatenated is another group."""
+    signatures = {
+        collator.bind((latents,), {}, {}).signature
+        for latents in (torch.ones(1, 3), torch.ones(1, 4), torch.ones(1, 3, 1), torch.ones(1, 3).half())
+    }
+    assert len(signatures) == 4
+
+
+def test_dicts_and_tuples_are_joined_by_entry(collator):
+    """As SDXL's conditions and ControlNet's residuals are given."""
+    calls = [
+        bind(
+            collator,
+            number,
+            conditions={"ids": torch.full((number, 2), number), "none": None},
+            residuals=(torch.full((number, 1), number),),
+        )
+        for number in (1, 2)
+    ]
+    assert calls[0].signature == calls[1].signature
+    both = joined(collator, *calls)
+    assert both["conditions"]["ids"].tolist() == [[1, 1], [2, 2], [2, 2]]
+    assert both["conditions"]["none"] is None
+    assert both["residuals"][0].tolist() == [[1], [2], [2]]
+
+
+def test_what_is_not_understood_runs_alone(collator):
+    """A call without a batch first is never joined, not even with its like."""
+    calls = [collator.bind((types.SimpleNamespace(),), {}, {}) for _ in range(2)]
+    assert calls[0].signature != calls[1].signature
+    assert collator.join(calls[:1], 1)[0] is calls[0].args
+
+
+def test_answers_keep_their_form(collator):
+    """Tuples, lists by row and diffusers' own classes are cut by row; the parts are views."""
+    calls = [bind(collator, 1), bind(collator, 2)]
+    rows = torch.arange(3.0).reshape(3, 1)
+    for output, value in [
+        ((rows,), lambda part: part[0]),
+        (([*rows],), lambda part: torch.stack(part[0])),
+        (Transformer2DModelOutput(sample=rows), lambda part: part.sample),
+    ]:
+        first, second = collator.split(output, calls, 3)
+        assert type(first) is type(output)
+        assert (value(first).tolist(), value(second).tolist()) == ([[0]], [[1], [2]])
+    assert collator.split((rows,), calls, 3)[1][0].data_ptr() == rows[1:].data_ptr()
+
+
+class TestLengths:
+    """Prompts of different length share a batch where a mask can hide the difference, and the answer stays the same."""
+
+    def run(self, family, *prompts, exact=False):
+        """Single answers and joined ones, and whether they could be joined."""
+        module = getattr(tiny.shared(family), "transformer")  # noqa: B009
+        collator = Collator(module, exact=exact)
+        calls = [
+            collator.bind(*self.ARGUMENTS[family](self, number, *prompt), {}) for number, prompt in enumerate(prompts)
+        ]
+        if len({call.signature for call in calls}) > 1:
+            return None
+        rows = sum(call.rows for call in calls)
+        with torch.no_grad():
+            single = [module(*call.args, **call.kwargs)[0] for call in calls]
+            args, kwargs = collator.join(calls, rows)
+            parts = [part[0] for part in collator.split(module(*args, **kwargs), calls, rows)]
+        return single, parts
+
+    def noise(self, number, *shape):
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(number))
+
+    def qwen_image(self, number, length, mask):
+        return (), {
+            "hidden_states": self.noise(number, 1, 16, 16),
+            "timestep": torch.tensor([0.5 + number / 10]),
+            "encoder_hidden_states": self.noise(10 + number, 1, length, 16),
+            "encoder_hidden_states_mask": mask,
+            "img_shapes": [[(1, 4, 4)]],
+            "return_dict": False,
+        }
+
+    def pixart_sigma(self, number, length, mask):
+        return (self.noise(number, 1, 4, 8, 8),), {
+            "encoder_hidden_states": self.noise(10 + number, 1, length, 32),
+            "encoder_attention_mask": mask,
+            "timestep": torch.tensor([100 * number]),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+            "return_dict": False,
+        }
+
+    def z_image(self, number, length, size):
+        latents, prompt = self.noise(number, 16, 1, *size), self.noise(10 + number, length, 16)
+        return ([latents], torch.tensor([0.5]), [prompt]), {"return_dict": False}
+
+    ARGUMENTS = {"qwen_image": qwen_image, "pixart_sigma": pixart_sigma, "z_image": z_image}  # noqa: RUF012
+
+    @pytest.mark.parametrize("family", ["qwen_image", "pixart_sigma"])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_masks_hide_what_is_filled_up(self, family, masked):
+        """A missing mask is written out where another call is longer or has one."""
+        mask = (torch.arange(9) < 6).long()[None] if masked else None
+        single, parts = self.run(family, (12, None), (9, mask), (7, None))
+        for a, b in zip(single, parts, strict=True):
+            assert (a - b).abs().max() <= 2e-6 * a.abs().max()
+
+    def test_masks_stay_missing_without_need(self):
+        """Models are faster without."""
+        collator = Collator(tiny.shared("qwen_image").transformer)
+        calls = [collator.bind(*self.qwen_image(number, 12, None), {}) for number in range(2)]
+        assert joined(collator, *calls)["encoder_hidden_states_mask"] is None
+
+    def test_z_image_takes_rows_of_any_size(self):
+        """Prompts and pictures of different size share one forward pass."""
+        single, parts = self.run("z_image", (11, (8, 8)), (5, (8, 12)))
+        for a, b in zip(single, parts, strict=True):
+            assert a[0].shape == b[0].shape
+            assert (a[0] - b[0]).abs().max() <= 2e-6 * a[0].abs().max()
+
+    @pytest.mark.parametrize(
+        ("family", "one", "other"),
+        [
+            ("qwen_image", (12, None), (9, None)),
+            ("qwen_image", (12, None), (12, torch.ones(1, 12))),
+            ("z_image", (11, (8, 8)), (5, (8, 8))),
+        ],
+    )
+    def test_exact_means_no_filling_up(self, family, one, other):
+        """For the same bits in any company no row may be lengthened for another."""
+        assert self.run(family, one, other, exact=True) is None
+        assert self.run(family, one, one, exact=True) is not None

@@ -136,6 +136,8 @@ def _load_engine(settings: Settings, budget: PreviewBudget) -> Engine:
             budget=budget,
             preview_methods=settings.allowed_methods,
             tiny_vae=tiny_vae,
+            max_active=settings.max_active,
+            deterministic=settings.deterministic,
         )
         _check_default_method(settings, engine.model)
         return engine

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import secrets
-import threading
 import time
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from calotype_server import errors, metadata
+from calotype_server.engine.protocol import Stop
 from calotype_server.stream import EventLog, Update
 from calotype_server.types import (
     Decoding,
@@ -57,7 +57,7 @@ class Generation:
         self.id = secrets.token_urlsafe(16)
         self.job = job
         self.log = EventLog()
-        self.stop = threading.Event()
+        self.stop = Stop()
         self.stop_error: errors.GenerationError | None = None
         self.ticket: Ticket | None = None
         self.watch = _Stopwatch()
@@ -267,7 +267,7 @@ class Generations:
         def report(event: Event) -> None:
             watch.note(event)
             if isinstance(event, PreviewReady):
-                generation.previews[event.method] += 1
+                generation.previews[event.method.value] += 1
             active = self._admission.active
             match event:
                 case EncodingPrompt():

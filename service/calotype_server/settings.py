@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     max_active: int | None = Field(
         None, ge=1, description="Generations worked on at once. Default: as many as batching pays for, measured."
     )
+    deterministic: bool = Field(
+        False, description="Make every picture bitwise the same whoever shares a batch with it, at some cost."
+    )
     max_queue: int = Field(32, ge=0, description="Generations that may wait; one more is refused.")
     max_queue_per_caller: int | None = Field(
         None, ge=0, description="Generations of one caller that may wait. Default: max_queue."

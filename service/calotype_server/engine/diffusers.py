@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import replace
@@ -12,18 +13,21 @@ import torch
 
 from calotype_server import errors
 from calotype_server.budget import PreviewBudget
-from calotype_server.engine.capabilities import Defaults, describe, tokenizers
+from calotype_server.engine.batching.batcher import StepBatcher
+from calotype_server.engine.batching.plan import make_plan
+from calotype_server.engine.capabilities import Defaults, denoiser_name, describe, tokenizers
 from calotype_server.engine.preview.previews import Previews
 from calotype_server.engine.probe import pick_threads
+from calotype_server.engine.sharing import shared_components
 from calotype_server.engine.tap import Step, StepTap, Stopped
-from calotype_server.engine.view import Locked, make_scheduler, request_view
+from calotype_server.engine.view import make_scheduler, request_view
 from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, Notice, Pixels, PreviewMethod, Withdrawn
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Collection
     from pathlib import Path
 
+    from calotype_server.engine.protocol import Stop
     from calotype_server.types import Job, ModelInfo
 
 __all__ = ["DiffusersEngine"]
@@ -43,6 +47,8 @@ class DiffusersEngine:
         budget: Chooses how previews are drawn.
         preview_methods: What the operator allows to draw them.
         tiny_vae: An `AutoencoderTiny` that fits the pipeline, or None.
+        max_active: Generations at work at once; None to measure what pays.
+        deterministic: Whether a picture must be bitwise the same in any company.
     """
 
     def __init__(
@@ -56,43 +62,72 @@ class DiffusersEngine:
         budget: PreviewBudget | None = None,
         preview_methods: Collection[PreviewMethod] = tuple(PreviewMethod),
         tiny_vae: Any = None,
+        max_active: int | None = 1,
+        deterministic: bool = False,
     ) -> None:
-        self._pipeline = pipeline
         model = describe(name, pipeline, defaults)
+        self._denoiser = denoiser_name(pipeline)
         self._threads = threads or pick_threads(pipeline, model)
         _log.info("model loaded", model=name, device=model.device, threads=self._threads)
+        torch.set_num_threads(self._threads)
+        plan = make_plan(pipeline, model, max_active=max_active, deterministic=deterministic)
+        _log.info("concurrency", max_active=plan.max_active, max_rows=plan.max_rows, unbatched=plan.reason or None)
+        self._batcher: StepBatcher | None = None
+        shared = shared_components(pipeline)
+        if plan.max_rows == 0:
+            # With one generation at a time, the hooks of offloading may do their work.
+            del shared["_all_hooks"]
+        else:
+            self._batcher = StepBatcher(
+                getattr(pipeline, self._denoiser),
+                max_rows=plan.max_rows,
+                threads=self._threads,
+                deterministic=deterministic and not plan.reason,
+            )
+            # For the previews, which may ask the denoiser too, about shapes.
+            shared[self._denoiser] = self._batcher.stream().proxy()
+        self._pipeline = request_view(pipeline, pipeline.scheduler, **shared)
         self._budget = budget or PreviewBudget(share=0.02)
         if model.device == "cpu":
             self._budget.contention = min(1.0, self._threads / (os.cpu_count() or 1))
-        # Some VAEs keep state while they decode, and previews decode beside the images of others.
-        self._vae = Locked(pipeline.vae)
         self._previews = Previews(
-            pipeline,
+            self._pipeline,
             model,
             cache_dir=cache_dir,
             allowed=preview_methods,
             budget=self._budget,
-            vae=self._vae,
             tiny_vae=tiny_vae,
+            teachable=not deterministic,
         )
-        self._model = replace(model, preview_methods=self._previews.methods)
+        self._model = replace(
+            model,
+            preview_methods=self._previews.methods,
+            max_active=plan.max_active,
+            max_batch_rows=0 if plan.reason else plan.max_rows,
+            unbatched_reason=plan.reason,
+        )
 
     @property
     def model(self) -> ModelInfo:
         """What the model can do and does by default."""
         return self._model
 
-    def run(self, job: Job, report: Callable[[Event], None], stop: threading.Event) -> Pixels:
+    def run(self, job: Job, report: Callable[[Event], None], stop: Stop) -> Pixels:
         """Generates one picture; see the protocol."""
         # Torch keeps the setting by thread, and new threads take whatever was set last anywhere.
         torch.set_num_threads(self._threads)
         feed = self._previews.feed(job, report)
         decoding_since = 0.0
 
+        def should_stop() -> bool:
+            return stop.is_set() or feed.broken
+
         def on_step(step: Step) -> None:
             nonlocal decoding_since
             feed.offer(step)
             if step.number >= step.total:
+                if stream is not None:
+                    stream.expect_no_more()
                 decoding_since = time.perf_counter()
                 report(Decoding())
 
@@ -101,11 +136,17 @@ class DiffusersEngine:
             scheduler,
             on_start=lambda total: report(Denoising(0, total)),
             on_step=on_step,
-            should_stop=lambda: stop.is_set() or feed.broken,
+            should_stop=should_stop,
         )
+        view, stream = request_view(self._pipeline, scheduler), None
+        if self._batcher is not None:
+            stream = self._batcher.stream(should_stop=should_stop)
+            stop.call(stream.cancel)
+            view = request_view(self._pipeline, scheduler, **{self._denoiser: stream.proxy()})
         try:
             report(EncodingPrompt(self._notices(job)))
-            output = request_view(self._pipeline, scheduler, vae=self._vae)(**self._arguments(job))
+            with stream or contextlib.nullcontext():
+                output = view(**self._arguments(job))
             pixels = _to_pixels(output[0])
             self._budget.observe_decode(
                 PreviewMethod.FULL_VAE, (time.perf_counter() - decoding_since) * self._threads, job.pixel_count
@@ -139,8 +180,10 @@ class DiffusersEngine:
             feed.close()
 
     def close(self) -> None:
-        """Ends the preview thread."""
+        """Ends the preview thread and the device thread."""
         self._previews.close()
+        if self._batcher is not None:
+            self._batcher.close()
 
     def _arguments(self, job: Job) -> dict[str, Any]:
         arguments: dict[str, Any] = {

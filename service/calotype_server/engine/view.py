@@ -6,12 +6,11 @@ Pipelines are not thread-safe because schedulers keep state; the modules with th
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import diffusers
 
-__all__ = ["Locked", "make_scheduler", "request_view"]
+__all__ = ["make_scheduler", "request_view"]
 
 
 def make_scheduler(pipeline: Any, name: str) -> Any:
@@ -36,23 +35,3 @@ def request_view(pipeline: Any, scheduler: Any, **replaced: Any) -> Any:
     # Plain attribute assignment would go through `register_to_config` and write into the shared config.
     view.__dict__.update(replaced, scheduler=scheduler, _progress_bar_config={"disable": True})
     return view
-
-
-class Locked:
-    """A VAE that decodes for one caller at a time. Its attributes are the module's own.
-
-    Args:
-        vae: The shared module.
-    """
-
-    def __init__(self, vae: Any) -> None:
-        self._vae = vae
-        self._lock = threading.Lock()
-
-    def decode(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the module's `decode` when nobody else does."""
-        with self._lock:
-            return self._vae.decode(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._vae, name)

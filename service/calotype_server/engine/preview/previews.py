@@ -37,13 +37,13 @@ class Previews:
     """Draws the previews of all generations of a pipeline, and learns from the images they end with.
 
     Args:
-        pipeline: Not changed.
+        pipeline: One that may be used while requests run; not changed.
         model: Its description.
         cache_dir: Where the fitted head is kept.
         allowed: Methods that the operator allows.
         budget: Chooses among the methods.
-        vae: The pipeline's VAE, safe to be called while others decode.
-        tiny_vae: A small one that fits the pipeline, or None.
+        tiny_vae: A small VAE that fits the pipeline, or None.
+        teachable: Whether finished images teach the head; otherwise its previews depend on nothing that went before.
     """
 
     def __init__(
@@ -54,14 +54,15 @@ class Previews:
         cache_dir: Path,
         allowed: Collection[PreviewMethod],
         budget: PreviewBudget,
-        vae: Any,
         tiny_vae: Any = None,
+        teachable: bool = True,
     ) -> None:
         self._budget = budget
         self._model = model
         self._path = cache_path(cache_dir, pipeline)
         self._lessons = 0
-        full = VaeDecoder(pipeline, vae)
+        self._teachable = teachable
+        full = VaeDecoder(pipeline, pipeline.vae)
         decoders: dict[PreviewMethod, Decoder] = {}
         head = _fitted_head(self._path, pipeline, model) if PreviewMethod.HEAD in allowed else None
         self._head = None if head is None else HeadDecoder(head)
@@ -91,7 +92,7 @@ class Previews:
             images: What the pipeline returned, (1, 3, height, width) from 0 to 1.
         """
         decoder, mark = self._head, self._lane.mark()
-        if decoder is None:
+        if decoder is None or not self._teachable:
             return
 
         def lesson() -> None:

@@ -1,0 +1,67 @@
+"""How many generations share one denoiser, and how: found out when the model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from calotype_server.engine.batching.collate import Collator
+from calotype_server.engine.batching.policy import knee, unbatchable, verify
+from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.probe import sample_calls
+
+if TYPE_CHECKING:
+    from calotype_server.types import ModelInfo
+
+__all__ = ["Plan", "make_plan"]
+
+_log = structlog.get_logger(__name__)
+
+_MOST_ACTIVE = 8
+"""By default: more would take turns at steps so seldom that nobody saw anything move."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was found.
+
+    Attributes:
+        max_active: Generations at work at once.
+        max_rows: Rows that the denoiser computes together; 1 when generations take turns, 0 when there is only one.
+        reason: Why calls are not joined, in a sentence; empty when they are.
+    """
+
+    max_active: int
+    max_rows: int
+    reason: str
+
+
+def make_plan(pipeline: Any, model: ModelInfo, *, max_active: int | None, deterministic: bool) -> Plan:
+    """Measures the denoiser, unless only one generation at a time is wanted.
+
+    Args:
+        pipeline: Not changed.
+        model: Its description.
+        max_active: What the operator wants; None for what pays: twice as many as the denoiser computes together, so
+            that some can decode their text or their picture meanwhile.
+        deterministic: Whether a picture must be bitwise the same in any company.
+    """
+    if max_active == 1:
+        return Plan(1, 0, "The server was started with --max-active 1.")
+    module = getattr(pipeline, denoiser_name(pipeline))
+    reason = unbatchable(module)
+    if reason is not None:
+        return Plan(1, 0, reason)
+    try:
+        calls = sample_calls(pipeline, model)
+        rows = Collator(module).bind(*calls[0], {}).rows
+        max_rows = knee(module, calls[0])
+        reason = verify(module, calls, deterministic_rows=max_rows if deterministic else 0)
+    except Exception:
+        _log.exception("the denoiser cannot be measured")
+        return Plan(1, 0, "The denoiser could not be measured.")
+    if reason is not None:
+        return Plan(max_active or 2, 1, reason)
+    return Plan(max_active or min(max(2, 2 * max_rows // rows), _MOST_ACTIVE), max_rows, "")

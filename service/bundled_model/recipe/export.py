@@ -51,7 +51,7 @@ def main() -> None:
     pipeline.save_pretrained(options.output, safe_serialization=True)
     forget_origin(options.output)
     # Where Calotype looks for the defaults that suit the weights; diffusers has no place for them.
-    defaults = {"step_count": evaluate.STEPS, "guidance_scale": evaluate.GUIDANCE}
+    defaults = {"step_count": evaluate.STEPS, "guidance_scale": evaluate.GUIDANCE, "tiny_vae": "../tiny_vae"}
     (options.output / "calotype.json").write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
     shutil.copy(HERE / "model_card.md", options.output / "README.md")
     shutil.copytree(HERE / "licenses", options.output / "LICENSES")

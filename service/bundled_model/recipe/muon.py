@@ -62,3 +62,34 @@ class Muon(torch.optim.Optimizer):
                 scale = UPDATE_SIZE * max(parameter.size(0), parameter.numel() // parameter.size(0)) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * scale)
+
+
+class MuonAndAdamW:
+    """Muon for the matrices inside, AdamW at half the rate for the rest (first and last layer, norms, biases).
+
+    `ends` are the prefixes by which the first and the last layer's parameters are known.
+    """
+
+    def __init__(self, model: nn.Module, rate: float, ends: tuple[str, ...]) -> None:
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            inside = parameter.dim() >= 2 and not name.startswith(ends)
+            (matrices if inside else others).append(parameter)
+        self.members = (
+            Muon(matrices, lr=rate, momentum=0.95, weight_decay=0.03),
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+        )
+
+    def step(self, rate: float) -> None:
+        for member, share in zip(self.members, (1.0, 0.5), strict=True):
+            for group in member.param_groups:
+                group["lr"] = rate * share
+            member.step()
+            member.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        return [member.state_dict() for member in self.members]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for member, state in zip(self.members, states, strict=True):
+            member.load_state_dict(state)

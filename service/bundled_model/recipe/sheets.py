@@ -5,6 +5,7 @@ from pathlib import Path
 
 import data
 import evaluate
+import predictions
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
@@ -46,28 +47,15 @@ def prompts(pipeline: DiffusionPipeline, path: Path, seeds: int = 2) -> None:
 
 
 @torch.no_grad()
-def predictions(pipeline: DiffusionPipeline, prompt: str, seed: int) -> list[Image.Image]:
+def decoded_predictions(pipeline: DiffusionPipeline, prompt: str, seed: int) -> list[Image.Image]:
     """Return the decoded prediction of the final picture at every second step, the last one included."""
-    predicted: list[torch.Tensor] = []
-    step = pipeline.scheduler.step
-
-    def recording_step(*arguments: object, **options: object) -> tuple:
-        previous, original = step(*arguments, **options)  # the pipeline asks for a tuple
-        predicted.append(original)
-        return previous, original
-
-    pipeline.scheduler.step = recording_step
-    try:
-        evaluate.generate(pipeline, prompt, seed)
-    finally:
-        pipeline.scheduler.step = step
-    latents = torch.cat(predicted[1::2]) / pipeline.vae.config.scaling_factor
+    latents = predictions.predicted_latents(pipeline, [prompt], seed)[1::2, 0] / pipeline.vae.config.scaling_factor
     return pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)
 
 
 def previews(pipeline: DiffusionPipeline, path: Path) -> None:
     """Draw a row of predictions for each of a few names."""
-    rows = [predictions(pipeline, prompt, seed=1) for prompt in PREVIEWED]
+    rows = [decoded_predictions(pipeline, prompt, seed=1) for prompt in PREVIEWED]
     captions = [
         f"{prompt}, step {2 * (number + 1)}"
         for prompt, row in zip(PREVIEWED, rows, strict=True)

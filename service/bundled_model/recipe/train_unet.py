@@ -15,34 +15,6 @@ EMPTY = 0.1  # share of samples with an empty caption, for classifier-free guida
 SEED = 3
 
 
-class Optimizers:
-    """Muon for the matrices inside, AdamW at half the rate for the rest (first and last layer, norms, biases)."""
-
-    def __init__(self, model: torch.nn.Module, rate: float) -> None:
-        matrices, others = [], []
-        for name, parameter in model.named_parameters():
-            inside = parameter.dim() >= 2 and not name.startswith(("conv_in", "conv_out"))
-            (matrices if inside else others).append(parameter)
-        self.members = (
-            muon.Muon(matrices, lr=rate, momentum=0.95, weight_decay=0.03),
-            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
-        )
-
-    def step(self, rate: float) -> None:
-        for member, share in zip(self.members, (1.0, 0.5), strict=True):
-            for group in member.param_groups:
-                group["lr"] = rate * share
-            member.step()
-            member.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> list[dict]:
-        return [member.state_dict() for member in self.members]
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        for member, state in zip(self.members, states, strict=True):
-            member.load_state_dict(state)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
@@ -59,7 +31,7 @@ def main() -> None:
         training.warm_start(model, load_file(options.warm_start / "diffusion_pytorch_model.safetensors"))
     training.start_processes(options.rank, port=29522)
     parameters = list(model.parameters())
-    optimizers = Optimizers(model, options.rate)
+    optimizers = muon.MuonAndAdamW(model, options.rate, ends=("conv_in", "conv_out"))
     ema = training.Ema(model, decay=0.998)
     checkpoint = training.Checkpoint(options.work / "unet.pt", model, ema, optimizers)
     samples = checkpoint.load()

@@ -9,7 +9,7 @@ GENERATED := client/python
 # What a change of the proto must not break: the last release, or before the first one the last commit.
 PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 .DEFAULT_GOAL := help
-.PHONY: help run generate test test-fast lint format type proto proto-check bench contact-sheet filmstrip evaluate-model clean
+.PHONY: help run generate test test-fast lint format type proto proto-check bench contact-sheet timeline filmstrip evaluate-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ evaluate-model: $(READY) ## measure the bundled model; writes build/model.json a
 
 contact-sheet: $(READY) ## draw the README's comparison of previews
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.contact_sheet
+
+timeline: $(READY) ## draw eight overlapping generations
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.timeline
 
 filmstrip: $(READY) ## draw the README's picture
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.filmstrip

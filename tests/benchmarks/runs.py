@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from calotype_server.engine import capabilities, loading, probe
+from calotype_server.engine.diffusers import DiffusersEngine
 from calotype_server.engine.tap import Step, StepTap
 from calotype_server.engine.view import make_scheduler, request_view
 
@@ -51,3 +53,16 @@ def watched(pipeline: Any, prompt: str, seed: int) -> tuple[dict[int, Step], tor
         output_type="pt",
     )[0]
     return steps, picture.float()
+
+
+def bundled_engine(**options: Any) -> DiffusersEngine:
+    """Returns the product's engine with the bundled model, on as many threads as it would take."""
+    pipeline, model = bundled()
+    return DiffusersEngine(
+        model.name,
+        pipeline,
+        defaults=capabilities.Defaults(STEPS, GUIDANCE),
+        cache_dir=Path("~/.cache/calotype"),
+        threads=torch.get_num_threads(),
+        **options,
+    )

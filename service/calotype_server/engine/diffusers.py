@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from pathlib import Path
 
+    from calotype_server.engine.batching.batcher import BatchRecord
     from calotype_server.engine.protocol import Stop
     from calotype_server.types import Job, ModelInfo
 
@@ -49,6 +50,7 @@ class DiffusersEngine:
         tiny_vae: An `AutoencoderTiny` that fits the pipeline, or None.
         max_active: Generations at work at once; None to measure what pays.
         deterministic: Whether a picture must be bitwise the same in any company.
+        on_batch: Told of every call of a shared denoiser; it must not block.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class DiffusersEngine:
         tiny_vae: Any = None,
         max_active: int | None = 1,
         deterministic: bool = False,
+        on_batch: Callable[[BatchRecord], None] | None = None,
     ) -> None:
         model = describe(name, pipeline, defaults)
         self._denoiser = denoiser_name(pipeline)
@@ -83,6 +86,7 @@ class DiffusersEngine:
                 max_rows=plan.max_rows,
                 threads=self._threads,
                 deterministic=deterministic and not plan.reason,
+                on_batch=on_batch,
             )
             # For the previews, which may ask the denoiser too, about shapes.
             shared[self._denoiser] = self._batcher.stream().proxy()

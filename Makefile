@@ -9,7 +9,7 @@ GENERATED := client/python
 # What a change of the proto must not break: the last release, or before the first one the last commit.
 PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 .DEFAULT_GOAL := help
-.PHONY: help run generate test test-fast lint format type proto proto-check bench contact-sheet timeline filmstrip evaluate-model clean
+.PHONY: help run generate test test-fast lint format type proto proto-check bench soak contact-sheet timeline filmstrip evaluate-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ proto-check: $(PROTO_READY) ## fail when the generated code is not what the prot
 
 bench: $(READY) ## measure; prints a table and writes build/bench.json
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench
+
+soak: $(READY) ## hundreds of requests with every fate, for some minutes; REQUESTS=500 SEED=0
+	$(BIN)/pytest tests/soak -s $(ARGS)
 
 evaluate-model: $(READY) ## measure the bundled model; writes build/model.json and build/names.png
 	$(BIN)/python service/bundled_model/recipe/evaluate.py --model service/bundled_model/calotype_bundled_model/model \

@@ -89,11 +89,8 @@ def _with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
 
 def _option(name: str, field: pydantic.fields.FieldInfo) -> Any:
     default = "" if field.default is None else f" Default: {field.default}."
-    option = typer.Option(
-        f"--{name.replace('_', '-')}",
-        help=f"{field.description}{default} (CALOTYPE_{name.upper()})",
-        show_default=False,
-        metavar="VALUE",
-    )
+    flag, text = name.replace("_", "-"), f"{field.description}{default} (CALOTYPE_{name.upper()})"
+    if field.annotation is bool:
+        return Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)]
     # As text: pydantic does the parsing, for options and environment alike.
-    return Annotated[str | None, option]
+    return Annotated[str | None, typer.Option(f"--{flag}", help=text, show_default=False, metavar="VALUE")]

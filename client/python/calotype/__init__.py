@@ -41,7 +41,7 @@ from ._errors import (
     Violation,
 )
 from ._image import Image
-from ._options import Output, PreviewMethod, Previews
+from ._options import Output, PreviewMethod, Previews, Priority
 from ._stream import AsyncGeneration, Generation
 from ._types import Model, Notice, Phase, Progress, Timings
 from ._version import __version__
@@ -74,6 +74,7 @@ __all__ = [
     "Phase",
     "PreviewMethod",
     "Previews",
+    "Priority",
     "Progress",
     "StreamIncomplete",
     "Timings",

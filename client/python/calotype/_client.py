@@ -18,7 +18,7 @@ from .v1.calotype_pb2_grpc import GenerationServiceStub
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from ._options import Output, Previews
+    from ._options import Output, Previews, Priority, PriorityName
     from ._types import Model, Phase
 
 __all__ = ["Client"]
@@ -76,6 +76,7 @@ class Client:
         guidance_scale: float | None = None,
         seed: int | None = None,
         scheduler: str | None = None,
+        priority: Priority | PriorityName | None = None,
         previews: Previews | None = None,
         output: Output | None = None,
         timeout: float | None = None,
@@ -93,6 +94,7 @@ class Client:
             guidance_scale: Strength of classifier-free guidance, 0 to 100; 1 or less switches it off in most models.
             seed: Seed of the initial noise, 0 to 2^53 - 1. The same request with the same seed gives the same picture.
             scheduler: One of `Model.schedulers`.
+            priority: Rank in the queue. Default: "interactive".
             previews: How previews look and how often they come. Default: `Model.previews`.
             output: How the final image is written. Default: a PNG with metadata.
             timeout: Seconds until the final image, waiting in the queue included. Default: that of the client;
@@ -111,6 +113,7 @@ class Client:
             guidance_scale=guidance_scale,
             seed=seed,
             scheduler=scheduler,
+            priority=priority,
             previews=previews,
             output=output,
         )

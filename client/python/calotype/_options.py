@@ -6,10 +6,20 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, TypeAlias
 
-__all__ = ["FormatName", "MethodName", "Output", "PreviewMethod", "Previews"]
+__all__ = ["FormatName", "MethodName", "Output", "PreviewMethod", "Previews", "Priority", "PriorityName"]
 
 FormatName: TypeAlias = Literal["jpeg", "png", "webp"]
+PriorityName: TypeAlias = Literal["interactive", "batch"]
 MethodName: TypeAlias = Literal["auto", "head", "tiny_vae", "full_vae", "none"]
+
+
+class Priority(StrEnum):
+    """Rank in the queue of the server. A plain string, such as "batch", does as well."""
+
+    INTERACTIVE = "interactive"
+    """Somebody is waiting for it."""
+    BATCH = "batch"
+    """Nobody is: it starts when nothing interactive waits, and never takes the last of several slots."""
 
 
 class PreviewMethod(StrEnum):

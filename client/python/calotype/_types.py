@@ -137,6 +137,10 @@ class Model:
         previews: Default previews, every option set.
         max_preview_edge: Largest `Previews.max_edge` accepted, in pixels.
         max_preview_quality: Largest `Previews.quality` accepted.
+        max_active: Generations worked on at the same time; more wait in the queue.
+        max_batch_rows: Rows of latents of concurrent generations that the denoiser computes together at most. 0 when
+            their calls are not joined.
+        unbatched_reason: Why they are not, in one sentence. Empty when they are.
         device: Where the model runs, such as cpu or cuda:0.
         dtype: Number format of its weights, such as float32 or bfloat16.
         server_version: Version of the server.
@@ -160,6 +164,9 @@ class Model:
     previews: Previews
     max_preview_edge: int
     max_preview_quality: int
+    max_active: int
+    max_batch_rows: int
+    unbatched_reason: str
     device: str
     dtype: str
     server_version: str

@@ -15,7 +15,7 @@ from rich.table import Table
 from ._client import Client
 from ._errors import CalotypeError, Cancelled, InvalidRequest, Unavailable
 from ._image import FORMATS
-from ._options import FormatName, MethodName, Output, Previews
+from ._options import FormatName, MethodName, Output, Previews, PriorityName
 from ._outputs import BadPath, Outputs
 from ._quiet import quiet_core
 from ._terminal import choose_view
@@ -68,6 +68,7 @@ def generate(
         int | None, typer.Option(help="Seed of the initial noise; the same seed, the same picture.")
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="Scheduler; `calotype model` lists them.")] = None,
+    priority: Annotated[PriorityName | None, typer.Option(help="Rank in the queue.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds until the image, waiting included.")] = None,
     output: Annotated[
         Path | None,
@@ -136,6 +137,7 @@ def generate(
                 guidance_scale=guidance_scale,
                 seed=seed,
                 scheduler=scheduler,
+                priority=priority,
                 previews=Previews(
                     every_steps=preview_every,
                     min_interval=preview_interval,

@@ -1,0 +1,155 @@
+"""Hundreds of requests with every fate that callers have, over real gRPC, against a real server: `make soak`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import calotype
+from support.process import ServerProcess
+
+REQUESTS = int(os.environ.get("REQUESTS", "500"))
+CALLERS = 12
+PATIENCE = 120.0
+"""Seconds after which a generation counts as stuck."""
+
+SETTLED = 60
+"""Requests after which caches and pools have their size."""
+
+VARIANTS = [
+    {"prompt": "a red apple", "seed": 1, "steps": 8},
+    {"prompt": "fox", "seed": 2, "steps": 12, "guidance_scale": 1.0},
+    {"prompt": "banana", "seed": 3, "steps": 4, "width": 64, "height": 96},
+    {"prompt": "umbrella", "seed": 4, "steps": 6, "scheduler": "EulerDiscreteScheduler"},
+    {"prompt": "cookie", "seed": 5, "steps": 10, "scheduler": "DPMSolverMultistepScheduler"},
+    {
+        "prompt": "alien",
+        "seed": 6,
+        "steps": 5,
+        "scheduler": "EulerAncestralDiscreteScheduler",
+        "negative_prompt": "sky",
+    },
+    {"prompt": "strawberry", "seed": 7, "steps": 3, "width": 96, "height": 64, "guidance_scale": 5.0},
+    {"prompt": "broken heart", "seed": 8, "steps": 7, "scheduler": "HeunDiscreteScheduler"},
+]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a process holds."""
+
+    threads: int
+    files: int
+    resident_kib: int
+
+    @staticmethod
+    def of(pid: int) -> Footprint:
+        """Reads it from the kernel."""
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return Footprint(
+            int(status["Threads"]), len(list(Path(f"/proc/{pid}/fd").iterdir())), int(status["VmRSS"].split()[0])
+        )
+
+
+async def complete(client: calotype.AsyncClient, variant: dict, _: random.Random) -> bytes:
+    """Reads to the end."""
+    return (await client.generate(**variant).result()).data
+
+
+async def stall(client: calotype.AsyncClient, variant: dict, chance: random.Random) -> bytes:
+    """Reads slowly."""
+    generation = client.generate(**variant)
+    async for _ in generation:
+        await asyncio.sleep(chance.uniform(0, 0.3))
+    return (await generation.result()).data
+
+
+async def cancel(client: calotype.AsyncClient, variant: dict, chance: random.Random) -> None:
+    """Cancels by id after some step, or while queued."""
+    generation, step = client.generate(**variant), chance.randrange(variant["steps"])
+    with pytest.raises(calotype.Cancelled):
+        async for progress in generation:
+            if progress.step >= step:
+                await client.cancel(progress.generation_id)
+        # Whoever comes too late has a picture, which is as good.
+        raise calotype.Cancelled("")
+
+
+async def leave(client: calotype.AsyncClient, variant: dict, chance: random.Random) -> None:
+    """Leaves the loop."""
+    step = chance.randrange(variant["steps"])
+    async for progress in client.generate(**variant):
+        if progress.step >= step:
+            break
+
+
+async def vanish(client: calotype.AsyncClient, variant: dict, chance: random.Random) -> None:
+    """Closes the whole connection in mid-stream."""
+    async with calotype.AsyncClient(client.address) as own:
+        step = chance.randrange(variant["steps"])
+        async for progress in own.generate(**variant):
+            if progress.step >= step:
+                return
+
+
+async def hurry(client: calotype.AsyncClient, variant: dict, chance: random.Random) -> bytes | None:
+    """Has a deadline that may pass."""
+    try:
+        return (await client.generate(**variant, timeout=chance.uniform(0.05, 2.0)).result()).data
+    except calotype.DeadlineExceeded:
+        return None
+
+
+async def blunder(client: calotype.AsyncClient, variant: dict, _: random.Random) -> None:
+    """Asks for what cannot be."""
+    with pytest.raises(calotype.InvalidRequest):
+        await client.generate(**{**variant, "width": 7, "steps": 0}).result()
+
+
+FATES = {complete: 5, stall: 2, cancel: 3, leave: 2, vanish: 2, hurry: 1, blunder: 1}
+
+
+@pytest.mark.timeout(3600)
+async def test_whatever_callers_do_nothing_is_stuck_wrong_or_leaked() -> None:
+    """Every picture is bitwise the one made alone; threads, files, slots and memory are what they were."""
+    chance = random.Random(int(os.environ.get("SEED", "0")))
+    with ServerProcess("--deterministic", "--log-level", "error", "--max-queue", "64") as server:
+        async with calotype.AsyncClient(server.address) as client:
+            alone = [await complete(client, variant, chance) for variant in VARIANTS]
+            model = await client.model()
+            assert model.max_batch_rows > 1, model.unbatched_reason
+            fates, wrong, settled = Counter(), 0, None
+            pending = iter(range(REQUESTS))
+
+            async def caller() -> None:
+                nonlocal wrong, settled
+                for number in pending:
+                    fate = chance.choices(list(FATES), list(FATES.values()))[0]
+                    index = chance.randrange(len(VARIANTS))
+                    async with asyncio.timeout(PATIENCE):
+                        data = await fate(client, VARIANTS[index], chance)
+                    fates[fate.__name__] += 1
+                    wrong += data is not None and data != alone[index]
+                    if number == SETTLED:
+                        settled = Footprint.of(server.process.pid)
+
+            async with asyncio.TaskGroup() as callers:
+                for _ in range(CALLERS):
+                    callers.create_task(caller())
+            # Every slot is free again: as many as fit at once start at once.
+            async with asyncio.timeout(PATIENCE):
+                again = await asyncio.gather(*(complete(client, VARIANTS[0], chance) for _ in range(model.max_active)))
+            after = Footprint.of(server.process.pid)
+            print(f"\n{sum(fates.values())} requests: {dict(fates)}; wrong {wrong}; {settled} -> {after}")
+            assert wrong == 0
+            assert set(again) == {alone[0]}
+            assert after.threads <= settled.threads
+            assert after.files <= settled.files + CALLERS
+            assert after.resident_kib <= 1.1 * settled.resident_kib
+        assert server.process.poll() is None

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import transformers
 
-__all__ = ["clip_tokenizer", "lcm", "sd15", "sdxl", "shifted_vae", "vae"]
+__all__ = ["clip_tokenizer", "lcm", "sd15", "sdxl", "shifted_vae", "tiny_vae", "vae"]
 
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -49,6 +49,17 @@ def vae(channels: int = 4, **config: Any) -> diffusers.AutoencoderKL:
         norm_num_groups=4,
         sample_size=64,
         **config,
+    )
+
+
+def tiny_vae(channels: int = 4) -> diffusers.AutoencoderTiny:
+    """A small decoder, as TAESD: it takes latents as the denoiser has them, and enlarges eight times."""
+    return diffusers.AutoencoderTiny(
+        latent_channels=channels,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
     )
 
 

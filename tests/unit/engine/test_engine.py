@@ -10,11 +10,19 @@ import pytest
 import torch
 
 from calotype_server import errors
-from calotype_server.engine import diffusers as engine_module
 from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.diffusers import DiffusersEngine
+from calotype_server.engine.preview import previews as previews_module
 from calotype_server.engine.view import make_scheduler, request_view
-from calotype_server.types import Decoding, Denoising, EncodingPrompt, Pixels, PreviewReady
+from calotype_server.types import (
+    Decoding,
+    Denoising,
+    EncodingPrompt,
+    Pixels,
+    PreviewMethod,
+    PreviewOptions,
+    PreviewReady,
+)
 from support import tiny
 from support.runs import JOB, STEPS, Run
 
@@ -137,8 +145,7 @@ class TestEvents:
     def test_each_step_has_its_picture(self, pipeline, run):
         """With time enough for the preview thread every step comes with a picture, and decoding follows the last."""
         on_evaluation(pipeline, lambda number: run.wait_for_step(number - 1))
-        pipeline.vae.decoder.register_forward_pre_hook(lambda *_: run.wait_for_step(STEPS))
-        run()
+        run(dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.HEAD)))
         previews = [event for event in run.events if isinstance(event, PreviewReady)]
         assert [(event.step, event.total_steps, event.skipped) for event in previews] == [
             (number, STEPS, 0) for number in range(1, STEPS + 1)
@@ -167,20 +174,32 @@ class TestEvents:
         assert run.events[1] == Denoising(0, 2 * STEPS - 1)
         assert run.kinds.count(Decoding) == 1
 
-    def test_without_a_head_there_is_progress(self, pipeline, tmp_path, monkeypatch, logs):
-        """A pipeline that cannot be calibrated draws its picture all the same, and tells each step without one."""
+    @pytest.mark.parametrize("others", [set(), {PreviewMethod.FULL_VAE}])
+    def test_without_a_head_there_is_progress(self, pipeline, tmp_path, monkeypatch, logs, others):
+        """A pipeline that cannot be calibrated draws its picture all the same, and previews by what else there is."""
 
         def fail(*args):
             raise ValueError("no tail to plant in")
 
-        monkeypatch.setattr(engine_module, "calibrate", fail)
-        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
+        monkeypatch.setattr(previews_module, "calibrate", fail)
+        engine = DiffusersEngine(
+            "tiny",
+            pipeline,
+            defaults=Defaults(),
+            cache_dir=tmp_path,
+            threads=1,
+            preview_methods={PreviewMethod.HEAD, *others},
+        )
         assert "error" in [entry["log_level"] for entry in logs]
+        assert set(engine.model.preview_methods) == others
         run = Run(engine)
         assert run() == bare(guidance_scale=5.0)
         engine.close()
-        steps = [Denoising(number, STEPS) for number in range(STEPS + 1)]
-        assert run.events == [EncodingPrompt(), *steps, Decoding()]
+        drawn = {event.method for event in run.events if isinstance(event, PreviewReady)}
+        assert drawn == others
+        if not others:
+            steps = [Denoising(number, STEPS) for number in range(STEPS + 1)]
+            assert run.events == [EncodingPrompt(), *steps, Decoding()]
 
     def test_head_comes_from_the_cache(self, pipeline, heads, engine, monkeypatch):
         """The next start with the same decoder calibrates nothing, and still has pictures."""
@@ -188,7 +207,7 @@ class TestEvents:
         def fail(*args):
             raise AssertionError("calibrated again")
 
-        monkeypatch.setattr(engine_module, "calibrate", fail)
+        monkeypatch.setattr(previews_module, "calibrate", fail)
         second = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
         run = Run(second)
         on_evaluation(pipeline, lambda number: run.wait_for_step(number - 1))

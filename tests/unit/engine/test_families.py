@@ -1,24 +1,47 @@
-"""The engine drives every family from end to end."""
+"""The engine drives every family from end to end, and previews leave no trace in its picture."""
 
 import dataclasses
 import functools
+import inspect
+import threading
 
 import pytest
 
 from calotype_server.engine import diffusers as engine_module
 from calotype_server.engine.capabilities import Defaults, denoiser_name
 from calotype_server.engine.diffusers import DiffusersEngine
-from calotype_server.types import Decoding, Denoising, EncodingPrompt, Job, PreviewReady
+from calotype_server.engine.preview import previews as previews_module
+from calotype_server.types import (
+    Decoding,
+    Denoising,
+    EncodingPrompt,
+    Job,
+    PreviewMethod,
+    PreviewOptions,
+    PreviewReady,
+)
 from support import tiny
 from support.runs import Run
 
-# The others round every size to one of the real model's, which is far too large here.
-DRIVEN = [family for family in tiny.FAMILIES if family not in ("pixart_sigma", "sana", "sana_sprint")]
+DRAWN = (PreviewMethod.HEAD, PreviewMethod.FULL_VAE)
 
 
-@pytest.mark.parametrize("family", DRIVEN)
+def unbinned(pipeline):
+    """The pipeline, unless it rounds sizes to those of the real model, which are far too large here: then not so."""
+    kind = type(pipeline)
+    if "use_resolution_binning" in inspect.signature(kind.__call__).parameters:
+
+        @functools.wraps(kind.__call__)
+        def call(self, **arguments):
+            return kind.__call__(self, **{**arguments, "use_resolution_binning": False})
+
+        pipeline.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    return pipeline
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_engine_drives_the_family(family, tmp_path, monkeypatch):
-    """Any family gives its events, a preview at each step and a picture of the size asked for."""
+    """Any family gives its events, a preview at each step by either method, and the very picture it gives without."""
     described, made = engine_module.describe, engine_module.make_scheduler
     taken = []
 
@@ -38,22 +61,36 @@ def test_engine_drives_the_family(family, tmp_path, monkeypatch):
         return scheduler
 
     monkeypatch.setattr(engine_module, "describe", small)
-    monkeypatch.setattr(engine_module, "calibrate", functools.partial(engine_module.calibrate, budget=0.0))
+    monkeypatch.setattr(previews_module, "calibrate", functools.partial(previews_module.calibrate, budget=0.0))
     monkeypatch.setattr(engine_module, "make_scheduler", counting)
-    pipeline = tiny.prompted(family)
+    pipeline = unbinned(tiny.prompted(family))
     engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
-    run = Run(engine)
+    assert engine.model.preview_methods == DRAWN
+    # Distilled to two.
+    steps = 2 if family == "sana_sprint" else 3
+    guidance, scheduler = engine.model.guidance_scale, engine.model.scheduler
+    pictures = {}
+    for method in (*DRAWN, PreviewMethod.NONE):
+        run = Run(engine)
+        taken.clear()
 
-    def wait_for_pictures(module, inputs):
-        run.wait_for_step(len(taken))
+        def wait_for_pictures(module, inputs, run=run):
+            # The preview thread asks the denoiser as well: once for each size that it decodes in full.
+            if threading.current_thread().name != "calotype-preview":
+                run.wait_for_step(len(taken))
 
-    getattr(pipeline, denoiser_name(pipeline)).register_forward_pre_hook(wait_for_pictures)
-    picture = run(Job("a red apple", None, 64, 32, 3, engine.model.guidance_scale, 1, engine.model.scheduler))
+        hook = getattr(pipeline, denoiser_name(pipeline)).register_forward_pre_hook(wait_for_pictures)
+        options = PreviewOptions(method=method)
+        pictures[method] = run(Job("a red apple", None, 64, 32, steps, guidance, 1, scheduler, options))
+        hook.remove()
+        assert run.events[:2] == [EncodingPrompt(), Denoising(0, steps)]
+        assert run.kinds.count(Decoding) == 1
+        previews = [event for event in run.events if isinstance(event, PreviewReady)]
+        shown = [] if method is PreviewMethod.NONE else list(range(1, steps + 1))
+        assert [(event.step, event.method) for event in previews] == [(step, method) for step in shown]
+        assert all(event.pixels.width == 2 * event.pixels.height for event in previews)
     engine.close()
+    picture = pictures[PreviewMethod.NONE]
     assert (picture.width, picture.height) == (64, 32)
     assert len(set(picture.data)) > 10
-    assert run.events[:2] == [EncodingPrompt(), Denoising(0, 3)]
-    assert run.kinds.count(Decoding) == 1
-    previews = [event for event in run.events if isinstance(event, PreviewReady)]
-    assert {1, 2} <= {event.step for event in previews}
-    assert all(event.pixels.width == 2 * event.pixels.height for event in previews)
+    assert all(each == picture for each in pictures.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from calotype_server.engine.protocol import Stop
 from calotype_server.types import Job
 
 PATIENCE = 20
@@ -28,7 +29,7 @@ class Run:
     def __init__(self, engine):
         self.engine = engine
         self.events = []
-        self.stop = threading.Event()
+        self.stop = Stop()
         self._told = threading.Condition()
 
     def __call__(self, job=JOB):

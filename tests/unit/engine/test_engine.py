@@ -13,6 +13,7 @@ from calotype_server import errors
 from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.diffusers import DiffusersEngine
 from calotype_server.engine.preview import previews as previews_module
+from calotype_server.engine.protocol import Stop
 from calotype_server.engine.view import make_scheduler, request_view
 from calotype_server.types import (
     Decoding,
@@ -360,5 +361,5 @@ class TestFailure:
             raise KeyError("reporter")
 
         with pytest.raises(errors.GenerationFailed):
-            run.engine.run(JOB, report, threading.Event())
+            run.engine.run(JOB, report, Stop())
         self.next_works(run)

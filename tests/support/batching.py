@@ -49,12 +49,12 @@ class Party:
         self.module = Denoiser(self._act)
         self.act = act
         self.records = []
+        self._threads = []
         self._free = threading.Event()
         self._free.set()
         self._held = threading.Event()
         options = {"max_rows": 16, "threads": 1, "on_batch": self.records.append, **options}
         self.batcher = StepBatcher(self.module, **options)
-        self._pool = concurrent.futures.ThreadPoolExecutor(32)
 
     def __enter__(self):
         return self
@@ -62,7 +62,8 @@ class Party:
     def __exit__(self, *_):
         self._free.set()
         self.batcher.close()
-        self._pool.shutdown()
+        for thread in self._threads:
+            thread.join(PATIENCE)
 
     def _act(self, rows):
         if not self._free.is_set():
@@ -71,8 +72,18 @@ class Party:
         self.act(rows)
 
     def start(self, function, *args):
-        """Runs a function in a thread of its own."""
-        return self._pool.submit(function, *args)
+        """Runs a function in a thread of its own, which does not outlive the process where it is stuck."""
+        future = concurrent.futures.Future()
+
+        def run():
+            try:
+                future.set_result(function(*args))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._threads.append(threading.Thread(target=run, daemon=True))
+        self._threads[-1].start()
+        return future
 
     def call(self, value, timestep=0, rows=1, width=4):
         """One request of one step."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +15,7 @@ from calotype_server import errors
 from calotype_server.engine.batching.collate import Call, Collator, Digests
 from calotype_server.engine.batching.proxy import DenoiserProxy
 from calotype_server.engine.batching.rendezvous import Rendezvous, Seat, Ticket
+from calotype_server.engine.batching.run_ahead import RunAhead
 from calotype_server.engine.tap import Stopped
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class StepBatcher:
         self._threads = threads
         self._deterministic = deterministic
         self._on_batch = on_batch
-        self._run_ahead = _RunAhead(_device(module))
+        self._run_ahead = RunAhead(_device(module))
         self._opened = 0
         self._successes = 0
         self._changed = threading.Condition()
@@ -302,34 +302,6 @@ class StepBatcher:
         if self._successes >= _BATCHES_TO_GROW and self.max_rows < self._most_rows:
             self._successes = 0
             self._rendezvous.max_rows += 1
-
-
-class _RunAhead:
-    """Bounds how far launched work runs ahead of a CUDA device: batch k+1 is launched when k-1 is computed.
-
-    Without it cancellations and new requests would queue behind many launched steps, and progress would run ahead of
-    the truth. Written with care, but not measured: there was no GPU to do it on.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_cuda = device.type == "cuda"
-        self._device = device
-        self._launched: deque[torch.cuda.Event] = deque()
-
-    def begin(self) -> None:
-        """Chooses the device for the calling thread; a new one has the first."""
-        if self.on_cuda:
-            torch.cuda.set_device(self._device)
-
-    def follow(self) -> None:
-        """Notes that a batch has been launched, and waits for the one before."""
-        if not self.on_cuda:
-            return
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # sleeps rather than spins, and without the GIL
-        event.record()
-        self._launched.append(event)
-        if len(self._launched) > 1:
-            self._launched.popleft().synchronize()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

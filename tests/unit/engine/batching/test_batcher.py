@@ -223,3 +223,25 @@ def test_proxy_passes_for_the_module(party):
     with proxy.cache_context("cond"):
         proxy._reset_stateful_cache()
     assert torch.equal(proxy.forward(sample(1), torch.tensor(2))[0], answer_to(1, 2))
+
+
+def test_who_has_ended_is_not_expected(party):
+    """The end of a request, however it came, is known to the others."""
+    with party.batcher.stream() as stream:
+        party.step(stream, 1)
+        assert party.batcher._rendezvous._expected
+    assert not party.batcher._rendezvous._expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_launches_do_not_run_ahead():
+    """On CUDA no more than one batch besides the newest is launched and not computed."""
+    module = torch.nn.Linear(4, 4).cuda()
+    batcher = StepBatcher(module, max_rows=4)
+    with batcher.stream() as stream, torch.no_grad():
+        for value in range(5):
+            latents = sample(value).cuda()
+            assert torch.allclose(stream.proxy()(latents), module(latents))
+            assert len(batcher._run_ahead._launched) <= 2
+    batcher.close()

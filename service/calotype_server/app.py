@@ -137,6 +137,7 @@ def _load_engine(settings: Settings, budget: PreviewBudget) -> Engine:
             preview_methods=settings.allowed_methods,
             tiny_vae=tiny_vae,
             max_active=settings.max_active,
+            max_rows=settings.max_batch_rows,
             deterministic=settings.deterministic,
         )
         _check_default_method(settings, engine.model)

@@ -49,6 +49,7 @@ class DiffusersEngine:
         preview_methods: What the operator allows to draw them.
         tiny_vae: An `AutoencoderTiny` that fits the pipeline, or None.
         max_active: Generations at work at once; None to measure what pays.
+        max_rows: Rows of latents that the denoiser computes together at most; None to measure what pays.
         deterministic: Whether a picture must be bitwise the same in any company.
         on_batch: Told of every call of a shared denoiser; it must not block.
     """
@@ -65,6 +66,7 @@ class DiffusersEngine:
         preview_methods: Collection[PreviewMethod] = tuple(PreviewMethod),
         tiny_vae: Any = None,
         max_active: int | None = 1,
+        max_rows: int | None = None,
         deterministic: bool = False,
         on_batch: Callable[[BatchRecord], None] | None = None,
     ) -> None:
@@ -73,7 +75,7 @@ class DiffusersEngine:
         self._threads = threads or pick_threads(pipeline, model)
         _log.info("model loaded", model=name, device=model.device, threads=self._threads)
         torch.set_num_threads(self._threads)
-        plan = make_plan(pipeline, model, max_active=max_active, deterministic=deterministic)
+        plan = make_plan(pipeline, model, max_active=max_active, max_rows=max_rows, deterministic=deterministic)
         _log.info("concurrency", max_active=plan.max_active, max_rows=plan.max_rows, unbatched=plan.reason or None)
         self._batcher: StepBatcher | None = None
         shared = shared_components(pipeline)

@@ -34,7 +34,7 @@ def open_engine(tmp_path):
     opened = []
 
     def open_one(pipeline=None, **options):
-        options = {"max_active": len(JOBS), **options}
+        options = {"max_active": len(JOBS), "max_rows": 8, **options}
         batches = []
         engine = DiffusersEngine(
             "tiny",

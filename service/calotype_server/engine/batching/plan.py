@@ -38,7 +38,9 @@ class Plan:
     reason: str
 
 
-def make_plan(pipeline: Any, model: ModelInfo, *, max_active: int | None, deterministic: bool) -> Plan:
+def make_plan(
+    pipeline: Any, model: ModelInfo, *, max_active: int | None, max_rows: int | None = None, deterministic: bool = False
+) -> Plan:
     """Measures the denoiser, unless only one generation at a time is wanted.
 
     Args:
@@ -46,6 +48,7 @@ def make_plan(pipeline: Any, model: ModelInfo, *, max_active: int | None, determ
         model: Its description.
         max_active: What the operator wants; None for what pays: twice as many as the denoiser computes together, so
             that some can decode their text or their picture meanwhile.
+        max_rows: Rows to compute together at most; None for what pays.
         deterministic: Whether a picture must be bitwise the same in any company.
     """
     if max_active == 1:
@@ -57,7 +60,7 @@ def make_plan(pipeline: Any, model: ModelInfo, *, max_active: int | None, determ
     try:
         calls = sample_calls(pipeline, model)
         rows = Collator(module).bind(*calls[0], {}).rows
-        max_rows = knee(module, calls[0])
+        max_rows = max_rows or knee(module, calls[0])
         reason = verify(module, calls, deterministic_rows=max_rows if deterministic else 0)
     except Exception:
         _log.exception("the denoiser cannot be measured")

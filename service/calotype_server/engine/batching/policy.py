@@ -24,7 +24,7 @@ _TF32_TOLERANCE = 2e-3
 """For float32 on CUDA, where convolutions round to ten bits unless told otherwise."""
 _REQUESTS = (1, 2, 4, 8, 16)
 _LEAST_GAIN = 1.1
-_REPEATS = 3
+_REPEATS = 5
 _LONG_CALL_SECONDS = 0.5
 
 
@@ -91,8 +91,9 @@ def knee(
 ) -> int:
     """Returns the most rows at once that pay, by timing a call joined with itself.
 
-    Stops where a further doubling does not raise the throughput by a tenth, or memory runs out: beyond, everybody
-    would only wait for everybody.
+    That is the fewest requests whose throughput comes within a tenth of the best: beyond, everybody would only wait for
+    everybody. Doublings are tried until one is slower than the one before by a tenth, takes long without a gain, or
+    memory runs out.
 
     Args:
         module: The denoiser.
@@ -101,18 +102,21 @@ def knee(
     """
     collator = Collator(module)
     bound = collator.bind(*call, {})
-    best, throughput = requests[0], 0.0
+    reached: dict[int, float] = {}
     for count in requests:
         try:
-            reached = count / _seconds(module, *collator.join([bound] * count, bound.rows * count))
+            seconds = _seconds(module, *collator.join([bound] * count, bound.rows * count))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError):
             if count == requests[0]:
                 raise
             break
-        if reached < throughput * _LEAST_GAIN:
+        best = max(reached.values(), default=0.0)
+        reached[count] = count / seconds
+        gain = reached[count] / best if best else math.inf
+        if gain * _LEAST_GAIN < 1 or (gain < _LEAST_GAIN and seconds > _LONG_CALL_SECONDS):
             break
-        best, throughput = count, reached
-    return best * bound.rows
+    enough = max(reached.values()) / _LEAST_GAIN
+    return next(count for count, throughput in reached.items() if throughput >= enough) * bound.rows
 
 
 def _answers(collator: Collator, module: Any, calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:

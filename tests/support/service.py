@@ -38,13 +38,15 @@ class Service:
 
 
 @contextlib.asynccontextmanager
-async def running(engine: Engine, *, max_queue: int = 4, opened: bool = True) -> AsyncIterator[Service]:
+async def running(
+    engine: Engine, *, max_queue: int = 4, opened: bool = True, limits: Limits = LIMITS
+) -> AsyncIterator[Service]:
     """Serves `engine` while the block runs."""
     pace, dead = Pace(), []
     admission = Admission(pace, max_active=1, max_queue=max_queue)
     encoder = Encoder()
     generations = Generations(engine, admission, pace, encoder, max_active=1, on_dead=lambda: dead.append(True))
-    servicer = GenerationServicer(LIMITS)
+    servicer = GenerationServicer(limits)
     if opened:
         servicer.open(generations)
     server = NativeServer(servicer)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
-
-from google.protobuf.duration_pb2 import Duration
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import InvalidRequest, MethodUnavailable

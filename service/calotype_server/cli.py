@@ -72,7 +72,7 @@ def _with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
             for problem in error.errors():
                 # A problem of two settings together has no place of its own, and its text names them.
                 flag = f"--{problem['loc'][0]}: ".replace("_", "-") if problem["loc"] else ""
-                typer.secho(f"calotype: {flag}{problem['msg']}", fg="red", err=True)
+                typer.secho(f"calotype: {flag}{problem['msg'].removeprefix('Value error, ')}", fg="red", err=True)
             raise typer.Exit(2) from None
         command(settings)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -13,6 +15,7 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import AddressInUse
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
+from calotype_server.types import PreviewMethod, PreviewOptions
 from support.fake_engine import MODEL, FakeEngine
 from support.service import LIMITS, read_until, running
 
@@ -63,6 +66,29 @@ async def test_the_model_is_described_with_the_operators_limits() -> None:
     assert (model.max_pixels, model.max_step_count) == (LIMITS.max_pixels, LIMITS.max_step_count)
     assert list(model.schedulers) == list(MODEL.schedulers)
     assert model.guidance_scale == 3.0
+
+
+async def test_the_model_tells_how_previews_may_be_ordered() -> None:
+    """Defaults with every field set, ceilings, and the methods that are both there and allowed."""
+    limits = replace(
+        LIMITS,
+        max_preview_edge=300,
+        max_preview_quality=80,
+        preview=PreviewOptions(2, 0.25, 200, 70, PreviewMethod.HEAD),
+        preview_methods=frozenset({PreviewMethod.HEAD, PreviewMethod.TINY_VAE}),
+    )
+    async with running(FakeEngine(), limits=limits) as service:
+        model = await service.stub.GetModel(pb.GetModelRequest())
+    assert MODEL.preview_methods == (PreviewMethod.HEAD, PreviewMethod.FULL_VAE)
+    assert list(model.preview_methods) == [pb.PREVIEW_METHOD_HEAD]
+    assert (model.max_preview_edge_px, model.max_preview_quality) == (300, 80)
+    assert model.preview == pb.PreviewOptions(
+        every_steps=2,
+        min_interval=Duration(nanos=250_000_000),
+        max_edge_px=200,
+        quality=70,
+        method=pb.PREVIEW_METHOD_HEAD,
+    )
 
 
 async def test_two_servers_cannot_share_a_port() -> None:

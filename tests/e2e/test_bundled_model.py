@@ -52,12 +52,13 @@ def test_what_the_readmes_link_to_is_there() -> None:
 
 
 def test_the_readmes_other_blocks_work(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
-    """Errors look as the README shows them, and the fake server serves."""
-    assert len(BLOCKS) == 3
+    """Errors look as the README shows them, previews and files are ordered so, and the fake server serves."""
+    assert len(BLOCKS) == 4
     with calotype.Client(server.address) as client:
-        exec(compile(BLOCKS[1], "README.md", "exec"), {"calotype": calotype, "client": client})
+        for block in BLOCKS[1:3]:
+            exec(compile(block, "README.md", "exec"), {"calotype": calotype, "client": client})
     assert "Violation(" in capsys.readouterr().out
-    exec(compile(BLOCKS[2], "README.md", "exec"), {})
+    exec(compile(BLOCKS[3], "README.md", "exec"), {})
 
 
 def test_a_generated_stub_alone_is_enough(server: ServerProcess) -> None:

@@ -15,6 +15,10 @@ __all__ = ["StubChecker", "guarded"]
 class StubChecker(torch.nn.Module):
     """Answers with one verdict after another: True objects, an exception is raised."""
 
+    # As diffusers' and transformers' models have them.
+    device = torch.device("cpu")
+    dtype = torch.float32
+
     def __init__(self, *verdicts: Any) -> None:
         super().__init__()
         self.verdicts = list(verdicts)

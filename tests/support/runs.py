@@ -44,6 +44,17 @@ class Run:
         with self._told:
             assert self._told.wait_for(lambda: any(getattr(e, "step", -1) >= number for e in self.events), PATIENCE)
 
+    def wait_before_each_evaluation(self, denoiser):
+        """Gives the preview thread time to draw every step: the denoiser waits until the one before was told."""
+        numbers = iter(range(1_000_000))
+
+        def wait(module, inputs):
+            # The preview thread asks the denoiser as well: once for each size that it decodes in full.
+            if threading.current_thread().name != "calotype-preview":
+                self.wait_for_step(next(numbers))
+
+        return denoiser.register_forward_pre_hook(wait)
+
     @property
     def kinds(self):
         return [type(event) for event in self.events]

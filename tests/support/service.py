@@ -39,7 +39,7 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def running(
-    engine: Engine, *, max_queue: int = 4, max_active: int = 1, opened: bool = True
+    engine: Engine, *, max_queue: int = 4, max_active: int = 1, opened: bool = True, limits: Limits = LIMITS
 ) -> AsyncIterator[Service]:
     """Serves `engine` while the block runs."""
     pace, dead = Pace(), []
@@ -48,7 +48,7 @@ async def running(
     generations = Generations(
         engine, admission, pace, encoder, max_active=max_active, on_dead=lambda: dead.append(True)
     )
-    servicer = GenerationServicer(LIMITS)
+    servicer = GenerationServicer(limits)
     if opened:
         servicer.open(generations)
     server = NativeServer(servicer)

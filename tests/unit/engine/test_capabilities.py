@@ -208,13 +208,28 @@ class TestDefaults:
         (tmp_path / "calotype.json").write_text(json.dumps(content))
         assert read_defaults(tmp_path) == expected
 
+    def test_tiny_vae_is_a_path_from_the_file(self, tmp_path):
+        """A model folder may bring a small decoder for previews along."""
+        (tmp_path / "calotype.json").write_text(json.dumps({"tiny_vae": "small"}))
+        assert read_defaults(tmp_path) == Defaults(tiny_vae=str(tmp_path / "small"))
+        assert Defaults(tiny_vae="mine").or_else(Defaults(tiny_vae="its")).tiny_vae == "mine"
+        assert Defaults().or_else(Defaults(tiny_vae="its")).tiny_vae == "its"
+
     def test_no_file_is_no_defaults(self, tmp_path):
         """Most models have no such file."""
         assert read_defaults(tmp_path) == Defaults()
         assert read_defaults(tmp_path / "not" / "there") == Defaults()
 
     @pytest.mark.parametrize(
-        "content", ["{not json", "[]", '{"step_count": "many"}', '{"step_count": 0}', '{"guidance_scale": NaN}']
+        "content",
+        [
+            "{not json",
+            "[]",
+            '{"step_count": "many"}',
+            '{"step_count": 0}',
+            '{"guidance_scale": NaN}',
+            '{"tiny_vae": 1}',
+        ],
     )
     def test_damaged_file_is_told(self, tmp_path, content):
         """A file that makes no sense is told to the operator by its name, rather than by a stack trace."""

@@ -29,7 +29,7 @@ def predictions(pipeline, job):
     found = []
     StepTap(
         scheduler,
-        on_start=lambda total: None,
+        on_start=[].append,
         on_step=lambda step: found.append(step.x0()),
         should_stop=lambda: False,
     )
@@ -62,7 +62,8 @@ def as_bytes(picture):
     )
 
 
-def job_of(family, pipeline, method):
+def job_of(pipeline, method):
+    """A job whose previews are all by one method."""
     return dataclasses.replace(
         JOB,
         width=64,
@@ -80,7 +81,7 @@ def test_the_full_vae_shows_what_the_pipeline_would_decode(family, tmp_path):
     engine = DiffusersEngine(
         "tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1, preview_methods={PreviewMethod.FULL_VAE}
     )
-    job = job_of(family, pipeline, PreviewMethod.FULL_VAE)
+    job = job_of(pipeline, PreviewMethod.FULL_VAE)
     config = pipeline.vae.config
     truth = predictions(pipeline, job)
     for step, pixels in drawn(engine, job).items():
@@ -104,7 +105,7 @@ def test_a_tiny_vae_draws_in_place_of_the_full_one(family, tmp_path):
         tiny_vae=vae,
     )
     assert engine.model.preview_methods == (PreviewMethod.TINY_VAE,)
-    job = job_of(family, pipeline, PreviewMethod.TINY_VAE)
+    job = job_of(pipeline, PreviewMethod.TINY_VAE)
     truth = predictions(pipeline, job)
     for step, pixels in drawn(engine, job).items():
         assert pixels.data == as_bytes(vae.decode(truth[step - 1]).sample[0])

@@ -159,6 +159,30 @@ def test_x0_is_the_truth(scheduler, kind):
 
 
 @pytest.mark.parametrize(("scheduler", "kind"), list(schedulers()))
+def test_asking_for_x0_changes_no_bit(scheduler, kind):
+    """A walk whose every step is asked for its x0 ends where one ends that nobody looks at."""
+    ends = []
+    for watched in (False, True):
+        mine, random, seen = copy.deepcopy(scheduler), torch.Generator().manual_seed(0), []
+        if watched:
+            StepTap(
+                mine,
+                on_start=seen.append,
+                on_step=lambda step, seen=seen: seen.append(step.x0()),
+                should_stop=lambda: False,
+            )
+        mine.set_timesteps(_STEPS)
+        sample = torch.randn(_SHAPE, generator=random) * getattr(mine, "init_noise_sigma", 1.0)
+        random_too = {"generator": random} if "generator" in inspect.signature(mine.step).parameters else {}
+        for timestep in mine.timesteps:
+            scaled = mine.scale_model_input(sample, timestep) if hasattr(mine, "scale_model_input") else sample
+            sample = mine.step(torch.sin(scaled), timestep, sample, **random_too).prev_sample
+        ends.append(sample)
+    assert len(seen) == 1 + len(mine.timesteps)
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize(("scheduler", "kind"), list(schedulers()))
 def test_x0_agrees_with_the_scheduler(scheduler, kind):
     """Where a scheduler reports an x0 of its own, it is the predicted one."""
     compared = 0

@@ -127,6 +127,17 @@ class TestPicture:
         assert run(job) == bare(job, guidance_scale=5.0)
         assert run() == bare(guidance_scale=5.0)
 
+    def test_previews_change_no_bit_with_any_scheduler(self, engine, run):
+        """Every scheduler that is offered gives the picture of the bare pipeline, with cheap previews and full ones."""
+        assert len(engine.model.schedulers) >= 12
+        for name in engine.model.schedulers:
+            if name in ("LMSDiscreteScheduler", "DPMSolverSDEScheduler"):
+                continue  # They need packages that may not be there.
+            expected = bare(dataclasses.replace(JOB, scheduler=name), guidance_scale=5.0)
+            for method in (PreviewMethod.HEAD, PreviewMethod.FULL_VAE):
+                options = PreviewOptions(method=method)
+                assert run(dataclasses.replace(JOB, scheduler=name, preview=options)) == expected, (name, method)
+
     def test_model_is_described(self, engine):
         """The engine says what it has loaded."""
         assert (engine.model.name, engine.model.pipeline) == ("tiny", "StableDiffusionPipeline")

@@ -1,5 +1,6 @@
 """From a model's name to its pipeline, or to one sentence that says what to do."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -13,12 +14,17 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from calotype_server import app
+from calotype_server.budget import PreviewBudget
 from calotype_server.engine import loading
 from calotype_server.engine.capabilities import Defaults, describe, read_defaults
-from calotype_server.engine.loading import load_pipeline, pick_device, pick_dtype
+from calotype_server.engine.loading import load_pipeline, load_tiny_vae, pick_device, pick_dtype
 from calotype_server.errors import ModelUnavailable
+from calotype_server.settings import Settings
+from calotype_server.types import PreviewMethod
 from support import tiny
 from support.tiny_inputs import arguments
+from support.tiny_unets import tiny_vae
 
 CPU = torch.device("cpu")
 
@@ -280,6 +286,91 @@ class TestBundled:
         """Without the package the operator is told how to get it."""
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
         assert "pip install calotype-bundled-model" in refusal("bundled")
+
+
+class TestTinyVae:
+    """A small decoder for previews, beside the model's own."""
+
+    @pytest.fixture
+    def tiny_folder(self, tmp_path):
+        """A folder with an `AutoencoderTiny` of four latent channels."""
+        tiny_vae().save_pretrained(tmp_path / "tiny-vae")
+        return tmp_path / "tiny-vae"
+
+    @staticmethod
+    def refused(name, like):
+        with pytest.raises(ModelUnavailable) as caught:
+            load_tiny_vae(str(name), like)
+        text = str(caught.value)
+        assert "\n" not in text
+        assert str(name) in text
+        return text
+
+    def test_folder_loads(self, tiny_folder, sd15):
+        """It comes ready to draw, where and in the number format of the VAE that it stands in for."""
+        vae = load_tiny_vae(str(tiny_folder), sd15.vae)
+        assert type(vae) is diffusers.AutoencoderTiny
+        assert not vae.training
+        half = copy.deepcopy(sd15.vae).to(torch.bfloat16)
+        assert load_tiny_vae(str(tiny_folder), half).dtype is torch.bfloat16
+
+    def test_relative_path(self, tiny_folder, sd15, monkeypatch):
+        """A path need not be absolute."""
+        monkeypatch.chdir(tiny_folder.parent)
+        assert load_tiny_vae(f"./{tiny_folder.name}", sd15.vae)
+        assert load_tiny_vae(tiny_folder.name, sd15.vae)
+
+    @pytest.mark.parametrize("family", ["z_image", "qwen_image"])
+    def test_wrong_number_of_channels(self, tmp_path, family):
+        """A decoder of other latents is refused with both numbers, whatever the model's VAE calls its own."""
+        tiny_vae(channels=3).save_pretrained(tmp_path)
+        text = self.refused(tmp_path, tiny.shared(family).vae)
+        assert "has 3 latent channels" in text
+        assert f"the model has {16 if family == 'z_image' else 4}." in text
+
+    def test_missing_folder(self, tmp_path, sd15):
+        """A folder that is not there is named."""
+        assert "AutoencoderTiny" in self.refused(tmp_path / "nothing", sd15.vae)
+
+    def test_something_else(self, sd15_folder, sd15):
+        """A full VAE, or a pipeline, is no tiny one."""
+        assert "AutoencoderTiny" in self.refused(sd15_folder, sd15.vae)
+
+    def test_hub_without_network(self, offline, sd15):
+        """An id that is not in the local cache is named, in one line."""
+        assert "org/no-such-vae" in self.refused("org/no-such-vae", sd15.vae)
+
+    def test_pickled_weights_are_refused(self, tiny_folder, tmp_path, sd15):
+        """Only safetensors are read."""
+        (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+        (tmp_path / "diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"weight": 0}))
+        self.refused(tmp_path, sd15.vae)
+
+
+class TestServing:
+    """What the composition root makes of the settings."""
+
+    @staticmethod
+    def engine(folder, tmp_path, **settings):
+        """The engine that `calotype serve` would run."""
+        chosen = Settings(model=str(folder), device="cpu", threads=1, cache_dir=tmp_path, **settings)
+        engine = app._load_engine(chosen, PreviewBudget(chosen.preview_budget))
+        engine.close()
+        return engine.model.preview_methods
+
+    def test_tiny_vae_by_flag_and_by_file(self, folder, tmp_path):
+        """A flag names it, or the model's own `calotype.json`, by a path from there; without either there is none."""
+        tiny_vae().save_pretrained(folder / "previews")
+        assert PreviewMethod.TINY_VAE not in self.engine(folder, tmp_path)
+        assert PreviewMethod.TINY_VAE in self.engine(folder, tmp_path, tiny_vae=str(folder / "previews"))
+        (folder / "calotype.json").write_text(json.dumps({"tiny_vae": "previews"}))
+        assert PreviewMethod.TINY_VAE in self.engine(folder, tmp_path, preview_method="tiny_vae")
+        assert self.engine(folder, tmp_path, preview_methods="head") == (PreviewMethod.HEAD,)
+
+    def test_a_default_method_that_is_not_there_is_refused(self, sd15_folder, tmp_path):
+        """Rather than each request later: the sentence names the flag and the methods that there are."""
+        with pytest.raises(ModelUnavailable, match=r"--preview-method is tiny_vae.*--tiny-vae.*auto, head, full_vae"):
+            self.engine(sd15_folder, tmp_path, preview_method="tiny_vae")
 
 
 class TestOtherPipelines:

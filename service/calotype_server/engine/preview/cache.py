@@ -12,6 +12,7 @@ import structlog
 import torch
 from safetensors.torch import load_file, save
 
+from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.preview.head import HeadStatistics, PreviewHead
 
 if TYPE_CHECKING:
@@ -29,13 +30,14 @@ _SAMPLED = 64
 
 
 def cache_path(folder: Path, pipeline: Any) -> Path:
-    """Returns the file for a pipeline's decoder: the key covers its class, config and weights."""
+    """Returns the file for a pipeline's decoder: the key covers its class, config and weights, and the native size."""
     vae = pipeline.vae
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     key = hashlib.sha256()
-    key.update(
-        json.dumps([_FORMAT, type(pipeline).__name__, type(vae).__name__, config], sort_keys=True, default=str).encode()
-    )
+    size = getattr(pipeline, denoiser_name(pipeline)).config.get("sample_size")
+    # Its class as it says itself: what is shared among requests stands in for another.
+    facts = [_FORMAT, type(pipeline).__name__, size, vae.__class__.__name__, config]
+    key.update(json.dumps(facts, sort_keys=True, default=str).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         flat = tensor.detach().flatten()
         ends = torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]]).double().cpu()

@@ -64,11 +64,11 @@ class Tail:
             width: Of the pictures, in pixels.
             height: Of the pictures, in pixels.
         """
-        pictures = self._call(lambda sample: latents.to(sample), width, height)
+        pictures = self._call(latents.to, width, height)
         if len(pictures) == len(latents):
             return pictures
         # FLUX.2 unpacks by positions, and those of one picture were asked for.
-        return torch.cat([self.decode(one, width, height) for one in torch.split(latents, 1)])
+        return torch.cat([self._call(one.to, width, height) for one in torch.split(latents, 1)])
 
     def _call(self, plant: Callable[[torch.Tensor], torch.Tensor], width: int, height: int) -> torch.Tensor:
         scheduler = make_scheduler(self._pipeline, type(self._pipeline.scheduler).__name__)

@@ -1,0 +1,215 @@
+"""Previews and final images to order, over a real socket."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
+from grpc_status import rpc_status
+from PIL import Image
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server.engine.capabilities import Defaults
+from calotype_server.engine.diffusers import DiffusersEngine
+from calotype_server.types import Limits, Pixels, PreviewMethod
+from support import tiny
+from support.checker import guarded
+from support.fake_engine import FakeEngine
+from support.service import LIMITS, running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from support.service import Service
+
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache in which the tiny SD1.5 is calibrated once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+async def tiny_service(heads: Path) -> AsyncIterator[Service]:
+    """A server around a real engine with tiny weights."""
+    engine = DiffusersEngine("tiny", tiny.build("sd15"), defaults=Defaults(), cache_dir=heads, threads=1)
+    async with running(engine) as service:
+        yield service
+
+
+def request(output: pb.OutputOptions | None = None, **preview: object) -> pb.GenerateRequest:
+    """A small picture with these preview options."""
+    return pb.GenerateRequest(
+        prompt="a red äpple", seed=7, step_count=STEPS, preview=pb.PreviewOptions(**preview), output=output
+    )
+
+
+async def messages(service: Service, wanted: pb.GenerateRequest) -> list[pb.Progress]:
+    """The whole stream."""
+    return [message async for message in service.stub.Generate(wanted)]
+
+
+def previews(stream: list[pb.Progress]) -> list[pb.Progress]:
+    """The messages with a preview."""
+    return [message for message in stream if message.image_kind == pb.IMAGE_KIND_PREDICTED]
+
+
+@pytest.mark.parametrize("method", [pb.PREVIEW_METHOD_HEAD, pb.PREVIEW_METHOD_FULL_VAE])
+async def test_all_preview_options_hold_together(tiny_service: Service, method: pb.PreviewMethod.ValueType) -> None:
+    """Every fourth step and the last at most, at 40 pixels, by the method that was asked for; what is lost is told."""
+    stream = await messages(tiny_service, request(every_steps=4, max_edge_px=40, quality=30, method=method))
+    shown = previews(stream)
+    steps = [message.image_step for message in shown]
+    assert set(steps) <= {4, 8, 9}
+    assert steps == sorted(steps)
+    assert len(shown) + stream[-1].previews_dropped == 3
+    for message in shown:
+        assert message.preview_method == method
+        assert (message.image_format, message.width_px, message.height_px) == (pb.IMAGE_FORMAT_JPEG, 40, 40)
+        assert Image.open(io.BytesIO(message.image)).size == (40, 40)
+    assert stream[-1].phase == pb.PHASE_SUCCEEDED
+    assert stream[-1].preview_method == pb.PREVIEW_METHOD_UNSPECIFIED
+
+
+async def test_a_long_interval_leaves_the_first_and_the_last(tiny_service: Service) -> None:
+    """A minute between previews of a picture that takes a second."""
+    stream = await messages(tiny_service, request(min_interval=Duration(seconds=60), method=pb.PREVIEW_METHOD_HEAD))
+    assert {message.image_step for message in previews(stream)} <= {1, STEPS}
+    assert len(previews(stream)) + stream[-1].previews_dropped == 2
+
+
+async def test_none_streams_progress_without_pictures(tiny_service: Service) -> None:
+    """The end has the picture all the same, and nothing counts as dropped."""
+    stream = await messages(tiny_service, request(method=pb.PREVIEW_METHOD_NONE))
+    assert previews(stream) == []
+    assert (stream[-1].phase, stream[-1].previews_dropped) == (pb.PHASE_SUCCEEDED, 0)
+    assert stream[-1].image
+
+
+async def test_previews_change_nothing_of_the_final_image(tiny_service: Service) -> None:
+    """The files are equal byte for byte, whatever was shown on the way."""
+    methods = (pb.PREVIEW_METHOD_NONE, pb.PREVIEW_METHOD_HEAD, pb.PREVIEW_METHOD_FULL_VAE, pb.PREVIEW_METHOD_AUTO)
+    finals = {(await messages(tiny_service, request(method=method)))[-1].image for method in methods}
+    assert len(finals) == 1
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [(pb.IMAGE_FORMAT_JPEG, "JPEG"), (pb.IMAGE_FORMAT_PNG, "PNG"), (pb.IMAGE_FORMAT_WEBP, "WEBP")],
+)
+async def test_the_final_image_is_as_ordered(
+    tiny_service: Service,
+    format: pb.ImageFormat.ValueType,  # noqa: A002
+    name: str,
+) -> None:
+    """Format and metadata as asked for: with it the file tells how it was made, without it there is nothing."""
+    found = []
+    for metadata in (True, False):
+        options = pb.OutputOptions(format=format, metadata=metadata)
+        last = (await messages(tiny_service, request(options, method=pb.PREVIEW_METHOD_NONE)))[-1]
+        image = Image.open(io.BytesIO(last.image))
+        image.load()
+        assert (last.image_format, image.format) == (format, name)
+        if name == "PNG":
+            found.append(image.text.get("parameters", ""))
+        else:
+            found.append(image.getexif().get_ifd(0x8769).get(0x9286, b"")[8:].decode("utf-16-be"))
+    assert found[0].startswith("a red äpple\n")
+    assert re.search(r"Steps: 9, Sampler: DDIMScheduler, .*Seed: 7, Size: 64x64, Model: tiny, Version: ", found[0])
+    assert found[1] == ""
+
+
+async def test_options_out_of_range_come_in_one_answer(tiny_service: Service) -> None:
+    """Both groups of options are checked before anything is refused."""
+    wanted = request(pb.OutputOptions(format=pb.IMAGE_FORMAT_JPEG, quality=99), every_steps=0, quality=96)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await messages(tiny_service, wanted)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    (packed,) = (each for each in rpc_status.from_call(caught.value).details if each.Is(BadRequest.DESCRIPTOR))
+    fields = [violation.field for violation in BadRequest.FromString(packed.value).field_violations]
+    assert fields == ["preview.every_steps", "preview.quality", "output.quality"]
+
+
+@pytest.mark.parametrize(
+    ("method", "allowed", "words"),
+    [
+        (pb.PREVIEW_METHOD_TINY_VAE, LIMITS.preview_methods, "calotype serve --tiny-vae"),
+        (pb.PREVIEW_METHOD_FULL_VAE, frozenset({PreviewMethod.HEAD}), "does not allow"),
+    ],
+)
+async def test_a_method_that_is_not_to_be_had(
+    method: pb.PreviewMethod.ValueType, allowed: frozenset[PreviewMethod], words: str
+) -> None:
+    """FAILED_PRECONDITION with a reason for programs, and a sentence for people; nothing was started."""
+    limits = Limits(LIMITS.max_pixels, LIMITS.max_step_count, LIMITS.max_prompt_chars, preview_methods=allowed)
+    engine = FakeEngine()
+    async with running(engine, limits=limits) as service:
+        with pytest.raises(grpc.aio.AioRpcError, match=words) as caught:
+            await messages(service, request(method=method))
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    (packed,) = rpc_status.from_call(caught.value).details
+    info = ErrorInfo.FromString(packed.value)
+    assert (info.reason, info.domain) == ("PREVIEW_METHOD_UNAVAILABLE", "calotype")
+    assert dict(info.metadata) == {"method": pb.PreviewMethod.Name(method).removeprefix("PREVIEW_METHOD_")}
+    assert engine.jobs == []
+
+
+class NoiseEngine(FakeEngine):
+    """Ends with a picture that no format makes small."""
+
+    pixels = b""
+
+    def run(self, job, report, stop):
+        """See `engine.protocol`."""
+        super().run(job, report, stop)
+        self.pixels = random.Random(0).randbytes(job.pixel_count * 3)
+        return Pixels(job.width, job.height, self.pixels)
+
+
+async def test_a_large_final_image_arrives_in_chunks() -> None:
+    """More than 3 MiB pass a client with gRPC's default limit, and join to the very file."""
+    limits = Limits(max_pixels=2048 * 2048, max_step_count=50, max_prompt_chars=200)
+    engine = NoiseEngine()
+    async with running(engine, limits=limits) as service:
+        wanted = pb.GenerateRequest(prompt="noise", seed=1, width_px=1536, height_px=1024)
+        stream = await messages(service, wanted)
+    chunks = [message for message in stream if message.image_kind == pb.IMAGE_KIND_FINAL]
+    assert [(each.chunk_index, each.chunk_count) for each in chunks] == [(0, 2), (1, 2)]
+    assert stream[-2:] == chunks
+    assert len({each.sequence for each in chunks}) == 1
+    image = Image.open(io.BytesIO(b"".join(each.image for each in chunks)))
+    assert image.tobytes() == engine.pixels
+
+
+@pytest.mark.parametrize(("verdicts", "withheld"), [((False, False), False), ((False, True), True)])
+async def test_withdrawn_previews_are_told(heads: Path, verdicts: tuple[bool, bool], withheld: bool) -> None:
+    """A final objection is on the wire: a flag that stays, then the typed end; the status repeats it."""
+    engine = DiffusersEngine("tiny", guarded(*verdicts), defaults=Defaults(), cache_dir=heads, threads=1)
+    stream: list[pb.Progress] = []
+    async with running(engine) as service:
+        call = service.stub.Generate(request(method=pb.PREVIEW_METHOD_HEAD))
+        try:
+            async for message in call:
+                stream.append(message)
+        except grpc.aio.AioRpcError as error:
+            assert withheld
+            assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+        else:
+            assert not withheld
+    assert stream[-1].previews_withdrawn == withheld
+    assert stream[-1].phase == (pb.PHASE_FAILED if withheld else pb.PHASE_SUCCEEDED)
+    assert stream[-1].error.reason == ("CONTENT_WITHHELD" if withheld else "")
+    flags = [message.previews_withdrawn for message in stream]
+    assert flags == sorted(flags)
+    assert not any(message.image for message in stream if message.previews_withdrawn)
+    edges = [message.width_px for message in previews(stream) if 2 * message.image_step < STEPS]
+    assert all(edge == 24 for edge in edges)

@@ -20,6 +20,7 @@ from calotype_server.types import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from calotype_server.engine.protocol import Stop
     from calotype_server.types import Job
 
 MODEL = ModelInfo(
@@ -79,11 +80,13 @@ class FakeEngine:
         assert self._permits is not None
         self._permits.release(steps)
 
-    def run(self, job: Job, report: Callable[[Event], None], stop: threading.Event) -> Pixels:
+    def run(self, job: Job, report: Callable[[Event], None], stop: Stop) -> Pixels:
         """See `engine.protocol`."""
+        stopped = threading.Event()
+        stop.call(stopped.set)
         with self._lock:
             self.jobs.append(job)
-            self.stops.append(stop)
+            self.stops.append(stopped)
             self.active += 1
             self.most_active = max(self.most_active, self.active)
         try:
@@ -92,7 +95,7 @@ class FakeEngine:
             with self._lock:
                 self.active -= 1
 
-    def _run(self, job: Job, report: Callable[[Event], None], stop: threading.Event) -> Pixels:
+    def _run(self, job: Job, report: Callable[[Event], None], stop: Stop) -> Pixels:
         report(EncodingPrompt())
         report(Denoising(0, job.step_count))
         for step in range(1, job.step_count + 1):

@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from calotype import Client, InvalidRequest, Output, PreviewMethod, Previews
+from calotype import Client, InvalidRequest, Output, PreviewMethod, Previews, Priority
 from calotype._convert import wire_names
 from calotype._options import FormatName, MethodName
 from calotype._request import build_request, resolve_timeout
@@ -163,3 +163,12 @@ def test_timeout_must_be_positive(timeout):
     """A timeout that cannot be meant is refused."""
     with pytest.raises(InvalidRequest, match="timeout must be a positive number"):
         resolve_timeout(timeout, None)
+
+
+def test_priority_is_sent_by_name_and_a_wrong_one_is_refused():
+    """The two names and the enum work; anything else is named before anything is sent."""
+    assert build_request("fox", priority="batch").priority == v1.PRIORITY_BATCH
+    assert build_request("fox", priority=Priority.INTERACTIVE).priority == v1.PRIORITY_INTERACTIVE
+    assert build_request("fox").priority == v1.PRIORITY_UNSPECIFIED
+    with pytest.raises(InvalidRequest, match="interactive, batch"):
+        build_request("fox", priority="urgent")

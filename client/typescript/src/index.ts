@@ -4,7 +4,7 @@ export { type Client, type ClientOptions, createClient } from "./client.js";
 export { CalotypeError, type StatusCode, type Violation } from "./errors.js";
 export type { Generation } from "./generation.js";
 export { Pacer } from "./pacer.js";
-export { fraction, frameAt, initialState, reduce, stages, type ViewEvent, type ViewState } from "./reducer.js";
+export { fraction, frameAt, initialState, isOver, reduce, stages, type ViewEvent, type ViewState } from "./reducer.js";
 export {
   type CallOptions,
   type GenerateOptions,

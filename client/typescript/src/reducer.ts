@@ -82,7 +82,8 @@ export function fraction(state: ViewState): number {
   return state.totalSteps > 0 ? Math.min(state.step / (state.totalSteps + 1), 1) : 0;
 }
 
-function isOver({ status }: ViewState): boolean {
+/** Whether nothing more will come. */
+export function isOver({ status }: ViewState): boolean {
   return status === "succeeded" || status === "failed" || status === "cancelled";
 }
 

@@ -9,12 +9,12 @@ from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
-from starlette.staticfiles import StaticFiles
 
 from calotype_server.transport.grpcweb import GrpcWeb
 from calotype_server.transport.guard import Guard
 from calotype_server.transport.interceptors import INTERCEPTORS
 from calotype_server.transport.listener import Listener
+from calotype_server.transport.page import Page
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -103,5 +103,5 @@ def _routes(is_ready: Callable[[], Awaitable[bool]], page: Path) -> list[BaseRou
     async def no_page(_: Request) -> PlainTextResponse:
         return PlainTextResponse("Calotype answers grpc-web here. It was installed without its page.\n")
 
-    root = Mount("/", StaticFiles(directory=page, html=True)) if page.is_dir() else Route("/", no_page)
+    root = Mount("/", Page(directory=page, html=True)) if page.is_dir() else Route("/", no_page)
     return [Route("/healthz", alive), Route("/readyz", ready), root]

@@ -1,6 +1,6 @@
 /** The shadow tree of `<calotype-view>`: draws a state, reports what people do. Keeps nothing of its own. */
 
-import { fraction, frameAt, stages, type ViewState } from "../reducer.js";
+import { fraction, frameAt, isOver, stages, type ViewState } from "../reducer.js";
 import type { GenerateOptions, Picture } from "../types.js";
 import { explain, fieldLabel } from "../words.js";
 import { h, setShown, setText } from "./dom.js";
@@ -83,11 +83,10 @@ export class View {
 
   update(state: ViewState, prompt: string, downloadName: string | undefined): void {
     const all = stages(state);
-    const over = state.status === "succeeded" || state.status === "failed" || state.status === "cancelled";
     if (all.length === 0) this.#plate.clear();
     this.#urls.keepOnly(all);
 
-    this.#filmstrip.update(all, state.scrubbed ?? all.length - 1, over);
+    this.#filmstrip.update(all, state.scrubbed ?? all.length - 1, isOver(state));
     this.#plate.element.setAttribute("aria-label", label(state, prompt));
     const percent = Math.round(fraction(state) * 100);
     setShown(this.#track, state.status === "waiting" || state.status === "running");

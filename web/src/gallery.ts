@@ -33,7 +33,7 @@ export class Gallery {
     for (const [name, value] of attributes(wish)) view.setAttribute(name, value);
     view.addEventListener("calotype-state", ({ detail }) => {
       if (detail.seed !== undefined && seed.textContent === "") seed.textContent = `Seed ${detail.seed}`;
-      again.hidden = detail.seed === undefined || !isOver(detail);
+      again.hidden = detail.status !== "succeeded";
     });
     again.addEventListener("click", () => {
       this.onAgain({ ...wish, options: { ...wish.options, seed: view.state.seed } });

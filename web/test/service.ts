@@ -54,15 +54,19 @@ export class Service {
     throw new Error(`the service did not start:\n${this.#output.join("\n")}`);
   }
 
-  /** Waits for the nth line, from 1, that says what a generation ended with. The test's timeout is the limit. */
+  /** What was logged of generations that ended, but for those that the service makes for itself when it starts. */
+  get ended(): readonly LogLine[] {
+    return this.log.filter(({ event }) => event === "generation ended").slice(WARM_UPS);
+  }
+
+  /** Waits until `count` generations have ended, and returns how the last of them did. */
   async outcome(count: number): Promise<string | undefined> {
-    const ended = () => this.log.filter(({ event }) => event === "generation ended").slice(WARM_UPS);
-    while (ended().length < count) {
+    while (this.ended.length < count) {
       await new Promise<void>((resolve) => {
         this.#woken = resolve;
       });
     }
-    return ended()[count - 1]?.outcome;
+    return this.ended[count - 1]?.outcome;
   }
 
   /** Ends it at once, as a crash does. */
@@ -73,5 +77,4 @@ export class Service {
   }
 }
 
-/** Generations that the service makes for itself when it starts. */
 const WARM_UPS = 2;

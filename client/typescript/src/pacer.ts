@@ -36,7 +36,8 @@ export class Pacer<T> {
     const [first] = this.#items;
     if (first === undefined) return undefined;
     const hurry = 1 + (this.#items.length - 1) / 2;
-    return Math.min(Math.max(this.#lastShown + this.#interval / hurry, first.arrived), first.arrived + this.#maxDelay);
+    const gap = Math.max(this.#interval / hurry, SHORTEST_GAP_MS);
+    return Math.min(Math.max(this.#lastShown + gap, first.arrived), first.arrived + this.#maxDelay);
   }
 
   /** Returns the newest item that is due, leaving out those before it; undefined when none is. */
@@ -55,6 +56,9 @@ export class Pacer<T> {
     this.#items.length = 0;
   }
 }
+
+/** Nobody sees more than this; and of a burst at the start, before there is a usual interval, nothing is left out. */
+const SHORTEST_GAP_MS = 20;
 
 /** Weight of the newest gap in the usual one. */
 const SMOOTHING = 0.25;

@@ -1,9 +1,9 @@
 /** A service on a real socket that does what a test says, and tells what became of its calls. */
 
-import { createServer } from "node:http";
-import type { AddressInfo } from "node:net";
+import { createServer, type RequestListener } from "node:http";
+import type { AddressInfo, Socket } from "node:net";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
-import type { HandlerContext, ServiceImpl } from "@connectrpc/connect";
+import type { ConnectRouter, HandlerContext, ServiceImpl } from "@connectrpc/connect";
 import { connectNodeAdapter } from "@connectrpc/connect-node";
 import {
   GenerationService,
@@ -13,15 +13,20 @@ import {
   ProgressSchema,
 } from "../src/gen/calotype/v1/calotype_pb.js";
 
+// For the tests of the page, which have no protobuf and no connect of their own.
+export { create } from "@bufbuild/protobuf";
+export { Code, ConnectError } from "@connectrpc/connect";
+
 export type Handlers = Partial<ServiceImpl<typeof GenerationService>>;
 
 export class Stub {
   readonly #server;
-  readonly #sockets = new Set<import("node:net").Socket>();
+  readonly #sockets = new Set<Socket>();
 
-  constructor(handlers: Handlers) {
-    const adapter = connectNodeAdapter({ routes: (router) => router.service(GenerationService, handlers) });
-    this.#server = createServer(adapter);
+  /** @param fallback - Answers what is not a call. */
+  constructor(handlers: Handlers, fallback?: RequestListener) {
+    const routes = (router: ConnectRouter) => router.service(GenerationService, handlers);
+    this.#server = createServer(connectNodeAdapter({ routes, ...(fallback && { fallback: fallback as never }) }));
     this.#server.on("connection", (socket) => this.#sockets.add(socket));
   }
 

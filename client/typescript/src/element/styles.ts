@@ -28,7 +28,8 @@ export const STYLES = `
     var(--_paper);
 }
 .layer { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; }
-.track { height: 3px; margin-top: .6rem; border-radius: 3px; background: var(--_line); overflow: hidden; }
+.track { height: 3px; margin-top: 2px; border-radius: 3px; background: var(--_line); overflow: hidden; }
+.track.over { visibility: hidden; }
 .bar { height: 100%; width: 100%; background: var(--_accent); transform: scaleX(0); transform-origin: left; }
 .status {
   margin: .45rem 0 0;
@@ -38,8 +39,14 @@ export const STYLES = `
   color: var(--_faint);
   font-variant-numeric: tabular-nums;
 }
-.filmstrip { position: relative; margin-top: .5rem; height: 2.6rem; }
-.frames { display: flex; gap: 1px; height: 100%; overflow: hidden; border-radius: 2px; background: var(--_line); }
+.filmstrip {
+  margin-top: .35rem;
+  height: 2.6rem;
+  border-radius: 2px;
+  background: color-mix(in srgb, var(--_line) 35%, transparent);
+}
+.strip { position: relative; height: 100%; width: min(100%, calc(var(--_frames, 0) * 4rem)); }
+.frames { display: flex; gap: 1px; height: 100%; overflow: hidden; border-radius: 2px; }
 .frames img { flex: 1 1 0; min-width: 0; height: 100%; object-fit: cover; }
 input[type="range"] {
   -webkit-appearance: none;
@@ -53,7 +60,6 @@ input[type="range"] {
   cursor: ew-resize;
   touch-action: pan-y;
 }
-input[type="range"]:disabled { cursor: default; }
 input[type="range"]::-webkit-slider-runnable-track { height: 100%; }
 input[type="range"]::-moz-range-track { height: 100%; }
 input[type="range"]::-webkit-slider-thumb {
@@ -73,8 +79,6 @@ input[type="range"]::-moz-range-thumb {
   background: var(--_accent);
   box-shadow: 0 0 0 2px var(--_accent-ink);
 }
-input[type="range"]:disabled::-webkit-slider-thumb { visibility: hidden; }
-input[type="range"]:disabled::-moz-range-thumb { visibility: hidden; }
 .notice { margin: .5rem 0 0; font-size: .875em; line-height: 1.45; color: var(--_faint); }
 .error { margin-top: .6rem; padding-left: .75rem; border-left: 3px solid var(--_alarm); line-height: 1.45; }
 .error p { margin: 0; font-size: .875em; }

@@ -86,10 +86,11 @@ export class View {
     if (all.length === 0) this.#plate.clear();
     this.#urls.keepOnly(all);
 
-    this.#filmstrip.update(all, state.scrubbed ?? all.length - 1, isOver(state));
+    this.#filmstrip.update(all, state.scrubbed ?? all.length - 1, state.totalSteps, isOver(state));
     this.#plate.element.setAttribute("aria-label", label(state, prompt));
     const percent = Math.round(fraction(state) * 100);
-    setShown(this.#track, state.status === "waiting" || state.status === "running");
+    this.#track.classList.toggle("over", isOver(state));
+    setShown(this.#track, state.status !== "idle");
     this.#track.setAttribute("aria-valuenow", String(percent));
     this.#track.setAttribute("aria-valuetext", statusLine(state));
     this.#bar.style.transform = `scaleX(${fraction(state)})`;
@@ -140,5 +141,5 @@ const WITHDRAWN = "The previews were withdrawn: the model's safety checker objec
 
 function label(state: ViewState, prompt: string): string {
   const picture = frameAt(state);
-  return picture ? `${prompt}. ${stageLabel(picture, stages(state))}` : `${prompt}. No picture yet`;
+  return picture ? `${prompt}. ${stageLabel(picture, state.totalSteps)}` : `${prompt}. No picture yet`;
 }

@@ -1,6 +1,6 @@
 /** The line under the picture, and what a screen reader is told. Pure. */
 
-import { fraction, frameAt, stages, type ViewState } from "../reducer.js";
+import { fraction, frameAt, type ViewState } from "../reducer.js";
 import { stageLabel } from "./filmstrip.js";
 
 /** Says where a generation stands. */
@@ -13,10 +13,10 @@ export function statusLine(state: ViewState): string {
     case "running":
       return [running(state), remaining(state.remaining)].filter(Boolean).join(" · ");
     case "succeeded":
-      return state.scrubbed === undefined ? finished(state) : stageLabel(frameAt(state), stages(state));
+      return state.scrubbed === undefined ? finished(state) : stageLabel(frameAt(state), state.totalSteps);
     case "failed":
     case "cancelled":
-      return state.previews.length > 0 ? `${stageLabel(frameAt(state), stages(state))}; not finished` : "";
+      return state.previews.length > 0 ? `${stageLabel(frameAt(state), state.totalSteps)}; not finished` : "";
   }
 }
 

@@ -199,7 +199,7 @@ async def _invoke(handler: Handler, request: Any, context: Context) -> None:
     """Runs a handler in either of grpc.aio's styles: a generator or coroutine that returns, or one that writes."""
     if not handler.response_streaming:
         answer = await handler.unary_unary(request, context)
-        if context.code() == 0:
+        if context.status.code is grpc.StatusCode.OK:
             await context.write(answer)
         return
     answers = handler.unary_stream(request, context)

@@ -38,7 +38,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         self._metadata = metadata
         self._deadline = deadline
         self._peer = peer
-        self._code = grpc.StatusCode.OK
+        self._code: grpc.StatusCode | None = None
         self._details = ""
         self._trailing: tuple[Metadatum, ...] = ()
         self._abort: grpc.aio.AbortError | None = None
@@ -91,10 +91,9 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         """Decides the text of the status."""
         self._details = details
 
-    def code(self) -> int:  # type: ignore[override]  # grpc.aio's own returns the number, too
-        """Returns the number of the status code so far."""
-        number: int = self._code.value[0]
-        return number
+    def code(self) -> grpc.StatusCode | None:  # type: ignore[override]  # None at first, as in grpc.aio
+        """Returns the status code that was set, or None."""
+        return self._code
 
     def details(self) -> str:
         """Returns the text of the status so far."""
@@ -153,7 +152,7 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
     @property
     def status(self) -> Status:
         """What the handler decided, so far."""
-        return Status(self._code, self._details, self._trailing)
+        return Status(self._code or grpc.StatusCode.OK, self._details, self._trailing)
 
     def finish(self, *, cancelled: bool) -> None:
         """Ends the call and tells those who asked."""

@@ -17,5 +17,5 @@ export default defineConfig({
   },
   server: { proxy: { "/calotype.v1.GenerationService": process.env.CALOTYPE ?? "http://127.0.0.1:8080" } },
   ssr: { resolve: { conditions: ["source"] }, noExternal: ["calotype"] },
-  test: { include: ["test/**/*.test.ts"], testTimeout: 60_000, hookTimeout: 120_000, fileParallelism: false },
+  test: { include: ["test/**/*.test.ts"], testTimeout: 120_000, hookTimeout: 120_000, fileParallelism: false },
 });

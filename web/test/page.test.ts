@@ -209,7 +209,7 @@ describe("several pictures", () => {
     const page = await open(url);
     await develop(page, "sunrise", { Seed: 10, Pictures: 7 });
     await expect.poll(() => running).toBe(4);
-    expect(await page.getByText("Waiting for a free connection").count()).toBe(3);
+    await expect.poll(async () => page.getByText("Waiting for a free connection").count()).toBe(3);
     // A call that is not a stream still gets through.
     const answer = await page.evaluate(async () => (await fetch("favicon.svg")).status);
     expect(answer).toBe(200);
@@ -324,7 +324,7 @@ describe("when something goes wrong, the page", () => {
     await says(page, "Finished");
   });
 
-  it("waits for a service that is still loading, and for one that is not there", async () => {
+  it("waits for a service that is still loading", async () => {
     let calls = 0;
     const { url } = await pretend({
       getModel() {
@@ -435,6 +435,62 @@ describe("the form", () => {
       scheduler: "EulerDiscreteScheduler",
       preview: { everySteps: 2, method: PreviewMethod.FULL_VAE },
     });
+  });
+});
+
+describe("<calotype-view> by itself", () => {
+  const ADD = `
+    const view = document.createElement("calotype-view");
+    for (const [name, value] of Object.entries({ prompt: "sunrise", seed: "9", steps: "8", "preview-every-steps": "2", autostart: "" }))
+      view.setAttribute(name, value);
+    document.querySelector("main").append(view);
+  `;
+
+  it("starts by itself, says what its attributes say, tells how it ended, and outlives a move", async () => {
+    const [end, requests] = [new Gate(), [] as object[]];
+    const { url } = await pretend({
+      async *generate(request) {
+        requests.push(request);
+        yield preview(1);
+        await end.opened;
+        yield final();
+      },
+    });
+    const page = await open(url);
+    const ended = page.evaluate(
+      "new Promise((resolve) => addEventListener('calotype-end', ({ detail }) => resolve(detail.status), { once: true }))",
+    );
+    await page.evaluate(ADD);
+    await expect.poll(async () => (await recorded(page)).shown.length).toBe(1);
+    await page.evaluate("document.querySelector('main').prepend(document.querySelector('main > calotype-view'))");
+    end.open();
+    expect(await ended).toBe("succeeded");
+    expect(requests).toHaveLength(1);
+    expect(requests[0]).toMatchObject({ prompt: "sunrise", seed: 9n, stepCount: 8, preview: { everySteps: 2 } });
+  });
+
+  it("leaves its generation when it is removed, and shows what it has when it comes back", async () => {
+    const left = new Gate();
+    const { url } = await pretend({
+      async *generate(_request, context) {
+        yield preview(1);
+        yield preview(2);
+        await gone(context);
+        left.open();
+      },
+    });
+    const page = await open(url);
+    await page.evaluate(ADD);
+    await expect.poll(async () => (await recorded(page)).shown.at(-1)?.step).toBe(2);
+    await page.evaluate("window.view = document.querySelector('main > calotype-view'); view.remove()");
+    await left.opened;
+    const { urls, shown } = await recorded(page);
+    expect(urls.released).toBe(urls.made);
+    await page.evaluate("document.querySelector('main').append(view)");
+    await expect.poll(async () => (await recorded(page)).shown.length).toBe(shown.length + 1);
+    const broken =
+      "[...view.shadowRoot.querySelectorAll('img')].filter(({ complete, naturalWidth }) => complete && !naturalWidth).length";
+    expect(await page.evaluate(broken)).toBe(0);
   });
 });
 

@@ -2,11 +2,16 @@
 
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
-import { existsSync } from "node:fs";
+import { existsSync, mkdtempSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { createInterface } from "node:readline";
 
 const ROOT = new URL("../../", import.meta.url).pathname;
 const PYTHON = process.env.CALOTYPE_PYTHON ?? `${ROOT}.venv/bin/python`;
+
+/** Shared, so that only the first service measures its model. */
+const CACHE = mkdtempSync(join(tmpdir(), "calotype-"));
 
 interface LogLine {
   readonly event: string;
@@ -25,7 +30,7 @@ export class Service {
   private constructor(webAddress: string, flags: readonly string[]) {
     if (!existsSync(PYTHON)) throw new Error(`${PYTHON} is missing: run \`make test-web\`, or set CALOTYPE_PYTHON.`);
     const command = ["-m", "calotype", "serve", "--grpc-address", "127.0.0.1:0", "--web-address", webAddress];
-    this.#process = spawn(PYTHON, [...command, "--log-format", "json", ...flags], {
+    this.#process = spawn(PYTHON, [...command, "--log-format", "json", "--cache-dir", CACHE, ...flags], {
       env: { ...process.env, HF_HUB_OFFLINE: "1", OMP_WAIT_POLICY: "PASSIVE" },
       stdio: ["ignore", "pipe", "pipe"],
     });

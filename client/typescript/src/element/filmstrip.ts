@@ -43,6 +43,11 @@ export class Filmstrip {
     if (this.#slider.getAttribute("aria-valuetext") !== text) this.#slider.setAttribute("aria-valuetext", text);
   }
 
+  /** Takes every thumbnail away. */
+  clear(): void {
+    this.#draw([]);
+  }
+
   #draw(stages: readonly Picture[]): void {
     const wanted = pick(stages, MOST_THUMBNAILS);
     if (wanted.length === this.#drawn.length && wanted.every((picture, at) => picture === this.#drawn[at])) return;

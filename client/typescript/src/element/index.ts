@@ -65,6 +65,7 @@ export class CalotypeView extends Base {
     }
     document.addEventListener("visibilitychange", this.#paint);
     this.#render();
+    this.#showAgain();
     if (this.hasAttribute("autostart") && this.#state.status === "idle") this.start();
   }
 
@@ -132,12 +133,19 @@ export class CalotypeView extends Base {
     this.#emit("calotype-state", this.#state);
     if (event.type === "scrub") {
       this.#pacer.clear();
-      const picture = frameAt(this.#state);
-      if (picture) void this.#view?.show(picture, 0);
+      this.#showAgain();
     }
   }
 
+  /** Puts the picture that is looked at on the plate at once. */
+  #showAgain(): void {
+    const picture = frameAt(this.#state);
+    if (picture) void this.#view?.show(picture, 0);
+  }
+
   #render(): void {
+    // Away from the document nothing is drawn, or it would keep pictures that nobody sees.
+    if (!this.isConnected) return;
     const prompt = this.getAttribute("prompt") ?? "";
     const { final, seed } = this.#state;
     this.#view?.update(this.#state, prompt, final && fileName(prompt, seed, final.format));
@@ -146,7 +154,7 @@ export class CalotypeView extends Base {
   /** Puts the picture on the plate that is due, and comes back for the next. A hidden page waits. */
   readonly #paint = (): void => {
     clearTimeout(this.#timer);
-    if (document.hidden) return;
+    if (document.hidden || !this.isConnected) return;
     const picture = this.#pacer.take(performance.now());
     if (picture) void this.#view?.show(picture, picture.kind === "final" ? FINAL_FADE_MS : this.#pacer.interval);
     const due = this.#pacer.due();

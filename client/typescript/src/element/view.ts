@@ -78,6 +78,7 @@ export class View {
   /** Releases what the browser would keep: the element has left the document. */
   release(): void {
     this.#plate.clear();
+    this.#filmstrip.clear();
     this.#urls.keepOnly([]);
   }
 

@@ -76,6 +76,7 @@ lint: $(READY) ## style, layers, proto
 
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format . ; $(BIN)/buf format --write protos
+	@for project in $(CLIENT_JS) web; do [ ! -e $$project/node_modules/.ready ] || npm run --silent --prefix $$project format; done
 
 type: $(READY) ## check types
 	$(BIN)/mypy

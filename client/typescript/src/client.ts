@@ -3,7 +3,7 @@
 import { createClient as createConnectClient, type Transport } from "@connectrpc/connect";
 import { createGrpcWebTransport } from "@connectrpc/connect-web";
 import { modelFromWire, phaseFromWire, requestToWire } from "./convert.js";
-import { cancelledHere } from "./errors.js";
+import { CalotypeError, cancelledHere } from "./errors.js";
 import { GenerationService } from "./gen/calotype/v1/calotype_pb.js";
 import { Generation } from "./generation.js";
 import { defaultLines, Lines } from "./lines.js";
@@ -53,7 +53,11 @@ export function createClient(baseUrl: string, options: ClientOptions = {}): Clie
   const callOptions = ({ headers, timeout, signal }: CallOptions) => {
     const merged = new Headers(options.headers);
     for (const [name, value] of new Headers(headers)) merged.set(name, value);
-    return { headers: merged, ...(signal && { signal }), ...(timeout !== undefined && { timeoutMs: timeout * 1000 }) };
+    return {
+      headers: merged,
+      ...(signal && { signal }),
+      ...(timeout !== undefined && { timeoutMs: Math.ceil(timeout * 1000) }),
+    };
   };
   const unary = async <T>(call: () => Promise<T>, signal: AbortSignal | undefined): Promise<T> => {
     try {
@@ -67,9 +71,12 @@ export function createClient(baseUrl: string, options: ClientOptions = {}): Clie
     generate(prompt, given = {}) {
       const request = requestToWire(prompt, given);
       async function* call(signal: AbortSignal) {
-        const release = await lines.take(signal);
+        const { timeout } = given;
+        const asked = performance.now();
+        const release = await waitForLine(lines, signal, timeout);
+        const left = timeout === undefined ? {} : { timeout: timeout - (performance.now() - asked) / 1000 };
         try {
-          yield* calls.generate(request, callOptions({ ...given, signal }));
+          yield* calls.generate(request, callOptions({ ...given, ...left, signal }));
         } finally {
           release();
         }
@@ -81,4 +88,15 @@ export function createClient(baseUrl: string, options: ClientOptions = {}): Clie
     getModel: (given = {}) =>
       unary(async () => modelFromWire(await calls.getModel({}, callOptions(given))), given.signal),
   };
+}
+
+/** Takes a line within `timeout` seconds. */
+async function waitForLine(lines: Lines, signal: AbortSignal, timeout: number | undefined): Promise<() => void> {
+  if (timeout === undefined) return lines.take(signal);
+  try {
+    return await lines.take(AbortSignal.any([signal, AbortSignal.timeout(timeout * 1000)]));
+  } catch (reason) {
+    if (signal.aborted) throw reason;
+    throw new CalotypeError("DEADLINE_EXCEEDED", "No connection became free in time.");
+  }
 }

@@ -6,15 +6,15 @@ import { afterEach, describe, expect, it } from "vitest";
 import { STATUS_CODES } from "../src/errors.js";
 import { ModelSchema, Phase, PreviewMethod, PreviewOptionsSchema } from "../src/gen/calotype/v1/calotype_pb.js";
 import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "../src/gen/google/rpc/error_details_pb.js";
-import { CalotypeError, createClient, type GenerateOptions, type Progress } from "../src/index.js";
+import { CalotypeError, type ClientOptions, createClient, type GenerateOptions, type Progress } from "../src/index.js";
 import { final, gone, type Handlers, preview, progress, Stub } from "./stub.js";
 
 let stubs: Stub[] = [];
 
-async function serve(handlers: Handlers) {
+async function serve(handlers: Handlers, options: ClientOptions = {}) {
   const stub = new Stub(handlers);
   stubs.push(stub);
-  return { client: createClient(await stub.start()), stub };
+  return { client: createClient(await stub.start(), options), stub };
 }
 
 afterEach(async () => {
@@ -311,7 +311,7 @@ describe("an error", () => {
         await gone(context);
       },
     });
-    expect(await errorOf(client.generate("x", { timeout: 0.05 }).result())).toMatchObject({
+    expect(await errorOf(client.generate("x", { timeout: 0.0501 }).result())).toMatchObject({
       code: "DEADLINE_EXCEEDED",
     });
   });
@@ -407,5 +407,23 @@ describe("the limit on streams", () => {
     await lastBegins;
     expect(begun).toEqual(["a", "c"]);
     await last?.return(undefined);
+  });
+
+  it("counts the waiting into the timeout", async () => {
+    const { client } = await serve(
+      {
+        async *generate(_request, context) {
+          yield preview(1);
+          await gone(context);
+        },
+      },
+      { maxStreams: 1 },
+    );
+    const first = client.generate("a")[Symbol.asyncIterator]();
+    await first.next();
+    expect(await errorOf(client.generate("b", { timeout: 0.0501 }).result())).toMatchObject({
+      code: "DEADLINE_EXCEEDED",
+    });
+    await first.return(undefined);
   });
 });

@@ -1,7 +1,9 @@
 import { readFile } from "node:fs/promises";
 import { CalotypeError, createClient, type Progress } from "calotype";
+import { build, defaultClientConditions, type Rolldown } from "vite";
 import { afterAll, beforeAll, describe, expect, it, onTestFinished } from "vitest";
 import { develop, expectAccessible, open, recorded, says, shoot, tolerate } from "./browser.js";
+import type { Outcome } from "./classic.js";
 import { Service } from "./service.js";
 
 /** Steps enough for a test to act in the midst of them. */
@@ -124,6 +126,38 @@ describe("with the bundled model", () => {
     expect(violations.map(({ field }) => field).sort()).toEqual(["prompt", "step_count", "width_px"]);
   });
 
+  describe("the classic grpc-web client in text mode", () => {
+    /** Calls `generate` of classic.ts from a page of the service that has no policy against it. */
+    async function classic(...values: [prompt: string, steps: number, leaveAfter?: number]): Promise<Outcome> {
+      // Chromium asks for an icon there.
+      tolerate(/404/);
+      const page = await open(`${service.url}/healthz`);
+      await page.addScriptTag({ content: await bundle("classic") });
+      return page.evaluate<Outcome>(`classic.generate(...${JSON.stringify(values)})`);
+    }
+
+    it("streams to the end", async () => {
+      const { messages, status, error } = await classic("red apple", 20);
+      expect(error).toBeUndefined();
+      expect(messages.map(({ phase }) => phase)).toEqual(expect.arrayContaining(["QUEUED", "DENOISING", "SUCCEEDED"]));
+      expect(messages.filter(({ phase, bytes }) => phase === "DENOISING" && bytes > 0).length).toBeGreaterThanOrEqual(
+        5,
+      );
+      expect(messages.at(-1)?.bytes).toBeGreaterThan(0);
+      expect(status?.code).toBe(0);
+    });
+
+    it("gets the status of an error", async () => {
+      expect((await classic("", 20)).error?.code).toBe(3);
+    });
+
+    it("cancels", async () => {
+      const ends = next();
+      expect((await classic("fox", MANY, 6)).messages).toHaveLength(6);
+      expect(await service.outcome(ends)).toBe("CANCELLED");
+    });
+  });
+
   it("leaving the client's loop ends the work on the server", async () => {
     const ends = next();
     for await (const { phase } of createClient(service.url).generate("fox", { steps: MANY })) {
@@ -132,6 +166,18 @@ describe("with the bundled model", () => {
     expect(await service.outcome(ends)).toBe("CANCELLED");
   });
 });
+
+/** Bundles test/NAME.ts into a script that leaves its exports in a global of that name. */
+async function bundle(name: string): Promise<string> {
+  const built = await build({
+    configFile: false,
+    logLevel: "silent",
+    resolve: { conditions: ["source", ...defaultClientConditions] },
+    build: { write: false, lib: { entry: new URL(`${name}.ts`, import.meta.url).pathname, formats: ["iife"], name } },
+  });
+  const [{ output }] = built as [Rolldown.RolldownOutput];
+  return output[0].code;
+}
 
 it("a service that is killed and started again: the page says so, and goes on with the same seed", async () => {
   const first = await Service.start();

@@ -132,7 +132,9 @@ async def test_oversized_and_malformed_requests_harm_nobody(transport: str) -> N
     assert messages[-1].phase == pb.PHASE_SUCCEEDED
 
 
-async def test_an_unexpected_exception_never_reaches_the_caller(monkeypatch: pytest.MonkeyPatch, transport: str) -> None:
+async def test_an_unexpected_exception_never_reaches_the_caller(
+    monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
     """Its text stays in the log; the caller learns only that it was an internal error."""
 
     async def broken(*_: object) -> None:

@@ -123,13 +123,13 @@ class WebCall:
         self._ready: list[tuple[int, bytes]] = []
         self._initial = grpc.aio.Metadata()
 
-    async def _send(self, path: str, body: bytes, metadata, timeout) -> Connection:
+    async def _send(self, path: str, body: bytes, metadata, seconds) -> Connection:
         connection = await Connection.open(self._channel.address)
         self._channel.connections.append(connection)
         kind = "application/grpc-web" + ("-text" if self._channel.text else "") + "+proto"
         headers = {"host": self._channel.address, "content-type": kind, "x-grpc-web": "1", **dict(metadata or ())}
-        if timeout is not None:
-            headers["grpc-timeout"] = f"{int(timeout * 1000)}m"
+        if seconds is not None:
+            headers["grpc-timeout"] = f"{int(seconds * 1000)}m"
         wire = frame(body)
         await connection.request("POST", path, headers, base64.b64encode(wire) if self._channel.text else wire)
         connection.expect()

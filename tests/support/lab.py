@@ -63,11 +63,12 @@ def handlers(methods: dict[str, Any]) -> grpc.GenericRpcHandler:
     made = {}
     for name, function in methods.items():
         if hasattr(function, "reads"):
-            made[name] = grpc.stream_stream_rpc_method_handler(function)
+            make = grpc.stream_stream_rpc_method_handler
         elif inspect.isasyncgenfunction(function) or hasattr(function, "writes"):
-            made[name] = grpc.unary_stream_rpc_method_handler(function)
+            make = grpc.unary_stream_rpc_method_handler
         else:
-            made[name] = grpc.unary_unary_rpc_method_handler(function)
+            make = grpc.unary_unary_rpc_method_handler
+        made[name] = make(function, request_deserializer=bytes, response_serializer=bytes)
     return grpc.method_handlers_generic_handler(NAME, made)
 
 

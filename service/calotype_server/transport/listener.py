@@ -8,6 +8,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from httptools import HttpParserError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from calotype_server.transport.address import in_use, resolve
@@ -15,7 +16,7 @@ from calotype_server.transport.address import in_use, resolve
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Listener"]
+__all__ = ["Listener", "listen"]
 
 _OPTION = "--web-address"
 
@@ -34,6 +35,8 @@ _SOCKET_OPTIONS = [
 
 _HEAD_BYTES = 32 * 1024
 """Request line and headers together, at most."""
+
+_TOO_LARGE = "The head of the request is too large."
 
 _HEAD_SECONDS = 10.0
 """From the opening of a connection to the end of its first head."""
@@ -73,7 +76,7 @@ class Listener:
         Raises:
             AddressInUse: The address is taken or not one of this machine's.
         """
-        sockets = _listen(address)
+        sockets = listen(address)
         self._serving = asyncio.create_task(self._server.serve(sockets))
         await self._server.ready.wait()
         return f"{address.rpartition(':')[0]}:{sockets[0].getsockname()[1]}"
@@ -122,9 +125,12 @@ class _Protocol(HttpToolsProtocol):
         self._head_bytes += len(data)
         super().data_received(data)
         if self._head_bytes > _HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The request's head is too large.")
+            self.send_400_response(_TOO_LARGE)
 
     def on_headers_complete(self) -> None:
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > _HEAD_BYTES:
+            # Answered as any head that is not HTTP.
+            raise HttpParserError(_TOO_LARGE)
         self._head_bytes = 0
         self._stop_head_timer()
         super().on_headers_complete()
@@ -156,8 +162,12 @@ class _Protocol(HttpToolsProtocol):
             self._head_timer = None
 
 
-def _listen(address: str) -> list[socket.socket]:
-    """Opens a socket for each address that HOST:PORT stands for, all with the same port."""
+def listen(address: str) -> list[socket.socket]:
+    """Opens a socket for each address that HOST:PORT stands for, all with the same port.
+
+    Raises:
+        AddressInUse: One of them is taken, or not one of this machine's.
+    """
     sockets: list[socket.socket] = []
     for family, target in resolve(address, _OPTION):
         port = sockets[0].getsockname()[1] if sockets else target[1]

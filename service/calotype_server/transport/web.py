@@ -79,6 +79,11 @@ class WebServer:
         self._listener = Listener(Guard(application, origins=allowed_origins, hosts=hosts))
         self._address = address
 
+    @property
+    def active_calls(self) -> int:
+        """Calls that have not been answered to the end."""
+        return self._grpc_web.active_calls
+
     async def start(self) -> str:
         """Listens and returns the address with the real port.
 

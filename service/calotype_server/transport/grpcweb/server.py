@@ -49,6 +49,11 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
         self._idle.set()
         self._stopping = False
 
+    @property
+    def active_calls(self) -> int:
+        """Calls that have not been answered to the end."""
+        return len(self._calls)
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers one request."""
         if scope["type"] != "http":

@@ -17,5 +17,13 @@ export default defineConfig({
   },
   server: { proxy: { "/calotype.v1.GenerationService": process.env.CALOTYPE ?? "http://127.0.0.1:8080" } },
   ssr: { resolve: { conditions: ["source"] }, noExternal: ["calotype"] },
-  test: { include: ["test/**/*.test.ts"], testTimeout: 120_000, hookTimeout: 120_000, fileParallelism: false },
+  test: {
+    include: ["test/**/*.test.ts"],
+    testTimeout: 120_000,
+    hookTimeout: 120_000,
+    // A busy machine is no reason to fail.
+    expect: { poll: { timeout: 60_000 } },
+    // Each file starts a browser and a service of its own.
+    fileParallelism: false,
+  },
 });

@@ -4,12 +4,19 @@ VENV := .venv
 PROTO_VENV := .venv-proto
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CLIENT_JS := client/typescript
+CLIENT_JS_READY := $(CLIENT_JS)/node_modules/.ready
+WEB_READY := web/node_modules/.ready
+PAGE := service/calotype_server/page
 PROTO_READY := $(PROTO_VENV)/.ready
 GENERATED := client/python
+GENERATED_JS := $(CLIENT_JS)/src/gen
+# The types of gRPC's error details come with googleapis-common-protos.
+PROTOC = $(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iprotos -I$(wildcard $(PROTO_VENV)/lib/python3*/site-packages)
 # What a change of the proto must not break: the last release, or before the first one the last commit.
 PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 .DEFAULT_GOAL := help
-.PHONY: help run generate test test-fast lint format type proto proto-check bench soak contact-sheet timeline filmstrip evaluate-model clean
+.PHONY: help run generate test test-fast lint format type proto proto-check web web-check test-web bench soak contact-sheet timeline filmstrip evaluate-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,16 +35,36 @@ $(PROTO_READY): protos/requirements.txt
 	$(PROTO_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement protos/requirements.txt
 	@touch $@
 
+# Only who changes the page or the TypeScript client needs Node.
+$(CLIENT_JS_READY) $(WEB_READY): %/node_modules/.ready: %/package.json %/package-lock.json
+	@command -v node >/dev/null || { echo "Node 20 or newer is needed for $*; on Debian: apt-get install nodejs npm, or see https://nodejs.org."; exit 1; }
+	@node -e 'process.exit(Number(process.versions.node.split(".")[0] < 20))' || { echo "Node 20 or newer is needed for $*, this is $$(node --version)."; exit 1; }
+	npm ci --prefix $* --no-audit --no-fund --loglevel error
+	@touch $@
+
 run: $(READY) ## start the service with the bundled model; ARGS="--model FOLDER" and so on
 	$(BIN)/calotype serve $(ARGS)
 
 generate: $(READY) ## watch a picture form in this terminal; PROMPT="a red apple"
 	$(BIN)/calotype generate "$(or $(PROMPT),a red apple)" $(ARGS)
 
-test: lint type proto-check test-fast ## all checks and tests, as CI runs them
+test: lint type proto-check web-check test-fast test-web ## all checks and tests, as CI runs them
 
-test-fast: $(READY) ## only the tests; ARGS="-k name"
+test-fast: $(READY) ## only the Python tests, without Node; ARGS="-k name"
 	$(BIN)/pytest $(ARGS)
+
+test-web: $(READY) $(CLIENT_JS_READY) $(WEB_READY) ## lint, check and test the TypeScript client and the page, in a real browser
+	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || { echo "Chromium is needed; on Debian: apt-get install chromium. Elsewhere: CHROMIUM=/path/to/it make test-web"; exit 1; }
+	cd $(CLIENT_JS) && npm run --silent lint && npm run --silent type && npm run --silent build && npm test --silent
+	cd web && npm run --silent lint && npm run --silent type && npm test --silent
+
+web: $(CLIENT_JS_READY) $(WEB_READY) ## build the page into the Python package
+	cd web && PAGE_DIR=$(abspath $(PAGE)) npm run --silent build
+
+web-check: ## fail when the built page is not what its sources give
+	@mkdir -p build
+	@$(MAKE) --no-print-directory web PAGE=build/page-check >build/page-check.log 2>&1 || { cat build/page-check.log; exit 1; }
+	diff -rq build/page-check $(PAGE)
 
 lint: $(READY) ## style, layers, proto
 	$(BIN)/ruff format --check .
@@ -49,18 +76,23 @@ lint: $(READY) ## style, layers, proto
 
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format . ; $(BIN)/buf format --write protos
+	@for project in $(CLIENT_JS) web; do [ ! -e $$project/node_modules/.ready ] || npm run --silent --prefix $$project format; done
 
 type: $(READY) ## check types
 	$(BIN)/mypy
 
-proto: $(PROTO_READY) ## generate the Python code from the proto
-	PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iprotos \
+proto: $(PROTO_READY) $(CLIENT_JS_READY) ## generate the Python and TypeScript code from the proto
+	PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTOC) calotype/v1/calotype.proto \
 		--python_out=$(GENERATED) --grpc_python_out=$(GENERATED) \
-		--mypy_out=quiet:$(GENERATED) --mypy_grpc_out=quiet:$(GENERATED) calotype/v1/calotype.proto
+		--mypy_out=quiet:$(GENERATED) --mypy_grpc_out=quiet:$(GENERATED)
+	$(PROTOC) calotype/v1/calotype.proto google/rpc/error_details.proto \
+		--plugin=$(CLIENT_JS)/node_modules/.bin/protoc-gen-es --es_opt=target=ts,import_extension=js --es_out=$(GENERATED_JS)
 
 proto-check: $(PROTO_READY) ## fail when the generated code is not what the proto gives
-	@mkdir -p build/proto && $(MAKE) --no-print-directory proto GENERATED=build/proto
+	@mkdir -p build/proto build/proto-js
+	@$(MAKE) --no-print-directory proto GENERATED=build/proto GENERATED_JS=build/proto-js
 	diff -ru --exclude=__pycache__ build/proto/calotype/v1 client/python/calotype/v1
+	diff -ru build/proto-js $(CLIENT_JS)/src/gen
 
 bench: $(READY) ## measure; prints a table and writes build/bench.json
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench
@@ -82,4 +114,4 @@ filmstrip: $(READY) ## draw the README's picture
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.filmstrip
 
 clean: ## remove what was built, but not the environments
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist $(CLIENT_JS)/dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

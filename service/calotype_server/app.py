@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -19,13 +18,16 @@ from calotype_server.budget import PreviewBudget
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
+from calotype_server.signals import Signals
 from calotype_server.telemetry import configure_logging
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
+from calotype_server.transport.services import Services
+from calotype_server.transport.web import WebServer
 from calotype_server.types import PreviewMethod
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
     from calotype_server.engine.protocol import Engine
     from calotype_server.settings import Settings
@@ -34,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["LOADING_THREAD", "Ready", "serve"]
 
 LOADING_THREAD = "calotype-load"
-
-T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -48,6 +48,7 @@ class Ready:
     """What there is to tell when the server takes requests."""
 
     address: str
+    web_address: str
     model: ModelInfo
     load_seconds: float
 
@@ -60,16 +61,26 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         announce: Called once, when requests are welcome.
 
     Raises:
-        StartupError: The address is taken, or the model cannot be used.
+        StartupError: An address is taken, or the model cannot be used.
     """
     configure_logging(settings.log_level, settings.log_format)
     begun = time.monotonic()
-    signals = _Signals()
+    signals = Signals()
     servicer = GenerationServicer(settings.limits)
-    native = NativeServer(servicer)
+    services = Services(servicer)
+    await services.set_serving(False)
+    native = NativeServer(services)
+    web = WebServer(
+        settings.web_address,
+        services.add_to,
+        is_ready=services.is_serving,
+        allowed_origins=settings.allowed_origins,
+        allowed_hosts=settings.allowed_hosts,
+    )
     budget = PreviewBudget(settings.preview_budget)
     address = await native.start(settings.grpc_address)
     try:
+        web_address = await web.start()
         engine = await signals.unless_stopped(_in_daemon_thread(lambda: _load_engine(settings, budget)))
         if engine is None:
             return 0
@@ -90,22 +101,22 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             raise errors.ModelUnavailable(f"The model {settings.model!r} cannot make a picture: {error}") from error
         if not signals.stopped:
             servicer.open(generations)
-            await native.set_serving(True)
-            announce(Ready(address, engine.model, time.monotonic() - begun))
+            await services.set_serving(True)
+            announce(Ready(address, web_address, engine.model, time.monotonic() - begun))
             await signals.unless_stopped(dead.wait())
         _log.info("draining", grace=settings.drain_seconds)
-        await native.set_serving(False)
+        await services.set_serving(False)
         generations.refuse(retry_after=settings.drain_seconds + _LAST_WORDS_SECONDS)
         with contextlib.suppress(TimeoutError):
             await signals.unless_hurried(asyncio.wait_for(generations.idle(), settings.drain_seconds))
         await generations.end_all()
-        await native.stop(_LAST_WORDS_SECONDS)
+        await asyncio.gather(native.stop(_LAST_WORDS_SECONDS), web.stop(_LAST_WORDS_SECONDS))
         generations.close()
         encoder.close()
         engine.close()
         return 1 if dead.is_set() else 0
     finally:
-        await native.stop(0)
+        await asyncio.gather(native.stop(0), web.stop(0))
 
 
 def _load_engine(settings: Settings, budget: PreviewBudget) -> Engine:
@@ -180,42 +191,3 @@ async def _in_daemon_thread(function: Callable[[], Engine]) -> Engine:
 
     threading.Thread(target=run, name=LOADING_THREAD, daemon=True).start()
     return await result
-
-
-class _Signals:
-    """The first SIGTERM or SIGINT asks to stop, the second to hurry."""
-
-    def __init__(self) -> None:
-        self._stop = asyncio.Event()
-        self._hurry = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._receive)
-
-    def _receive(self) -> None:
-        (self._hurry if self._stop.is_set() else self._stop).set()
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the first signal has come."""
-        return self._stop.is_set()
-
-    async def unless_stopped(self, work: Coroutine[object, object, T]) -> T | None:
-        """Returns what `work` returns, or None when the first signal comes before."""
-        return await _unless(self._stop, work)
-
-    async def unless_hurried(self, work: Coroutine[object, object, T]) -> T | None:
-        """Returns what `work` returns, or None when the second signal comes before."""
-        return await _unless(self._hurry, work)
-
-
-async def _unless(event: asyncio.Event, work: Coroutine[object, object, T]) -> T | None:
-    """Awaits `work`, but gives up and returns None as soon as `event` is set."""
-    task, waiter = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
-    try:
-        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            return None
-        return task.result()
-    finally:
-        task.cancel()
-        waiter.cancel()

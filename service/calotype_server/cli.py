@@ -1,4 +1,4 @@
-"""The commands `serve` and `doctor`, which the server adds to the client's `calotype` script."""
+"""The commands `serve`, `bridge` and `doctor`, which the server adds to the client's `calotype` script."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ import inspect
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import pydantic
 import typer
 
 from calotype_server import app as application
+from calotype_server import bridge
 from calotype_server.doctor import doctor
 from calotype_server.errors import StartupError
-from calotype_server.settings import Settings
+from calotype_server.settings import BridgeSettings, Settings, WebSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["register"]
 
+S = TypeVar("S", bound=WebSettings)
+
 
 def register(app: typer.Typer) -> None:
     """Adds the server's commands to `app`."""
-    app.command("serve")(_with_settings(_serve))
-    app.command("doctor")(_with_settings(doctor))
+    app.command("serve")(_with_settings(_serve, Settings))
+    app.command("bridge")(_with_settings(_bridge, BridgeSettings))
+    app.command("doctor")(_with_settings(doctor, Settings))
 
 
 def _serve(settings: Settings) -> None:
@@ -42,6 +46,27 @@ def _serve(settings: Settings) -> None:
     raise typer.Exit(code)
 
 
+def _bridge(settings: BridgeSettings) -> None:
+    """Let browsers reach a server elsewhere: grpc-web and the page, without a model."""
+    try:
+        asyncio.run(bridge.serve(settings, _announce_bridge))
+    except StartupError as error:
+        typer.secho(f"calotype: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+def _announce_bridge(address: str, upstream: str) -> None:
+    typer.echo(
+        f"""
+  Calotype bridges browsers to {upstream}
+
+  page     http://{address}
+  stop     Ctrl-C
+"""
+    )
+    sys.stdout.flush()
+
+
 def _announce(ready: application.Ready) -> None:
     model = ready.model
     typer.echo(
@@ -49,6 +74,7 @@ def _announce(ready: application.Ready) -> None:
   Calotype serves {model.name} ({model.pipeline}, {model.width}x{model.height}, {model.step_count} steps)
   on {model.device} as {model.dtype}, loaded in {ready.load_seconds:.1f} s
 
+  page     http://{ready.web_address}
   gRPC     {ready.address}
   try      calotype generate "a red apple" -o apple.png{_address_option(ready.address)}
   stop     Ctrl-C
@@ -61,13 +87,13 @@ def _address_option(address: str) -> str:
     return "" if address in ("127.0.0.1:50051", "localhost:50051") else f" --address {address}"
 
 
-def _with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
-    """Returns `command` with one option for each field of `Settings`, whose sources are then options, environment."""
+def _with_settings(command: Callable[[S], None], kind: type[S]) -> Callable[..., None]:
+    """Returns `command` with one option for each field of its settings, whose sources are then options, environment."""
 
     def run(**options: Any) -> None:
         given = {name: value for name, value in options.items() if value is not None}
         try:
-            settings = Settings(**given)
+            settings = kind(**given)
         except pydantic.ValidationError as error:
             for problem in error.errors():
                 # A problem of two settings together has no place of its own, and its text names them.
@@ -81,14 +107,14 @@ def _with_settings(command: Callable[[Settings], None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name, field))
-            for name, field in Settings.model_fields.items()
+            for name, field in kind.model_fields.items()
         ]
     )
     return run
 
 
 def _option(name: str, field: pydantic.fields.FieldInfo) -> Any:
-    default = "" if field.default is None else f" Default: {field.default}."
+    default = "" if field.default in (None, ()) else f" Default: {field.default}."
     flag, text = name.replace("_", "-"), f"{field.description}{default} (CALOTYPE_{name.upper()})"
     if field.annotation is bool:
         return Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)]

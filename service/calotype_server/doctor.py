@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from calotype_server.errors import StartupError
-from calotype_server.transport.native import check_free
+from calotype_server.transport.address import check_free
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,13 +60,14 @@ def examine(settings: Settings) -> Iterator[Finding]:
     for purpose, module in _EXTRAS.items():
         if importlib.util.find_spec(module) is None:
             yield Finding(True, "extra", f"not installed: {purpose}")
-    yield _port(settings.grpc_address)
+    yield _port(settings.grpc_address, "--grpc-address")
+    yield _port(settings.web_address, "--web-address")
     yield from _model(settings)
 
 
-def _port(address: str) -> Finding:
+def _port(address: str, option: str) -> Finding:
     try:
-        check_free(address)
+        check_free(address, option)
     except StartupError as error:
         return Finding(False, "port", f"cannot listen on {address}", str(error))
     return Finding(True, "port", f"{address} is free")

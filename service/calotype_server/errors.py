@@ -4,6 +4,7 @@
 ServiceError                  has a status code, a reason and a sentence fit for a stranger
 ├── InvalidRequest            INVALID_ARGUMENT     with all violations
 ├── NotReady                  UNAVAILABLE          loading or draining
+├── UpstreamUnavailable       UNAVAILABLE          of the bridge: no server behind it
 ├── QueueFull                 RESOURCE_EXHAUSTED
 ├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
 ├── GenerationNotFound        NOT_FOUND
@@ -51,6 +52,7 @@ __all__ = [
     "QueueFull",
     "ServiceError",
     "StartupError",
+    "UpstreamUnavailable",
     "Violation",
 ]
 
@@ -102,6 +104,13 @@ class NotReady(ServiceError):
 
     code = "UNAVAILABLE"
     reason = "NOT_READY"
+
+
+class UpstreamUnavailable(ServiceError):
+    """The server behind a bridge cannot be reached."""
+
+    code = "UNAVAILABLE"
+    reason = "UPSTREAM_UNAVAILABLE"
 
 
 class QueueFull(ServiceError):

@@ -3,20 +3,64 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from calotype_server.types import Limits, PreviewMethod, PreviewOptions
 
-__all__ = ["Settings"]
+__all__ = ["BridgeSettings", "Settings", "WebSettings"]
 
 
-class Settings(BaseSettings):
-    """Read once, in `app`."""
+class WebSettings(BaseSettings):
+    """What every process with a web port reads."""
 
     model_config = SettingsConfigDict(env_prefix="CALOTYPE_", extra="forbid", protected_namespaces=())
+
+    web_address: str = Field("127.0.0.1:8080", description="HOST:PORT for browsers; port 0 picks a free one.")
+    allowed_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Pages elsewhere that may call, such as https://example.com; '*' for all. Separated by commas."
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names under which browsers reach this server, besides localhost and IP addresses; '*' for all. "
+        "Separated by commas.",
+    )
+
+    @field_validator("allowed_origins", "allowed_hosts", mode="before")
+    @classmethod
+    def _separated(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            parts = urlsplit(origin)
+            if origin != "*" and (not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}".lower()):
+                raise ValueError(f"{origin!r} is not SCHEME://HOST or SCHEME://HOST:PORT in lower case")
+        return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            if any(character in host for character in "/:@ "):
+                raise ValueError(f"{host!r} is not a host name without scheme and port")
+        return value
+
+    @field_validator("web_address")
+    @classmethod
+    def _web_address(cls, value: str) -> str:
+        return _host_and_port(value)
+
+
+class Settings(WebSettings):
+    """Read once, in `app`."""
 
     grpc_address: str = Field("127.0.0.1:50051", description="HOST:PORT for native gRPC; port 0 picks a free one.")
     model: str = Field("bundled", description="'bundled', a hub id such as org/name, or a local diffusers folder.")
@@ -74,11 +118,8 @@ class Settings(BaseSettings):
 
     @field_validator("grpc_address")
     @classmethod
-    def _host_and_port(cls, value: str) -> str:
-        host, separator, port = value.rpartition(":")
-        if not separator or not host or not port.isdecimal() or int(port) > 65535:
-            raise ValueError(f"{value!r} is not HOST:PORT")
-        return value
+    def _grpc_address(cls, value: str) -> str:
+        return _host_and_port(value)
 
     @field_validator("preview_methods")
     @classmethod
@@ -124,3 +165,19 @@ class Settings(BaseSettings):
             ),
             preview_methods=self.allowed_methods,
         )
+
+
+class BridgeSettings(WebSettings):
+    """Read once, in `bridge`."""
+
+    upstream: str = Field("127.0.0.1:50051", description="HOST:PORT of the Calotype server to pass calls on to.")
+    drain_seconds: float = Field(30.0, ge=0, description="Time for running calls to end after SIGTERM.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines to log.")
+    log_format: Literal["console", "json"] = Field("console", description="Log for people, or for machines.")
+
+
+def _host_and_port(value: str) -> str:
+    host, separator, port = value.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{value!r} is not HOST:PORT")
+    return value

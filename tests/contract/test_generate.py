@@ -33,9 +33,9 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-async def service(engine: FakeEngine) -> AsyncIterator[Service]:
+async def service(engine: FakeEngine, transport: str) -> AsyncIterator[Service]:
     """A server around it, with room for four in the queue."""
-    async with running(engine) as service:
+    async with running(engine, transport=transport) as service:
         yield service
 
 
@@ -127,10 +127,10 @@ async def test_waiting_callers_learn_their_position_as_it_changes(service: Servi
     assert engine.most_active == 1
 
 
-async def test_a_full_queue_answers_at_once_with_retry_info(engine: FakeEngine) -> None:
+async def test_a_full_queue_answers_at_once_with_retry_info(engine: FakeEngine, transport: str) -> None:
     """RESOURCE_EXHAUSTED, with a time to come back; those accepted are served all the same."""
     engine.hold()
-    async with running(engine, max_queue=1) as service:
+    async with running(engine, max_queue=1, transport=transport) as service:
         accepted = [service.stub.Generate(RED_APPLE)]
         await wait_for(engine.at_step)
         accepted.append(service.stub.Generate(RED_APPLE))

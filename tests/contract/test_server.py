@@ -1,4 +1,4 @@
-"""The port around the service: health, reflection, stopping, and what strangers may send."""
+"""The ports around the service: health, reflection, stopping, and what strangers may send."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import AddressInUse
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
+from calotype_server.transport.services import Services
 from calotype_server.types import PreviewMethod, PreviewOptions
 from support.fake_engine import MODEL, FakeEngine
 from support.service import LIMITS, read_until, running
@@ -23,44 +24,44 @@ SERVICE = "calotype.v1.GenerationService"
 PROMPT = pb.GenerateRequest(prompt="a red apple")
 
 
-async def test_before_the_model_is_loaded_calls_are_unavailable() -> None:
+async def test_before_the_model_is_loaded_calls_are_unavailable(transport: str) -> None:
     """Every method says UNAVAILABLE, and health says NOT_SERVING for the service and for the whole server."""
-    async with running(FakeEngine(), opened=False) as service, grpc.aio.insecure_channel(service.address) as channel:
+    async with running(FakeEngine(), opened=False, transport=transport) as service:
         for call in (service.stub.GetModel(pb.GetModelRequest()), service.stub.Generate(PROMPT).read()):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-        health = health_pb2_grpc.HealthStub(channel)
+        health = health_pb2_grpc.HealthStub(service.channel)
         for name in (SERVICE, ""):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
-        await service.server.set_serving(True)
+        await service.services.set_serving(True)
         answer = await health.Check(health_pb2.HealthCheckRequest(service=SERVICE))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_health_can_be_watched() -> None:
+async def test_health_can_be_watched(transport: str) -> None:
     """A watcher sees the change as it happens: the interceptor leaves writer-style handlers alone."""
-    async with running(FakeEngine()) as service, grpc.aio.insecure_channel(service.address) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+    async with running(FakeEngine(), transport=transport) as service:
+        watch = health_pb2_grpc.HealthStub(service.channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-        await service.server.set_serving(False)
+        await service.services.set_serving(False)
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
         watch.cancel()
 
 
 async def test_reflection_lists_the_service() -> None:
     """Tools such as buf curl need no proto file."""
-    async with running(FakeEngine()) as service, grpc.aio.insecure_channel(service.address) as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    async with running(FakeEngine()) as service:
+        stub = reflection_pb2_grpc.ServerReflectionStub(service.channel)
         call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
         names = {each.name for each in (await call.read()).list_services_response.service}
     assert {SERVICE, "grpc.health.v1.Health"} <= names
 
 
-async def test_the_model_is_described_with_the_operators_limits() -> None:
+async def test_the_model_is_described_with_the_operators_limits(transport: str) -> None:
     """GetModel carries what the pipeline can do and what the operator allows."""
-    async with running(FakeEngine()) as service:
+    async with running(FakeEngine(), transport=transport) as service:
         model = await service.stub.GetModel(pb.GetModelRequest())
     assert (model.name, model.width_px, model.size_multiple_px) == (MODEL.name, 64, 8)
     assert (model.max_pixels, model.max_step_count) == (LIMITS.max_pixels, LIMITS.max_step_count)
@@ -96,17 +97,17 @@ async def test_two_servers_cannot_share_a_port() -> None:
     async with running(FakeEngine()) as service:
         port = service.address.rpartition(":")[2]
         for host in ("127.0.0.1", "localhost"):
-            second = NativeServer(GenerationServicer(LIMITS))
+            second = NativeServer(Services(GenerationServicer(LIMITS)))
             with pytest.raises(AddressInUse, match="--grpc-address"):
                 await second.start(f"{host}:{port}")
             await second.stop(0)
 
 
-async def test_draining_finishes_what_was_accepted_and_refuses_the_rest() -> None:
+async def test_draining_finishes_what_was_accepted_and_refuses_the_rest(transport: str) -> None:
     """New calls get UNAVAILABLE with a retry time; the running one ends with its picture."""
     engine = FakeEngine()
     engine.hold()
-    async with running(engine) as service:
+    async with running(engine, transport=transport) as service:
         accepted = service.stub.Generate(PROMPT)
         await accepted.read()
         service.generations.refuse(retry_after=5.0)
@@ -118,11 +119,11 @@ async def test_draining_finishes_what_was_accepted_and_refuses_the_rest() -> Non
         await read_until(accepted, pb.PHASE_SUCCEEDED)
 
 
-async def test_what_cannot_be_finished_in_time_ends_unavailable() -> None:
+async def test_what_cannot_be_finished_in_time_ends_unavailable(transport: str) -> None:
     """Running and queued generations both get a typed end with a retry time, not a broken stream."""
     engine = FakeEngine()
     engine.hold()
-    async with running(engine) as service:
+    async with running(engine, transport=transport) as service:
         calls = []
         for _ in range(2):
             calls.append(service.stub.Generate(PROMPT))
@@ -141,9 +142,9 @@ async def test_what_cannot_be_finished_in_time_ends_unavailable() -> None:
         await ending
 
 
-async def test_oversized_and_malformed_requests_harm_nobody() -> None:
+async def test_oversized_and_malformed_requests_harm_nobody(transport: str) -> None:
     """A 1 MB prompt, bytes that are no message, an unknown method: each gets a status, and the service goes on."""
-    async with running(FakeEngine()) as service, grpc.aio.insecure_channel(service.address) as channel:
+    async with running(FakeEngine(), transport=transport) as service:
         method = f"/{SERVICE}/Generate"
         for path, body in (
             (method, pb.GenerateRequest(prompt="x" * 1_000_000).SerializeToString()),
@@ -151,20 +152,22 @@ async def test_oversized_and_malformed_requests_harm_nobody() -> None:
             (f"/{SERVICE}/NoSuchMethod", b""),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await channel.unary_stream(path)(body).read()
+                await service.channel.unary_stream(path)(body).read()
             assert caught.value.code() is not grpc.StatusCode.OK
         messages = [message async for message in service.stub.Generate(PROMPT)]
     assert messages[-1].phase == pb.PHASE_SUCCEEDED
 
 
-async def test_an_unexpected_exception_never_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unexpected_exception_never_reaches_the_caller(
+    monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
     """Its text stays in the log; the caller learns only that it was an internal error."""
 
     async def broken(*_: object) -> None:
         raise ValueError("secret")
 
     monkeypatch.setattr(GenerationServicer, "GetModel", broken)
-    async with running(FakeEngine()) as service:
+    async with running(FakeEngine(), transport=transport) as service:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await service.stub.GetModel(pb.GetModelRequest())
     assert caught.value.code() is grpc.StatusCode.INTERNAL

@@ -1,4 +1,4 @@
-"""`calotype serve` as a process of its own, as an operator would start it."""
+"""`calotype serve` and `calotype bridge` as processes of their own, as an operator would start them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CALOTYPE = [sys.executable, "-m", "calotype"]
 
 
 class ServerProcess:
-    """Runs `calotype serve` on a free port; a context manager that ends it.
+    """Runs `calotype serve` on free ports; a context manager that ends it.
 
     Args:
         options: Further flags.
@@ -22,10 +22,13 @@ class ServerProcess:
         environment: Further variables.
     """
 
+    command = ("serve", "--grpc-address", "127.0.0.1:0")
+
     def __init__(self, *options: str, ready: bool = True, **environment: str) -> None:
-        self._command = [*CALOTYPE, "serve", "--grpc-address", "127.0.0.1:0", *options]
+        self._command = [*CALOTYPE, *self.command, "--web-address", "127.0.0.1:0", *options]
         self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
         self.address = ""
+        self.web_address = ""
         self._ready = ready
         self.log: list[str] = []
         self._logged = threading.Condition()
@@ -41,6 +44,8 @@ class ServerProcess:
         for line in self.process.stdout:
             if found := re.search(r"gRPC +(\S+)", line):
                 self.address = found[1]
+            if found := re.search(r"page +http://(\S+)", line):
+                self.web_address = found[1]
             if "Ctrl-C" in line:
                 return self
         self._reader.join(10)
@@ -73,3 +78,9 @@ class ServerProcess:
     def terminate(self) -> None:
         """Sends SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
+
+
+class BridgeProcess(ServerProcess):
+    """Runs `calotype bridge` on a free port."""
+
+    command = ("bridge",)

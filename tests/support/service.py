@@ -1,10 +1,10 @@
-"""A real grpc.aio server on a free port, around any engine."""
+"""A real server around any engine, reached through the port under test."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -14,9 +14,13 @@ from calotype_server.admission import Admission
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
+from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
+from calotype_server.transport.services import Services
+from calotype_server.transport.web import WebServer
 from calotype_server.types import Limits
+from support.grpcweb import WebChannel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -25,21 +29,32 @@ if TYPE_CHECKING:
 
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
 
+TRANSPORTS = ("native", "grpc-web", "grpc-web-text", "bridge")
+"""Ways to the same servicer; "bridge" is grpc-web that is passed on to the native port."""
+
 
 @dataclass
 class Service:
     """What a test may look at or pull."""
 
     address: str
+    """Of the port under test."""
+    channel: Any
     stub: GenerationServiceStub
     generations: Generations
-    server: NativeServer
+    services: Services
     dead: list[bool]
 
 
 @contextlib.asynccontextmanager
 async def running(
-    engine: Engine, *, max_queue: int = 4, max_active: int = 1, opened: bool = True, limits: Limits = LIMITS
+    engine: Engine,
+    *,
+    max_queue: int = 4,
+    max_active: int = 1,
+    opened: bool = True,
+    limits: Limits = LIMITS,
+    transport: str = "native",
 ) -> AsyncIterator[Service]:
     """Serves `engine` while the block runs."""
     pace, dead = Pace(), []
@@ -51,18 +66,46 @@ async def running(
     servicer = GenerationServicer(limits)
     if opened:
         servicer.open(generations)
-    server = NativeServer(servicer)
-    address = await server.start("127.0.0.1:0")
-    await server.set_serving(opened)
+    services = Services(servicer)
+    await services.set_serving(opened)
     try:
-        async with grpc.aio.insecure_channel(address) as channel:
-            yield Service(address, GenerationServiceStub(channel), generations, server, dead)
+        async with _port(services, transport) as (address, channel):
+            stub = GenerationServiceStub(channel)
+            try:
+                yield Service(address, channel, stub, generations, services, dead)
+            finally:
+                engine.close()
+                await generations.end_all()
     finally:
-        engine.close()
-        await generations.end_all()
-        await server.stop(None)
         generations.close()
         encoder.close()
+
+
+@contextlib.asynccontextmanager
+async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, Any]]:
+    """Listens, and yields the address and a channel to it."""
+    async with contextlib.AsyncExitStack() as stack:
+        if transport in ("native", "bridge"):
+            native = NativeServer(services)
+            address = await native.start("127.0.0.1:0")
+            stack.push_async_callback(native.stop, None)
+            # Those of the bridge are those of a client, too.
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
+            if transport == "native":
+                yield address, channel
+                return
+            web = WebServer(
+                "127.0.0.1:0",
+                lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
+                is_ready=services.is_serving,
+            )
+        else:
+            web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving)
+        address = await web.start()
+        stack.push_async_callback(web.stop, 0)
+        web_channel = WebChannel(address, text=transport == "grpc-web-text")
+        stack.callback(web_channel.close)
+        yield address, web_channel
 
 
 async def read_until(call, phase: pb.Phase.ValueType) -> pb.Progress:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
 
-__all__ = ["CallInterceptor"]
+__all__ = ["INTERCEPTORS", "CallInterceptor"]
 
 _log = structlog.get_logger(__name__)
 
@@ -53,6 +53,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             _guard_stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
         )
         return guarded
+
+
+INTERCEPTORS: tuple[grpc.aio.ServerInterceptor, ...] = (CallInterceptor(),)
+"""Those of every port, the outermost first."""
 
 
 def _guard_stream(method: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:

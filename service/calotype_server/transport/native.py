@@ -1,26 +1,21 @@
-"""The grpc.aio port: options, health, reflection, and an orderly stop."""
+"""The grpc.aio port: options, reflection, and an orderly stop."""
 
 from __future__ import annotations
 
-import errno
-import socket
 from typing import TYPE_CHECKING
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from calotype.v1 import calotype_pb2 as pb
-from calotype.v1.calotype_pb2_grpc import add_GenerationServiceServicer_to_server
-from calotype_server.errors import AddressInUse
-from calotype_server.transport.interceptors import CallInterceptor
+from calotype_server.transport.address import check_free, in_use
+from calotype_server.transport.interceptors import INTERCEPTORS
 
 if TYPE_CHECKING:
-    from calotype_server.transport.servicer import GenerationServicer
+    from calotype_server.transport.services import Services
 
-__all__ = ["NativeServer", "check_free"]
+__all__ = ["NativeServer"]
 
-_SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+_OPTION = "--grpc-address"
 
 _OPTIONS = [
     # A second server on the same port must fail, not share it.
@@ -41,73 +36,35 @@ _OPTIONS = [
 
 
 class NativeServer:
-    """Serves native gRPC on one address, with health per service and reflection.
+    """Serves native gRPC on one address, with reflection.
 
     Args:
-        servicer: Answers the calls.
+        services: What to serve.
     """
 
-    def __init__(self, servicer: GenerationServicer) -> None:
+    def __init__(self, services: Services) -> None:
         # JPEG and PNG do not compress: gzip would only cost time.
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor()], options=_OPTIONS, compression=grpc.Compression.NoCompression
+            interceptors=INTERCEPTORS, options=_OPTIONS, compression=grpc.Compression.NoCompression
         )
-        self._health = health.aio.HealthServicer()
-        add_GenerationServiceServicer_to_server(servicer, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = [_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
-        reflection.enable_server_reflection(names, self._server)
+        services.add_to(self._server)
+        reflection.enable_server_reflection([*services.names, reflection.SERVICE_NAME], self._server)
 
     async def start(self, address: str) -> str:
-        """Listens on HOST:PORT and returns it with the real port; health says NOT_SERVING until `set_serving`.
+        """Listens on HOST:PORT and returns it with the real port.
 
         Raises:
             AddressInUse: The address is taken or not one of this machine's.
         """
-        await self.set_serving(False)
-        check_free(address)
+        check_free(address, _OPTION)
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError:
             await self._server.stop(None)
-            raise _in_use(address) from None
+            raise in_use(address, _OPTION) from None
         await self._server.start()
         return f"{address.rpartition(':')[0]}:{port}"
 
-    async def set_serving(self, serving: bool) -> None:
-        """Tells health checks, of the service and of the whole server, whether calls are welcome."""
-        response = health_pb2.HealthCheckResponse
-        for service in (_SERVICE, ""):
-            await self._health.set(service, response.SERVING if serving else response.NOT_SERVING)
-
     async def stop(self, grace: float) -> None:
         """Closes the port; calls under way get `grace` seconds to deliver their end."""
-        await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
-
-
-def check_free(address: str) -> None:
-    """Raises `AddressInUse` unless every address that HOST:PORT stands for is free.
-
-    A name such as localhost stands for several, and gRPC is content when it gets one of them.
-    """
-    host, _, port = address.rpartition(":")
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError:
-        raise _in_use(address) from None
-    for family, kind, protocol, _, target in found if int(port) else ():
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(target)
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise _in_use(address) from None
-
-
-def _in_use(address: str) -> AddressInUse:
-    return AddressInUse(
-        f"Cannot listen on {address}: it is in use, or not an address of this machine. Stop the other server, "
-        "or choose another address with --grpc-address HOST:PORT (port 0 picks a free one)."
-    )

@@ -1,0 +1,168 @@
+/** Between the messages on the wire and what callers hold. Nothing outside knows protobuf. */
+
+import { create, type MessageInitShape } from "@bufbuild/protobuf";
+import { type Duration, durationFromMs, durationMs } from "@bufbuild/protobuf/wkt";
+import { CalotypeError, type Violation } from "./errors.js";
+import * as wire from "./gen/calotype/v1/calotype_pb.js";
+import type * as types from "./types.js";
+
+const PHASES: Partial<Record<wire.Phase, types.Phase>> = {
+  [wire.Phase.QUEUED]: "queued",
+  [wire.Phase.ENCODING_PROMPT]: "encoding_prompt",
+  [wire.Phase.DENOISING]: "denoising",
+  [wire.Phase.DECODING]: "decoding",
+  [wire.Phase.SUCCEEDED]: "succeeded",
+  [wire.Phase.FAILED]: "failed",
+  [wire.Phase.CANCELLED]: "cancelled",
+};
+
+const FORMATS: Record<types.PictureFormat, wire.ImageFormat> = {
+  jpeg: wire.ImageFormat.JPEG,
+  png: wire.ImageFormat.PNG,
+  webp: wire.ImageFormat.WEBP,
+};
+
+const METHODS: Record<types.PreviewMethod, wire.PreviewMethod> = {
+  auto: wire.PreviewMethod.AUTO,
+  head: wire.PreviewMethod.HEAD,
+  tiny_vae: wire.PreviewMethod.TINY_VAE,
+  full_vae: wire.PreviewMethod.FULL_VAE,
+  none: wire.PreviewMethod.NONE,
+};
+
+/**
+ * Builds the request.
+ *
+ * @throws CalotypeError - INVALID_ARGUMENT, naming every number that the wire cannot carry. All other limits are the
+ *   server's to judge.
+ */
+export function requestToWire(prompt: string, options: types.GenerateOptions): wire.GenerateRequest {
+  const { preview, output } = options;
+  const violations: Violation[] = [];
+  const whole = (field: string, value: number | undefined, limit = 2 ** 31 - 1) => {
+    if (value === undefined || (Number.isInteger(value) && Math.abs(value) <= limit)) return value;
+    violations.push({ field, description: `is ${value}, must be a whole number` });
+    return undefined;
+  };
+  const finite = (field: string, value: number | undefined) => {
+    if (value === undefined || Number.isFinite(value)) return value;
+    violations.push({ field, description: `is ${value}, must be a number` });
+    return undefined;
+  };
+  const interval = finite("preview.min_interval", preview?.minInterval);
+  const seed = whole("seed", options.seed, Number.MAX_SAFE_INTEGER);
+  const request: MessageInitShape<typeof wire.GenerateRequestSchema> = {
+    prompt,
+    negativePrompt: options.negativePrompt,
+    widthPx: whole("width_px", options.width),
+    heightPx: whole("height_px", options.height),
+    stepCount: whole("step_count", options.steps),
+    guidanceScale: finite("guidance_scale", options.guidanceScale),
+    seed: seed === undefined ? undefined : BigInt(seed),
+    scheduler: options.scheduler,
+    preview: preview && {
+      everySteps: whole("preview.every_steps", preview.everySteps),
+      minInterval: interval === undefined ? undefined : durationFromMs(interval * 1000),
+      maxEdgePx: whole("preview.max_edge_px", preview.maxEdge),
+      quality: whole("preview.quality", preview.quality),
+      method: preview.method && METHODS[preview.method],
+    },
+    output: output && {
+      format: output.format && FORMATS[output.format],
+      quality: whole("output.quality", output.quality),
+      metadata: output.metadata,
+    },
+  };
+  if (violations.length > 0) {
+    const text = violations.map(({ field, description }) => `${field} ${description}`).join("; ");
+    throw new CalotypeError("INVALID_ARGUMENT", text, { reason: "INVALID_REQUEST", violations });
+  }
+  return create(wire.GenerateRequestSchema, request);
+}
+
+/** Converts a message. Its image, where there is one, is taken to be complete: see the assembler. */
+export function progressFromWire(message: wire.Progress): types.Progress {
+  return {
+    generationId: message.generationId,
+    sequence: Number(message.sequence),
+    phase: phaseFromWire(message.phase),
+    step: message.step,
+    totalSteps: message.totalSteps,
+    picture: pictureFromWire(message, message.image),
+    queuePosition: message.queuePosition,
+    remaining: seconds(message.estimatedRemaining),
+    previewsDropped: message.previewsDropped,
+    previewsWithdrawn: message.previewsWithdrawn,
+    seed: Number(message.seed),
+    warnings: message.warnings.map(({ reason, message: text }) => ({ reason, message: text })),
+    timings: message.timings && {
+      queued: seconds(message.timings.queued),
+      encodingPrompt: seconds(message.timings.encodingPrompt),
+      denoising: seconds(message.timings.denoising),
+      decoding: seconds(message.timings.decoding),
+      firstPreview: seconds(message.timings.firstPreview),
+      total: seconds(message.timings.total),
+    },
+  };
+}
+
+export function phaseFromWire(phase: wire.Phase): types.Phase {
+  return PHASES[phase] ?? "unknown";
+}
+
+/** Returns the picture of a message, with `data` for its file; undefined where there is none to show. */
+export function pictureFromWire(message: wire.Progress, data: Uint8Array): types.Picture | undefined {
+  const format = keyOf(FORMATS, message.imageFormat);
+  if (data.length === 0 || format === undefined) return undefined;
+  return {
+    // A copy, so that a small preview does not keep the network's whole buffer.
+    data: new Uint8Array(data),
+    format,
+    width: message.widthPx,
+    height: message.heightPx,
+    kind: message.imageKind === wire.ImageKind.FINAL ? "final" : "predicted",
+    step: message.imageStep,
+    method: keyOf(METHODS, message.previewMethod),
+  };
+}
+
+export function modelFromWire(model: wire.Model): types.Model {
+  const methods = model.previewMethods.map((method) => keyOf(METHODS, method));
+  return {
+    name: model.name,
+    pipeline: model.pipeline,
+    width: model.widthPx,
+    height: model.heightPx,
+    sizeMultiple: model.sizeMultiplePx,
+    maxPixels: model.maxPixels,
+    steps: model.stepCount,
+    maxSteps: model.maxStepCount,
+    guidanceScale: model.guidanceScale,
+    takesNegativePrompt: model.takesNegativePrompt,
+    scheduler: model.scheduler,
+    schedulers: model.schedulers,
+    maxPromptChars: model.maxPromptChars,
+    maxPromptTokens: model.maxPromptTokens,
+    device: model.device,
+    dtype: model.dtype,
+    serverVersion: model.serverVersion,
+    previewMethods: methods.filter((method) => method !== undefined),
+    preview: model.preview && {
+      everySteps: model.preview.everySteps ?? 1,
+      minInterval: seconds(model.preview.minInterval) ?? 0,
+      maxEdge: model.preview.maxEdgePx ?? model.maxPreviewEdgePx,
+      quality: model.preview.quality ?? model.maxPreviewQuality,
+      method: keyOf(METHODS, model.preview.method) ?? "auto",
+    },
+    maxPreviewEdge: model.maxPreviewEdgePx,
+    maxPreviewQuality: model.maxPreviewQuality,
+  };
+}
+
+function seconds(duration: Duration | undefined): number | undefined {
+  return duration && durationMs(duration) / 1000;
+}
+
+function keyOf<K extends string, V>(table: Record<K, V>, value: V): K | undefined {
+  return (Object.keys(table) as K[]).find((key) => table[key] === value);
+}

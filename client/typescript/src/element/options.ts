@@ -1,0 +1,50 @@
+/** From the element's attributes to what to generate. */
+
+import type { GenerateOptions, PictureFormat, PreviewMethod, PreviewOptions } from "../types.js";
+
+type Mutable<T> = { -readonly [K in keyof T]: T[K] };
+
+/** Reads the attributes. A number that is none becomes NaN, which the client refuses by name. */
+export function optionsOf(element: Element): GenerateOptions {
+  const text = (name: string) => element.getAttribute(name) || undefined;
+  const number = (name: string) => {
+    const value = text(name);
+    return value === undefined ? undefined : Number(value);
+  };
+  const options = defined<GenerateOptions>({
+    negativePrompt: text("negative-prompt"),
+    width: number("width"),
+    height: number("height"),
+    steps: number("steps"),
+    guidanceScale: number("guidance-scale"),
+    seed: number("seed"),
+    scheduler: text("scheduler"),
+  });
+  const preview = defined<PreviewOptions>({
+    everySteps: number("preview-every-steps"),
+    minInterval: number("preview-min-interval"),
+    maxEdge: number("preview-max-edge"),
+    quality: number("preview-quality"),
+    method: text("preview-method") as PreviewMethod | undefined,
+  });
+  if (Object.keys(preview).length > 0) options.preview = preview;
+  const format = text("output-format") as PictureFormat | undefined;
+  const quality = number("output-quality");
+  if (format || quality !== undefined) options.output = defined({ format, quality });
+  return options;
+}
+
+function defined<T>(values: { [K in keyof T]: T[K] | undefined }): Mutable<T> {
+  return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined)) as Mutable<T>;
+}
+
+/** Names the file of a finished picture, such as `a-red-apple-42.png`. */
+export function fileName(prompt: string, seed: number | undefined, format: PictureFormat): string {
+  const words = prompt
+    .normalize("NFKC")
+    .toLowerCase()
+    .replace(/[^\p{L}\p{N}]+/gu, "-")
+    .slice(0, 60)
+    .replace(/^-+|-+$/g, "");
+  return `${[words || "calotype", seed].filter((part) => part !== undefined).join("-")}.${format === "jpeg" ? "jpg" : format}`;
+}

@@ -1,0 +1,146 @@
+/** The shadow tree of `<calotype-view>`: draws a state, reports what people do. Keeps nothing of its own. */
+
+import { fraction, frameAt, isOver, stages, type ViewState } from "../reducer.js";
+import type { GenerateOptions, Picture } from "../types.js";
+import { explain, fieldLabel } from "../words.js";
+import { h, setShown, setText } from "./dom.js";
+import { Filmstrip, stageLabel } from "./filmstrip.js";
+import { Plate } from "./plate.js";
+import { STYLES } from "./styles.js";
+import { ObjectUrls } from "./urls.js";
+import { announcement, duration, statusLine } from "./wording.js";
+
+export interface Actions {
+  scrub(index: number): void;
+  cancel(): void;
+  retry(): void;
+  shown(picture: Picture): void;
+}
+
+export class View {
+  readonly #urls = new ObjectUrls();
+  readonly #plate = new Plate(this.#urls);
+  readonly #filmstrip: Filmstrip;
+  readonly #bar = h("div", { className: "bar" });
+  readonly #track = h(
+    "div",
+    {
+      className: "track",
+      part: "progress",
+      role: "progressbar",
+      "aria-label": "Progress",
+      "aria-valuemin": "0",
+      "aria-valuemax": "100",
+    },
+    this.#bar,
+  );
+  readonly #status = h("p", { className: "status", part: "status" });
+  readonly #live = h("p", { className: "unseen", role: "status" });
+  readonly #notice = h("p", { className: "notice", part: "notice", hidden: true });
+  readonly #error = h("div", { className: "error", part: "error", role: "alert", hidden: true });
+  readonly #cancel = h("button", { type: "button", part: "button cancel", hidden: true }, "Cancel");
+  readonly #download = h("a", { part: "button download", hidden: true }, "Download");
+  readonly #actions: Actions;
+  #explained: ViewState["error"];
+
+  constructor(root: ShadowRoot, actions: Actions) {
+    this.#actions = actions;
+    const sheet = new CSSStyleSheet();
+    sheet.replaceSync(STYLES);
+    root.adoptedStyleSheets = [sheet];
+    this.#filmstrip = new Filmstrip(this.#urls, actions.scrub);
+    this.#cancel.addEventListener("click", actions.cancel);
+    root.append(
+      this.#plate.element,
+      this.#track,
+      this.#filmstrip.element,
+      this.#status,
+      this.#live,
+      this.#notice,
+      this.#error,
+      h("div", { className: "actions", part: "actions" }, this.#cancel, this.#download, h("slot", { name: "actions" })),
+    );
+  }
+
+  /** Clears the plate for a generation that begins, in the proportions asked for. */
+  begin({ width, height }: GenerateOptions): void {
+    this.#plate.clear();
+    this.#urls.keepOnly([]);
+    this.#proportion(width, height);
+  }
+
+  /** Puts a picture on the plate. */
+  async show(picture: Picture, fade: number): Promise<void> {
+    this.#proportion(picture.width, picture.height);
+    if (await this.#plate.show(picture, fade)) this.#actions.shown(picture);
+  }
+
+  /** Releases what the browser would keep: the element has left the document. */
+  release(): void {
+    this.#plate.clear();
+    this.#filmstrip.clear();
+    this.#urls.keepOnly([]);
+  }
+
+  update(state: ViewState, prompt: string, downloadName: string | undefined): void {
+    const all = stages(state);
+    if (all.length === 0) this.#plate.clear();
+    this.#urls.keepOnly(all);
+
+    this.#filmstrip.update(all, state.scrubbed ?? all.length - 1, state.totalSteps, isOver(state));
+    this.#plate.element.setAttribute("aria-label", label(state, prompt));
+    const percent = Math.round(fraction(state) * 100);
+    this.#track.classList.toggle("over", isOver(state));
+    setShown(this.#track, state.status !== "idle");
+    this.#track.setAttribute("aria-valuenow", String(percent));
+    this.#track.setAttribute("aria-valuetext", statusLine(state));
+    this.#bar.style.transform = `scaleX(${fraction(state)})`;
+    setText(this.#status, statusLine(state));
+    setText(this.#live, announcement(state));
+
+    setText(this.#notice, state.withdrawn ? WITHDRAWN : state.warnings.map(({ message }) => message).join(" "));
+    setShown(this.#notice, this.#notice.textContent !== "");
+    this.#explain(state);
+
+    const hadFocus = this.#cancel.matches(":focus");
+    setShown(this.#cancel, state.status === "waiting" || state.status === "running");
+    setShown(this.#download, state.final !== undefined);
+    if (state.final && downloadName) {
+      this.#download.href = this.#urls.of(state.final);
+      this.#download.download = downloadName;
+    } else this.#download.removeAttribute("href");
+    // A button that vanishes under the keyboard hands its focus on.
+    if (hadFocus && this.#cancel.hidden)
+      (this.#download.hidden ? this.#error.querySelector("button") : this.#download)?.focus();
+  }
+
+  #explain({ error }: ViewState): void {
+    if (error === this.#explained) return;
+    this.#explained = error;
+    this.#error.replaceChildren();
+    setShown(this.#error, error !== undefined);
+    if (!error) return;
+    const { title, advice, retry } = explain(error);
+    const list = error.violations.map(({ field, description }) => h("li", {}, `${fieldLabel(field)} ${description}`));
+    const when = error.retryAfter === undefined ? "" : ` It asks to wait ${duration(error.retryAfter)}.`;
+    const again = h("button", { type: "button", part: "button retry" }, retry ?? "");
+    again.addEventListener("click", this.#actions.retry);
+    this.#error.append(
+      h("p", { className: "title" }, title),
+      ...(list.length > 0 ? [h("ul", {}, ...list)] : []),
+      h("p", {}, advice + when),
+      ...(retry ? [again] : []),
+    );
+  }
+
+  #proportion(width: number | undefined, height: number | undefined): void {
+    if (width && height) this.#plate.element.style.setProperty("--_ratio", `${width} / ${height}`);
+  }
+}
+
+const WITHDRAWN = "The previews were withdrawn: the model's safety checker objects to this picture.";
+
+function label(state: ViewState, prompt: string): string {
+  const picture = frameAt(state);
+  return picture ? `${prompt}. ${stageLabel(picture, state.totalSteps)}` : `${prompt}. No picture yet`;
+}

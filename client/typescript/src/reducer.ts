@@ -1,0 +1,129 @@
+/** What a view of one generation shows, as a pure function of what happened: `(state, event) => state`. */
+
+import type { CalotypeError } from "./errors.js";
+import type { Notice, Phase, Picture, Progress, Timings } from "./types.js";
+
+export type ViewEvent =
+  | { readonly type: "start" }
+  | { readonly type: "progress"; readonly progress: Progress }
+  | { readonly type: "error"; readonly error: CalotypeError }
+  /** Shows the picture at this index of `stages` again; undefined for the newest. */
+  | { readonly type: "scrub"; readonly index: number | undefined };
+
+export interface ViewState {
+  /** `waiting`: asked for, and nothing heard yet. */
+  readonly status: "idle" | "waiting" | "running" | "succeeded" | "failed" | "cancelled";
+  readonly phase: Phase | undefined;
+  readonly generationId: string | undefined;
+  readonly seed: number | undefined;
+  readonly step: number;
+  readonly totalSteps: number;
+  readonly queuePosition: number;
+  /** Seconds until the final picture, as last estimated. */
+  readonly remaining: number | undefined;
+  /** Previews received, oldest first, each step once. */
+  readonly previews: readonly Picture[];
+  readonly previewsDropped: number;
+  /** The safety checker objected: there are no previews any more, and there will be none. */
+  readonly withdrawn: boolean;
+  readonly final: Picture | undefined;
+  readonly warnings: readonly Notice[];
+  readonly error: CalotypeError | undefined;
+  readonly timings: Timings | undefined;
+  /** Index into `stages` that is looked at; undefined for the newest. */
+  readonly scrubbed: number | undefined;
+}
+
+export const initialState: ViewState = {
+  status: "idle",
+  phase: undefined,
+  generationId: undefined,
+  seed: undefined,
+  step: 0,
+  totalSteps: 0,
+  queuePosition: 0,
+  remaining: undefined,
+  previews: [],
+  previewsDropped: 0,
+  withdrawn: false,
+  final: undefined,
+  warnings: [],
+  error: undefined,
+  timings: undefined,
+  scrubbed: undefined,
+};
+
+export function reduce(state: ViewState, event: ViewEvent): ViewState {
+  switch (event.type) {
+    case "start":
+      return { ...initialState, status: "waiting" };
+    case "progress":
+      return isOver(state) ? state : withProgress(state, event.progress);
+    case "error":
+      return isOver(state) ? state : withError(state, event.error);
+    case "scrub":
+      return withScrub(state, event.index);
+  }
+}
+
+/** Every picture there is to look at, oldest first, the final one last. */
+export function stages(state: ViewState): readonly Picture[] {
+  return state.final ? [...state.previews, state.final] : state.previews;
+}
+
+/** The picture to show: the one looked at, else the newest. */
+export function frameAt(state: ViewState): Picture | undefined {
+  return stages(state).at(state.scrubbed ?? -1);
+}
+
+/** How much is done, 0 to 1. Decoding counts as one more step, so that the bar does not stand at its end and wait. */
+export function fraction(state: ViewState): number {
+  if (state.status === "succeeded") return 1;
+  return state.totalSteps > 0 ? Math.min(state.step / (state.totalSteps + 1), 1) : 0;
+}
+
+/** Whether nothing more will come. */
+export function isOver({ status }: ViewState): boolean {
+  return status === "succeeded" || status === "failed" || status === "cancelled";
+}
+
+function withProgress(state: ViewState, progress: Progress): ViewState {
+  const { picture, phase } = progress;
+  const withdrawn = state.withdrawn || progress.previewsWithdrawn;
+  const isNew = picture?.kind === "predicted" && picture.step > (state.previews.at(-1)?.step ?? 0);
+  return {
+    ...state,
+    // How a failure ended is told by the error that follows, not by its message alone.
+    status: phase === "succeeded" ? "succeeded" : "running",
+    phase,
+    generationId: progress.generationId,
+    seed: progress.seed,
+    step: Math.max(state.step, progress.step),
+    totalSteps: progress.totalSteps || state.totalSteps,
+    queuePosition: progress.queuePosition,
+    remaining: progress.remaining,
+    previews: withdrawn ? [] : isNew ? [...state.previews, picture] : state.previews,
+    previewsDropped: Math.max(state.previewsDropped, progress.previewsDropped),
+    withdrawn,
+    final: picture?.kind === "final" ? picture : undefined,
+    warnings: merge(state.warnings, progress.warnings),
+    timings: progress.timings ?? state.timings,
+  };
+}
+
+function withError(state: ViewState, error: CalotypeError): ViewState {
+  const status = error.code === "CANCELLED" ? "cancelled" : "failed";
+  const previews = error.reason === "CONTENT_WITHHELD" ? [] : state.previews;
+  return { ...state, status, error, previews, queuePosition: 0, remaining: undefined };
+}
+
+function withScrub(state: ViewState, index: number | undefined): ViewState {
+  const last = stages(state).length - 1;
+  if (!isOver(state) || index === undefined || index >= last) return { ...state, scrubbed: undefined };
+  return { ...state, scrubbed: Math.max(index, 0) };
+}
+
+function merge(old: readonly Notice[], added: readonly Notice[]): readonly Notice[] {
+  const fresh = added.filter(({ reason }) => !old.some((notice) => notice.reason === reason));
+  return fresh.length > 0 ? [...old, ...fresh] : old;
+}

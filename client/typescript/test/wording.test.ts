@@ -1,0 +1,69 @@
+import { describe, expect, it } from "vitest";
+import { pick } from "../src/element/filmstrip.js";
+import { fileName } from "../src/element/options.js";
+import { announcement, duration, statusLine } from "../src/element/wording.js";
+import { STATUS_CODES } from "../src/errors.js";
+import { CalotypeError, explain, initialState, type ViewState } from "../src/index.js";
+
+describe("errors in plain words", () => {
+  it.each(STATUS_CODES)("say what happened and what to do about %s", (code) => {
+    const { title, advice } = explain(new CalotypeError(code, "internal text"));
+    for (const sentence of [title, advice]) expect(sentence).toMatch(/^[A-Z].*\.$/);
+    expect(title + advice).not.toMatch(/internal text|gRPC|[A-Z]{2}_/);
+  });
+
+  it("offer to go on when the connection was lost, but not to repeat what cannot work", () => {
+    const explainReason = (reason: string) => explain(new CalotypeError("UNAVAILABLE", "", { reason }));
+    expect(explainReason("CONNECTION_LOST").retry).toBe("Go on");
+    expect(explainReason("DRAINING").retry).toBe("Go on");
+    expect(explain(new CalotypeError("INVALID_ARGUMENT", "")).retry).toBeUndefined();
+  });
+});
+
+describe("the status line", () => {
+  const running: ViewState = { ...initialState, status: "running", phase: "denoising", step: 7, totalSteps: 20 };
+
+  it("tells the place in the queue, the step, and the time left", () => {
+    expect(statusLine({ ...running, phase: "queued", queuePosition: 3, remaining: 12.2 })).toBe(
+      "Place 3 in the queue · about 13 s left",
+    );
+    expect(statusLine({ ...running, remaining: 3 })).toBe("Step 7 of 20 · about 3 s left");
+    expect(statusLine({ ...running, remaining: 0.2 })).toBe("Step 7 of 20 · almost there");
+    expect(statusLine(running)).toBe("Step 7 of 20");
+  });
+
+  it("is announced a few times only", () => {
+    const said = new Set(Array.from({ length: 21 }, (_, step) => announcement({ ...running, step })));
+    expect([...said]).toEqual([0, 25, 50, 75].map((percent) => `Developing, ${percent} percent`));
+  });
+
+  it.each([
+    [0.34, "0.3 s"],
+    [9.96, "10 s"],
+    [75, "75 s"],
+    [150, "3 min"],
+    [9000, "3 h"],
+  ])("says %d seconds as %s", (seconds, text) => {
+    expect(duration(seconds)).toBe(text);
+  });
+});
+
+describe("a file name", () => {
+  it.each([
+    ["A red apple!", 42, "png", "a-red-apple-42.png"],
+    ["../../etc/passwd", 1, "jpeg", "etc-passwd-1.jpg"],
+    ["リンゴ", undefined, "webp", "リンゴ.webp"],
+    ["?!", 0, "png", "calotype-0.png"],
+  ] as const)("is made of %s", (prompt, seed, format, name) => {
+    expect(fileName(prompt, seed, format)).toBe(name);
+  });
+});
+
+describe("the thumbnails", () => {
+  it("are picked at even distances, with both ends", () => {
+    expect(pick([1, 2, 3], 5)).toEqual([1, 2, 3]);
+    const picked = pick([...Array(100).keys()], 10);
+    expect(picked).toHaveLength(10);
+    expect([picked[0], picked.at(-1)]).toEqual([0, 99]);
+  });
+});

@@ -1,0 +1,67 @@
+"""The standalone bridge: browsers on one side, a Calotype server elsewhere on the other. Needs no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from calotype_server.signals import Signals
+from calotype_server.telemetry import configure_logging
+from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
+from calotype_server.transport.web import WebServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from calotype_server.settings import BridgeSettings
+
+__all__ = ["serve"]
+
+_log = structlog.get_logger(__name__)
+
+_HEALTH_SECONDS = 2.0
+"""For the upstream to say whether it is well."""
+
+
+async def serve(settings: BridgeSettings, announce: Callable[[str, str], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then lets running calls end; a second signal hurries.
+
+    It starts whether or not the upstream is there, and finds it whenever it comes.
+
+    Args:
+        settings: What the operator wants.
+        announce: Called once with the web address and the upstream, when requests are welcome.
+
+    Raises:
+        StartupError: The address is taken.
+    """
+    configure_logging(settings.log_level, settings.log_format)
+    signals = Signals()
+    async with grpc.aio.insecure_channel(settings.upstream, options=CHANNEL_OPTIONS) as channel:
+        web = WebServer(
+            settings.web_address,
+            lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
+            is_ready=lambda: _is_serving(channel),
+            allowed_origins=settings.allowed_origins,
+            allowed_hosts=settings.allowed_hosts,
+        )
+        address = await web.start()
+        try:
+            announce(address, settings.upstream)
+            await signals.stopping()
+            _log.info("draining", grace=settings.drain_seconds)
+            await signals.unless_hurried(web.stop(settings.drain_seconds))
+        finally:
+            await web.stop(0)
+
+
+async def _is_serving(channel: grpc.aio.Channel) -> bool:
+    check: Any = health_pb2_grpc.HealthStub(channel).Check
+    try:
+        answer = await check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_SECONDS)
+    except grpc.aio.AioRpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -1,0 +1,207 @@
+"""Bytes and headers to messages and metadata, and back.
+
+The wire format is `PROTOCOL-WEB.md` of grpc/grpc: a message is a flag byte, four bytes of length, and the bytes; the
+trailers are one more such frame, with the highest bit of the flag set. In text mode all of it is base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
+
+import grpc
+from sonora import protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    Headers = Iterable[tuple[bytes, bytes]]
+    Metadatum = tuple[str, str | bytes]
+
+__all__ = [
+    "ACCEPTED",
+    "Refused",
+    "Status",
+    "check_metadata",
+    "decode_metadata",
+    "decode_request",
+    "encode_headers",
+    "encode_message",
+    "encode_trailers",
+    "header",
+    "is_text",
+    "parse_timeout",
+    "wire_size",
+]
+
+ACCEPTED = {
+    "application/grpc-web": False,
+    "application/grpc-web+proto": False,
+    "application/grpc-web-text": True,
+    "application/grpc-web-text+proto": True,
+}
+"""Content types of a call, and whether each is in text mode."""
+
+_PREFIX = struct.Struct(">BI")
+_TRAILERS_FLAG, _COMPRESSED_FLAG = 0x80, 0x01
+_UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+_BASE64_SEGMENT = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
+_KEY = re.compile(r"[a-z0-9_.-]+")
+_VALUE = re.compile(r"[\x20-\x7e]*")
+
+_NOT_METADATA = frozenset(
+    [
+        *("host", "connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
+        *("expect", "content-length", "content-type", "content-encoding", "http2-settings", "priority"),
+        *("accept", "accept-encoding", "accept-language", "accept-charset", "cache-control", "pragma"),
+        *("origin", "referer", "cookie", "dnt", "x-grpc-web"),
+    ]
+)
+_NOT_METADATA_PREFIXES = (":", "sec-", "access-control-", "grpc-")
+
+
+class Status(NamedTuple):
+    """How a call ends."""
+
+    code: grpc.StatusCode
+    details: str = ""
+    trailing_metadata: Sequence[Metadatum] = ()
+
+
+class Refused(Exception):
+    """The call ends before its handler has begun."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self.status = Status(code, details)
+
+
+def header(headers: Headers, name: bytes) -> str | None:
+    """Returns the first header of that name."""
+    return next((value.decode("latin-1") for key, value in headers if key == name), None)
+
+
+def is_text(headers: Headers) -> bool | None:
+    """Returns whether a request is in text mode, or None when it is not grpc-web at all."""
+    content_type = header(headers, b"content-type") or ""
+    return ACCEPTED.get(content_type.partition(";")[0].strip().lower())
+
+
+def parse_timeout(value: str) -> float:
+    """Returns the seconds of a `grpc-timeout`: up to eight digits and a unit.
+
+    Raises:
+        Refused: It is something else.
+    """
+    number, unit = value[:-1], value[-1:]
+    if unit not in _UNITS or not (number.isascii() and number.isdecimal()) or len(number) > 8:
+        raise Refused(grpc.StatusCode.INTERNAL, f"grpc-timeout: {value[:20]!r} is not up to 8 digits and a unit.")
+    return int(number) * _UNITS[unit]
+
+
+def decode_metadata(headers: Headers) -> tuple[Metadatum, ...]:
+    """Returns what a servicer may see: not the headers of HTTP, of browsers and of gRPC itself, nor cookies.
+
+    Raises:
+        Refused: The value of a `-bin` header is not base64.
+    """
+    metadata: list[Metadatum] = []
+    for raw_key, raw_value in headers:
+        key, value = raw_key.decode("latin-1").lower(), raw_value.decode("latin-1")
+        if key in _NOT_METADATA or key.startswith(_NOT_METADATA_PREFIXES):
+            continue
+        if key.endswith("-bin"):
+            # HTTP may have joined several values; padding is optional.
+            metadata += [(key, _from_base64(part.strip(), key)) for part in value.split(",")]
+        elif _VALUE.fullmatch(value):
+            # gRPC knows printable ASCII only; anything else is some other layer's header.
+            metadata.append((key, value))
+    return tuple(metadata)
+
+
+def _from_base64(value: str, key: str) -> bytes:
+    try:
+        return base64.b64decode(value + "=" * (-len(value) % 4), validate=True)
+    except ValueError:
+        raise Refused(grpc.StatusCode.INTERNAL, f"{key}: the value is not base64.") from None
+
+
+def wire_size(limit: int, *, text: bool) -> int:
+    """Returns the largest body in bytes that can hold a message of `limit` bytes."""
+    framed = limit + _PREFIX.size
+    return -(-framed // 3) * 4 if text else framed
+
+
+def decode_request(body: bytes, *, text: bool) -> bytes:
+    """Returns the one message that a request holds.
+
+    Raises:
+        Refused: The body is anything but one uncompressed message.
+    """
+    internal = grpc.StatusCode.INTERNAL
+    if text:
+        body = _from_text(body)
+    if len(body) < _PREFIX.size:
+        raise Refused(internal, f"The request has {len(body)} bytes; a message begins with {_PREFIX.size} of its own.")
+    flags, length = _PREFIX.unpack_from(body)
+    message = body[_PREFIX.size :]
+    if flags & _TRAILERS_FLAG:
+        raise Refused(internal, "The request begins with trailers instead of a message.")
+    if flags & _COMPRESSED_FLAG:
+        raise Refused(grpc.StatusCode.UNIMPLEMENTED, "Compressed requests are not supported: send identity.")
+    if len(message) != length:
+        raise Refused(internal, f"The request announces one message of {length} bytes, and has {len(message)}.")
+    return message
+
+
+def _from_text(body: bytes) -> bytes:
+    """Decodes base64 that may have been padded wherever the sender's pieces ended."""
+    segments = _BASE64_SEGMENT.findall(body)
+    if sum(map(len, segments)) == len(body):
+        try:
+            return b"".join(base64.b64decode(segment, validate=True) for segment in segments)
+        except binascii.Error:
+            pass
+    raise Refused(grpc.StatusCode.INTERNAL, "The request is not base64, as its content type says.")
+
+
+def check_metadata(metadata: Iterable[Metadatum]) -> tuple[Metadatum, ...]:
+    """Returns `metadata` as a tuple.
+
+    Raises:
+        ValueError: A key or value is not what gRPC allows; on the wire it could pass for another header.
+    """
+    checked = tuple((key, value) for key, value in metadata)
+    for key, value in checked:
+        legal = isinstance(value, bytes) if key.endswith("-bin") else isinstance(value, str) and _VALUE.fullmatch(value)
+        if not legal or not _KEY.fullmatch(key):
+            raise ValueError(f"metadata was invalid: {key!r}")
+    return checked
+
+
+def encode_headers(metadata: Sequence[Metadatum]) -> list[tuple[bytes, bytes]]:
+    """Returns initial metadata as HTTP headers."""
+    return [(key.encode(), value.encode()) for key, value in protocol.encode_headers(metadata)]
+
+
+def encode_message(message: bytes, *, text: bool) -> bytes:
+    """Returns the frame of a message."""
+    return _to_wire(protocol.wrap_message(False, False, message), text)
+
+
+def encode_trailers(status: Status, *, text: bool) -> bytes:
+    """Returns the frame that ends a response."""
+    trailers = [("grpc-status", str(status.code.value[0]))]
+    if status.details:
+        # Percent-encoded UTF-8, but for the printable ASCII that is not the percent sign itself.
+        trailers.append(("grpc-message", quote(status.details, safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")))
+    trailers += protocol.encode_headers(status.trailing_metadata)
+    return _to_wire(protocol.wrap_message(True, False, protocol.pack_trailers(trailers)), text)
+
+
+def _to_wire(frame: bytes, text: bool) -> bytes:
+    return base64.b64encode(frame) if text else frame

@@ -1,0 +1,112 @@
+"""The web port: grpc-web, the page and health checks, behind one guard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import BaseRoute, Mount, Route
+
+from calotype_server.transport.grpcweb import GrpcWeb
+from calotype_server.transport.guard import Guard
+from calotype_server.transport.interceptors import INTERCEPTORS
+from calotype_server.transport.listener import Listener
+from calotype_server.transport.page import Page
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from starlette.requests import Request
+
+    from calotype_server.transport.grpcweb.call import Limits
+
+__all__ = ["PAGE", "WebServer"]
+
+PAGE = Path(__file__).parent.parent / "page"
+"""The built page, where there is one."""
+
+_CORS_REQUEST_HEADERS = (
+    "authorization",
+    "content-type",
+    "grpc-timeout",
+    "x-grpc-web",
+    "x-request-id",
+    "x-user-agent",
+)
+_CORS_RESPONSE_HEADERS = ("grpc-message", "grpc-status", "grpc-status-details-bin", "x-request-id")
+_CORS_MAX_AGE_SECONDS = 2 * 60 * 60
+
+
+class WebServer:
+    """Serves browsers on one address.
+
+    Args:
+        address: HOST:PORT to listen on; port 0 picks a free one. HOST is one of the allowed hosts.
+        register: Adds services to the server that it is given; as for a native one.
+        is_ready: Whether calls are welcome, for `/readyz`.
+        allowed_origins: Of pages elsewhere that may call, as https://example.com; "*" for all.
+        allowed_hosts: Names under which this server is reached; "*" for all.
+        page: Folder of the built page.
+        limits: What a client may take.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        register: Callable[[Any], object],
+        *,
+        is_ready: Callable[[], Awaitable[bool]],
+        allowed_origins: Sequence[str] = (),
+        allowed_hosts: Sequence[str] = (),
+        page: Path = PAGE,
+        limits: Limits | None = None,
+    ) -> None:
+        site = Starlette(routes=_routes(is_ready, page))
+        self._grpc_web = GrpcWeb(site, interceptors=INTERCEPTORS, limits=limits)
+        register(self._grpc_web)
+        application = CORSMiddleware(
+            self._grpc_web,
+            allow_origins=allowed_origins,
+            allow_methods=["POST"],
+            allow_headers=_CORS_REQUEST_HEADERS,
+            expose_headers=_CORS_RESPONSE_HEADERS,
+            max_age=_CORS_MAX_AGE_SECONDS,
+        )
+        hosts = (*allowed_hosts, address.rpartition(":")[0])
+        self._listener = Listener(Guard(application, origins=allowed_origins, hosts=hosts))
+        self._address = address
+
+    @property
+    def active_calls(self) -> int:
+        """Calls that have not been answered to the end."""
+        return self._grpc_web.active_calls
+
+    async def start(self) -> str:
+        """Listens and returns the address with the real port.
+
+        Raises:
+            AddressInUse: The address is taken or not one of this machine's.
+        """
+        return await self._listener.start(self._address)
+
+    async def stop(self, grace: float) -> None:
+        """Closes the port; calls under way get `grace` seconds to deliver their end, new ones get UNAVAILABLE."""
+        await self._grpc_web.stop(grace)
+        await self._listener.stop()
+
+
+def _routes(is_ready: Callable[[], Awaitable[bool]], page: Path) -> list[BaseRoute]:
+    async def alive(_: Request) -> PlainTextResponse:
+        return PlainTextResponse("ok\n")
+
+    async def ready(_: Request) -> PlainTextResponse:
+        return PlainTextResponse("ready\n") if await is_ready() else PlainTextResponse("not ready\n", 503)
+
+    async def no_page(_: Request) -> PlainTextResponse:
+        return PlainTextResponse("Calotype answers grpc-web here. It was installed without its page.\n")
+
+    root = Mount("/", Page(directory=page, html=True)) if page.is_dir() else Route("/", no_page)
+    return [Route("/healthz", alive), Route("/readyz", ready), root]

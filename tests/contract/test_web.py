@@ -1,0 +1,263 @@
+"""The web port around the calls: who may talk to it, the page, health checks, and rude connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from calotype_server.errors import AddressInUse
+from calotype_server.transport import listener
+from calotype_server.transport.web import WebServer
+from support.grpcweb import Connection, frame
+from support.lab import NAME, lab
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PATIENCE = 20
+"""Seconds until a test that waits for something gives up."""
+
+APP = "https://app.example"
+EVIL = "https://evil.example"
+
+
+class Caller:
+    """Methods for a lab, and what came of them."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.methods = {"Call": self.call}
+
+    async def call(self, request, context):
+        """Counts."""
+        self.calls += 1
+        yield b"answer"
+
+
+async def ask(address: str, method: str, path: str, body: bytes | None = None, **given: str):
+    """Sends a request by hand and returns status, headers and body of the answer."""
+    connection = await Connection.open(address)
+    headers = {name.replace("_", "-"): value for name, value in given.items()}
+    await connection.request(method, path, {"host": address, **headers}, body)
+    head, answer = await connection.answer(method)
+    connection.close()
+    return head.status_code, {name.decode(): value.decode() for name, value in head.headers}, answer
+
+
+async def call(address: str, **given: str):
+    """Calls the method."""
+    given = {"content_type": "application/grpc-web", **given}
+    return await ask(address, "POST", f"/{NAME}/Call", frame(b""), **given)
+
+
+async def preflight(address: str, origin: str, headers: str = "content-type,x-grpc-web,x-user-agent,grpc-timeout"):
+    """Asks as a browser does before it sends a call across origins."""
+    return await ask(
+        address,
+        "OPTIONS",
+        f"/{NAME}/Call",
+        origin=origin,
+        access_control_request_method="POST",
+        access_control_request_headers=headers,
+    )
+
+
+async def test_a_page_on_the_list_may_call() -> None:
+    """The preflight allows what grpc-web clients send, and the answer names the page's origin, nobody else's."""
+    caller = Caller()
+    async with lab(methods=caller.methods, allowed_origins=[APP]) as server:
+        status, headers, _ = await preflight(server.address, APP)
+        assert status == 200
+        assert headers["access-control-allow-origin"] == APP
+        assert "POST" in headers["access-control-allow-methods"]
+        allowed = {name.strip().lower() for name in headers["access-control-allow-headers"].split(",")}
+        assert {"content-type", "x-grpc-web", "x-user-agent", "grpc-timeout", "authorization"} <= allowed
+        assert int(headers["access-control-max-age"]) > 0
+        status, headers, body = await call(server.address, origin=APP)
+    assert (status, headers["access-control-allow-origin"], caller.calls) == (200, APP, 1)
+    assert "Origin" in headers["vary"]
+    assert "access-control-allow-credentials" not in headers
+    assert b"answer" in body
+
+
+@pytest.mark.parametrize("origins", [[], [APP]])
+@pytest.mark.parametrize("origin", [EVIL, "null", f"{APP}.evil.example", "https://localhost:1", f"{APP}:444"])
+async def test_any_other_page_is_refused_before_anything_runs(origins: list[str], origin: str) -> None:
+    """Its preflight, and the call that it makes anyway."""
+    caller = Caller()
+    async with lab(methods=caller.methods, allowed_origins=origins) as server:
+        for status, headers, _ in (await preflight(server.address, origin), await call(server.address, origin=origin)):
+            assert status == 403
+            assert "access-control-allow-origin" not in headers
+    assert caller.calls == 0
+
+
+async def test_a_header_that_nobody_allowed_is_refused() -> None:
+    """In the preflight."""
+    async with lab(allowed_origins=[APP]) as server:
+        assert (await preflight(server.address, APP, "x-other"))[0] == 400
+
+
+async def test_the_own_page_may_call() -> None:
+    """A browser sends Origin for the server's own page, too."""
+    caller = Caller()
+    async with lab(methods=caller.methods) as server:
+        port = server.address.rpartition(":")[2]
+        for host in (server.address, f"localhost:{port}", f"[::1]:{port}", "LOCALHOST"):
+            assert (await call(server.address, host=host, origin=f"http://{host.lower()}"))[0] == 200
+    assert caller.calls == 4
+
+
+async def test_every_page_may_call_when_the_operator_says_so() -> None:
+    """With a star, and still without cookies."""
+    async with lab(methods=Caller().methods, allowed_origins=["*"]) as server:
+        status, headers, _ = await call(server.address, origin=EVIL)
+    assert (status, headers["access-control-allow-origin"]) == (200, "*")
+    assert "access-control-allow-credentials" not in headers
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example", ""]
+)
+async def test_a_name_that_is_not_ours_is_refused(host: str) -> None:
+    """A name that its owner let point here makes his page "the same origin"; also for the page and health checks."""
+    caller = Caller()
+    async with lab(methods=caller.methods) as server:
+        assert (await call(server.address, host=host, origin=f"http://{host}"))[0] == 421
+        assert (await ask(server.address, "GET", "/", host=host))[0] == 421
+    assert caller.calls == 0
+
+
+@pytest.mark.parametrize("allowed", ["pictures.example", "*"])
+async def test_names_are_allowed_by_the_operator(allowed: str) -> None:
+    """Upper case and ports do not matter."""
+    async with lab(methods=Caller().methods, allowed_hosts=[allowed]) as server:
+        assert (await call(server.address, host="Pictures.Example:8443"))[0] == 200
+
+
+async def test_health_checks() -> None:
+    """The process lives from the start; it is ready when it says so."""
+    ready = False
+
+    async def is_ready() -> bool:
+        return ready
+
+    async with lab(is_ready=is_ready) as server:
+        assert (await ask(server.address, "GET", "/healthz"))[::2] == (200, b"ok\n")
+        assert (await ask(server.address, "GET", "/readyz"))[0] == 503
+        ready = True
+        assert (await ask(server.address, "GET", "/readyz"))[0] == 200
+
+
+async def test_the_page_is_served(tmp_path: Path) -> None:
+    """Its files, and nothing beside them; calls go on as ever."""
+    folder = tmp_path / "page"
+    (folder / "assets").mkdir(parents=True)
+    (folder / "index.html").write_text("<h1>Calotype</h1>")
+    (folder / "assets" / "app.js").write_text("go()")
+    (tmp_path / "secret").write_text("secret")
+    async with lab(methods=Caller().methods, page=folder) as server:
+        status, headers, body = await ask(server.address, "GET", "/")
+        assert (status, body) == (200, b"<h1>Calotype</h1>")
+        assert headers["content-type"].startswith("text/html")
+        assert (await ask(server.address, "GET", "/assets/app.js"))[::2] == (200, b"go()")
+        for path in ("/../secret", "/%2e%2e/secret", "/assets/../../secret", "/nothing"):
+            status, _, body = await ask(server.address, "GET", path)
+            assert (status, b"secret" in body) == (404, False)
+        assert (await call(server.address))[0] == 200
+
+
+async def test_without_a_page_it_says_so(tmp_path: Path) -> None:
+    """A person who looks gets a sentence."""
+    async with lab(page=tmp_path / "missing") as server:
+        status, _, body = await ask(server.address, "GET", "/")
+    assert status == 200
+    assert b"without its page" in body
+
+
+@pytest.mark.parametrize("ending", ["\r\n\r\n", ""])
+async def test_a_head_that_is_too_large_is_refused(ending: str) -> None:
+    """Also one that never ends."""
+    async with lab() as server:
+        connection = await Connection.open(server.address)
+        await connection.send(f"GET / HTTP/1.1\r\nhost: localhost\r\nx: {'x' * 40_000}{ending}".encode())
+        head, _ = await connection.answer("GET")
+        connection.close()
+    assert head.status_code == 400
+
+
+async def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that never ends its first head."""
+    monkeypatch.setattr(listener, "_HEAD_SECONDS", 0.05)
+    async with lab() as server:
+        for start in (b"", b"GET / HT"):
+            connection = await Connection.open(server.address)
+            await connection.send(start)
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.wait_for(connection.reader.read(), PATIENCE) == b""
+            connection.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other options")
+def test_accepted_connections_notice_dead_peers_and_buffer_little() -> None:
+    """The options of the listening socket are theirs, too."""
+    [listening] = listener.listen("127.0.0.1:0")
+    with listening:
+        listening.listen()
+        with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 20
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+            # The kernel doubles what it is asked for.
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 512 * 1024
+
+
+async def test_a_taken_address_is_explained() -> None:
+    """With the option to change, and a name that stands for several addresses is all or nothing."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for host in ("127.0.0.1", "localhost"):
+            address = f"{host}:{taken.getsockname()[1]}"
+            server = WebServer(address, lambda _: None, is_ready=None)
+            with pytest.raises(AddressInUse, match="--web-address"):
+                await server.start()
+            await server.stop(0)
+
+
+async def test_localhost_is_every_address_that_it_stands_for() -> None:
+    """With one free port for all of them."""
+    server = WebServer("localhost:0", lambda _: None, is_ready=None)
+    address = await server.start()
+    port = int(address.rpartition(":")[2])
+    try:
+        for found in socket.getaddrinfo("localhost", port, type=socket.SOCK_STREAM):
+            status, _, _ = await ask(f"{found[4][0]}:{port}", "GET", "/healthz", host=address)
+            assert status == 200
+    finally:
+        await server.stop(0)
+
+
+async def test_a_websocket_is_not_offered_yet() -> None:
+    """An upgrade is answered as a plain request."""
+    async with lab() as server:
+        status, _, _ = await ask(
+            server.address, "GET", "/healthz", connection="upgrade", upgrade="websocket", sec_websocket_version="13"
+        )
+    assert status == 200
+
+
+async def test_idle_connections_do_not_hold_up_a_stop() -> None:
+    """They are closed."""
+    async with lab(methods=Caller().methods) as server:
+        connection = await server.post("Call")
+        head, _ = await connection.answer()
+        assert head.status_code == 200
+        await asyncio.wait_for(server.server.stop(PATIENCE), PATIENCE)
+        assert await connection.reader.read() == b""
+        connection.close()

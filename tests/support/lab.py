@@ -1,0 +1,111 @@
+"""Servicers made of single functions, behind any port: for what a transport does with what a handler does."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
+from calotype_server.transport.interceptors import INTERCEPTORS
+from calotype_server.transport.web import WebServer
+from support.grpcweb import Connection, WebChannel, frame
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+NAME = "lab.v1.Lab"
+
+
+@dataclass
+class Lab:
+    """A server under test."""
+
+    address: str
+    channel: Any
+    server: Any
+
+    def stream(self, method: str, request: bytes = b"", **options: Any) -> Any:
+        """Calls a method that streams bytes."""
+        return self.channel.unary_stream(f"/{NAME}/{method}")(request, **options)
+
+    def unary(self, method: str, request: bytes = b"", **options: Any) -> Any:
+        """Calls a method that answers bytes once."""
+        return self.channel.unary_unary(f"/{NAME}/{method}")(request, **options)
+
+    async def post(self, method: str, body: bytes | None = None, **headers: str) -> Connection:
+        """Sends a request by hand; underscores in the names of headers stand for hyphens."""
+        connection = await Connection.open(self.address)
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        defaults = {"host": self.address, "content-type": "application/grpc-web+proto"}
+        body = frame(b"") if body is None and "transfer-encoding" not in given else body
+        await connection.request("POST", f"/{NAME}/{method}", {**defaults, **given}, body)
+        return connection
+
+
+def writer(function):
+    """Marks a handler that streams by `context.write`."""
+    function.writes = True
+    return function
+
+
+def bidi(function):
+    """Marks a handler whose request is a stream, too."""
+    function.reads = True
+    return function
+
+
+def handlers(methods: dict[str, Any]) -> grpc.GenericRpcHandler:
+    """Makes what a server registers, with bytes for messages."""
+    made = {}
+    for name, function in methods.items():
+        if hasattr(function, "reads"):
+            make = grpc.stream_stream_rpc_method_handler
+        elif inspect.isasyncgenfunction(function) or hasattr(function, "writes"):
+            make = grpc.unary_stream_rpc_method_handler
+        else:
+            make = grpc.unary_unary_rpc_method_handler
+        made[name] = make(function, request_deserializer=bytes, response_serializer=bytes)
+    return grpc.method_handlers_generic_handler(NAME, made)
+
+
+async def _always() -> bool:
+    return True
+
+
+@contextlib.asynccontextmanager
+async def lab(transport: str = "grpc-web", methods: dict[str, Any] | None = None, **options: Any) -> AsyncIterator[Lab]:
+    """Serves `methods` while the block runs.
+
+    Args:
+        transport: One of `support.service.TRANSPORTS`.
+        methods: Handlers by name.
+        options: Of `WebServer`.
+    """
+    generic = handlers(methods or {})
+    async with contextlib.AsyncExitStack() as stack:
+        if transport in ("native", "bridge"):
+            native = grpc.aio.server(interceptors=INTERCEPTORS)
+            native.add_generic_rpc_handlers([generic])
+            address = f"127.0.0.1:{native.add_insecure_port('127.0.0.1:0')}"
+            await native.start()
+            stack.push_async_callback(native.stop, None)
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
+            if transport == "native":
+                yield Lab(address, channel, native)
+                return
+            generic = Forwarder(channel)
+        web = WebServer(
+            "127.0.0.1:0",
+            lambda server: server.add_generic_rpc_handlers([generic]),
+            is_ready=options.pop("is_ready", _always),
+            **options,
+        )
+        address = await web.start()
+        stack.push_async_callback(web.stop, 0)
+        web_channel = WebChannel(address, text=transport == "grpc-web-text")
+        stack.callback(web_channel.close)
+        yield Lab(address, web_channel, web)

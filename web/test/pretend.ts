@@ -1,0 +1,149 @@
+/** The page, served as the service serves it, in front of a service that does what a test says. */
+
+import { readFile } from "node:fs/promises";
+import type { RequestListener } from "node:http";
+import { extname } from "node:path";
+import { deflateSync } from "node:zlib";
+import { onTestFinished } from "vitest";
+import {
+  ImageFormat,
+  ModelSchema,
+  PreviewMethod,
+  PreviewOptionsSchema,
+} from "../../client/typescript/src/gen/calotype/v1/calotype_pb.js";
+import {
+  create,
+  final as finalMessage,
+  type Handlers,
+  preview as previewMessage,
+  Stub,
+} from "../../client/typescript/test/stub.js";
+
+export * from "../../client/typescript/src/gen/calotype/v1/calotype_pb.js";
+export * from "../../client/typescript/src/gen/google/rpc/error_details_pb.js";
+export { Code, ConnectError, gone, type Handlers, progress, Stub } from "../../client/typescript/test/stub.js";
+
+const PAGE = new URL("../../service/calotype_server/page/", import.meta.url).pathname;
+
+/** As strict as the service's own. */
+const POLICY =
+  "default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; img-src 'self' blob:; connect-src 'self'; " +
+  "base-uri 'none'; form-action 'self'; frame-ancestors 'none'; require-trusted-types-for 'script'";
+
+const TYPES: Record<string, string> = {
+  ".css": "text/css",
+  ".html": "text/html",
+  ".js": "text/javascript",
+  ".svg": "image/svg+xml",
+  ".woff2": "font/woff2",
+};
+
+const servePage: RequestListener = async ({ url }, response) => {
+  const path = new URL(url ?? "/", "http://page").pathname.replace(/\/$/, "/index.html");
+  try {
+    const file = await readFile(PAGE + path);
+    response.writeHead(200, {
+      "content-security-policy": POLICY,
+      "content-type": TYPES[extname(path)] ?? "text/plain",
+    });
+    response.end(file);
+  } catch {
+    response.writeHead(404).end();
+  }
+};
+
+export const MODEL = create(ModelSchema, {
+  name: "some/model",
+  pipeline: "StableDiffusionPipeline",
+  widthPx: 64,
+  heightPx: 48,
+  sizeMultiplePx: 8,
+  maxPixels: 128 * 128,
+  stepCount: 8,
+  maxStepCount: 50,
+  guidanceScale: 7.5,
+  takesNegativePrompt: true,
+  scheduler: "DDIMScheduler",
+  schedulers: ["DDIMScheduler", "EulerDiscreteScheduler"],
+  maxPromptChars: 100,
+  device: "cuda:0",
+  dtype: "float16",
+  serverVersion: "0.1.0",
+  previewMethods: [PreviewMethod.HEAD, PreviewMethod.FULL_VAE],
+  preview: create(PreviewOptionsSchema, { everySteps: 1, maxEdgePx: 512, quality: 75, method: PreviewMethod.AUTO }),
+  maxPreviewEdgePx: 512,
+  maxPreviewQuality: 75,
+});
+
+/** Serves the page until the test has finished. */
+export async function pretend(handlers: Handlers): Promise<{ url: string; stub: Stub }> {
+  const stub = new Stub({ getModel: () => MODEL, ...handlers }, servePage);
+  const url = await stub.start();
+  onTestFinished(() => stub.stop());
+  return { url, stub };
+}
+
+/** A preview in a colour of its own. */
+export function preview(step: number) {
+  const message = previewMessage(step, png(64, 48, step));
+  return { ...message, imageFormat: ImageFormat.PNG, widthPx: 64, heightPx: 48, totalSteps: 8 };
+}
+
+export function final() {
+  return { ...finalMessage(png(64, 48, 8)), widthPx: 64, heightPx: 48, step: 8, imageStep: 8, totalSteps: 8 };
+}
+
+/** Something that a test opens when it is time. */
+export class Gate {
+  readonly opened: Promise<void>;
+  open: () => void = () => {};
+
+  constructor() {
+    this.opened = new Promise((resolve) => {
+      this.open = resolve;
+    });
+  }
+}
+
+/** A picture file: a sun that rises with the step. */
+function png(width: number, height: number, step: number): Uint8Array {
+  const rows = Buffer.alloc(height * (1 + width * 3));
+  for (let y = 0; y < height; y += 1) {
+    for (let x = 0; x < width; x += 1) {
+      const sun = Math.hypot(x - width / 2, y - (height - step * 4)) < 9;
+      rows.set(
+        sun ? [240, 190 - step * 6, 70] : [120 - step * 6, 120 + y, 150 + step * 8],
+        y * (1 + width * 3) + 1 + x * 3,
+      );
+    }
+  }
+  const header = Buffer.alloc(13);
+  header.writeUInt32BE(width, 0);
+  header.writeUInt32BE(height, 4);
+  header.set([8, 2, 0, 0, 0], 8);
+  const signature = Buffer.from([137, 80, 78, 71, 13, 10, 26, 10]);
+  return Buffer.concat([
+    signature,
+    chunk("IHDR", header),
+    chunk("IDAT", deflateSync(rows)),
+    chunk("IEND", Buffer.alloc(0)),
+  ]);
+}
+
+function chunk(type: string, data: Buffer): Buffer {
+  const body = Buffer.concat([Buffer.from(type), data]);
+  const framed = Buffer.alloc(body.length + 8);
+  framed.writeUInt32BE(data.length, 0);
+  framed.set(body, 4);
+  framed.writeUInt32BE(crc(body), body.length + 4);
+  return framed;
+}
+
+function crc(data: Buffer): number {
+  let value = 0xffffffff;
+  for (const byte of data) {
+    value ^= byte;
+    for (let bit = 0; bit < 8; bit += 1) value = (value >>> 1) ^ (value & 1 ? 0xedb88320 : 0);
+  }
+  return (value ^ 0xffffffff) >>> 0;
+}

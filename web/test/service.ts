@@ -1,0 +1,85 @@
+/** `calotype serve` as a process of its own, with the bundled model. */
+
+import { type ChildProcess, spawn } from "node:child_process";
+import { once } from "node:events";
+import { existsSync, mkdtempSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { createInterface } from "node:readline";
+
+const ROOT = new URL("../../", import.meta.url).pathname;
+const PYTHON = process.env.CALOTYPE_PYTHON ?? `${ROOT}.venv/bin/python`;
+
+/** Shared, so that only the first service measures its model. */
+const CACHE = mkdtempSync(join(tmpdir(), "calotype-"));
+
+interface LogLine {
+  readonly event: string;
+  readonly generation?: string;
+  readonly outcome?: string;
+}
+
+export class Service {
+  /** Where it serves the page, such as http://127.0.0.1:8080. */
+  url = "";
+  readonly log: LogLine[] = [];
+  readonly #process: ChildProcess;
+  readonly #output: string[] = [];
+  #woken: () => void = () => {};
+
+  private constructor(webAddress: string, flags: readonly string[]) {
+    if (!existsSync(PYTHON)) throw new Error(`${PYTHON} is missing: run \`make test-web\`, or set CALOTYPE_PYTHON.`);
+    const command = ["-m", "calotype", "serve", "--grpc-address", "127.0.0.1:0", "--web-address", webAddress];
+    this.#process = spawn(PYTHON, [...command, "--log-format", "json", "--cache-dir", CACHE, ...flags], {
+      env: { ...process.env, HF_HUB_OFFLINE: "1", OMP_WAIT_POLICY: "PASSIVE" },
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+  }
+
+  /** Starts it, and waits until it takes requests. */
+  static async start(flags: readonly string[] = [], webAddress = "127.0.0.1:0"): Promise<Service> {
+    const service = new Service(webAddress, flags);
+    await service.#listen();
+    return service;
+  }
+
+  async #listen(): Promise<void> {
+    const { stdout, stderr } = this.#process;
+    if (!stdout || !stderr) throw new Error("no pipes");
+    createInterface({ input: stderr }).on("line", (line) => {
+      this.#output.push(line);
+      if (line.startsWith("{")) this.log.push(JSON.parse(line) as LogLine);
+      this.#woken();
+    });
+    for await (const line of createInterface({ input: stdout })) {
+      this.#output.push(line);
+      this.url = /https?:\/\/\S+/.exec(line)?.[0].replace(/\/$/, "") ?? this.url;
+      if (line.includes("Ctrl-C")) return;
+    }
+    throw new Error(`the service did not start:\n${this.#output.join("\n")}`);
+  }
+
+  /** What was logged of generations that ended, but for those that the service makes for itself when it starts. */
+  get ended(): readonly LogLine[] {
+    return this.log.filter(({ event }) => event === "generation ended").slice(WARM_UPS);
+  }
+
+  /** Waits until `count` generations have ended, and returns how the last of them did. */
+  async outcome(count: number): Promise<string | undefined> {
+    while (this.ended.length < count) {
+      await new Promise<void>((resolve) => {
+        this.#woken = resolve;
+      });
+    }
+    return this.ended[count - 1]?.outcome;
+  }
+
+  /** Ends it at once, as a crash does. */
+  async kill(): Promise<void> {
+    if (this.#process.exitCode !== null || this.#process.signalCode !== null) return;
+    this.#process.kill("SIGKILL");
+    await once(this.#process, "exit");
+  }
+}
+
+const WARM_UPS = 2;

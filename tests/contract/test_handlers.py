@@ -12,10 +12,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from support.lab import lab, writer
-
-PATIENCE = 20
-"""Seconds until a test that waits for something gives up."""
+from support.lab import PATIENCE, lab, writer
 
 
 async def ends_with(call, code: grpc.StatusCode) -> grpc.aio.AioRpcError:

@@ -14,13 +14,10 @@ from calotype_server.errors import AddressInUse
 from calotype_server.transport import listener
 from calotype_server.transport.web import WebServer
 from support.grpcweb import Connection, frame
-from support.lab import NAME, lab
+from support.lab import NAME, PATIENCE, lab
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-PATIENCE = 20
-"""Seconds until a test that waits for something gives up."""
 
 APP = "https://app.example"
 EVIL = "https://evil.example"
@@ -86,7 +83,9 @@ async def test_a_page_on_the_list_may_call() -> None:
 
 
 @pytest.mark.parametrize("origins", [[], [APP]])
-@pytest.mark.parametrize("origin", [EVIL, "null", f"{APP}.evil.example", "https://localhost:1", f"{APP}:444"])
+@pytest.mark.parametrize(
+    "origin", [EVIL, "null", "http://[::1", f"{APP}.evil.example", "https://localhost:1", f"{APP}:444"]
+)
 async def test_any_other_page_is_refused_before_anything_runs(origins: list[str], origin: str) -> None:
     """Its preflight, and the call that it makes anyway."""
     caller = Caller()
@@ -122,7 +121,8 @@ async def test_every_page_may_call_when_the_operator_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example", ""]
+    "host",
+    ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example", "[::1", "a@b:c", ""],
 )
 async def test_a_name_that_is_not_ours_is_refused(host: str) -> None:
     """A name that its owner let point here makes his page "the same origin"; also for the page and health checks."""

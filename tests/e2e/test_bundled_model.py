@@ -141,8 +141,8 @@ def test_leaving_frees_the_device_for_the_next(server: ServerProcess) -> None:
         server.wait_for_log(left.id, "outcome=CANCELLED")
 
 
-async def test_many_callers_are_served_in_turn(server: ServerProcess) -> None:
-    """Six at once all get their own picture, and those who wait learn their position."""
+async def test_many_callers_are_served_in_turn() -> None:
+    """Six at once all get their own picture from two slots, and those who wait learn their position."""
     positions = set()
 
     async def ask(client: calotype.AsyncClient, seed: int) -> bytes:
@@ -151,10 +151,11 @@ async def test_many_callers_are_served_in_turn(server: ServerProcess) -> None:
             positions.add(progress.queue_position)
         return (await generation.result()).data
 
-    async with calotype.AsyncClient(server.address) as client:
-        pictures = await asyncio.gather(*(ask(client, seed) for seed in range(6)))
-        assert len(set(pictures)) == 6
-        assert pictures[3] == (await client.generate("a rocket", seed=3, steps=4).result()).data
+    with ServerProcess("--max-active", "2", "--deterministic") as server:
+        async with calotype.AsyncClient(server.address) as client:
+            pictures = await asyncio.gather(*(ask(client, seed) for seed in range(6)))
+            assert len(set(pictures)) == 6
+            assert pictures[3] == (await client.generate("a rocket", seed=3, steps=4).result()).data
     assert {1, 2} <= positions
 
 

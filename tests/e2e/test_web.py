@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import grpc
 import pytest
@@ -19,11 +19,10 @@ from support.grpcweb import Connection, WebChannel
 from support.process import BridgeProcess, ServerProcess
 from support.service import read_until
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 pytestmark = pytest.mark.e2e
 
+BUF = str(Path(sys.executable).with_name("buf"))
+PROTOS = str(Path(__file__).parents[2] / "protos")
 RED_APPLE = pb.GenerateRequest(prompt="a red apple", seed=7, step_count=4)
 
 
@@ -49,6 +48,26 @@ async def test_both_ports_draw_the_same_picture(server: ServerProcess) -> None:
     assert web[-1].image == native[-1].image
     assert len({message.image_step for message in web if message.image_kind == pb.IMAGE_KIND_PREDICTED}) >= 2
     assert await get(server.web_address, "/readyz") == 200
+
+
+def test_buf_curl_reads_streams_and_error_details(server: ServerProcess) -> None:
+    """A client that we did not write: it gets every message, and every violation with its details."""
+
+    def curl(method: str, request: str) -> subprocess.CompletedProcess[str]:
+        url = f"http://{server.web_address}/calotype.v1.GenerationService/{method}"
+        command = [BUF, "curl", "--protocol", "grpcweb", "--schema", PROTOS, "-d", request, url]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert json.loads(curl("GetModel", "{}").stdout)["name"] == "bundled"
+    stream = curl("Generate", '{"prompt": "a red apple", "step_count": 2}')
+    assert (stream.returncode, stream.stdout.count("PHASE_SUCCEEDED")) == (0, 1)
+    refused = curl("Generate", '{"width_px": 7}')
+    # buf's exit code is eight times the status code.
+    assert refused.returncode == 8 * grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert {detail["type"] for detail in json.loads(refused.stderr)["details"]} == {
+        "google.rpc.BadRequest",
+        "google.rpc.ErrorInfo",
+    }
 
 
 async def test_sigterm_lets_a_browsers_picture_finish(cache_dir: Path) -> None:

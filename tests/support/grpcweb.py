@@ -112,6 +112,22 @@ def parse_trailers(data: bytes) -> dict[str, str | bytes]:
     return trailers
 
 
+def read_answer(
+    answer: tuple[h11.Response, bytes], *, text: bool = False
+) -> tuple[list[bytes], dict[str, str | bytes]]:
+    """The messages and trailers of a complete answer to a call, which is always HTTP's 200."""
+    head, body = answer
+    assert head.status_code == 200, (head, body)
+    frames = Frames(text=text).feed(body)
+    assert [flags for flags, _ in frames] == [0] * (len(frames) - 1) + [0x80], frames
+    return [data for _, data in frames[:-1]], parse_trailers(frames[-1][1])
+
+
+def header_dict(head: h11.Response) -> dict[str, str]:
+    """The headers by name."""
+    return {name.decode(): value.decode() for name, value in head.headers}
+
+
 class WebCall:
     """A call that streams, with the reading half of `grpc.aio.UnaryStreamCall`."""
 

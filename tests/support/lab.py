@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ import grpc
 from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
 from calotype_server.transport.interceptors import INTERCEPTORS
 from calotype_server.transport.web import WebServer
-from support.grpcweb import Connection, WebChannel, frame
+from support.grpcweb import Connection, WebChannel, frame, read_answer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 NAME = "lab.v1.Lab"
+
+PATIENCE = 20
+"""Seconds until a test that waits for something gives up."""
 
 
 @dataclass
@@ -109,3 +113,30 @@ async def lab(transport: str = "grpc-web", methods: dict[str, Any] | None = None
         web_channel = WebChannel(address, text=transport == "grpc-web-text")
         stack.callback(web_channel.close)
         yield Lab(address, web_channel, web)
+
+
+async def echo(request, context):
+    """Answers with the request."""
+    yield request
+
+
+async def until(condition) -> None:
+    """Lets the loop run until something holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 - there is nothing to wait for but the state of the server
+            await asyncio.sleep(0)
+
+
+async def turns(number: int) -> None:
+    """Lets the loop turn, so that whatever can happen has happened."""
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+async def status(server, method: str, body: bytes | None = None, **given: str) -> str:
+    """The status with which a call without messages ends."""
+    connection = await server.post(method, body, **given)
+    messages, trailers = read_answer(await connection.answer(), text="text" in given.get("content_type", ""))
+    connection.close()
+    assert messages == []
+    return trailers["grpc-status"]

@@ -197,7 +197,12 @@ def register_missing_server(why: str) -> None:
         _exit(f"`calotype {context.info_name}` needs an extra: pip install 'calotype[server]' ({why})", EXIT_USAGE)
 
     settings = {"ignore_unknown_options": True, "allow_extra_args": True}
-    for name, text in (("serve", "Run a server."), ("doctor", "Say what is installed and what is missing.")):
+    commands = {
+        "serve": "Run a server.",
+        "bridge": "Let browsers reach a server elsewhere.",
+        "doctor": "Say what is installed and what is missing.",
+    }
+    for name, text in commands.items():
         app.command(name, help=f"{text} Needs the extra `server`.", context_settings=settings)(missing)
 
 

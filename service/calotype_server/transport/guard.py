@@ -53,12 +53,12 @@ class Guard:
             await refusal(scope, receive, send)
 
     def _judge(self, host: str, origin: str | None) -> PlainTextResponse | None:
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _split(f"//{host}")[1]
         if not self._is_ours(name):
             return PlainTextResponse(f"This server does not answer as {name!r}; see --allowed-hosts.\n", 421)
         if origin is None or ANY in self._origins or origin in self._origins:
             return None
-        if urlsplit(origin).netloc == host:
+        if _split(origin)[0] == host:
             return None
         return PlainTextResponse(f"Pages of {origin!r} may not call this server; see --allowed-origins.\n", 403)
 
@@ -73,3 +73,12 @@ class Guard:
 
 
 _READ = (b"host", b"origin")
+
+
+def _split(url: str) -> tuple[str, str]:
+    """Returns the authority of a URL and the host in it, both empty when it is none."""
+    try:
+        parts = urlsplit(url)
+        return parts.netloc, parts.hostname or ""
+    except ValueError:
+        return "", ""

@@ -27,7 +27,7 @@ def test_missing_cli_extra(missing):
     assert result.stderr == "The command line needs an extra: pip install 'calotype[cli]'\n"
 
 
-@pytest.mark.parametrize("command", ["serve", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "bridge", "doctor"])
 def test_missing_server_extra(command):
     """Without the server's extra its commands say what to install, whatever their options."""
     result = run(command, "--model", "bundled", missing=["calotype_server.cli"])
@@ -40,7 +40,7 @@ def test_help_names_every_command():
     """The help lists the commands, those included that need another extra."""
     result = run("--help", missing=["calotype_server.cli"])
     assert result.returncode == 0
-    for name in ("generate", "cancel", "model", "serve", "doctor"):
+    for name in ("generate", "cancel", "model", "serve", "bridge", "doctor"):
         assert f" {name} " in result.stdout
 
 

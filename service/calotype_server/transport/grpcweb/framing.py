@@ -50,6 +50,7 @@ _PREFIX = struct.Struct(">BI")
 _TRAILERS_FLAG, _COMPRESSED_FLAG = 0x80, 0x01
 _UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _BASE64_SEGMENT = re.compile(rb"[A-Za-z0-9+/]+={0,2}")
+_UNQUOTED = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 _KEY = re.compile(r"[a-z0-9_.-]+")
 _VALUE = re.compile(r"[\x20-\x7e]*")
 
@@ -198,7 +199,7 @@ def encode_trailers(status: Status, *, text: bool) -> bytes:
     trailers = [("grpc-status", str(status.code.value[0]))]
     if status.details:
         # Percent-encoded UTF-8, but for the printable ASCII that is not the percent sign itself.
-        trailers.append(("grpc-message", quote(status.details, safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~")))
+        trailers.append(("grpc-message", quote(status.details, safe=_UNQUOTED, errors="replace")))
     trailers += protocol.encode_headers(status.trailing_metadata)
     return _to_wire(protocol.wrap_message(True, False, protocol.pack_trailers(trailers)), text)
 

@@ -10,7 +10,6 @@ import pty
 import re
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grpc
 import pytest
@@ -19,10 +18,7 @@ from PIL import Image as Pillow
 import calotype
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
-from support.process import CALOTYPE
-
-if TYPE_CHECKING:
-    from support.process import ServerProcess
+from support.process import CALOTYPE, ServerProcess
 
 pytestmark = pytest.mark.e2e
 

@@ -23,7 +23,8 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, to
 _TF32_TOLERANCE = 2e-3
 """For float32 on CUDA, where convolutions round to ten bits unless told otherwise."""
 _REQUESTS = (1, 2, 4, 8, 16)
-_LEAST_GAIN = 1.1
+_LEAST_GAIN = 1.05
+"""Of throughput: less is not worth the longer wait for whoever comes or leaves while a batch runs."""
 _REPEATS = 5
 _LONG_CALL_SECONDS = 0.5
 
@@ -91,9 +92,8 @@ def knee(
 ) -> int:
     """Returns the most rows at once that pay, by timing a call joined with itself.
 
-    That is the fewest requests whose throughput comes within a tenth of the best: beyond, everybody would only wait for
-    everybody. Doublings are tried until one is slower than the one before by a tenth, takes long without a gain, or
-    memory runs out.
+    That is the fewest requests whose throughput comes close to the best: beyond, all would only wait for all others.
+    Doublings are tried until one is slower than the one before, takes long without a gain, or memory runs out.
 
     Args:
         module: The denoiser.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from typing import TYPE_CHECKING
@@ -149,14 +150,15 @@ class PreviewRenderer:
             _report(feed, due, image)
 
     def _finish(self, feed: PreviewFeed, due: Due, x0: torch.Tensor, picture: torch.Tensor) -> Pixels | None:
-        if not torch.isfinite(picture).all():
+        if not _all_finite(picture):
             return None
         if self._gate is not None:
             if feed.passed is None and 2 * due.step.number >= due.step.total:
                 feed.passed = self._gate.passes(x0, feed.job.width, feed.job.height)
             if not feed.passed:
                 picture = blurred(picture)
-        pixels = (picture[0] * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().contiguous()
+        # Few operations: each takes the interpreter's lock, which the denoiser's thread needs back.
+        pixels = picture[0].permute(1, 2, 0).mul(255).round_().clamp_(0, 255).to("cpu", torch.uint8).contiguous()
         height, width, _ = pixels.shape
         return Pixels(width, height, pixels.numpy().tobytes())
 
@@ -167,12 +169,16 @@ class PreviewRenderer:
 
 
 def _is_finite(feed: PreviewFeed, due: Due, x0: torch.Tensor) -> bool:
-    if torch.isfinite(x0).all():
+    if _all_finite(x0):
         return True
     # At zero signal, x0 of an epsilon model may be infinite; the latents themselves must not be.
-    step = due.step
-    feed.broken = not bool(torch.isfinite(step.sample).all() and torch.isfinite(step.model_output).all())
+    feed.broken = not (_all_finite(due.step.sample) and _all_finite(due.step.model_output))
     return False
+
+
+def _all_finite(numbers: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity: then the sum is finite, which takes one operation to know."""
+    return math.isfinite(float(numbers.sum(dtype=torch.float32)))
 
 
 def _report(feed: PreviewFeed, due: Due, image: Pixels | None) -> None:

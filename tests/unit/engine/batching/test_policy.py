@@ -117,11 +117,11 @@ class TestKnee:
             (lambda _: 1.0, 16),  # all overhead
             (lambda rows: 0.1 * rows, 1),  # all computation
             (lambda rows: 1.0 + 0.1 * rows, 16),
-            (lambda rows: 1.0 + 0.7 * rows, 8),  # 16 rows would be 8 % quicker than twice 8
+            (lambda rows: 1.0 + 1.5 * rows, 8),  # 16 rows would be 4 % quicker than twice 8
         ],
     )
     def test_stops_where_it_no_longer_pays(self, costs, cost, rows):
-        """A further doubling must gain a tenth."""
+        """A further doubling must gain a twentieth."""
         costs(cost)
         assert knee(Denoiser(), calls(1)[0]) == rows
 

@@ -23,47 +23,62 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63\x61lotype/v1/calotype.proto\x12\x0b\x63\x61lotype.v1\x1a\x1egoogle/protobuf/duration.proto\"\xba\x03\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x1c\n\x0fnegative_prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x15\n\x08width_px\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x16\n\theight_px\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nstep_count\x18\x05 \x01(\x05H\x03\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x06 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x05\x88\x01\x01\x12\x16\n\tscheduler\x18\x08 \x01(\tH\x06\x88\x01\x01\x12,\n\x07preview\x18\t \x01(\x0b\x32\x1b.calotype.v1.PreviewOptions\x12*\n\x06output\x18\n \x01(\x0b\x32\x1a.calotype.v1.OutputOptions\x12\'\n\x08priority\x18\x0b \x01(\x0e\x32\x15.calotype.v1.PriorityB\x12\n\x10_negative_promptB\x0b\n\t_width_pxB\x0c\n\n_height_pxB\r\n\x0b_step_countB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\x0c\n\n_scheduler\"\xe3\x01\n\x0ePreviewOptions\x12\x18\n\x0b\x65very_steps\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12/\n\x0cmin_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x0bmax_edge_px\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x14\n\x07quality\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12*\n\x06method\x18\x05 \x01(\x0e\x32\x1a.calotype.v1.PreviewMethodB\x0e\n\x0c_every_stepsB\x0e\n\x0c_max_edge_pxB\n\n\x08_quality\"\x7f\n\rOutputOptions\x12(\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x18.calotype.v1.ImageFormat\x12\x14\n\x07quality\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\x08metadata\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\n\n\x08_qualityB\x0b\n\t_metadata\"\x81\x05\n\x08Progress\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12!\n\x05phase\x18\x03 \x01(\x0e\x32\x12.calotype.v1.Phase\x12\x0c\n\x04step\x18\x04 \x01(\x05\x12\x13\n\x0btotal_steps\x18\x05 \x01(\x05\x12\r\n\x05image\x18\x06 \x01(\x0c\x12.\n\x0cimage_format\x18\x07 \x01(\x0e\x32\x18.calotype.v1.ImageFormat\x12*\n\nimage_kind\x18\x08 \x01(\x0e\x32\x16.calotype.v1.ImageKind\x12\x12\n\nimage_step\x18\t \x01(\x05\x12\x10\n\x08width_px\x18\n \x01(\x05\x12\x11\n\theight_px\x18\x0b \x01(\x05\x12\x16\n\x0equeue_position\x18\x0c \x01(\x05\x12\x36\n\x13\x65stimated_remaining\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10previews_dropped\x18\x0e \x01(\x05\x12\x0c\n\x04seed\x18\x0f \x01(\x03\x12\x13\n\x0b\x63hunk_index\x18\x10 \x01(\x05\x12\x13\n\x0b\x63hunk_count\x18\x11 \x01(\x05\x12&\n\x08warnings\x18\x12 \x03(\x0b\x32\x14.calotype.v1.Warning\x12!\n\x05\x65rror\x18\x13 \x01(\x0b\x32\x12.calotype.v1.Error\x12%\n\x07timings\x18\x14 \x01(\x0b\x32\x14.calotype.v1.Timings\x12\x32\n\x0epreview_method\x18\x15 \x01(\x0e\x32\x1a.calotype.v1.PreviewMethod\x12\x1a\n\x12previews_withdrawn\x18\x16 \x01(\x08\"*\n\x07Warning\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"f\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12.\n\x0bretry_delay\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9f\x02\n\x07Timings\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x65ncoding_prompt\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tdenoising\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x64\x65\x63oding\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rfirst_preview\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"&\n\rCancelRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\"3\n\x0e\x43\x61ncelResponse\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.calotype.v1.Phase\"\x11\n\x0fGetModelRequest\"\xeb\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08pipeline\x18\x02 \x01(\t\x12\x10\n\x08width_px\x18\x03 \x01(\x05\x12\x11\n\theight_px\x18\x04 \x01(\x05\x12\x18\n\x10size_multiple_px\x18\x05 \x01(\x05\x12\x12\n\nmax_pixels\x18\x06 \x01(\x05\x12\x12\n\nstep_count\x18\x07 \x01(\x05\x12\x16\n\x0emax_step_count\x18\x08 \x01(\x05\x12\x1b\n\x0eguidance_scale\x18\t \x01(\x02H\x00\x88\x01\x01\x12\x1d\n\x15takes_negative_prompt\x18\n \x01(\x08\x12\x11\n\tscheduler\x18\x0b \x01(\t\x12\x12\n\nschedulers\x18\x0c \x03(\t\x12\x18\n\x10max_prompt_chars\x18\r \x01(\x05\x12\x19\n\x11max_prompt_tokens\x18\x0e \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12\r\n\x05\x64type\x18\x10 \x01(\t\x12\x16\n\x0eserver_version\x18\x11 \x01(\t\x12\x33\n\x0fpreview_methods\x18\x12 \x03(\x0e\x32\x1a.calotype.v1.PreviewMethod\x12,\n\x07preview\x18\x13 \x01(\x0b\x32\x1b.calotype.v1.PreviewOptions\x12\x1b\n\x13max_preview_edge_px\x18\x14 \x01(\x05\x12\x1b\n\x13max_preview_quality\x18\x15 \x01(\x05\x12\x12\n\nmax_active\x18\x16 \x01(\x05\x12\x16\n\x0emax_batch_rows\x18\x17 \x01(\x05\x12\x18\n\x10unbatched_reason\x18\x18 \x01(\tB\x11\n\x0f_guidance_scale*\xb0\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPHASE_QUEUED\x10\x01\x12\x19\n\x15PHASE_ENCODING_PROMPT\x10\x02\x12\x13\n\x0fPHASE_DENOISING\x10\x03\x12\x12\n\x0ePHASE_DECODING\x10\x04\x12\x13\n\x0fPHASE_SUCCEEDED\x10\x05\x12\x10\n\x0cPHASE_FAILED\x10\x06\x12\x13\n\x0fPHASE_CANCELLED\x10\x07*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x01\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03*W\n\tImageKind\x12\x1a\n\x16IMAGE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14IMAGE_KIND_PREDICTED\x10\x01\x12\x14\n\x10IMAGE_KIND_FINAL\x10\x02*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02*\xb4\x01\n\rPreviewMethod\x12\x1e\n\x1aPREVIEW_METHOD_UNSPECIFIED\x10\x00\x12\x17\n\x13PREVIEW_METHOD_AUTO\x10\x01\x12\x17\n\x13PREVIEW_METHOD_HEAD\x10\x02\x12\x1b\n\x17PREVIEW_METHOD_TINY_VAE\x10\x03\x12\x1b\n\x17PREVIEW_METHOD_FULL_VAE\x10\x04\x12\x17\n\x13PREVIEW_METHOD_NONE\x10\x05\x32\xd7\x01\n\x11GenerationService\x12\x41\n\x08Generate\x12\x1c.calotype.v1.GenerateRequest\x1a\x15.calotype.v1.Progress0\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.calotype.v1.CancelRequest\x1a\x1b.calotype.v1.CancelResponse\x12<\n\x08GetModel\x12\x1c.calotype.v1.GetModelRequest\x1a\x12.calotype.v1.Modelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63\x61lotype/v1/calotype.proto\x12\x0b\x63\x61lotype.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb9\x04\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x1c\n\x0fnegative_prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x15\n\x08width_px\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x16\n\theight_px\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nstep_count\x18\x05 \x01(\x05H\x03\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x06 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x05\x88\x01\x01\x12\x16\n\tscheduler\x18\x08 \x01(\tH\x06\x88\x01\x01\x12,\n\x07preview\x18\t \x01(\x0b\x32\x1b.calotype.v1.PreviewOptions\x12*\n\x06output\x18\n \x01(\x0b\x32\x1a.calotype.v1.OutputOptions\x12\'\n\x08priority\x18\x0b \x01(\x0e\x32\x15.calotype.v1.Priority\x12\x34\n\ron_disconnect\x18\x0c \x01(\x0e\x32\x1d.calotype.v1.DisconnectPolicy\x12\x33\n\x10\x64isconnect_grace\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x0e \x01(\tB\x12\n\x10_negative_promptB\x0b\n\t_width_pxB\x0c\n\n_height_pxB\r\n\x0b_step_countB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\x0c\n\n_scheduler\"\xe3\x01\n\x0ePreviewOptions\x12\x18\n\x0b\x65very_steps\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12/\n\x0cmin_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x0bmax_edge_px\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x14\n\x07quality\x18\x04 \x01(\x05H\x02\x88\x01\x01\x12*\n\x06method\x18\x05 \x01(\x0e\x32\x1a.calotype.v1.PreviewMethodB\x0e\n\x0c_every_stepsB\x0e\n\x0c_max_edge_pxB\n\n\x08_quality\"\x7f\n\rOutputOptions\x12(\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x18.calotype.v1.ImageFormat\x12\x14\n\x07quality\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\x08metadata\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\n\n\x08_qualityB\x0b\n\t_metadata\"\x99\x05\n\x08Progress\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12!\n\x05phase\x18\x03 \x01(\x0e\x32\x12.calotype.v1.Phase\x12\x0c\n\x04step\x18\x04 \x01(\x05\x12\x13\n\x0btotal_steps\x18\x05 \x01(\x05\x12\r\n\x05image\x18\x06 \x01(\x0c\x12.\n\x0cimage_format\x18\x07 \x01(\x0e\x32\x18.calotype.v1.ImageFormat\x12*\n\nimage_kind\x18\x08 \x01(\x0e\x32\x16.calotype.v1.ImageKind\x12\x12\n\nimage_step\x18\t \x01(\x05\x12\x10\n\x08width_px\x18\n \x01(\x05\x12\x11\n\theight_px\x18\x0b \x01(\x05\x12\x16\n\x0equeue_position\x18\x0c \x01(\x05\x12\x36\n\x13\x65stimated_remaining\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10previews_dropped\x18\x0e \x01(\x05\x12\x0c\n\x04seed\x18\x0f \x01(\x03\x12\x13\n\x0b\x63hunk_index\x18\x10 \x01(\x05\x12\x13\n\x0b\x63hunk_count\x18\x11 \x01(\x05\x12&\n\x08warnings\x18\x12 \x03(\x0b\x32\x14.calotype.v1.Warning\x12!\n\x05\x65rror\x18\x13 \x01(\x0b\x32\x12.calotype.v1.Error\x12%\n\x07timings\x18\x14 \x01(\x0b\x32\x14.calotype.v1.Timings\x12\x32\n\x0epreview_method\x18\x15 \x01(\x0e\x32\x1a.calotype.v1.PreviewMethod\x12\x1a\n\x12previews_withdrawn\x18\x16 \x01(\x08\x12\x16\n\x0e\x66inished_early\x18\x17 \x01(\x08\"*\n\x07Warning\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"f\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12.\n\x0bretry_delay\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9f\x02\n\x07Timings\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x65ncoding_prompt\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tdenoising\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x64\x65\x63oding\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rfirst_preview\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"&\n\rCancelRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\"3\n\x0e\x43\x61ncelResponse\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.calotype.v1.Phase\"k\n\x0cWatchRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12,\n\x07preview\x18\x03 \x01(\x0b\x32\x1b.calotype.v1.PreviewOptions\"&\n\rFinishRequest\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\"3\n\x0e\x46inishResponse\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.calotype.v1.Phase\"R\n\x16ListGenerationsRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\tB\x0c\n\n_page_size\"g\n\x17ListGenerationsResponse\x12\x33\n\x0bgenerations\x18\x01 \x03(\x0b\x32\x1e.calotype.v1.GenerationSummary\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xd3\x01\n\x11GenerationSummary\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12!\n\x05phase\x18\x04 \x01(\x0e\x32\x12.calotype.v1.Phase\x12\x0c\n\x04step\x18\x05 \x01(\x05\x12\x13\n\x0btotal_steps\x18\x06 \x01(\x05\x12\x0c\n\x04seed\x18\x07 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x11\n\x0fGetModelRequest\"\xeb\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08pipeline\x18\x02 \x01(\t\x12\x10\n\x08width_px\x18\x03 \x01(\x05\x12\x11\n\theight_px\x18\x04 \x01(\x05\x12\x18\n\x10size_multiple_px\x18\x05 \x01(\x05\x12\x12\n\nmax_pixels\x18\x06 \x01(\x05\x12\x12\n\nstep_count\x18\x07 \x01(\x05\x12\x16\n\x0emax_step_count\x18\x08 \x01(\x05\x12\x1b\n\x0eguidance_scale\x18\t \x01(\x02H\x00\x88\x01\x01\x12\x1d\n\x15takes_negative_prompt\x18\n \x01(\x08\x12\x11\n\tscheduler\x18\x0b \x01(\t\x12\x12\n\nschedulers\x18\x0c \x03(\t\x12\x18\n\x10max_prompt_chars\x18\r \x01(\x05\x12\x19\n\x11max_prompt_tokens\x18\x0e \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12\r\n\x05\x64type\x18\x10 \x01(\t\x12\x16\n\x0eserver_version\x18\x11 \x01(\t\x12\x33\n\x0fpreview_methods\x18\x12 \x03(\x0e\x32\x1a.calotype.v1.PreviewMethod\x12,\n\x07preview\x18\x13 \x01(\x0b\x32\x1b.calotype.v1.PreviewOptions\x12\x1b\n\x13max_preview_edge_px\x18\x14 \x01(\x05\x12\x1b\n\x13max_preview_quality\x18\x15 \x01(\x05\x12\x12\n\nmax_active\x18\x16 \x01(\x05\x12\x16\n\x0emax_batch_rows\x18\x17 \x01(\x05\x12\x18\n\x10unbatched_reason\x18\x18 \x01(\tB\x11\n\x0f_guidance_scale*\xb0\x01\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPHASE_QUEUED\x10\x01\x12\x19\n\x15PHASE_ENCODING_PROMPT\x10\x02\x12\x13\n\x0fPHASE_DENOISING\x10\x03\x12\x12\n\x0ePHASE_DECODING\x10\x04\x12\x13\n\x0fPHASE_SUCCEEDED\x10\x05\x12\x10\n\x0cPHASE_FAILED\x10\x06\x12\x13\n\x0fPHASE_CANCELLED\x10\x07*o\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x01\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x02\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x03*W\n\tImageKind\x12\x1a\n\x16IMAGE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14IMAGE_KIND_PREDICTED\x10\x01\x12\x14\n\x10IMAGE_KIND_FINAL\x10\x02*o\n\x10\x44isconnectPolicy\x12!\n\x1d\x44ISCONNECT_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44ISCONNECT_POLICY_CANCEL\x10\x01\x12\x1a\n\x16\x44ISCONNECT_POLICY_KEEP\x10\x02*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02*\xb4\x01\n\rPreviewMethod\x12\x1e\n\x1aPREVIEW_METHOD_UNSPECIFIED\x10\x00\x12\x17\n\x13PREVIEW_METHOD_AUTO\x10\x01\x12\x17\n\x13PREVIEW_METHOD_HEAD\x10\x02\x12\x1b\n\x17PREVIEW_METHOD_TINY_VAE\x10\x03\x12\x1b\n\x17PREVIEW_METHOD_FULL_VAE\x10\x04\x12\x17\n\x13PREVIEW_METHOD_NONE\x10\x05\x32\xb5\x03\n\x11GenerationService\x12\x41\n\x08Generate\x12\x1c.calotype.v1.GenerateRequest\x1a\x15.calotype.v1.Progress0\x01\x12;\n\x05Watch\x12\x19.calotype.v1.WatchRequest\x1a\x15.calotype.v1.Progress0\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.calotype.v1.CancelRequest\x1a\x1b.calotype.v1.CancelResponse\x12\x41\n\x06\x46inish\x12\x1a.calotype.v1.FinishRequest\x1a\x1b.calotype.v1.FinishResponse\x12\\\n\x0fListGenerations\x12#.calotype.v1.ListGenerationsRequest\x1a$.calotype.v1.ListGenerationsResponse\x12<\n\x08GetModel\x12\x1c.calotype.v1.GetModelRequest\x1a\x12.calotype.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'calotype.v1.calotype_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PHASE']._serialized_start=2696
-  _globals['_PHASE']._serialized_end=2872
-  _globals['_IMAGEFORMAT']._serialized_start=2874
-  _globals['_IMAGEFORMAT']._serialized_end=2985
-  _globals['_IMAGEKIND']._serialized_start=2987
-  _globals['_IMAGEKIND']._serialized_end=3074
-  _globals['_PRIORITY']._serialized_start=3076
-  _globals['_PRIORITY']._serialized_end=3158
-  _globals['_PREVIEWMETHOD']._serialized_start=3161
-  _globals['_PREVIEWMETHOD']._serialized_end=3341
-  _globals['_GENERATEREQUEST']._serialized_start=76
-  _globals['_GENERATEREQUEST']._serialized_end=518
-  _globals['_PREVIEWOPTIONS']._serialized_start=521
-  _globals['_PREVIEWOPTIONS']._serialized_end=748
-  _globals['_OUTPUTOPTIONS']._serialized_start=750
-  _globals['_OUTPUTOPTIONS']._serialized_end=877
-  _globals['_PROGRESS']._serialized_start=880
-  _globals['_PROGRESS']._serialized_end=1521
-  _globals['_WARNING']._serialized_start=1523
-  _globals['_WARNING']._serialized_end=1565
-  _globals['_ERROR']._serialized_start=1567
-  _globals['_ERROR']._serialized_end=1669
-  _globals['_TIMINGS']._serialized_start=1672
-  _globals['_TIMINGS']._serialized_end=1959
-  _globals['_CANCELREQUEST']._serialized_start=1961
-  _globals['_CANCELREQUEST']._serialized_end=1999
-  _globals['_CANCELRESPONSE']._serialized_start=2001
-  _globals['_CANCELRESPONSE']._serialized_end=2052
-  _globals['_GETMODELREQUEST']._serialized_start=2054
-  _globals['_GETMODELREQUEST']._serialized_end=2071
-  _globals['_MODEL']._serialized_start=2074
-  _globals['_MODEL']._serialized_end=2693
-  _globals['_GENERATIONSERVICE']._serialized_start=3344
-  _globals['_GENERATIONSERVICE']._serialized_end=3559
+  _globals['_PHASE']._serialized_start=3485
+  _globals['_PHASE']._serialized_end=3661
+  _globals['_IMAGEFORMAT']._serialized_start=3663
+  _globals['_IMAGEFORMAT']._serialized_end=3774
+  _globals['_IMAGEKIND']._serialized_start=3776
+  _globals['_IMAGEKIND']._serialized_end=3863
+  _globals['_DISCONNECTPOLICY']._serialized_start=3865
+  _globals['_DISCONNECTPOLICY']._serialized_end=3976
+  _globals['_PRIORITY']._serialized_start=3978
+  _globals['_PRIORITY']._serialized_end=4060
+  _globals['_PREVIEWMETHOD']._serialized_start=4063
+  _globals['_PREVIEWMETHOD']._serialized_end=4243
+  _globals['_GENERATEREQUEST']._serialized_start=109
+  _globals['_GENERATEREQUEST']._serialized_end=678
+  _globals['_PREVIEWOPTIONS']._serialized_start=681
+  _globals['_PREVIEWOPTIONS']._serialized_end=908
+  _globals['_OUTPUTOPTIONS']._serialized_start=910
+  _globals['_OUTPUTOPTIONS']._serialized_end=1037
+  _globals['_PROGRESS']._serialized_start=1040
+  _globals['_PROGRESS']._serialized_end=1705
+  _globals['_WARNING']._serialized_start=1707
+  _globals['_WARNING']._serialized_end=1749
+  _globals['_ERROR']._serialized_start=1751
+  _globals['_ERROR']._serialized_end=1853
+  _globals['_TIMINGS']._serialized_start=1856
+  _globals['_TIMINGS']._serialized_end=2143
+  _globals['_CANCELREQUEST']._serialized_start=2145
+  _globals['_CANCELREQUEST']._serialized_end=2183
+  _globals['_CANCELRESPONSE']._serialized_start=2185
+  _globals['_CANCELRESPONSE']._serialized_end=2236
+  _globals['_WATCHREQUEST']._serialized_start=2238
+  _globals['_WATCHREQUEST']._serialized_end=2345
+  _globals['_FINISHREQUEST']._serialized_start=2347
+  _globals['_FINISHREQUEST']._serialized_end=2385
+  _globals['_FINISHRESPONSE']._serialized_start=2387
+  _globals['_FINISHRESPONSE']._serialized_end=2438
+  _globals['_LISTGENERATIONSREQUEST']._serialized_start=2440
+  _globals['_LISTGENERATIONSREQUEST']._serialized_end=2522
+  _globals['_LISTGENERATIONSRESPONSE']._serialized_start=2524
+  _globals['_LISTGENERATIONSRESPONSE']._serialized_end=2627
+  _globals['_GENERATIONSUMMARY']._serialized_start=2630
+  _globals['_GENERATIONSUMMARY']._serialized_end=2841
+  _globals['_GETMODELREQUEST']._serialized_start=2843
+  _globals['_GETMODELREQUEST']._serialized_end=2860
+  _globals['_MODEL']._serialized_start=2863
+  _globals['_MODEL']._serialized_end=3482
+  _globals['_GENERATIONSERVICE']._serialized_start=4246
+  _globals['_GENERATIONSERVICE']._serialized_end=4683
 # @@protoc_insertion_point(module_scope)

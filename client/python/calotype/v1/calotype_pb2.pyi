@@ -11,6 +11,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -120,6 +121,30 @@ IMAGE_KIND_FINAL: ImageKind.ValueType  # 2
 """The finished picture."""
 Global___ImageKind: _TypeAlias = ImageKind  # noqa: Y015
 
+class _DisconnectPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DisconnectPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DisconnectPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DISCONNECT_POLICY_UNSPECIFIED: _DisconnectPolicy.ValueType  # 0
+    """CANCEL."""
+    DISCONNECT_POLICY_CANCEL: _DisconnectPolicy.ValueType  # 1
+    """It is cancelled, after `GenerateRequest.disconnect_grace`."""
+    DISCONNECT_POLICY_KEEP: _DisconnectPolicy.ValueType  # 2
+    """It goes on to its end, and can be watched for a while after that."""
+
+class DisconnectPolicy(_DisconnectPolicy, metaclass=_DisconnectPolicyEnumTypeWrapper):
+    """What happens to a generation when its last reader leaves before the end."""
+
+DISCONNECT_POLICY_UNSPECIFIED: DisconnectPolicy.ValueType  # 0
+"""CANCEL."""
+DISCONNECT_POLICY_CANCEL: DisconnectPolicy.ValueType  # 1
+"""It is cancelled, after `GenerateRequest.disconnect_grace`."""
+DISCONNECT_POLICY_KEEP: DisconnectPolicy.ValueType  # 2
+"""It goes on to its end, and can be watched for a while after that."""
+Global___DisconnectPolicy: _TypeAlias = DisconnectPolicy  # noqa: Y015
+
 class _Priority:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -197,6 +222,9 @@ class GenerateRequest(_message.Message):
     PREVIEW_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ON_DISCONNECT_FIELD_NUMBER: _builtins.int
+    DISCONNECT_GRACE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Describes the picture. 1 to `Model.max_prompt_chars` characters. A prompt longer than the model reads is cut, and
     `Progress.warnings` says so.
@@ -223,6 +251,13 @@ class GenerateRequest(_message.Message):
     """Scheduler (sampler), one of `Model.schedulers`. Default: `Model.scheduler`."""
     priority: Global___Priority.ValueType
     """Rank in the queue. Default: INTERACTIVE."""
+    on_disconnect: Global___DisconnectPolicy.ValueType
+    """What happens when the last reader leaves before the end. Default: CANCEL."""
+    request_id: _builtins.str
+    """Makes the call idempotent: a second call with the same id and parameters follows the generation of the first, also
+    for a while after its end, and never starts another. Up to 128 characters of printable ASCII, of the caller's own
+    choice, such as a UUID. ALREADY_EXISTS when it was used with other parameters. Default: none.
+    """
     @_builtins.property
     def preview(self) -> Global___PreviewOptions:
         """How previews look and how often they come. Default: `Model.preview`."""
@@ -230,6 +265,10 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def output(self) -> Global___OutputOptions:
         """How the final image is written. Default: a PNG with metadata."""
+
+    @_builtins.property
+    def disconnect_grace(self) -> _duration_pb2.Duration:
+        """With CANCEL: how long the server waits for a reader to come back, 0 to 3600 seconds. Default: 0."""
 
     def __init__(
         self,
@@ -245,10 +284,13 @@ class GenerateRequest(_message.Message):
         preview: Global___PreviewOptions | None = ...,
         output: Global___OutputOptions | None = ...,
         priority: Global___Priority.ValueType = ...,
+        on_disconnect: Global___DisconnectPolicy.ValueType = ...,
+        disconnect_grace: _duration_pb2.Duration | None = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "output", b"output", "preview", b"preview", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "disconnect_grace", b"disconnect_grace", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "output", b"output", "preview", b"preview", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "output", b"output", "preview", b"preview", "priority", b"priority", "prompt", b"prompt", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "disconnect_grace", b"disconnect_grace", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "on_disconnect", b"on_disconnect", "output", b"output", "preview", b"preview", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -403,6 +445,7 @@ class Progress(_message.Message):
     TIMINGS_FIELD_NUMBER: _builtins.int
     PREVIEW_METHOD_FIELD_NUMBER: _builtins.int
     PREVIEWS_WITHDRAWN_FIELD_NUMBER: _builtins.int
+    FINISHED_EARLY_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """Identifies the generation, the same in every message of a stream. Unguessable."""
     sequence: _builtins.int
@@ -449,6 +492,8 @@ class Progress(_message.Message):
     """The model's safety checker objects to this picture: take every preview of this generation from the screen. Once
     true it stays true; the generation then fails with the reason CONTENT_WITHHELD.
     """
+    finished_early: _builtins.bool
+    """With `PHASE_SUCCEEDED`: the image is the estimate of `step`, because `Finish` asked for it."""
     @_builtins.property
     def estimated_remaining(self) -> _duration_pb2.Duration:
         """Estimated time until the final image, waiting in the queue included. Absent when nothing was measured yet."""
@@ -490,10 +535,11 @@ class Progress(_message.Message):
         timings: Global___Timings | None = ...,
         preview_method: Global___PreviewMethod.ValueType = ...,
         previews_withdrawn: _builtins.bool = ...,
+        finished_early: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "estimated_remaining", b"estimated_remaining", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "chunk_index", b"chunk_index", "error", b"error", "estimated_remaining", b"estimated_remaining", "generation_id", b"generation_id", "height_px", b"height_px", "image", b"image", "image_format", b"image_format", "image_kind", b"image_kind", "image_step", b"image_step", "phase", b"phase", "preview_method", b"preview_method", "previews_dropped", b"previews_dropped", "previews_withdrawn", b"previews_withdrawn", "queue_position", b"queue_position", "seed", b"seed", "sequence", b"sequence", "step", b"step", "timings", b"timings", "total_steps", b"total_steps", "warnings", b"warnings", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "chunk_index", b"chunk_index", "error", b"error", "estimated_remaining", b"estimated_remaining", "finished_early", b"finished_early", "generation_id", b"generation_id", "height_px", b"height_px", "image", b"image", "image_format", b"image_format", "image_kind", b"image_kind", "image_step", b"image_step", "phase", b"phase", "preview_method", b"preview_method", "previews_dropped", b"previews_dropped", "previews_withdrawn", b"previews_withdrawn", "queue_position", b"queue_position", "seed", b"seed", "sequence", b"sequence", "step", b"step", "timings", b"timings", "total_steps", b"total_steps", "warnings", b"warnings", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -660,6 +706,192 @@ class CancelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
+
+@_typing.final
+class WatchRequest(_message.Message):
+    """Which generation to follow, and how."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    PREVIEW_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """From `Progress.generation_id`."""
+    after_sequence: _builtins.int
+    """The last `Progress.sequence` that the caller has seen: what it knows already is not told again. Default: 0, tell all."""
+    @_builtins.property
+    def preview(self) -> Global___PreviewOptions:
+        """Previews for this reader: size, quality and rate, which is at most that of the generation. A `method` other than
+        NONE changes nothing, for all readers see the same drawing. Default: as the generation was asked to.
+        """
+
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+        after_sequence: _builtins.int = ...,
+        preview: Global___PreviewOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["preview", b"preview"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "generation_id", b"generation_id", "preview", b"preview"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class FinishRequest(_message.Message):
+    """Which generation to end early."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """From `Progress.generation_id`."""
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinishRequest: _TypeAlias = FinishRequest  # noqa: Y015
+
+@_typing.final
+class FinishResponse(_message.Message):
+    """The answer to `Finish`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    phase: Global___Phase.ValueType
+    """Phase in which the request found the generation. An end means that there was nothing left to finish."""
+    def __init__(
+        self,
+        *,
+        phase: Global___Phase.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["phase", b"phase"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinishResponse: _TypeAlias = FinishResponse  # noqa: Y015
+
+@_typing.final
+class ListGenerationsRequest(_message.Message):
+    """Which part of the list to return."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most entries to return, 1 to 100. Default: 50."""
+    page_token: _builtins.str
+    """`ListGenerationsResponse.next_page_token` of the page before. Default: the first page."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int | None = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "page_size", b"page_size"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_page_size", b"_page_size", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__page_size: _TypeAlias = _typing.Literal["page_size"]  # noqa: Y015
+    _WhichOneofArgType__page_size: _TypeAlias = _typing.Literal["_page_size", b"_page_size"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__page_size) -> _WhichOneofReturnType__page_size | None: ...
+
+Global___ListGenerationsRequest: _TypeAlias = ListGenerationsRequest  # noqa: Y015
+
+@_typing.final
+class ListGenerationsResponse(_message.Message):
+    """A part of the list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATIONS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page. Empty on the last."""
+    @_builtins.property
+    def generations(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerationSummary]:
+        """The newest first."""
+
+    def __init__(
+        self,
+        *,
+        generations: _abc.Iterable[Global___GenerationSummary] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generations", b"generations", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListGenerationsResponse: _TypeAlias = ListGenerationsResponse  # noqa: Y015
+
+@_typing.final
+class GenerationSummary(_message.Message):
+    """Where one generation stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    TOTAL_STEPS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    generation_id: _builtins.str
+    """For `Watch`, `Cancel` and `Finish`."""
+    request_id: _builtins.str
+    """As asked for; empty when there was none."""
+    prompt: _builtins.str
+    """What it shows."""
+    phase: Global___Phase.ValueType
+    """What is being done, or how it ended."""
+    step: _builtins.int
+    """Denoising steps done."""
+    total_steps: _builtins.int
+    """Denoising steps in all. 0 until it is known."""
+    seed: _builtins.int
+    """Seed in use."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was accepted."""
+
+    def __init__(
+        self,
+        *,
+        generation_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        prompt: _builtins.str = ...,
+        phase: Global___Phase.ValueType = ...,
+        step: _builtins.int = ...,
+        total_steps: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "generation_id", b"generation_id", "phase", b"phase", "prompt", b"prompt", "request_id", b"request_id", "seed", b"seed", "step", b"step", "total_steps", b"total_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerationSummary: _TypeAlias = GenerationSummary  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):

@@ -40,10 +40,25 @@ class GenerationServiceStub(object):
                 request_serializer=calotype_dot_v1_dot_calotype__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=calotype_dot_v1_dot_calotype__pb2.Progress.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/calotype.v1.GenerationService/Watch',
+                request_serializer=calotype_dot_v1_dot_calotype__pb2.WatchRequest.SerializeToString,
+                response_deserializer=calotype_dot_v1_dot_calotype__pb2.Progress.FromString,
+                _registered_method=True)
         self.Cancel = channel.unary_unary(
                 '/calotype.v1.GenerationService/Cancel',
                 request_serializer=calotype_dot_v1_dot_calotype__pb2.CancelRequest.SerializeToString,
                 response_deserializer=calotype_dot_v1_dot_calotype__pb2.CancelResponse.FromString,
+                _registered_method=True)
+        self.Finish = channel.unary_unary(
+                '/calotype.v1.GenerationService/Finish',
+                request_serializer=calotype_dot_v1_dot_calotype__pb2.FinishRequest.SerializeToString,
+                response_deserializer=calotype_dot_v1_dot_calotype__pb2.FinishResponse.FromString,
+                _registered_method=True)
+        self.ListGenerations = channel.unary_unary(
+                '/calotype.v1.GenerationService/ListGenerations',
+                request_serializer=calotype_dot_v1_dot_calotype__pb2.ListGenerationsRequest.SerializeToString,
+                response_deserializer=calotype_dot_v1_dot_calotype__pb2.ListGenerationsResponse.FromString,
                 _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/calotype.v1.GenerationService/GetModel',
@@ -60,11 +75,23 @@ class GenerationServiceServicer(object):
         """Starts a generation and follows it to its end.
 
         The first message leaves at once, before any model work. Messages are then merged when the reader is slow: only
-        the newest preview is kept, and the last message is never lost. Leaving the stream cancels the generation.
+        the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
+        the caller's choice: `GenerateRequest.on_disconnect`.
 
         Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
         RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue full), DEADLINE_EXCEEDED (the deadline cannot be met),
-        UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining). Every error carries a `google.rpc.ErrorInfo`.
+        UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining), ALREADY_EXISTS (`request_id` was used for another
+        request). Every error carries a `google.rpc.ErrorInfo`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
+        whatever comes. Any number may watch, each with previews of their own size and rate.
+
+        Errors: NOT_FOUND (no such generation, or it ended too long ago).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -74,6 +101,25 @@ class GenerationServiceServicer(object):
         """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
 
         Errors: NOT_FOUND (no such generation, or it ended too long ago).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Finish(self, request, context):
+        """Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
+        and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
+
+        Errors: NOT_FOUND (no such generation, or it ended too long ago).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListGenerations(self, request, context):
+        """Lists the caller's own generations that run or have not been forgotten yet, the newest first.
+
+        Errors: INVALID_ARGUMENT (page size or token).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,10 +142,25 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=calotype_dot_v1_dot_calotype__pb2.GenerateRequest.FromString,
                     response_serializer=calotype_dot_v1_dot_calotype__pb2.Progress.SerializeToString,
             ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=calotype_dot_v1_dot_calotype__pb2.WatchRequest.FromString,
+                    response_serializer=calotype_dot_v1_dot_calotype__pb2.Progress.SerializeToString,
+            ),
             'Cancel': grpc.unary_unary_rpc_method_handler(
                     servicer.Cancel,
                     request_deserializer=calotype_dot_v1_dot_calotype__pb2.CancelRequest.FromString,
                     response_serializer=calotype_dot_v1_dot_calotype__pb2.CancelResponse.SerializeToString,
+            ),
+            'Finish': grpc.unary_unary_rpc_method_handler(
+                    servicer.Finish,
+                    request_deserializer=calotype_dot_v1_dot_calotype__pb2.FinishRequest.FromString,
+                    response_serializer=calotype_dot_v1_dot_calotype__pb2.FinishResponse.SerializeToString,
+            ),
+            'ListGenerations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGenerations,
+                    request_deserializer=calotype_dot_v1_dot_calotype__pb2.ListGenerationsRequest.FromString,
+                    response_serializer=calotype_dot_v1_dot_calotype__pb2.ListGenerationsResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -146,6 +207,33 @@ class GenerationService(object):
             _registered_method=True)
 
     @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/calotype.v1.GenerationService/Watch',
+            calotype_dot_v1_dot_calotype__pb2.WatchRequest.SerializeToString,
+            calotype_dot_v1_dot_calotype__pb2.Progress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Cancel(request,
             target,
             options=(),
@@ -162,6 +250,60 @@ class GenerationService(object):
             '/calotype.v1.GenerationService/Cancel',
             calotype_dot_v1_dot_calotype__pb2.CancelRequest.SerializeToString,
             calotype_dot_v1_dot_calotype__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Finish(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/calotype.v1.GenerationService/Finish',
+            calotype_dot_v1_dot_calotype__pb2.FinishRequest.SerializeToString,
+            calotype_dot_v1_dot_calotype__pb2.FinishResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGenerations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/calotype.v1.GenerationService/ListGenerations',
+            calotype_dot_v1_dot_calotype__pb2.ListGenerationsRequest.SerializeToString,
+            calotype_dot_v1_dot_calotype__pb2.ListGenerationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,16 +41,35 @@ class GenerationServiceStub:
     """Starts a generation and follows it to its end.
 
     The first message leaves at once, before any model work. Messages are then merged when the reader is slow: only
-    the newest preview is kept, and the last message is never lost. Leaving the stream cancels the generation.
+    the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
+    the caller's choice: `GenerateRequest.on_disconnect`.
 
     Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
     RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue full), DEADLINE_EXCEEDED (the deadline cannot be met),
-    UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining). Every error carries a `google.rpc.ErrorInfo`.
+    UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining), ALREADY_EXISTS (`request_id` was used for another
+    request). Every error carries a `google.rpc.ErrorInfo`.
+    """
+    Watch: _grpc.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]
+    """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
+    whatever comes. Any number may watch, each with previews of their own size and rate.
+
+    Errors: NOT_FOUND (no such generation, or it ended too long ago).
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]
     """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
 
     Errors: NOT_FOUND (no such generation, or it ended too long ago).
+    """
+    Finish: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.FinishRequest, _calotype_pb2.FinishResponse]
+    """Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
+    and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
+
+    Errors: NOT_FOUND (no such generation, or it ended too long ago).
+    """
+    ListGenerations: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.ListGenerationsRequest, _calotype_pb2.ListGenerationsResponse]
+    """Lists the caller's own generations that run or have not been forgotten yet, the newest first.
+
+    Errors: INVALID_ARGUMENT (page size or token).
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.GetModelRequest, _calotype_pb2.Model]
     """Describes the loaded model: sizes, limits, defaults and schedulers.
@@ -67,16 +86,35 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Starts a generation and follows it to its end.
 
     The first message leaves at once, before any model work. Messages are then merged when the reader is slow: only
-    the newest preview is kept, and the last message is never lost. Leaving the stream cancels the generation.
+    the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
+    the caller's choice: `GenerateRequest.on_disconnect`.
 
     Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
     RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue full), DEADLINE_EXCEEDED (the deadline cannot be met),
-    UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining). Every error carries a `google.rpc.ErrorInfo`.
+    UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining), ALREADY_EXISTS (`request_id` was used for another
+    request). Every error carries a `google.rpc.ErrorInfo`.
+    """
+    Watch: _aio.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]  # type: ignore[assignment]
+    """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
+    whatever comes. Any number may watch, each with previews of their own size and rate.
+
+    Errors: NOT_FOUND (no such generation, or it ended too long ago).
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
 
     Errors: NOT_FOUND (no such generation, or it ended too long ago).
+    """
+    Finish: _aio.UnaryUnaryMultiCallable[_calotype_pb2.FinishRequest, _calotype_pb2.FinishResponse]  # type: ignore[assignment]
+    """Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
+    and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
+
+    Errors: NOT_FOUND (no such generation, or it ended too long ago).
+    """
+    ListGenerations: _aio.UnaryUnaryMultiCallable[_calotype_pb2.ListGenerationsRequest, _calotype_pb2.ListGenerationsResponse]  # type: ignore[assignment]
+    """Lists the caller's own generations that run or have not been forgotten yet, the newest first.
+
+    Errors: INVALID_ARGUMENT (page size or token).
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_calotype_pb2.GetModelRequest, _calotype_pb2.Model]  # type: ignore[assignment]
     """Describes the loaded model: sizes, limits, defaults and schedulers.
@@ -96,11 +134,25 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Starts a generation and follows it to its end.
 
         The first message leaves at once, before any model work. Messages are then merged when the reader is slow: only
-        the newest preview is kept, and the last message is never lost. Leaving the stream cancels the generation.
+        the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
+        the caller's choice: `GenerateRequest.on_disconnect`.
 
         Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
         RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue full), DEADLINE_EXCEEDED (the deadline cannot be met),
-        UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining). Every error carries a `google.rpc.ErrorInfo`.
+        UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining), ALREADY_EXISTS (`request_id` was used for another
+        request). Every error carries a `google.rpc.ErrorInfo`.
+        """
+
+    @_abc_1.abstractmethod
+    def Watch(
+        self,
+        request: _calotype_pb2.WatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_calotype_pb2.Progress], _abc.AsyncIterator[_calotype_pb2.Progress]]:
+        """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
+        whatever comes. Any number may watch, each with previews of their own size and rate.
+
+        Errors: NOT_FOUND (no such generation, or it ended too long ago).
         """
 
     @_abc_1.abstractmethod
@@ -112,6 +164,29 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
 
         Errors: NOT_FOUND (no such generation, or it ended too long ago).
+        """
+
+    @_abc_1.abstractmethod
+    def Finish(
+        self,
+        request: _calotype_pb2.FinishRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_calotype_pb2.FinishResponse, _abc.Awaitable[_calotype_pb2.FinishResponse]]:
+        """Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
+        and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
+
+        Errors: NOT_FOUND (no such generation, or it ended too long ago).
+        """
+
+    @_abc_1.abstractmethod
+    def ListGenerations(
+        self,
+        request: _calotype_pb2.ListGenerationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_calotype_pb2.ListGenerationsResponse, _abc.Awaitable[_calotype_pb2.ListGenerationsResponse]]:
+        """Lists the caller's own generations that run or have not been forgotten yet, the newest first.
+
+        Errors: INVALID_ARGUMENT (page size or token).
         """
 
     @_abc_1.abstractmethod

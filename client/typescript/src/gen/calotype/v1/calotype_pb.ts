@@ -9,15 +9,15 @@
 
 import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
 import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
-import type { Duration } from "@bufbuild/protobuf/wkt";
-import { file_google_protobuf_duration } from "@bufbuild/protobuf/wkt";
+import type { Duration, Timestamp } from "@bufbuild/protobuf/wkt";
+import { file_google_protobuf_duration, file_google_protobuf_timestamp } from "@bufbuild/protobuf/wkt";
 import type { Message } from "@bufbuild/protobuf";
 
 /**
  * Describes the file calotype/v1/calotype.proto.
  */
 export const file_calotype_v1_calotype: GenFile = /*@__PURE__*/
-  fileDesc("ChpjYWxvdHlwZS92MS9jYWxvdHlwZS5wcm90bxILY2Fsb3R5cGUudjEiugMKD0dlbmVyYXRlUmVxdWVzdBIOCgZwcm9tcHQYASABKAkSHAoPbmVnYXRpdmVfcHJvbXB0GAIgASgJSACIAQESFQoId2lkdGhfcHgYAyABKAVIAYgBARIWCgloZWlnaHRfcHgYBCABKAVIAogBARIXCgpzdGVwX2NvdW50GAUgASgFSAOIAQESGwoOZ3VpZGFuY2Vfc2NhbGUYBiABKAJIBIgBARIRCgRzZWVkGAcgASgDSAWIAQESFgoJc2NoZWR1bGVyGAggASgJSAaIAQESLAoHcHJldmlldxgJIAEoCzIbLmNhbG90eXBlLnYxLlByZXZpZXdPcHRpb25zEioKBm91dHB1dBgKIAEoCzIaLmNhbG90eXBlLnYxLk91dHB1dE9wdGlvbnMSJwoIcHJpb3JpdHkYCyABKA4yFS5jYWxvdHlwZS52MS5Qcmlvcml0eUISChBfbmVnYXRpdmVfcHJvbXB0QgsKCV93aWR0aF9weEIMCgpfaGVpZ2h0X3B4Qg0KC19zdGVwX2NvdW50QhEKD19ndWlkYW5jZV9zY2FsZUIHCgVfc2VlZEIMCgpfc2NoZWR1bGVyIuMBCg5QcmV2aWV3T3B0aW9ucxIYCgtldmVyeV9zdGVwcxgBIAEoBUgAiAEBEi8KDG1pbl9pbnRlcnZhbBgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIYCgttYXhfZWRnZV9weBgDIAEoBUgBiAEBEhQKB3F1YWxpdHkYBCABKAVIAogBARIqCgZtZXRob2QYBSABKA4yGi5jYWxvdHlwZS52MS5QcmV2aWV3TWV0aG9kQg4KDF9ldmVyeV9zdGVwc0IOCgxfbWF4X2VkZ2VfcHhCCgoIX3F1YWxpdHkifwoNT3V0cHV0T3B0aW9ucxIoCgZmb3JtYXQYASABKA4yGC5jYWxvdHlwZS52MS5JbWFnZUZvcm1hdBIUCgdxdWFsaXR5GAIgASgFSACIAQESFQoIbWV0YWRhdGEYAyABKAhIAYgBAUIKCghfcXVhbGl0eUILCglfbWV0YWRhdGEigQUKCFByb2dyZXNzEhUKDWdlbmVyYXRpb25faWQYASABKAkSEAoIc2VxdWVuY2UYAiABKAMSIQoFcGhhc2UYAyABKA4yEi5jYWxvdHlwZS52MS5QaGFzZRIMCgRzdGVwGAQgASgFEhMKC3RvdGFsX3N0ZXBzGAUgASgFEg0KBWltYWdlGAYgASgMEi4KDGltYWdlX2Zvcm1hdBgHIAEoDjIYLmNhbG90eXBlLnYxLkltYWdlRm9ybWF0EioKCmltYWdlX2tpbmQYCCABKA4yFi5jYWxvdHlwZS52MS5JbWFnZUtpbmQSEgoKaW1hZ2Vfc3RlcBgJIAEoBRIQCgh3aWR0aF9weBgKIAEoBRIRCgloZWlnaHRfcHgYCyABKAUSFgoOcXVldWVfcG9zaXRpb24YDCABKAUSNgoTZXN0aW1hdGVkX3JlbWFpbmluZxgNIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIYChBwcmV2aWV3c19kcm9wcGVkGA4gASgFEgwKBHNlZWQYDyABKAMSEwoLY2h1bmtfaW5kZXgYECABKAUSEwoLY2h1bmtfY291bnQYESABKAUSJgoId2FybmluZ3MYEiADKAsyFC5jYWxvdHlwZS52MS5XYXJuaW5nEiEKBWVycm9yGBMgASgLMhIuY2Fsb3R5cGUudjEuRXJyb3ISJQoHdGltaW5ncxgUIAEoCzIULmNhbG90eXBlLnYxLlRpbWluZ3MSMgoOcHJldmlld19tZXRob2QYFSABKA4yGi5jYWxvdHlwZS52MS5QcmV2aWV3TWV0aG9kEhoKEnByZXZpZXdzX3dpdGhkcmF3bhgWIAEoCCIqCgdXYXJuaW5nEg4KBnJlYXNvbhgBIAEoCRIPCgdtZXNzYWdlGAIgASgJImYKBUVycm9yEgwKBGNvZGUYASABKAUSDgoGcmVhc29uGAIgASgJEg8KB21lc3NhZ2UYAyABKAkSLgoLcmV0cnlfZGVsYXkYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24inwIKB1RpbWluZ3MSKQoGcXVldWVkGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjIKD2VuY29kaW5nX3Byb21wdBgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIsCglkZW5vaXNpbmcYAyABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKwoIZGVjb2RpbmcYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SMAoNZmlyc3RfcHJldmlldxgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIoCgV0b3RhbBgGIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiImCg1DYW5jZWxSZXF1ZXN0EhUKDWdlbmVyYXRpb25faWQYASABKAkiMwoOQ2FuY2VsUmVzcG9uc2USIQoFcGhhc2UYASABKA4yEi5jYWxvdHlwZS52MS5QaGFzZSIRCg9HZXRNb2RlbFJlcXVlc3Qi6wQKBU1vZGVsEgwKBG5hbWUYASABKAkSEAoIcGlwZWxpbmUYAiABKAkSEAoId2lkdGhfcHgYAyABKAUSEQoJaGVpZ2h0X3B4GAQgASgFEhgKEHNpemVfbXVsdGlwbGVfcHgYBSABKAUSEgoKbWF4X3BpeGVscxgGIAEoBRISCgpzdGVwX2NvdW50GAcgASgFEhYKDm1heF9zdGVwX2NvdW50GAggASgFEhsKDmd1aWRhbmNlX3NjYWxlGAkgASgCSACIAQESHQoVdGFrZXNfbmVnYXRpdmVfcHJvbXB0GAogASgIEhEKCXNjaGVkdWxlchgLIAEoCRISCgpzY2hlZHVsZXJzGAwgAygJEhgKEG1heF9wcm9tcHRfY2hhcnMYDSABKAUSGQoRbWF4X3Byb21wdF90b2tlbnMYDiABKAUSDgoGZGV2aWNlGA8gASgJEg0KBWR0eXBlGBAgASgJEhYKDnNlcnZlcl92ZXJzaW9uGBEgASgJEjMKD3ByZXZpZXdfbWV0aG9kcxgSIAMoDjIaLmNhbG90eXBlLnYxLlByZXZpZXdNZXRob2QSLAoHcHJldmlldxgTIAEoCzIbLmNhbG90eXBlLnYxLlByZXZpZXdPcHRpb25zEhsKE21heF9wcmV2aWV3X2VkZ2VfcHgYFCABKAUSGwoTbWF4X3ByZXZpZXdfcXVhbGl0eRgVIAEoBRISCgptYXhfYWN0aXZlGBYgASgFEhYKDm1heF9iYXRjaF9yb3dzGBcgASgFEhgKEHVuYmF0Y2hlZF9yZWFzb24YGCABKAlCEQoPX2d1aWRhbmNlX3NjYWxlKrABCgVQaGFzZRIVChFQSEFTRV9VTlNQRUNJRklFRBAAEhAKDFBIQVNFX1FVRVVFRBABEhkKFVBIQVNFX0VOQ09ESU5HX1BST01QVBACEhMKD1BIQVNFX0RFTk9JU0lORxADEhIKDlBIQVNFX0RFQ09ESU5HEAQSEwoPUEhBU0VfU1VDQ0VFREVEEAUSEAoMUEhBU0VfRkFJTEVEEAYSEwoPUEhBU0VfQ0FOQ0VMTEVEEAcqbwoLSW1hZ2VGb3JtYXQSHAoYSU1BR0VfRk9STUFUX1VOU1BFQ0lGSUVEEAASFQoRSU1BR0VfRk9STUFUX0pQRUcQARIUChBJTUFHRV9GT1JNQVRfUE5HEAISFQoRSU1BR0VfRk9STUFUX1dFQlAQAypXCglJbWFnZUtpbmQSGgoWSU1BR0VfS0lORF9VTlNQRUNJRklFRBAAEhgKFElNQUdFX0tJTkRfUFJFRElDVEVEEAESFAoQSU1BR0VfS0lORF9GSU5BTBACKlIKCFByaW9yaXR5EhgKFFBSSU9SSVRZX1VOU1BFQ0lGSUVEEAASGAoUUFJJT1JJVFlfSU5URVJBQ1RJVkUQARISCg5QUklPUklUWV9CQVRDSBACKrQBCg1QcmV2aWV3TWV0aG9kEh4KGlBSRVZJRVdfTUVUSE9EX1VOU1BFQ0lGSUVEEAASFwoTUFJFVklFV19NRVRIT0RfQVVUTxABEhcKE1BSRVZJRVdfTUVUSE9EX0hFQUQQAhIbChdQUkVWSUVXX01FVEhPRF9USU5ZX1ZBRRADEhsKF1BSRVZJRVdfTUVUSE9EX0ZVTExfVkFFEAQSFwoTUFJFVklFV19NRVRIT0RfTk9ORRAFMtcBChFHZW5lcmF0aW9uU2VydmljZRJBCghHZW5lcmF0ZRIcLmNhbG90eXBlLnYxLkdlbmVyYXRlUmVxdWVzdBoVLmNhbG90eXBlLnYxLlByb2dyZXNzMAESQQoGQ2FuY2VsEhouY2Fsb3R5cGUudjEuQ2FuY2VsUmVxdWVzdBobLmNhbG90eXBlLnYxLkNhbmNlbFJlc3BvbnNlEjwKCEdldE1vZGVsEhwuY2Fsb3R5cGUudjEuR2V0TW9kZWxSZXF1ZXN0GhIuY2Fsb3R5cGUudjEuTW9kZWxiBnByb3RvMw", [file_google_protobuf_duration]);
+  fileDesc("ChpjYWxvdHlwZS92MS9jYWxvdHlwZS5wcm90bxILY2Fsb3R5cGUudjEiuQQKD0dlbmVyYXRlUmVxdWVzdBIOCgZwcm9tcHQYASABKAkSHAoPbmVnYXRpdmVfcHJvbXB0GAIgASgJSACIAQESFQoId2lkdGhfcHgYAyABKAVIAYgBARIWCgloZWlnaHRfcHgYBCABKAVIAogBARIXCgpzdGVwX2NvdW50GAUgASgFSAOIAQESGwoOZ3VpZGFuY2Vfc2NhbGUYBiABKAJIBIgBARIRCgRzZWVkGAcgASgDSAWIAQESFgoJc2NoZWR1bGVyGAggASgJSAaIAQESLAoHcHJldmlldxgJIAEoCzIbLmNhbG90eXBlLnYxLlByZXZpZXdPcHRpb25zEioKBm91dHB1dBgKIAEoCzIaLmNhbG90eXBlLnYxLk91dHB1dE9wdGlvbnMSJwoIcHJpb3JpdHkYCyABKA4yFS5jYWxvdHlwZS52MS5Qcmlvcml0eRI0Cg1vbl9kaXNjb25uZWN0GAwgASgOMh0uY2Fsb3R5cGUudjEuRGlzY29ubmVjdFBvbGljeRIzChBkaXNjb25uZWN0X2dyYWNlGA0gASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhIKCnJlcXVlc3RfaWQYDiABKAlCEgoQX25lZ2F0aXZlX3Byb21wdEILCglfd2lkdGhfcHhCDAoKX2hlaWdodF9weEINCgtfc3RlcF9jb3VudEIRCg9fZ3VpZGFuY2Vfc2NhbGVCBwoFX3NlZWRCDAoKX3NjaGVkdWxlciLjAQoOUHJldmlld09wdGlvbnMSGAoLZXZlcnlfc3RlcHMYASABKAVIAIgBARIvCgxtaW5faW50ZXJ2YWwYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SGAoLbWF4X2VkZ2VfcHgYAyABKAVIAYgBARIUCgdxdWFsaXR5GAQgASgFSAKIAQESKgoGbWV0aG9kGAUgASgOMhouY2Fsb3R5cGUudjEuUHJldmlld01ldGhvZEIOCgxfZXZlcnlfc3RlcHNCDgoMX21heF9lZGdlX3B4QgoKCF9xdWFsaXR5In8KDU91dHB1dE9wdGlvbnMSKAoGZm9ybWF0GAEgASgOMhguY2Fsb3R5cGUudjEuSW1hZ2VGb3JtYXQSFAoHcXVhbGl0eRgCIAEoBUgAiAEBEhUKCG1ldGFkYXRhGAMgASgISAGIAQFCCgoIX3F1YWxpdHlCCwoJX21ldGFkYXRhIpkFCghQcm9ncmVzcxIVCg1nZW5lcmF0aW9uX2lkGAEgASgJEhAKCHNlcXVlbmNlGAIgASgDEiEKBXBoYXNlGAMgASgOMhIuY2Fsb3R5cGUudjEuUGhhc2USDAoEc3RlcBgEIAEoBRITCgt0b3RhbF9zdGVwcxgFIAEoBRINCgVpbWFnZRgGIAEoDBIuCgxpbWFnZV9mb3JtYXQYByABKA4yGC5jYWxvdHlwZS52MS5JbWFnZUZvcm1hdBIqCgppbWFnZV9raW5kGAggASgOMhYuY2Fsb3R5cGUudjEuSW1hZ2VLaW5kEhIKCmltYWdlX3N0ZXAYCSABKAUSEAoId2lkdGhfcHgYCiABKAUSEQoJaGVpZ2h0X3B4GAsgASgFEhYKDnF1ZXVlX3Bvc2l0aW9uGAwgASgFEjYKE2VzdGltYXRlZF9yZW1haW5pbmcYDSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SGAoQcHJldmlld3NfZHJvcHBlZBgOIAEoBRIMCgRzZWVkGA8gASgDEhMKC2NodW5rX2luZGV4GBAgASgFEhMKC2NodW5rX2NvdW50GBEgASgFEiYKCHdhcm5pbmdzGBIgAygLMhQuY2Fsb3R5cGUudjEuV2FybmluZxIhCgVlcnJvchgTIAEoCzISLmNhbG90eXBlLnYxLkVycm9yEiUKB3RpbWluZ3MYFCABKAsyFC5jYWxvdHlwZS52MS5UaW1pbmdzEjIKDnByZXZpZXdfbWV0aG9kGBUgASgOMhouY2Fsb3R5cGUudjEuUHJldmlld01ldGhvZBIaChJwcmV2aWV3c193aXRoZHJhd24YFiABKAgSFgoOZmluaXNoZWRfZWFybHkYFyABKAgiKgoHV2FybmluZxIOCgZyZWFzb24YASABKAkSDwoHbWVzc2FnZRgCIAEoCSJmCgVFcnJvchIMCgRjb2RlGAEgASgFEg4KBnJlYXNvbhgCIAEoCRIPCgdtZXNzYWdlGAMgASgJEi4KC3JldHJ5X2RlbGF5GAQgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uIp8CCgdUaW1pbmdzEikKBnF1ZXVlZBgBIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIyCg9lbmNvZGluZ19wcm9tcHQYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SLAoJZGVub2lzaW5nGAMgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEisKCGRlY29kaW5nGAQgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjAKDWZpcnN0X3ByZXZpZXcYBSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKAoFdG90YWwYBiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24iJgoNQ2FuY2VsUmVxdWVzdBIVCg1nZW5lcmF0aW9uX2lkGAEgASgJIjMKDkNhbmNlbFJlc3BvbnNlEiEKBXBoYXNlGAEgASgOMhIuY2Fsb3R5cGUudjEuUGhhc2UiawoMV2F0Y2hSZXF1ZXN0EhUKDWdlbmVyYXRpb25faWQYASABKAkSFgoOYWZ0ZXJfc2VxdWVuY2UYAiABKAMSLAoHcHJldmlldxgDIAEoCzIbLmNhbG90eXBlLnYxLlByZXZpZXdPcHRpb25zIiYKDUZpbmlzaFJlcXVlc3QSFQoNZ2VuZXJhdGlvbl9pZBgBIAEoCSIzCg5GaW5pc2hSZXNwb25zZRIhCgVwaGFzZRgBIAEoDjISLmNhbG90eXBlLnYxLlBoYXNlIlIKFkxpc3RHZW5lcmF0aW9uc1JlcXVlc3QSFgoJcGFnZV9zaXplGAEgASgFSACIAQESEgoKcGFnZV90b2tlbhgCIAEoCUIMCgpfcGFnZV9zaXplImcKF0xpc3RHZW5lcmF0aW9uc1Jlc3BvbnNlEjMKC2dlbmVyYXRpb25zGAEgAygLMh4uY2Fsb3R5cGUudjEuR2VuZXJhdGlvblN1bW1hcnkSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJItMBChFHZW5lcmF0aW9uU3VtbWFyeRIVCg1nZW5lcmF0aW9uX2lkGAEgASgJEhIKCnJlcXVlc3RfaWQYAiABKAkSDgoGcHJvbXB0GAMgASgJEiEKBXBoYXNlGAQgASgOMhIuY2Fsb3R5cGUudjEuUGhhc2USDAoEc3RlcBgFIAEoBRITCgt0b3RhbF9zdGVwcxgGIAEoBRIMCgRzZWVkGAcgASgDEi8KC2NyZWF0ZV90aW1lGAggASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCIRCg9HZXRNb2RlbFJlcXVlc3Qi6wQKBU1vZGVsEgwKBG5hbWUYASABKAkSEAoIcGlwZWxpbmUYAiABKAkSEAoId2lkdGhfcHgYAyABKAUSEQoJaGVpZ2h0X3B4GAQgASgFEhgKEHNpemVfbXVsdGlwbGVfcHgYBSABKAUSEgoKbWF4X3BpeGVscxgGIAEoBRISCgpzdGVwX2NvdW50GAcgASgFEhYKDm1heF9zdGVwX2NvdW50GAggASgFEhsKDmd1aWRhbmNlX3NjYWxlGAkgASgCSACIAQESHQoVdGFrZXNfbmVnYXRpdmVfcHJvbXB0GAogASgIEhEKCXNjaGVkdWxlchgLIAEoCRISCgpzY2hlZHVsZXJzGAwgAygJEhgKEG1heF9wcm9tcHRfY2hhcnMYDSABKAUSGQoRbWF4X3Byb21wdF90b2tlbnMYDiABKAUSDgoGZGV2aWNlGA8gASgJEg0KBWR0eXBlGBAgASgJEhYKDnNlcnZlcl92ZXJzaW9uGBEgASgJEjMKD3ByZXZpZXdfbWV0aG9kcxgSIAMoDjIaLmNhbG90eXBlLnYxLlByZXZpZXdNZXRob2QSLAoHcHJldmlldxgTIAEoCzIbLmNhbG90eXBlLnYxLlByZXZpZXdPcHRpb25zEhsKE21heF9wcmV2aWV3X2VkZ2VfcHgYFCABKAUSGwoTbWF4X3ByZXZpZXdfcXVhbGl0eRgVIAEoBRISCgptYXhfYWN0aXZlGBYgASgFEhYKDm1heF9iYXRjaF9yb3dzGBcgASgFEhgKEHVuYmF0Y2hlZF9yZWFzb24YGCABKAlCEQoPX2d1aWRhbmNlX3NjYWxlKrABCgVQaGFzZRIVChFQSEFTRV9VTlNQRUNJRklFRBAAEhAKDFBIQVNFX1FVRVVFRBABEhkKFVBIQVNFX0VOQ09ESU5HX1BST01QVBACEhMKD1BIQVNFX0RFTk9JU0lORxADEhIKDlBIQVNFX0RFQ09ESU5HEAQSEwoPUEhBU0VfU1VDQ0VFREVEEAUSEAoMUEhBU0VfRkFJTEVEEAYSEwoPUEhBU0VfQ0FOQ0VMTEVEEAcqbwoLSW1hZ2VGb3JtYXQSHAoYSU1BR0VfRk9STUFUX1VOU1BFQ0lGSUVEEAASFQoRSU1BR0VfRk9STUFUX0pQRUcQARIUChBJTUFHRV9GT1JNQVRfUE5HEAISFQoRSU1BR0VfRk9STUFUX1dFQlAQAypXCglJbWFnZUtpbmQSGgoWSU1BR0VfS0lORF9VTlNQRUNJRklFRBAAEhgKFElNQUdFX0tJTkRfUFJFRElDVEVEEAESFAoQSU1BR0VfS0lORF9GSU5BTBACKm8KEERpc2Nvbm5lY3RQb2xpY3kSIQodRElTQ09OTkVDVF9QT0xJQ1lfVU5TUEVDSUZJRUQQABIcChhESVNDT05ORUNUX1BPTElDWV9DQU5DRUwQARIaChZESVNDT05ORUNUX1BPTElDWV9LRUVQEAIqUgoIUHJpb3JpdHkSGAoUUFJJT1JJVFlfVU5TUEVDSUZJRUQQABIYChRQUklPUklUWV9JTlRFUkFDVElWRRABEhIKDlBSSU9SSVRZX0JBVENIEAIqtAEKDVByZXZpZXdNZXRob2QSHgoaUFJFVklFV19NRVRIT0RfVU5TUEVDSUZJRUQQABIXChNQUkVWSUVXX01FVEhPRF9BVVRPEAESFwoTUFJFVklFV19NRVRIT0RfSEVBRBACEhsKF1BSRVZJRVdfTUVUSE9EX1RJTllfVkFFEAMSGwoXUFJFVklFV19NRVRIT0RfRlVMTF9WQUUQBBIXChNQUkVWSUVXX01FVEhPRF9OT05FEAUytQMKEUdlbmVyYXRpb25TZXJ2aWNlEkEKCEdlbmVyYXRlEhwuY2Fsb3R5cGUudjEuR2VuZXJhdGVSZXF1ZXN0GhUuY2Fsb3R5cGUudjEuUHJvZ3Jlc3MwARI7CgVXYXRjaBIZLmNhbG90eXBlLnYxLldhdGNoUmVxdWVzdBoVLmNhbG90eXBlLnYxLlByb2dyZXNzMAESQQoGQ2FuY2VsEhouY2Fsb3R5cGUudjEuQ2FuY2VsUmVxdWVzdBobLmNhbG90eXBlLnYxLkNhbmNlbFJlc3BvbnNlEkEKBkZpbmlzaBIaLmNhbG90eXBlLnYxLkZpbmlzaFJlcXVlc3QaGy5jYWxvdHlwZS52MS5GaW5pc2hSZXNwb25zZRJcCg9MaXN0R2VuZXJhdGlvbnMSIy5jYWxvdHlwZS52MS5MaXN0R2VuZXJhdGlvbnNSZXF1ZXN0GiQuY2Fsb3R5cGUudjEuTGlzdEdlbmVyYXRpb25zUmVzcG9uc2USPAoIR2V0TW9kZWwSHC5jYWxvdHlwZS52MS5HZXRNb2RlbFJlcXVlc3QaEi5jYWxvdHlwZS52MS5Nb2RlbGIGcHJvdG8z", [file_google_protobuf_duration, file_google_protobuf_timestamp]);
 
 /**
  * What to generate. Everything but the prompt may be left out; `GetModel` tells the defaults.
@@ -105,6 +105,29 @@ export type GenerateRequest = Message<"calotype.v1.GenerateRequest"> & {
    * @generated from field: calotype.v1.Priority priority = 11;
    */
   priority: Priority;
+
+  /**
+   * What happens when the last reader leaves before the end. Default: CANCEL.
+   *
+   * @generated from field: calotype.v1.DisconnectPolicy on_disconnect = 12;
+   */
+  onDisconnect: DisconnectPolicy;
+
+  /**
+   * With CANCEL: how long the server waits for a reader to come back, 0 to 3600 seconds. Default: 0.
+   *
+   * @generated from field: google.protobuf.Duration disconnect_grace = 13;
+   */
+  disconnectGrace?: Duration | undefined;
+
+  /**
+   * Makes the call idempotent: a second call with the same id and parameters follows the generation of the first, also
+   * for a while after its end, and never starts another. Up to 128 characters of printable ASCII, of the caller's own
+   * choice, such as a UUID. ALREADY_EXISTS when it was used with other parameters. Default: none.
+   *
+   * @generated from field: string request_id = 14;
+   */
+  requestId: string;
 };
 
 /**
@@ -365,6 +388,13 @@ export type Progress = Message<"calotype.v1.Progress"> & {
    * @generated from field: bool previews_withdrawn = 22;
    */
   previewsWithdrawn: boolean;
+
+  /**
+   * With `PHASE_SUCCEEDED`: the image is the estimate of `step`, because `Finish` asked for it.
+   *
+   * @generated from field: bool finished_early = 23;
+   */
+  finishedEarly: boolean;
 };
 
 /**
@@ -544,6 +574,210 @@ export const CancelResponseSchema: GenMessage<CancelResponse> = /*@__PURE__*/
   messageDesc(file_calotype_v1_calotype, 8);
 
 /**
+ * Which generation to follow, and how.
+ *
+ * @generated from message calotype.v1.WatchRequest
+ */
+export type WatchRequest = Message<"calotype.v1.WatchRequest"> & {
+  /**
+   * From `Progress.generation_id`.
+   *
+   * @generated from field: string generation_id = 1;
+   */
+  generationId: string;
+
+  /**
+   * The last `Progress.sequence` that the caller has seen: what it knows already is not told again. Default: 0, tell all.
+   *
+   * @generated from field: int64 after_sequence = 2;
+   */
+  afterSequence: bigint;
+
+  /**
+   * Previews for this reader: size, quality and rate, which is at most that of the generation. A `method` other than
+   * NONE changes nothing, for all readers see the same drawing. Default: as the generation was asked to.
+   *
+   * @generated from field: calotype.v1.PreviewOptions preview = 3;
+   */
+  preview?: PreviewOptions | undefined;
+};
+
+/**
+ * Describes the message calotype.v1.WatchRequest.
+ * Use `create(WatchRequestSchema)` to create a new message.
+ */
+export const WatchRequestSchema: GenMessage<WatchRequest> = /*@__PURE__*/
+  messageDesc(file_calotype_v1_calotype, 9);
+
+/**
+ * Which generation to end early.
+ *
+ * @generated from message calotype.v1.FinishRequest
+ */
+export type FinishRequest = Message<"calotype.v1.FinishRequest"> & {
+  /**
+   * From `Progress.generation_id`.
+   *
+   * @generated from field: string generation_id = 1;
+   */
+  generationId: string;
+};
+
+/**
+ * Describes the message calotype.v1.FinishRequest.
+ * Use `create(FinishRequestSchema)` to create a new message.
+ */
+export const FinishRequestSchema: GenMessage<FinishRequest> = /*@__PURE__*/
+  messageDesc(file_calotype_v1_calotype, 10);
+
+/**
+ * The answer to `Finish`.
+ *
+ * @generated from message calotype.v1.FinishResponse
+ */
+export type FinishResponse = Message<"calotype.v1.FinishResponse"> & {
+  /**
+   * Phase in which the request found the generation. An end means that there was nothing left to finish.
+   *
+   * @generated from field: calotype.v1.Phase phase = 1;
+   */
+  phase: Phase;
+};
+
+/**
+ * Describes the message calotype.v1.FinishResponse.
+ * Use `create(FinishResponseSchema)` to create a new message.
+ */
+export const FinishResponseSchema: GenMessage<FinishResponse> = /*@__PURE__*/
+  messageDesc(file_calotype_v1_calotype, 11);
+
+/**
+ * Which part of the list to return.
+ *
+ * @generated from message calotype.v1.ListGenerationsRequest
+ */
+export type ListGenerationsRequest = Message<"calotype.v1.ListGenerationsRequest"> & {
+  /**
+   * Most entries to return, 1 to 100. Default: 50.
+   *
+   * @generated from field: optional int32 page_size = 1;
+   */
+  pageSize?: number | undefined;
+
+  /**
+   * `ListGenerationsResponse.next_page_token` of the page before. Default: the first page.
+   *
+   * @generated from field: string page_token = 2;
+   */
+  pageToken: string;
+};
+
+/**
+ * Describes the message calotype.v1.ListGenerationsRequest.
+ * Use `create(ListGenerationsRequestSchema)` to create a new message.
+ */
+export const ListGenerationsRequestSchema: GenMessage<ListGenerationsRequest> = /*@__PURE__*/
+  messageDesc(file_calotype_v1_calotype, 12);
+
+/**
+ * A part of the list.
+ *
+ * @generated from message calotype.v1.ListGenerationsResponse
+ */
+export type ListGenerationsResponse = Message<"calotype.v1.ListGenerationsResponse"> & {
+  /**
+   * The newest first.
+   *
+   * @generated from field: repeated calotype.v1.GenerationSummary generations = 1;
+   */
+  generations: GenerationSummary[];
+
+  /**
+   * For the next page. Empty on the last.
+   *
+   * @generated from field: string next_page_token = 2;
+   */
+  nextPageToken: string;
+};
+
+/**
+ * Describes the message calotype.v1.ListGenerationsResponse.
+ * Use `create(ListGenerationsResponseSchema)` to create a new message.
+ */
+export const ListGenerationsResponseSchema: GenMessage<ListGenerationsResponse> = /*@__PURE__*/
+  messageDesc(file_calotype_v1_calotype, 13);
+
+/**
+ * Where one generation stands.
+ *
+ * @generated from message calotype.v1.GenerationSummary
+ */
+export type GenerationSummary = Message<"calotype.v1.GenerationSummary"> & {
+  /**
+   * For `Watch`, `Cancel` and `Finish`.
+   *
+   * @generated from field: string generation_id = 1;
+   */
+  generationId: string;
+
+  /**
+   * As asked for; empty when there was none.
+   *
+   * @generated from field: string request_id = 2;
+   */
+  requestId: string;
+
+  /**
+   * What it shows.
+   *
+   * @generated from field: string prompt = 3;
+   */
+  prompt: string;
+
+  /**
+   * What is being done, or how it ended.
+   *
+   * @generated from field: calotype.v1.Phase phase = 4;
+   */
+  phase: Phase;
+
+  /**
+   * Denoising steps done.
+   *
+   * @generated from field: int32 step = 5;
+   */
+  step: number;
+
+  /**
+   * Denoising steps in all. 0 until it is known.
+   *
+   * @generated from field: int32 total_steps = 6;
+   */
+  totalSteps: number;
+
+  /**
+   * Seed in use.
+   *
+   * @generated from field: int64 seed = 7;
+   */
+  seed: bigint;
+
+  /**
+   * When it was accepted.
+   *
+   * @generated from field: google.protobuf.Timestamp create_time = 8;
+   */
+  createTime?: Timestamp | undefined;
+};
+
+/**
+ * Describes the message calotype.v1.GenerationSummary.
+ * Use `create(GenerationSummarySchema)` to create a new message.
+ */
+export const GenerationSummarySchema: GenMessage<GenerationSummary> = /*@__PURE__*/
+  messageDesc(file_calotype_v1_calotype, 14);
+
+/**
  * Asks for the loaded model.
  *
  * @generated from message calotype.v1.GetModelRequest
@@ -556,7 +790,7 @@ export type GetModelRequest = Message<"calotype.v1.GetModelRequest"> & {
  * Use `create(GetModelRequestSchema)` to create a new message.
  */
 export const GetModelRequestSchema: GenMessage<GetModelRequest> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 9);
+  messageDesc(file_calotype_v1_calotype, 15);
 
 /**
  * The loaded model: what it can do and what it does by default.
@@ -739,7 +973,7 @@ export type Model = Message<"calotype.v1.Model"> & {
  * Use `create(ModelSchema)` to create a new message.
  */
 export const ModelSchema: GenMessage<Model> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 10);
+  messageDesc(file_calotype_v1_calotype, 16);
 
 /**
  * What a generation is doing, or how it ended. It only moves forward.
@@ -886,6 +1120,40 @@ export const ImageKindSchema: GenEnum<ImageKind> = /*@__PURE__*/
   enumDesc(file_calotype_v1_calotype, 2);
 
 /**
+ * What happens to a generation when its last reader leaves before the end.
+ *
+ * @generated from enum calotype.v1.DisconnectPolicy
+ */
+export enum DisconnectPolicy {
+  /**
+   * CANCEL.
+   *
+   * @generated from enum value: DISCONNECT_POLICY_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * It is cancelled, after `GenerateRequest.disconnect_grace`.
+   *
+   * @generated from enum value: DISCONNECT_POLICY_CANCEL = 1;
+   */
+  CANCEL = 1,
+
+  /**
+   * It goes on to its end, and can be watched for a while after that.
+   *
+   * @generated from enum value: DISCONNECT_POLICY_KEEP = 2;
+   */
+  KEEP = 2,
+}
+
+/**
+ * Describes the enum calotype.v1.DisconnectPolicy.
+ */
+export const DisconnectPolicySchema: GenEnum<DisconnectPolicy> = /*@__PURE__*/
+  enumDesc(file_calotype_v1_calotype, 3);
+
+/**
  * Rank in the queue. Callers of the same rank share the server evenly.
  *
  * @generated from enum calotype.v1.Priority
@@ -917,7 +1185,7 @@ export enum Priority {
  * Describes the enum calotype.v1.Priority.
  */
 export const PrioritySchema: GenEnum<Priority> = /*@__PURE__*/
-  enumDesc(file_calotype_v1_calotype, 3);
+  enumDesc(file_calotype_v1_calotype, 4);
 
 /**
  * What draws previews.
@@ -972,7 +1240,7 @@ export enum PreviewMethod {
  * Describes the enum calotype.v1.PreviewMethod.
  */
 export const PreviewMethodSchema: GenEnum<PreviewMethod> = /*@__PURE__*/
-  enumDesc(file_calotype_v1_calotype, 4);
+  enumDesc(file_calotype_v1_calotype, 5);
 
 /**
  * Generates images from text and streams them while they form.
@@ -984,17 +1252,32 @@ export const GenerationService: GenService<{
    * Starts a generation and follows it to its end.
    *
    * The first message leaves at once, before any model work. Messages are then merged when the reader is slow: only
-   * the newest preview is kept, and the last message is never lost. Leaving the stream cancels the generation.
+   * the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
+   * the caller's choice: `GenerateRequest.on_disconnect`.
    *
    * Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
    * RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue full), DEADLINE_EXCEEDED (the deadline cannot be met),
-   * UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining). Every error carries a `google.rpc.ErrorInfo`.
+   * UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining), ALREADY_EXISTS (`request_id` was used for another
+   * request). Every error carries a `google.rpc.ErrorInfo`.
    *
    * @generated from rpc calotype.v1.GenerationService.Generate
    */
   generate: {
     methodKind: "server_streaming";
     input: typeof GenerateRequestSchema;
+    output: typeof ProgressSchema;
+  },
+  /**
+   * Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
+   * whatever comes. Any number may watch, each with previews of their own size and rate.
+   *
+   * Errors: NOT_FOUND (no such generation, or it ended too long ago).
+   *
+   * @generated from rpc calotype.v1.GenerationService.Watch
+   */
+  watch: {
+    methodKind: "server_streaming";
+    input: typeof WatchRequestSchema;
     output: typeof ProgressSchema;
   },
   /**
@@ -1008,6 +1291,31 @@ export const GenerationService: GenService<{
     methodKind: "unary";
     input: typeof CancelRequestSchema;
     output: typeof CancelResponseSchema;
+  },
+  /**
+   * Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
+   * and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
+   *
+   * Errors: NOT_FOUND (no such generation, or it ended too long ago).
+   *
+   * @generated from rpc calotype.v1.GenerationService.Finish
+   */
+  finish: {
+    methodKind: "unary";
+    input: typeof FinishRequestSchema;
+    output: typeof FinishResponseSchema;
+  },
+  /**
+   * Lists the caller's own generations that run or have not been forgotten yet, the newest first.
+   *
+   * Errors: INVALID_ARGUMENT (page size or token).
+   *
+   * @generated from rpc calotype.v1.GenerationService.ListGenerations
+   */
+  listGenerations: {
+    methodKind: "unary";
+    input: typeof ListGenerationsRequestSchema;
+    output: typeof ListGenerationsResponseSchema;
   },
   /**
    * Describes the loaded model: sizes, limits, defaults and schedulers.

@@ -20,6 +20,7 @@ from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
 from calotype_server.retention import Retention
 from calotype_server.signals import Signals
+from calotype_server.store import Store
 from calotype_server.telemetry import configure_logging
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
@@ -80,6 +81,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         allowed_hosts=settings.allowed_hosts,
     )
     budget = PreviewBudget(settings.preview_budget)
+    store = None if settings.state is None else await Store.open(settings.state.expanduser())
     address = await native.start(settings.grpc_address)
     try:
         web_address = await web.start()
@@ -99,12 +101,15 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         ended: Retention[Generation] = Retention(
             seconds=settings.retain_seconds, count=settings.retain_count, size=settings.retain_bytes
         )
-        generations = Generations(engine, admission, pace, encoder, ended, max_active=max_active, on_dead=dead.set)
+        generations = Generations(
+            engine, admission, pace, encoder, ended, store, max_active=max_active, on_dead=dead.set
+        )
         try:
             await signals.unless_stopped(generations.warm_up())
         except errors.ServiceError as error:
             raise errors.ModelUnavailable(f"The model {settings.model!r} cannot make a picture: {error}") from error
         if not signals.stopped:
+            await generations.restore()
             servicer.open(generations)
             await services.set_serving(True)
             announce(Ready(address, web_address, engine.model, time.monotonic() - begun))
@@ -122,6 +127,8 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         return 1 if dead.is_set() else 0
     finally:
         await asyncio.gather(native.stop(0), web.stop(0))
+        if store is not None:
+            await store.close()
 
 
 def _load_engine(settings: Settings, budget: PreviewBudget) -> Engine:

@@ -5,6 +5,7 @@ ServiceError                  has a status code, a reason and a sentence fit for
 ├── InvalidRequest            INVALID_ARGUMENT     with all violations
 ├── NotReady                  UNAVAILABLE          loading or draining
 ├── UpstreamUnavailable       UNAVAILABLE          of the bridge: no server behind it
+├── StateUnavailable          UNAVAILABLE          what was to be kept could not be written
 ├── QueueFull                 RESOURCE_EXHAUSTED
 ├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
 ├── GenerationNotFound        NOT_FOUND
@@ -20,6 +21,7 @@ ServiceError                  has a status code, a reason and a sentence fit for
     └── EngineDead            INTERNAL             the engine does not go on
 StartupError                  for the operator: what is wrong and what to do about it
 ├── ModelUnavailable
+├── StateUnusable
 └── AddressInUse
 ```
 
@@ -54,6 +56,8 @@ __all__ = [
     "RequestIdTaken",
     "ServiceError",
     "StartupError",
+    "StateUnavailable",
+    "StateUnusable",
     "UpstreamUnavailable",
     "Violation",
 ]
@@ -113,6 +117,13 @@ class UpstreamUnavailable(ServiceError):
 
     code = "UNAVAILABLE"
     reason = "UPSTREAM_UNAVAILABLE"
+
+
+class StateUnavailable(ServiceError):
+    """The state folder cannot be written or read; the log says why."""
+
+    code = "UNAVAILABLE"
+    reason = "STATE_UNAVAILABLE"
 
 
 class QueueFull(ServiceError):
@@ -206,6 +217,10 @@ class StartupError(Exception):
 
 class ModelUnavailable(StartupError):
     """The model is not there, not reachable, not complete, or not one that Calotype can drive."""
+
+
+class StateUnusable(StartupError):
+    """The state folder cannot be used: no permission, another server, a newer version, a damaged file."""
 
 
 class AddressInUse(StartupError):

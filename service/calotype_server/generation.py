@@ -8,23 +8,25 @@ import time
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
 
+from calotype_server import errors
 from calotype_server.engine.protocol import Stop
-from calotype_server.stream import EventLog
+from calotype_server.stream import EventLog, State, advance
 from calotype_server.types import (
     Decoding,
     Denoising,
     EncodedImage,
     EncodingPrompt,
     Event,
+    Failed,
     PreviewReady,
     Succeeded,
     Timings,
 )
 
 if TYPE_CHECKING:
-    from calotype_server import errors
     from calotype_server.admission import Ticket
     from calotype_server.encode import Encoder
+    from calotype_server.store import Record
     from calotype_server.types import Job, PreviewOptions, Terms
 
 __all__ = ["Generation", "Stopwatch"]
@@ -35,6 +37,13 @@ _MAX_RENDITIONS = 8
 
 class Generation:
     """One accepted job.
+
+    Args:
+        job: What to make.
+        terms: What else the caller wants.
+        number: Rises from one generation to the next.
+        record: What was kept of it before a restart, or None for a new one.
+        image: The final image that was kept.
 
     Attributes:
         id: Unguessable.
@@ -47,13 +56,15 @@ class Generation:
         reaper: Cancels it when nobody has come back, or None.
     """
 
-    def __init__(self, job: Job, terms: Terms, number: int) -> None:
-        self.id = secrets.token_urlsafe(16)
+    def __init__(
+        self, job: Job, terms: Terms, number: int, record: Record | None = None, image: bytes | None = None
+    ) -> None:
+        self.id = secrets.token_urlsafe(16) if record is None else record.generation_id
         self.number = number
         self.job = job
         self.terms = terms
-        self.created = time.time()
-        self.log = EventLog()
+        self.created = time.time() if record is None else record.created
+        self.log = EventLog() if record is None else EventLog(_restored(record, image))
         self.stop = Stop()
         self.stop_error: errors.GenerationError | None = None
         self.ticket: Ticket | None = None
@@ -100,6 +111,20 @@ class Generation:
     def forget_previews(self) -> None:
         """Frees what only running generations need."""
         self._renditions.clear()
+
+
+def _restored(record: Record, image: bytes | None) -> State:
+    """The state in which a restart leaves a generation: its end, or its beginning."""
+    if record.end is None:
+        return State()
+    told = record.end
+    end: Succeeded | Failed
+    if told.image is not None and image is not None:
+        file = EncodedImage(told.image.format, told.image.width, told.image.height, image)
+        end = Succeeded(file, told.timings, told.finished_early)
+    else:
+        end = Failed(told.error or errors.GenerationFailed("The image was lost."), told.timings)
+    return advance(State(step=told.step, total_steps=told.total_steps), end)
 
 
 class Stopwatch:

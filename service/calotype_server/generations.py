@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import dataclasses
 import itertools
@@ -14,6 +15,7 @@ import structlog
 
 from calotype_server import errors, metadata
 from calotype_server.generation import Generation
+from calotype_server.store import Record
 from calotype_server.types import (
     Decoding,
     Denoising,
@@ -31,13 +33,14 @@ from calotype_server.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Coroutine
 
     from calotype_server.admission import Admission, Ticket
     from calotype_server.encode import Encoder
     from calotype_server.engine.protocol import Engine
     from calotype_server.estimates import Pace
     from calotype_server.retention import Retention
+    from calotype_server.store import Store
     from calotype_server.stream import Update
     from calotype_server.types import ModelInfo, PreviewOptions
 
@@ -46,6 +49,9 @@ __all__ = ["Generations"]
 _log = structlog.get_logger(__name__)
 
 _WARM_UP_STEPS = 3
+
+_RETURN_SECONDS = 60.0
+"""For callers to come back after a restart before their generations are cancelled."""
 
 
 class Generations:
@@ -57,6 +63,7 @@ class Generations:
         pace: Learns from every generation that succeeds.
         encoder: Makes image files.
         ended: Keeps what has ended for a while.
+        store: Keeps all of it on disk, or None.
         max_active: Threads to keep, as many as admission lets run at once.
         on_dead: Called once when the engine cannot go on.
     """
@@ -68,6 +75,7 @@ class Generations:
         pace: Pace,
         encoder: Encoder,
         ended: Retention[Generation],
+        store: Store | None = None,
         *,
         max_active: int,
         on_dead: Callable[[], None],
@@ -78,6 +86,8 @@ class Generations:
         self._encoder = encoder
         self._ended = ended
         ended.on_forget = self._forget
+        self._store = store
+        self._chores: set[asyncio.Task[None]] = set()
         self._on_dead = on_dead
         self._threads = ThreadPoolExecutor(max_active, "calotype-generation")
         self._running: dict[str, tuple[Generation, asyncio.Task[None]]] = {}
@@ -94,30 +104,65 @@ class Generations:
         """The engine's model."""
         return self._engine.model
 
-    def start(self, job: Job, terms: Terms = Terms()) -> Generation:  # noqa: B008 - frozen
+    async def start(self, job: Job, terms: Terms = Terms()) -> Generation:  # noqa: B008 - frozen
         """Accepts a job, or returns the generation that the same request has started before.
+
+        With a store, what is accepted survives a restart.
 
         Raises:
             NotReady: The server is draining.
             RequestIdTaken: The request id was used with other parameters.
             QueueFull: No place in the queue.
             DeadlineTooShort: Hopeless from the start.
+            StateUnavailable: It cannot be kept.
         """
         if (started := self._started(job, terms)) is not None:
             return started
         if self._retry_after is not None:
             raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
         generation = Generation(job, terms, next(self._numbers))
+        self._begin(generation)
+        if self._store is not None:
+            try:
+                await self._store.accept(Record(generation.id, job, terms, generation.created))
+            except BaseException:
+                generation.end_early(errors.Cancelled("It could not be kept."))
+                raise
+        return generation
 
+    async def restore(self) -> None:
+        """Takes up what the store has kept: what has ended can be watched again, the rest is begun again.
+
+        Whoever wanted a cancel when they leave gets some time to come back.
+        """
+        if self._store is None:
+            return
+        for record in await self._store.load():
+            image = None if record.end is None else await self._store.image(record.generation_id)
+            grace = max(record.terms.grace, _RETURN_SECONDS)
+            terms = replace(record.terms, deadline=None, grace=grace)
+            generation = Generation(record.job, terms, next(self._numbers), record, image)
+            if generation.ended:
+                self._remember(generation)
+                continue
+            try:
+                self._begin(generation)
+            except errors.ServiceError as error:
+                _log.warning("not begun again", generation=generation.id, reason=error.reason)
+                continue
+            self._enter(generation)
+            self._leave(generation)
+
+    def _begin(self, generation: Generation) -> None:
         def on_move(position: int, remaining: float | None) -> None:
             generation.log.publish(Queued(position, remaining))
 
-        generation.ticket = self._admission.enter(job, terms.caller, on_move, terms.deadline)
+        terms = generation.terms
+        generation.ticket = self._admission.enter(generation.job, terms.caller, on_move, terms.deadline)
         task = asyncio.create_task(self._run(generation, generation.ticket), name=f"generation-{generation.id}")
         self._running[generation.id] = generation, task
         if terms.request_id:
             self._requests[terms.caller, terms.request_id] = generation
-        return generation
 
     async def follow(
         self, generation: Generation, after: int = 0, preview: PreviewOptions | None = None
@@ -208,7 +253,8 @@ class Generations:
         for _ in range(2):
             # What the first one takes is not typical: everything is done for the first time.
             self._pace.forget()
-            generation = self.start(job)
+            generation = Generation(job, Terms(), next(self._numbers))
+            self._begin(generation)
             await self.idle()
             if isinstance(generation.log.state.end, Failed):
                 raise generation.log.state.end.error
@@ -229,8 +275,8 @@ class Generations:
         await self._all_ended()
 
     async def _all_ended(self) -> None:
-        while self._running:
-            await asyncio.wait([task for _, task in self._running.values()])
+        while tasks := [*(task for _, task in self._running.values()), *self._chores]:
+            await asyncio.wait(tasks)
 
     def close(self) -> None:
         """Frees the threads; everything must have ended."""
@@ -241,6 +287,20 @@ class Generations:
         key = generation.terms.caller, generation.terms.request_id
         if self._requests.get(key) is generation:
             del self._requests[key]
+        if self._store is not None:
+            self._later(self._store.forget([generation.id]))
+
+    def _later(self, work: Coroutine[object, object, None]) -> None:
+        """Does something of which nobody waits for the end, but for the server's own."""
+
+        async def carefully() -> None:
+            # What cannot be dropped now is dropped after the next start.
+            with contextlib.suppress(errors.ServiceError):
+                await work
+
+        task = asyncio.create_task(carefully())
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
 
     def _started(self, job: Job, terms: Terms) -> Generation | None:
         """What the same request has started before."""
@@ -298,8 +358,10 @@ class Generations:
         except Exception:
             _log.exception("generation failed")
             end = Failed(errors.GenerationFailed("The image could not be made."), generation.watch.timings())
+        await self._keep_end(generation, end)
         generation.log.publish(end)
-        self._keep(generation)
+        del self._running[generation.id]
+        self._remember(generation)
         outcome = "succeeded" if isinstance(end, Succeeded) else end.error.reason
         seconds = round(end.timings.total or 0.0, 3)
         _log.info("generation ended", outcome=outcome, seconds=seconds, previews=dict(generation.previews))
@@ -350,9 +412,23 @@ class Generations:
 
         return report
 
-    def _keep(self, generation: Generation) -> None:
-        del self._running[generation.id]
+    async def _keep_end(self, generation: Generation, end: Succeeded | Failed) -> None:
+        """On disk before anybody is told: who has read the end can rely on it."""
+        if self._store is None or (isinstance(end, Failed) and isinstance(end.error, errors.Interrupted)):
+            # What the server's own stop interrupts is begun again after the restart.
+            return
+        state = generation.log.state
+        early = isinstance(end, Succeeded) and end.finished_early
+        step = state.total_steps if isinstance(end, Succeeded) and not early else state.step
+        try:
+            await self._store.end(generation.id, end, step=step, total_steps=state.total_steps)
+        except errors.ServiceError:
+            _log.exception("the end of a generation is not kept")
+
+    def _remember(self, generation: Generation) -> None:
         if generation.reaper is not None:
             generation.reaper.cancel()
         generation.forget_previews()
+        if generation.terms.request_id:
+            self._requests[generation.terms.caller, generation.terms.request_id] = generation
         self._ended.add(generation.id, generation, generation.size)

@@ -108,12 +108,16 @@ def advance(state: State, event: Event) -> State:
 
 
 class EventLog:
-    """Hands the events of one generation from the threads that publish to the subscribers in the event loop."""
+    """Hands the events of one generation from the threads that publish to the subscribers in the event loop.
 
-    def __init__(self) -> None:
+    Args:
+        state: What is known already.
+    """
+
+    def __init__(self, state: State = State()) -> None:
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
-        self._state = State()
+        self._state = state
         self._subscriptions: set[_Subscription] = set()
         self._newest: tuple[int, PreviewReady] | None = None
         """The newest preview and the number of its event, for readers who come later."""

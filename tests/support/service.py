@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from calotype_server.engine.protocol import Engine
+    from calotype_server.store import Store
 
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
 
@@ -54,6 +55,7 @@ async def running(
     max_queue: int = 4,
     max_active: int = 1,
     retained: int = 16,
+    store: Store | None = None,
     opened: bool = True,
     limits: Limits = LIMITS,
     transport: str = "native",
@@ -64,9 +66,10 @@ async def running(
     encoder = Encoder()
     ended = Retention(seconds=600, count=retained, size=2**24)
     generations = Generations(
-        engine, admission, pace, encoder, ended, max_active=max_active, on_dead=lambda: dead.append(True)
+        engine, admission, pace, encoder, ended, store, max_active=max_active, on_dead=lambda: dead.append(True)
     )
     servicer = GenerationServicer(limits)
+    await generations.restore()
     if opened:
         servicer.open(generations)
     services = Services(servicer)

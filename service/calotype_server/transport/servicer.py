@@ -54,7 +54,7 @@ class GenerationServicer(GenerationServiceServicer):
         """Starts a generation and streams it; see the proto."""
         job, terms = validate(request, self._generations.model, self._limits)
         terms = replace(terms, caller=_caller(context), deadline=context.time_remaining())
-        generation = self._generations.start(job, terms)
+        generation = await self._generations.start(job, terms)
         structlog.contextvars.bind_contextvars(generation=generation.id)
         _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count)
         async with contextlib.aclosing(self._follow(generation, context)) as messages:

@@ -41,9 +41,9 @@ from ._errors import (
     Violation,
 )
 from ._image import Image
-from ._options import Output, PreviewMethod, Previews, Priority
+from ._options import DisconnectPolicy, Output, PreviewMethod, Previews, Priority
 from ._stream import AsyncGeneration, Generation
-from ._types import Model, Notice, Phase, Progress, Timings
+from ._types import GenerationSummary, Model, Notice, Phase, Progress, Timings
 from ._version import __version__
 
 __all__ = [
@@ -58,9 +58,11 @@ __all__ = [
     "ClientClosed",
     "DataLoss",
     "DeadlineExceeded",
+    "DisconnectPolicy",
     "FailedPrecondition",
     "Generation",
     "GenerationConsumed",
+    "GenerationSummary",
     "Image",
     "InternalError",
     "InvalidRequest",

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
+from weakref import WeakSet
 
 import grpc
 import grpc.aio
 
 from ._channel import CHANNEL_OPTIONS, TLS, channel_credentials, parse_address
-from ._convert import model_from_proto, phase_from_proto
-from ._errors import ClientClosed
-from ._request import CONTROL_TIMEOUT, build_request, resolve_timeout
+from ._convert import model_from_proto, phase_from_proto, summary_from_proto
+from ._errors import Cancelled, ClientClosed
+from ._farewell import AsyncFarewells
+from ._request import CONTROL_TIMEOUT, build, build_request, resolve_retries, resolve_timeout
+from ._resume import Resumption, RetryPolicy, make_resumable
 from ._status import from_rpc_error
 from ._stream import AsyncGeneration
 from .v1 import calotype_pb2 as v1
 from .v1.calotype_pb2_grpc import GenerationServiceStub
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from types import TracebackType
 
-    from ._options import Output, Previews, Priority, PriorityName
-    from ._types import Model, Phase
+    from ._options import DisconnectPolicy, DisconnectPolicyName, Output, Previews, Priority, PriorityName
+    from ._stream import AsyncCall
+    from ._types import GenerationSummary, Model, Phase
     from .v1.calotype_pb2_grpc import GenerationServiceAsyncStub
 
 __all__ = ["AsyncClient"]
@@ -34,7 +39,16 @@ class AsyncClient:
         async with AsyncClient("localhost:50051") as client:
             image = await client.generate("a red apple", seed=1).result()
 
-    The connection is made with the first call, and made again when it was lost.
+    The connection is made with the first call, and made again when it was lost. A generation outlives that: its loop
+    goes on where it was. If the server has lost the generation, because it was started anew, the client asks for the
+    same picture once more, with the seed that was drawn, and the loop goes on once that is further. Waits between
+    attempts grow and are random; they end with the timeout, or after `retries` attempts in a row that brought nothing
+    new, with `DeadlineExceeded` or `Unavailable`. Only a lost connection is made again: a server that cannot be reached
+    at first, or that refuses, raises at once.
+
+    For this, a generation may run for 10 s without a reader, unless `disconnect_grace` says otherwise. That is for lost
+    connections alone: whoever leaves a loop, cancels, closes the client or reaches the timeout has the client cancel on
+    the server by id, so that nothing runs on for nobody. A process that is killed cannot do so.
     """
 
     def __init__(
@@ -44,6 +58,7 @@ class AsyncClient:
         tls: TLS | bool | None = None,
         timeout: float | None = None,
         wait_for_ready: bool = False,
+        retries: int = 10,
     ) -> None:
         """Makes a client; does no I/O.
 
@@ -52,13 +67,18 @@ class AsyncClient:
             tls: Whether and how to encrypt. True trusts what browsers trust.
             timeout: Default for `generate`, in seconds. None means no limit.
             wait_for_ready: Whether to wait for a server that does not answer, instead of raising `Unavailable`.
+            retries: Attempts in a row to make a lost connection again that bring nothing new, before `Unavailable` is
+                raised. 0 means that a lost connection ends a generation.
 
         Raises:
-            ValueError: The address is not one.
+            ValueError: The address is not one, or `retries` is negative.
         """
         self.address = address
         self._timeout = resolve_timeout(timeout, None)
         self._wait_for_ready = wait_for_ready
+        self._retry = RetryPolicy(resolve_retries(retries))
+        self._farewells = AsyncFarewells()
+        self._running: WeakSet[AsyncGeneration] = WeakSet()
         self._closed = False
         self._target, self._credentials = parse_address(address), channel_credentials(tls)
         self._channel: grpc.aio.Channel | None = None
@@ -75,6 +95,9 @@ class AsyncClient:
         seed: int | None = None,
         scheduler: str | None = None,
         priority: Priority | PriorityName | None = None,
+        on_disconnect: DisconnectPolicy | DisconnectPolicyName | None = None,
+        disconnect_grace: float | None = None,
+        request_id: str | None = None,
         previews: Previews | None = None,
         output: Output | None = None,
         timeout: float | None = None,
@@ -93,6 +116,13 @@ class AsyncClient:
             seed: Seed of the initial noise, 0 to 2^53 - 1. The same request with the same seed gives the same picture.
             scheduler: One of `Model.schedulers`.
             priority: Rank in the queue. Default: "interactive".
+            on_disconnect: What leaving early does: "cancel", or "keep", with which the generation goes on to its end
+                and `watch` finds it for a while after that. Default: "cancel".
+            disconnect_grace: With "cancel": seconds for which the server waits for a lost reader to come back, 0 to
+                3600. Default: 10, or 0 when the client has no `retries`.
+            request_id: Makes the call idempotent: a second one with the same id and arguments follows the generation of
+                the first, also for a while after its end. Up to 128 characters of printable ASCII. Default: drawn at
+                random.
             previews: How previews look and how often they come. Default: `Model.previews`.
             output: How the final image is written. Default: a PNG with metadata.
             timeout: Seconds until the final image, waiting in the queue included. Default: that of the client;
@@ -112,11 +142,93 @@ class AsyncClient:
             seed=seed,
             scheduler=scheduler,
             priority=priority,
+            on_disconnect=on_disconnect,
+            disconnect_grace=disconnect_grace,
+            request_id=request_id,
             previews=previews,
             output=output,
         )
-        timeout = resolve_timeout(timeout, self._timeout)
-        return AsyncGeneration(self._open().Generate(request, timeout=timeout, wait_for_ready=self._wait_for_ready))
+        if self._retry.retries:
+            make_resumable(request)
+        return self._follow(request, timeout)
+
+    def watch(
+        self,
+        generation_id: str,
+        *,
+        after_sequence: int = 0,
+        previews: Previews | None = None,
+        timeout: float | None = None,
+    ) -> AsyncGeneration:
+        """Follows a generation that somebody has started, from any client: the newest preview or the end, and the rest.
+
+        Returns at once, like `generate`. Leaving the loop only ends the watching; what the generation then does, it was
+        told when it was started.
+
+        Args:
+            generation_id: From `Progress.generation_id` or `generations`.
+            after_sequence: The last `Progress.sequence` that is known: what came before is not told again.
+            previews: Previews for this reader; at most as often as those of the generation. A `method` other than
+                "none" changes nothing. Default: as the generation was asked to.
+            timeout: Seconds until the final image. Default: that of the client; `math.inf` means no limit.
+
+        Raises:
+            InvalidRequest: An argument has the wrong type or is out of all bounds. Names all of them.
+            ClientClosed: The client has been closed.
+        """
+        values = {"generation_id": generation_id, "after_sequence": after_sequence, "previews": previews}
+        return self._follow(build(v1.WatchRequest(), "generation_id", values), timeout)
+
+    def generations(self, *, page_size: int | None = None) -> AsyncIterator[GenerationSummary]:
+        """Lists your own generations that run or have not been forgotten yet, the newest first.
+
+        Asks for the next page when it is needed, and waits up to 10 s for each.
+
+        Args:
+            page_size: How many to ask for at a time, 1 to 100. Default: 50.
+
+        Raises:
+            InvalidRequest: The page size is none.
+            CalotypeError: A call failed in another way. Raised by the loop.
+            ClientClosed: The client has been closed.
+        """
+        self._open()
+        return self._pages(build(v1.ListGenerationsRequest(), None, {"page_size": page_size}))
+
+    async def _pages(self, request: v1.ListGenerationsRequest) -> AsyncIterator[GenerationSummary]:
+        while True:
+            try:
+                answer = await self._open().ListGenerations(
+                    request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready
+                )
+            except grpc.RpcError as error:
+                raise from_rpc_error(error) from None
+            for summary in answer.generations:
+                yield summary_from_proto(summary)
+            if not answer.next_page_token:
+                return
+            request.page_token = answer.next_page_token
+
+    async def finish(self, generation_id: str) -> Phase:
+        """Ends a generation early, of whichever client, with the picture as it is. Waits up to 10 s for the answer.
+
+        After the step under way, the model's current estimate becomes the final image, which those who follow the
+        generation get.
+
+        Returns:
+            The phase in which the request found it. An end means that there was nothing left to finish.
+
+        Raises:
+            NotFound: There is no such generation, or it ended too long ago.
+            CalotypeError: The call failed in another way.
+            ClientClosed: The client has been closed.
+        """
+        request = v1.FinishRequest(generation_id=generation_id)
+        try:
+            answer = await self._open().Finish(request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return phase_from_proto(answer.phase)
 
     async def cancel(self, generation_id: str) -> Phase:
         """Cancels a generation, of whichever client. Waits up to 10 s for the answer.
@@ -153,9 +265,28 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         """Closes the connection and cancels what is still running. Can be called again."""
+        for generation in list(self._running):
+            generation._leave(Cancelled("The client was closed."))
         self._closed = True
+        await self._farewells.wait()
         if self._channel is not None:
             await self._channel.close()
+
+    def _follow(self, request: v1.GenerateRequest | v1.WatchRequest, timeout: float | None) -> AsyncGeneration:
+        timeout = resolve_timeout(timeout, self._timeout)
+        generation = AsyncGeneration(self, Resumption(request, self._retry, timeout))
+        self._running.add(generation)
+        return generation
+
+    def _call(self, resumption: Resumption) -> AsyncCall:
+        request, timeout, stub = resumption.request, resumption.time_left, self._open()
+        if isinstance(request, v1.WatchRequest):
+            return stub.Watch(request, timeout=timeout, wait_for_ready=self._wait_for_ready)
+        return stub.Generate(request, timeout=timeout, wait_for_ready=self._wait_for_ready)
+
+    def _part(self, resumption: Resumption) -> None:
+        if not self._closed:
+            self._farewells.send(self._stub, resumption)
 
     def _open(self) -> GenerationServiceAsyncStub:
         if self._closed:

@@ -74,6 +74,10 @@ class Assembler:
         self._chunks.clear()
         return self.progress
 
+    def interrupt(self) -> None:
+        """Notes that the call has broken: an image of which a part is missing comes again from the start."""
+        self._chunks.clear()
+
     def close(self, error: CalotypeError | None = None) -> None:
         """Notes that nothing more will come. The end that a message told counts more than the status of the call."""
         if not self.ended:

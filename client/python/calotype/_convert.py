@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import TYPE_CHECKING
 
 from ._image import Image
 from ._options import PreviewMethod, Previews
-from ._types import Model, Notice, Phase, Progress, Timings
+from ._types import GenerationSummary, Model, Notice, Phase, Progress, Timings
 from .v1 import calotype_pb2 as v1
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ __all__ = [
     "optional_seconds",
     "phase_from_proto",
     "progress_from_proto",
+    "summary_from_proto",
     "wire_names",
 ]
 
@@ -76,11 +78,26 @@ def progress_from_proto(message: v1.Progress) -> Progress:
         seed=message.seed,
         warnings=tuple(Notice(warning.reason, warning.message) for warning in message.warnings),
         timings=_timings_from_proto(message.timings) if message.HasField("timings") else None,
+        finished_early=message.finished_early,
     )
 
 
 def _timings_from_proto(timings: v1.Timings) -> Timings:
     return Timings(**{field.name: optional_seconds(timings, field.name) for field in timings.DESCRIPTOR.fields})
+
+
+def summary_from_proto(summary: v1.GenerationSummary) -> GenerationSummary:
+    """Reads an entry of the list of generations."""
+    return GenerationSummary(
+        generation_id=summary.generation_id,
+        request_id=summary.request_id,
+        prompt=summary.prompt,
+        phase=phase_from_proto(summary.phase),
+        step=summary.step,
+        total_steps=summary.total_steps,
+        seed=summary.seed,
+        create_time=summary.create_time.ToDatetime(UTC),
+    )
 
 
 def model_from_proto(model: v1.Model) -> Model:

@@ -6,8 +6,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, TypeAlias
 
-__all__ = ["FormatName", "MethodName", "Output", "PreviewMethod", "Previews", "Priority", "PriorityName"]
+__all__ = [
+    "DisconnectPolicy",
+    "DisconnectPolicyName",
+    "FormatName",
+    "MethodName",
+    "Output",
+    "PreviewMethod",
+    "Previews",
+    "Priority",
+    "PriorityName",
+]
 
+DisconnectPolicyName: TypeAlias = Literal["cancel", "keep"]
 FormatName: TypeAlias = Literal["jpeg", "png", "webp"]
 PriorityName: TypeAlias = Literal["interactive", "batch"]
 MethodName: TypeAlias = Literal["auto", "head", "tiny_vae", "full_vae", "none"]
@@ -20,6 +31,15 @@ class Priority(StrEnum):
     """Somebody is waiting for it."""
     BATCH = "batch"
     """Nobody is: it starts when nothing interactive waits, and never takes the last of several slots."""
+
+
+class DisconnectPolicy(StrEnum):
+    """What happens to a generation when its last reader leaves before the end. A plain string does as well."""
+
+    CANCEL = "cancel"
+    """It is cancelled, after a grace."""
+    KEEP = "keep"
+    """It goes on to its end, and can be watched for a while after that."""
 
 
 class PreviewMethod(StrEnum):

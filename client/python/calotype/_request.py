@@ -1,4 +1,4 @@
-"""Arguments → `GenerateRequest`. Shared by both clients.
+"""Arguments → requests. Shared by both clients.
 
 Only what the wire cannot carry is refused here. Which values make sense depends on the model, and the server is the
 one authority on that.
@@ -10,7 +10,7 @@ import dataclasses
 import math
 import numbers
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-__all__ = ["CONTROL_TIMEOUT", "argument_name", "build_request", "fill", "resolve_timeout"]
+__all__ = ["CONTROL_TIMEOUT", "argument_name", "build", "build_request", "fill", "resolve_retries", "resolve_timeout"]
+
+Request = TypeVar("Request", bound="Message")
 
 CONTROL_TIMEOUT = 10.0
 """Deadline in seconds of the calls that the server answers at once."""
@@ -56,10 +58,18 @@ def build_request(
     Raises:
         InvalidRequest: The wire cannot carry an argument. Names all of them.
     """
-    request = v1.GenerateRequest()
-    violations = fill(request, {"prompt": prompt, **optional, "previews": previews, "output": output})
-    if prompt is None:
-        violations.insert(0, Violation("prompt", "must be a str, not NoneType"))
+    return build(v1.GenerateRequest(), "prompt", {"prompt": prompt, **optional, "previews": previews, "output": output})
+
+
+def build(request: Request, required: str | None, values: Mapping[str, Any]) -> Request:
+    """Fills in a request; None means that the server chooses.
+
+    Raises:
+        InvalidRequest: The wire cannot carry an argument, or the required one is None. Names all of them.
+    """
+    violations = fill(request, values)
+    if required is not None and values[required] is None:
+        violations.insert(0, Violation(required, "must be a str, not NoneType"))
     if violations:
         raise InvalidRequest(_sentence(violations), reason="INVALID_ARGUMENTS", violations=violations)
     return request
@@ -98,6 +108,13 @@ def resolve_timeout(timeout: float | None, default: float | None) -> float | Non
         text = f"must be a positive number of seconds, not {chosen!r}"
         raise InvalidRequest(f"timeout {text}", reason="INVALID_ARGUMENTS", violations=[("timeout", text)])
     return float(chosen)
+
+
+def resolve_retries(retries: int) -> int:
+    """Checks how often to reconnect."""
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        raise ValueError(f"retries must be an int, 0 or more, not {retries!r}")
+    return retries
 
 
 def _text(value: Any) -> str:

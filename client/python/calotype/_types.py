@@ -7,10 +7,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from ._image import Image
     from ._options import PreviewMethod, Previews
 
-__all__ = ["Model", "Notice", "Phase", "Progress", "Timings"]
+__all__ = ["GenerationSummary", "Model", "Notice", "Phase", "Progress", "Timings"]
 
 
 class Phase(StrEnum):
@@ -78,8 +80,10 @@ class Progress:
     """Where a generation stands and, where there is a new one, a picture.
 
     Attributes:
-        generation_id: The same for a whole generation. `Client.cancel` takes it.
-        sequence: Rises strictly from 1. A gap means that messages were merged because the reader was slow.
+        generation_id: For `Client.watch`, `cancel` and `finish`. The same for a whole generation, unless the server
+            lost it and the client has begun another in its place.
+        sequence: Rises strictly from 1. A gap means that messages were merged because the reader was slow. When the
+            client has begun another generation in the place of a lost one, it counts on.
         phase: What is being done, or how it ended.
         step: Denoising steps done, 0 to `total_steps`. Never falls.
         total_steps: Denoising steps in all. 0 until it is known.
@@ -95,6 +99,7 @@ class Progress:
         seed: Seed in use: the one asked for, or the one drawn.
         warnings: What the caller should know although the generation goes on, such as a prompt that was cut.
         timings: Where the time went, at the end. None before.
+        finished_early: At the end: whether the image is the estimate of `step`, because `finish` asked for it.
     """
 
     generation_id: str
@@ -112,6 +117,32 @@ class Progress:
     seed: int = 0
     warnings: tuple[Notice, ...] = ()
     timings: Timings | None = None
+    finished_early: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSummary:
+    """Where one generation stands.
+
+    Attributes:
+        generation_id: For `Client.watch`, `cancel` and `finish`.
+        request_id: As asked for; empty when there was none.
+        prompt: What it shows.
+        phase: What is being done, or how it ended.
+        step: Denoising steps done.
+        total_steps: Denoising steps in all. 0 until it is known.
+        seed: Seed in use.
+        create_time: When the server accepted it, in UTC.
+    """
+
+    generation_id: str
+    request_id: str
+    prompt: str
+    phase: Phase
+    step: int
+    total_steps: int
+    seed: int
+    create_time: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

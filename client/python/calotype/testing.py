@@ -18,33 +18,32 @@ A generation that stands still at a step makes cancellation testable without sle
             if progress.step == 2:
                 break
         assert server.wait_cancelled()
+
+So are lost connections, and a server that has lost everything::
+
+    with FakeServer(steps=4, drop_at=[1], lose_at=[3]) as server, Client(server.address) as client:
+        assert [progress.image_step for progress in client.generate("a red apple") if progress.preview] == [1, 2, 3, 4]
 """
 
 from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
-from google.rpc import error_details_pb2, status_pb2
 
-from ._convert import wire_names
-from ._errors import CalotypeError, Cancelled, FailedPrecondition, InvalidRequest, NotFound
+from ._fake import FakeGeneration, Script, Servicer
 from ._options import PreviewMethod, Previews
-from ._request import fill
-from ._samples import make_image, sample_jpeg
-from ._status import DETAILS_KEY
 from ._types import Model, Notice
 from .v1 import calotype_pb2 as v1
-from .v1.calotype_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
+from .v1.calotype_pb2_grpc import add_GenerationServiceServicer_to_server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Sequence
     from types import TracebackType
 
+    from ._errors import CalotypeError
     from ._image import Image
 
 __all__ = ["FakeServer"]
@@ -75,7 +74,6 @@ _MODEL = Model(
     dtype="float32",
     server_version="0",
 )
-_WITHHELD = FailedPrecondition("The safety checker of the model withheld the picture.", reason="CONTENT_WITHHELD")
 
 
 class FakeServer:
@@ -84,9 +82,13 @@ class FakeServer:
     Of the options, it follows the steps, the size, the format, and how often previews come; a preview looks the same
     whatever is asked for. It does not validate: whatever a client can send is served.
 
+    A generation outlives its connection as it does on a real server, but time stands still: a grace never passes, and
+    nothing is forgotten unless a test says so.
+
     Attributes:
-        requests: The requests received, oldest first.
-        cancelled: Ids of the generations that were cancelled or left before their end, oldest first.
+        requests: The requests to generate, oldest first.
+        watched: The requests to watch, oldest first.
+        cancelled: Ids of the generations that were cancelled, or left for good, before their end, oldest first.
     """
 
     def __init__(
@@ -101,6 +103,8 @@ class FakeServer:
         fail_at: int | None = None,
         hold_at: int | None = None,
         withdraw_at: int | None = None,
+        drop_at: Collection[int] = (),
+        lose_at: Collection[int] = (),
         model: Model = _MODEL,
     ) -> None:
         """Makes a server; entering the context starts it.
@@ -118,26 +122,41 @@ class FakeServer:
             hold_at: Step after which generations stand still until `release`.
             withdraw_at: Step, 1 or later, with which previews are withdrawn; generations then fail with the reason
                 CONTENT_WITHHELD in the place of their image.
+            drop_at: Steps after which all connections are lost, the first time that they are reached.
+            lose_at: The same, and all generations are lost as well, as when a server is killed and started anew.
             model: The answer to `Client.model`.
         """
         self.requests: list[v1.GenerateRequest] = []
+        self.watched: list[v1.WatchRequest] = []
         self.cancelled: list[str] = []
-        self._steps, self._previews, self._image, self._chunk_bytes = steps, previews, image, chunk_bytes
-        self._warnings = [v1.Warning(reason=notice.reason, message=notice.message) for notice in warnings]
-        self._error, self._fail_at, self._hold_at, self._withdraw_at = error, fail_at, hold_at, withdraw_at
-        self._model = model
-        self._phases: dict[str, v1.Phase.ValueType] = {}
+        self._script = Script(
+            model=model,
+            steps=steps,
+            previews=previews,
+            image=image,
+            chunk_bytes=chunk_bytes,
+            warnings=warnings,
+            error=error,
+            fail_at=fail_at,
+            hold_at=hold_at,
+            withdraw_at=withdraw_at,
+        )
+        self._generations: dict[str, FakeGeneration] = {}
+        self._drops, self._losses = set(drop_at), set(lose_at)
+        self._cuts = 0
         self._released = False
         self._changed = threading.Condition()
         self._server: grpc.Server | None = None
+        self._port = 0
 
     def start(self) -> Self:
         """Starts to serve on a free port of 127.0.0.1."""
         # The interval lets clients ping as often as `Client` does.
         options = (("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),)
         server = grpc.server(ThreadPoolExecutor(16, "fake-calotype"), options=options)
-        add_GenerationServiceServicer_to_server(_Servicer(self), server)
-        self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        add_GenerationServiceServicer_to_server(Servicer(self), server)
+        self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")
+        self.address = f"127.0.0.1:{self._port}"
         server.start()
         self._server = server
         return self
@@ -148,6 +167,25 @@ class FakeServer:
             stopped = self._server.stop(None)
             self.release()
             stopped.wait()
+
+    def restart(self) -> None:
+        """Cuts all connections, loses all generations, and serves at the same address again."""
+        if self._server is not None:
+            self._server.stop(None).wait()
+        with self._changed:
+            self._generations.clear()
+        self.start()
+
+    def drop(self) -> None:
+        """Cuts all connections of those who follow a generation."""
+        with self._changed:
+            self._cuts += 1
+            self._changed.notify_all()
+
+    def forget(self, generation_id: str) -> None:
+        """Loses a generation, as a server does some time after its end. Those who follow it go on."""
+        with self._changed:
+            self._generations.pop(generation_id, None)
 
     def release(self) -> None:
         """Lets the generations go on that stand still, and all later ones."""
@@ -176,168 +214,33 @@ class FakeServer:
     ) -> None:
         self.stop()
 
+    def _may_advance(self, generation: FakeGeneration) -> bool:
+        return not generation.ended and (self._released or not generation.standing_still)
 
-class _Servicer(GenerationServiceServicer):
-    def __init__(self, server: FakeServer) -> None:
-        self._fake = server
+    def _sent(self, message: v1.Progress) -> None:
+        with self._changed:
+            if message.phase != v1.PHASE_DENOISING or message.step not in self._drops | self._losses:
+                return
+            if message.step in self._losses:
+                self._generations.clear()
+            self._drops.discard(message.step)
+            self._losses.discard(message.step)
+            self.drop()
 
-    def GetModel(self, request: v1.GetModelRequest, context: Any) -> v1.Model:  # noqa: N802
-        model = self._fake._model
-        names = {"width": "width_px", "height": "height_px", "size_multiple": "size_multiple_px"}
-        names |= {"steps": "step_count", "max_steps": "max_step_count", "max_preview_edge": "max_preview_edge_px"}
-        plain = {names.get(name, name): getattr(model, name) for name in Model.__dataclass_fields__}
-        methods = [_method_to_proto(method) for method in plain.pop("preview_methods")]
-        answer = v1.Model(preview_methods=methods, **{name: plain[name] for name in plain if name != "previews"})
-        fill(answer, {"previews": model.previews})
-        return answer
+    def _left(self, generation: FakeGeneration) -> None:
+        """Does what the request says when its last reader has left."""
+        grace = generation.request.disconnect_grace
+        if generation.readers:
+            return
+        if generation.request.on_disconnect == v1.DISCONNECT_POLICY_KEEP:
+            while self._may_advance(generation):
+                generation.advance()
+        elif not (grace.seconds or grace.nanos):
+            self._cancel(generation)
+        self._changed.notify_all()
 
-    def Cancel(self, request: v1.CancelRequest, context: Any) -> v1.CancelResponse:  # noqa: N802
-        fake, generation = self._fake, request.generation_id
-        with fake._changed:
-            found = fake._phases.get(generation, v1.PHASE_UNSPECIFIED)
-            if found:
-                _end_early(fake, generation)
-        if not found:
-            _abort(context, NotFound(f"There is no generation {generation!r}.", reason="GENERATION_NOT_FOUND"))
-        return v1.CancelResponse(phase=found)
-
-    def Generate(self, request: v1.GenerateRequest, context: Any) -> Iterator[v1.Progress]:  # noqa: N802
-        fake = self._fake
-        with fake._changed:
-            fake.requests.append(request)
-            number = len(fake.requests)
-        if fake._error is not None and fake._fail_at is None:
-            _abort(context, fake._error)
-        generation = f"fake-{number}"
-
-        def left() -> None:
-            with fake._changed:
-                _end_early(fake, generation)
-
-        if context.add_callback(left):
-            yield from self._run(request, context, generation)
-
-    def _run(self, request: v1.GenerateRequest, context: Any, generation: str) -> Iterator[v1.Progress]:
-        fake, model = self._fake, self._fake._model
-        total = fake._steps or request.step_count or model.steps
-        error: CalotypeError | None = None
-        sequence, withdrawn = 0, False
-        for message in self._script(request, total):
-            sequence += message.chunk_index == 0  # the chunks of one image share a number
-            with fake._changed:
-                if fake._phases.get(generation) == v1.PHASE_CANCELLED:
-                    error = Cancelled("The generation was cancelled.", reason="CANCELLED")
-                    message.Clear()
-                    message.MergeFrom(v1.Progress(phase=v1.PHASE_CANCELLED, error=_error_message(error)))
-                elif message.HasField("error"):
-                    error = _WITHHELD if message.error.reason == _WITHHELD.reason else fake._error
-                fake._phases[generation] = message.phase
-            message.generation_id, message.sequence, message.total_steps = generation, sequence, total
-            message.seed = request.seed if request.HasField("seed") else 1234
-            withdrawn = withdrawn or _withdrawn(fake, message.step)
-            message.previews_withdrawn = withdrawn
-            message.warnings.extend(fake._warnings)
-            yield message
-            if error is not None:
-                _abort(context, error)
-            if message.phase == v1.PHASE_DENOISING and message.step == fake._hold_at:
-                with fake._changed:
-                    fake._changed.wait_for(
-                        lambda: (
-                            fake._released or fake._phases[generation] == v1.PHASE_CANCELLED or not context.is_active()
-                        )
-                    )
-
-    def _script(self, request: v1.GenerateRequest, total: int) -> Iterator[v1.Progress]:
-        fake, model, preview = self._fake, self._fake._model, sample_jpeg()
-        every, method = _previews_of(request, model)
-        yield v1.Progress(phase=v1.PHASE_QUEUED, queue_position=1)
-        yield v1.Progress(phase=v1.PHASE_ENCODING_PROMPT, estimated_remaining=_duration(total))
-        for step in range(total + 1):
-            message = v1.Progress(phase=v1.PHASE_DENOISING, step=step, estimated_remaining=_duration(total - step))
-            due = step and (step % every == 0 or step == total) and method != v1.PREVIEW_METHOD_NONE
-            if fake._previews and due and not _withdrawn(fake, step):
-                message.image, message.image_format = preview.data, v1.IMAGE_FORMAT_JPEG
-                message.image_kind, message.image_step = v1.IMAGE_KIND_PREDICTED, step
-                message.width_px, message.height_px = preview.width, preview.height
-                message.preview_method = method
-            yield message
-            if fake._error is not None and step == fake._fail_at:
-                phase = v1.PHASE_CANCELLED if isinstance(fake._error, Cancelled) else v1.PHASE_FAILED
-                yield v1.Progress(phase=phase, step=step, error=_error_message(fake._error))
-        yield v1.Progress(phase=v1.PHASE_DECODING, step=total)
-        if fake._withdraw_at is not None:
-            yield v1.Progress(phase=v1.PHASE_FAILED, step=total, error=_error_message(_WITHHELD))
-        kind = wire_names(v1.ImageFormat.DESCRIPTOR).get(request.output.format, "png")
-        width, height = request.width_px or model.width, request.height_px or model.height
-        image = fake._image or make_image(kind, width, height)
-        size = fake._chunk_bytes or len(image.data)
-        starts = range(0, len(image.data), size)
-        for index, start in enumerate(starts):
-            yield v1.Progress(
-                phase=v1.PHASE_SUCCEEDED,
-                step=total,
-                image=image.data[start : start + size],
-                image_format=v1.ImageFormat.Value(f"IMAGE_FORMAT_{image.format.upper()}"),
-                image_kind=v1.IMAGE_KIND_FINAL,
-                image_step=total,
-                width_px=image.width,
-                height_px=image.height,
-                chunk_index=index,
-                chunk_count=len(starts),
-                timings=v1.Timings(denoising=_duration(total), total=_duration(total)),
-            )
-
-
-def _previews_of(request: v1.GenerateRequest, model: Model) -> tuple[int, v1.PreviewMethod.ValueType]:
-    """Returns after how many steps each a preview comes, and what is said to draw it."""
-    asked = request.preview
-    every = asked.every_steps or model.previews.every_steps or 1
-    method = asked.method or _method_to_proto(model.previews.method or PreviewMethod.AUTO)
-    if method == v1.PREVIEW_METHOD_AUTO:
-        method = _method_to_proto((*model.preview_methods, PreviewMethod.NONE)[0])
-    return every, method
-
-
-def _method_to_proto(method: str) -> v1.PreviewMethod.ValueType:
-    return v1.PreviewMethod.Value(f"PREVIEW_METHOD_{method.upper()}")
-
-
-def _withdrawn(fake: FakeServer, step: int) -> bool:
-    return fake._withdraw_at is not None and step >= fake._withdraw_at
-
-
-def _end_early(fake: FakeServer, generation: str) -> None:
-    """Notes that a generation was cancelled or left, unless it had ended. Needs the lock."""
-    if fake._phases.get(generation, v1.PHASE_QUEUED) < v1.PHASE_SUCCEEDED:
-        fake._phases[generation] = v1.PHASE_CANCELLED
-        fake.cancelled.append(generation)
-    fake._changed.notify_all()
-
-
-def _duration(seconds: float) -> Duration:
-    return Duration(seconds=int(seconds), nanos=round(seconds % 1 * 1e9))
-
-
-def _error_message(error: CalotypeError) -> v1.Error:
-    delay = None if error.retry_after is None else _duration(error.retry_after)
-    code = grpc.StatusCode[error.code].value[0]
-    return v1.Error(code=code, reason=error.reason, message=error.message, retry_delay=delay)
-
-
-def _abort(context: Any, error: CalotypeError) -> None:
-    """Ends a call as the real server does: with a status that has details."""
-    code = grpc.StatusCode[error.code]
-    details: list[Any] = [error_details_pb2.ErrorInfo(reason=error.reason, domain="calotype", metadata=error.metadata)]
-    if error.retry_after is not None:
-        details.append(error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after)))
-    if isinstance(error, InvalidRequest):
-        violations = [{"field": field, "description": text} for field, text in error.violations]
-        details.append(error_details_pb2.BadRequest(field_violations=violations))
-    status = status_pb2.Status(code=code.value[0], message=error.message)
-    for detail in details:
-        packed = AnyMessage()
-        packed.Pack(detail)
-        status.details.append(packed)
-    context.set_trailing_metadata(((DETAILS_KEY, status.SerializeToString()),))
-    context.abort(code, error.message)
+    def _cancel(self, generation: FakeGeneration) -> None:
+        if not generation.cancelled and generation.phase < v1.PHASE_SUCCEEDED:
+            generation.cancelled = True
+            self.cancelled.append(generation.id)
+        self._changed.notify_all()

@@ -1,0 +1,182 @@
+"""Decides how a generation outlives its connection. No I/O and no waiting: both kinds of generation are driven by this.
+
+A stream that breaks is not the end of a generation. The server keeps what it does for a while, so the client calls
+`Watch` with the last sequence number; a server that has lost it, such as one that was started anew, is asked to
+generate again with the seed that was drawn. What a message then tells is joined to what was shown before, see `_seam`.
+
+- Waits grow exponentially with full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter.
+- There is something to come back to because the generation may run without a reader for `DISCONNECT_GRACE` seconds.
+  Closing the call therefore no longer says that the caller has left: `_farewell` does.
+- The first message may be lost as well. Every request has a `request_id`, so that asking again never starts a second.
+- At first contact nothing can be lost yet: a server that cannot be reached, or that refuses, is told to the caller at
+  once. Later, both are retried, no sooner than the server says.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from google.protobuf.duration_pb2 import Duration
+
+from ._errors import CalotypeError, DeadlineExceeded, NotFound, Unavailable
+from ._seam import ENDS, Seam
+from .v1 import calotype_pb2 as v1
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["DISCONNECT_GRACE", "Resumption", "RetryPolicy", "make_resumable"]
+
+DISCONNECT_GRACE = 10
+"""Seconds that a generation may run without a reader, where the caller did not choose."""
+
+# What the core of gRPC says when a call has reached nobody; anything else may have been heard.
+_UNREACHED = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and when to reconnect.
+
+    Attributes:
+        retries: Attempts in a row that bring nothing new. 0 means never to reconnect.
+        base: Longest wait before the first of them, in seconds. It doubles with each.
+        cap: Longest wait at all, in seconds.
+        random: Gives numbers from 0 to 1.
+        clock: Gives seconds from any start.
+    """
+
+    retries: int = 10
+    base: float = 0.25
+    cap: float = 8.0
+    random: Callable[[], float] = random.random
+    clock: Callable[[], float] = time.monotonic
+
+    def wait(self, attempt: int) -> float:
+        """Returns how long to wait before an attempt, counted from 1, in seconds."""
+        return self.random() * min(self.cap, self.base * 2.0 ** min(attempt - 1, 60))
+
+
+def make_resumable(request: v1.GenerateRequest) -> None:
+    """Fills in what resuming needs and the caller did not choose: a request id, and a grace under CANCEL."""
+    request.request_id = request.request_id or uuid.uuid4().hex
+    if request.on_disconnect != v1.DISCONNECT_POLICY_KEEP and not request.HasField("disconnect_grace"):
+        request.disconnect_grace.CopyFrom(Duration(seconds=DISCONNECT_GRACE))
+
+
+class Resumption:
+    """What one generation asks of the server next, and what of the answers is news to the caller.
+
+    Usage: make the call for `request` within `time_left`, pass each message through `take`, and when the call breaks,
+    ask `lost` how long to wait before the next one.
+
+    Attributes:
+        request: What to send now.
+        generation_id: Of the generation on the server. None before the first message.
+        unsettled: Whether the server may have a generation that has not ended.
+    """
+
+    def __init__(
+        self, request: v1.GenerateRequest | v1.WatchRequest, policy: RetryPolicy, timeout: float | None = None
+    ) -> None:
+        self.request = request
+        self.generation_id: str | None = None
+        self.unsettled = True
+        self._origin = request
+        self._policy = policy
+        self._deadline = None if timeout is None else policy.clock() + timeout
+        self._attempts = 0
+        self._reached = False  # whether a call may have reached a server
+        self._last: CalotypeError | None = None
+        if isinstance(request, v1.WatchRequest):
+            self.generation_id = request.generation_id
+            self._seam = Seam(request.generation_id, request.after_sequence)
+        else:
+            self._seam = Seam()
+
+    @property
+    def time_left(self) -> float | None:
+        """Seconds until the deadline, not below 0. None without one."""
+        return None if self._deadline is None else max(0.0, self._deadline - self._policy.clock())
+
+    @property
+    def leaving_cancels(self) -> bool:
+        """Whether the generation is to end when the caller leaves it: started here, and not to be kept."""
+        return isinstance(self._origin, v1.GenerateRequest) and self._origin.on_disconnect != v1.DISCONNECT_POLICY_KEEP
+
+    @property
+    def lingers(self) -> bool:
+        """Whether the server goes on, at least for a while, when the call is closed."""
+        if not self.leaving_cancels or not isinstance(self._origin, v1.GenerateRequest):
+            return True
+        grace = self._origin.disconnect_grace
+        return bool(grace.seconds or grace.nanos)
+
+    def take(self, message: v1.Progress) -> v1.Progress | None:
+        """Takes a message of the call.
+
+        Returns:
+            What of it is news to the caller, or None.
+        """
+        self._reached = True
+        self.generation_id = message.generation_id
+        if message.phase in ENDS:
+            self.settle()
+        news = self._seam.join(message)
+        if news is not None:
+            self._attempts, self._last = 0, None
+        return news
+
+    def settle(self) -> None:
+        """Notes that the server has nothing left to end."""
+        self.unsettled = False
+
+    def lost(self, error: CalotypeError) -> float | CalotypeError:
+        """Takes the way in which the call ended, when no message has told how the generation did.
+
+        Returns:
+            Seconds to wait before `request` is sent, or what to tell the caller: it is over.
+        """
+        self._seam.cut()
+        if isinstance(error, DeadlineExceeded):
+            self.unsettled = self.generation_id is not None or not error.reason
+            if self._last is not None:
+                error = DeadlineExceeded(f"The timeout passed while reconnecting: {self._last}")
+            return error
+        if isinstance(error, NotFound) and self._begin_anew():
+            return 0.0
+        if not self._worth_retrying(error) or self._attempts >= self._policy.retries:
+            self.unsettled = self.generation_id is not None and not isinstance(error, NotFound)
+            return error
+        self._attempts, self._last = self._attempts + 1, error
+        if self.generation_id is not None:
+            preview = self._origin.preview if isinstance(self._origin, v1.WatchRequest) else None
+            self.request = v1.WatchRequest(
+                generation_id=self.generation_id, after_sequence=self._seam.sequence, preview=preview
+            )
+        wait = (error.retry_after or 0.0) + self._policy.wait(self._attempts)
+        return wait if self.time_left is None else min(wait, self.time_left)
+
+    def _begin_anew(self) -> bool:
+        """Asks for the same picture again, where it was asked for here. Says whether it was."""
+        if isinstance(self._origin, v1.WatchRequest) or isinstance(self.request, v1.GenerateRequest):
+            return False
+        self.request = v1.GenerateRequest()
+        self.request.CopyFrom(self._origin)
+        self.request.seed = self._seam.shown.seed
+        self.generation_id = None
+        return True
+
+    def _worth_retrying(self, error: CalotypeError) -> bool:
+        if not self._policy.retries:
+            return False
+        if self._reached:
+            return isinstance(error, Unavailable) or error.retry_after is not None
+        # Only a server gives a reason: an answer that refuses.
+        unheard = error.reason or any(text in error.message for text in _UNREACHED)
+        self._reached = isinstance(error, Unavailable) and not unheard
+        return self._reached

@@ -29,6 +29,7 @@ function progress(values: Partial<Progress>): ViewEvent {
     previewsWithdrawn: false,
     seed: 7,
     warnings: [],
+    finishedEarly: false,
     timings: undefined,
   };
   return { type: "progress", progress: { ...empty, ...values } };

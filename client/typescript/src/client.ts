@@ -8,6 +8,7 @@ import { CalotypeError, cancelledHere } from "./errors.js";
 import { type Calls, follow } from "./follow.js";
 import { GenerationService } from "./gen/calotype/v1/calotype_pb.js";
 import { Generation } from "./generation.js";
+import { newRequestId } from "./ids.js";
 import { defaultLines, Lines } from "./lines.js";
 import { fromCall } from "./status.js";
 import type {
@@ -135,7 +136,7 @@ export function createClient(baseUrl: string, options: ClientOptions = {}): Clie
       const request = requestToWire(prompt, {
         ...given,
         ...(isOurChoice && { onDisconnect: "cancel", disconnectGrace: GRACE }),
-        ...(retries > 0 && { requestId: given.requestId || randomId() }),
+        ...(retries > 0 && { requestId: given.requestId || newRequestId() }),
       });
       const reach = (leaving: AbortSignal): Calls => ({
         generate: (seed, timeout) => {
@@ -216,9 +217,4 @@ function withTimeout(given: FollowOptions, timeout: number | undefined): CallOpt
 
 function headersOf({ headers }: CallOptions): CallOptions {
   return headers === undefined ? {} : { headers };
-}
-
-/** As unguessable as a UUID; `crypto.randomUUID` is only there where a page was served over TLS or from localhost. */
-function randomId(): string {
-  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

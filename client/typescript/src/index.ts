@@ -4,6 +4,7 @@ export { type Client, type ClientOptions, createClient } from "./client.js";
 export type { Clock } from "./clock.js";
 export { CalotypeError, type StatusCode, type Violation } from "./errors.js";
 export type { Generation } from "./generation.js";
+export { newRequestId } from "./ids.js";
 export { Pacer } from "./pacer.js";
 export { fraction, frameAt, initialState, isOver, reduce, stages, type ViewEvent, type ViewState } from "./reducer.js";
 export {

@@ -109,6 +109,26 @@ describe("the reducer", () => {
     expect(play(...ended, scrub(0), scrub(2)).scrubbed).toBeUndefined();
   });
 
+  it("tells that it reconnects until there is something new, or the end", () => {
+    const reconnect: ViewEvent = { type: "reconnect" };
+    expect(play(start, preview(1), reconnect)).toMatchObject({ status: "running", reconnecting: true });
+    expect(play(start, preview(1), reconnect, preview(2)).reconnecting).toBe(false);
+    expect(play(start, preview(1), reconnect, failed).reconnecting).toBe(false);
+    expect(play(start, succeeded, reconnect).reconnecting).toBe(false);
+  });
+
+  it("tells that it is being finished early, and that it was", () => {
+    const finish = (asked: boolean): ViewEvent => ({ type: "finish", asked });
+    expect(play(start, preview(1), finish(true), preview(2)).finishing).toBe(true);
+    expect(play(start, preview(1), finish(true), finish(false)).finishing).toBe(false);
+    const early = progress({ phase: "succeeded", step: 2, picture: picture(2, "final"), finishedEarly: true });
+    expect(play(start, preview(1), finish(true), early)).toMatchObject({
+      finishing: false,
+      finishedEarly: true,
+      step: 2,
+    });
+  });
+
   it("collects warnings, each reason once", () => {
     const cut = { reason: "PROMPT_TRUNCATED", message: "cut" };
     expect(play(start, progress({ warnings: [cut] }), progress({ warnings: [{ ...cut }] })).warnings).toEqual([cut]);

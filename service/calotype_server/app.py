@@ -18,6 +18,7 @@ from calotype_server.budget import PreviewBudget
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
+from calotype_server.retention import Retention
 from calotype_server.signals import Signals
 from calotype_server.telemetry import configure_logging
 from calotype_server.transport.native import NativeServer
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from calotype_server.engine.protocol import Engine
+    from calotype_server.generation import Generation
     from calotype_server.settings import Settings
     from calotype_server.types import ModelInfo
 
@@ -94,7 +96,10 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             max_queue_per_caller=settings.max_queue_per_caller,
         )
         dead = asyncio.Event()
-        generations = Generations(engine, admission, pace, encoder, max_active=max_active, on_dead=dead.set)
+        ended: Retention[Generation] = Retention(
+            seconds=settings.retain_seconds, count=settings.retain_count, size=settings.retain_bytes
+        )
+        generations = Generations(engine, admission, pace, encoder, ended, max_active=max_active, on_dead=dead.set)
         try:
             await signals.unless_stopped(generations.warm_up())
         except errors.ServiceError as error:

@@ -16,12 +16,13 @@ from calotype_server.errors import InvalidRequest, ServiceError
 from calotype_server.types import EncodedImage, Failed, Phase, Succeeded, Timings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from calotype_server.generation import Generation
     from calotype_server.stream import Update
     from calotype_server.types import Limits, ModelInfo, PreviewMethod
 
-__all__ = ["DOMAIN", "encode_error", "encode_model", "encode_phase", "encode_update"]
+__all__ = ["DOMAIN", "encode_error", "encode_model", "encode_page", "encode_phase", "encode_update"]
 
 DOMAIN = "calotype"
 """`google.rpc.ErrorInfo.domain` of every error."""
@@ -46,6 +47,7 @@ def encode_update(generation_id: str, seed: int, update: Update, image: EncodedI
         previews_dropped=update.previews_dropped,
         seed=seed,
         previews_withdrawn=state.withdrawn,
+        finished_early=state.finished_early and state.phase is Phase.SUCCEEDED,
         warnings=[pb.Warning(reason=notice.reason, message=notice.message) for notice in state.notices],
     )
     match state.end:
@@ -75,6 +77,29 @@ def encode_update(generation_id: str, seed: int, update: Update, image: EncodedI
                 chunk = pb.Progress(chunk_index=index, image=data)
                 chunk.MergeFrom(progress)
                 yield chunk
+
+
+def encode_page(generations: Sequence[Generation], size: int) -> pb.ListGenerationsResponse:
+    """The first `size` of a list whose newest comes first, and where the next page begins."""
+    page = pb.ListGenerationsResponse(generations=[_summary(each) for each in generations[:size]])
+    if len(generations) > size:
+        page.next_page_token = str(generations[size - 1].number)
+    return page
+
+
+def _summary(generation: Generation) -> pb.GenerationSummary:
+    state = generation.log.state
+    summary = pb.GenerationSummary(
+        generation_id=generation.id,
+        request_id=generation.terms.request_id,
+        prompt=generation.job.prompt,
+        phase=encode_phase(state.phase),
+        step=state.step,
+        total_steps=state.total_steps,
+        seed=generation.job.seed,
+    )
+    summary.create_time.FromNanoseconds(round(generation.created * 1e9))
+    return summary
 
 
 def encode_phase(phase: Phase) -> pb.Phase.ValueType:

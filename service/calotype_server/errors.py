@@ -8,6 +8,7 @@ ServiceError                  has a status code, a reason and a sentence fit for
 ├── QueueFull                 RESOURCE_EXHAUSTED
 ├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
 ├── GenerationNotFound        NOT_FOUND
+├── RequestIdTaken            ALREADY_EXISTS       used for another request before
 ├── MethodUnavailable         FAILED_PRECONDITION  a preview method that this server lacks or forbids
 └── GenerationError           one generation ended; the engine goes on
     ├── Cancelled             CANCELLED
@@ -50,6 +51,7 @@ __all__ = [
     "NumericalFailure",
     "OutOfMemory",
     "QueueFull",
+    "RequestIdTaken",
     "ServiceError",
     "StartupError",
     "UpstreamUnavailable",
@@ -132,6 +134,13 @@ class GenerationNotFound(ServiceError):
 
     code = "NOT_FOUND"
     reason = "GENERATION_NOT_FOUND"
+
+
+class RequestIdTaken(ServiceError):
+    """The caller has used that request id for another request."""
+
+    code = "ALREADY_EXISTS"
+    reason = "REQUEST_ID_TAKEN"
 
 
 class MethodUnavailable(ServiceError):

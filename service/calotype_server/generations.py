@@ -1,12 +1,11 @@
-"""The use case: start a generation, follow it, cancel it, and see every one to its end."""
+"""The use case: start a generation, follow it from anywhere, end it, and see every one to its end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import secrets
-import time
-from collections import Counter, OrderedDict
+import dataclasses
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,11 +13,11 @@ from typing import TYPE_CHECKING
 import structlog
 
 from calotype_server import errors, metadata
-from calotype_server.engine.protocol import Stop
-from calotype_server.stream import EventLog, Update
+from calotype_server.generation import Generation
 from calotype_server.types import (
     Decoding,
     Denoising,
+    DisconnectPolicy,
     EncodedImage,
     EncodingPrompt,
     Event,
@@ -28,7 +27,7 @@ from calotype_server.types import (
     PreviewReady,
     Queued,
     Succeeded,
-    Timings,
+    Terms,
 )
 
 if TYPE_CHECKING:
@@ -38,40 +37,15 @@ if TYPE_CHECKING:
     from calotype_server.encode import Encoder
     from calotype_server.engine.protocol import Engine
     from calotype_server.estimates import Pace
-    from calotype_server.types import ModelInfo
+    from calotype_server.retention import Retention
+    from calotype_server.stream import Update
+    from calotype_server.types import ModelInfo, PreviewOptions
 
-__all__ = ["Generation", "Generations"]
+__all__ = ["Generations"]
 
 _log = structlog.get_logger(__name__)
 
-_REMEMBERED_ENDS = 1024
-"""Ends kept so that cancelling twice, or too late, is answered truthfully."""
-
 _WARM_UP_STEPS = 3
-
-
-class Generation:
-    """One accepted job on its way to its end."""
-
-    def __init__(self, job: Job) -> None:
-        self.id = secrets.token_urlsafe(16)
-        self.job = job
-        self.log = EventLog()
-        self.stop = Stop()
-        self.stop_error: errors.GenerationError | None = None
-        self.ticket: Ticket | None = None
-        self.watch = _Stopwatch()
-        self.previews: Counter[str] = Counter()
-        """How many were drawn, by method."""
-
-    def end_early(self, error: errors.GenerationError) -> None:
-        """Asks it to end with `error`: at once while queued, before the next denoising step while running."""
-        if self.stop.is_set() or self.log.state.phase.is_end:
-            return
-        self.stop_error = error
-        self.stop.set()
-        if self.ticket is not None and not self.ticket.turn.done():
-            self.ticket.turn.set_exception(error)
 
 
 class Generations:
@@ -82,6 +56,7 @@ class Generations:
         admission: Decides who works when.
         pace: Learns from every generation that succeeds.
         encoder: Makes image files.
+        ended: Keeps what has ended for a while.
         max_active: Threads to keep, as many as admission lets run at once.
         on_dead: Called once when the engine cannot go on.
     """
@@ -92,6 +67,7 @@ class Generations:
         admission: Admission,
         pace: Pace,
         encoder: Encoder,
+        ended: Retention[Generation],
         *,
         max_active: int,
         on_dead: Callable[[], None],
@@ -100,59 +76,84 @@ class Generations:
         self._admission = admission
         self._pace = pace
         self._encoder = encoder
+        self._ended = ended
+        ended.on_forget = self._forget
         self._on_dead = on_dead
         self._threads = ThreadPoolExecutor(max_active, "calotype-generation")
         self._running: dict[str, tuple[Generation, asyncio.Task[None]]] = {}
-        self._ended: OrderedDict[str, Phase] = OrderedDict()
+        self._requests: dict[tuple[str, str], Generation] = {}
+        """By caller and request id; of those that run or are kept."""
+        self._numbers = itertools.count(1)
         self._retry_after: float | None = None
-        self._followers = 0
-        self._followed = asyncio.Event()
-        self._followed.set()
+        self._readers = 0
+        self._unread = asyncio.Event()
+        self._unread.set()
 
     @property
     def model(self) -> ModelInfo:
         """The engine's model."""
         return self._engine.model
 
-    def start(self, job: Job, caller: str = "", deadline: float | None = None) -> Generation:
-        """Accepts a job; its events can be followed from now on.
-
-        Args:
-            job: The work.
-            caller: Whose it is; callers share the server evenly.
-            deadline: Seconds that the caller waits at most; None for ever.
+    def start(self, job: Job, terms: Terms = Terms()) -> Generation:  # noqa: B008 - frozen
+        """Accepts a job, or returns the generation that the same request has started before.
 
         Raises:
             NotReady: The server is draining.
+            RequestIdTaken: The request id was used with other parameters.
             QueueFull: No place in the queue.
             DeadlineTooShort: Hopeless from the start.
         """
+        if (started := self._started(job, terms)) is not None:
+            return started
         if self._retry_after is not None:
             raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
-        generation = Generation(job)
+        generation = Generation(job, terms, next(self._numbers))
 
         def on_move(position: int, remaining: float | None) -> None:
             generation.log.publish(Queued(position, remaining))
 
-        generation.ticket = self._admission.enter(job, caller, on_move, deadline)
+        generation.ticket = self._admission.enter(job, terms.caller, on_move, terms.deadline)
         task = asyncio.create_task(self._run(generation, generation.ticket), name=f"generation-{generation.id}")
         self._running[generation.id] = generation, task
+        if terms.request_id:
+            self._requests[terms.caller, terms.request_id] = generation
         return generation
 
-    async def follow(self, generation: Generation) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
-        """Yields updates with their preview encoded, up to the end. Leaving before the end cancels the generation."""
-        self._followers += 1
-        self._followed.clear()
+    async def follow(
+        self, generation: Generation, after: int = 0, preview: PreviewOptions | None = None
+    ) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
+        """Yields updates with their preview encoded, up to the end.
+
+        When the last reader leaves before the end, the generation's terms say what follows.
+
+        Args:
+            generation: Running or ended.
+            after: Number of the last event that the reader knows.
+            preview: What this reader wants of the previews that are made; None for what the generation was asked for.
+        """
+        self._enter(generation)
         try:
-            preview = generation.job.preview
-            async for update in generation.log.follow():
-                image = None if update.preview is None else await self._encoder.preview(update.preview.pixels, preview)
+            async for update in generation.log.follow(after, preview):
+                image = None
+                if update.preview is not None:
+                    options = preview or generation.job.preview
+                    image = await generation.rendition(self._encoder, update.preview, options)
                 yield update, image
         finally:
-            generation.end_early(errors.Cancelled("The caller left."))
-            self._followers -= 1
-            if not self._followers:
-                self._followed.set()
+            self._leave(generation)
+
+    def find(self, generation_id: str) -> Generation:
+        """Returns a generation that runs or is kept.
+
+        Raises:
+            GenerationNotFound: No such generation, or it ended long ago.
+        """
+        if generation_id in self._running:
+            return self._running[generation_id][0]
+        found = self._ended.get(generation_id)
+        if found is None:
+            raise errors.GenerationNotFound("No generation of that id is known.")
+        return found
 
     def cancel(self, generation_id: str) -> Phase:
         """Cancels a generation and returns the phase it was in; an end means there was nothing to cancel.
@@ -160,15 +161,32 @@ class Generations:
         Raises:
             GenerationNotFound: No such generation, or it ended long ago.
         """
-        if generation_id in self._running:
-            generation, _ = self._running[generation_id]
-            phase = generation.log.state.phase
-            generation.end_early(errors.Cancelled("The generation was cancelled."))
-            return phase
-        try:
-            return self._ended[generation_id]
-        except KeyError:
-            raise errors.GenerationNotFound("No generation of that id is known.") from None
+        generation = self.find(generation_id)
+        phase = generation.log.state.phase
+        generation.end_early(errors.Cancelled("The generation was cancelled."))
+        return phase
+
+    def finish(self, generation_id: str) -> Phase:
+        """Has a generation end with the picture as it is, and returns the phase it was in.
+
+        Raises:
+            GenerationNotFound: No such generation, or it ended long ago.
+        """
+        generation = self.find(generation_id)
+        phase = generation.log.state.phase
+        generation.stop.finish()
+        return phase
+
+    def newest(self, caller: str, before: int | None = None) -> list[Generation]:
+        """Returns a caller's generations that run or are kept, the newest first.
+
+        Args:
+            caller: Whose.
+            before: Only those with a smaller number; None for all.
+        """
+        known = [*(generation for generation, _ in self._running.values()), *self._ended]
+        own = [each for each in known if each.terms.caller == caller and (before is None or each.number < before)]
+        return sorted(own, key=lambda each: -each.number)
 
     async def warm_up(self) -> None:
         """Makes two quick pictures: the first caller finds warm caches, and the estimates have something to go by.
@@ -202,7 +220,7 @@ class Generations:
     async def idle(self) -> None:
         """Returns when every accepted generation has ended, and whoever follows one has read its end."""
         await self._all_ended()
-        await self._followed.wait()
+        await self._unread.wait()
 
     async def end_all(self) -> None:
         """Ends what is left as UNAVAILABLE, and waits for it: at most one denoising step, or one decode."""
@@ -218,13 +236,62 @@ class Generations:
         """Frees the threads; everything must have ended."""
         self._threads.shutdown()
 
+    def _forget(self, generation: Generation) -> None:
+        """Lets the request id of a generation that is no longer kept be used again."""
+        key = generation.terms.caller, generation.terms.request_id
+        if self._requests.get(key) is generation:
+            del self._requests[key]
+
+    def _started(self, job: Job, terms: Terms) -> Generation | None:
+        """What the same request has started before."""
+        self._ended.expire()
+        earlier = self._requests.get((terms.caller, terms.request_id)) if terms.request_id else None
+        if earlier is None:
+            return None
+        same = replace(job, seed=earlier.job.seed) if terms.seed_was_drawn else job
+        if same != earlier.job:
+            differing = [
+                field.name
+                for field in dataclasses.fields(Job)
+                if getattr(same, field.name) != getattr(earlier.job, field.name)
+            ]
+            raise errors.RequestIdTaken(
+                f"The request id was used before, with another {', '.join(differing)}.",
+                metadata={"generation_id": earlier.id},
+            )
+        return earlier
+
+    def _enter(self, generation: Generation) -> None:
+        generation.readers += 1
+        if generation.reaper is not None:
+            generation.reaper.cancel()
+            generation.reaper = None
+        self._readers += 1
+        self._unread.clear()
+
+    def _leave(self, generation: Generation) -> None:
+        self._readers -= 1
+        if not self._readers:
+            self._unread.set()
+        generation.readers -= 1
+        if generation.readers or generation.ended or generation.terms.on_disconnect is DisconnectPolicy.KEEP:
+            return
+        left = errors.Cancelled("The caller left.")
+        if not generation.terms.grace:
+            generation.end_early(left)
+            return
+        loop = asyncio.get_running_loop()
+        generation.reaper = loop.call_later(generation.terms.grace, generation.end_early, left)
+
     async def _run(self, generation: Generation, ticket: Ticket) -> None:
         structlog.contextvars.bind_contextvars(generation=generation.id)
         end: Succeeded | Failed
         try:
             image = await self._make(generation, ticket)
-            end = Succeeded(image, generation.watch.timings())
-            self._pace.observe_end(generation.job, end.timings)
+            early = generation.log.state.finished_early
+            end = Succeeded(image, generation.watch.timings(), early)
+            if not early:
+                self._pace.observe_end(generation.job, end.timings)
         except errors.ServiceError as error:
             cause = generation.stop_error if isinstance(error, errors.Cancelled) else None
             end = Failed(cause or error, generation.watch.timings())
@@ -232,7 +299,7 @@ class Generations:
             _log.exception("generation failed")
             end = Failed(errors.GenerationFailed("The image could not be made."), generation.watch.timings())
         generation.log.publish(end)
-        self._remember(generation)
+        self._keep(generation)
         outcome = "succeeded" if isinstance(end, Succeeded) else end.error.reason
         seconds = round(end.timings.total or 0.0, 3)
         _log.info("generation ended", outcome=outcome, seconds=seconds, previews=dict(generation.previews))
@@ -243,13 +310,9 @@ class Generations:
         try:
             await ticket.turn
             call = contextvars.copy_context().run
+            report = self._reporter(generation, ticket)
             work = asyncio.get_running_loop().run_in_executor(
-                self._threads,
-                call,
-                self._engine.run,
-                generation.job,
-                self._reporter(generation, ticket),
-                generation.stop,
+                self._threads, call, self._engine.run, generation.job, report, generation.stop
             )
             # The slot is free when the thread has ended, not before.
             pixels = await asyncio.shield(work)
@@ -258,7 +321,9 @@ class Generations:
         if isinstance(generation.stop_error, errors.Cancelled):
             # It came while the picture was being decoded, which cannot be interrupted.
             raise generation.stop_error
-        return await self._encoder.final(pixels, generation.job.output, metadata.describe(generation.job, self.model))
+        state = generation.log.state
+        parameters = metadata.describe(generation.job, self.model, state.step if state.finished_early else None)
+        return await self._encoder.final(pixels, generation.job.output, parameters)
 
     def _reporter(self, generation: Generation, ticket: Ticket) -> Callable[[Event], None]:
         """Returns the engine's `report`: notes the time, adds the estimate, publishes. Runs in the engine's threads."""
@@ -285,47 +350,9 @@ class Generations:
 
         return report
 
-    def _remember(self, generation: Generation) -> None:
-        self._ended[generation.id] = generation.log.state.phase
+    def _keep(self, generation: Generation) -> None:
         del self._running[generation.id]
-        while len(self._ended) > _REMEMBERED_ENDS:
-            self._ended.popitem(last=False)
-
-
-class _Stopwatch:
-    """Notes when each phase was first reached, in seconds of the monotonic clock."""
-
-    def __init__(self) -> None:
-        self._accepted = time.monotonic()
-        self._reached: dict[type[Event], float] = {}
-        self._step: tuple[int, float] | None = None
-
-    def note(self, event: Event) -> None:
-        self._reached.setdefault(type(event), time.monotonic())
-
-    def step_seconds(self, step: int) -> float | None:
-        """Returns the seconds of a step since this was last asked; None the first time and when there was none."""
-        before, now = self._step, time.monotonic()
-        if before is not None and step <= before[0]:
-            return None
-        self._step = step, now
-        return None if before is None else (now - before[1]) / (step - before[0])
-
-    def timings(self) -> Timings:
-        """Returns the durations as of now."""
-        now = time.monotonic()
-        started, denoising, decoding, preview = (
-            self._reached.get(kind) for kind in (EncodingPrompt, Denoising, Decoding, PreviewReady)
-        )
-        return Timings(
-            queued=_span(self._accepted, started or now),
-            encoding_prompt=_span(started, denoising or now),
-            denoising=_span(denoising, decoding or now),
-            decoding=_span(decoding, now),
-            first_preview=_span(self._accepted, preview),
-            total=now - self._accepted,
-        )
-
-
-def _span(begin: float | None, end: float | None) -> float | None:
-    return None if begin is None or end is None else end - begin
+        if generation.reaper is not None:
+            generation.reaper.cancel()
+        generation.forget_previews()
+        self._ended.add(generation.id, generation, generation.size)

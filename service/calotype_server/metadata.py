@@ -16,10 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["describe"]
 
 
-def describe(job: Job, model: ModelInfo) -> str:
-    """Returns everything that is needed to make the picture again."""
+def describe(job: Job, model: ModelInfo, finished_at: int | None = None) -> str:
+    """Returns everything that is needed to make the picture again.
+
+    Args:
+        job: What was asked for.
+        model: What made it.
+        finished_at: The step after which it was finished early, or None.
+    """
     facts: dict[str, object] = {
         "Steps": job.step_count,
+        "Finished at step": finished_at,
         "Sampler": job.scheduler,
         "CFG scale": None if job.guidance_scale is None else f"{job.guidance_scale:g}",
         "Seed": job.seed,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from calotype_server import errors
+from calotype_server.cadence import Cadence
 from calotype_server.types import (
     Decoding,
     Denoising,
@@ -20,6 +21,8 @@ from calotype_server.types import (
     Failed,
     Notice,
     Phase,
+    PreviewMethod,
+    PreviewOptions,
     PreviewReady,
     Queued,
     Succeeded,
@@ -48,6 +51,7 @@ class State:
     notices: tuple[Notice, ...] = ()
     previews_skipped: int = 0
     withdrawn: bool = False
+    finished_early: bool = False
     end: Succeeded | Failed | None = None
 
 
@@ -84,10 +88,19 @@ def advance(state: State, event: Event) -> State:
             return replace(reached, sequence=later.sequence)
         case Withdrawn() if not state.withdrawn:
             return replace(later, withdrawn=True)
-        case Decoding(remaining) if state.phase < Phase.DECODING:
-            return replace(later, phase=Phase.DECODING, step=state.total_steps, estimated_remaining=remaining)
+        case Decoding(early, remaining) if state.phase < Phase.DECODING:
+            step = state.step if early else state.total_steps
+            return replace(later, phase=Phase.DECODING, step=step, finished_early=early, estimated_remaining=remaining)
         case Succeeded():
-            return replace(later, phase=Phase.SUCCEEDED, step=state.total_steps, estimated_remaining=None, end=event)
+            step = state.step if event.finished_early else state.total_steps
+            return replace(
+                later,
+                phase=Phase.SUCCEEDED,
+                step=step,
+                finished_early=event.finished_early,
+                estimated_remaining=None,
+                end=event,
+            )
         case Failed(error):
             phase = Phase.CANCELLED if isinstance(error, errors.Cancelled) else Phase.FAILED
             return replace(later, phase=phase, estimated_remaining=None, end=event)
@@ -102,6 +115,8 @@ class EventLog:
         self._lock = threading.Lock()
         self._state = State()
         self._subscriptions: set[_Subscription] = set()
+        self._newest: tuple[int, PreviewReady] | None = None
+        """The newest preview and the number of its event, for readers who come later."""
 
     @property
     def state(self) -> State:
@@ -116,8 +131,11 @@ class EventLog:
                 return
             self._state = state
             if isinstance(event, PreviewReady):
+                self._newest = state.sequence, event
                 for subscription in self._subscriptions:
                     subscription.put(event)
+            elif state.end is not None or state.withdrawn:
+                self._newest = None
         try:
             self._loop.call_soon_threadsafe(self._wake)
         except RuntimeError:
@@ -128,10 +146,19 @@ class EventLog:
         for subscription in self._subscriptions:
             subscription.woken.set()
 
-    async def follow(self) -> AsyncIterator[Update]:
-        """Yields the newest state whenever it changed, from the current one to the end, which is always yielded."""
-        subscription = _Subscription()
+    async def follow(self, after: int = 0, options: PreviewOptions | None = None) -> AsyncIterator[Update]:
+        """Yields the newest state whenever it changed, from the current one to the end, which is always yielded.
+
+        Args:
+            after: Number of the last event that the reader knows; the newest preview comes again if it is younger.
+            options: Which previews this reader wants of those that are made; None for all.
+        """
         with self._lock:
+            # A number that this log has not reached is from another one, which is lost.
+            known = after if after <= self._state.sequence and self._state.end is None else 0
+            subscription = _Subscription(known, options)
+            if self._newest is not None and self._newest[0] > known:
+                subscription.put(self._newest[1])
             self._subscriptions.add(subscription)
         try:
             while True:
@@ -151,14 +178,20 @@ class EventLog:
 class _Subscription:
     """One reader's place: how far it has read, and its slot. Guarded by the log's lock, except `woken`."""
 
-    def __init__(self) -> None:
+    def __init__(self, sequence: int, options: PreviewOptions | None) -> None:
         self.woken = asyncio.Event()
-        self._sequence = 0
+        self._sequence = sequence
+        self._cadence = None if options is None else Cadence(options)
+        self._wanted = options is None or options.method is not PreviewMethod.NONE
         self._slot: PreviewReady | None = None
         self._dropped = 0
 
     def put(self, preview: PreviewReady) -> None:
-        """Replaces an unread preview."""
+        """Replaces an unread preview, if this one is wanted."""
+        if not self._wanted:
+            return
+        if self._cadence is not None and not self._cadence.due(preview.step, preview.total_steps, 1):
+            return
         self._dropped += self._slot is not None
         self._slot = preview
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Decoding",
     "Denoising",
+    "DisconnectPolicy",
     "EncodedImage",
     "EncodingPrompt",
     "Event",
@@ -29,6 +30,7 @@ __all__ = [
     "Priority",
     "Queued",
     "Succeeded",
+    "Terms",
     "Timings",
     "Withdrawn",
 ]
@@ -124,6 +126,34 @@ class Job:
     def pixel_count(self) -> int:
         """Width times height."""
         return self.width * self.height
+
+
+class DisconnectPolicy(IntEnum):
+    """What happens to a generation when its last reader leaves before the end."""
+
+    CANCEL = 1
+    KEEP = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a caller wants besides the picture.
+
+    Attributes:
+        caller: Whose it is; callers share the server evenly.
+        deadline: Seconds that the caller waits for the final image at most; None for ever.
+        on_disconnect: What happens when the last reader leaves.
+        grace: Seconds until a cancel, in which a reader may come back.
+        request_id: The caller's name for the request, or "": the same name never starts twice.
+        seed_was_drawn: Whether the job's seed is the server's choice.
+    """
+
+    caller: str = ""
+    deadline: float | None = None
+    on_disconnect: DisconnectPolicy = DisconnectPolicy.CANCEL
+    grace: float = 0.0
+    request_id: str = ""
+    seed_was_drawn: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +313,9 @@ class Withdrawn:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """All steps are done; the latents are being decoded."""
+    """The steps are done, all of them or as many as were wanted; the latents are being decoded."""
 
+    finished_early: bool = False
     estimated_remaining: float | None = None
 
 
@@ -294,6 +325,7 @@ class Succeeded:
 
     image: EncodedImage
     timings: Timings
+    finished_early: bool = False
 
 
 @dataclass(frozen=True, slots=True)

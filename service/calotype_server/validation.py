@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import InvalidRequest, MethodUnavailable, Violation
-from calotype_server.types import Job, OutputOptions, PreviewMethod, PreviewOptions, Priority
+from calotype_server.types import DisconnectPolicy, Job, OutputOptions, PreviewMethod, PreviewOptions, Priority, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from calotype_server.types import Limits, ModelInfo
 
-__all__ = ["MAX_GUIDANCE_SCALE", "MAX_SEED", "validate"]
+__all__ = ["MAX_GUIDANCE_SCALE", "MAX_SEED", "validate", "validate_id", "validate_page", "validate_watch"]
 
 MAX_SEED = 2**53 - 1
 """Largest seed: every integer up to it is exact in JavaScript."""
@@ -28,6 +28,13 @@ MAX_EVERY_STEPS = 1000
 MIN_PREVIEW_EDGE = 16
 MAX_PREVIEW_INTERVAL = 60.0
 """Seconds."""
+
+MAX_GRACE = 3600.0
+"""Seconds."""
+
+MAX_REQUEST_ID_CHARS = 128
+DEFAULT_PAGE, MAX_PAGE = 50, 100
+MAX_TOKEN_CHARS = 20
 
 _METHODS = {
     pb.PREVIEW_METHOD_AUTO: PreviewMethod.AUTO,
@@ -42,6 +49,11 @@ _FORMATS: dict[int, Literal["jpeg", "png", "webp"]] = {
     pb.IMAGE_FORMAT_PNG: "png",
     pb.IMAGE_FORMAT_WEBP: "webp",
 }
+_POLICIES = {
+    pb.DISCONNECT_POLICY_UNSPECIFIED: DisconnectPolicy.CANCEL,
+    pb.DISCONNECT_POLICY_CANCEL: DisconnectPolicy.CANCEL,
+    pb.DISCONNECT_POLICY_KEEP: DisconnectPolicy.KEEP,
+}
 _PRIORITIES = {
     pb.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
     pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
@@ -50,8 +62,8 @@ _PRIORITIES = {
 _MAX_QUALITY = {"jpeg": 95, "webp": 100}
 
 
-def validate(request: pb.GenerateRequest, model: ModelInfo, limits: Limits) -> Job:
-    """Returns the job that `request` asks for, with the defaults filled in.
+def validate(request: pb.GenerateRequest, model: ModelInfo, limits: Limits) -> tuple[Job, Terms]:
+    """Returns the job and the terms that `request` asks for, with the defaults filled in.
 
     Raises:
         InvalidRequest: With one violation for each thing that is wrong, in the order of the fields.
@@ -99,21 +111,91 @@ def validate(request: pb.GenerateRequest, model: ModelInfo, limits: Limits) -> J
     if scheduler not in model.schedulers:
         refuse("scheduler", f"{scheduler[:80]!r} is unknown, must be one of {', '.join(model.schedulers)}")
 
-    preview = _preview(request.preview, limits, refuse)
+    preview = _preview(request.preview, limits, limits.preview, refuse)
     output = _output(request.output, refuse)
     priority = _PRIORITIES.get(request.priority)
     if priority is None:
         refuse("priority", f"is {request.priority}, which is unknown")
+    terms = _terms(request, refuse)
     if violations or priority is None:
         raise InvalidRequest(violations)
     _check_method(preview.method, model, limits)
     negative = request.negative_prompt or None
-    return Job(request.prompt, negative, width, height, steps, guidance, seed, scheduler, preview, output, priority)
+    job = Job(request.prompt, negative, width, height, steps, guidance, seed, scheduler, preview, output, priority)
+    return job, replace(terms, seed_was_drawn=not request.HasField("seed"))
 
 
-def _preview(options: pb.PreviewOptions, limits: Limits, refuse: Callable[[str, str], None]) -> PreviewOptions:
-    """Fills in the operator's defaults; tells `refuse` what is out of range."""
-    chosen = limits.preview
+def validate_id(generation_id: str) -> None:
+    """Refuses an id that is not one.
+
+    Raises:
+        InvalidRequest: It is empty.
+    """
+    if not generation_id:
+        raise InvalidRequest([Violation("generation_id", "must not be empty")])
+
+
+def validate_watch(
+    request: pb.WatchRequest, limits: Limits
+) -> tuple[int, Callable[[PreviewOptions], PreviewOptions] | None]:
+    """Returns the last sequence known, and how the generation's preview options are to be changed, None for not at all.
+
+    Raises:
+        InvalidRequest: With all violations.
+    """
+    violations: list[Violation] = []
+
+    def refuse(field: str, description: str) -> None:
+        violations.append(Violation(field, description))
+
+    if not request.generation_id:
+        refuse("generation_id", "must not be empty")
+    if request.after_sequence < 0:
+        refuse("after_sequence", f"is {request.after_sequence}, must be 0 or more")
+    _preview(request.preview, limits, limits.preview, refuse)
+    if violations:
+        raise InvalidRequest(violations)
+    if not request.HasField("preview"):
+        return request.after_sequence, None
+    return request.after_sequence, lambda base: _preview(request.preview, limits, base, lambda *_: None)
+
+
+def validate_page(request: pb.ListGenerationsRequest) -> tuple[int, int | None]:
+    """Returns the size of a page, and the number before which it begins, None for the first.
+
+    Raises:
+        InvalidRequest: With all violations.
+    """
+    violations: list[Violation] = []
+    size = request.page_size if request.HasField("page_size") else DEFAULT_PAGE
+    if not 1 <= size <= MAX_PAGE:
+        violations.append(Violation("page_size", f"is {size}, must be 1 to {MAX_PAGE}"))
+    token = request.page_token
+    if token and not (token.isascii() and token.isdecimal() and len(token) < MAX_TOKEN_CHARS):
+        violations.append(Violation("page_token", "is not one that this server gave out"))
+    if violations:
+        raise InvalidRequest(violations)
+    return size, int(token) if token else None
+
+
+def _terms(request: pb.GenerateRequest, refuse: Callable[[str, str], None]) -> Terms:
+    policy = _POLICIES.get(request.on_disconnect)
+    if policy is None:
+        refuse("on_disconnect", f"is {request.on_disconnect}, which is unknown")
+    grace = request.disconnect_grace.seconds + request.disconnect_grace.nanos / 1e9
+    if not 0 <= grace <= MAX_GRACE:
+        refuse("disconnect_grace", f"is {grace:g} s, must be 0 to {MAX_GRACE:g} s")
+    name = request.request_id
+    if len(name) > MAX_REQUEST_ID_CHARS or not (name.isascii() and name.isprintable()):
+        refuse("request_id", f"must be up to {MAX_REQUEST_ID_CHARS} characters of printable ASCII")
+    return Terms(on_disconnect=policy or DisconnectPolicy.CANCEL, grace=grace, request_id=name)
+
+
+def _preview(
+    options: pb.PreviewOptions, limits: Limits, base: PreviewOptions, refuse: Callable[[str, str], None]
+) -> PreviewOptions:
+    """Changes `base` as asked for; tells `refuse` what is out of range."""
+    chosen = base
     for field, attribute, least, most in (
         ("every_steps", "every_steps", 1, MAX_EVERY_STEPS),
         ("max_edge_px", "max_edge", MIN_PREVIEW_EDGE, limits.max_preview_edge),

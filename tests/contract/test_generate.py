@@ -304,7 +304,7 @@ async def _job(service: Service):
     from calotype_server.validation import validate
     from support.service import LIMITS
 
-    return validate(RED_APPLE, service.generations.model, LIMITS)
+    return validate(RED_APPLE, service.generations.model, LIMITS)[0]
 
 
 def test_a_large_final_image_comes_in_chunks_below_the_default_limit() -> None:

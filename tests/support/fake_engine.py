@@ -108,6 +108,10 @@ class FakeEngine:
             report(PreviewReady(step, job.step_count, flat_pixels(*self.preview_size, step), PreviewMethod.HEAD))
             if self.failure is not None:
                 raise self.failure
+            if stop.finishing and step < job.step_count:
+                report(Decoding(finished_early=True))
+                self.decoding.wait()
+                return flat_pixels(job.width, job.height, step)
         report(Decoding())
         self.decoding.wait()
         return flat_pixels(job.width, job.height, job.seed)

@@ -14,6 +14,7 @@ from calotype_server.admission import Admission
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
+from calotype_server.retention import Retention
 from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
@@ -52,6 +53,7 @@ async def running(
     *,
     max_queue: int = 4,
     max_active: int = 1,
+    retained: int = 16,
     opened: bool = True,
     limits: Limits = LIMITS,
     transport: str = "native",
@@ -60,8 +62,9 @@ async def running(
     pace, dead = Pace(), []
     admission = Admission(pace, max_active=max_active, max_queue=max_queue)
     encoder = Encoder()
+    ended = Retention(seconds=600, count=retained, size=2**24)
     generations = Generations(
-        engine, admission, pace, encoder, max_active=max_active, on_dead=lambda: dead.append(True)
+        engine, admission, pace, encoder, ended, max_active=max_active, on_dead=lambda: dead.append(True)
     )
     servicer = GenerationServicer(limits)
     if opened:

@@ -16,6 +16,7 @@ from calotype_server.budget import PreviewBudget
 from calotype_server.engine.batching.batcher import StepBatcher
 from calotype_server.engine.batching.plan import make_plan
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe, tokenizers
+from calotype_server.engine.finish import Finisher
 from calotype_server.engine.preview.previews import Previews
 from calotype_server.engine.probe import pick_threads
 from calotype_server.engine.sharing import shared_components
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from calotype_server.engine.batching.batcher import BatchRecord
+    from calotype_server.engine.preview.feed import PreviewFeed
     from calotype_server.engine.protocol import Stop
     from calotype_server.types import Job, ModelInfo
 
@@ -105,6 +107,8 @@ class DiffusersEngine:
             tiny_vae=tiny_vae,
             teachable=not deterministic,
         )
+        own = {} if self._batcher is None else {self._denoiser: self._batcher.stream().proxy()}
+        self._finisher = Finisher(request_view(self._pipeline, pipeline.scheduler, **own))
         self._model = replace(
             model,
             preview_methods=self._previews.methods,
@@ -136,6 +140,8 @@ class DiffusersEngine:
                     stream.expect_no_more()
                 decoding_since = time.perf_counter()
                 report(Decoding())
+            elif stop.finishing and step.x0() is not None:
+                raise Stopped
 
         scheduler = make_scheduler(self._pipeline, job.scheduler)
         tap = StepTap(
@@ -160,14 +166,16 @@ class DiffusersEngine:
             feed.flush()
             if any(getattr(output, "nsfw_content_detected", None) or ()):
                 report(Withdrawn())
-                raise errors.ContentWithheld("The model's safety checker objects to this picture. Try another seed.")
+                raise _withheld()
             if tap.last is not None:
                 self._previews.learn(job, tap.last, output[0])
             return pixels
         except Stopped:
-            if not stop.is_set():
+            if stop.is_set():
+                raise errors.Cancelled("The generation was cancelled.") from None
+            if feed.broken or tap.last is None:
                 raise _numerical_failure() from None
-            raise errors.Cancelled("The generation was cancelled.") from None
+            return self._finish(job, tap.last, feed, report)
         except (torch.OutOfMemoryError, MemoryError):
             torch.cuda.empty_cache()
             raise errors.OutOfMemory("The device ran out of memory; a smaller picture may fit.") from None
@@ -190,6 +198,18 @@ class DiffusersEngine:
         self._previews.close()
         if self._batcher is not None:
             self._batcher.close()
+
+    def _finish(self, job: Job, step: Step, feed: PreviewFeed, report: Callable[[Event], None]) -> Pixels:
+        """Decodes the predicted picture of a step as the final one."""
+        report(Decoding(finished_early=True))
+        images = self._finisher.decode(step, job.width, job.height)
+        feed.flush()
+        if images is None:
+            report(Withdrawn())
+            raise _withheld()
+        pixels = _to_pixels(images)
+        self._previews.learn(job, step, images)
+        return pixels
 
     def _arguments(self, job: Job) -> dict[str, Any]:
         arguments: dict[str, Any] = {
@@ -230,6 +250,10 @@ def _to_pixels(images: Any) -> Pixels:
     rounded = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().contiguous()
     height, width, _ = rounded.shape
     return Pixels(width, height, rounded.numpy().tobytes())
+
+
+def _withheld() -> errors.ContentWithheld:
+    return errors.ContentWithheld("The model's safety checker objects to this picture. Try another seed.")
 
 
 def _numerical_failure() -> errors.NumericalFailure:

@@ -20,6 +20,12 @@ class Stop:
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
         self._set = False
+        self.finishing = False
+        """Whether the run shall end with the picture as it is after the step under way."""
+
+    def finish(self) -> None:
+        """Asks for the picture as it is."""
+        self.finishing = True
 
     def set(self) -> None:
         """Asks."""
@@ -57,7 +63,8 @@ class Engine(Protocol):
             job: What to generate.
             report: Takes `EncodingPrompt`, `Denoising`, `PreviewReady` and `Decoding` as they happen; called from this
                 and other threads, and it must not block.
-            stop: When set, the work ends before the next denoising step; a wait for the device ends at once.
+            stop: When set, the work ends before the next denoising step; a wait for the device ends at once. When it is
+                `finishing`, the predicted picture of the step under way is decoded and returned.
 
         Raises:
             Cancelled: `stop` was set.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -12,15 +13,16 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
 from calotype_server import __version__, codec, errors
 from calotype_server.types import Failed
-from calotype_server.validation import validate
+from calotype_server.validation import validate, validate_id, validate_page, validate_watch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     import grpc.aio
 
+    from calotype_server.generation import Generation
     from calotype_server.generations import Generations
-    from calotype_server.types import Limits
+    from calotype_server.types import Limits, PreviewOptions
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -49,35 +51,68 @@ class GenerationServicer(GenerationServiceServicer):
     async def Generate(  # noqa: N802 - the name in the proto
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.Progress, None]:
-        """Streams one generation; see the proto."""
-        generations = self._generations
-        job = validate(request, generations.model, self._limits)
-        generation = generations.start(job, _caller(context), context.time_remaining())
+        """Starts a generation and streams it; see the proto."""
+        job, terms = validate(request, self._generations.model, self._limits)
+        terms = replace(terms, caller=_caller(context), deadline=context.time_remaining())
+        generation = self._generations.start(job, terms)
         structlog.contextvars.bind_contextvars(generation=generation.id)
         _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count)
-        end = None
-        async with contextlib.aclosing(generations.follow(generation)) as updates:
-            async for update, image in updates:
-                for message in codec.encode_update(generation.id, job.seed, update, image):
-                    yield message
-                end = update.state.end
-        if isinstance(end, Failed):
-            # Said in the last message already; repeated as the status for clients that look only there.
-            await context.abort_with_status(rpc_status.to_status(codec.encode_error(end.error)))
+        async with contextlib.aclosing(self._follow(generation, context)) as messages:
+            async for message in messages:
+                yield message
+
+    async def Watch(  # noqa: N802
+        self, request: pb.WatchRequest, context: Context
+    ) -> AsyncGenerator[pb.Progress, None]:
+        """Streams a generation that was started before; see the proto."""
+        after, change = validate_watch(request, self._limits)
+        generation = self._generations.find(request.generation_id)
+        structlog.contextvars.bind_contextvars(generation=generation.id)
+        preview = None if change is None else change(generation.job.preview)
+        async with contextlib.aclosing(self._follow(generation, context, after, preview)) as messages:
+            async for message in messages:
+                yield message
 
     async def Cancel(  # noqa: N802
         self, request: pb.CancelRequest, context: Context
     ) -> pb.CancelResponse:
         """Cancels by id; see the proto."""
-        if not request.generation_id:
-            raise errors.InvalidRequest([errors.Violation("generation_id", "must not be empty")])
+        validate_id(request.generation_id)
         return pb.CancelResponse(phase=codec.encode_phase(self._generations.cancel(request.generation_id)))
+
+    async def Finish(  # noqa: N802
+        self, request: pb.FinishRequest, context: Context
+    ) -> pb.FinishResponse:
+        """Ends early by id; see the proto."""
+        validate_id(request.generation_id)
+        return pb.FinishResponse(phase=codec.encode_phase(self._generations.finish(request.generation_id)))
+
+    async def ListGenerations(  # noqa: N802
+        self, request: pb.ListGenerationsRequest, context: Context
+    ) -> pb.ListGenerationsResponse:
+        """Lists the caller's own; see the proto."""
+        size, before = validate_page(request)
+        return codec.encode_page(self._generations.newest(_caller(context), before), size)
 
     async def GetModel(  # noqa: N802
         self, request: pb.GetModelRequest, context: Context
     ) -> pb.Model:
         """Describes the model; see the proto."""
         return codec.encode_model(self._generations.model, self._limits, __version__)
+
+    async def _follow(
+        self, generation: Generation, context: Context, after: int = 0, preview: PreviewOptions | None = None
+    ) -> AsyncGenerator[pb.Progress, None]:
+        """Yields the messages of a generation, and repeats an error at the end as the status of the call."""
+        end = None
+        async with contextlib.aclosing(self._generations.follow(generation, after, preview)) as updates:
+            async for update, image in updates:
+                for message in codec.encode_update(generation.id, generation.job.seed, update, image):
+                    yield message
+                end = update.state.end
+        if isinstance(end, Failed):
+            # Said in the last message already; repeated for clients that look only at the status.
+            await context.abort_with_status(rpc_status.to_status(codec.encode_error(end.error)))
 
     @property
     def _generations(self) -> Generations:

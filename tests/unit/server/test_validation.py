@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import InvalidRequest, MethodUnavailable
-from calotype_server.types import Job, Limits, OutputOptions, PreviewMethod, PreviewOptions
-from calotype_server.validation import validate
+from calotype_server.types import DisconnectPolicy, Job, Limits, OutputOptions, PreviewMethod, PreviewOptions, Terms
+from calotype_server.validation import validate, validate_page, validate_watch
 from support.fake_engine import MODEL
 from support.service import LIMITS
 
@@ -26,10 +26,10 @@ def fields(request: pb.GenerateRequest, model=MODEL) -> list[str]:
 
 def test_defaults_come_from_the_model() -> None:
     """A prompt alone is enough; the seed is drawn and in range."""
-    job = validate(pb.GenerateRequest(prompt="a cat"), MODEL, LIMITS)
+    job, _ = validate(pb.GenerateRequest(prompt="a cat"), MODEL, LIMITS)
     assert job == Job("a cat", None, 64, 64, 4, 3.0, job.seed, "DDIMScheduler")
     assert 0 <= job.seed < 2**32
-    assert validate(pb.GenerateRequest(prompt="a cat"), MODEL, LIMITS).seed != job.seed
+    assert validate(pb.GenerateRequest(prompt="a cat"), MODEL, LIMITS)[0].seed != job.seed
 
 
 def test_every_violation_is_named_at_once() -> None:
@@ -94,7 +94,7 @@ def test_bad_values_are_refused_by_name(changes: dict, field: str) -> None:
 )
 def test_the_ends_of_ranges_are_accepted(changes: dict) -> None:
     """Ranges are inclusive, and zero is a value, not a default."""
-    job = validate(pb.GenerateRequest(prompt="a cat", **changes), MODEL, LIMITS)
+    job, _ = validate(pb.GenerateRequest(prompt="a cat", **changes), MODEL, LIMITS)
     names = {"width_px": "width", "height_px": "height"}
     assert {name: getattr(job, names.get(name, name)) for name in changes} == changes
 
@@ -105,7 +105,7 @@ def test_parameters_that_the_pipeline_lacks_are_refused_not_ignored() -> None:
     assert fields(pb.GenerateRequest(prompt="a", guidance_scale=1, negative_prompt="b"), bare) == [
         "negative_prompt", "guidance_scale"
     ]  # fmt: skip
-    assert validate(pb.GenerateRequest(prompt="a"), bare, LIMITS).guidance_scale is None
+    assert validate(pb.GenerateRequest(prompt="a"), bare, LIMITS)[0].guidance_scale is None
 
 
 def job(preview: dict | None = None, output: dict | None = None, limits: Limits = LIMITS, model=MODEL) -> Job:
@@ -115,7 +115,7 @@ def job(preview: dict | None = None, output: dict | None = None, limits: Limits 
         request.preview.CopyFrom(pb.PreviewOptions(**preview))
     if output is not None:
         request.output.CopyFrom(pb.OutputOptions(**output))
-    return validate(request, model, limits)
+    return validate(request, model, limits)[0]
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ int32s = st.none() | st.integers(-(2**31), 2**31 - 1)
 def test_anything_gives_a_job_within_limits_or_violations(request: pb.GenerateRequest) -> None:
     """No request, however odd, raises anything else, and no job exceeds a limit."""
     try:
-        job = validate(request, MODEL, LIMITS)
+        job, _ = validate(request, MODEL, LIMITS)
     except InvalidRequest as error:
         assert error.violations
     except MethodUnavailable as error:
@@ -306,3 +306,65 @@ def test_anything_gives_a_job_within_limits_or_violations(request: pb.GenerateRe
         assert 1 <= job.output.quality <= 100
         assert job.pixel_count <= LIMITS.max_pixels
         assert 1 <= job.step_count <= LIMITS.max_step_count
+
+
+def test_terms_are_read_and_default_to_cancel_at_once() -> None:
+    """What is left out means: cancel when the last reader leaves, no name, and a seed of the server's choice."""
+    _, terms = validate(pb.GenerateRequest(prompt="a"), MODEL, LIMITS)
+    assert terms == Terms(seed_was_drawn=True)
+    request = pb.GenerateRequest(
+        prompt="a",
+        seed=1,
+        on_disconnect=pb.DISCONNECT_POLICY_KEEP,
+        disconnect_grace=Duration(seconds=2, nanos=500_000_000),
+        request_id="mine",
+    )
+    _, terms = validate(request, MODEL, LIMITS)
+    assert terms == Terms(on_disconnect=DisconnectPolicy.KEEP, grace=2.5, request_id="mine")
+
+
+def test_terms_that_cannot_be_are_named_together() -> None:
+    """An unknown policy, a grace of more than an hour, and a name that is not printable."""
+    request = pb.GenerateRequest(
+        prompt="a", on_disconnect=7, disconnect_grace=Duration(seconds=3601), request_id="a\nb"
+    )
+    with pytest.raises(InvalidRequest) as caught:
+        validate(request, MODEL, LIMITS)
+    assert [violation.field for violation in caught.value.violations] == [
+        "on_disconnect",
+        "disconnect_grace",
+        "request_id",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("request_", "fields"),
+    [
+        (pb.WatchRequest(), ["generation_id"]),
+        (pb.WatchRequest(generation_id="a", after_sequence=-1), ["after_sequence"]),
+        (pb.WatchRequest(generation_id="a", preview=pb.PreviewOptions(quality=0)), ["preview.quality"]),
+    ],
+)
+def test_a_watch_that_cannot_be_is_refused(request_: pb.WatchRequest, fields: list[str]) -> None:
+    """What is wrong is named, as for a request to generate."""
+    with pytest.raises(InvalidRequest) as caught:
+        validate_watch(request_, LIMITS)
+    assert [violation.field for violation in caught.value.violations] == fields
+
+
+def test_watching_changes_only_the_options_that_are_given() -> None:
+    """The rest is as the generation was asked for."""
+    request = pb.WatchRequest(generation_id="a", after_sequence=3, preview=pb.PreviewOptions(max_edge_px=64))
+    after, change = validate_watch(request, LIMITS)
+    assert after == 3
+    assert change(PreviewOptions(quality=11)) == PreviewOptions(quality=11, max_edge=64)
+    assert validate_watch(pb.WatchRequest(generation_id="a"), LIMITS) == (0, None)
+
+
+@pytest.mark.parametrize("wrong", [{"page_size": 0}, {"page_size": 101}, {"page_token": "x"}, {"page_token": "-1"}])
+def test_a_page_that_cannot_be_is_refused(wrong: dict) -> None:
+    """Sizes are 1 to 100, and tokens are those that were given out."""
+    with pytest.raises(InvalidRequest):
+        validate_page(pb.ListGenerationsRequest(**wrong))
+    assert validate_page(pb.ListGenerationsRequest()) == (50, None)
+    assert validate_page(pb.ListGenerationsRequest(page_size=100, page_token="17")) == (100, 17)

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from calotype_server.cadence import Cadence
 from calotype_server.types import Denoising, PreviewMethod
 
 if TYPE_CHECKING:
@@ -18,43 +19,9 @@ if TYPE_CHECKING:
     from calotype_server.budget import PreviewBudget
     from calotype_server.engine.preview.lane import Lane
     from calotype_server.engine.tap import Step
-    from calotype_server.types import Event, Job, PreviewOptions
+    from calotype_server.types import Event, Job
 
-__all__ = ["Cadence", "Due", "PreviewFeed"]
-
-
-class Cadence:
-    """Decides which steps are shown.
-
-    Args:
-        options: The caller's wishes.
-        clock: Seconds that only rise.
-    """
-
-    def __init__(self, options: PreviewOptions, clock: Callable[[], float] = time.monotonic) -> None:
-        self._options = options
-        self._clock = clock
-        self._shown_step: int | None = None
-        self._shown_at = 0.0
-
-    def due(self, step: int, total: int, stride: int) -> bool:
-        """Whether to show `step` of `total`, given what was shown so far; asked once for each step.
-
-        Args:
-            step: From 1.
-            total: Steps in all; the last is always due.
-            stride: Least number of steps between two previews that the budget allows.
-        """
-        now = self._clock()
-        if step < total:
-            if step % self._options.every_steps:
-                return False
-            if self._shown_step is not None and (
-                step - self._shown_step < stride or now - self._shown_at < self._options.min_interval
-            ):
-                return False
-        self._shown_step, self._shown_at = step, now
-        return True
+__all__ = ["Due", "PreviewFeed"]
 
 
 @dataclass(frozen=True, slots=True)

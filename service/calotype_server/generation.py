@@ -1,0 +1,142 @@
+"""One accepted job on its way to its end, and what is known of it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import Counter, OrderedDict
+from typing import TYPE_CHECKING
+
+from calotype_server.engine.protocol import Stop
+from calotype_server.stream import EventLog
+from calotype_server.types import (
+    Decoding,
+    Denoising,
+    EncodedImage,
+    EncodingPrompt,
+    Event,
+    PreviewReady,
+    Succeeded,
+    Timings,
+)
+
+if TYPE_CHECKING:
+    from calotype_server import errors
+    from calotype_server.admission import Ticket
+    from calotype_server.encode import Encoder
+    from calotype_server.types import Job, PreviewOptions, Terms
+
+__all__ = ["Generation", "Stopwatch"]
+
+_MAX_RENDITIONS = 8
+"""Newest previews kept as files, one for each size and quality that readers want at the same time."""
+
+
+class Generation:
+    """One accepted job.
+
+    Attributes:
+        id: Unguessable.
+        number: Rises from one generation to the next.
+        job: What to make.
+        terms: What else the caller wants.
+        created: When it was accepted, in seconds of the system's clock.
+        log: Its events.
+        readers: How many follow it now.
+        reaper: Cancels it when nobody has come back, or None.
+    """
+
+    def __init__(self, job: Job, terms: Terms, number: int) -> None:
+        self.id = secrets.token_urlsafe(16)
+        self.number = number
+        self.job = job
+        self.terms = terms
+        self.created = time.time()
+        self.log = EventLog()
+        self.stop = Stop()
+        self.stop_error: errors.GenerationError | None = None
+        self.ticket: Ticket | None = None
+        self.watch = Stopwatch()
+        self.readers = 0
+        self.reaper: asyncio.TimerHandle | None = None
+        self.previews: Counter[str] = Counter()
+        """How many were drawn, by method."""
+        self._renditions: OrderedDict[tuple[int, int], tuple[PreviewReady, asyncio.Future[EncodedImage]]]
+        self._renditions = OrderedDict()
+
+    @property
+    def ended(self) -> bool:
+        """Whether its end has been published."""
+        return self.log.state.phase.is_end
+
+    @property
+    def size(self) -> int:
+        """Bytes that are worth counting once it has ended: those of its image."""
+        end = self.log.state.end
+        return len(end.image.data) if isinstance(end, Succeeded) else 0
+
+    def end_early(self, error: errors.GenerationError) -> None:
+        """Asks it to end with `error`: at once while queued, before the next denoising step while running."""
+        if self.stop.is_set() or self.ended:
+            return
+        self.stop_error = error
+        self.stop.set()
+        if self.ticket is not None and not self.ticket.turn.done():
+            self.ticket.turn.set_exception(error)
+
+    async def rendition(self, encoder: Encoder, preview: PreviewReady, options: PreviewOptions) -> EncodedImage:
+        """Returns a preview as a file. Readers who want the same get the same: it is encoded once."""
+        key = (options.max_edge, options.quality)
+        held = self._renditions.get(key)
+        if held is None or held[0] is not preview:
+            held = preview, asyncio.ensure_future(encoder.preview(preview.pixels, options))
+            self._renditions[key] = held
+            while len(self._renditions) > _MAX_RENDITIONS:
+                self._renditions.popitem(last=False)
+        # One reader who leaves must not cancel it for the others.
+        return await asyncio.shield(held[1])
+
+    def forget_previews(self) -> None:
+        """Frees what only running generations need."""
+        self._renditions.clear()
+
+
+class Stopwatch:
+    """Notes when each phase was first reached, in seconds of the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._accepted = time.monotonic()
+        self._reached: dict[type[Event], float] = {}
+        self._step: tuple[int, float] | None = None
+
+    def note(self, event: Event) -> None:
+        """Notes that an event has happened."""
+        self._reached.setdefault(type(event), time.monotonic())
+
+    def step_seconds(self, step: int) -> float | None:
+        """Returns the seconds of a step since this was last asked; None the first time and when there was none."""
+        before, now = self._step, time.monotonic()
+        if before is not None and step <= before[0]:
+            return None
+        self._step = step, now
+        return None if before is None else (now - before[1]) / (step - before[0])
+
+    def timings(self) -> Timings:
+        """Returns the durations as of now."""
+        now = time.monotonic()
+        started, denoising, decoding, preview = (
+            self._reached.get(kind) for kind in (EncodingPrompt, Denoising, Decoding, PreviewReady)
+        )
+        return Timings(
+            queued=_span(self._accepted, started or now),
+            encoding_prompt=_span(started, denoising or now),
+            denoising=_span(denoising, decoding or now),
+            decoding=_span(decoding, now),
+            first_preview=_span(self._accepted, preview),
+            total=now - self._accepted,
+        )
+
+
+def _span(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else end - begin

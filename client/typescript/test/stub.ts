@@ -15,7 +15,7 @@ import {
 
 // For the tests of the page, which have no protobuf and no connect of their own.
 export { create } from "@bufbuild/protobuf";
-export { Code, ConnectError } from "@connectrpc/connect";
+export { Code, ConnectError, type HandlerContext } from "@connectrpc/connect";
 
 export type Handlers = Partial<ServiceImpl<typeof GenerationService>>;
 

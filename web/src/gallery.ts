@@ -1,8 +1,9 @@
-/** The prints, newest first, each a `<calotype-view>`. */
+/** The prints, newest first. Those of this tab come back after a reload. */
 
-import { type Client, isOver } from "calotype";
-import type { CalotypeView } from "calotype/element";
-import { attributes, type Wish } from "./wish";
+import { type Client, isOver, newRequestId, type ViewState } from "calotype";
+import type { Album, Entry } from "./album";
+import { Print } from "./print";
+import type { Wish } from "./wish";
 
 /** Finished prints beyond this many make room: each keeps its pictures in memory. */
 const MOST_PRINTS = 60;
@@ -14,56 +15,102 @@ export class Gallery {
   readonly #template: HTMLTemplateElement;
   readonly #blank: HTMLElement;
   readonly #client: Client;
+  readonly #album: Album;
+  readonly #prints = new Map<string, Print>();
+  #isAway = false;
 
-  constructor(place: HTMLElement, template: HTMLTemplateElement, blank: HTMLElement, client: Client) {
+  constructor(place: HTMLElement, template: HTMLTemplateElement, blank: HTMLElement, client: Client, album: Album) {
     this.#place = place;
     this.#template = template;
     this.#blank = blank;
     this.#client = client;
+    this.#album = album;
   }
 
   /** Hangs up a print and begins to develop it. */
   develop(wish: Wish): void {
-    const print = this.#template.content.firstElementChild?.cloneNode(true) as HTMLElement;
-    const [caption, view, seed, again, remove] = ["h2", "calotype-view", ".seed", ".again", ".remove"].map((selector) =>
-      print.querySelector<HTMLElement>(selector),
-    ) as [HTMLElement, CalotypeView, HTMLElement, HTMLElement, HTMLElement];
-    caption.textContent = wish.prompt;
-    remove.ariaLabel = `Remove: ${wish.prompt}`;
-    for (const [name, value] of attributes(wish)) view.setAttribute(name, value);
-    view.addEventListener("calotype-state", ({ detail }) => {
-      if (detail.seed !== undefined && seed.textContent === "") seed.textContent = `Seed ${detail.seed}`;
-      again.hidden = detail.status !== "succeeded";
-    });
-    again.addEventListener("click", () => {
-      this.onAgain({ ...wish, options: { ...wish.options, seed: view.state.seed } });
-    });
-    remove.addEventListener("click", () => this.#remove(print));
+    const entry: Entry = { requestId: newRequestId(), wish };
+    this.#album.keep(entry);
+    this.#hang(entry);
+  }
 
-    // Cloned from a template, it is upgraded when it enters the document: only then does it take a client.
-    this.#place.prepend(print);
-    view.client = this.#client;
-    view.start();
+  /** Hangs up a print that is developed elsewhere, unless it hangs here already. */
+  watch(generationId: string): void {
+    if (this.#album.entries.some((entry) => entry.generationId === generationId)) return;
+    const entry: Entry = { requestId: newRequestId(), generationId };
+    this.#album.keep(entry);
+    this.#hang(entry);
+  }
+
+  /** Hangs up what this tab has shown before, without what the service has forgotten. */
+  restore(): void {
+    for (const requestId of this.#prints.keys()) this.#takeDown(requestId);
+    this.#isAway = false;
+    // The oldest first: they run, while the newest may still wait for a connection.
+    for (const entry of this.#album.entries) this.#hang(entry, true);
+  }
+
+  /** Stops following what is under way. It waits for a while for the page to come back. */
+  leave(): void {
+    this.#isAway = true;
+    for (const { view } of this.#prints.values()) view.leave();
+  }
+
+  #hang({ requestId, generationId, wish }: Entry, isRestored = false): void {
+    const print = new Print(this.#template, wish, {
+      known: (id) => {
+        if (this.#album.get(requestId)?.generationId !== id) this.#album.keep({ requestId, generationId: id, wish });
+      },
+      ended: (state) => this.#ended(requestId, state, isRestored),
+      again: (again) => this.onAgain(again),
+      remove: () => {
+        this.#album.forget(requestId);
+        this.#takeDown(requestId);
+      },
+    });
+    this.#prints.set(requestId, print);
+    // Cloned from a template, its view is upgraded when it enters the document.
+    this.#place.prepend(print.element);
+    print.begin(this.#client, requestId, generationId);
+    if (!wish && generationId) void this.#entitle(print, generationId);
     this.#blank.hidden = true;
     this.#makeRoom();
   }
 
-  /** Leaves every generation that is under way. */
-  cancelAll(): void {
-    for (const view of this.#place.querySelectorAll("calotype-view")) view.cancel();
+  /** Keeps what has come to something; what has not is there until the page is reloaded. */
+  #ended(requestId: string, { status, error }: ViewState, isRestored: boolean): void {
+    if (this.#isAway || status === "succeeded") return;
+    this.#album.forget(requestId);
+    if (isRestored && error?.code === "NOT_FOUND") this.#takeDown(requestId);
   }
 
-  #remove(print: HTMLElement): void {
-    const neighbour = print.nextElementSibling ?? print.previousElementSibling;
-    print.remove();
-    (neighbour?.querySelector<HTMLElement>(".remove") ?? document.querySelector<HTMLElement>("#prompt"))?.focus();
-    this.#blank.hidden = this.#place.childElementCount > 0;
+  /** Looks up what somebody else's print shows. */
+  async #entitle(print: Print, generationId: string): Promise<void> {
+    try {
+      for await (const summary of this.#client.generations()) {
+        if (summary.generationId === generationId) print.entitle(summary.prompt);
+      }
+    } catch {
+      // The picture is what counts.
+    }
+  }
+
+  #takeDown(requestId: string): void {
+    const element = this.#prints.get(requestId)?.element;
+    this.#prints.delete(requestId);
+    if (!element) return;
+    const neighbour = element.nextElementSibling ?? element.previousElementSibling;
+    const hadFocus = element.contains(document.activeElement);
+    element.remove();
+    if (hadFocus) (neighbour?.querySelector<HTMLElement>(".remove") ?? document.getElementById("prompt"))?.focus();
+    this.#blank.hidden = this.#prints.size > 0;
   }
 
   #makeRoom(): void {
-    for (const print of [...this.#place.children].slice(MOST_PRINTS)) {
-      const view = print.querySelector("calotype-view");
-      if (view && isOver(view.state)) print.remove();
+    for (const [requestId, { view }] of [...this.#prints].slice(0, -MOST_PRINTS)) {
+      if (!isOver(view.state)) continue;
+      this.#album.forget(requestId);
+      this.#takeDown(requestId);
     }
   }
 }

@@ -3,7 +3,7 @@
 import { existsSync } from "node:fs";
 import { mkdir } from "node:fs/promises";
 import { AxeBuilder } from "@axe-core/playwright";
-import { type Browser, type BrowserContextOptions, chromium, type Page } from "playwright-core";
+import { type Browser, type BrowserContextOptions, chromium, type Locator, type Page } from "playwright-core";
 import { afterAll, afterEach, beforeAll, expect } from "vitest";
 
 const CHROMIUM = process.env.CHROMIUM ?? ["/usr/bin/chromium", "/usr/bin/google-chrome"].find(existsSync);
@@ -50,13 +50,22 @@ export function tolerate(pattern: RegExp): void {
 export async function open(url: string, options: BrowserContextOptions = {}): Promise<Page> {
   const context = await browser.newContext({ viewport: { width: 1200, height: 900 }, ...options });
   await context.addInitScript(RECORDER);
+  context.on("page", listen);
   const page = await context.newPage();
+  await page.goto(url);
+  return page;
+}
+
+function listen(page: Page): void {
   page.on("pageerror", (error) => problems.push(String(error)));
   page.on("console", (message) => {
     if (["error", "warning"].includes(message.type())) problems.push(message.text());
   });
-  await page.goto(url);
-  return page;
+}
+
+/** The print that shows this text. */
+export function printOf(page: Page, text: string): Locator {
+  return page.locator(".print").filter({ has: page.getByText(text, { exact: true }) });
 }
 
 export interface Recorded {

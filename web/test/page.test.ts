@@ -1,5 +1,6 @@
+import type { Page } from "playwright-core";
 import { describe, expect, it } from "vitest";
-import { develop, expectAccessible, open, recorded, says, shoot, tolerate } from "./browser.js";
+import { develop, expectAccessible, open, printOf, recorded, says, shoot, tolerate } from "./browser.js";
 import {
   BadRequestSchema,
   Code,
@@ -10,6 +11,7 @@ import {
   gone,
   MODEL,
   Phase,
+  Played,
   PreviewMethod,
   pretend,
   preview,
@@ -95,9 +97,9 @@ describe("a picture that develops", () => {
       async *generate() {
         yield* steps(3);
         await withdraw.opened;
-        yield progress({ sequence: 4n, phase: Phase.DECODING, step: 8, previewsWithdrawn: true });
+        yield progress({ sequence: 5n, phase: Phase.DECODING, step: 8, previewsWithdrawn: true });
         yield progress({
-          sequence: 5n,
+          sequence: 6n,
           phase: Phase.FAILED,
           previewsWithdrawn: true,
           error: { $typeName: "calotype.v1.Error", code: 9, reason: "CONTENT_WITHHELD", message: "" },
@@ -170,6 +172,7 @@ describe("a picture that develops", () => {
         await rest.opened;
         for (const step of [2, 3, 4, 5, 6]) yield preview(step);
         await end.opened;
+        yield final();
       },
     });
     const page = await open(url);
@@ -182,7 +185,7 @@ describe("a picture that develops", () => {
     await page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))");
     await expect.poll(async () => (await recorded(page)).shown.at(-1)?.step).toBe(6);
     end.open();
-    await says(page, "The stream broke off");
+    await says(page, /^Finished/);
   });
 });
 
@@ -215,7 +218,7 @@ describe("several pictures", () => {
     expect(answer).toBe(200);
     await shoot(page, "side-by-side");
     expect(most).toBe(4);
-    await page.getByText("Seed 10", { exact: true }).locator("..").getByRole("button", { name: "Cancel" }).click();
+    await printOf(page, "Seed 10").getByRole("button", { name: "Cancel" }).click();
     await expect.poll(() => cancelled).toEqual(["10"]);
     await expect.poll(async () => page.getByText("Waiting for a free connection").count()).toBe(2);
     finish.open();
@@ -253,30 +256,195 @@ describe("several pictures", () => {
   });
 });
 
-describe("when something goes wrong, the page", () => {
-  it("says that the connection was lost, keeps what there is, and goes on with the same seed", async () => {
-    const seeds: (bigint | undefined)[] = [];
-    const { url, stub } = await pretend({
-      async *generate({ seed }, context) {
-        seeds.push(seed);
-        yield preview(1);
-        yield preview(2);
-        if (seed === undefined) await gone(context);
-        yield final();
+describe("after a reload", () => {
+  it("a picture goes on where it is, and a finished one is still there", async () => {
+    const played = new Played();
+    const { url } = await pretend(played.handlers);
+    const page = await open(url);
+    await develop(page, "sunrise over a calm sea");
+    played.tell(preview(1), preview(2), preview(3));
+    await says(page, "Step 3 of 8");
+    await page.reload();
+    await says(page, "sunrise over a calm sea");
+    await says(page, "Step 3 of 8");
+    await expect.poll(async () => (await recorded(page)).shown.at(-1)?.step).toBe(3);
+    await shoot(page, "reloaded");
+    played.tell(preview(4), final());
+    await says(page, /^Finished/);
+    await page.reload();
+    await says(page, /^Finished/);
+    await expect.poll(async () => (await recorded(page)).shown.at(-1)?.kind).toBe("final");
+    expect(played.requests).toHaveLength(1);
+    expect(played.requests[0]?.disconnectGrace?.seconds).toBe(30n);
+    expect(played.cancelled).toEqual([]);
+    await page.getByRole("button", { name: "Again with this seed" }).click();
+    await expect.poll(() => played.requests[1]?.seed).toBe(42n);
+  });
+
+  it("what the service has forgotten, or what was cancelled or removed, is not there, without a word", async () => {
+    const played = new Played();
+    const { url } = await pretend(played.handlers);
+    const page = await open(url);
+    await develop(page, "sunrise");
+    played.tell(preview(1));
+    await says(page, "Step 1 of 8");
+    played.forgotten = true;
+    await page.reload();
+    await expect.poll(async () => page.locator(".print").count()).toBe(0);
+    await page.locator("#blank").waitFor();
+    expect(await page.getByRole("alert").filter({ visible: true }).count()).toBe(0);
+    played.forgotten = false;
+    for (const button of ["Cancel", "Remove: sunrise"]) {
+      await develop(page, "sunrise");
+      await says(page, "Step 1 of 8");
+      await page.getByRole("button", { name: button }).click();
+      await expect.poll(() => played.cancelled.splice(0)).toEqual(["g"]);
+      await page.reload();
+      await page.locator("#develop:enabled").waitFor();
+      expect(await page.locator(".print").count()).toBe(0);
+    }
+  });
+
+  it("what still waited for a connection begins, and nothing begins twice", async () => {
+    const begun = new Map<string, bigint | undefined>();
+    const { url } = await pretend({
+      async *generate({ requestId, seed = 0n }, context) {
+        begun.set(requestId, seed);
+        yield { ...preview(1), generationId: `g${seed}`, seed };
+        await gone(context);
+      },
+      async *watch({ generationId }, context) {
+        yield { ...preview(1), generationId, seed: BigInt(generationId.slice(1)) };
+        await gone(context);
       },
     });
+    const page = await open(url);
+    await develop(page, "sunrise", { Seed: 1, Pictures: 6 });
+    await expect.poll(async () => page.getByText("Step 1 of 8").count()).toBe(4);
+    await page.reload();
+    await expect.poll(async () => page.getByText("Step 1 of 8").count()).toBe(4);
+    await expect.poll(async () => page.getByText("Waiting for a free connection").count()).toBe(2);
+    expect([...begun.values()]).toEqual([1n, 2n, 3n, 4n]);
+    await printOf(page, "Seed 1").getByRole("button", { name: "Remove" }).click();
+    await expect.poll(() => [...begun.values()]).toEqual([1n, 2n, 3n, 4n, 5n]);
+  });
+});
+
+describe("a second tab", () => {
+  it("watches the same generation, and what either finds good enough is the picture of both", async () => {
+    const played = new Played();
+    const { url } = await pretend(played.handlers);
+    const page = await open(url);
+    await develop(page, "sunrise over a calm sea");
+    played.tell(QUEUED);
+    await says(page, /^Place 3/);
+    expect(await page.getByRole("button", { name: "Good enough" }).count()).toBe(0);
+    played.tell(preview(1), preview(2));
+    await says(page, "Step 2 of 8");
+    const opening = page.context().waitForEvent("page");
+    await page.getByRole("link", { name: "Open on its own: sunrise over a calm sea" }).click();
+    const other = await opening;
+    await says(other, "sunrise over a calm sea");
+    await says(other, "Step 2 of 8");
+    played.tell(preview(5));
+    await Promise.all([says(page, "Step 5 of 8"), says(other, "Step 5 of 8")]);
+    await expectAccessible(other);
+    await shoot(other, "second-tab");
+    await other.getByRole("button", { name: "Good enough" }).press("Enter");
+    const early = "Finished early, at step 5 of 8 · 64 × 48 PNG";
+    await Promise.all([says(page, early), says(other, early)]);
+    await shoot(page, "finished-early");
+    const last = async (tab: Page) => (await recorded(tab)).shown.at(-1);
+    for (const tab of [page, other]) await expect.poll(async () => (await last(tab))?.kind).toBe("final");
+    expect(await last(page)).toEqual(await last(other));
+    expect(played.requests).toHaveLength(1);
+  });
+
+  it("can be closed or emptied without an end for the first", async () => {
+    const played = new Played();
+    const { url } = await pretend(played.handlers);
+    const page = await open(url);
+    await develop(page, "sunrise");
+    played.tell(preview(1));
+    await says(page, "Step 1 of 8");
+    const other = await page.context().newPage();
+    await other.goto(`${url}/#watch=g`);
+    await says(other, "Step 1 of 8");
+    await other.getByRole("button", { name: "Remove" }).click();
+    await other.close();
+    played.tell(preview(2));
+    await says(page, "Step 2 of 8");
+    expect(played.cancelled).toEqual([]);
+  });
+
+  it("is told where there is no such picture", async () => {
+    const { url } = await pretend(new Played().handlers);
+    const page = await open(`${url}/#watch=nothing`);
+    await says(page, "The service no longer knows this picture.");
+    await expectAccessible(page);
+  });
+});
+
+describe("when something goes wrong, the page", () => {
+  it("reconnects by itself, calmly, keeps what there is, and goes on", async () => {
+    const played = new Played();
+    const { url, stub } = await pretend(played.handlers);
     tolerate(/ERR_|Failed to load resource/);
     const page = await open(url);
     await develop(page, "sunrise");
+    played.tell(preview(1), preview(2));
     await says(page, "Step 2 of 8");
+    await expect.poll(async () => (await recorded(page)).shown.length).toBe(2);
+    played.away = true;
     stub.cut();
-    await says(page, "The connection was lost while the picture was forming.");
+    await says(page, "Reconnecting; the picture goes on");
     expect(await page.locator("calotype-view img.layer").count()).toBeGreaterThan(0);
+    expect(await page.getByRole("alert").filter({ visible: true }).count()).toBe(0);
+    await expectAccessible(page);
+    await shoot(page, "reconnecting");
+    played.away = false;
+    played.tell(preview(3), final());
+    await says(page, /^Finished/);
+    expect(played.requests).toHaveLength(1);
+    expect(played.cancelled).toEqual([]);
+    expect((await recorded(page)).shown.map(({ step }) => step)).toEqual([1, 2, 3, 8]);
+  });
+
+  it("can be cancelled while it reconnects", async () => {
+    const played = new Played();
+    const { url, stub } = await pretend(played.handlers);
+    tolerate(/ERR_|Failed to load resource/);
+    const page = await open(url);
+    await develop(page, "sunrise");
+    played.tell(preview(1));
+    await says(page, "Step 1 of 8");
+    played.away = true;
+    stub.cut();
+    await says(page, /^Reconnecting/);
+    await page.getByRole("button", { name: "Cancel" }).click();
+    await says(page, "Cancelled.");
+    await expect.poll(() => played.cancelled).toEqual(["g"]);
+  });
+
+  it("goes on with the same seed, when asked to, where the service stopped twice", async () => {
+    const seeds: (bigint | undefined)[] = [];
+    const { url } = await pretend({
+      async *generate({ seed }) {
+        seeds.push(seed);
+        yield preview(1);
+        const error = { $typeName: "calotype.v1.Error", code: 14, reason: "DRAINING", message: "" } as const;
+        if (seeds.length < 3) yield progress({ sequence: 3n, phase: Phase.FAILED, error });
+        yield final();
+      },
+    });
+    const page = await open(url);
+    await develop(page, "sunrise");
+    await says(page, "The service is shutting down.");
     await expectAccessible(page);
     await shoot(page, "lost");
     await page.getByRole("button", { name: "Go on" }).click();
     await says(page, "Finished");
-    expect(seeds).toEqual([undefined, 42n]);
+    expect(seeds).toEqual([undefined, 42n, 42n]);
     expect(await page.getByRole("alert").filter({ visible: true }).count()).toBe(0);
   });
 

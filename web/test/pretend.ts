@@ -6,14 +6,21 @@ import { extname } from "node:path";
 import { deflateSync } from "node:zlib";
 import { onTestFinished } from "vitest";
 import {
+  type GenerateRequest,
   ImageFormat,
   ModelSchema,
+  Phase,
   PreviewMethod,
   PreviewOptionsSchema,
+  type Progress,
 } from "../../client/typescript/src/gen/calotype/v1/calotype_pb.js";
 import {
+  Code,
+  ConnectError,
   create,
   final as finalMessage,
+  gone,
+  type HandlerContext,
   type Handlers,
   preview as previewMessage,
   Stub,
@@ -91,6 +98,61 @@ export function preview(step: number) {
 
 export function final() {
   return { ...finalMessage(png(64, 48, 8)), widthPx: 64, heightPx: 48, step: 8, imageStep: 8, totalSteps: 8 };
+}
+
+/** A generation that tells what a test says, to everybody who follows it. */
+export class Played {
+  readonly requests: GenerateRequest[] = [];
+  readonly cancelled: string[] = [];
+  /** Whether the service has forgotten it. */
+  forgotten = false;
+  /** Whether the service answers nobody who comes back. */
+  away = false;
+  readonly #log: Progress[] = [];
+  #news = new Gate();
+
+  /** Tells a message. */
+  tell(...messages: Progress[]): void {
+    this.#log.push(...messages);
+    this.#news.open();
+    this.#news = new Gate();
+  }
+
+  readonly handlers: Handlers = {
+    generate: (request, context) => {
+      this.requests.push(request);
+      return this.#follow(0n, context);
+    },
+    watch: ({ generationId, afterSequence }, context) => {
+      if (this.away) throw new ConnectError("", Code.Unavailable);
+      if (this.forgotten || generationId !== "g") throw new ConnectError("", Code.NotFound);
+      return this.#follow(afterSequence, context);
+    },
+    cancel: ({ generationId }) => {
+      this.cancelled.push(generationId);
+      return {};
+    },
+    finish: () => {
+      const last = this.#log.at(-1);
+      this.tell({ ...final(), sequence: 99n, step: last?.step ?? 0, finishedEarly: true });
+      return {};
+    },
+    listGenerations: () => ({ generations: [{ generationId: "g", prompt: this.requests[0]?.prompt ?? "" }] }),
+  };
+
+  async *#follow(afterSequence: bigint, context: HandlerContext) {
+    let sequence = afterSequence;
+    for (;;) {
+      const news = this.#news.opened;
+      for (const message of this.#log.filter((each) => each.sequence > sequence)) {
+        yield message;
+        sequence = message.sequence;
+        if (message.phase === Phase.SUCCEEDED) return;
+      }
+      await Promise.race([news, gone(context)]);
+      if (context.signal.aborted) return;
+    }
+  }
 }
 
 /** Something that a test opens when it is time. */

@@ -5,7 +5,7 @@ import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, it, onTestFinished } from "vitest";
-import { develop, open } from "./browser.js";
+import { develop, open, printOf } from "./browser.js";
 import { final, Gate, gone, Phase, pretend, progress } from "./pretend.js";
 
 const CONF = new URL("../../service/nginx.conf", import.meta.url);
@@ -65,7 +65,7 @@ it.skipIf(!installed())("behind nginx with HTTP/2 all pictures run at once, and 
   const page = await open(await front(url), { ignoreHTTPSErrors: true });
   await develop(page, "sunrise", { Seed: 10, Pictures: 9 });
   await expect.poll(() => running).toBe(9);
-  await page.getByText("Seed 10", { exact: true }).locator("..").getByRole("button", { name: "Cancel" }).click();
+  await printOf(page, "Seed 10").getByRole("button", { name: "Cancel" }).click();
   await expect.poll(() => cancelled).toEqual(["10"]);
   finish.open();
   await expect.poll(async () => page.getByText(/^Finished/).count()).toBe(8);

@@ -1,5 +1,6 @@
 import { readFile } from "node:fs/promises";
 import { CalotypeError, createClient, type Progress } from "calotype";
+import type { Page } from "playwright-core";
 import { build, defaultClientConditions, type Rolldown } from "vite";
 import { afterAll, beforeAll, describe, expect, it, onTestFinished } from "vitest";
 import { develop, expectAccessible, open, recorded, says, shoot, tolerate } from "./browser.js";
@@ -73,24 +74,41 @@ describe("with the bundled model", () => {
     expect(percents.at(-1)).toBeLessThan(100);
   });
 
-  it("closing the tab frees the slot", async () => {
-    const ends = next();
+  it("a picture goes on after a reload, and is the same that it would have been", async () => {
     const page = await open(service.url);
-    await develop(page, "octopus", { Steps: MANY });
+    await develop(page, "octopus", { Seed: 5, Steps: MANY });
     await says(page, /^Step [1-9]\d* of/);
-    await page.close();
-    expect(await service.outcome(ends)).toBe("CANCELLED");
-    const picture = await createClient(service.url).generate("fox", { steps: 2 }).result();
-    expect(picture.width).toBe(128);
+    await page.reload();
+    await says(page, "octopus");
+    await says(page, /^Step [1-9]\d* of/);
+    await shoot(page, "reloaded-real");
+    await says(page, /^Finished/);
+    await expect.poll(async () => (await recorded(page)).shown.at(-1)?.kind).toBe("final");
+    const { shown } = await recorded(page);
+    expect(shown.filter(({ kind }) => kind === "predicted").length).toBeGreaterThan(0);
+    const { data } = await createClient(service.url).generate("octopus", { seed: 5, steps: MANY }).result();
+    expect(shown.at(-1)?.fingerprint).toBe(fingerprint(data));
+    await page.reload();
+    await says(page, /^Finished/);
+    await expect.poll(async () => (await recorded(page)).shown.at(-1)?.fingerprint).toBe(fingerprint(data));
   });
 
-  it("leaving the page frees the slot", async () => {
-    const ends = next();
+  it("two tabs watch one generation, and good enough gives both the picture that was seen", async () => {
     const page = await open(service.url);
-    await develop(page, "octopus", { Steps: MANY });
+    await develop(page, "sailboat", { Seed: 8, Steps: MANY });
     await says(page, /^Step [1-9]\d* of/);
-    await page.goto("about:blank");
-    expect(await service.outcome(ends)).toBe("CANCELLED");
+    const opening = page.context().waitForEvent("page");
+    await page.getByRole("link", { name: "Open on its own: sailboat" }).click();
+    const other = await opening;
+    await says(other, "sailboat");
+    await says(other, /^Step [2-9]\d of/);
+    await other.getByRole("button", { name: "Good enough" }).click();
+    const early = /^Finished early, at step \d+ of 150, in .* 128 × 128 PNG/;
+    await Promise.all([says(page, early), says(other, early)]);
+    const last = async (tab: Page) => (await recorded(tab)).shown.at(-1);
+    for (const tab of [page, other]) await expect.poll(async () => (await last(tab))?.kind).toBe("final");
+    expect(await last(page)).toEqual(await last(other));
+    await shoot(other, "good-enough");
   });
 
   it("the same seed gives the same picture", async () => {
@@ -181,20 +199,46 @@ async function bundle(name: string): Promise<string> {
   return output[0].code;
 }
 
-it("a service that is killed and started again: the page says so, and goes on with the same seed", async () => {
-  const first = await Service.start();
+/** As the recorder of browser.ts counts. */
+function fingerprint(data: Uint8Array): number {
+  return data.reduce((hash, byte) => (hash * 31 + byte) >>> 0, 7);
+}
+
+it("closing the tab and leaving the page free their slots, once nobody has come back for a while", async () => {
+  // So many that they last longer than that.
+  const steps = 100_000;
+  const service = await Service.start(["--max-step-count", String(steps)]);
+  onTestFinished(() => service.kill());
+  const [closed, left] = await Promise.all([open(service.url), open(service.url)]);
+  for (const page of [closed, left]) {
+    await develop(page, "octopus", { Steps: steps });
+    await says(page, /^Step [1-9]\d* of/);
+  }
+  await closed.close();
+  await left.goto("about:blank");
+  expect([await service.outcome(1), await service.outcome(2)]).toEqual(["CANCELLED", "CANCELLED"]);
+});
+
+it("a service that is killed and started again: the page goes on by itself to the same picture", async () => {
+  const first = await Service.start(["--deterministic"]);
   onTestFinished(() => first.kill());
   tolerate(/ERR_|Failed to load resource/);
   const page = await open(first.url);
   await develop(page, "octopus", { Seed: 5, Steps: MANY });
   await says(page, /^Step [1-9]\d* of/);
   await first.kill();
-  await says(page, "The connection was lost while the picture was forming.");
-  const second = await Service.start([], new URL(first.url).host);
+  await says(page, "Reconnecting; the picture goes on");
+  const second = await Service.start(["--deterministic"], new URL(first.url).host);
   onTestFinished(() => second.kill());
-  await page.getByRole("button", { name: "Go on" }).click();
   await says(page, /^Finished/);
   await says(page, "Seed 5");
+  await expect.poll(async () => (await recorded(page)).shown.at(-1)?.kind).toBe("final");
+  const { shown, percents } = await recorded(page);
+  expect(percents).toEqual([...percents].sort((a, b) => a - b));
+  const steps = shown.map(({ step }) => step);
+  expect(steps).toEqual([...new Set(steps)].sort((a, b) => a - b));
+  const { data } = await createClient(second.url).generate("octopus", { seed: 5, steps: MANY }).result();
+  expect(shown.at(-1)?.fingerprint).toBe(fingerprint(data));
 });
 
 it("a full queue is told in plain words", async () => {

@@ -11,6 +11,8 @@ export class Assembler {
   picture: Picture | undefined;
   /** Why there will be none, once that is known. */
   error: CalotypeError | undefined;
+  /** Whether the server has said so, and it is not only the connection that failed. */
+  told = false;
   #chunks: Uint8Array[] = [];
 
   /** Whether it is known how the generation ended. */
@@ -27,7 +29,10 @@ export class Assembler {
     if (this.ended) return undefined;
     const phase = phaseFromWire(message.phase);
     if (phase === "succeeded") return this.#addChunk(message);
-    if (isEnd(phase)) this.error = fromMessage(message.error, phase === "cancelled" ? "CANCELLED" : "INTERNAL");
+    if (isEnd(phase)) {
+      this.error = fromMessage(message.error, phase === "cancelled" ? "CANCELLED" : "INTERNAL");
+      this.told = true;
+    }
     return progressFromWire(message);
   }
 
@@ -36,12 +41,6 @@ export class Assembler {
     if (this.ended) return;
     const text = "The stream ended without saying how the generation ended.";
     this.error = error ?? new CalotypeError("UNKNOWN", text, { reason: "STREAM_INCOMPLETE" });
-  }
-
-  /** Returns the final picture of a generation that has ended, or throws its error. */
-  outcome(): Picture {
-    if (this.picture === undefined) throw this.error;
-    return this.picture;
   }
 
   #addChunk(message: wire.Progress): Progress | undefined {

@@ -1,14 +1,25 @@
-/** The client: one service, three calls. */
+/** The client: one service, and what one may ask of it. */
 
 import { createClient as createConnectClient, type Transport } from "@connectrpc/connect";
 import { createGrpcWebTransport } from "@connectrpc/connect-web";
-import { modelFromWire, phaseFromWire, requestToWire } from "./convert.js";
+import { type Clock, realClock } from "./clock.js";
+import { modelFromWire, phaseFromWire, requestToWire, summaryFromWire, watchToWire } from "./convert.js";
 import { CalotypeError, cancelledHere } from "./errors.js";
+import { type Calls, follow } from "./follow.js";
 import { GenerationService } from "./gen/calotype/v1/calotype_pb.js";
 import { Generation } from "./generation.js";
+import { newRequestId } from "./ids.js";
 import { defaultLines, Lines } from "./lines.js";
 import { fromCall } from "./status.js";
-import type { CallOptions, GenerateOptions, Model, Phase } from "./types.js";
+import type {
+  CallOptions,
+  FollowOptions,
+  GenerateOptions,
+  GenerationSummary,
+  Model,
+  Phase,
+  WatchOptions,
+} from "./types.js";
 
 export interface ClientOptions {
   /** Used instead of the global `fetch`. */
@@ -19,6 +30,8 @@ export interface ClientOptions {
   readonly maxStreams?: number;
   /** Used instead of grpc-web over `fetch`: connect's router transport in tests, or native gRPC in Node. */
   readonly transport?: Transport;
+  /** Used instead of the real time and chance between reconnects, in tests. */
+  readonly clock?: Clock;
 }
 
 export interface Client {
@@ -28,16 +41,44 @@ export interface Client {
    * @param prompt - Describes the picture; 1 to `Model.maxPromptChars` characters.
    * @throws CalotypeError - INVALID_ARGUMENT, when a number cannot be sent; what the server refuses, the loop throws.
    */
-  generate(prompt: string, options?: GenerateOptions & CallOptions): Generation;
+  generate(prompt: string, options?: GenerateOptions & FollowOptions): Generation;
+  /**
+   * Follows a generation that somebody has started: the newest preview again, or the end, and then whatever comes.
+   * Leaving it leaves it to the others.
+   *
+   * @throws CalotypeError - INVALID_ARGUMENT, when a number cannot be sent. The loop throws NOT_FOUND when there is no
+   *   such generation, or it ended too long ago.
+   */
+  watch(generationId: string, options?: WatchOptions & FollowOptions): Generation;
   /**
    * Cancels a queued or running generation by its id. One that has ended is not an error.
    *
    * @returns The phase in which it was found.
    */
   cancel(generationId: string, options?: CallOptions): Promise<Phase>;
+  /**
+   * Ends a generation early with the picture as it is, which becomes the final one. One that has ended is not an error.
+   *
+   * @returns The phase in which it was found.
+   */
+  finish(generationId: string, options?: CallOptions): Promise<Phase>;
+  /**
+   * Lists the caller's own generations that run or have not been forgotten yet, the newest first.
+   *
+   * @param options - `pageSize`: how many to ask for at a time, 1 to 100.
+   */
+  generations(
+    options?: CallOptions & { readonly pageSize?: number },
+  ): AsyncGenerator<GenerationSummary, void, undefined>;
   /** Describes the loaded model: sizes, limits, defaults, schedulers. */
   getModel(options?: CallOptions): Promise<Model>;
 }
+
+/** How often a lost connection is taken up again, when the caller does not say. Some 40 seconds in the mean. */
+const RETRIES = 12;
+
+/** How long a server waits for us after a lost connection, when the caller does not say. Seconds. */
+const GRACE = 10;
 
 /**
  * Makes a client for a Calotype service.
@@ -50,6 +91,7 @@ export function createClient(baseUrl: string, options: ClientOptions = {}): Clie
     options.transport ?? createGrpcWebTransport({ baseUrl: root, ...(options.fetch && { fetch: options.fetch }) });
   const calls = createConnectClient(GenerationService, transport);
   const lines = new Lines(options.maxStreams ?? defaultLines(root));
+  const clock = options.clock ?? realClock;
   const callOptions = ({ headers, timeout, signal }: CallOptions) => {
     const merged = new Headers(options.headers);
     for (const [name, value] of new Headers(headers)) merged.set(name, value);
@@ -66,25 +108,92 @@ export function createClient(baseUrl: string, options: ClientOptions = {}): Clie
       throw signal?.aborted ? cancelledHere(signal.reason) : fromCall(thrown, false);
     }
   };
+  const cancel = (generationId: string, given: CallOptions = {}) =>
+    unary(async () => phaseFromWire((await calls.cancel({ generationId }, callOptions(given))).phase), given.signal);
+
+  /** Makes a stream that waits for a line of its own, unless the caller leaves before. */
+  const onLine = <T>(
+    call: (options: ReturnType<typeof callOptions>) => AsyncIterable<T>,
+    given: CallOptions,
+    leaving: AbortSignal,
+  ) =>
+    async function* (signal: AbortSignal): AsyncGenerator<T, void, undefined> {
+      const { timeout } = given;
+      const asked = performance.now();
+      const release = await waitForLine(lines, AbortSignal.any([signal, leaving]), timeout);
+      const left = timeout === undefined ? {} : { timeout: timeout - (performance.now() - asked) / 1000 };
+      try {
+        yield* call(callOptions({ ...given, ...left, signal }));
+      } finally {
+        release();
+      }
+    };
 
   return {
     generate(prompt, given = {}) {
-      const request = requestToWire(prompt, given);
-      async function* call(signal: AbortSignal) {
-        const { timeout } = given;
-        const asked = performance.now();
-        const release = await waitForLine(lines, signal, timeout);
-        const left = timeout === undefined ? {} : { timeout: timeout - (performance.now() - asked) / 1000 };
-        try {
-          yield* calls.generate(request, callOptions({ ...given, ...left, signal }));
-        } finally {
-          release();
-        }
-      }
-      return new Generation(call, given.signal);
+      const { retries = RETRIES } = given;
+      const isOurChoice = retries > 0 && given.onDisconnect === undefined && given.disconnectGrace === undefined;
+      const request = requestToWire(prompt, {
+        ...given,
+        ...(isOurChoice && { onDisconnect: "cancel", disconnectGrace: GRACE }),
+        ...(retries > 0 && { requestId: given.requestId || newRequestId() }),
+      });
+      const reach = (leaving: AbortSignal): Calls => ({
+        generate: (seed, timeout) => {
+          const seeded = seed === undefined ? request : { ...request, seed: BigInt(seed) };
+          return onLine((how) => calls.generate(seeded, how), withTimeout(given, timeout), leaving);
+        },
+        watch: (generationId, afterSequence, timeout) => {
+          const watch = watchToWire(generationId, { ...given, afterSequence });
+          return onLine((how) => calls.watch(watch, how), withTimeout(given, timeout), leaving);
+        },
+      });
+      return new Generation(
+        {
+          follow: (leaving, onOrphan) => follow(reach(leaving), { ...given, retries, clock }, leaving, onOrphan),
+          cancel: (id) => cancel(id, headersOf(given)),
+          cancelsWhenLeft: isOurChoice,
+        },
+        given.signal,
+      );
     },
-    cancel: (generationId, given = {}) =>
-      unary(async () => phaseFromWire((await calls.cancel({ generationId }, callOptions(given))).phase), given.signal),
+
+    watch(generationId, given = {}) {
+      const { retries = RETRIES } = given;
+      const request = watchToWire(generationId, given);
+      const reach = (leaving: AbortSignal): Calls => ({
+        generate: undefined,
+        watch: (_, afterSequence, timeout) => {
+          const watch = { ...request, afterSequence: BigInt(afterSequence) };
+          return onLine((how) => calls.watch(watch, how), withTimeout(given, timeout), leaving);
+        },
+      });
+      return new Generation(
+        {
+          follow: (leaving) => follow(reach(leaving), { ...given, generationId, retries, clock }, leaving),
+          cancel: (id) => cancel(id, headersOf(given)),
+          cancelsWhenLeft: false,
+        },
+        given.signal,
+        generationId,
+      );
+    },
+
+    cancel,
+    finish: (generationId, given = {}) =>
+      unary(async () => phaseFromWire((await calls.finish({ generationId }, callOptions(given))).phase), given.signal),
+
+    async *generations(given = {}) {
+      const { pageSize } = given;
+      let pageToken = "";
+      do {
+        const request = { pageToken, ...(pageSize !== undefined && { pageSize }) };
+        const page = await unary(() => calls.listGenerations(request, callOptions(given)), given.signal);
+        for (const summary of page.generations) yield summaryFromWire(summary);
+        pageToken = page.nextPageToken;
+      } while (pageToken !== "");
+    },
+
     getModel: (given = {}) =>
       unary(async () => modelFromWire(await calls.getModel({}, callOptions(given))), given.signal),
   };
@@ -99,4 +208,13 @@ async function waitForLine(lines: Lines, signal: AbortSignal, timeout: number | 
     if (signal.aborted) throw reason;
     throw new CalotypeError("DEADLINE_EXCEEDED", "No connection became free in time.");
   }
+}
+
+/** How a stream is called; leaving it is not the call's affair. */
+function withTimeout(given: FollowOptions, timeout: number | undefined): CallOptions {
+  return { ...headersOf(given), ...(timeout !== undefined && { timeout }) };
+}
+
+function headersOf({ headers }: CallOptions): CallOptions {
+  return headers === undefined ? {} : { headers };
 }

@@ -1,7 +1,7 @@
 /** Between the messages on the wire and what callers hold. Nothing outside knows protobuf. */
 
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
-import { type Duration, durationFromMs, durationMs } from "@bufbuild/protobuf/wkt";
+import { type Duration, durationFromMs, durationMs, timestampDate } from "@bufbuild/protobuf/wkt";
 import { CalotypeError, type Violation } from "./errors.js";
 import * as wire from "./gen/calotype/v1/calotype_pb.js";
 import type * as types from "./types.js";
@@ -30,6 +30,41 @@ const METHODS: Record<types.PreviewMethod, wire.PreviewMethod> = {
   none: wire.PreviewMethod.NONE,
 };
 
+const POLICIES: Record<NonNullable<types.GenerateOptions["onDisconnect"]>, wire.DisconnectPolicy> = {
+  cancel: wire.DisconnectPolicy.CANCEL,
+  keep: wire.DisconnectPolicy.KEEP,
+};
+
+/** Takes numbers that the wire can carry, and notes all others. */
+class Numbers {
+  readonly #violations: Violation[] = [];
+
+  whole(field: string, value: number | undefined, limit = 2 ** 31 - 1): number | undefined {
+    return this.#take(field, value, Number.isInteger(value) && Math.abs(value ?? 0) <= limit, "a whole number");
+  }
+
+  finite(field: string, value: number | undefined): number | undefined {
+    return this.#take(field, value, Number.isFinite(value), "a number");
+  }
+
+  duration(field: string, value: number | undefined): Duration | undefined {
+    const seconds = this.finite(field, value);
+    return seconds === undefined ? undefined : durationFromMs(seconds * 1000);
+  }
+
+  check(): void {
+    if (this.#violations.length === 0) return;
+    const text = this.#violations.map(({ field, description }) => `${field} ${description}`).join("; ");
+    throw new CalotypeError("INVALID_ARGUMENT", text, { reason: "INVALID_REQUEST", violations: this.#violations });
+  }
+
+  #take(field: string, value: number | undefined, fits: boolean, what: string): number | undefined {
+    if (value === undefined || fits) return value;
+    this.#violations.push({ field, description: `is ${value}, must be ${what}` });
+    return undefined;
+  }
+}
+
 /**
  * Builds the request.
  *
@@ -37,47 +72,56 @@ const METHODS: Record<types.PreviewMethod, wire.PreviewMethod> = {
  *   server's to judge.
  */
 export function requestToWire(prompt: string, options: types.GenerateOptions): wire.GenerateRequest {
-  const { preview, output } = options;
-  const violations: Violation[] = [];
-  const whole = (field: string, value: number | undefined, limit = 2 ** 31 - 1) => {
-    if (value === undefined || (Number.isInteger(value) && Math.abs(value) <= limit)) return value;
-    violations.push({ field, description: `is ${value}, must be a whole number` });
-    return undefined;
-  };
-  const finite = (field: string, value: number | undefined) => {
-    if (value === undefined || Number.isFinite(value)) return value;
-    violations.push({ field, description: `is ${value}, must be a number` });
-    return undefined;
-  };
-  const interval = finite("preview.min_interval", preview?.minInterval);
-  const seed = whole("seed", options.seed, Number.MAX_SAFE_INTEGER);
+  const { preview, output, onDisconnect } = options;
+  const numbers = new Numbers();
+  const seed = numbers.whole("seed", options.seed, Number.MAX_SAFE_INTEGER);
   const request: MessageInitShape<typeof wire.GenerateRequestSchema> = {
     prompt,
     negativePrompt: options.negativePrompt,
-    widthPx: whole("width_px", options.width),
-    heightPx: whole("height_px", options.height),
-    stepCount: whole("step_count", options.steps),
-    guidanceScale: finite("guidance_scale", options.guidanceScale),
+    widthPx: numbers.whole("width_px", options.width),
+    heightPx: numbers.whole("height_px", options.height),
+    stepCount: numbers.whole("step_count", options.steps),
+    guidanceScale: numbers.finite("guidance_scale", options.guidanceScale),
     seed: seed === undefined ? undefined : BigInt(seed),
     scheduler: options.scheduler,
-    preview: preview && {
-      everySteps: whole("preview.every_steps", preview.everySteps),
-      minInterval: interval === undefined ? undefined : durationFromMs(interval * 1000),
-      maxEdgePx: whole("preview.max_edge_px", preview.maxEdge),
-      quality: whole("preview.quality", preview.quality),
-      method: preview.method && METHODS[preview.method],
-    },
+    preview: preview && previewToWire(preview, numbers),
     output: output && {
       format: output.format && FORMATS[output.format],
-      quality: whole("output.quality", output.quality),
+      quality: numbers.whole("output.quality", output.quality),
       metadata: output.metadata,
     },
+    onDisconnect: onDisconnect && POLICIES[onDisconnect],
+    disconnectGrace: numbers.duration("disconnect_grace", options.disconnectGrace),
+    requestId: options.requestId,
   };
-  if (violations.length > 0) {
-    const text = violations.map(({ field, description }) => `${field} ${description}`).join("; ");
-    throw new CalotypeError("INVALID_ARGUMENT", text, { reason: "INVALID_REQUEST", violations });
-  }
+  numbers.check();
   return create(wire.GenerateRequestSchema, request);
+}
+
+/**
+ * Builds the request to watch.
+ *
+ * @throws CalotypeError - INVALID_ARGUMENT, as `requestToWire`.
+ */
+export function watchToWire(generationId: string, options: types.WatchOptions): wire.WatchRequest {
+  const numbers = new Numbers();
+  const afterSequence = numbers.whole("after_sequence", options.afterSequence, Number.MAX_SAFE_INTEGER) ?? 0;
+  const preview = options.preview && previewToWire(options.preview, numbers);
+  numbers.check();
+  return create(wire.WatchRequestSchema, { generationId, afterSequence: BigInt(afterSequence), preview });
+}
+
+function previewToWire(
+  preview: types.PreviewOptions,
+  numbers: Numbers,
+): MessageInitShape<typeof wire.PreviewOptionsSchema> {
+  return {
+    everySteps: numbers.whole("preview.every_steps", preview.everySteps),
+    minInterval: numbers.duration("preview.min_interval", preview.minInterval),
+    maxEdgePx: numbers.whole("preview.max_edge_px", preview.maxEdge),
+    quality: numbers.whole("preview.quality", preview.quality),
+    method: preview.method && METHODS[preview.method],
+  };
 }
 
 /** Converts a message. Its image, where there is one, is taken to be complete: see the assembler. */
@@ -95,6 +139,7 @@ export function progressFromWire(message: wire.Progress): types.Progress {
     previewsWithdrawn: message.previewsWithdrawn,
     seed: Number(message.seed),
     warnings: message.warnings.map(({ reason, message: text }) => ({ reason, message: text })),
+    finishedEarly: message.finishedEarly,
     timings: message.timings && {
       queued: seconds(message.timings.queued),
       encodingPrompt: seconds(message.timings.encodingPrompt),
@@ -123,6 +168,19 @@ export function pictureFromWire(message: wire.Progress, data: Uint8Array): types
     kind: message.imageKind === wire.ImageKind.FINAL ? "final" : "predicted",
     step: message.imageStep,
     method: keyOf(METHODS, message.previewMethod),
+  };
+}
+
+export function summaryFromWire(summary: wire.GenerationSummary): types.GenerationSummary {
+  return {
+    generationId: summary.generationId,
+    requestId: summary.requestId,
+    prompt: summary.prompt,
+    phase: phaseFromWire(summary.phase),
+    step: summary.step,
+    totalSteps: summary.totalSteps,
+    seed: Number(summary.seed),
+    created: summary.createTime && timestampDate(summary.createTime),
   };
 }
 

@@ -1,43 +1,55 @@
 /** A generation: iterate over its progress, wait for its result, or cancel it. */
 
-import { Assembler } from "./assembler.js";
-import { type CalotypeError, cancelledHere } from "./errors.js";
-import type * as wire from "./gen/calotype/v1/calotype_pb.js";
-import { fromCall } from "./status.js";
-import type { Picture, Progress } from "./types.js";
+import { CalotypeError, cancelledHere } from "./errors.js";
+import { isEnd, type Picture, type Progress } from "./types.js";
 
-/** How long the status may come after the last message, which is what counts. Milliseconds. */
-const STATUS_GRACE_MS = 1000;
-
-/** Starts the call. It must end when `signal` is aborted. */
-export type Call = (signal: AbortSignal) => AsyncIterable<wire.Progress>;
+/** How a generation is reached. */
+export interface Reach {
+  /** Follows it, until `leaving` is aborted; tells `onOrphan` of one that was left before its id was known. */
+  follow(leaving: AbortSignal, onOrphan: (generationId: string) => void): AsyncIterable<Progress>;
+  /** Cancels it on the server. */
+  cancel(generationId: string): Promise<unknown>;
+  /** Whether leaving is to cancel it at once: what the server does by itself is meant for lost connections. */
+  readonly cancelsWhenLeft: boolean;
+}
 
 /**
  * A generation that starts with the first step of its iteration, or with `result`.
  *
- * Iterate over it once: the loop ends after success and throws a `CalotypeError` otherwise. Leaving the loop early, by
- * `break`, `return` or an exception, aborts the call, which cancels the generation on the server.
+ * Iterate over it once: the loop ends after success and throws a `CalotypeError` otherwise. What leaving the loop early
+ * does, by `break`, `return` or an exception, says the request's `onDisconnect`: by default it cancels the generation.
  */
 export class Generation implements AsyncIterable<Progress> {
-  readonly #call: Call;
-  readonly #controller = new AbortController();
-  readonly #assembler = new Assembler();
+  readonly #reach: Reach;
+  readonly #leaving = new AbortController();
   readonly #signal: AbortSignal | undefined;
+  #id: string | undefined;
+  #cancels: boolean;
   #iterated = false;
+  #done = false;
+  #picture: Picture | undefined;
   #result: Promise<Picture> | undefined;
 
-  constructor(call: Call, signal?: AbortSignal) {
-    this.#call = call;
+  constructor(reach: Reach, signal?: AbortSignal, id?: string) {
+    this.#reach = reach;
     this.#signal = signal;
+    this.#id = id;
+    this.#cancels = reach.cancelsWhenLeft;
   }
 
-  /** Whether the generation has ended, in whatever way. */
+  /** For `watch`, `finish` and `cancel` of the client; undefined before the first progress. */
+  get id(): string | undefined {
+    return this.#id;
+  }
+
+  /** Whether the generation has ended, in whatever way, or was left. */
   get done(): boolean {
-    return this.#assembler.ended;
+    return this.#done;
   }
 
-  /** Leaves the stream, which cancels the generation on the server. Does nothing after the end. */
+  /** Cancels the generation on the server and leaves it. Does nothing after the end. */
   cancel(): void {
+    this.#cancels = true;
     this.#leave(cancelledHere());
   }
 
@@ -51,7 +63,7 @@ export class Generation implements AsyncIterable<Progress> {
       for await (const _ of this) {
         // Only the end is of interest.
       }
-      return this.#assembler.outcome();
+      return this.#picture as Picture;
     })();
     return this.#result;
   }
@@ -59,37 +71,35 @@ export class Generation implements AsyncIterable<Progress> {
   async *[Symbol.asyncIterator](): AsyncGenerator<Progress, void, undefined> {
     if (this.#iterated) throw new TypeError("A generation can be iterated only once. Call `generate` for another.");
     this.#iterated = true;
-    const assembler = this.#assembler;
-    const followSignal = () => this.#leave(cancelledHere(this.#signal?.reason));
+    const followSignal = () => this.#leave(this.#signal?.reason);
     if (this.#signal?.aborted) followSignal();
     this.#signal?.addEventListener("abort", followSignal, { once: true });
-    let begun = false;
-    let grace: ReturnType<typeof setTimeout> | undefined;
     try {
-      if (!assembler.ended) {
-        for await (const message of this.#call(this.#controller.signal)) {
-          begun = true;
-          const progress = assembler.feed(message);
-          if (assembler.ended) grace ??= setTimeout(() => this.#controller.abort(), STATUS_GRACE_MS);
-          if (progress) yield progress;
-        }
+      for await (const progress of this.#reach.follow(this.#leaving.signal, (id) => this.#orphaned(id))) {
+        this.#id = progress.generationId;
+        if (progress.picture?.kind === "final") this.#picture = progress.picture;
+        this.#done ||= isEnd(progress.phase);
+        yield progress;
       }
-      assembler.close();
     } catch (thrown) {
-      assembler.close(fromCall(thrown, begun));
+      // One that is late is of no use any more; in all other cases there is nothing left to leave.
+      if (!(thrown instanceof CalotypeError && thrown.code === "DEADLINE_EXCEEDED")) this.#done = true;
+      throw thrown;
     } finally {
-      clearTimeout(grace);
       this.#signal?.removeEventListener("abort", followSignal);
-      // Leaving the iterator of connect does not abort its request: without this the server would go on.
       this.#leave(cancelledHere());
-      this.#controller.abort();
     }
-    assembler.outcome();
   }
 
-  #leave(error: CalotypeError): void {
-    if (this.#assembler.ended) return;
-    this.#assembler.close(error);
-    this.#controller.abort();
+  #leave(reason: unknown): void {
+    if (this.#done) return;
+    this.#done = true;
+    this.#leaving.abort(reason);
+    if (this.#id !== undefined) this.#orphaned(this.#id);
+  }
+
+  #orphaned(id: string): void {
+    // Whoever cannot be reached finds out by itself, when the connection is gone.
+    if (this.#cancels) this.#reach.cancel(id).catch(() => undefined);
   }
 }

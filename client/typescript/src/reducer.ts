@@ -1,18 +1,28 @@
 /** What a view of one generation shows, as a pure function of what happened: `(state, event) => state`. */
 
 import type { CalotypeError } from "./errors.js";
-import type { Notice, Phase, Picture, Progress, Timings } from "./types.js";
+import { isEnd, type Notice, type Phase, type Picture, type Progress, type Timings } from "./types.js";
 
 export type ViewEvent =
   | { readonly type: "start" }
   | { readonly type: "progress"; readonly progress: Progress }
   | { readonly type: "error"; readonly error: CalotypeError }
+  /** The connection was lost and is being taken up again. */
+  | { readonly type: "reconnect" }
+  /** Somebody finds it good enough; false when the service could not be told so. */
+  | { readonly type: "finish"; readonly asked: boolean }
   /** Shows the picture at this index of `stages` again; undefined for the newest. */
   | { readonly type: "scrub"; readonly index: number | undefined };
 
 export interface ViewState {
   /** `waiting`: asked for, and nothing heard yet. */
   readonly status: "idle" | "waiting" | "running" | "succeeded" | "failed" | "cancelled";
+  /** There is no connection at the moment, but it is being looked for. */
+  readonly reconnecting: boolean;
+  /** The service was asked to end it early with the picture as it is. */
+  readonly finishing: boolean;
+  /** The final picture is the estimate of `step`. */
+  readonly finishedEarly: boolean;
   readonly phase: Phase | undefined;
   readonly generationId: string | undefined;
   readonly seed: number | undefined;
@@ -36,6 +46,9 @@ export interface ViewState {
 
 export const initialState: ViewState = {
   status: "idle",
+  reconnecting: false,
+  finishing: false,
+  finishedEarly: false,
   phase: undefined,
   generationId: undefined,
   seed: undefined,
@@ -61,6 +74,10 @@ export function reduce(state: ViewState, event: ViewEvent): ViewState {
       return isOver(state) ? state : withProgress(state, event.progress);
     case "error":
       return isOver(state) ? state : withError(state, event.error);
+    case "reconnect":
+      return isOver(state) ? state : { ...state, reconnecting: true };
+    case "finish":
+      return isOver(state) ? state : { ...state, finishing: event.asked };
     case "scrub":
       return withScrub(state, event.index);
   }
@@ -95,6 +112,9 @@ function withProgress(state: ViewState, progress: Progress): ViewState {
     ...state,
     // How a failure ended is told by the error that follows, not by its message alone.
     status: phase === "succeeded" ? "succeeded" : "running",
+    reconnecting: false,
+    finishing: state.finishing && !isEnd(phase),
+    finishedEarly: progress.finishedEarly,
     phase,
     generationId: progress.generationId,
     seed: progress.seed,
@@ -114,7 +134,16 @@ function withProgress(state: ViewState, progress: Progress): ViewState {
 function withError(state: ViewState, error: CalotypeError): ViewState {
   const status = error.code === "CANCELLED" ? "cancelled" : "failed";
   const previews = error.reason === "CONTENT_WITHHELD" ? [] : state.previews;
-  return { ...state, status, error, previews, queuePosition: 0, remaining: undefined };
+  return {
+    ...state,
+    status,
+    error,
+    previews,
+    reconnecting: false,
+    finishing: false,
+    queuePosition: 0,
+    remaining: undefined,
+  };
 }
 
 function withScrub(state: ViewState, index: number | undefined): ViewState {

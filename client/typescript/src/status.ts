@@ -20,8 +20,7 @@ export function fromCall(thrown: unknown, begun: boolean): CalotypeError {
       ? new CalotypeError("UNAVAILABLE", "The connection was lost.", { reason: "CONNECTION_LOST", cause: thrown })
       : new CalotypeError("UNAVAILABLE", "The service does not answer.", { reason: "UNREACHABLE", cause: thrown });
   }
-  if (error.rawMessage === "missing trailer") {
-    // What connect says of a body that ended in order, but with no status: a proxy has cut it.
+  if (CUT.test(error.rawMessage)) {
     return new CalotypeError("UNKNOWN", "The answer is incomplete.", { reason: "STREAM_INCOMPLETE", cause: thrown });
   }
   const [info] = error.findDetails(ErrorInfoSchema);
@@ -35,6 +34,9 @@ export function fromCall(thrown: unknown, begun: boolean): CalotypeError {
     cause: thrown,
   });
 }
+
+/** What connect says of a body that ended in order, but with no status, or within a message: a proxy has cut it. */
+const CUT = /^(missing trailer|protocol error: incomplete envelope)$/;
 
 /** Translates the error in the last message of a stream; `fallback` stands in for a missing one. */
 export function fromMessage(error: wire.Error | undefined, fallback: StatusCode): CalotypeError {

@@ -1,5 +1,7 @@
 /** What callers hold: plain, readonly objects. Times are in seconds, sizes in pixels. */
 
+import type { CalotypeError } from "./errors.js";
+
 /** What a generation is doing, or how it ended. It only moves forward. */
 export type Phase =
   | "queued"
@@ -67,8 +69,25 @@ export interface Progress {
   /** Seed in use: the one asked for, or the one drawn. */
   readonly seed: number;
   readonly warnings: readonly Notice[];
+  /** The final picture is the estimate of `step`, because somebody found it good enough and called `finish`. */
+  readonly finishedEarly: boolean;
   /** In the last progress only. */
   readonly timings: Timings | undefined;
+}
+
+/** Where one of the caller's generations stands. */
+export interface GenerationSummary {
+  readonly generationId: string;
+  /** As asked for; empty when there was none. */
+  readonly requestId: string;
+  readonly prompt: string;
+  readonly phase: Phase;
+  readonly step: number;
+  /** 0 until it is known. */
+  readonly totalSteps: number;
+  readonly seed: number;
+  /** When it was accepted. */
+  readonly created: Date | undefined;
 }
 
 /** How previews look and how often they come. What is left out is as in `Model.preview`. */
@@ -112,16 +131,57 @@ export interface GenerateOptions {
   readonly scheduler?: string;
   readonly preview?: PreviewOptions;
   readonly output?: OutputOptions;
+  /**
+   * What happens when the last reader has left: `cancel`, after `disconnectGrace`, or `keep`: it goes on to its end and
+   * can be watched for a while. Default: leaving cancels at once, and a lost connection after ten seconds.
+   */
+  readonly onDisconnect?: "cancel" | "keep";
+  /** With `cancel`: seconds in which a reader may come back, 0 to 3600. */
+  readonly disconnectGrace?: number;
+  /**
+   * Makes the call idempotent: the same id never starts twice, but follows the first. Up to 128 characters of printable
+   * ASCII. Default: drawn at random, unless `retries` is 0.
+   */
+  readonly requestId?: string;
+}
+
+/** How to watch a generation. */
+export interface WatchOptions {
+  /** The last `Progress.sequence` that is known already. Default: 0, tell all. */
+  readonly afterSequence?: number;
+  /** Previews for this reader; their rate is at most that of the generation. Default: as it was asked for. */
+  readonly preview?: PreviewOptions;
 }
 
 /** How a call is made. */
 export interface CallOptions {
-  /** Leaves the call, which cancels a generation on the server. */
+  /** Leaves the call. What becomes of a generation then, says its `onDisconnect`. */
   readonly signal?: AbortSignal;
   /** Seconds until the call must have ended, waiting included. Default: no limit. */
   readonly timeout?: number;
   /** Further HTTP headers, such as `authorization`. */
   readonly headers?: HeadersInit;
+}
+
+/** How a stream is followed. */
+export interface FollowOptions extends CallOptions {
+  /**
+   * How many times in a row, with nothing new between them, a lost connection is taken up again, by watching or, when
+   * the server has forgotten everything, by generating with the same seed. 0 switches this off. Default: 12.
+   */
+  readonly retries?: number;
+  /** Told before each wait for another connection. The next progress says that there is one. */
+  readonly onReconnect?: (reconnect: Reconnect) => void;
+}
+
+/** A connection was lost and will be taken up again. */
+export interface Reconnect {
+  /** Attempts in a row, from 1. */
+  readonly attempt: number;
+  /** Seconds until it is made. */
+  readonly delay: number;
+  /** Why the last connection failed. */
+  readonly error: CalotypeError;
 }
 
 /** The loaded model: what it can do and what it does by default. */

@@ -22,7 +22,7 @@ const BY_REASON: Readonly<Record<string, Explanation>> = {
   CONNECTION_LOST: {
     title: "The connection was lost while the picture was forming.",
     advice:
-      "The service was restarted, or the network dropped. Going on begins again with the same seed, so you get the same picture.",
+      "Reconnecting did not help: the network is down, or the service was stopped. Going on begins again with the same seed, so you get the same picture.",
     retry: "Go on",
   },
   STREAM_INCOMPLETE: {

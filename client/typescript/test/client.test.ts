@@ -1,12 +1,28 @@
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
-import { create } from "@bufbuild/protobuf";
-import { Code, ConnectError } from "@connectrpc/connect";
+import { create, toBinary } from "@bufbuild/protobuf";
+import { Code, ConnectError, type HandlerContext } from "@connectrpc/connect";
 import { afterEach, describe, expect, it } from "vitest";
 import { STATUS_CODES } from "../src/errors.js";
-import { ModelSchema, Phase, PreviewMethod, PreviewOptionsSchema } from "../src/gen/calotype/v1/calotype_pb.js";
+import {
+  DisconnectPolicy,
+  type GenerateRequest,
+  ModelSchema,
+  Phase,
+  PreviewMethod,
+  PreviewOptionsSchema,
+  ProgressSchema,
+} from "../src/gen/calotype/v1/calotype_pb.js";
 import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "../src/gen/google/rpc/error_details_pb.js";
-import { CalotypeError, type ClientOptions, createClient, type GenerateOptions, type Progress } from "../src/index.js";
+import {
+  CalotypeError,
+  type Client,
+  type ClientOptions,
+  createClient,
+  type GenerateOptions,
+  type Progress,
+  type Reconnect,
+} from "../src/index.js";
 import { final, gone, type Handlers, preview, progress, Stub } from "./stub.js";
 
 let stubs: Stub[] = [];
@@ -207,6 +223,168 @@ describe("leaving", () => {
   });
 });
 
+describe("what leaving does", () => {
+  /** A service with one endless generation, which notes its request and what is cancelled. */
+  async function endless(): Promise<{
+    client: Client;
+    requests: GenerateRequest[];
+    cancelled: string[];
+    gone: Promise<void>;
+  }> {
+    const requests: GenerateRequest[] = [];
+    const cancelled: string[] = [];
+    let resolve = () => {};
+    const left = new Promise<void>((resolved) => {
+      resolve = resolved;
+    });
+    const follow = async function* (context: HandlerContext) {
+      yield preview(1);
+      await gone(context);
+      resolve();
+    };
+    const { client } = await serve({
+      generate(request, context) {
+        requests.push(request);
+        return follow(context);
+      },
+      watch: (_, context) => follow(context),
+      cancel({ generationId }) {
+        cancelled.push(generationId);
+        return {};
+      },
+    });
+    return { client, requests, cancelled, gone: left };
+  }
+
+  async function leave(generation: AsyncIterable<Progress>): Promise<void> {
+    for await (const _ of generation) break;
+  }
+
+  it("asks for ten seconds of grace, and cancels by id when the loop is left on purpose", async () => {
+    const { client, requests, cancelled, gone } = await endless();
+    await leave(client.generate("x"));
+    await gone;
+    await expect.poll(() => cancelled).toEqual(["g"]);
+    expect(requests[0]).toMatchObject({ onDisconnect: DisconnectPolicy.CANCEL, disconnectGrace: { seconds: 10n } });
+    expect(requests[0]?.requestId).toMatch(/^[0-9a-f]{32}$/);
+  });
+
+  it.each([
+    ["keep", { onDisconnect: "keep" }],
+    ["a grace of the caller's", { disconnectGrace: 30 }],
+    ["no retries", { retries: 0 }],
+  ] as const)("is left to the server with %s", async (_, options) => {
+    const { client, requests, cancelled, gone } = await endless();
+    await leave(client.generate("x", options));
+    await gone;
+    // Sent after whatever leaving sends.
+    await client.cancel("last");
+    expect(cancelled).toEqual(["last"]);
+    if ("retries" in options) expect(requests[0]).toMatchObject({ requestId: "", onDisconnect: 0 });
+  });
+
+  it("leaves what is watched to the others, but cancels it when asked to", async () => {
+    const { client, cancelled } = await endless();
+    await leave(client.watch("g"));
+    await client.cancel("last");
+    expect(cancelled).toEqual(["last"]);
+    const generation = client.watch("g");
+    const messages = generation[Symbol.asyncIterator]();
+    await messages.next();
+    generation.cancel();
+    await expect.poll(() => cancelled).toEqual(["last", "g"]);
+  });
+
+  it("cancels with `cancel()` also what is to be kept", async () => {
+    const { client, cancelled } = await endless();
+    const generation = client.generate("x", { onDisconnect: "keep" });
+    const messages = generation[Symbol.asyncIterator]();
+    await messages.next();
+    expect(generation.id).toBe("g");
+    generation.cancel();
+    await expect.poll(() => cancelled).toEqual(["g"]);
+  });
+
+  it("cancels what was left before its id was known, as soon as it is", async () => {
+    const cancelled: string[] = [];
+    const asked = new EventTarget();
+    let answer = () => {};
+    const { client } = await serve({
+      async *generate(_request, context) {
+        asked.dispatchEvent(new Event("asked"));
+        await new Promise<void>((resolve) => {
+          answer = resolve;
+        });
+        yield preview(1);
+        await gone(context);
+      },
+      cancel({ generationId }) {
+        cancelled.push(generationId);
+        return {};
+      },
+    });
+    const arrived = new Promise((resolve) => asked.addEventListener("asked", resolve));
+    const generation = client.generate("x");
+    const result = errorOf(generation.result());
+    await arrived;
+    generation.cancel();
+    expect(await result).toMatchObject({ code: "CANCELLED" });
+    answer();
+    await expect.poll(() => cancelled).toEqual(["g"]);
+  });
+});
+
+describe("a connection that is lost", () => {
+  it("is taken up again from the last message, with the same request id when all is forgotten", async () => {
+    const requests: GenerateRequest[] = [];
+    const watched: object[] = [];
+    const { client, stub } = await serve({
+      async *generate(request, context) {
+        requests.push(request);
+        yield preview(requests.length);
+        if (requests.length === 1) await gone(context);
+        yield final();
+      },
+      // biome-ignore lint/correctness/useYield: it has forgotten.
+      async *watch(request) {
+        watched.push(request);
+        throw new ConnectError("", Code.NotFound);
+      },
+    });
+    const reconnects: Reconnect[] = [];
+    const steps: number[] = [];
+    const options = { preview: { maxEdge: 64 }, onReconnect: (reconnect: Reconnect) => reconnects.push(reconnect) };
+    for await (const { picture } of client.generate("x", options)) {
+      if (picture) steps.push(picture.step);
+      if (requests.length === 1) stub.cut();
+    }
+    expect(steps).toEqual([1, 2, 3]);
+    expect(watched).toMatchObject([{ generationId: "g", afterSequence: 2n, preview: { maxEdgePx: 64 } }]);
+    expect(requests[1]).toMatchObject({ prompt: "x", seed: 42n, requestId: requests[0]?.requestId });
+    expect(reconnects[0]).toMatchObject({ attempt: 1, error: { reason: "CONNECTION_LOST" } });
+  });
+
+  it("is taken up again when a proxy has cut it within a message", async () => {
+    let calls = 0;
+    const whole = Buffer.from(toBinary(ProgressSchema, preview(1)));
+    const server = createServer((_request, response) => {
+      calls += 1;
+      response.setHeader("content-type", "application/grpc-web+proto");
+      response.write(Buffer.concat([Buffer.from([0, 0, 0, 0, whole.length]), whole]));
+      if (calls === 1) return void response.end(new Uint8Array([0, 0, 0, 0, 9, 1]));
+      const last = Buffer.from(toBinary(ProgressSchema, final()));
+      const status = Buffer.from("grpc-status:0\r\n");
+      response.write(Buffer.concat([Buffer.from([0, 0, 0, 0, last.length]), last]));
+      response.end(Buffer.concat([Buffer.from([0x80, 0, 0, 0, status.length]), status]));
+    });
+    await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+    const client = createClient(`http://127.0.0.1:${(server.address() as AddressInfo).port}`);
+    expect((await client.generate("x").result()).kind).toBe("final");
+    expect(calls).toBe(2);
+    server.close();
+  });
+});
+
 describe("an error", () => {
   it.each(STATUS_CODES.map((code, index) => [code, index + 1] as const))(
     "with status %s has that code",
@@ -275,7 +453,7 @@ describe("an error", () => {
         await gone(context);
       },
     });
-    const messages = client.generate("x")[Symbol.asyncIterator]();
+    const messages = client.generate("x", { retries: 0 })[Symbol.asyncIterator]();
     await messages.next();
     stub.cut();
     expect(await errorOf(messages.next())).toMatchObject({ code: "UNAVAILABLE", reason: "CONNECTION_LOST" });
@@ -287,7 +465,7 @@ describe("an error", () => {
         yield preview(1);
       },
     });
-    expect(await errorOf(client.generate("x").result())).toMatchObject({
+    expect(await errorOf(client.generate("x", { retries: 0 }).result())).toMatchObject({
       code: "UNKNOWN",
       reason: "STREAM_INCOMPLETE",
     });
@@ -361,6 +539,32 @@ describe("the unary calls", () => {
     });
     expect(await client.cancel("g")).toBe("denoising");
     expect(await errorOf(client.cancel("h"))).toMatchObject({ code: "NOT_FOUND" });
+  });
+
+  it("finish by id", async () => {
+    const { client } = await serve({
+      finish: ({ generationId }) => ({ phase: generationId === "g" ? Phase.QUEUED : 0 }),
+    });
+    expect(await client.finish("g")).toBe("queued");
+  });
+
+  it("list generations over all pages", async () => {
+    const asked: object[] = [];
+    const { client } = await serve({
+      listGenerations(request) {
+        asked.push(request);
+        const createTime = { seconds: 1_700_000_000n };
+        const generations = [
+          { generationId: `g${asked.length}`, prompt: "x", phase: Phase.DENOISING, seed: 7n, createTime },
+        ];
+        return { generations, nextPageToken: asked.length < 3 ? `page ${asked.length + 1}` : "" };
+      },
+    });
+    const listed = [];
+    for await (const summary of client.generations({ pageSize: 1 })) listed.push(summary);
+    expect(listed.map(({ generationId }) => generationId)).toEqual(["g1", "g2", "g3"]);
+    expect(listed[0]).toMatchObject({ phase: "denoising", seed: 7, created: new Date(1_700_000_000_000) });
+    expect(asked).toMatchObject([{ pageSize: 1, pageToken: "" }, { pageToken: "page 2" }, { pageToken: "page 3" }]);
   });
 
   it("send headers of the client and of the call", async () => {

@@ -29,6 +29,7 @@ function progress(values: Partial<Progress>): ViewEvent {
     previewsWithdrawn: false,
     seed: 7,
     warnings: [],
+    finishedEarly: false,
     timings: undefined,
   };
   return { type: "progress", progress: { ...empty, ...values } };
@@ -106,6 +107,26 @@ describe("the reducer", () => {
     expect(frameAt(play(...ended, scrub(-5)))?.step).toBe(1);
     expect(frameAt(play(...ended, scrub(99)))?.kind).toBe("final");
     expect(play(...ended, scrub(0), scrub(2)).scrubbed).toBeUndefined();
+  });
+
+  it("tells that it reconnects until there is something new, or the end", () => {
+    const reconnect: ViewEvent = { type: "reconnect" };
+    expect(play(start, preview(1), reconnect)).toMatchObject({ status: "running", reconnecting: true });
+    expect(play(start, preview(1), reconnect, preview(2)).reconnecting).toBe(false);
+    expect(play(start, preview(1), reconnect, failed).reconnecting).toBe(false);
+    expect(play(start, succeeded, reconnect).reconnecting).toBe(false);
+  });
+
+  it("tells that it is being finished early, and that it was", () => {
+    const finish = (asked: boolean): ViewEvent => ({ type: "finish", asked });
+    expect(play(start, preview(1), finish(true), preview(2)).finishing).toBe(true);
+    expect(play(start, preview(1), finish(true), finish(false)).finishing).toBe(false);
+    const early = progress({ phase: "succeeded", step: 2, picture: picture(2, "final"), finishedEarly: true });
+    expect(play(start, preview(1), finish(true), early)).toMatchObject({
+      finishing: false,
+      finishedEarly: true,
+      step: 2,
+    });
   });
 
   it("collects warnings, each reason once", () => {

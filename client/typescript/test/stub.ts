@@ -15,7 +15,7 @@ import {
 
 // For the tests of the page, which have no protobuf and no connect of their own.
 export { create } from "@bufbuild/protobuf";
-export { Code, ConnectError } from "@connectrpc/connect";
+export { Code, ConnectError, type HandlerContext } from "@connectrpc/connect";
 
 export type Handlers = Partial<ServiceImpl<typeof GenerationService>>;
 
@@ -54,13 +54,13 @@ export function progress(message: Message) {
 
 export function preview(step: number, bytes: Uint8Array = new Uint8Array([step])) {
   const picture = { image: bytes, imageFormat: ImageFormat.JPEG, imageKind: ImageKind.PREDICTED, imageStep: step };
-  return progress({ sequence: BigInt(step), phase: Phase.DENOISING, step, widthPx: 8, heightPx: 8, ...picture });
+  return progress({ sequence: BigInt(step) + 1n, phase: Phase.DENOISING, step, widthPx: 8, heightPx: 8, ...picture });
 }
 
 export function final(bytes: Uint8Array = new Uint8Array([9]), chunkIndex = 0, chunkCount = 1) {
   const picture = { image: bytes, imageFormat: ImageFormat.PNG, imageKind: ImageKind.FINAL, imageStep: 3 };
   return progress({
-    sequence: 9n,
+    sequence: 99n,
     phase: Phase.SUCCEEDED,
     step: 3,
     widthPx: 8,

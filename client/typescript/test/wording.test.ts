@@ -32,6 +32,19 @@ describe("the status line", () => {
     expect(statusLine(running)).toBe("Step 7 of 20");
   });
 
+  it("is calm while it reconnects, and tells what was finished early", () => {
+    expect(statusLine({ ...running, reconnecting: true })).toBe("Reconnecting; the picture goes on");
+    expect(statusLine({ ...running, finishing: true })).toBe("Finishing the picture as it is");
+    const picture = { data: new Uint8Array(), format: "png", width: 8, height: 8, kind: "final", step: 7 } as const;
+    const early: ViewState = {
+      ...running,
+      status: "succeeded",
+      finishedEarly: true,
+      final: { ...picture, method: undefined },
+    };
+    expect(statusLine(early)).toBe("Finished early, at step 7 of 20 · 8 × 8 PNG");
+  });
+
   it("is announced a few times only", () => {
     const said = new Set(Array.from({ length: 21 }, (_, step) => announcement({ ...running, step })));
     expect([...said]).toEqual([0, 25, 50, 75].map((percent) => `Developing, ${percent} percent`));

@@ -4,8 +4,8 @@ import { type Client, createClient } from "../client.js";
 import { CalotypeError } from "../errors.js";
 import type { Generation } from "../generation.js";
 import { Pacer } from "../pacer.js";
-import { frameAt, initialState, reduce, type ViewEvent, type ViewState } from "../reducer.js";
-import type { GenerateOptions, Picture } from "../types.js";
+import { frameAt, initialState, isOver, reduce, type ViewEvent, type ViewState } from "../reducer.js";
+import type { FollowOptions, GenerateOptions, Picture } from "../types.js";
 import { fileName, optionsOf } from "./options.js";
 import { View } from "./view.js";
 
@@ -27,14 +27,17 @@ const Base = globalThis.HTMLElement ?? (class {} as typeof HTMLElement);
  *
  * Attributes: `server` (base URL, default: the page's own), `prompt`, `negative-prompt`, `width`, `height`, `steps`,
  * `guidance-scale`, `seed`, `scheduler`, `preview-every-steps`, `preview-min-interval`, `preview-max-edge`,
- * `preview-quality`, `preview-method`, `output-format`, `output-quality`; `autostart` begins when it enters a document.
- * They are read by `start`. Slot `actions` takes further buttons.
+ * `preview-quality`, `preview-method`, `output-format`, `output-quality`, `on-disconnect`, `disconnect-grace`;
+ * `autostart` begins when it enters a document. They are read by `start`. Slot `actions` takes further buttons.
  */
 export class CalotypeView extends Base {
   #state = initialState;
   #options: GenerateOptions = {};
+  /** What is watched; undefined when it is this element's own. */
+  #watched: string | undefined;
   #client: Client | undefined;
   #generation: Generation | undefined;
+  #leaving = new AbortController();
   #pacer = new Pacer<Picture>();
   #timer: ReturnType<typeof setTimeout> | undefined;
   #view: View | undefined;
@@ -58,6 +61,7 @@ export class CalotypeView extends Base {
     if (!this.#view) {
       this.#view = new View(this.attachShadow({ mode: "open" }), {
         scrub: (index) => this.#dispatch({ type: "scrub", index }),
+        finish: () => void this.finish(),
         cancel: () => this.cancel(),
         retry: () => this.retry(),
         shown: (picture) => this.#emit("calotype-picture", picture),
@@ -74,7 +78,7 @@ export class CalotypeView extends Base {
     // Moved within the document, it is connected again by the time that this runs.
     queueMicrotask(() => {
       if (this.isConnected) return;
-      this.cancel();
+      this.leave();
       clearTimeout(this.#timer);
       this.#view?.release();
     });
@@ -86,40 +90,79 @@ export class CalotypeView extends Base {
    * @param options - Replaces single attributes.
    */
   start(options: GenerateOptions = {}): void {
-    this.#generation?.cancel();
-    clearTimeout(this.#timer);
-    this.#pacer = new Pacer();
     this.#options = { ...optionsOf(this), ...options };
-    this.#dispatch({ type: "start" });
-    this.#view?.begin(this.#options);
-    void this.#follow();
+    this.#watched = undefined;
+    this.#begin((how) => this.client.generate(this.getAttribute("prompt") ?? "", { ...this.#options, ...how }));
   }
 
-  /** Begins the same again, with the same seed where it is known. */
+  /** Shows a generation that somebody has started, such as this page before it was reloaded. One under way is left. */
+  watch(generationId: string): void {
+    this.#options = optionsOf(this);
+    this.#watched = generationId;
+    this.#begin((how) => this.client.watch(generationId, how));
+  }
+
+  /** Begins the same again, with the same seed where it is known; what others have begun is looked for again. */
   retry(): void {
-    const { seed } = this.#state;
-    this.start(seed === undefined ? this.#options : { ...this.#options, seed });
+    if (this.#watched !== undefined && !this.hasAttribute("prompt")) {
+      this.watch(this.#watched);
+      return;
+    }
+    const { seed = this.#options.seed } = this.#state;
+    // The old id would only give the old end again.
+    const { requestId: _, ...options } = this.#options;
+    this.start(seed === undefined ? options : { ...options, seed });
   }
 
-  /** Leaves the generation, which cancels it on the server. Does nothing when none is under way. */
+  /** Ends the generation early with the picture as it is. Does nothing before its first message and after its end. */
+  async finish(): Promise<void> {
+    const { generationId } = this.#state;
+    if (generationId === undefined || isOver(this.#state)) return;
+    this.#dispatch({ type: "finish", asked: true });
+    try {
+      await this.client.finish(generationId);
+    } catch {
+      // The picture goes on; whoever asked may ask again.
+      if (this.#state.generationId === generationId) this.#dispatch({ type: "finish", asked: false });
+    }
+  }
+
+  /** Cancels the generation on the server, for all who watch it. Does nothing when none is under way. */
   cancel(): void {
     this.#generation?.cancel();
   }
 
-  async #follow(): Promise<void> {
-    let generation: Generation | undefined;
-    const isCurrent = () => this.#generation === generation;
+  /** Stops following. What becomes of the generation says its `on-disconnect`; by default it is cancelled. */
+  leave(): void {
+    this.#leaving.abort();
+  }
+
+  #begin(call: (options: FollowOptions) => Generation): void {
+    this.leave();
+    this.#leaving = new AbortController();
+    clearTimeout(this.#timer);
+    this.#pacer = new Pacer();
+    this.#dispatch({ type: "start" });
+    this.#view?.begin(this.#options);
+    void this.#follow(call, this.#leaving.signal);
+  }
+
+  async #follow(call: (options: FollowOptions) => Generation, signal: AbortSignal): Promise<void> {
+    const isCurrent = () => this.#leaving.signal === signal;
+    const onReconnect = () => {
+      if (isCurrent()) this.#dispatch({ type: "reconnect" });
+    };
     try {
-      generation = this.client.generate(this.getAttribute("prompt") ?? "", this.#options);
-      this.#generation = generation;
-      for await (const progress of generation) {
+      this.#generation = undefined;
+      this.#generation = call({ signal, onReconnect });
+      for await (const progress of this.#generation) {
         if (!isCurrent()) return;
         if (progress.picture && !progress.previewsWithdrawn) this.#pacer.push(progress.picture, performance.now());
         this.#dispatch({ type: "progress", progress });
         this.#paint();
       }
     } catch (thrown) {
-      if (generation && !isCurrent()) return;
+      if (!isCurrent()) return;
       const error = thrown instanceof CalotypeError ? thrown : new CalotypeError("UNKNOWN", String(thrown));
       this.#dispatch({ type: "error", error });
     }

@@ -19,6 +19,8 @@ export function optionsOf(element: Element): GenerateOptions {
     guidanceScale: number("guidance-scale"),
     seed: number("seed"),
     scheduler: text("scheduler"),
+    onDisconnect: text("on-disconnect") as GenerateOptions["onDisconnect"],
+    disconnectGrace: number("disconnect-grace"),
   });
   const preview = defined<PreviewOptions>({
     everySteps: number("preview-every-steps"),

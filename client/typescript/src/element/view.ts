@@ -12,6 +12,7 @@ import { announcement, duration, statusLine } from "./wording.js";
 
 export interface Actions {
   scrub(index: number): void;
+  finish(): void;
   cancel(): void;
   retry(): void;
   shown(picture: Picture): void;
@@ -38,6 +39,7 @@ export class View {
   readonly #live = h("p", { className: "unseen", role: "status" });
   readonly #notice = h("p", { className: "notice", part: "notice", hidden: true });
   readonly #error = h("div", { className: "error", part: "error", role: "alert", hidden: true });
+  readonly #finish = h("button", { type: "button", part: "button finish", hidden: true }, "Good enough");
   readonly #cancel = h("button", { type: "button", part: "button cancel", hidden: true }, "Cancel");
   readonly #download = h("a", { part: "button download", hidden: true }, "Download");
   readonly #actions: Actions;
@@ -49,6 +51,7 @@ export class View {
     sheet.replaceSync(STYLES);
     root.adoptedStyleSheets = [sheet];
     this.#filmstrip = new Filmstrip(this.#urls, actions.scrub);
+    this.#finish.addEventListener("click", actions.finish);
     this.#cancel.addEventListener("click", actions.cancel);
     root.append(
       this.#plate.element,
@@ -58,7 +61,14 @@ export class View {
       this.#live,
       this.#notice,
       this.#error,
-      h("div", { className: "actions", part: "actions" }, this.#cancel, this.#download, h("slot", { name: "actions" })),
+      h(
+        "div",
+        { className: "actions", part: "actions" },
+        this.#finish,
+        this.#cancel,
+        this.#download,
+        h("slot", { name: "actions" }),
+      ),
     );
   }
 
@@ -102,7 +112,9 @@ export class View {
     setShown(this.#notice, this.#notice.textContent !== "");
     this.#explain(state);
 
-    const hadFocus = this.#cancel.matches(":focus");
+    const hadFocus = this.#cancel.matches(":focus") || this.#finish.matches(":focus");
+    // There is something to be content with as soon as there is a picture.
+    setShown(this.#finish, state.status === "running" && !state.finishing && state.previews.length > 0);
     setShown(this.#cancel, state.status === "waiting" || state.status === "running");
     setShown(this.#download, state.final !== undefined);
     if (state.final && downloadName) {
@@ -112,6 +124,7 @@ export class View {
     // A button that vanishes under the keyboard hands its focus on.
     if (hadFocus && this.#cancel.hidden)
       (this.#download.hidden ? this.#error.querySelector("button") : this.#download)?.focus();
+    else if (hadFocus && this.#finish.hidden) this.#cancel.focus();
   }
 
   #explain({ error }: ViewState): void {

@@ -9,8 +9,9 @@ export function statusLine(state: ViewState): string {
     case "idle":
       return "";
     case "waiting":
-      return "Waiting for a free connection";
+      return state.reconnecting ? RECONNECTING : "Waiting for a free connection";
     case "running":
+      if (state.reconnecting) return RECONNECTING;
       return [running(state), remaining(state.remaining)].filter(Boolean).join(" · ");
     case "succeeded":
       return state.scrubbed === undefined ? finished(state) : stageLabel(frameAt(state), state.totalSteps);
@@ -23,12 +24,17 @@ export function statusLine(state: ViewState): string {
 /** Says what is worth interrupting somebody for: phases, and every quarter of the way. */
 export function announcement(state: ViewState): string {
   if (state.status === "succeeded") return "The picture is finished.";
+  if (state.reconnecting) return RECONNECTING;
   if (state.status !== "running") return "";
-  if (state.phase !== "denoising") return running(state);
+  if (state.finishing || state.phase !== "denoising") return running(state);
   return `Developing, ${Math.floor(fraction(state) * 4) * 25} percent`;
 }
 
-function running({ phase, queuePosition, step, totalSteps }: ViewState): string {
+/** No alarm: it mends itself. */
+const RECONNECTING = "Reconnecting; the picture goes on";
+
+function running({ phase, queuePosition, step, totalSteps, finishing }: ViewState): string {
+  if (finishing) return "Finishing the picture as it is";
   switch (phase) {
     case "queued":
       return queuePosition > 1 ? `Place ${queuePosition} in the queue` : "Next in the queue";
@@ -56,7 +62,9 @@ function remaining(seconds: number | undefined): string {
   return seconds < 1 ? "almost there" : `about ${duration(Math.ceil(seconds)).replace(".0", "")} left`;
 }
 
-function finished({ final, timings }: ViewState): string {
+function finished({ final, timings, finishedEarly, step, totalSteps }: ViewState): string {
+  const early = finishedEarly ? ` early, at step ${step} of ${totalSteps},` : "";
+  const time = timings?.total === undefined ? "" : ` in ${duration(timings.total)}`;
   const size = final ? `${final.width} × ${final.height} ${final.format.toUpperCase()}` : "";
-  return [timings?.total === undefined ? "Finished" : `Finished in ${duration(timings.total)}`, size].join(" · ");
+  return [`Finished${early}${time}`.replace(/,$/, ""), size].join(" · ");
 }

@@ -77,9 +77,15 @@ def cost_of_streaming(pipeline: Any, client: calotype.Client) -> dict[str, float
         generation.result()
         dropped.append(generation.progress.previews_dropped)
 
-    times = interleaved({"bare": bare, "stream": stream, "seed_style": seed_style})
+    def silent() -> None:
+        client.generate(
+            PROMPT, seed=1, steps=STEPS, guidance_scale=GUIDANCE, previews=calotype.Previews(method="none")
+        ).result()
+
+    times = interleaved({"bare": bare, "silent": silent, "stream": stream, "seed_style": seed_style})
     return {
         "stream_over_bare": ratio(times, "stream", "bare"),
+        "stream_over_silent": ratio(times, "stream", "silent"),
         "seed_style_over_bare": ratio(times, "seed_style", "bare"),
         "bare_seconds": statistics.median(times["bare"]),
         "stream_seconds": statistics.median(times["stream"]),

@@ -26,7 +26,7 @@ from calotype_server.types import (
 if TYPE_CHECKING:
     from calotype_server.admission import Ticket
     from calotype_server.encode import Encoder
-    from calotype_server.store import Record
+    from calotype_server.records import Record
     from calotype_server.types import Job, PreviewOptions, Terms
 
 __all__ = ["Generation", "Stopwatch"]

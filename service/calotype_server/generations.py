@@ -15,7 +15,7 @@ import structlog
 
 from calotype_server import errors, metadata
 from calotype_server.generation import Generation
-from calotype_server.store import Record
+from calotype_server.records import Record
 from calotype_server.types import (
     Decoding,
     Denoising,

@@ -11,20 +11,19 @@ import contextlib
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
-from pydantic import PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
 from calotype_server import errors
-from calotype_server.types import Failed, Job, Phase, Succeeded, Terms, Timings
+from calotype_server.records import End, ImageFacts, Record, dump_end, dump_record, parse
+from calotype_server.types import Failed, Succeeded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-__all__ = ["End", "ImageFacts", "Record", "Store"]
+__all__ = ["Store"]
 
 _log = structlog.get_logger(__name__)
 
@@ -46,99 +45,6 @@ CREATE TABLE IF NOT EXISTS generations (
 _RETRY_SECONDS = 5.0
 
 T = TypeVar("T")
-
-
-def _revive(document: Any) -> errors.ServiceError:
-    """Returns the error as it was; one whose reason is not known any more is a failed generation."""
-    match document:
-        case {"reason": str(reason), "message": str(message)}:
-            kind = _KINDS.get(reason, errors.GenerationFailed)
-            return kind(message, retry_after=document.get("retry_after"), metadata=document.get("metadata"))
-    raise ValueError("not an error")
-
-
-def _describe(error: errors.ServiceError) -> dict[str, Any]:
-    return {
-        "code": error.code,
-        "reason": error.reason,
-        "message": error.message,
-        "retry_after": error.retry_after,
-        "metadata": error.metadata,
-    }
-
-
-def _kinds(base: type[errors.ServiceError]) -> Iterator[type[errors.ServiceError]]:
-    yield base
-    for kind in base.__subclasses__():
-        yield from _kinds(kind)
-
-
-# Violations are told before there is a generation, and never kept.
-_KINDS = {kind.reason: kind for kind in _kinds(errors.ServiceError) if kind is not errors.InvalidRequest}
-
-
-@dataclass(frozen=True, slots=True)
-class ImageFacts:
-    """What is known of a final image without reading it; `size` is in bytes."""
-
-    format: Literal["jpeg", "png", "webp"]
-    width: int
-    height: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """How a generation ended.
-
-    Attributes:
-        at: When, in Unix seconds.
-        step: Denoising steps done.
-        total_steps: Denoising steps in all; 0 when that never became known.
-        timings: Where the time went.
-        finished_early: Whether the image is the estimate of `step`.
-        image: Of the final image, or None when there is an error.
-        error: Why there is no image, or None.
-    """
-
-    at: float
-    step: int
-    total_steps: int
-    timings: Timings
-    finished_early: bool = False
-    image: ImageFacts | None = None
-    error: Annotated[errors.ServiceError, PlainValidator(_revive), PlainSerializer(_describe)] | None = None
-
-    @property
-    def phase(self) -> Phase:
-        """One of the three ends."""
-        if self.error is None:
-            return Phase.SUCCEEDED
-        return Phase.CANCELLED if isinstance(self.error, errors.Cancelled) else Phase.FAILED
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """An accepted generation.
-
-    Attributes:
-        generation_id: Its id.
-        job: What was asked for, the seed among it.
-        terms: What the caller wanted besides.
-        created: When it was accepted, in Unix seconds.
-        end: How it ended, or None when it had not.
-    """
-
-    generation_id: str
-    job: Job
-    terms: Terms
-    created: float
-    end: End | None = None
-
-
-# Unknown fields are ignored and missing ones take their defaults: a file is read across versions that only added some.
-_record = TypeAdapter(Record)
-_end = TypeAdapter(End)
 
 
 class Store:
@@ -176,7 +82,7 @@ class Store:
         """
         await self._write(
             "INSERT INTO generations (generation_id, record) VALUES (?, ?)",
-            lambda: [(record.generation_id, _record.dump_json(record, exclude={"end"}).decode())],
+            lambda: [(record.generation_id, dump_record(record))],
         )
 
     async def end(self, generation_id: str, end: Succeeded | Failed, *, step: int, total_steps: int) -> None:
@@ -197,7 +103,7 @@ class Store:
         )
         await self._write(
             "UPDATE generations SET ended = ?, image = ? WHERE generation_id = ? AND ended IS NULL",
-            lambda: [(_end.dump_json(told).decode(), image and image.data, generation_id)],
+            lambda: [(dump_end(told), image and image.data, generation_id)],
         )
 
     async def forget(self, generation_ids: Iterable[str]) -> None:
@@ -288,11 +194,10 @@ class Store:
             rows = self._database.execute("SELECT generation_id, record, ended FROM generations ORDER BY ordinal")
             for generation_id, record, ended in rows:
                 try:
-                    end = None if ended is None else _end.validate_json(ended)
-                    records.append(replace(_record.validate_json(record), end=end))
-                except ValidationError as error:
-                    name = bytes(generation_id).decode(errors="replace")
-                    _log.warning("unreadable record left out", generation=name, problems=error.error_count())
+                    records.append(parse(record, ended))
+                except ValueError:
+                    # Why is not told: it would quote the prompt.
+                    _log.warning("unreadable record left out", generation=generation_id.decode(errors="replace"))
         except sqlite3.Error as error:
             raise _unusable(self._folder / _FILE, error) from None
         return records
@@ -311,7 +216,7 @@ def _told() -> Iterator[None]:
 
 
 def _unusable(path: Path, error: OSError | sqlite3.Error) -> errors.StateUnusable:
-    code = getattr(error, "sqlite_errorcode", None)
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code; the other bits are details
     if code == sqlite3.SQLITE_BUSY:
         return errors.StateUnusable(f"--state: {path} is in use by another server. Give each a folder of its own.")
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import calotype
-from benchmarks import concurrency, previews
+from benchmarks import concurrency, previews, web
 from benchmarks.runs import GUIDANCE, STEPS, bundled
 from support.process import ServerProcess
 
@@ -35,6 +35,8 @@ AIMS = {
     "cancel_steps": "<= 1.2",
     "throughput8_over_fifo": ">= 1.7",
     "first_preview8_over_fifo": "<= 0.25",
+    "web_over_native1": ">= 1",
+    "web_over_native16": ">= 1",
 }
 
 
@@ -54,6 +56,7 @@ def main() -> None:
         }
     results |= concurrency.measure(max(1, ROUNDS // 4), threads)
     results |= previews.measure()
+    results |= web.measure(ROUNDS)
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"{'':34} {'measured':>10} {'aim':>8}")

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from calotype_server import errors
-from calotype_server.store import ImageFacts, Record, Store
+from calotype_server.records import ImageFacts, Record
+from calotype_server.store import Store
 from calotype_server.types import (
     DisconnectPolicy,
     EncodedImage,
@@ -148,7 +149,8 @@ async def test_the_first_end_counts(tmp_path: Path) -> None:
 WRITER = """
 import asyncio, random, sys
 from pathlib import Path
-from calotype_server.store import Record, Store
+from calotype_server.records import Record
+from calotype_server.store import Store
 from calotype_server.types import EncodedImage, Job, Succeeded, Terms, Timings
 
 async def main():

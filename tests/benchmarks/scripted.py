@@ -1,0 +1,56 @@
+"""Serves a script instead of a model on both ports of the product: what `make bench` compares the transports with.
+
+A request is the script: `step_count` messages of 20 KB, `preview.min_interval` apart or as fast as they are read, each
+with the time of its making (nanoseconds of the monotonic clock) as its number. Without steps one message comes, and
+then nothing. Run as a process: it prints its two addresses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
+from calotype_server.transport.native import NativeServer
+from calotype_server.transport.services import Services
+from calotype_server.transport.web import WebServer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+MESSAGE_BYTES = 20_000
+"""A little less than a message has."""
+
+_IMAGE = bytes(MESSAGE_BYTES)
+
+
+class ScriptedServicer(GenerationServiceServicer):
+    """Does what the request says."""
+
+    async def Generate(self, request: pb.GenerateRequest, context: object) -> AsyncGenerator[pb.Progress, None]:  # noqa: N802
+        """Streams the script."""
+        if not request.step_count:
+            yield pb.Progress(phase=pb.PHASE_QUEUED)
+            await asyncio.Event().wait()
+        interval = request.preview.min_interval.ToNanoseconds() / 1e9
+        for _ in range(request.step_count):
+            if interval:
+                await asyncio.sleep(interval)
+            yield pb.Progress(phase=pb.PHASE_DENOISING, image=_IMAGE, sequence=time.monotonic_ns())
+
+
+async def main() -> None:
+    """Serves until standard input is closed."""
+    services = Services(ScriptedServicer())
+    native = NativeServer(services)
+    web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving)
+    print(await native.start("127.0.0.1:0"), await web.start(), flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    await asyncio.gather(native.stop(0), web.stop(0))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

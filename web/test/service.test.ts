@@ -240,7 +240,7 @@ it("a service that is killed and started again: the page goes on by itself to th
   expect(previews).toEqual([...new Set(previews)].sort((a, b) => a - b));
   const { data } = await createClient(second.url).generate("octopus", { seed: 5, steps }).result();
   expect(shown.at(-1)?.fingerprint).toBe(fingerprint(data));
-});
+}, 240_000);
 
 it("a full queue is told in plain words", async () => {
   const service = await Service.start(["--max-active", "1", "--max-queue", "0"]);

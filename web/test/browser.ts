@@ -50,6 +50,8 @@ export function tolerate(pattern: RegExp): void {
 export async function open(url: string, options: BrowserContextOptions = {}): Promise<Page> {
   const context = await browser.newContext({ viewport: { width: 1200, height: 900 }, ...options });
   await context.addInitScript(RECORDER);
+  // A busy machine is no reason to fail.
+  context.setDefaultTimeout(60_000);
   context.on("page", listen);
   const page = await context.newPage();
   await page.goto(url);

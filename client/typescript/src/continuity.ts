@@ -13,8 +13,6 @@ export class Continuity {
   position: number;
   /** How often the caller was told something that it had not known: more steps, a later phase, a new picture. */
   news = 0;
-  /** What to add to this generation's numbers, so that they rise over those of the one before. */
-  #offset = 0;
   #last: Progress | undefined;
   #pictureStep = 0;
 
@@ -26,10 +24,7 @@ export class Continuity {
   /** Returns what to tell the caller for what came; undefined for what it knows. */
   accept(progress: Progress): Progress | undefined {
     const last = this.#last;
-    if (this.generationId !== undefined && progress.generationId !== this.generationId) {
-      this.#offset = last?.sequence ?? 0;
-      this.position = 0;
-    }
+    if (this.generationId !== undefined && progress.generationId !== this.generationId) this.position = 0;
     const end = isEnd(progress.phase);
     if (progress.sequence <= this.position && !end) return undefined;
     this.generationId = progress.generationId;
@@ -41,7 +36,7 @@ export class Continuity {
     const told: Progress = {
       ...progress,
       picture,
-      sequence: Math.max(progress.sequence + this.#offset, (last?.sequence ?? 0) + 1),
+      sequence: Math.max(progress.sequence, (last?.sequence ?? 0) + 1),
       phase: isBehind ? last.phase : progress.phase,
       step: Math.max(progress.step, last?.step ?? 0),
       totalSteps: progress.totalSteps || (last?.totalSteps ?? 0),

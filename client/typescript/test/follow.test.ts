@@ -251,6 +251,24 @@ describe("following a generation over broken connections", () => {
     expect(again.asked).toHaveLength(2);
   });
 
+  it("waits for the server to be back where it stopped in the midst", async () => {
+    const { calls, asked } = scripted(
+      async function* () {
+        yield preview(1);
+        yield interrupted("g");
+      },
+      // biome-ignore lint/correctness/useYield: it refuses.
+      async function* () {
+        throw new ConnectError("draining", Code.Unavailable);
+      },
+      async function* () {
+        yield { ...final(), generationId: "h" };
+      },
+    );
+    expect((await outcome(calls)).error).toBeUndefined();
+    expect(asked).toEqual(["generate undefined", "generate 42", "generate 42"]);
+  });
+
   it("counts the chunks of a final picture only when all are there", async () => {
     const { calls, asked } = scripted(
       async function* () {

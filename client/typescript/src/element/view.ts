@@ -114,7 +114,8 @@ export class View {
 
     const hadFocus = this.#cancel.matches(":focus") || this.#finish.matches(":focus");
     // There is something to be content with as soon as there is a picture.
-    setShown(this.#finish, state.status === "running" && !state.finishing && state.previews.length > 0);
+    const canFinish = state.status === "running" && !state.finishing && !state.reconnecting;
+    setShown(this.#finish, canFinish && state.previews.length > 0);
     setShown(this.#cancel, state.status === "waiting" || state.status === "running");
     setShown(this.#download, state.final !== undefined);
     if (state.final && downloadName) {

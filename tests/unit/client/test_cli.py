@@ -28,7 +28,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def asked(server):
+def requested(server):
     """The requests, without what the client adds to be able to resume."""
     for request in server.requests:
         request.ClearField("request_id")
@@ -91,7 +91,7 @@ def test_preview_and_output_options_reach_the_server(run):
         previews=Previews(every_steps=2, min_interval=0.5, max_edge=64, quality=70, method="head"),
         output=Output(format="jpeg", quality=80, metadata=False),
     )
-    assert asked(server) == [expected]
+    assert requested(server) == [expected]
     assert os.listdir() == ["calotype-1234.jpg"]
 
 
@@ -112,7 +112,7 @@ def test_suffix_of_the_output_asks_for_its_format(run, arguments, asked, written
     with FakeServer() as server:
         result = run(server, "generate", "apple", *arguments)
     assert result.exit_code == 0
-    assert asked(server) == [build_request("apple", output=Output(format=asked))]
+    assert requested(server) == [build_request("apple", output=Output(format=asked))]
     with PIL.Image.open(arguments[1]) as picture:
         assert picture.format == written
 

@@ -185,12 +185,12 @@ def test_watched_generation_is_not_made_again():
 def test_gives_up_after_attempts_without_news():
     """The last reason is told; news starts the count again."""
     resumption = started(retries=2)
-    for _ in range(3):
+    for sequence in (8, 9, 10):
         assert resumption.lost(LOST) == 0.25
         assert resumption.lost(REFUSED) == 0.5
         assert resumption.take(progress(sequence=7, step=2)) is None
         assert resumption.lost(REFUSED) is REFUSED
-        assert resumption.take(progress(sequence=8 + resumption._seam.sequence, step=3)) is not None
+        assert resumption.take(progress(sequence=sequence, step=3)) is not None
 
 
 def test_waits_no_shorter_than_the_server_says_and_no_longer_than_the_deadline():
@@ -209,6 +209,8 @@ def test_waits_no_shorter_than_the_server_says_and_no_longer_than_the_deadline()
     assert isinstance(error, DeadlineExceeded)
     assert "loading" in str(error)
     assert resumption.unsettled
+    # A link that is down fails sooner than a deadline that has passed.
+    assert isinstance(resumption.lost(REFUSED), DeadlineExceeded)
 
 
 @pytest.mark.parametrize(

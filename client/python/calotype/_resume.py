@@ -29,10 +29,13 @@ from .v1 import calotype_pb2 as v1
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["DISCONNECT_GRACE", "Resumption", "RetryPolicy", "make_resumable"]
+__all__ = ["DISCONNECT_GRACE", "RETRIES", "Resumption", "RetryPolicy", "make_resumable"]
 
 DISCONNECT_GRACE = 10
 """Seconds that a generation may run without a reader, where the caller did not choose."""
+
+RETRIES = 10
+"""Attempts in a row, of which most wait for seconds: about half a minute, enough for a server to start again."""
 
 # What the core of gRPC says when a call has reached nobody; anything else may have been heard.
 _UNREACHED = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
@@ -50,7 +53,7 @@ class RetryPolicy:
         clock: Gives seconds from any start.
     """
 
-    retries: int = 10
+    retries: int = RETRIES
     base: float = 0.25
     cap: float = 8.0
     random: Callable[[], float] = random.random

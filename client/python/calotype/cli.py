@@ -19,6 +19,7 @@ from ._image import FORMATS
 from ._options import DisconnectPolicyName, FormatName, MethodName, Output, Previews, PriorityName
 from ._outputs import BadPath, Outputs
 from ._quiet import quiet_core
+from ._resume import RETRIES
 from ._stream import Generation
 from ._terminal import View, choose_view
 
@@ -56,6 +57,7 @@ OPTIONS = {
 
 GenerationId = Annotated[str, typer.Argument(help="The generation_id that `list` and `generate --json` tell.")]
 Timeout = Annotated[float | None, typer.Option(help="Seconds until the image, waiting included.")]
+Retries = Annotated[int, typer.Option(help="Attempts to make a lost connection again.")]
 OutputFile = Annotated[
     Path | None,
     typer.Option(
@@ -92,6 +94,7 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="Scheduler; `calotype model` lists them.")] = None,
     priority: Annotated[PriorityName | None, typer.Option(help="Rank in the queue.")] = None,
     timeout: Timeout = None,
+    retries: Retries = RETRIES,
     on_disconnect: Annotated[
         DisconnectPolicyName | None,
         typer.Option(help="What leaving does; what is kept, `watch` shows.", show_default="cancel"),
@@ -172,7 +175,7 @@ def generate(
         )
 
     left = "Left. It goes on: see `calotype list` and `calotype watch`." if on_disconnect == "keep" else None
-    _show(address, start, output, previews, filmstrip, as_json=as_json, left=left)
+    _show(address, start, output, previews, filmstrip, retries=retries, as_json=as_json, left=left)
 
 
 @app.command()
@@ -180,6 +183,7 @@ def watch(
     generation_id: GenerationId,
     address: Address = "localhost:50051",
     timeout: Timeout = None,
+    retries: Retries = RETRIES,
     output: OutputFile = None,
     previews: PreviewFolder = None,
     filmstrip: Filmstrip = None,
@@ -190,7 +194,7 @@ def watch(
     def start(client: Client) -> Generation:
         return client.watch(generation_id, timeout=timeout)
 
-    _show(address, start, output, previews, filmstrip, as_json=as_json, left="Left.")
+    _show(address, start, output, previews, filmstrip, retries=retries, as_json=as_json, left="Left.")
 
 
 @app.command()
@@ -263,6 +267,7 @@ def _show(
     previews: Path | None,
     filmstrip: Path | None,
     *,
+    retries: int,
     as_json: bool,
     left: str | None,
 ) -> None:
@@ -271,7 +276,7 @@ def _show(
         outputs = Outputs(output, previews, filmstrip)
     except BadPath as error:
         _exit(str(error), EXIT_USAGE)
-    with _connected(address, left or "Cancelled.") as client, choose_view(Console(), as_json=as_json) as view:
+    with _connected(address, retries, left or "Cancelled.") as client, choose_view(Console(), as_json=as_json) as view:
         try:
             _follow(start(client), outputs, view)
         except CalotypeError as error:
@@ -291,10 +296,10 @@ def _follow(generation: Generation, outputs: Outputs, view: View) -> None:
 
 
 @contextmanager
-def _connected(address: str, on_interrupt: str = "Cancelled.") -> Iterator[Client]:
+def _connected(address: str, retries: int = RETRIES, on_interrupt: str = "Cancelled.") -> Iterator[Client]:
     """A client whose errors end the program with one clear sentence and an exit code that says what to do."""
     try:
-        with quiet_core(), Client(address) as client:
+        with quiet_core(), Client(address, retries=retries) as client:
             yield client
     except CalotypeError as error:
         _exit(_explain(error, address), _exit_code(error))

@@ -44,8 +44,9 @@ class Server:
         if isinstance(request, v1.WatchRequest):
             if request.generation_id not in self.logs:
                 raise NotFound("gone", reason="GENERATION_NOT_FOUND")
+            # Tells the last known message again, as a server may whose replay is generous.
             log = self.logs[request.generation_id]
-            return [message for message in log if message.sequence > request.after_sequence]
+            return [message for message in log if message.sequence >= request.after_sequence]
         if request.request_id not in self.attached:
             number = next(self.ids)
             self.started.append(request.request_id)
@@ -57,7 +58,8 @@ class Server:
         """All messages of a generation, whose picture depends on the seed alone."""
         messages = [v1.Progress(phase=v1.PHASE_QUEUED), v1.Progress(phase=v1.PHASE_ENCODING_PROMPT)]
         for step in range(1, STEPS + 1):
-            messages.append(v1.Progress(phase=v1.PHASE_DENOISING, step=step))
+            if generation == "g1":  # later ones count lower
+                messages.append(v1.Progress(phase=v1.PHASE_DENOISING, step=step))
             messages.append(v1.Progress(phase=v1.PHASE_DENOISING, step=step, image=b"p", image_step=step, image_kind=1))
         messages.append(v1.Progress(phase=v1.PHASE_DECODING, step=STEPS))
         for sequence, message in enumerate(messages, 1):

@@ -59,8 +59,9 @@ def test_without_grace_the_stream_ends_typed(cache_dir: Path) -> None:
 
 def test_a_killed_server_is_a_typed_error_and_a_killed_client_costs_nothing(cache_dir: Path) -> None:
     """SIGKILL of a client frees the queue for the next; SIGKILL of the server raises Unavailable in mid-stream."""
-    with ServerProcess("--cache-dir", str(cache_dir)) as server, calotype.Client(server.address) as client:
+    with ServerProcess("--cache-dir", str(cache_dir)) as server, calotype.Client(server.address, retries=0) as client:
         command = [*CALOTYPE, "generate", "a cat", "--address", server.address, "--steps", "150", "--json"]
+        command += ["--retries", "0"]  # nobody is to come back
         victim = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         for line in victim.stdout:
             if '"denoising"' in line:

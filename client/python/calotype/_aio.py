@@ -13,7 +13,7 @@ from ._convert import model_from_proto, phase_from_proto, summary_from_proto
 from ._errors import Cancelled, ClientClosed
 from ._farewell import AsyncFarewells
 from ._request import CONTROL_TIMEOUT, build, build_request, resolve_retries, resolve_timeout
-from ._resume import Resumption, RetryPolicy, make_resumable
+from ._resume import RETRIES, Resumption, RetryPolicy, make_resumable
 from ._status import from_rpc_error
 from ._stream import AsyncGeneration
 from .v1 import calotype_pb2 as v1
@@ -58,7 +58,7 @@ class AsyncClient:
         tls: TLS | bool | None = None,
         timeout: float | None = None,
         wait_for_ready: bool = False,
-        retries: int = 10,
+        retries: int = RETRIES,
     ) -> None:
         """Makes a client; does no I/O.
 

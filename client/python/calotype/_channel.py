@@ -20,6 +20,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
+    # No longer than the client itself waits, see `_resume`: its attempts fail at once while the channel waits.
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.max_reconnect_backoff_ms", 4_000),
     # A generation that was started twice costs twice; the caller decides.
     ("grpc.enable_retries", 0),
 )

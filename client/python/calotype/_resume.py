@@ -29,10 +29,13 @@ from .v1 import calotype_pb2 as v1
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["DISCONNECT_GRACE", "Resumption", "RetryPolicy", "make_resumable"]
+__all__ = ["DISCONNECT_GRACE", "RETRIES", "Resumption", "RetryPolicy", "make_resumable"]
 
 DISCONNECT_GRACE = 10
 """Seconds that a generation may run without a reader, where the caller did not choose."""
+
+RETRIES = 10
+"""Attempts in a row, of which most wait for seconds: about half a minute, enough for a server to start again."""
 
 # What the core of gRPC says when a call has reached nobody; anything else may have been heard.
 _UNREACHED = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
@@ -50,7 +53,7 @@ class RetryPolicy:
         clock: Gives seconds from any start.
     """
 
-    retries: int = 10
+    retries: int = RETRIES
     base: float = 0.25
     cap: float = 8.0
     random: Callable[[], float] = random.random
@@ -144,14 +147,14 @@ class Resumption:
         self._seam.cut()
         if isinstance(error, DeadlineExceeded):
             self.unsettled = self.generation_id is not None or not error.reason
-            if self._last is not None:
-                error = DeadlineExceeded(f"The timeout passed while reconnecting: {self._last}")
-            return error
+            return error if self._last is None else _too_late(self._last)
         if isinstance(error, NotFound) and self._begin_anew():
             return 0.0
         if not self._worth_retrying(error) or self._attempts >= self._policy.retries:
             self.unsettled = self.generation_id is not None and not isinstance(error, NotFound)
             return error
+        if self.time_left == 0:
+            return _too_late(error)
         self._attempts, self._last = self._attempts + 1, error
         if self.generation_id is not None:
             preview = self._origin.preview if isinstance(self._origin, v1.WatchRequest) else None
@@ -180,3 +183,7 @@ class Resumption:
         unheard = error.reason or any(text in error.message for text in _UNREACHED)
         self._reached = isinstance(error, Unavailable) and not unheard
         return self._reached
+
+
+def _too_late(reason: CalotypeError) -> DeadlineExceeded:
+    return DeadlineExceeded(f"The timeout passed while reconnecting: {reason}")

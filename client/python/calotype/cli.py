@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +11,17 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ._client import Client
 from ._errors import CalotypeError, Cancelled, InvalidRequest, Unavailable
 from ._image import FORMATS
-from ._options import FormatName, MethodName, Output, Previews, PriorityName
+from ._options import DisconnectPolicyName, FormatName, MethodName, Output, Previews, PriorityName
 from ._outputs import BadPath, Outputs
 from ._quiet import quiet_core
-from ._terminal import choose_view
+from ._resume import RETRIES
+from ._stream import Generation
+from ._terminal import View, choose_view
 
 __all__ = ["app", "register_missing_server"]
 
@@ -52,6 +55,27 @@ OPTIONS = {
 }
 """Options whose name is not that of the argument of `Client.generate`."""
 
+GenerationId = Annotated[str, typer.Argument(help="The generation_id that `list` and `generate --json` tell.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds until the image, waiting included.")]
+Retries = Annotated[int, typer.Option(help="Attempts to make a lost connection again.")]
+OutputFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="The image; .jpg, .png and .webp choose its format.",
+        show_default="calotype-SEED.png",
+        rich_help_panel=FILES,
+    ),
+]
+PreviewFolder = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Keep every preview in a folder.", rich_help_panel=FILES)
+]
+Filmstrip = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Compose previews and image in a row, as a PNG.", rich_help_panel=FILES),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -69,18 +93,20 @@ def generate(
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="Scheduler; `calotype model` lists them.")] = None,
     priority: Annotated[PriorityName | None, typer.Option(help="Rank in the queue.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds until the image, waiting included.")] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="The image; .jpg, .png and .webp choose its format.",
-            show_default="calotype-SEED.png",
-            rich_help_panel=FILES,
-        ),
+    timeout: Timeout = None,
+    retries: Retries = RETRIES,
+    on_disconnect: Annotated[
+        DisconnectPolicyName | None,
+        typer.Option(help="What leaving does; what is kept, `watch` shows.", show_default="cancel"),
     ] = None,
+    disconnect_grace: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="How long the server waits for a lost connection.", show_default="10"),
+    ] = None,
+    request_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="The same id again follows the same generation.")
+    ] = None,
+    output: OutputFile = None,
     file_format: Annotated[
         FormatName | None,
         typer.Option("--format", help="Format of the image.", show_default="that of -o, or png", rich_help_panel=FILES),
@@ -93,13 +119,8 @@ def generate(
         bool,
         typer.Option("--no-metadata", help="Leave prompt, seed and the like out of the image.", rich_help_panel=FILES),
     ] = False,
-    previews: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep every preview in a folder.", rich_help_panel=FILES)
-    ] = None,
-    filmstrip: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Compose previews and image in a row, as a PNG.", rich_help_panel=FILES),
-    ] = None,
+    previews: PreviewFolder = None,
+    filmstrip: Filmstrip = None,
     preview_every: Annotated[
         int | None,
         typer.Option(metavar="STEPS", help="Show every nth step at most, 1 to 1000.", rich_help_panel=PREVIEWS),
@@ -122,52 +143,85 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate an image and watch it form."""
-    try:
-        outputs = Outputs(output, previews, filmstrip)
-    except BadPath as error:
-        _exit(str(error), EXIT_USAGE)
-    with _connected(address) as client, choose_view(Console(), as_json=as_json) as view:
-        try:
-            generation = client.generate(
-                prompt,
-                negative_prompt=negative_prompt,
-                width=width,
-                height=height,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                seed=seed,
-                scheduler=scheduler,
-                priority=priority,
-                previews=Previews(
-                    every_steps=preview_every,
-                    min_interval=preview_interval,
-                    max_edge=preview_edge,
-                    quality=preview_quality,
-                    method=preview_method,
-                ),
-                output=Output(
-                    # Converting another format would cost quality, and the parameters in the file.
-                    format=file_format or (FORMATS.get(output.suffix.lower()) if output else None),
-                    quality=quality,
-                    metadata=False if no_metadata else None,
-                ),
-                timeout=timeout,
-            )
-            for progress in generation:
-                view.update(progress, outputs.keep(progress))
-            image = generation.result()
-            view.finish(progress, image, outputs.finish(image, progress.seed))
-        except CalotypeError as error:
-            view.fail(error)
-            raise
-        except KeyboardInterrupt:
-            view.fail(Cancelled("Cancelled by this client."))
-            raise
+
+    def start(client: Client) -> Generation:
+        return client.generate(
+            prompt,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            scheduler=scheduler,
+            priority=priority,
+            on_disconnect=on_disconnect,
+            disconnect_grace=disconnect_grace,
+            request_id=request_id,
+            previews=Previews(
+                every_steps=preview_every,
+                min_interval=preview_interval,
+                max_edge=preview_edge,
+                quality=preview_quality,
+                method=preview_method,
+            ),
+            output=Output(
+                # Converting another format would cost quality, and the parameters in the file.
+                format=file_format or (FORMATS.get(output.suffix.lower()) if output else None),
+                quality=quality,
+                metadata=False if no_metadata else None,
+            ),
+            timeout=timeout,
+        )
+
+    left = "Left. It goes on: see `calotype list` and `calotype watch`." if on_disconnect == "keep" else None
+    _show(address, start, output, previews, filmstrip, retries=retries, as_json=as_json, left=left)
+
+
+@app.command()
+def watch(
+    generation_id: GenerationId,
+    address: Address = "localhost:50051",
+    timeout: Timeout = None,
+    retries: Retries = RETRIES,
+    output: OutputFile = None,
+    previews: PreviewFolder = None,
+    filmstrip: Filmstrip = None,
+    as_json: Json = False,
+) -> None:
+    """Watch a generation that was started elsewhere, and get its image."""
+
+    def start(client: Client) -> Generation:
+        return client.watch(generation_id, timeout=timeout)
+
+    _show(address, start, output, previews, filmstrip, retries=retries, as_json=as_json, left="Left.")
+
+
+@app.command()
+def finish(generation_id: GenerationId, address: Address = "localhost:50051") -> None:
+    """End a generation early: the picture as it is becomes the image."""
+    with _connected(address) as client:
+        phase = client.finish(generation_id)
+    typer.echo(f"It had {phase} already." if phase.ended else f"Finished while {phase.replace('_', ' ')}.")
+
+
+@app.command("list")
+def list_generations(address: Address = "localhost:50051", as_json: Json = False) -> None:
+    """List the generations that run or ended a while ago, the newest first."""
+    table = Table.grid(padding=(0, 2))
+    with _connected(address) as client:
+        for summary in client.generations():
+            if as_json:
+                typer.echo(json.dumps(asdict(summary) | {"create_time": summary.create_time.isoformat()}))
+            done = f"{summary.step}/{summary.total_steps}" if summary.total_steps else ""
+            table.add_row(summary.generation_id, summary.phase.replace("_", " "), done, Text(summary.prompt))
+    if not as_json:
+        Console().print(table, markup=False, highlight=False)
 
 
 @app.command()
 def cancel(
-    generation_id: Annotated[str, typer.Argument(help="The generation_id that `generate --json` tells.")],
+    generation_id: GenerationId,
     address: Address = "localhost:50051",
 ) -> None:
     """Cancel a generation."""
@@ -206,16 +260,51 @@ def register_missing_server(why: str) -> None:
         app.command(name, help=f"{text} Needs the extra `server`.", context_settings=settings)(missing)
 
 
+def _show(
+    address: str,
+    start: Callable[[Client], Generation],
+    output: Path | None,
+    previews: Path | None,
+    filmstrip: Path | None,
+    *,
+    retries: int,
+    as_json: bool,
+    left: str | None,
+) -> None:
+    """Shows a generation to its end, and writes its files. `left` is what an interrupt means that does not cancel."""
+    try:
+        outputs = Outputs(output, previews, filmstrip)
+    except BadPath as error:
+        _exit(str(error), EXIT_USAGE)
+    with _connected(address, retries, left or "Cancelled.") as client, choose_view(Console(), as_json=as_json) as view:
+        try:
+            _follow(start(client), outputs, view)
+        except CalotypeError as error:
+            view.fail(error)
+            raise
+        except KeyboardInterrupt:
+            if left is None:
+                view.fail(Cancelled("Cancelled by this client."))
+            raise
+
+
+def _follow(generation: Generation, outputs: Outputs, view: View) -> None:
+    for progress in generation:
+        view.update(progress, outputs.keep(progress))
+    image = generation.result()
+    view.finish(progress, image, outputs.finish(image, progress.seed))
+
+
 @contextmanager
-def _connected(address: str) -> Iterator[Client]:
+def _connected(address: str, retries: int = RETRIES, on_interrupt: str = "Cancelled.") -> Iterator[Client]:
     """A client whose errors end the program with one clear sentence and an exit code that says what to do."""
     try:
-        with quiet_core(), Client(address) as client:
+        with quiet_core(), Client(address, retries=retries) as client:
             yield client
     except CalotypeError as error:
         _exit(_explain(error, address), _exit_code(error))
     except KeyboardInterrupt:
-        _exit("Cancelled.", EXIT_INTERRUPTED)
+        _exit(on_interrupt, EXIT_INTERRUPTED)
     except BrokenPipeError:
         raise
     except OSError as error:

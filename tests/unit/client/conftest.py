@@ -1,6 +1,7 @@
 """Servers for the tests of the client."""
 
 import contextlib
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -55,3 +56,14 @@ def serve():
 def scripted():
     """Makes a servicer from messages and a function that ends the call."""
     return Scripted
+
+
+@pytest.fixture
+def at_once():
+    """Makes a client reconnect without waiting; other parts of its policy may be set as well."""
+
+    def change(client, **policy):
+        client._retry = dataclasses.replace(client._retry, **{"random": lambda: 0.0, **policy})
+        return client
+
+    return change

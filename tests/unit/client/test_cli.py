@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from calotype import FailedPrecondition, InternalError, InvalidRequest, Notice, Overloaded, Unavailable
+from calotype import Client, FailedPrecondition, InternalError, InvalidRequest, Notice, Overloaded, Unavailable
 from calotype._options import Output, Previews
 from calotype._request import build_request
 from calotype.cli import OPTIONS, app
@@ -28,7 +28,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def asked(server):
+def requested(server):
     """The requests, without what the client adds to be able to resume."""
     for request in server.requests:
         request.ClearField("request_id")
@@ -91,7 +91,7 @@ def test_preview_and_output_options_reach_the_server(run):
         previews=Previews(every_steps=2, min_interval=0.5, max_edge=64, quality=70, method="head"),
         output=Output(format="jpeg", quality=80, metadata=False),
     )
-    assert asked(server) == [expected]
+    assert requested(server) == [expected]
     assert os.listdir() == ["calotype-1234.jpg"]
 
 
@@ -112,7 +112,7 @@ def test_suffix_of_the_output_asks_for_its_format(run, arguments, asked, written
     with FakeServer() as server:
         result = run(server, "generate", "apple", *arguments)
     assert result.exit_code == 0
-    assert asked(server) == [build_request("apple", output=Output(format=asked))]
+    assert requested(server) == [build_request("apple", output=Output(format=asked))]
     with PIL.Image.open(arguments[1]) as picture:
         assert picture.format == written
 
@@ -248,7 +248,7 @@ def test_errors_are_words_and_exit_codes(run, error, code, message):
 
 def test_no_server(run):
     """A refused connection says how to start a server."""
-    for command in (["generate", "a red apple"], ["model"], ["cancel", "x"]):
+    for command in (["generate", "a red apple"], ["model"], ["cancel", "x"], ["watch", "x"], ["finish", "x"], ["list"]):
         result = run("127.0.0.1:1", *command)
         assert result.exit_code == 3
         assert result.stderr == "No Calotype server answers at 127.0.0.1:1; start one with: calotype serve\n"
@@ -302,3 +302,34 @@ def test_cancel(run):
     assert ended.stdout == "It had succeeded already.\n"
     assert unknown.exit_code == 1
     assert "nobody" in unknown.stderr
+
+
+def test_lifecycle_options_reach_the_server(run):
+    """What leaving does, the grace and the id are fields of the request."""
+    options = "--on-disconnect keep --disconnect-grace 3 --request-id mine"
+    with FakeServer() as server:
+        assert run(server, "generate", "apple", *options.split()).exit_code == 0
+    assert server.requests == [build_request("apple", on_disconnect="keep", disconnect_grace=3, request_id="mine")]
+
+
+def test_watch_writes_the_image_and_list_and_finish_know_it(run):
+    """A generation that was started elsewhere is listed, watched to its end and cannot be finished any more."""
+    with FakeServer(steps=2) as server:
+        run(server, "generate", "a [red] apple", "--request-id", "mine")
+        result = run(server, "watch", "fake-1", "-o", "apple.png", "--previews", "frames")
+        assert (result.exit_code, result.stdout) == (0, "succeeded, step 2/2\nSaved apple.png (seed 1234, 2.0 s)\n")
+        assert run(server, "list").stdout.split() == ["fake-1", "succeeded", "2/2", "a", "[red]", "apple"]
+        listed = json.loads(run(server, "list", "--json").stdout)
+        assert (listed["request_id"], listed["create_time"]) == ("mine", "2023-11-14T22:13:21+00:00")
+        assert run(server, "finish", "fake-1").stdout == "It had succeeded already.\n"
+        missing = run(server, "watch", "no such id")
+        assert (missing.exit_code, missing.stderr) == (1, "There is no generation 'no such id'.\n")
+
+
+def test_finish_says_where_it_found_it(run):
+    """Ending early names the phase."""
+    with FakeServer(hold_at=2) as server, Client(server.address) as client:
+        for progress in client.generate("a red apple"):
+            if progress.step == 2 and progress.phase == "denoising":
+                assert run(server, "finish", progress.generation_id).stdout == "Finished while denoising.\n"
+    assert progress.finished_early

@@ -193,10 +193,22 @@ def test_terminal_is_given_back(terminal):
 def test_server_that_dies_is_said_in_words(terminal):
     """A lost server is one line and exit code 3, without a word from the C core."""
     with FakeServer(hold_at=2) as server:
-        process, screen = terminal(server, "generate", "a red apple")
+        process, screen = terminal(server, "generate", "a red apple", "--retries", "0")
         screen.expect("step 2/4")
         server.stop()
         output, code = rest(process, screen)
     assert code in (1, 3)
     assert "Traceback" not in output
     assert "chttp2" not in output
+
+
+def test_ctrl_c_leaves_what_is_to_be_kept(terminal):
+    """Ctrl-C of a kept generation says that it goes on, and how to see it again."""
+    with FakeServer(hold_at=2) as server:
+        process, screen = terminal(server, "generate", "a red apple", "--on-disconnect", "keep")
+        screen.expect("step 2/4")
+        screen.send("\x03")
+        output, code = rest(process, screen)
+        assert server.cancelled == []
+    assert code == 130
+    assert "calotype watch" in output

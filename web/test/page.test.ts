@@ -407,7 +407,7 @@ describe("when something goes wrong, the page", () => {
     await says(page, /^Finished/);
     expect(played.requests).toHaveLength(1);
     expect(played.cancelled).toEqual([]);
-    expect((await recorded(page)).shown.map(({ step }) => step)).toEqual([1, 2, 3, 8]);
+    await expect.poll(async () => (await recorded(page)).shown.map(({ step }) => step)).toEqual([1, 2, 3, 8]);
   });
 
   it("can be cancelled while it reconnects", async () => {

@@ -236,7 +236,8 @@ async def test_a_deadline_ends_handler_and_call(transport: str, messages: int) -
 
     async with lab(transport, {"Wait": after(messages, then)}) as server:
         await ends_with(server.stream("Wait", timeout=0.5), grpc.StatusCode.DEADLINE_EXCEEDED)
-        assert 0 <= await asyncio.wait_for(seen.get(), PATIENCE) <= 0.5
+        # gRPC rounds the deadline up on its way.
+        assert 0 <= await asyncio.wait_for(seen.get(), PATIENCE) <= 0.6
         assert await asyncio.wait_for(seen.get(), PATIENCE) == "cancelled"
 
 

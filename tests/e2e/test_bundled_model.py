@@ -47,14 +47,18 @@ def test_what_the_readmes_link_to_is_there() -> None:
             assert (readme.parent / link).exists(), f"{readme} links to {link}"
 
 
-def test_the_readmes_other_blocks_work(server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
-    """Errors look as the README shows them, previews and files are ordered so, and the fake server serves."""
-    assert len(BLOCKS) == 4
+def test_the_readmes_other_blocks_work(
+    server: ServerProcess, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors look as shown, previews and files are ordered so, a generation is kept, and the fake server serves."""
+    assert len(BLOCKS) == 5
+    monkeypatch.chdir(tmp_path)
     with calotype.Client(server.address) as client:
-        for block in BLOCKS[1:3]:
+        for block in BLOCKS[1:4]:
             exec(compile(block, "README.md", "exec"), {"calotype": calotype, "client": client})
     assert "Violation(" in capsys.readouterr().out
-    exec(compile(BLOCKS[3], "README.md", "exec"), {})
+    assert (tmp_path / "apple.png").read_bytes().startswith(b"\x89PNG")
+    exec(compile(BLOCKS[4], "README.md", "exec"), {})
 
 
 def test_a_generated_stub_alone_is_enough(server: ServerProcess) -> None:

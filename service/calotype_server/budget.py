@@ -15,6 +15,8 @@ __all__ = ["Choice", "PreviewBudget"]
 _NEWEST_WEIGHT = 0.2
 """Weight of the newest measurement in the moving averages."""
 
+_RISING_WEIGHT, _FALLING_WEIGHT = 0.05, 0.5
+
 _BEST_FIRST = (PreviewMethod.FULL_VAE, PreviewMethod.TINY_VAE, PreviewMethod.HEAD)
 
 _STRIDE_TO_TAKE = 2
@@ -55,11 +57,11 @@ class PreviewBudget:
 
     def observe_decode(self, method: PreviewMethod, seconds: float, pixel_count: int) -> None:
         """Learns how long a decoder computed a preview of a picture of that size."""
-        self._decode[method] = _mix(self._decode.get(method), seconds / pixel_count)
+        self._decode[method] = _mix_cost(self._decode.get(method), seconds / pixel_count)
 
     def observe_encode(self, seconds: float) -> None:
         """Learns how long the encoder computed a preview."""
-        self._encode = _mix(self._encode or None, seconds)
+        self._encode = _mix_cost(self._encode or None, seconds)
 
     def cost(self, method: PreviewMethod, pixel_count: int) -> float | None:
         """Seconds that the denoiser loses to one preview; None when that method was not measured yet."""
@@ -97,3 +99,10 @@ class PreviewBudget:
 
 def _mix(old: float | None, new: float) -> float:
     return new if old is None else old + _NEWEST_WEIGHT * (new - old)
+
+
+def _mix_cost(old: float | None, new: float) -> float:
+    """A moving average that falls quickly and rises slowly: what disturbs a measurement can only make it longer."""
+    if old is None:
+        return new
+    return old + (_RISING_WEIGHT if new > old else _FALLING_WEIGHT) * (new - old)

@@ -66,7 +66,8 @@ def test_a_generated_stub_alone_is_enough(server: ServerProcess) -> None:
     with grpc.insecure_channel(server.address) as channel:
         stub = GenerationServiceStub(channel)
         model = stub.GetModel(pb.GetModelRequest())
-        messages = list(stub.Generate(pb.GenerateRequest(prompt="a red apple", seed=1)))
+        head = pb.PreviewOptions(method=pb.PREVIEW_METHOD_HEAD)
+        messages = list(stub.Generate(pb.GenerateRequest(prompt="a red apple", seed=1, preview=head)))
     previews = [message for message in messages if message.image_kind == pb.IMAGE_KIND_PREDICTED]
     assert len(previews) >= 5
     assert all(Pillow.open(io.BytesIO(message.image)).format == "JPEG" for message in previews)

@@ -94,10 +94,10 @@ def test_the_choice_follows_what_is_measured_later() -> None:
 
 
 def test_one_odd_measurement_changes_little() -> None:
-    """A hiccup of the machine weighs a fifth."""
+    """A hiccup of the machine weighs a twentieth."""
     budget = measured(head=0.01)
     budget.observe_decode(HEAD, 0.06, PIXELS)
-    assert budget.cost(HEAD, PIXELS) == pytest.approx(0.02)
+    assert budget.cost(HEAD, PIXELS) == pytest.approx(0.0125)
 
 
 def test_nothing_to_draw_with_is_no_choice() -> None:

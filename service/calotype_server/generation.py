@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 import time
 from collections import Counter, OrderedDict
@@ -24,8 +25,11 @@ from calotype_server.types import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from calotype_server.admission import Ticket
     from calotype_server.encode import Encoder
+    from calotype_server.estimates import Pace
     from calotype_server.records import Record
     from calotype_server.types import Job, PreviewOptions, Terms
 
@@ -95,6 +99,43 @@ class Generation:
         self.stop.set()
         if self.ticket is not None and not self.ticket.turn.done():
             self.ticket.turn.set_exception(error)
+
+    def differing(self, job: Job, terms: Terms) -> list[str]:
+        """Returns the names of what another request wants otherwise; a seed that is left to the server is the same."""
+        same = dataclasses.replace(job, seed=self.job.seed) if terms.seed_was_drawn else job
+        names = (field.name for field in dataclasses.fields(job))
+        return [name for name in names if getattr(same, name) != getattr(self.job, name)]
+
+    def reporter(self, pace: Pace, active: Callable[[], int]) -> Callable[[Event], None]:
+        """Returns the engine's `report`: notes the time, adds the estimate, publishes. Runs in the engine's threads.
+
+        Args:
+            pace: Estimates, and learns from each step.
+            active: Tells how many generations are at work.
+        """
+        job, ticket = self.job, self.ticket
+        assert ticket is not None
+
+        def report(event: Event) -> None:
+            self.watch.note(event)
+            if isinstance(event, PreviewReady):
+                self.previews[event.method.value] += 1
+            match event:
+                case EncodingPrompt():
+                    event = dataclasses.replace(event, estimated_remaining=pace.total_seconds(job, active()))
+                case Denoising(step, total) | PreviewReady(step, total):
+                    if seconds := self.watch.step_seconds(step):
+                        pace.observe_step(job, seconds * total / job.step_count, active())
+                    left = pace.remaining_seconds(job, step, total, active())
+                    event = dataclasses.replace(event, estimated_remaining=left)
+                    if left is not None and (whole := pace.total_seconds(job, active())):
+                        ticket.left = min(ticket.left, left / whole)
+                case Decoding():
+                    left = pace.remaining_seconds(job, 1, 1, active())
+                    event = dataclasses.replace(event, estimated_remaining=left)
+            self.log.publish(event)
+
+        return report
 
     async def rendition(self, encoder: Encoder, preview: PreviewReady, options: PreviewOptions) -> EncodedImage:
         """Returns a preview as a file. Readers who want the same get the same: it is encoded once."""

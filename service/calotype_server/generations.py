@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import dataclasses
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,16 +16,11 @@ from calotype_server import errors, metadata
 from calotype_server.generation import Generation
 from calotype_server.records import Record
 from calotype_server.types import (
-    Decoding,
-    Denoising,
     DisconnectPolicy,
     EncodedImage,
-    EncodingPrompt,
-    Event,
     Failed,
     Job,
     Phase,
-    PreviewReady,
     Queued,
     Succeeded,
     Terms,
@@ -104,7 +98,7 @@ class Generations:
         """The engine's model."""
         return self._engine.model
 
-    async def start(self, job: Job, terms: Terms = Terms()) -> Generation:  # noqa: B008 - frozen
+    async def start(self, job: Job, terms: Terms) -> Generation:
         """Accepts a job, or returns the generation that the same request has started before.
 
         With a store, what is accepted survives a restart.
@@ -308,13 +302,7 @@ class Generations:
         earlier = self._requests.get((terms.caller, terms.request_id)) if terms.request_id else None
         if earlier is None:
             return None
-        same = replace(job, seed=earlier.job.seed) if terms.seed_was_drawn else job
-        if same != earlier.job:
-            differing = [
-                field.name
-                for field in dataclasses.fields(Job)
-                if getattr(same, field.name) != getattr(earlier.job, field.name)
-            ]
+        if differing := earlier.differing(job, terms):
             raise errors.RequestIdTaken(
                 f"The request id was used before, with another {', '.join(differing)}.",
                 metadata={"generation_id": earlier.id},
@@ -372,7 +360,7 @@ class Generations:
         try:
             await ticket.turn
             call = contextvars.copy_context().run
-            report = self._reporter(generation, ticket)
+            report = generation.reporter(self._pace, lambda: self._admission.active)
             work = asyncio.get_running_loop().run_in_executor(
                 self._threads, call, self._engine.run, generation.job, report, generation.stop
             )
@@ -386,31 +374,6 @@ class Generations:
         state = generation.log.state
         parameters = metadata.describe(generation.job, self.model, state.step if state.finished_early else None)
         return await self._encoder.final(pixels, generation.job.output, parameters)
-
-    def _reporter(self, generation: Generation, ticket: Ticket) -> Callable[[Event], None]:
-        """Returns the engine's `report`: notes the time, adds the estimate, publishes. Runs in the engine's threads."""
-        job, pace, watch = generation.job, self._pace, generation.watch
-
-        def report(event: Event) -> None:
-            watch.note(event)
-            if isinstance(event, PreviewReady):
-                generation.previews[event.method.value] += 1
-            active = self._admission.active
-            match event:
-                case EncodingPrompt():
-                    event = replace(event, estimated_remaining=pace.total_seconds(job, active))
-                case Denoising(step, total) | PreviewReady(step, total):
-                    if seconds := watch.step_seconds(step):
-                        pace.observe_step(job, seconds * total / job.step_count, active)
-                    left = pace.remaining_seconds(job, step, total, active)
-                    event = replace(event, estimated_remaining=left)
-                    if left is not None and (whole := pace.total_seconds(job, active)):
-                        ticket.left = min(ticket.left, left / whole)
-                case Decoding():
-                    event = replace(event, estimated_remaining=pace.remaining_seconds(job, 1, 1, active))
-            generation.log.publish(event)
-
-        return report
 
     async def _keep_end(self, generation: Generation, end: Succeeded | Failed) -> None:
         """On disk before anybody is told: who has read the end can rely on it."""

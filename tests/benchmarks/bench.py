@@ -51,9 +51,10 @@ def main() -> None:
         results = {
             "threads": threads,
             **cost_of_streaming(pipeline, client),
-            **latencies(client),
+            **first_previews(client),
             **previews.stream_bytes(client),
         }
+    results |= cancels(threads, results["step_ms"])
     results |= concurrency.measure(max(1, ROUNDS // 4), threads)
     results |= previews.measure()
     results |= web.measure(ROUNDS)
@@ -96,38 +97,37 @@ def cost_of_streaming(pipeline: Any, client: calotype.Client) -> dict[str, float
     }
 
 
-def latencies(client: calotype.Client) -> dict[str, float]:
-    """Time to the first preview, and from a cancel until the denoiser works for the next; in steps."""
-    steps, firsts, cancels = [], [], []
+def first_previews(client: calotype.Client) -> dict[str, float]:
+    """Time to the first preview, in steps."""
+    steps, firsts = [], []
     for round_number in range(ROUNDS):
-        begun = time.perf_counter()
+        begun, first = time.perf_counter(), None
         generation = client.generate(PROMPT, seed=round_number, steps=STEPS)
-        first = None
         for progress in generation:
             if progress.preview is not None and first is None:
                 first = time.perf_counter() - begun
-        step = generation.progress.timings.denoising / STEPS
-        steps.append(step)
-        firsts.append(first / step)
+        steps.append(generation.progress.timings.denoising / STEPS)
+        firsts.append(first / steps[-1])
+    return {"first_preview_steps": statistics.median(firsts), "step_ms": 1000 * statistics.median(steps)}
 
-        left = client.generate(PROMPT, seed=round_number, steps=STEPS)
-        for progress in left:
-            if progress.step >= 3 + round_number % 8:
-                begun = time.perf_counter()
-                left.cancel()
-                break
-        following = client.generate(PROMPT, steps=1)
-        started = None
-        for progress in following:
-            if progress.phase is not calotype.Phase.QUEUED and started is None:
-                started = time.perf_counter()
-        cancels.append((started - begun) / step)
-    return {
-        "first_preview_steps": statistics.median(firsts),
-        "cancel_steps": statistics.median(cancels),
-        "cancel_steps_max": max(cancels),
-        "step_ms": 1000 * statistics.median(steps),
-    }
+
+def cancels(threads: int, step_ms: float) -> dict[str, float]:
+    """Time from a cancel until the only slot works for the next caller, in steps."""
+    waits = []
+    options = ("--log-level", "warning", "--threads", str(threads), "--max-active", "1")
+    with ServerProcess(*options) as server, calotype.Client(server.address) as client:
+        for round_number in range(ROUNDS):
+            left = client.generate(PROMPT, seed=round_number, steps=STEPS)
+            for progress in left:
+                if progress.step >= 3 + round_number % 8:
+                    begun = time.perf_counter()
+                    left.cancel()
+                    break
+            for progress in client.generate(PROMPT, steps=1):
+                if progress.phase is not calotype.Phase.QUEUED:
+                    waits.append((time.perf_counter() - begun) * 1000 / step_ms)
+                    break
+    return {"cancel_steps": statistics.median(waits), "cancel_steps_max": max(waits)}
 
 
 def picture(pipeline: Any, **options: Any) -> None:

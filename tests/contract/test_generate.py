@@ -14,7 +14,7 @@ from grpc_status import rpc_status
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server import codec, errors
 from calotype_server.stream import State, Update
-from calotype_server.types import EncodedImage, Phase, Succeeded, Timings
+from calotype_server.types import EncodedImage, Phase, Succeeded, Terms, Timings
 from support.fake_engine import FakeEngine
 from support.service import read_until, running
 
@@ -290,7 +290,7 @@ async def test_a_deadline_that_passes_stops_the_work(service: Service, engine: F
 async def test_a_reader_who_sleeps_loses_previews_but_never_the_end(engine: FakeEngine) -> None:
     """Nothing is read until the work is over; the end is there, and what was not sent is counted."""
     async with running(engine) as service:
-        generation = await service.generations.start(await _job(service))
+        generation = await service.generations.start(await _job(service), Terms())
         updates = service.generations.follow(generation)
         await anext(updates)
         async for _ in generation.log.follow():

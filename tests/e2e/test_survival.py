@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -48,11 +50,27 @@ def test_a_killed_server_costs_time_and_nothing_else(tmp_path, keeps_state: bool
     assert [progress.phase.ended for progress in seen].count(True) == 1
 
 
-def test_a_client_that_is_gone_frees_the_slot_or_leaves_the_picture(tmp_path) -> None:
-    """KEEP: the picture of a caller who left without a word is there for whoever watches."""
+CALLER = """
+import sys, calotype
+client = calotype.Client(sys.argv[1], retries=0)
+for progress in client.generate("fox", seed=3, steps=150, on_disconnect=sys.argv[2]):
+    if progress.step:
+        print(progress.generation_id, flush=True)
+"""
+
+
+@pytest.mark.parametrize("policy", ["cancel", "keep"])
+def test_a_killed_client_frees_the_slot_or_leaves_the_picture(policy: str) -> None:
+    """CANCEL: the only slot is free for the next. KEEP: the picture is there for whoever watches."""
     with ServerProcess("--max-active", "1") as server, calotype.Client(server.address) as client:
-        with calotype.Client(server.address) as leaver:
-            for progress in leaver.generate("fox", steps=20, on_disconnect="keep"):
-                if progress.step >= 2:
-                    break
-        assert client.watch(progress.generation_id).result().format == "png"
+        command = [sys.executable, "-c", CALLER, server.address, policy]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as caller:
+            generation_id = caller.stdout.readline().strip()
+            caller.kill()
+        if policy == "cancel":
+            server.wait_for_log(generation_id, "outcome=CANCELLED")
+            client.generate("a cat", steps=1).result()
+        else:
+            watched = client.watch(generation_id)
+            assert watched.result().format == "png"
+            assert watched.progress.step == 150

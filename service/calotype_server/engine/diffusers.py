@@ -13,7 +13,7 @@ import torch
 
 from calotype_server import errors
 from calotype_server.budget import PreviewBudget
-from calotype_server.engine.batching.batcher import StepBatcher
+from calotype_server.engine.batching.batcher import StepBatcher, is_out_of_memory
 from calotype_server.engine.batching.plan import make_plan
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe, tokenizers
 from calotype_server.engine.finish import Finisher
@@ -127,6 +127,26 @@ class DiffusersEngine:
         # Torch keeps the setting by thread, and new threads take whatever was set last anywhere.
         torch.set_num_threads(self._threads)
         feed = self._previews.feed(job, report)
+        try:
+            return self._draw(job, report, stop, feed)
+        except (torch.OutOfMemoryError, MemoryError):
+            torch.cuda.empty_cache()
+            raise errors.OutOfMemory("The device ran out of memory; a smaller picture may fit.") from None
+        except torch.AcceleratorError as error:
+            _log.exception("the device failed")
+            raise errors.EngineDead("The device failed.") from error
+        except errors.ServiceError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise errors.OutOfMemory("Memory ran out; a smaller picture may fit.") from None
+            _log.exception("the pipeline failed")
+            raise errors.GenerationFailed("The model could not make this picture.") from error
+        finally:
+            feed.close()
+
+    def _draw(self, job: Job, report: Callable[[Event], None], stop: Stop, feed: PreviewFeed) -> Pixels:
+        """Calls the pipeline, and sees it to one of its ends: all steps, enough of them, or told to stop."""
         decoding_since = 0.0
 
         def should_stop() -> bool:
@@ -168,7 +188,7 @@ class DiffusersEngine:
                 report(Withdrawn())
                 raise _withheld()
             if tap.last is not None:
-                self._previews.learn(job, tap.last, output[0])
+                self._previews.learn(tap.last, output[0])
             return pixels
         except Stopped:
             if stop.is_set():
@@ -176,22 +196,6 @@ class DiffusersEngine:
             if feed.broken or tap.last is None:
                 raise _numerical_failure() from None
             return self._finish(job, tap.last, feed, report)
-        except (torch.OutOfMemoryError, MemoryError):
-            torch.cuda.empty_cache()
-            raise errors.OutOfMemory("The device ran out of memory; a smaller picture may fit.") from None
-        except torch.AcceleratorError as error:
-            _log.exception("the device failed")
-            raise errors.EngineDead("The device failed.") from error
-        except errors.ServiceError:
-            raise
-        except Exception as error:
-            if "DefaultCPUAllocator" in str(error):
-                # Torch has a type of its own for the memory of devices only.
-                raise errors.OutOfMemory("Memory ran out; a smaller picture may fit.") from None
-            _log.exception("the pipeline failed")
-            raise errors.GenerationFailed("The model could not make this picture.") from error
-        finally:
-            feed.close()
 
     def close(self) -> None:
         """Ends the preview thread and the device thread."""
@@ -208,7 +212,7 @@ class DiffusersEngine:
             report(Withdrawn())
             raise _withheld()
         pixels = _to_pixels(images)
-        self._previews.learn(job, step, images)
+        self._previews.learn(step, images)
         return pixels
 
     def _arguments(self, job: Job) -> dict[str, Any]:

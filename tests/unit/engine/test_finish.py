@@ -85,6 +85,29 @@ def test_a_cancel_wins_over_a_finish(open_engine):
         run()
 
 
+@pytest.mark.parametrize(
+    ("trouble", "expected"),
+    [
+        (torch.OutOfMemoryError(), errors.OutOfMemory),
+        (torch.AcceleratorError("an illegal memory access"), errors.EngineDead),
+        (ValueError("own words"), errors.GenerationFailed),
+    ],
+)
+def test_trouble_while_finishing_has_a_name(open_engine, monkeypatch, trouble, expected):
+    """The decode at the early end fails as the one at the end does, and says nothing of the cause."""
+    engine = open_engine(tiny.build("sd15"))
+
+    def fail(*_):
+        raise trouble
+
+    monkeypatch.setattr(engine._finisher, "decode", fail)
+    run = Run(engine)
+    run.stop.finish()
+    with pytest.raises(expected) as caught:
+        run()
+    assert "own words" not in str(caught.value)
+
+
 def test_the_safety_checker_is_asked_here_too(open_engine):
     """What it objects to is withheld, although the pipeline's own end was not reached."""
     engine = open_engine(guarded(*[True] * 9))

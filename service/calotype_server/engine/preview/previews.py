@@ -83,12 +83,11 @@ class Previews:
         """Opens a line for one generation; previews come out of `report`."""
         return self._renderer.feed(job, report)
 
-    def learn(self, job: Job, step: Step, images: torch.Tensor) -> None:
+    def learn(self, step: Step, images: torch.Tensor) -> None:
         """Teaches the head what the last step's x0 became, when the preview thread has nothing else to do.
 
         Args:
-            job: The generation's.
-            step: Its last.
+            step: A generation's last.
             images: What the pipeline returned, (1, 3, height, width) from 0 to 1.
         """
         decoder, mark = self._head, self._lane.mark()

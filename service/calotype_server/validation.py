@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
     from calotype_server.types import Limits, ModelInfo
 
-__all__ = ["MAX_GUIDANCE_SCALE", "MAX_SEED", "validate", "validate_id", "validate_page", "validate_watch"]
+__all__ = [
+    "MAX_GUIDANCE_SCALE",
+    "MAX_SEED",
+    "validate",
+    "validate_id",
+    "validate_page",
+    "validate_watch",
+    "watched_previews",
+]
 
 MAX_SEED = 2**53 - 1
 """Largest seed: every integer up to it is exact in JavaScript."""
@@ -135,10 +143,8 @@ def validate_id(generation_id: str) -> None:
         raise InvalidRequest([Violation("generation_id", "must not be empty")])
 
 
-def validate_watch(
-    request: pb.WatchRequest, limits: Limits
-) -> tuple[int, Callable[[PreviewOptions], PreviewOptions] | None]:
-    """Returns the last sequence known, and how the generation's preview options are to be changed, None for not at all.
+def validate_watch(request: pb.WatchRequest, limits: Limits) -> None:
+    """Refuses a request to watch that makes no sense, whatever it is that shall be watched.
 
     Raises:
         InvalidRequest: With all violations.
@@ -155,9 +161,13 @@ def validate_watch(
     _preview(request.preview, limits, limits.preview, refuse)
     if violations:
         raise InvalidRequest(violations)
+
+
+def watched_previews(request: pb.WatchRequest, limits: Limits, job: Job) -> PreviewOptions | None:
+    """Returns the previews that a validated request asks for where `job` is watched; None for those of the job."""
     if not request.HasField("preview"):
-        return request.after_sequence, None
-    return request.after_sequence, lambda base: _preview(request.preview, limits, base, lambda *_: None)
+        return None
+    return _preview(request.preview, limits, job.preview, lambda *_: None)
 
 
 def validate_page(request: pb.ListGenerationsRequest) -> tuple[int, int | None]:

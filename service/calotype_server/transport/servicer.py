@@ -13,7 +13,7 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
 from calotype_server import __version__, codec, errors
 from calotype_server.types import Failed
-from calotype_server.validation import validate, validate_id, validate_page, validate_watch
+from calotype_server.validation import validate, validate_id, validate_page, validate_watch, watched_previews
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -65,11 +65,12 @@ class GenerationServicer(GenerationServiceServicer):
         self, request: pb.WatchRequest, context: Context
     ) -> AsyncGenerator[pb.Progress, None]:
         """Streams a generation that was started before; see the proto."""
-        after, change = validate_watch(request, self._limits)
+        validate_watch(request, self._limits)
         generation = self._generations.find(request.generation_id)
         structlog.contextvars.bind_contextvars(generation=generation.id)
-        preview = None if change is None else change(generation.job.preview)
-        async with contextlib.aclosing(self._follow(generation, context, after, preview)) as messages:
+        preview = watched_previews(request, self._limits, generation.job)
+        following = self._follow(generation, context, request.after_sequence, preview)
+        async with contextlib.aclosing(following) as messages:
             async for message in messages:
                 yield message
 

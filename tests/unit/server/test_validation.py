@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import InvalidRequest, MethodUnavailable
 from calotype_server.types import DisconnectPolicy, Job, Limits, OutputOptions, PreviewMethod, PreviewOptions, Terms
-from calotype_server.validation import validate, validate_page, validate_watch
+from calotype_server.validation import validate, validate_page, validate_watch, watched_previews
 from support.fake_engine import MODEL
 from support.service import LIMITS
 
@@ -354,11 +354,11 @@ def test_a_watch_that_cannot_be_is_refused(request_: pb.WatchRequest, fields: li
 
 def test_watching_changes_only_the_options_that_are_given() -> None:
     """The rest is as the generation was asked for."""
-    request = pb.WatchRequest(generation_id="a", after_sequence=3, preview=pb.PreviewOptions(max_edge_px=64))
-    after, change = validate_watch(request, LIMITS)
-    assert after == 3
-    assert change(PreviewOptions(quality=11)) == PreviewOptions(quality=11, max_edge=64)
-    assert validate_watch(pb.WatchRequest(generation_id="a"), LIMITS) == (0, None)
+    job, _ = validate(pb.GenerateRequest(prompt="a", preview=pb.PreviewOptions(quality=11)), MODEL, LIMITS)
+    request = pb.WatchRequest(generation_id="a", preview=pb.PreviewOptions(max_edge_px=64))
+    validate_watch(request, LIMITS)
+    assert watched_previews(request, LIMITS, job) == replace(job.preview, max_edge=64)
+    assert watched_previews(pb.WatchRequest(generation_id="a"), LIMITS, job) is None
 
 
 @pytest.mark.parametrize("wrong", [{"page_size": 0}, {"page_size": 101}, {"page_token": "x"}, {"page_token": "-1"}])

@@ -51,7 +51,7 @@ generate: $(READY) ## watch a picture form in this terminal; PROMPT="a red apple
 test: lint type proto-check web-check test-fast test-web ## all checks and tests, as CI runs them
 
 test-fast: $(READY) ## only the Python tests, without Node; ARGS="-k name"
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-web: $(READY) $(CLIENT_JS_READY) $(WEB_READY) ## lint, check and test the TypeScript client and the page, in a real browser
 	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || { echo "Chromium is needed; on Debian: apt-get install chromium. Elsewhere: CHROMIUM=/path/to/it make test-web"; exit 1; }

@@ -13,6 +13,7 @@ ServiceError                  has a status code, a reason and a sentence fit for
 ├── MethodUnavailable         FAILED_PRECONDITION  a preview method that this server lacks or forbids
 └── GenerationError           one generation ended; the engine goes on
     ├── Cancelled             CANCELLED
+    │   └── Abandoned                          nobody has read it for too long
     ├── Interrupted           UNAVAILABLE          the server is stopping
     ├── OutOfMemory           RESOURCE_EXHAUSTED
     ├── ContentWithheld       FAILED_PRECONDITION  the model's safety checker objects
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = [
+    "Abandoned",
     "AddressInUse",
     "Cancelled",
     "ContentWithheld",
@@ -166,10 +168,16 @@ class GenerationError(ServiceError):
 
 
 class Cancelled(GenerationError):
-    """The caller cancelled it, or left."""
+    """The caller cancelled it."""
 
     code = "CANCELLED"
     reason = "CANCELLED"
+
+
+class Abandoned(Cancelled):
+    """Its last reader left and did not come back in time. Who asks for the same again gets a new generation."""
+
+    reason = "ABANDONED"
 
 
 class Interrupted(GenerationError):

@@ -91,6 +91,13 @@ class Generation:
         end = self.log.state.end
         return len(end.image.data) if isinstance(end, Succeeded) else 0
 
+    @property
+    def is_void(self) -> bool:
+        """Whether it comes to nothing for want of a reader or of a server, so that the same request begins anew."""
+        end = self.log.state.end
+        error = self.stop_error if end is None else getattr(end, "error", None)
+        return isinstance(error, errors.Abandoned | errors.Interrupted)
+
     def end_early(self, error: errors.GenerationError) -> None:
         """Asks it to end with `error`: at once while queued, before the next denoising step while running."""
         if self.stop.is_set() or self.ended:

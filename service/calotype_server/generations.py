@@ -48,6 +48,10 @@ _RETURN_SECONDS = 60.0
 """For callers to come back after a restart before their generations are cancelled."""
 
 
+_RESTART_SECONDS = 2.0
+"""From the end of this server until there is another, at least: there is no sense in asking sooner."""
+
+
 class Generations:
     """All generations of one engine.
 
@@ -155,8 +159,7 @@ class Generations:
         generation.ticket = self._admission.enter(generation.job, terms.caller, on_move, terms.deadline)
         task = asyncio.create_task(self._run(generation, generation.ticket), name=f"generation-{generation.id}")
         self._running[generation.id] = generation, task
-        if terms.request_id:
-            self._requests[terms.caller, terms.request_id] = generation
+        self._name(generation)
 
     async def follow(
         self, generation: Generation, after: int = 0, preview: PreviewOptions | None = None
@@ -265,7 +268,7 @@ class Generations:
     async def end_all(self) -> None:
         """Ends what is left as UNAVAILABLE, and waits for it: at most one denoising step, or one decode."""
         for generation, _ in list(self._running.values()):
-            generation.end_early(errors.Interrupted("The server is stopping.", retry_after=self._retry_after))
+            generation.end_early(errors.Interrupted("The server is stopping.", retry_after=_RESTART_SECONDS))
         await self._all_ended()
 
     async def _all_ended(self) -> None:
@@ -275,6 +278,13 @@ class Generations:
     def close(self) -> None:
         """Frees the threads; everything must have ended."""
         self._threads.shutdown()
+
+    def _name(self, generation: Generation) -> None:
+        """Lets its request id lead to a generation, unless it leads to a newer one that replaced it."""
+        key = generation.terms.caller, generation.terms.request_id
+        held = self._requests.get(key)
+        if generation.terms.request_id and (held is None or held.number < generation.number):
+            self._requests[key] = generation
 
     def _forget(self, generation: Generation) -> None:
         """Lets the request id of a generation that is no longer kept be used again."""
@@ -300,7 +310,7 @@ class Generations:
         """What the same request has started before."""
         self._ended.expire()
         earlier = self._requests.get((terms.caller, terms.request_id)) if terms.request_id else None
-        if earlier is None:
+        if earlier is None or earlier.is_void:
             return None
         if differing := earlier.differing(job, terms):
             raise errors.RequestIdTaken(
@@ -324,7 +334,7 @@ class Generations:
         generation.readers -= 1
         if generation.readers or generation.ended or generation.terms.on_disconnect is DisconnectPolicy.KEEP:
             return
-        left = errors.Cancelled("The caller left.")
+        left = errors.Abandoned("The caller left.")
         if not generation.terms.grace:
             generation.end_early(left)
             return
@@ -392,6 +402,5 @@ class Generations:
         if generation.reaper is not None:
             generation.reaper.cancel()
         generation.forget_previews()
-        if generation.terms.request_id:
-            self._requests[generation.terms.caller, generation.terms.request_id] = generation
+        self._name(generation)
         self._ended.add(generation.id, generation, generation.size)

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import calotype
-from benchmarks import concurrency, previews, web
+from benchmarks import concurrency, previews, subscribers, web
 from benchmarks.runs import GUIDANCE, STEPS, bundled
 from support.process import ServerProcess
 
@@ -35,6 +35,7 @@ AIMS = {
     "cancel_steps": "<= 1.2",
     "throughput8_over_fifo": ">= 1.7",
     "first_preview8_over_fifo": "<= 0.25",
+    "readers200_denoise_over_1": "<= 1.02",
     "web_over_native1": ">= 1",
     "web_over_native16": ">= 1",
 }
@@ -56,6 +57,7 @@ def main() -> None:
         }
     results |= cancels(threads, results["step_ms"])
     results |= concurrency.measure(max(1, ROUNDS // 4), threads)
+    results |= subscribers.measure(ROUNDS, threads)
     results |= previews.measure()
     results |= web.measure(ROUNDS)
     OUTPUT.parent.mkdir(exist_ok=True)

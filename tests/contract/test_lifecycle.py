@@ -140,6 +140,34 @@ async def test_a_grace_that_passes_cancels(service: Service, engine: FakeEngine)
     assert await asyncio.to_thread(engine.stops[0].wait, 20)
 
 
+async def test_the_request_of_an_abandoned_generation_begins_anew(service: Service, engine: FakeEngine) -> None:
+    """Nobody waited for that picture any more: the same request id makes it, under another id."""
+    call = service.stub.Generate(request(request_id="mine"))
+    first = await read_until(call, pb.PHASE_DENOISING)
+    call.cancel()
+    await wait_for_readers(service, first.generation_id, 0)
+    again = service.stub.Generate(request(request_id="mine"))
+    await again.read()
+    engine.allow()
+    assert (await read_until(again, pb.PHASE_SUCCEEDED)).generation_id != first.generation_id
+    end = await service.stub.Watch(pb.WatchRequest(generation_id=first.generation_id)).read()
+    assert (end.phase, end.error.reason) == (pb.PHASE_CANCELLED, "ABANDONED")
+    # The older one has ended later, and must not take the request id back.
+    once_more = await read_until(service.stub.Generate(request(request_id="mine")), pb.PHASE_SUCCEEDED)
+    assert once_more.generation_id != first.generation_id
+
+
+async def test_the_request_of_a_cancelled_generation_stays_cancelled(service: Service, engine: FakeEngine) -> None:
+    """What its caller did not want is not begun again by the same request id."""
+    call = service.stub.Generate(request(request_id="mine"))
+    first = await read_until(call, pb.PHASE_DENOISING)
+    await service.stub.Cancel(pb.CancelRequest(generation_id=first.generation_id))
+    again = service.stub.Generate(request(request_id="mine"))
+    engine.allow()
+    end = await read_until(again, pb.PHASE_CANCELLED)
+    assert (end.generation_id, end.error.reason) == (first.generation_id, "CANCELLED")
+
+
 async def wait_for_readers(service: Service, generation_id: str, count: int) -> None:
     """Waits until the server has noticed who left."""
     async with asyncio.timeout(20):

@@ -68,7 +68,7 @@ def test_a_killed_client_frees_the_slot_or_leaves_the_picture(policy: str) -> No
             generation_id = caller.stdout.readline().strip()
             caller.kill()
         if policy == "cancel":
-            server.wait_for_log(generation_id, "outcome=CANCELLED")
+            server.wait_for_log(generation_id, "outcome=ABANDONED")
             client.generate("a cat", steps=1).result()
         else:
             watched = client.watch(generation_id)

@@ -20,9 +20,10 @@ from .v1 import calotype_pb2 as v1
 from .v1.calotype_pb2_grpc import GenerationServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from types import TracebackType
 
+    from ._errors import CalotypeError
     from ._options import DisconnectPolicy, DisconnectPolicyName, Output, Previews, Priority, PriorityName
     from ._stream import AsyncCall
     from ._types import GenerationSummary, Model, Phase
@@ -59,6 +60,7 @@ class AsyncClient:
         timeout: float | None = None,
         wait_for_ready: bool = False,
         retries: int = RETRIES,
+        on_reconnect: Callable[[CalotypeError, float], None] | None = None,
     ) -> None:
         """Makes a client; does no I/O.
 
@@ -69,6 +71,8 @@ class AsyncClient:
             wait_for_ready: Whether to wait for a server that does not answer, instead of raising `Unavailable`.
             retries: Attempts in a row to make a lost connection again that bring nothing new, before `Unavailable` is
                 raised. 0 means that a lost connection ends a generation.
+            on_reconnect: Called with each loss and the seconds until the next attempt, from the loop over a generation
+                or its `result`.
 
         Raises:
             ValueError: The address is not one, or `retries` is negative.
@@ -76,7 +80,7 @@ class AsyncClient:
         self.address = address
         self._timeout = resolve_timeout(timeout, None)
         self._wait_for_ready = wait_for_ready
-        self._retry = RetryPolicy(resolve_retries(retries))
+        self._retry = RetryPolicy(resolve_retries(retries), notify=on_reconnect)
         self._farewells = AsyncFarewells()
         self._running: WeakSet[AsyncGeneration] = WeakSet()
         self._closed = False

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from ._image import Image
     from .v1 import calotype_pb2 as v1
 
-__all__ = ["Assembler"]
+__all__ = ["Assembler", "incomplete"]
+
+
+def incomplete() -> StreamIncomplete:
+    """Makes the error of a call that ended well, and of a generation of which no end was told."""
+    return StreamIncomplete("The stream ended without saying how the generation ended.", reason="STREAM_INCOMPLETE")
 
 
 class Assembler:
@@ -78,12 +83,10 @@ class Assembler:
         """Notes that the call has broken: an image of which a part is missing comes again from the start."""
         self._chunks.clear()
 
-    def close(self, error: CalotypeError | None = None) -> None:
+    def close(self, error: CalotypeError) -> None:
         """Notes that nothing more will come. The end that a message told counts more than the status of the call."""
         if not self.ended:
-            self.error = error or StreamIncomplete(
-                "The stream ended without saying how the generation ended.", reason="STREAM_INCOMPLETE"
-            )
+            self.error = error
 
     def outcome(self) -> Image:
         """Returns the image of a generation that has ended, or raises its error."""

@@ -20,9 +20,10 @@ from .v1 import calotype_pb2 as v1
 from .v1.calotype_pb2_grpc import GenerationServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
+    from ._errors import CalotypeError
     from ._options import DisconnectPolicy, DisconnectPolicyName, Output, Previews, Priority, PriorityName
     from ._stream import SyncCall
     from ._types import GenerationSummary, Model, Phase
@@ -58,6 +59,7 @@ class Client:
         timeout: float | None = None,
         wait_for_ready: bool = False,
         retries: int = RETRIES,
+        on_reconnect: Callable[[CalotypeError, float], None] | None = None,
     ) -> None:
         """Makes a client; does no I/O.
 
@@ -68,6 +70,8 @@ class Client:
             wait_for_ready: Whether to wait for a server that does not answer, instead of raising `Unavailable`.
             retries: Attempts in a row to make a lost connection again that bring nothing new, before `Unavailable` is
                 raised. 0 means that a lost connection ends a generation.
+            on_reconnect: Called with each loss and the seconds until the next attempt, from the loop over a generation
+                or its `result`.
 
         Raises:
             ValueError: The address is not one, or `retries` is negative.
@@ -75,7 +79,7 @@ class Client:
         self.address = address
         self._timeout = resolve_timeout(timeout, None)
         self._wait_for_ready = wait_for_ready
-        self._retry = RetryPolicy(resolve_retries(retries))
+        self._retry = RetryPolicy(resolve_retries(retries), notify=on_reconnect)
         self._farewells = Farewells()
         self._running: WeakSet[Generation] = WeakSet()
         self._closed = False

@@ -8,6 +8,8 @@ generate again with the seed that was drawn. What a message then tells is joined
 - There is something to come back to because the generation may run without a reader for `DISCONNECT_GRACE` seconds.
   Closing the call therefore no longer says that the caller has left: `_farewell` does.
 - The first message may be lost as well. Every request has a `request_id`, so that asking again never starts a second.
+- A server that stops, or that has waited in vain for a reader, ends a generation for reasons that are not the caller's:
+  that end is not shown either, and the same picture is asked for again.
 - At first contact nothing can be lost yet: a server that cannot be reached, or that refuses, is told to the caller at
   once. Later, both are retried, no sooner than the server says.
 """
@@ -22,8 +24,9 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.duration_pb2 import Duration
 
-from ._errors import CalotypeError, DeadlineExceeded, NotFound, Unavailable
+from ._errors import CalotypeError, Cancelled, DeadlineExceeded, NotFound, StreamIncomplete, Unavailable
 from ._seam import ENDS, Seam
+from ._status import from_error_message
 from .v1 import calotype_pb2 as v1
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ DISCONNECT_GRACE = 10
 
 RETRIES = 10
 """Attempts in a row, of which most wait for seconds: about half a minute, enough for a server to start again."""
+
+_ABANDONED = "ABANDONED"
 
 # What the core of gRPC says when a call has reached nobody; anything else may have been heard.
 _UNREACHED = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
@@ -51,6 +56,7 @@ class RetryPolicy:
         cap: Longest wait at all, in seconds.
         random: Gives numbers from 0 to 1.
         clock: Gives seconds from any start.
+        notify: Told of each loss, and of the seconds until the next attempt. None tells nobody.
     """
 
     retries: int = RETRIES
@@ -58,6 +64,7 @@ class RetryPolicy:
     cap: float = 8.0
     random: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
+    notify: Callable[[CalotypeError, float], None] | None = None
 
     def wait(self, attempt: int) -> float:
         """Returns how long to wait before an attempt, counted from 1, in seconds."""
@@ -81,6 +88,7 @@ class Resumption:
         request: What to send now.
         generation_id: Of the generation on the server. None before the first message.
         unsettled: Whether the server may have a generation that has not ended.
+        last_loss: Why the last call brought no end. None when there is news since.
     """
 
     def __init__(
@@ -92,9 +100,11 @@ class Resumption:
         self._origin = request
         self._policy = policy
         self._deadline = None if timeout is None else policy.clock() + timeout
+        self._seed = 0  # in use, once a message has come
         self._attempts = 0
         self._reached = False  # whether a call may have reached a server
-        self._last: CalotypeError | None = None
+        self.last_loss: CalotypeError | None = None
+        self._void: CalotypeError | None = None  # why the generation ended that another one has to replace
         if isinstance(request, v1.WatchRequest):
             self.generation_id = request.generation_id
             self._seam = Seam(request.generation_id, request.after_sequence)
@@ -126,12 +136,15 @@ class Resumption:
             What of it is news to the caller, or None.
         """
         self._reached = True
-        self.generation_id = message.generation_id
+        self.generation_id, self._seed = message.generation_id, message.seed
         if message.phase in ENDS:
             self.settle()
+            self._void = self._why_void(message)
+            if self._void is not None:
+                return None
         news = self._seam.join(message)
         if news is not None:
-            self._attempts, self._last = 0, None
+            self._attempts, self.last_loss = 0, None
         return news
 
     def settle(self) -> None:
@@ -147,15 +160,19 @@ class Resumption:
         self._seam.cut()
         if isinstance(error, DeadlineExceeded):
             self.unsettled = self.generation_id is not None or not error.reason
-            return error if self._last is None else _too_late(self._last)
-        if isinstance(error, NotFound) and self._begin_anew():
+            return error if self.last_loss is None else _too_late(self.last_loss)
+        void, self._void = self._void, None
+        if void is not None:
+            self._begin_anew()
+            error = void
+        elif isinstance(error, NotFound) and isinstance(self.request, v1.WatchRequest) and self._begin_anew():
             return 0.0
         if not self._worth_retrying(error) or self._attempts >= self._policy.retries:
             self.unsettled = self.generation_id is not None and not isinstance(error, NotFound)
             return error
         if self.time_left == 0:
             return _too_late(error)
-        self._attempts, self._last = self._attempts + 1, error
+        self._attempts, self.last_loss = self._attempts + 1, error
         if self.generation_id is not None:
             preview = self._origin.preview if isinstance(self._origin, v1.WatchRequest) else None
             self.request = v1.WatchRequest(
@@ -164,13 +181,21 @@ class Resumption:
         wait = (error.retry_after or 0.0) + self._policy.wait(self._attempts)
         return wait if self.time_left is None else min(wait, self.time_left)
 
+    def _why_void(self, message: v1.Progress) -> CalotypeError | None:
+        """Returns the error of an end that says nothing of the picture, where another one may be begun."""
+        if isinstance(self._origin, v1.WatchRequest) or self._attempts >= self._policy.retries:
+            return None
+        error = from_error_message(message.error, Cancelled) if message.HasField("error") else None
+        void = isinstance(error, Unavailable) or (error is not None and error.reason == _ABANDONED)
+        return error if void else None
+
     def _begin_anew(self) -> bool:
         """Asks for the same picture again, where it was asked for here. Says whether it was."""
-        if isinstance(self._origin, v1.WatchRequest) or isinstance(self.request, v1.GenerateRequest):
+        if isinstance(self._origin, v1.WatchRequest):
             return False
         self.request = v1.GenerateRequest()
         self.request.CopyFrom(self._origin)
-        self.request.seed = self._seam.shown.seed
+        self.request.seed = self._seed
         self.generation_id = None
         return True
 
@@ -178,7 +203,8 @@ class Resumption:
         if not self._policy.retries:
             return False
         if self._reached:
-            return isinstance(error, Unavailable) or error.retry_after is not None
+            lost = isinstance(error, (Unavailable, StreamIncomplete)) or error.reason == _ABANDONED
+            return lost or error.retry_after is not None
         # Only a server gives a reason: an answer that refuses.
         unheard = error.reason or any(text in error.message for text in _UNREACHED)
         self._reached = isinstance(error, Unavailable) and not unheard

@@ -67,7 +67,9 @@ class Seam:
         return position > shown or (position == shown and bool(message.image or message.phase == v1.PHASE_QUEUED))
 
     def _continue(self, message: v1.Progress) -> None:
-        message.sequence += self._offset
+        # Another log under the same id, as after a restart with kept state, may end with a lower number than was shown.
+        least = self.shown.sequence + (self.shown.phase not in ENDS)
+        message.sequence = max(message.sequence + self._offset, least)
         message.step = max(message.step, self.shown.step)
         message.previews_dropped += self._dropped
         message.previews_withdrawn |= self.shown.previews_withdrawn
@@ -79,7 +81,6 @@ class Seam:
             shown.image_step = max(shown.image_step, message.image_step)
         shown.sequence, shown.phase, shown.step = message.sequence, message.phase, message.step
         shown.previews_dropped, shown.previews_withdrawn = message.previews_dropped, message.previews_withdrawn
-        shown.seed = message.seed
 
 
 def _clear_picture(message: v1.Progress) -> None:

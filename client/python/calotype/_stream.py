@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import grpc
 import grpc.aio
 
-from ._assembler import Assembler
+from ._assembler import Assembler, incomplete
 from ._errors import CalotypeError, Cancelled, ClientClosed, GenerationConsumed
 from ._status import from_rpc_error, from_status
 
@@ -102,6 +102,8 @@ class _BaseGeneration:
             self._assembler.close(verdict)
             return None
         self._assembler.interrupt()
+        if (notify := self._client._retry.notify) is not None:
+            notify(self._resumption.last_loss or error, verdict)
         return verdict
 
     def _start_iterating(self) -> None:
@@ -191,7 +193,7 @@ class Generation(_BaseGeneration):
                     for _ in self._call:
                         pass
             except StopIteration:
-                self._assembler.close()
+                self._reconnect(self._lost(incomplete()))
             except grpc.RpcError as error:
                 self._reconnect(self._lost(from_rpc_error(error)))
             return progress
@@ -295,7 +297,7 @@ class AsyncGeneration(_BaseGeneration):
                     async for _ in self._messages:
                         pass
             except StopAsyncIteration:
-                self._assembler.close()
+                await self._reconnect(self._lost(incomplete()))
             except grpc.RpcError as error:
                 await self._reconnect(self._lost(from_rpc_error(error)))
             except asyncio.CancelledError:

@@ -32,6 +32,7 @@ __all__ = ["JsonView", "LiveView", "PlainView", "View", "choose_view", "describe
 _BAR_COLUMNS = 24
 _MAX_ROWS = 24
 _OTHER_ROWS = 4
+_RECONNECTING = "connection lost, reconnecting ..."
 
 
 class View(Protocol):
@@ -45,6 +46,9 @@ class View(Protocol):
 
     def update(self, progress: Progress, path: Path | None) -> None:
         """Shows progress; `path` is where its preview was kept."""
+
+    def reconnect(self, error: CalotypeError, delay: float) -> None:
+        """Shows that the connection is lost, and will be made again in `delay` seconds."""
 
     def finish(self, progress: Progress, image: Image, output: Path) -> None:
         """Shows the end with an image."""
@@ -91,6 +95,9 @@ class _Silent:
     ) -> None:
         """Leaves nothing behind."""
 
+    def reconnect(self, error: CalotypeError, delay: float) -> None:
+        """What comes next will tell."""
+
     def fail(self, error: CalotypeError) -> None:
         """The message on stderr says it all."""
 
@@ -113,6 +120,10 @@ class PlainView(_Silent):
         if line != self._last:
             self._last = line
             self._print(line if path is None else f"{line}: {path}")
+
+    def reconnect(self, error: CalotypeError, delay: float) -> None:
+        """Prints a line."""
+        self._print(_RECONNECTING)
 
     def finish(self, progress: Progress, image: Image, output: Path) -> None:
         """Prints where the image is."""
@@ -197,6 +208,11 @@ class LiveView(_Silent):
         """Draws what is new."""
         self._draw(progress, progress.preview)
 
+    def reconnect(self, error: CalotypeError, delay: float) -> None:
+        """Leaves the picture as it is, and says so below."""
+        parts = [] if self._picture is None else [self._picture]
+        self._live.update(Group(*parts, *self._notes(), Text(_RECONNECTING)), refresh=True)
+
     def finish(self, progress: Progress, image: Image, output: Path) -> None:
         """Draws the final image, and says where it is."""
         self._draw(progress, image)
@@ -213,10 +229,12 @@ class LiveView(_Silent):
             rows = max(1, min(_MAX_ROWS, self._console.height - _OTHER_ROWS - len(self._noticed)))
             self._picture = self._render(image, self._console.width, rows)
         parts: list[RenderableType] = [] if self._picture is None else [self._picture]
-        parts += [Text(f"Note: {notice.message}", style="yellow") for notice in self._noticed]
-        self._live.update(Group(*parts, _status_line(progress)), refresh=True)
+        self._live.update(Group(*parts, *self._notes(), _status_line(progress)), refresh=True)
         if old is not None and old is not self._picture and hasattr(old, "cleanup"):
             old.cleanup()
+
+    def _notes(self) -> list[Text]:
+        return [Text(f"Note: {notice.message}", style="yellow") for notice in self._noticed]
 
 
 def _status_line(progress: Progress) -> Table:

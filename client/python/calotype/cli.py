@@ -276,7 +276,8 @@ def _show(
         outputs = Outputs(output, previews, filmstrip)
     except BadPath as error:
         _exit(str(error), EXIT_USAGE)
-    with _connected(address, retries, left or "Cancelled.") as client, choose_view(Console(), as_json=as_json) as view:
+    view = choose_view(Console(), as_json=as_json)
+    with _connected(address, retries, left or "Cancelled.", view.reconnect) as client, view:
         try:
             _follow(start(client), outputs, view)
         except CalotypeError as error:
@@ -296,10 +297,15 @@ def _follow(generation: Generation, outputs: Outputs, view: View) -> None:
 
 
 @contextmanager
-def _connected(address: str, retries: int = RETRIES, on_interrupt: str = "Cancelled.") -> Iterator[Client]:
+def _connected(
+    address: str,
+    retries: int = RETRIES,
+    on_interrupt: str = "Cancelled.",
+    on_reconnect: Callable[[CalotypeError, float], None] | None = None,
+) -> Iterator[Client]:
     """A client whose errors end the program with one clear sentence and an exit code that says what to do."""
     try:
-        with quiet_core(), Client(address, retries=retries) as client:
+        with quiet_core(), Client(address, retries=retries, on_reconnect=on_reconnect) as client:
             yield client
     except CalotypeError as error:
         _exit(_explain(error, address), _exit_code(error))

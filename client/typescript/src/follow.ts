@@ -47,10 +47,13 @@ export async function* follow(
   const deadline = timeout === undefined ? Number.POSITIVE_INFINITY : clock.now() + timeout * 1000;
   let begins = plan.generationId === undefined;
   let failures = 0;
-  /** The generation that ended because its server stopped: for another one only, another one is begun. */
+  /** The generation that ended for the server's own reasons: for another one only, another one is begun. */
   let interrupted: string | undefined;
-  const beginsAnother = ({ code }: CalotypeError, generationId: string) =>
-    code === "UNAVAILABLE" && calls.generate && plan.retries > 0 && generationId !== interrupted;
+  const beginsAnother = ({ code, reason }: CalotypeError, generationId: string) =>
+    (code === "UNAVAILABLE" || reason === "ABANDONED") &&
+    calls.generate &&
+    plan.retries > 0 &&
+    generationId !== interrupted;
 
   for (;;) {
     if (leaving.aborted) throw cancelledHere(leaving.reason);

@@ -159,6 +159,11 @@ function interrupted(generationId: string): WireProgress {
   return { ...progress({ phase: Phase.FAILED, sequence: 3n, error }), generationId };
 }
 
+function abandoned(generationId: string): WireProgress {
+  const error = create(ErrorSchema, { code: Code.Canceled, reason: "ABANDONED", message: "The caller left." });
+  return { ...progress({ phase: Phase.CANCELLED, sequence: 3n, error }), generationId };
+}
+
 describe("following a generation over broken connections", () => {
   it.each(Array.from({ length: 300 }, (_, seed) => seed))("gives one uninterrupted stream (%i)", async (seed) => {
     const random = chance(seed);
@@ -236,10 +241,13 @@ describe("following a generation over broken connections", () => {
     expect(seen[1]?.queuePosition).toBe(0);
   });
 
-  it("begins another where the server stopped in the midst, but only once for the same end", async () => {
+  it.each([
+    ["stopped in the midst", "DRAINING", interrupted],
+    ["waited for it in vain", "ABANDONED", abandoned],
+  ])("begins another where the server %s, but only once for the same end", async (_, reason, ended) => {
     const stopped = async function* () {
       yield preview(1);
-      yield interrupted("g");
+      yield ended("g");
     };
     const { calls, asked } = scripted(stopped, async function* () {
       yield { ...final(), generationId: "h" };
@@ -247,7 +255,7 @@ describe("following a generation over broken connections", () => {
     expect((await outcome(calls)).seen.map(({ phase }) => phase)).toEqual(["denoising", "succeeded"]);
     expect(asked).toEqual(["generate undefined", "generate 42"]);
     const again = scripted(stopped);
-    expect((await outcome(again.calls)).error).toMatchObject({ reason: "DRAINING" });
+    expect((await outcome(again.calls)).error).toMatchObject({ reason });
     expect(again.asked).toHaveLength(2);
   });
 

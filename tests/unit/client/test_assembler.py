@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calotype import Cancelled, InternalError, Phase, StreamIncomplete, Unavailable
-from calotype._assembler import Assembler
+from calotype._assembler import Assembler, incomplete
 from calotype.v1 import calotype_pb2 as v1
 
 RUNNING = [v1.PHASE_QUEUED, v1.PHASE_ENCODING_PROMPT, v1.PHASE_DENOISING, v1.PHASE_DECODING, 99]
@@ -49,7 +49,7 @@ def test_lost_chunk_is_never_taken_for_an_image(running, parts, data):
     assembler = Assembler()
     for message in [*running, *(chunk for chunk in chunks(parts) if chunk.chunk_index != lost)]:
         assembler.feed(message)
-    assembler.close()
+    assembler.close(incomplete())
     with pytest.raises(StreamIncomplete):
         assembler.outcome()
 
@@ -60,7 +60,7 @@ def test_stream_without_an_end_is_incomplete(running):
     assembler = Assembler()
     for message in running:
         assembler.feed(message)
-    assembler.close()
+    assembler.close(incomplete())
     with pytest.raises(StreamIncomplete):
         assembler.outcome()
 

@@ -42,7 +42,9 @@ def terminal(tmp_path):
             ours, theirs = pty.openpty()
             stack.callback(os.close, ours)
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 100, 0, 0))
-            environment = os.environ | {"TERM": term, "CALOTYPE_GRPC_ADDRESS": server.address, "COLORTERM": "truecolor"}
+            # Rich would believe these two more than the terminal.
+            inherited = {name: value for name, value in os.environ.items() if name not in ("LINES", "COLUMNS")}
+            environment = inherited | {"TERM": term, "CALOTYPE_GRPC_ADDRESS": server.address, "COLORTERM": "truecolor"}
             environment |= variables
             environment["PYTHONPATH"] = str(Path(calotype.__file__).parents[1])
             process = subprocess.Popen(

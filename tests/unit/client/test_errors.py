@@ -48,7 +48,7 @@ def test_last_message_becomes_its_class(code):
     kind = BY_CODE[code.value[0]]
     with (
         FakeServer(error=kind("because", reason="BECAUSE", retry_after=2), fail_at=2) as server,
-        Client(server.address) as client,
+        Client(server.address, retries=0) as client,
     ):
         generation, steps = client.generate("a red apple"), []
         with pytest.raises(kind) as caught:

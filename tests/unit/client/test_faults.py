@@ -117,9 +117,9 @@ async def test_server_dies_in_mid_stream():
 async def test_status_of_ok_without_an_end(serve, scripted, messages):
     """A stream that ends in peace but says nothing is incomplete."""
     with serve(scripted(messages)) as address:
-        with Client(address) as client, pytest.raises(StreamIncomplete):
+        with Client(address, retries=0) as client, pytest.raises(StreamIncomplete):
             list(client.generate("a red apple"))
-        async with AsyncClient(address) as client:
+        async with AsyncClient(address, retries=0) as client:
             with pytest.raises(StreamIncomplete):
                 await client.generate("a red apple").result()
 

@@ -17,7 +17,7 @@ from calotype import (
     Overloaded,
     Unavailable,
 )
-from calotype._assembler import Assembler
+from calotype._assembler import Assembler, incomplete
 from calotype._resume import DISCONNECT_GRACE, Resumption, RetryPolicy, make_resumable
 from calotype._seam import Seam
 from calotype.v1 import calotype_pb2 as v1
@@ -33,6 +33,20 @@ class Server:
     def __init__(self):
         self.logs, self.attached, self.started = {}, {}, []
         self.ids = itertools.count(1)
+
+    def void(self, request_id):
+        """Ends the generation of a request for the server's own reasons."""
+        log = self.logs[self.attached.pop(request_id)]
+        code, reason = [(1, "ABANDONED"), (14, "DRAINING")][len(self.started) % 2]
+        phase = v1.PHASE_CANCELLED if code == 1 else v1.PHASE_FAILED
+        end = v1.Progress(
+            generation_id=log[0].generation_id,
+            phase=phase,
+            seed=log[0].seed,
+            sequence=log[-1].sequence,
+            error=v1.Error(code=code, reason=reason),
+        )
+        log[:] = [end]
 
     def lose(self):
         """Forgets everything, as after a restart."""
@@ -83,7 +97,7 @@ class Server:
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 18), st.sampled_from(["lost", "server lost", "no server"])), max_size=12),
+    st.lists(st.tuples(st.integers(0, 18), st.sampled_from(["lost", "server lost", "no server", "void"])), max_size=12),
     st.data(),
 )
 def test_any_breakage_is_one_uninterrupted_stream(breakages, data):
@@ -114,8 +128,13 @@ def test_any_breakage_is_one_uninterrupted_stream(breakages, data):
                     shown.append(progress)
             if assembler.ended:
                 break
+            if after == math.inf:
+                raise incomplete()
             if how == "server lost":
                 server.lose()
+                lives += 1
+            if how == "void" and request.request_id in server.attached:
+                server.void(request.request_id)
                 lives += 1
             raise LOST
         except CalotypeError as error:
@@ -268,6 +287,19 @@ def test_places_in_the_queue_are_news():
     seam.cut()
     again = progress(generation_id="h", phase=v1.PHASE_QUEUED, sequence=1, queue_position=4)
     assert seam.join(again).queue_position == 4
+
+
+def test_end_of_a_log_that_begins_anew_under_the_same_id_comes_last():
+    """A server that has kept the id but not the log may end with a lower number than was shown; chunks share theirs."""
+    seam = Seam()
+    seam.join(progress(sequence=17, step=4))
+    seam.cut()
+    assert seam.join(progress(sequence=9, step=5)) is None
+    parts = [
+        progress(phase=v1.PHASE_SUCCEEDED, sequence=16, step=5, chunk_index=number, chunk_count=2)
+        for number in range(2)
+    ]
+    assert [seam.join(part).sequence for part in parts] == [18, 18]
 
 
 def test_end_never_shows_a_lower_step():

@@ -102,6 +102,51 @@ async def test_lost_first_message_starts_nothing_twice(serve, at_once):
             assert [request.request_id for request in servicer.requests] == ["mine", "mine"]
 
 
+class EndsForItsOwnReasons(GenerationServiceServicer):
+    """Ends the first generation because it stops, the second because nobody seemed to read, and makes the third."""
+
+    def __init__(self):
+        self.requests = []
+
+    def Generate(self, request, context):  # noqa: N802
+        """Shows a step, and ends."""
+        self.requests.append(request)
+        number = len(self.requests)
+        facts = {"generation_id": f"g{number}", "seed": 42}
+        yield v1.Progress(**facts, sequence=1, phase=v1.PHASE_DENOISING, step=number)
+        if number == 1:
+            error = v1.Error(code=14, reason="DRAINING")
+            yield v1.Progress(**facts, sequence=2, phase=v1.PHASE_FAILED, error=error)
+            context.abort(grpc.StatusCode.UNAVAILABLE, "stopping")
+        if number == 2:
+            # The status is lost on the way, as some proxies do.
+            error = v1.Error(code=1, reason="ABANDONED")
+            yield v1.Progress(**facts, sequence=2, phase=v1.PHASE_CANCELLED, error=error)
+            return
+        yield v1.Progress(**facts, sequence=2, phase=v1.PHASE_SUCCEEDED, image=b"image", chunk_count=1)
+
+
+async def test_ends_that_are_not_the_callers_doing_are_not_shown(serve, at_once):
+    """The loop goes on with the same picture, drawn anew, and who asked is told of each attempt."""
+    told = []
+
+    def note(error, delay):
+        told.append((error.reason, delay))
+
+    with serve(servicer := EndsForItsOwnReasons()) as address, at_once(Client(address, on_reconnect=note)) as client:
+        seen = list(client.generate("a red apple"))
+    assert [progress.step for progress in seen] == [1, 2, 3, 3]
+    assert [progress.phase.ended for progress in seen] == [False, False, False, True]
+    assert [request.seed for request in servicer.requests] == [0, 42, 42]
+    assert len({request.request_id for request in servicer.requests}) == 1
+    assert told == [("DRAINING", 0.0), ("ABANDONED", 0.0)]
+    with serve(servicer := EndsForItsOwnReasons()) as address:
+        async with at_once(AsyncClient(address)) as client:
+            assert [progress.step async for progress in client.generate("a red apple")] == [1, 2, 3, 3]
+    with serve(EndsForItsOwnReasons()) as address, Client(address, retries=0) as client, pytest.raises(Unavailable):
+        client.generate("a red apple").result()
+
+
 async def test_gives_up_when_nothing_comes_of_it(at_once):
     """A server that stays away is Unavailable after the attempts are used up."""
     with FakeServer(hold_at=2) as server, at_once(Client(server.address), retries=3) as client:

@@ -221,3 +221,47 @@ def test_publishing_after_the_loop_is_gone_is_harmless() -> None:
     log = asyncio.run(make())
     log.publish(Queued(1))
     assert log.state.queue_position == 1
+
+
+async def test_many_readers_are_woken_in_rounds() -> None:
+    """The more read, the fewer rounds: each reader then gets the newest preview, counts the others, and has the end."""
+
+    class Clock:
+        now, due = 100.0, ()
+
+        def __init__(self, loop) -> None:
+            self.call_soon_threadsafe = loop.call_soon_threadsafe
+
+        def time(self) -> float:
+            return self.now
+
+        def call_at(self, when: float, callback):
+            self.due = (when, callback)
+            return asyncio.get_running_loop().call_later(1e9, callback)
+
+    async def settle() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def read(seen: list) -> None:
+        async for update in log.follow():
+            seen.append(update)
+
+    log = EventLog()
+    log._loop = clock = Clock(asyncio.get_running_loop())
+    all_seen = [[] for _ in range(40)]
+    readers = [asyncio.create_task(read(seen)) for seen in all_seen]
+    await settle()
+    for step in (1, 2, 3):
+        log.publish(preview(step))
+        await settle()
+    assert all(seen[-1].preview.step == 1 for seen in all_seen)
+    clock.now, wake = clock.due
+    assert clock.now > 100
+    wake()
+    await settle()
+    assert all((seen[-1].preview.step, seen[-1].previews_dropped) == (3, 1) for seen in all_seen)
+    log.publish(preview(4))
+    log.publish(Succeeded(IMAGE, Timings()))
+    await asyncio.gather(*readers)
+    assert all(seen[-1].state.end is not None for seen in all_seen)

@@ -130,7 +130,9 @@ class _DisconnectPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Disc
     DISCONNECT_POLICY_UNSPECIFIED: _DisconnectPolicy.ValueType  # 0
     """CANCEL."""
     DISCONNECT_POLICY_CANCEL: _DisconnectPolicy.ValueType  # 1
-    """It is cancelled, after `GenerateRequest.disconnect_grace`."""
+    """It is cancelled with the reason ABANDONED, after `GenerateRequest.disconnect_grace`. The same `request_id` then begins
+    anew.
+    """
     DISCONNECT_POLICY_KEEP: _DisconnectPolicy.ValueType  # 2
     """It goes on to its end, and can be watched for a while after that."""
 
@@ -140,7 +142,9 @@ class DisconnectPolicy(_DisconnectPolicy, metaclass=_DisconnectPolicyEnumTypeWra
 DISCONNECT_POLICY_UNSPECIFIED: DisconnectPolicy.ValueType  # 0
 """CANCEL."""
 DISCONNECT_POLICY_CANCEL: DisconnectPolicy.ValueType  # 1
-"""It is cancelled, after `GenerateRequest.disconnect_grace`."""
+"""It is cancelled with the reason ABANDONED, after `GenerateRequest.disconnect_grace`. The same `request_id` then begins
+anew.
+"""
 DISCONNECT_POLICY_KEEP: DisconnectPolicy.ValueType  # 2
 """It goes on to its end, and can be watched for a while after that."""
 Global___DisconnectPolicy: _TypeAlias = DisconnectPolicy  # noqa: Y015

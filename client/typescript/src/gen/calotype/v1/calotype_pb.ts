@@ -1133,7 +1133,8 @@ export enum DisconnectPolicy {
   UNSPECIFIED = 0,
 
   /**
-   * It is cancelled, after `GenerateRequest.disconnect_grace`.
+   * It is cancelled with the reason ABANDONED, after `GenerateRequest.disconnect_grace`. The same `request_id` then begins
+   * anew.
    *
    * @generated from enum value: DISCONNECT_POLICY_CANCEL = 1;
    */

@@ -16,7 +16,7 @@ from calotype_server.transport.grpcweb.call import Limits
 from support.grpcweb import Connection, frame, header_dict, read_answer
 from support.lab import NAME, bidi, echo, lab, status, until
 
-OK, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = "0", "8", "12", "13"
+OK, INVALID_ARGUMENT, RESOURCE_EXHAUSTED, UNIMPLEMENTED, INTERNAL = "0", "3", "8", "12", "13"
 DEADLINE_EXCEEDED = "4"
 
 
@@ -75,12 +75,12 @@ async def test_the_answer_has_the_type_of_the_request(sent: str, received: str, 
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (b"", INTERNAL),
-        (b"\0\0\0", INTERNAL),
-        (b"\0\0\0\1\0abc", INTERNAL),
-        (frame(b"abc") + b"x", INTERNAL),
-        (frame(b"abc") + frame(b"abc"), INTERNAL),
-        (frame(b"grpc-status: 0\r\n", 0x80), INTERNAL),
+        (b"", INVALID_ARGUMENT),
+        (b"\0\0\0", INVALID_ARGUMENT),
+        (b"\0\0\0\1\0abc", INVALID_ARGUMENT),
+        (frame(b"abc") + b"x", INVALID_ARGUMENT),
+        (frame(b"abc") + frame(b"abc"), INVALID_ARGUMENT),
+        (frame(b"grpc-status: 0\r\n", 0x80), INVALID_ARGUMENT),
         (frame(b"abc", 1), UNIMPLEMENTED),
         (frame(b"x" * 65_537), RESOURCE_EXHAUSTED),
     ],
@@ -105,7 +105,7 @@ async def test_a_body_that_is_not_one_message_never_reaches_a_handler(body: byte
 async def test_bad_base64_is_refused(body: bytes) -> None:
     """With a status."""
     async with lab(methods={"Echo": echo}) as server:
-        assert await status(server, "Echo", body, content_type="application/grpc-web-text") == INTERNAL
+        assert await status(server, "Echo", body, content_type="application/grpc-web-text") == INVALID_ARGUMENT
 
 
 async def test_the_largest_request_passes_and_one_byte_more_does_not() -> None:
@@ -169,7 +169,7 @@ async def test_a_timeout_that_is_none_is_refused(value: str) -> None:
         messages, trailers = read_answer(await connection.answer())
         connection.close()
     assert messages == []
-    assert trailers["grpc-status"] == INTERNAL
+    assert trailers["grpc-status"] == INVALID_ARGUMENT
     assert trailers["grpc-message"].startswith("grpc-timeout")
 
 
@@ -219,7 +219,7 @@ async def test_metadata_is_what_the_caller_meant() -> None:
         await connection.request("POST", f"/{NAME}/Call", given, frame(b""))
         assert read_answer(await connection.answer())[1]["grpc-status"] == OK
         connection.close()
-        assert await status(server, "Call", x_some_bin="***") == INTERNAL
+        assert await status(server, "Call", x_some_bin="***") == INVALID_ARGUMENT
     assert seen == {
         "authorization": "Bearer x",
         "user-agent": "test",

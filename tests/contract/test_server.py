@@ -135,7 +135,7 @@ async def test_what_cannot_be_finished_in_time_ends_unavailable(transport: str) 
             end = await read_until(call, pb.PHASE_FAILED)
             engine.allow()
             assert end.error.reason == "DRAINING"
-            assert end.error.retry_delay.ToNanoseconds() == 5_000_000_000
+            assert end.error.retry_delay.ToNanoseconds() == 2_000_000_000
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call.read()
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

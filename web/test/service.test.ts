@@ -174,7 +174,7 @@ describe("with the bundled model", () => {
       // It delivers what arrived in one piece with the last message, too.
       const { messages } = await classic("fox", MANY, 6);
       expect(messages.map(({ phase }) => phase)).not.toContain("SUCCEEDED");
-      expect(await service.outcome(ends)).toBe("CANCELLED");
+      expect(await service.outcome(ends)).toBe("ABANDONED");
     });
   });
 
@@ -216,7 +216,7 @@ it("closing the tab and leaving the page free their slots, once nobody has come 
   }
   await closed.close();
   await left.goto("about:blank");
-  expect([await service.outcome(1), await service.outcome(2)]).toEqual(["CANCELLED", "CANCELLED"]);
+  expect([await service.outcome(1), await service.outcome(2)]).toEqual(["ABANDONED", "ABANDONED"]);
 });
 
 it("a service that is killed and started again: the page goes on by itself to the same picture", async () => {

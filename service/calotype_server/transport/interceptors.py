@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from calotype_server import codec
-from calotype_server.errors import GenerationFailed, ServiceError
+from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, Violation
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -43,14 +44,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler
         if not handler.response_streaming:
             guarded = grpc.unary_unary_rpc_method_handler(
-                _guard_unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+                _guard_unary(handler.unary_unary), _tolerant(handler), handler.response_serializer
             )
             return guarded
         # grpc.aio looks at the function to learn its style: writers such as health.Watch stay what they are.
         if not inspect.isasyncgenfunction(handler.unary_stream):
             return handler
         guarded = grpc.unary_stream_rpc_method_handler(
-            _guard_stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            _guard_stream(handler.unary_stream), _tolerant(handler), handler.response_serializer
         )
         return guarded
 
@@ -59,11 +60,36 @@ INTERCEPTORS: tuple[grpc.aio.ServerInterceptor, ...] = (CallInterceptor(),)
 """Those of every port, the outermost first."""
 
 
+class _Malformed:
+    """Stands for a request that is no message of its type."""
+
+
+def _tolerant(handler: Handler) -> Callable[[bytes], Any] | None:
+    """Returns a deserializer that leaves refusing to the handler: gRPC's own answer is INTERNAL, as if it were ours."""
+    deserialize = handler.request_deserializer
+    if deserialize is None:
+        return None
+
+    def tolerant(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Malformed()
+
+    return tolerant
+
+
+def _well_formed(request: Any) -> Any:
+    if isinstance(request, _Malformed):
+        raise InvalidRequest([Violation("request", "The bytes are no message of the type that the method takes.")])
+    return request
+
+
 def _guard_stream(method: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
     async def guarded(request: Any, context: Context) -> AsyncGenerator[Any, None]:
         with _bound(context):
             try:
-                async with contextlib.aclosing(method(request, context)) as messages:
+                async with contextlib.aclosing(method(_well_formed(request), context)) as messages:
                     async for message in messages:
                         yield message
             except grpc.aio.AbortError:
@@ -78,7 +104,7 @@ def _guard_unary(method: Any) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: Context) -> Any:
         with _bound(context):
             try:
-                return await method(request, context)
+                return await method(_well_formed(request), context)
             except grpc.aio.AbortError:
                 raise
             except Exception as error:

@@ -142,7 +142,9 @@ class Call:
         try:
             request = data if handler.request_deserializer is None else handler.request_deserializer(data)
         except Exception:
-            raise Refused(grpc.StatusCode.INTERNAL, "Exception deserializing request!") from None
+            raise Refused(
+                grpc.StatusCode.INVALID_ARGUMENT, "The request is no message of the type that the method takes."
+            ) from None
         self._watcher = asyncio.create_task(self._watch())
         self._context = Context(self._response, metadata, deadline, _peer(self._scope))
         self._context.serializer = handler.response_serializer

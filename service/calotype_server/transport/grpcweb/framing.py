@@ -100,7 +100,9 @@ def parse_timeout(value: str) -> float:
     """
     number, unit = value[:-1], value[-1:]
     if unit not in _UNITS or not (number.isascii() and number.isdecimal()) or len(number) > 8:
-        raise Refused(grpc.StatusCode.INTERNAL, f"grpc-timeout: {value[:20]!r} is not up to 8 digits and a unit.")
+        raise Refused(
+            grpc.StatusCode.INVALID_ARGUMENT, f"grpc-timeout: {value[:20]!r} is not up to 8 digits and a unit."
+        )
     return int(number) * _UNITS[unit]
 
 
@@ -128,7 +130,7 @@ def _from_base64(value: str, key: str) -> bytes:
     try:
         return base64.b64decode(value + "=" * (-len(value) % 4), validate=True)
     except ValueError:
-        raise Refused(grpc.StatusCode.INTERNAL, f"{key}: the value is not base64.") from None
+        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"{key}: the value is not base64.") from None
 
 
 def wire_size(limit: int, *, text: bool) -> int:
@@ -143,19 +145,19 @@ def decode_request(body: bytes, *, text: bool) -> bytes:
     Raises:
         Refused: The body is anything but one uncompressed message.
     """
-    internal = grpc.StatusCode.INTERNAL
+    malformed = grpc.StatusCode.INVALID_ARGUMENT
     if text:
         body = _from_text(body)
     if len(body) < _PREFIX.size:
-        raise Refused(internal, f"The request has {len(body)} bytes; a message begins with {_PREFIX.size} of its own.")
+        raise Refused(malformed, f"The request has {len(body)} bytes; a message begins with {_PREFIX.size} of its own.")
     flags, length = _PREFIX.unpack_from(body)
     message = body[_PREFIX.size :]
     if flags & _TRAILERS_FLAG:
-        raise Refused(internal, "The request begins with trailers instead of a message.")
+        raise Refused(malformed, "The request begins with trailers instead of a message.")
     if flags & _COMPRESSED_FLAG:
         raise Refused(grpc.StatusCode.UNIMPLEMENTED, "Compressed requests are not supported: send identity.")
     if len(message) != length:
-        raise Refused(internal, f"The request announces one message of {length} bytes, and has {len(message)}.")
+        raise Refused(malformed, f"The request announces one message of {length} bytes, and has {len(message)}.")
     return message
 
 
@@ -167,7 +169,7 @@ def _from_text(body: bytes) -> bytes:
             return b"".join(base64.b64decode(segment, validate=True) for segment in segments)
         except binascii.Error:
             pass
-    raise Refused(grpc.StatusCode.INTERNAL, "The request is not base64, as its content type says.")
+    raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "The request is not base64, as its content type says.")
 
 
 def check_metadata(metadata: Iterable[Metadatum]) -> tuple[Metadatum, ...]:

@@ -1,0 +1,121 @@
+"""Requests that no client sends, by the thousand: none is answered INTERNAL, and the server stays what it was."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+from collections import Counter
+
+import grpc
+import psutil
+import pytest
+
+import calotype
+from support import fuzz
+from support.process import ServerProcess
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+COUNT = int(os.environ.get("FUZZ", "900"))
+"""Malformed requests, a third of them each over native gRPC, grpc-web and as raw HTTP."""
+AT_ONCE = 16
+PATIENCE = 30.0
+_NEVER = ("INTERNAL", "UNKNOWN", "DATA_LOSS")
+
+
+async def native(address: str, chance: random.Random, count: int) -> Counter[str]:
+    """Calls with bytes for messages; returns how they ended."""
+    ends: Counter[str] = Counter()
+    pending = iter(range(count))
+
+    async def caller(channel: grpc.aio.Channel) -> None:
+        for _ in pending:
+            call = channel.unary_stream(fuzz.path(chance))(
+                fuzz.message(chance), metadata=fuzz.metadata(chance), timeout=PATIENCE
+            )
+            try:
+                # A request that happens to be good is not of interest.
+                await call.read()
+                ends["answered"] += 1
+                call.cancel()
+            except grpc.aio.AioRpcError as error:
+                ends[error.code().name] += 1
+
+    async with grpc.aio.insecure_channel(address) as channel, asyncio.TaskGroup() as tasks:
+        for _ in range(AT_ONCE):
+            tasks.create_task(caller(channel))
+    return ends
+
+
+async def raw(address: str, chance: random.Random, count: int, *, shaped: bool) -> Counter[str]:
+    """Bytes to the web port: grpc-web calls where `shaped`, else anything; returns HTTP and gRPC statuses."""
+    ends: Counter[str] = Counter()
+    pending = iter(range(count))
+    host, _, port = address.rpartition(":")
+
+    async def caller() -> None:
+        for _ in pending:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            try:
+                writer.write(_web_call(chance) if shaped else fuzz.http(chance))
+                if not shaped:
+                    writer.write_eof()
+                async with asyncio.timeout(PATIENCE):
+                    answer = await reader.read(200_000)
+                    while not reader.at_eof() and len(answer) < 100_000 and b"grpc-status" not in answer:
+                        more = await reader.read(200_000)
+                        answer += more
+                status = re.match(rb"HTTP/1\.1 (\d+)", answer)
+                ends[status[1].decode() if status else "closed"] += 1
+                if found := re.search(rb"grpc-status: ?(\d+)", answer):
+                    ends[grpc_name(int(found[1]))] += 1
+            except ConnectionError:
+                ends["closed"] += 1
+            finally:
+                writer.transport.abort()
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(AT_ONCE):
+            tasks.create_task(caller())
+    return ends
+
+
+def _web_call(chance: random.Random) -> bytes:
+    body = fuzz.framed(chance)
+    head = f"POST {fuzz.path(chance)} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+    head += "content-type: application/grpc-web+proto\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+
+def grpc_name(code: int) -> str:
+    """The name of a status code."""
+    return next((each.name for each in grpc.StatusCode if each.value[0] == code), f"code {code}")
+
+
+async def test_malformed_requests_are_answered_and_harm_nobody() -> None:
+    """No INTERNAL, no 5xx but 501, no crash, no growth, no traceback in the log; then a picture is made as before."""
+    chance = random.Random(int(os.environ.get("SEED", "0")))
+    with ServerProcess("--log-level", "warning", "--max-queue", "4") as server:
+        process, share = psutil.Process(server.process.pid), COUNT // 3
+        await native(server.address, chance, share // 4)  # pools and caches get their size
+        await raw(server.web_address, chance, share // 4, shaped=False)
+        before = process.memory_info().rss, process.num_fds(), process.num_threads()
+        ends = {
+            "native": await native(server.address, chance, share),
+            "grpc-web": await raw(server.web_address, chance, share, shaped=True),
+            "http": await raw(server.web_address, chance, share, shaped=False),
+        }
+        async with calotype.AsyncClient(server.address) as client:
+            assert (await client.generate("a red apple", steps=2).result()).width == 128
+        after = process.memory_info().rss, process.num_fds(), process.num_threads()
+        counted = {port: dict(counts) for port, counts in ends.items()}
+        print(f"\n{COUNT} requests: {counted}")  # noqa: T201
+        print(f"bytes, files and threads: {before} -> {after}")  # noqa: T201
+        assert server.process.poll() is None
+    for port, counts in ends.items():
+        assert not set(counts) & {*_NEVER, "500", "502", "503"}, (port, counts)
+    assert not [line for line in server.log if "Traceback" in line or "call failed" in line], server.log
+    assert after[0] <= 1.1 * before[0]
+    assert after[2] <= before[2]

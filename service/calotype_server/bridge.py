@@ -8,8 +8,11 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from calotype_server import __version__
+from calotype_server.metrics import Metrics
 from calotype_server.signals import Signals
 from calotype_server.telemetry import configure_logging
+from calotype_server.transport.exposition import serve_metrics
 from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
 from calotype_server.transport.web import WebServer
 
@@ -40,6 +43,7 @@ async def serve(settings: BridgeSettings, announce: Callable[[str, str], None]) 
     """
     configure_logging(settings.log_level, settings.log_format)
     signals = Signals()
+    metrics = Metrics(__version__)
     async with grpc.aio.insecure_channel(settings.upstream, options=CHANNEL_OPTIONS) as channel:
         web = WebServer(
             settings.web_address,
@@ -47,13 +51,17 @@ async def serve(settings: BridgeSettings, announce: Callable[[str, str], None]) 
             is_ready=lambda: _is_serving(channel),
             allowed_origins=settings.allowed_origins,
             allowed_hosts=settings.allowed_hosts,
+            transport="bridge",
+            observe=metrics.observe,
+            metrics=None if settings.metrics_address else metrics.render,
         )
         address = await web.start()
         try:
-            announce(address, settings.upstream)
-            await signals.stopping()
-            _log.info("draining", grace=settings.drain_seconds)
-            await signals.unless_hurried(web.stop(settings.drain_seconds))
+            async with serve_metrics(settings.metrics_address, metrics.render):
+                announce(address, settings.upstream)
+                await signals.stopping()
+                _log.info("draining", grace=settings.drain_seconds)
+                await signals.unless_hurried(web.stop(settings.drain_seconds))
         finally:
             await web.stop(0)
 

@@ -116,7 +116,7 @@ def _with_settings(command: Callable[[S], None], kind: type[S]) -> Callable[...,
 def _option(name: str, field: pydantic.fields.FieldInfo) -> Any:
     default = "" if field.default in (None, ()) else f" Default: {field.default}."
     flag, text = name.replace("_", "-"), f"{field.description}{default} (CALOTYPE_{name.upper()})"
-    if field.annotation is bool:
+    if field.annotation in (bool, bool | None):
         return Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)]
     # As text: pydantic does the parsing, for options and environment alike.
     return Annotated[str | None, typer.Option(f"--{flag}", help=text, show_default=False, metavar="VALUE")]

@@ -8,12 +8,13 @@ import contextvars
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from calotype_server import errors, metadata
 from calotype_server.generation import Generation
+from calotype_server.observations import Ended, Observe, PreviewsDropped, TurnCame, ignore
 from calotype_server.records import Record
 from calotype_server.types import (
     DisconnectPolicy,
@@ -27,7 +28,7 @@ from calotype_server.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Coroutine
+    from collections.abc import AsyncGenerator, Callable, Collection, Coroutine
 
     from calotype_server.admission import Admission, Ticket
     from calotype_server.encode import Encoder
@@ -64,6 +65,7 @@ class Generations:
         store: Keeps all of it on disk, or None.
         max_active: Threads to keep, as many as admission lets run at once.
         on_dead: Called once when the engine cannot go on.
+        observe: Told what there is to see, but for the warm-up.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Generations:
         *,
         max_active: int,
         on_dead: Callable[[], None],
+        observe: Observe = ignore,
     ) -> None:
         self._engine = engine
         self._admission = admission
@@ -87,12 +90,16 @@ class Generations:
         self._store = store
         self._chores: set[asyncio.Task[None]] = set()
         self._on_dead = on_dead
+        self._observe = observe
         self._threads = ThreadPoolExecutor(max_active, "calotype-generation")
         self._running: dict[str, tuple[Generation, asyncio.Task[None]]] = {}
         self._requests: dict[tuple[str, str], Generation] = {}
         """By caller and request id; of those that run or are kept."""
         self._numbers = itertools.count(1)
         self._retry_after: float | None = None
+        self._drawn_sizes: set[tuple[int, int]] = set()
+        self._given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when nobody shall wait for threads any more."""
         self._readers = 0
         self._unread = asyncio.Event()
         self._unread.set()
@@ -101,6 +108,16 @@ class Generations:
     def model(self) -> ModelInfo:
         """The engine's model."""
         return self._engine.model
+
+    @property
+    def readers(self) -> int:
+        """Streams that follow a generation."""
+        return self._readers
+
+    @property
+    def running(self) -> list[Generation]:
+        """Those that have been accepted and have not ended."""
+        return [generation for generation, _ in self._running.values()]
 
     async def start(self, job: Job, terms: Terms) -> Generation:
         """Accepts a job, or returns the generation that the same request has started before.
@@ -118,7 +135,7 @@ class Generations:
             return started
         if self._retry_after is not None:
             raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
-        generation = Generation(job, terms, next(self._numbers))
+        generation = Generation(job, terms, next(self._numbers), observe=self._observe)
         self._begin(generation)
         if self._store is not None:
             try:
@@ -139,7 +156,7 @@ class Generations:
             image = None if record.end is None else await self._store.image(record.generation_id)
             grace = max(record.terms.grace, _RETURN_SECONDS)
             terms = replace(record.terms, deadline=None, grace=grace)
-            generation = Generation(record.job, terms, next(self._numbers), record, image)
+            generation = Generation(record.job, terms, next(self._numbers), record, image, self._observe)
             if generation.ended:
                 self._remember(generation)
                 continue
@@ -155,8 +172,9 @@ class Generations:
         def on_move(position: int, remaining: float | None) -> None:
             generation.log.publish(Queued(position, remaining))
 
-        terms = generation.terms
-        generation.ticket = self._admission.enter(generation.job, terms.caller, on_move, terms.deadline)
+        job, terms = generation.job, generation.terms
+        generation.first_of_its_size = (job.width, job.height) not in self._drawn_sizes
+        generation.ticket = self._admission.enter(job, terms.caller, on_move, terms.deadline)
         task = asyncio.create_task(self._run(generation, generation.ticket), name=f"generation-{generation.id}")
         self._running[generation.id] = generation, task
         self._name(generation)
@@ -174,8 +192,13 @@ class Generations:
             preview: What this reader wants of the previews that are made; None for what the generation was asked for.
         """
         self._enter(generation)
+        unread = 0
         try:
             async for update in generation.log.follow(after, preview):
+                lost = update.previews_dropped - update.state.previews_skipped - unread
+                if lost:
+                    unread += lost
+                    generation.observe(PreviewsDropped("unread", lost))
                 image = None
                 if update.preview is not None:
                     options = preview or generation.job.preview
@@ -226,7 +249,7 @@ class Generations:
             caller: Whose.
             before: Only those with a smaller number; None for all.
         """
-        known = [*(generation for generation, _ in self._running.values()), *self._ended]
+        known = [*self.running, *self._ended]
         own = [each for each in known if each.terms.caller == caller and (before is None or each.number < before)]
         return sorted(own, key=lambda each: -each.number)
 
@@ -267,8 +290,21 @@ class Generations:
 
     async def end_all(self) -> None:
         """Ends what is left as UNAVAILABLE, and waits for it: at most one denoising step, or one decode."""
-        for generation, _ in list(self._running.values()):
+        for generation in self.running:
             generation.end_early(errors.Interrupted("The server is stopping.", retry_after=_RESTART_SECONDS))
+        await self._all_ended()
+
+    async def abandon(self, stalled: Collection[Generation]) -> None:
+        """Ends everything without waiting for threads, because those of `stalled` will not end.
+
+        The others end as when the server stops, and are begun again after it.
+        """
+        self.refuse(_RESTART_SECONDS)
+        for generation in stalled:
+            generation.end_early(_stalled())
+        for generation in self.running:
+            generation.end_early(errors.Interrupted("The server is stopping.", retry_after=_RESTART_SECONDS))
+        self._given_up.set_result(None)
         await self._all_ended()
 
     async def _all_ended(self) -> None:
@@ -356,12 +392,15 @@ class Generations:
         except Exception:
             _log.exception("generation failed")
             end = Failed(errors.GenerationFailed("The image could not be made."), generation.watch.timings())
+        phases = generation.watch.phases()
         await self._keep_end(generation, end)
         generation.log.publish(end)
         del self._running[generation.id]
         self._remember(generation)
         outcome = "succeeded" if isinstance(end, Succeeded) else end.error.reason
         seconds = round(end.timings.total or 0.0, 3)
+        steps = generation.log.state.step
+        generation.observe(Ended(generation.id, generation.job, end, phases, steps, generation.watch.batch_rows))
         _log.info("generation ended", outcome=outcome, seconds=seconds, previews=dict(generation.previews))
         if isinstance(end, Failed) and isinstance(end.error, errors.EngineDead):
             self._on_dead()
@@ -369,15 +408,26 @@ class Generations:
     async def _make(self, generation: Generation, ticket: Ticket) -> EncodedImage:
         try:
             await ticket.turn
+            generation.observe(TurnCame(generation.watch.total))
             call = contextvars.copy_context().run
             report = generation.reporter(self._pace, lambda: self._admission.active)
             work = asyncio.get_running_loop().run_in_executor(
                 self._threads, call, self._engine.run, generation.job, report, generation.stop
             )
+            generation.working = True
             # The slot is free when the thread has ended, not before.
-            pixels = await asyncio.shield(work)
+            either: tuple[asyncio.Future[Any], ...] = work, self._given_up
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                assert generation.stop_error is not None
+                raise generation.stop_error
+            pixels = work.result()
+            generation.watch.note_drawn()
+            self._drawn_sizes.add((generation.job.width, generation.job.height))
         finally:
             self._admission.leave(ticket)
+            if generation.working:
+                generation.slot_freed()
         if isinstance(generation.stop_error, errors.Cancelled):
             # It came while the picture was being decoded, which cannot be interrupted.
             raise generation.stop_error
@@ -404,3 +454,7 @@ class Generations:
         generation.forget_previews()
         self._name(generation)
         self._ended.add(generation.id, generation, generation.size)
+
+
+def _stalled() -> errors.EngineStalled:
+    return errors.EngineStalled("The model has stopped answering; the server is started anew.")

@@ -28,6 +28,11 @@ class WebSettings(BaseSettings):
         description="Names under which browsers reach this server, besides localhost and IP addresses; '*' for all. "
         "Separated by commas.",
     )
+    metrics_address: str | None = Field(
+        None,
+        description="HOST:PORT of a port of its own for /metrics. Default: on the web port, for readers on this "
+        "machine, where that listens on loopback.",
+    )
 
     @field_validator("allowed_origins", "allowed_hosts", mode="before")
     @classmethod
@@ -57,6 +62,11 @@ class WebSettings(BaseSettings):
     @classmethod
     def _web_address(cls, value: str) -> str:
         return _host_and_port(value)
+
+    @field_validator("metrics_address")
+    @classmethod
+    def _metrics_address(cls, value: str | None) -> str | None:
+        return None if value is None else _host_and_port(value)
 
 
 class Settings(WebSettings):
@@ -116,6 +126,16 @@ class Settings(WebSettings):
     retain_count: int = Field(256, ge=0, description="Ended generations kept at most.")
     retain_bytes: int = Field(256 * 2**20, ge=0, description="Bytes of final images kept at most.")
     drain_seconds: float = Field(30.0, ge=0, description="Time to finish running generations after SIGTERM.")
+    stall_seconds: float = Field(
+        120.0,
+        ge=0,
+        description="Time without progress of a generation at work, or 20 of its usual steps, after which the process "
+        "ends with code 70; 0 for never.",
+    )
+    tracing: bool | None = Field(
+        None,
+        description="Send OpenTelemetry spans, as its own OTEL_... variables say. Default: if they name a destination.",
+    )
     cache_dir: Path = Field(
         Path("~/.cache/calotype"), description="Folder for what was measured of a model, such as its preview head."
     )

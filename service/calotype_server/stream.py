@@ -136,6 +136,12 @@ class EventLog:
         """The newest state."""
         return self._state
 
+    @property
+    def newest(self) -> PreviewReady | None:
+        """The newest preview that a reader may still want."""
+        newest = self._newest
+        return None if newest is None else newest[1]
+
     def publish(self, event: Event) -> None:
         """Adds an event; from any thread. Events after the end, or overtaken by later ones, are ignored."""
         with self._lock:

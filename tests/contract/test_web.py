@@ -206,7 +206,7 @@ async def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.Monk
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other options")
 def test_accepted_connections_notice_dead_peers_and_buffer_little() -> None:
     """The options of the listening socket are theirs, too."""
-    [listening] = listener.listen("127.0.0.1:0")
+    [listening] = listener.listen("127.0.0.1:0", "--web-address")
     with listening:
         listening.listen()
         with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:

@@ -1,9 +1,10 @@
-"""What surrounds every call on every gRPC port: errors become statuses, and log lines carry the call's id."""
+"""What surrounds every call on every gRPC port: errors become statuses, log lines carry ids, and all is counted."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import secrets
 from typing import TYPE_CHECKING, Any
 
@@ -12,25 +13,44 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
+from calotype.v1 import calotype_pb2 as pb
 from calotype_server import codec
 from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, Violation
+from calotype_server.observations import CallEnded, CallRefused, MessageSent, Observe, ignore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
 
-__all__ = ["INTERCEPTORS", "CallInterceptor"]
+__all__ = ["CallInterceptor", "bind_call", "interceptors"]
 
 _log = structlog.get_logger(__name__)
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
+_NAMES = {f"/{_SERVICE.full_name}/{method.name}": method.name for method in _SERVICE.methods}
+"""Paths and short names of the methods that are counted by name: a bridge is asked for any."""
+
+_TRACEPARENT = re.compile("00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+"""W3C Trace Context, version 00."""
+
+_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Turns a `ServiceError` into its status; hides and logs every other exception.
 
-    A call's log lines carry `request`, the caller's `x-request-id` or one drawn here.
+    A call's log lines carry `request`, the caller's `x-request-id` or one drawn here, and `traceparent` if it has one.
+
+    Args:
+        transport: Its name in the metrics.
+        observe: Told of calls and messages.
     """
+
+    def __init__(self, transport: str, observe: Observe = ignore) -> None:
+        self._transport = transport
+        self._observe = observe
 
     async def intercept_service(
         self,
@@ -42,22 +62,102 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         guarded: Handler
         if handler is None or handler.request_streaming:
             return handler
+        serializer = self._counting(handler.response_serializer)
+        name = _NAMES.get(handler_call_details.method, "other")
         if not handler.response_streaming:
             guarded = grpc.unary_unary_rpc_method_handler(
-                _guard_unary(handler.unary_unary), _tolerant(handler), handler.response_serializer
+                self._guard_unary(handler.unary_unary, name), _tolerant(handler), serializer
             )
             return guarded
         # grpc.aio looks at the function to learn its style: writers such as health.Watch stay what they are.
         if not inspect.isasyncgenfunction(handler.unary_stream):
             return handler
         guarded = grpc.unary_stream_rpc_method_handler(
-            _guard_stream(handler.unary_stream), _tolerant(handler), handler.response_serializer
+            self._guard_stream(handler.unary_stream, name), _tolerant(handler), serializer
         )
         return guarded
 
+    def _counting(self, serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+        def counting(message: Any) -> bytes:
+            data: bytes = message if serialize is None else serialize(message)
+            self._observe(MessageSent(self._transport, len(data)))
+            return data
 
-INTERCEPTORS: tuple[grpc.aio.ServerInterceptor, ...] = (CallInterceptor(),)
-"""Those of every port, the outermost first."""
+        return counting
+
+    def _guard_stream(
+        self, method: Callable[..., AsyncGenerator[Any, None]], name: str
+    ) -> Callable[..., AsyncGenerator[Any, None]]:
+        async def guarded(request: Any, context: Context) -> AsyncGenerator[Any, None]:
+            bind_call(dict(context.invocation_metadata() or ()))
+            with self._counted(context, name):
+                try:
+                    async with contextlib.aclosing(method(_well_formed(request), context)) as messages:
+                        async for message in messages:
+                            yield message
+                except grpc.aio.AbortError:
+                    raise
+                except Exception as error:
+                    await self._abort(context, error)
+
+        return guarded
+
+    def _guard_unary(self, method: Any, name: str) -> Callable[..., Awaitable[Any]]:
+        async def guarded(request: Any, context: Context) -> Any:
+            bind_call(dict(context.invocation_metadata() or ()))
+            with self._counted(context, name):
+                try:
+                    return await method(_well_formed(request), context)
+                except grpc.aio.AbortError:
+                    raise
+                except Exception as error:
+                    await self._abort(context, error)
+
+        return guarded
+
+    @contextlib.contextmanager
+    def _counted(self, context: Context, name: str) -> Iterator[None]:
+        code = "OK"
+        try:
+            yield
+        except grpc.aio.AbortError:
+            set_code: Any = context.code()
+            code = _CODES.get(getattr(set_code, "value", (set_code,))[0], "UNKNOWN")
+            raise
+        except BaseException:
+            # The caller has left, or the deadline has passed; what the handler is told is the same.
+            code = "CANCELLED"
+            raise
+        finally:
+            self._observe(CallEnded(self._transport, name, code))
+
+    async def _abort(self, context: Context, error: Exception) -> None:
+        if not isinstance(error, ServiceError):
+            _log.error("call failed", exc_info=error)
+            error = GenerationFailed("Internal error.")
+        else:
+            _log.info("call refused", reason=error.reason)
+        self._observe(CallRefused(error.reason))
+        await context.abort_with_status(rpc_status.to_status(codec.encode_error(error)))
+
+
+def interceptors(transport: str, observe: Observe = ignore) -> tuple[grpc.aio.ServerInterceptor, ...]:
+    """Returns those of a port, the outermost first; `transport` is its name in the metrics."""
+    return (CallInterceptor(transport, observe),)
+
+
+def bind_call(metadata: Mapping[str, str | bytes]) -> None:
+    """Lets the log lines of this task, and the threads that work for it, carry what names the call.
+
+    Args:
+        metadata: Of a gRPC call, or the headers of a request, with names in lower case.
+    """
+    given = metadata.get("x-request-id", "")
+    request_id = given[:64] if isinstance(given, str) and given.isprintable() and given else secrets.token_hex(4)
+    structlog.contextvars.bind_contextvars(request=request_id)
+    parent = metadata.get("traceparent", "")
+    if isinstance(parent, str) and _TRACEPARENT.fullmatch(parent):
+        structlog.contextvars.bind_contextvars(traceparent=parent)
 
 
 class _Malformed:
@@ -83,49 +183,3 @@ def _well_formed(request: Any) -> Any:
     if isinstance(request, _Malformed):
         raise InvalidRequest([Violation("request", "The bytes are no message of the type that the method takes.")])
     return request
-
-
-def _guard_stream(method: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
-    async def guarded(request: Any, context: Context) -> AsyncGenerator[Any, None]:
-        with _bound(context):
-            try:
-                async with contextlib.aclosing(method(_well_formed(request), context)) as messages:
-                    async for message in messages:
-                        yield message
-            except grpc.aio.AbortError:
-                raise
-            except Exception as error:
-                await _abort(context, error)
-
-    return guarded
-
-
-def _guard_unary(method: Any) -> Callable[..., Awaitable[Any]]:
-    async def guarded(request: Any, context: Context) -> Any:
-        with _bound(context):
-            try:
-                return await method(_well_formed(request), context)
-            except grpc.aio.AbortError:
-                raise
-            except Exception as error:
-                await _abort(context, error)
-
-    return guarded
-
-
-@contextlib.contextmanager
-def _bound(context: Context) -> Iterator[None]:
-    metadata = dict(context.invocation_metadata() or ())
-    given = metadata.get("x-request-id", "")
-    request_id = given[:64] if isinstance(given, str) and given.isprintable() and given else secrets.token_hex(4)
-    structlog.contextvars.bind_contextvars(request=request_id)
-    yield
-
-
-async def _abort(context: Context, error: Exception) -> None:
-    if not isinstance(error, ServiceError):
-        _log.error("call failed", exc_info=error)
-        error = GenerationFailed("Internal error.")
-    else:
-        _log.info("call refused", reason=error.reason)
-    await context.abort_with_status(rpc_status.to_status(codec.encode_error(error)))

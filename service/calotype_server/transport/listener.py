@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Listener", "listen"]
 
-_OPTION = "--web-address"
-
 _SOCKET_OPTIONS = [
     # A peer that vanished while nothing is sent is noticed within 35 s, ...
     (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
@@ -51,9 +49,11 @@ class Listener:
 
     Args:
         application: The app.
+        option: The flag that sets the address, for errors.
     """
 
-    def __init__(self, application: Any) -> None:
+    def __init__(self, application: Any, option: str = "--web-address") -> None:
+        self._option = option
         self._server = _Server(
             uvicorn.Config(
                 application,
@@ -76,7 +76,7 @@ class Listener:
         Raises:
             AddressInUse: The address is taken or not one of this machine's.
         """
-        sockets = listen(address)
+        sockets = listen(address, self._option)
         self._serving = asyncio.create_task(self._server.serve(sockets))
         await self._server.ready.wait()
         return f"{address.rpartition(':')[0]}:{sockets[0].getsockname()[1]}"
@@ -162,14 +162,14 @@ class _Protocol(HttpToolsProtocol):
             self._head_timer = None
 
 
-def listen(address: str) -> list[socket.socket]:
+def listen(address: str, option: str) -> list[socket.socket]:
     """Opens a socket for each address that HOST:PORT stands for, all with the same port.
 
     Raises:
         AddressInUse: One of them is taken, or not one of this machine's.
     """
     sockets: list[socket.socket] = []
-    for family, target in resolve(address, _OPTION):
+    for family, target in resolve(address, option):
         port = sockets[0].getsockname()[1] if sockets else target[1]
         listening = socket.socket(family, socket.SOCK_STREAM)
         sockets.append(listening)
@@ -186,5 +186,5 @@ def listen(address: str) -> list[socket.socket]:
         except OSError:
             for each in sockets:
                 each.close()
-            raise in_use(address, _OPTION) from None
+            raise in_use(address, option) from None
     return sockets

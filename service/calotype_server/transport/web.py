@@ -10,9 +10,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
 
+from calotype_server.observations import Observe, ignore
+from calotype_server.transport.address import is_loopback
+from calotype_server.transport.exposition import metrics_route
 from calotype_server.transport.grpcweb import GrpcWeb
 from calotype_server.transport.guard import Guard
-from calotype_server.transport.interceptors import INTERCEPTORS
+from calotype_server.transport.interceptors import interceptors
 from calotype_server.transport.listener import Listener
 from calotype_server.transport.page import Page
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from calotype_server.transport.exposition import Render
     from calotype_server.transport.grpcweb.call import Limits
 
 __all__ = ["PAGE", "WebServer"]
@@ -32,6 +36,7 @@ _CORS_REQUEST_HEADERS = (
     "authorization",
     "content-type",
     "grpc-timeout",
+    "traceparent",
     "x-grpc-web",
     "x-request-id",
     "x-user-agent",
@@ -51,6 +56,9 @@ class WebServer:
         allowed_hosts: Names under which this server is reached; "*" for all.
         page: Folder of the built page.
         limits: What a client may take.
+        transport: Its name in the metrics.
+        observe: Told of calls and messages.
+        metrics: Makes the answer of `/metrics`, which exists when the address is one of loopback; None for no answer.
     """
 
     def __init__(
@@ -63,9 +71,13 @@ class WebServer:
         allowed_hosts: Sequence[str] = (),
         page: Path = PAGE,
         limits: Limits | None = None,
+        transport: str = "grpc-web",
+        observe: Observe = ignore,
+        metrics: Render | None = None,
     ) -> None:
-        site = Starlette(routes=_routes(is_ready, page))
-        self._grpc_web = GrpcWeb(site, interceptors=INTERCEPTORS, limits=limits)
+        measured = [] if metrics is None or not is_loopback(address) else [metrics_route(metrics)]
+        routes = [*measured, *_routes(is_ready, page)]
+        self._grpc_web = GrpcWeb(Starlette(routes=routes), interceptors=interceptors(transport, observe), limits=limits)
         register(self._grpc_web)
         application = CORSMiddleware(
             self._grpc_web,

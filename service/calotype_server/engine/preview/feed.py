@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from calotype_server.cadence import Cadence
+from calotype_server.observations import Observe, StepDone, ignore
 from calotype_server.types import Denoising, PreviewMethod
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class PreviewFeed:
         budget: Chooses among them, and learns how long steps take.
         lane: Where previews are computed.
         ready: Told when the slot is filled.
+        observe: Told of each step.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class PreviewFeed:
         budget: PreviewBudget,
         lane: Lane,
         ready: Callable[[PreviewFeed], None],
+        observe: Observe = ignore,
     ) -> None:
         self.job = job
         self.report = report
@@ -67,6 +70,7 @@ class PreviewFeed:
         self._budget = budget
         self._lane = lane
         self._ready = ready
+        self._observe = observe
         self._cadence = Cadence(job.preview)
         self._method: PreviewMethod | None = None
         self._offered_at: float | None = None
@@ -80,6 +84,7 @@ class PreviewFeed:
         now = time.monotonic()
         if self._offered_at is not None:
             self._budget.observe_step(now - self._offered_at, self.job.pixel_count)
+            self._observe(StepDone(now - self._offered_at))
         self._offered_at = now
         stride = self._choose()
         if self._method is None or not self._cadence.due(step.number, step.total, stride):

@@ -14,6 +14,7 @@ from calotype_server.admission import Admission
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
+from calotype_server.observations import Observe, ignore
 from calotype_server.retention import Retention
 from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
 from calotype_server.transport.native import NativeServer
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from calotype_server.engine.protocol import Engine
     from calotype_server.store import Store
+    from calotype_server.transport.exposition import Render
 
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
 
@@ -45,6 +47,7 @@ class Service:
     stub: GenerationServiceStub
     generations: Generations
     services: Services
+    admission: Admission
     dead: list[bool]
 
 
@@ -59,14 +62,24 @@ async def running(
     opened: bool = True,
     limits: Limits = LIMITS,
     transport: str = "native",
+    observe: Observe = ignore,
+    metrics: Render | None = None,
 ) -> AsyncIterator[Service]:
     """Serves `engine` while the block runs."""
     pace, dead = Pace(), []
     admission = Admission(pace, max_active=max_active, max_queue=max_queue)
-    encoder = Encoder()
+    encoder = Encoder(observe=observe)
     ended = Retention(seconds=600, count=retained, size=2**24)
     generations = Generations(
-        engine, admission, pace, encoder, ended, store, max_active=max_active, on_dead=lambda: dead.append(True)
+        engine,
+        admission,
+        pace,
+        encoder,
+        ended,
+        store,
+        max_active=max_active,
+        on_dead=lambda: dead.append(True),
+        observe=observe,
     )
     servicer = GenerationServicer(limits)
     await generations.restore()
@@ -75,10 +88,10 @@ async def running(
     services = Services(servicer)
     await services.set_serving(opened)
     try:
-        async with _port(services, transport) as (address, channel):
+        async with _port(services, transport, observe, metrics) as (address, channel):
             stub = GenerationServiceStub(channel)
             try:
-                yield Service(address, channel, stub, generations, services, dead)
+                yield Service(address, channel, stub, generations, services, admission, dead)
             finally:
                 engine.close()
                 await generations.end_all()
@@ -88,11 +101,13 @@ async def running(
 
 
 @contextlib.asynccontextmanager
-async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, Any]]:
+async def _port(
+    services: Services, transport: str, observe: Observe, metrics: Render | None
+) -> AsyncIterator[tuple[str, Any]]:
     """Listens, and yields the address and a channel to it."""
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
-            native = NativeServer(services)
+            native = NativeServer(services, observe)
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
             # Those of the bridge are those of a client, too.
@@ -104,9 +119,14 @@ async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, 
                 "127.0.0.1:0",
                 lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
                 is_ready=services.is_serving,
+                transport="bridge",
+                observe=observe,
+                metrics=metrics,
             )
         else:
-            web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving)
+            web = WebServer(
+                "127.0.0.1:0", services.add_to, is_ready=services.is_serving, observe=observe, metrics=metrics
+            )
         address = await web.start()
         stack.push_async_callback(web.stop, 0)
         web_channel = WebChannel(address, text=transport == "grpc-web-text")

@@ -69,7 +69,7 @@ async def test_a_generation_leaves_its_traces(transport: str, metrics: ServerMet
 
 
 async def test_what_is_refused_and_what_fails_is_told_apart(transport: str, metrics: ServerMetrics) -> None:
-    """A request that is wrong is refused, with its status and reason; a generation that fails is an error of a phase."""
+    """A wrong request is refused, with its status and reason; a generation that fails is an error of a phase."""
     engine, port = FakeEngine(), LABELS[transport]
     engine.failure = GenerationFailed("no")
     async with running(engine, transport=transport, observe=metrics.observe) as service:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from calotype_server.types import Job, Phase
 from calotype_server.watchdog import EXIT_STALLED, Watchdog, end_when_stalled, stacks
+
+if TYPE_CHECKING:
+    import pytest
 
 JOB = Job("unmistakable", None, 16, 16, 3, 3.0, 0, "DDIMScheduler")
 PATIENCE = 100.0
@@ -132,10 +137,7 @@ async def test_the_process_ends_after_everybody_was_told(capsys: pytest.CaptureF
 
 async def test_stacks_tell_where_our_threads_stand_and_no_values() -> None:
     """Files, lines and functions of threads with our names, and of no others."""
-    from concurrent.futures import ThreadPoolExecutor
-    from threading import Event
-
-    entered, leave = Event(), Event()
+    entered, leave = threading.Event(), threading.Event()
 
     def stuck_here(prompt: str) -> None:
         entered.set()

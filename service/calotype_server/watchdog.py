@@ -137,7 +137,7 @@ async def end_when_stalled(
         generation = stall.generation
         phase, step = generation.log.state.phase, generation.log.state.step
         _log.error("stalled", generation=generation.id, phase=phase.name, step=step, seconds=round(stall.seconds, 1))
-    _log.error("ending the process, which a supervisor should start anew", code=EXIT_STALLED, threads=stacks())
+    _log.error("ending the process, which a supervisor should start anew", code=EXIT_STALLED, stacks=stacks())
     try:
         await asyncio.wait_for(farewell(stalls), _FAREWELL_SECONDS)
     except Exception:

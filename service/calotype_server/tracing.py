@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ __all__ = ["Tracing", "configured", "wanted"]
 _log = structlog.get_logger(__name__)
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-_FLUSH_MILLISECONDS = 2000
+_FLUSH_SECONDS = 2.0
 
 
 def wanted(environment: Mapping[str, str] = os.environ) -> bool:
@@ -66,7 +67,7 @@ def configured(version: str, *, required: bool) -> Tracing | None:
     named = "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     if named and "OTEL_SERVICE_NAME" not in os.environ:
         del service["service.name"]
-    provider = TracerProvider(resource=Resource.create(service))
+    provider = TracerProvider(resource=Resource.create(service), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(_exporter()))
     return Tracing(provider, version)
 
@@ -90,8 +91,10 @@ class Tracing:
 
     def close(self) -> None:
         """Sends what has not been sent, if that succeeds within two seconds."""
-        self._provider.force_flush(_FLUSH_MILLISECONDS)
-        self._provider.shutdown()
+        # An exporter that cannot reach its collector tries again for much longer than it was told to.
+        closing = threading.Thread(target=self._provider.shutdown, name="calotype-tracing", daemon=True)
+        closing.start()
+        closing.join(_FLUSH_SECONDS)
 
     def _trace(self, ended: Ended) -> None:
         from opentelemetry import trace

@@ -80,7 +80,10 @@ class Settings(WebSettings):
         None, ge=1, description="Generations worked on at once. Default: as many as batching pays for, measured."
     )
     max_batch_rows: int | None = Field(
-        None, ge=1, description="Rows of latents computed together at most. Default: as many as pay, measured."
+        None,
+        ge=1,
+        description="Rows of latents computed together at most. Default: as many as pay, measured; "
+        "with --deterministic those of four requests.",
     )
     deterministic: bool = Field(
         False, description="Make every picture bitwise the same whoever shares a batch with it, at some cost."

@@ -84,6 +84,7 @@ class Generations:
         self._encoder = encoder
         self._ended = ended
         ended.on_forget = self._forget
+        ended.reserved = lambda: sum(generation.size for generation, _ in self._running.values())
         self._store = store
         self._chores: set[asyncio.Task[None]] = set()
         self._on_dead = on_dead

@@ -160,7 +160,9 @@ class Settings(WebSettings):
     )
     retain_seconds: float = Field(600.0, ge=0, description="Time for which ended generations can still be watched.")
     retain_count: int = Field(256, ge=0, description="Ended generations kept at most.")
-    retain_bytes: int = Field(256 * 2**20, ge=0, description="Bytes of final images kept at most.")
+    retain_bytes: int = Field(
+        256 * 2**20, ge=0, description="Bytes of pictures kept at most, with the previews of running generations."
+    )
     drain_seconds: float = Field(30.0, ge=0, description="Time to finish running generations after SIGTERM.")
     cache_dir: Path = Field(
         Path("~/.cache/calotype"), description="Folder for what was measured of a model, such as its preview head."

@@ -114,13 +114,18 @@ class _Protocol(HttpToolsProtocol):
             transport.write(_REFUSAL)
             transport.close()
             return
-        self._head_timer = self.loop.call_later(self._limits.request_seconds, transport.abort)
+        self._start_head_timer()
 
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_bytes > self._limits.max_metadata_bytes and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._head_bytes > self._limits.max_metadata_bytes:
             self.send_400_response(_TOO_LARGE)
+        elif self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
+            # A piece of the next head, or of a body that was answered before it was there.
+            self._start_head_timer()
 
     def on_headers_complete(self) -> None:
         if (
@@ -153,6 +158,9 @@ class _Protocol(HttpToolsProtocol):
         if self._answered is not None and not self._answered.response_complete:
             self._answered.disconnected = True
             self._answered.message_event.set()
+
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(self._limits.request_seconds, self.transport.abort)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:

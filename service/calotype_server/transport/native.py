@@ -20,8 +20,6 @@ __all__ = ["NativeServer"]
 
 _OPTION = "--grpc-address"
 
-_SPARE_STREAMS = 16
-
 
 class NativeServer:
     """Serves native gRPC on one address, with reflection.
@@ -69,7 +67,7 @@ def _options(limits: PortLimits) -> list[tuple[str, int]]:
         ("grpc.so_reuseport", 0),
         ("grpc.max_allowed_incoming_connections", limits.max_connections),
         # A client keeps what exceeds this to itself, without a word; so it is more than a peer is allowed.
-        ("grpc.max_concurrent_streams", limits.max_calls_per_peer + _SPARE_STREAMS),
+        ("grpc.max_concurrent_streams", 2 * limits.max_calls_per_peer),
         ("grpc.max_receive_message_length", limits.max_request_bytes),
         ("grpc.max_send_message_length", 8 * 1024 * 1024),
         # The first is a threshold from which calls are refused by chance.

@@ -22,7 +22,9 @@ from calotype_server.retention import Retention
 from calotype_server.signals import Signals
 from calotype_server.store import Store
 from calotype_server.telemetry import configure_logging
+from calotype_server.transport.descriptors import reserve_descriptors
 from calotype_server.transport.native import NativeServer
+from calotype_server.transport.peers import Peers
 from calotype_server.transport.servicer import GenerationServicer
 from calotype_server.transport.services import Services
 from calotype_server.transport.web import WebServer
@@ -72,13 +74,18 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     servicer = GenerationServicer(settings.limits)
     services = Services(servicer)
     await services.set_serving(False)
-    native = NativeServer(services)
+    limits = settings.port_limits
+    reserve_descriptors(2 * limits.max_connections)
+    peers = Peers(limits.max_calls_per_peer)
+    native = NativeServer(services, limits, peers)
     web = WebServer(
         settings.web_address,
         services.add_to,
         is_ready=services.is_serving,
         allowed_origins=settings.allowed_origins,
         allowed_hosts=settings.allowed_hosts,
+        limits=limits,
+        peers=peers,
     )
     budget = PreviewBudget(settings.preview_budget)
     store = None if settings.state is None else await Store.open(settings.state.expanduser())

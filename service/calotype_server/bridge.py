@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from calotype_server.signals import Signals
 from calotype_server.telemetry import configure_logging
+from calotype_server.transport.descriptors import reserve_descriptors
 from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
 from calotype_server.transport.web import WebServer
 
@@ -40,13 +41,19 @@ async def serve(settings: BridgeSettings, announce: Callable[[str, str], None]) 
     """
     configure_logging(settings.log_level, settings.log_format)
     signals = Signals()
+    reserve_descriptors(settings.max_connections)
+
+    async def is_ready() -> bool:
+        return not signals.stopped and await _is_serving(channel)
+
     async with grpc.aio.insecure_channel(settings.upstream, options=CHANNEL_OPTIONS) as channel:
         web = WebServer(
             settings.web_address,
             lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
-            is_ready=lambda: _is_serving(channel),
+            is_ready=is_ready,
             allowed_origins=settings.allowed_origins,
             allowed_hosts=settings.allowed_hosts,
+            limits=settings.port_limits,
         )
         address = await web.start()
         try:

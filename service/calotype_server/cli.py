@@ -21,7 +21,7 @@ from calotype_server.settings import BridgeSettings, Settings, WebSettings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["register"]
+__all__ = ["default_text", "flag_text", "register"]
 
 S = TypeVar("S", bound=WebSettings)
 
@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _serve(settings: Settings) -> None:
-    """Serve a model over gRPC. Every option has an environment twin; options win."""
+    """Serve a model over gRPC. Every option has a variable: CALOTYPE_MAX_QUEUE is --max-queue. Options win."""
     try:
         code = asyncio.run(application.serve(settings, _announce))
     except StartupError as error:
@@ -97,7 +97,7 @@ def _with_settings(command: Callable[[S], None], kind: type[S]) -> Callable[...,
         except pydantic.ValidationError as error:
             for problem in error.errors():
                 # A problem of two settings together has no place of its own, and its text names them.
-                flag = f"--{problem['loc'][0]}: ".replace("_", "-") if problem["loc"] else ""
+                flag = f"{flag_text(str(problem['loc'][0]))}: " if problem["loc"] else ""
                 typer.secho(f"calotype: {flag}{problem['msg'].removeprefix('Value error, ')}", fg="red", err=True)
             raise typer.Exit(2) from None
         command(settings)
@@ -114,9 +114,20 @@ def _with_settings(command: Callable[[S], None], kind: type[S]) -> Callable[...,
 
 
 def _option(name: str, field: pydantic.fields.FieldInfo) -> Any:
-    default = "" if field.default in (None, ()) else f" Default: {field.default}."
-    flag, text = name.replace("_", "-"), f"{field.description}{default} (CALOTYPE_{name.upper()})"
+    default = default_text(field)
+    text = f"{field.description} Default: {default}." if default else field.description
     if field.annotation is bool:
-        return Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)]
+        no = f"/--no-{name.replace('_', '-')}"
+        return Annotated[bool | None, typer.Option(flag_text(name) + no, help=text, show_default=False)]
     # As text: pydantic does the parsing, for options and environment alike.
-    return Annotated[str | None, typer.Option(f"--{flag}", help=text, show_default=False, metavar="VALUE")]
+    return Annotated[str | None, typer.Option(flag_text(name), help=text, show_default=False, metavar="VALUE")]
+
+
+def flag_text(name: str) -> str:
+    """Returns the option of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def default_text(field: pydantic.fields.FieldInfo) -> str:
+    """Returns the default of a setting, empty when there is none or its description tells."""
+    return "" if field.default in (None, ()) else str(field.default)

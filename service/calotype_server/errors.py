@@ -7,6 +7,8 @@ ServiceError                  has a status code, a reason and a sentence fit for
 ├── UpstreamUnavailable       UNAVAILABLE          of the bridge: no server behind it
 ├── StateUnavailable          UNAVAILABLE          what was to be kept could not be written
 ├── QueueFull                 RESOURCE_EXHAUSTED
+├── TooManyCalls              RESOURCE_EXHAUSTED   of one peer at once
+├── RequestTooLate            DEADLINE_EXCEEDED    the call began, and its message did not come
 ├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
 ├── GenerationNotFound        NOT_FOUND
 ├── RequestIdTaken            ALREADY_EXISTS       used for another request before
@@ -56,10 +58,12 @@ __all__ = [
     "OutOfMemory",
     "QueueFull",
     "RequestIdTaken",
+    "RequestTooLate",
     "ServiceError",
     "StartupError",
     "StateUnavailable",
     "StateUnusable",
+    "TooManyCalls",
     "UpstreamUnavailable",
     "Violation",
 ]
@@ -133,6 +137,20 @@ class QueueFull(ServiceError):
 
     code = "RESOURCE_EXHAUSTED"
     reason = "QUEUE_FULL"
+
+
+class TooManyCalls(ServiceError):
+    """The peer has as many calls under way as one may have."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "TOO_MANY_CALLS"
+
+
+class RequestTooLate(ServiceError):
+    """A call has begun, and its request has not arrived."""
+
+    code = "DEADLINE_EXCEEDED"
+    reason = "REQUEST_TOO_LATE"
 
 
 class DeadlineTooShort(ServiceError):

@@ -89,9 +89,16 @@ class Generation:
 
     @property
     def size(self) -> int:
-        """Bytes that are worth counting once it has ended: those of its image."""
+        """Bytes that are worth counting: those of its image, or before its end those of its previews."""
         end = self.log.state.end
-        return len(end.image.data) if isinstance(end, Succeeded) else 0
+        if end is not None:
+            return len(end.image.data) if isinstance(end, Succeeded) else 0
+        files = (
+            file
+            for _, file in self._renditions.values()
+            if file.done() and not file.cancelled() and not file.exception()
+        )
+        return self.log.held_bytes + sum(len(file.result().data) for file in files)
 
     @property
     def is_void(self) -> bool:

@@ -36,6 +36,7 @@ class Registry:
     def __init__(self, ended: Retention[Generation], store: Store | None = None) -> None:
         self._ended = ended
         ended.on_forget = self._forget
+        ended.reserved = lambda: sum(generation.size for generation in self._running.values())
         self._store = store
         self._running: dict[str, Generation] = {}
         self._requests: dict[tuple[str, str], Generation] = {}

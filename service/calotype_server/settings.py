@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -9,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from calotype_server.types import Limits, PreviewMethod, PreviewOptions
+from calotype_server.types import PORT_LIMITS, Limits, PortLimits, PreviewMethod, PreviewOptions
 
 __all__ = ["BridgeSettings", "Settings", "WebSettings"]
 
@@ -28,6 +29,51 @@ class WebSettings(BaseSettings):
         description="Names under which browsers reach this server, besides localhost and IP addresses; '*' for all. "
         "Separated by commas.",
     )
+    max_request_bytes: int = Field(
+        PORT_LIMITS.max_request_bytes, ge=1024, description="Largest request accepted, in bytes."
+    )
+    max_metadata_bytes: int = Field(
+        PORT_LIMITS.max_metadata_bytes,
+        ge=2048,
+        description="Most bytes of a call's metadata, or of an HTTP request's line and headers.",
+    )
+    max_connections: int = Field(
+        PORT_LIMITS.max_connections,
+        ge=1,
+        description="Connections to a port at the same time; one more is closed at once.",
+    )
+    max_calls_per_peer: int = Field(
+        PORT_LIMITS.max_calls_per_peer,
+        ge=1,
+        description="Calls of one host at the same time, over all ports; one more is refused. "
+        "Everybody behind a bridge or a proxy is one host.",
+    )
+    request_seconds: float = Field(
+        PORT_LIMITS.request_seconds,
+        ge=0.1,
+        description="Time for the head of a request to arrive, and again for its body, in seconds.",
+    )
+    stall_seconds: float = Field(
+        PORT_LIMITS.stall_seconds,
+        ge=1,
+        description="Time that a browser may take nothing of an answer before it is dropped.",
+    )
+    idle_seconds: float = Field(
+        PORT_LIMITS.idle_seconds, ge=1, description="Time after which a connection without calls is closed."
+    )
+    keepalive_seconds: float = Field(
+        PORT_LIMITS.keepalive_seconds,
+        ge=1,
+        description="Silence after which a peer is asked whether it is still there.",
+    )
+    keepalive_timeout_seconds: float = Field(
+        PORT_LIMITS.keepalive_timeout_seconds, ge=1, description="Time for it to answer before its calls end."
+    )
+
+    @property
+    def port_limits(self) -> PortLimits:
+        """What peers are held to."""
+        return PortLimits(**{field.name: getattr(self, field.name) for field in dataclasses.fields(PortLimits)})
 
     @field_validator("allowed_origins", "allowed_hosts", mode="before")
     @classmethod
@@ -117,7 +163,9 @@ class Settings(WebSettings):
     )
     retain_seconds: float = Field(600.0, ge=0, description="Time for which ended generations can still be watched.")
     retain_count: int = Field(256, ge=0, description="Ended generations kept at most.")
-    retain_bytes: int = Field(256 * 2**20, ge=0, description="Bytes of final images kept at most.")
+    retain_bytes: int = Field(
+        256 * 2**20, ge=0, description="Bytes of pictures kept at most, with the previews of running generations."
+    )
     drain_seconds: float = Field(30.0, ge=0, description="Time to finish running generations after SIGTERM.")
     cache_dir: Path = Field(
         Path("~/.cache/calotype"), description="Folder for what was measured of a model, such as its preview head."

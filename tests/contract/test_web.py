@@ -13,6 +13,7 @@ import pytest
 from calotype_server.errors import AddressInUse
 from calotype_server.transport import listener
 from calotype_server.transport.web import WebServer
+from calotype_server.types import PortLimits
 from support.grpcweb import Connection, frame
 from support.lab import NAME, PATIENCE, lab
 
@@ -191,10 +192,9 @@ async def test_a_head_that_is_too_large_is_refused(ending: str) -> None:
     assert head.status_code == 400
 
 
-async def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_that_says_nothing_is_closed() -> None:
     """And one that never ends its first head."""
-    monkeypatch.setattr(listener, "_HEAD_SECONDS", 0.05)
-    async with lab() as server:
+    async with lab(limits=PortLimits(request_seconds=0.05)) as server:
         for start in (b"", b"GET / HT"):
             connection = await Connection.open(server.address)
             await connection.send(start)

@@ -20,7 +20,7 @@ from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
 from calotype_server.transport.services import Services
 from calotype_server.transport.web import WebServer
-from calotype_server.types import Limits
+from calotype_server.types import PORT_LIMITS, Limits, PortLimits
 from support.grpcweb import WebChannel
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from calotype_server.engine.protocol import Engine
     from calotype_server.store import Store
+    from calotype_server.transport.peers import Peers
 
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
 
@@ -58,6 +59,8 @@ async def running(
     store: Store | None = None,
     opened: bool = True,
     limits: Limits = LIMITS,
+    ports: PortLimits = PORT_LIMITS,
+    peers: Peers | None = None,
     transport: str = "native",
 ) -> AsyncIterator[Service]:
     """Serves `engine` while the block runs."""
@@ -75,7 +78,7 @@ async def running(
     services = Services(servicer)
     await services.set_serving(opened)
     try:
-        async with _port(services, transport) as (address, channel):
+        async with _port(services, transport, ports, peers) as (address, channel):
             stub = GenerationServiceStub(channel)
             try:
                 yield Service(address, channel, stub, generations, services, dead)
@@ -88,11 +91,13 @@ async def running(
 
 
 @contextlib.asynccontextmanager
-async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, Any]]:
+async def _port(
+    services: Services, transport: str, limits: PortLimits, peers: Peers | None
+) -> AsyncIterator[tuple[str, Any]]:
     """Listens, and yields the address and a channel to it."""
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
-            native = NativeServer(services)
+            native = NativeServer(services, limits, peers)
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
             # Those of the bridge are those of a client, too.
@@ -104,9 +109,10 @@ async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, 
                 "127.0.0.1:0",
                 lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
                 is_ready=services.is_serving,
+                limits=limits,
             )
         else:
-            web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving)
+            web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving, limits=limits, peers=peers)
         address = await web.start()
         stack.push_async_callback(web.stop, 0)
         web_channel = WebChannel(address, text=transport == "grpc-web-text")

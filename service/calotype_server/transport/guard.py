@@ -43,8 +43,13 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self._application(scope, receive, send)
             return
-        headers = {key: value.decode("latin-1").lower() for key, value in scope["headers"] if key in _READ}
-        refusal = self._judge(headers.get(b"host", ""), headers.get(b"origin"))
+        read = [(key, value.decode("latin-1").lower()) for key, value in scope["headers"] if key in _READ]
+        headers = dict(read)
+        if len(headers) < len(read):
+            # Whoever stands in between may have read the other one.
+            refusal: PlainTextResponse | None = PlainTextResponse("Host and Origin are said once.\n", 400)
+        else:
+            refusal = self._judge(headers.get(b"host", ""), headers.get(b"origin"))
         if refusal is None:
             await self._application(scope, receive, send)
         elif scope["type"] == "websocket":

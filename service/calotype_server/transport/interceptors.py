@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
 
-__all__ = ["INTERCEPTORS", "CallInterceptor"]
+__all__ = ["INTERCEPTORS", "CallInterceptor", "abort"]
 
 _log = structlog.get_logger(__name__)
 
@@ -95,7 +95,7 @@ def _guard_stream(method: Callable[..., AsyncGenerator[Any, None]]) -> Callable[
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await _abort(context, error)
+                await abort(context, error)
 
     return guarded
 
@@ -108,7 +108,7 @@ def _guard_unary(method: Any) -> Callable[..., Awaitable[Any]]:
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await _abort(context, error)
+                await abort(context, error)
 
     return guarded
 
@@ -122,7 +122,8 @@ def _bound(context: Context) -> Iterator[None]:
     yield
 
 
-async def _abort(context: Context, error: Exception) -> None:
+async def abort(context: Context, error: Exception) -> None:
+    """Ends a call with the status of an error; what is no `ServiceError` is logged and hidden."""
     if not isinstance(error, ServiceError):
         _log.error("call failed", exc_info=error)
         error = GenerationFailed("Internal error.")

@@ -15,13 +15,14 @@ from calotype_server.transport.guard import Guard
 from calotype_server.transport.interceptors import INTERCEPTORS
 from calotype_server.transport.listener import Listener
 from calotype_server.transport.page import Page
+from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from starlette.requests import Request
 
-    from calotype_server.transport.grpcweb.call import Limits
+    from calotype_server.transport.peers import Peers
 
 __all__ = ["PAGE", "WebServer"]
 
@@ -50,7 +51,8 @@ class WebServer:
         allowed_origins: Of pages elsewhere that may call, as https://example.com; "*" for all.
         allowed_hosts: Names under which this server is reached; "*" for all.
         page: Folder of the built page.
-        limits: What a client may take.
+        limits: What a peer may take.
+        peers: Counts the calls of all ports; None for a count of its own.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class WebServer:
         allowed_origins: Sequence[str] = (),
         allowed_hosts: Sequence[str] = (),
         page: Path = PAGE,
-        limits: Limits | None = None,
+        limits: PortLimits = PORT_LIMITS,
+        peers: Peers | None = None,
     ) -> None:
         site = Starlette(routes=_routes(is_ready, page))
-        self._grpc_web = GrpcWeb(site, interceptors=INTERCEPTORS, limits=limits)
+        self._grpc_web = GrpcWeb(site, interceptors=INTERCEPTORS, limits=limits, peers=peers)
         register(self._grpc_web)
         application = CORSMiddleware(
             self._grpc_web,
@@ -76,7 +79,7 @@ class WebServer:
             max_age=_CORS_MAX_AGE_SECONDS,
         )
         hosts = (*allowed_hosts, address.rpartition(":")[0])
-        self._listener = Listener(Guard(application, origins=allowed_origins, hosts=hosts))
+        self._listener = Listener(Guard(application, origins=allowed_origins, hosts=hosts), limits)
         self._address = address
 
     @property

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from calotype_server import errors
+from calotype_server.access import Access
 from calotype_server.admission import Admission
 from calotype_server.budget import PreviewBudget
 from calotype_server.encode import Encoder
@@ -69,13 +70,15 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     configure_logging(settings.log_level, settings.log_format)
     begun = time.monotonic()
     signals = Signals()
-    servicer = GenerationServicer(settings.limits)
+    access = Access(settings.api_keys)
+    servicer = GenerationServicer(settings.limits, access)
     services = Services(servicer)
     await services.set_serving(False)
-    native = NativeServer(services)
+    native = NativeServer(services, access)
     web = WebServer(
         settings.web_address,
         services.add_to,
+        access,
         is_ready=services.is_serving,
         allowed_origins=settings.allowed_origins,
         allowed_hosts=settings.allowed_hosts,

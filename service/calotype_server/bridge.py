@@ -8,6 +8,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from calotype_server.access import Access
 from calotype_server.signals import Signals
 from calotype_server.telemetry import configure_logging
 from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
@@ -39,11 +40,13 @@ async def serve(settings: BridgeSettings, announce: Callable[[str, str], None]) 
         StartupError: The address is taken.
     """
     configure_logging(settings.log_level, settings.log_format)
+    access = Access(settings.api_keys)
     signals = Signals()
     async with grpc.aio.insecure_channel(settings.upstream, options=CHANNEL_OPTIONS) as channel:
         web = WebServer(
             settings.web_address,
             lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
+            access,
             is_ready=lambda: _is_serving(channel),
             allowed_origins=settings.allowed_origins,
             allowed_hosts=settings.allowed_hosts,

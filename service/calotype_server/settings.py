@@ -28,6 +28,10 @@ class WebSettings(BaseSettings):
         description="Names under which browsers reach this server, besides localhost and IP addresses; '*' for all. "
         "Separated by commas.",
     )
+    # Doors: see `transport.doors`.
+    api_keys: Path | None = Field(
+        None, description="File of the API keys that callers must show; `calotype keys add` makes them. Default: none."
+    )
 
     @field_validator("allowed_origins", "allowed_hosts", mode="before")
     @classmethod

@@ -10,6 +10,7 @@ import grpc
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
+from calotype_server.access import Access
 from calotype_server.admission import Admission
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
@@ -58,9 +59,11 @@ async def running(
     store: Store | None = None,
     opened: bool = True,
     limits: Limits = LIMITS,
+    access: Access | None = None,
     transport: str = "native",
 ) -> AsyncIterator[Service]:
-    """Serves `engine` while the block runs."""
+    """Serves `engine` while the block runs; to everybody, unless `access` says otherwise."""
+    access = access or Access()
     pace, dead = Pace(), []
     admission = Admission(pace, max_active=max_active, max_queue=max_queue)
     encoder = Encoder()
@@ -68,14 +71,14 @@ async def running(
     generations = Generations(
         engine, admission, pace, encoder, ended, store, max_active=max_active, on_dead=lambda: dead.append(True)
     )
-    servicer = GenerationServicer(limits)
+    servicer = GenerationServicer(limits, access)
     await generations.restore()
     if opened:
         servicer.open(generations)
     services = Services(servicer)
     await services.set_serving(opened)
     try:
-        async with _port(services, transport) as (address, channel):
+        async with _port(services, access, transport) as (address, channel):
             stub = GenerationServiceStub(channel)
             try:
                 yield Service(address, channel, stub, generations, services, dead)
@@ -88,11 +91,11 @@ async def running(
 
 
 @contextlib.asynccontextmanager
-async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, Any]]:
+async def _port(services: Services, access: Access, transport: str) -> AsyncIterator[tuple[str, Any]]:
     """Listens, and yields the address and a channel to it."""
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
-            native = NativeServer(services)
+            native = NativeServer(services, access)
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
             # Those of the bridge are those of a client, too.
@@ -103,10 +106,11 @@ async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, 
             web = WebServer(
                 "127.0.0.1:0",
                 lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
+                Access(),
                 is_ready=services.is_serving,
             )
         else:
-            web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving)
+            web = WebServer("127.0.0.1:0", services.add_to, access, is_ready=services.is_serving)
         address = await web.start()
         stack.push_async_callback(web.stop, 0)
         web_channel = WebChannel(address, text=transport == "grpc-web-text")

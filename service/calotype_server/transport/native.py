@@ -8,9 +8,10 @@ import grpc
 from grpc_reflection.v1alpha import reflection
 
 from calotype_server.transport.address import check_free, in_use
-from calotype_server.transport.interceptors import INTERCEPTORS
+from calotype_server.transport.interceptors import interceptors
 
 if TYPE_CHECKING:
+    from calotype_server.access import Access
     from calotype_server.transport.services import Services
 
 __all__ = ["NativeServer"]
@@ -40,12 +41,13 @@ class NativeServer:
 
     Args:
         services: What to serve.
+        access: Who may call.
     """
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, access: Access) -> None:
         # JPEG and PNG do not compress: gzip would only cost time.
         self._server = grpc.aio.server(
-            interceptors=INTERCEPTORS, options=_OPTIONS, compression=grpc.Compression.NoCompression
+            interceptors=interceptors(access), options=_OPTIONS, compression=grpc.Compression.NoCompression
         )
         services.add_to(self._server)
         reflection.enable_server_reflection([*services.names, reflection.SERVICE_NAME], self._server)

@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from calotype_server.transport.grpcweb import GrpcWeb
 from calotype_server.transport.guard import Guard
-from calotype_server.transport.interceptors import INTERCEPTORS
+from calotype_server.transport.interceptors import interceptors
 from calotype_server.transport.listener import Listener
 from calotype_server.transport.page import Page
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from calotype_server.access import Access
     from calotype_server.transport.grpcweb.call import Limits
 
 __all__ = ["PAGE", "WebServer"]
@@ -46,6 +47,7 @@ class WebServer:
     Args:
         address: HOST:PORT to listen on; port 0 picks a free one. HOST is one of the allowed hosts.
         register: Adds services to the server that it is given; as for a native one.
+        access: Who may call. The page and health checks are for everybody.
         is_ready: Whether calls are welcome, for `/readyz`.
         allowed_origins: Of pages elsewhere that may call, as https://example.com; "*" for all.
         allowed_hosts: Names under which this server is reached; "*" for all.
@@ -57,6 +59,7 @@ class WebServer:
         self,
         address: str,
         register: Callable[[Any], object],
+        access: Access,
         *,
         is_ready: Callable[[], Awaitable[bool]],
         allowed_origins: Sequence[str] = (),
@@ -65,7 +68,7 @@ class WebServer:
         limits: Limits | None = None,
     ) -> None:
         site = Starlette(routes=_routes(is_ready, page))
-        self._grpc_web = GrpcWeb(site, interceptors=INTERCEPTORS, limits=limits)
+        self._grpc_web = GrpcWeb(site, interceptors=interceptors(access), limits=limits)
         register(self._grpc_web)
         application = CORSMiddleware(
             self._grpc_web,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 
+from calotype_server.transport.credentials import peer_of
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.context import Context
 from calotype_server.transport.grpcweb.framing import Refused, Status
@@ -146,7 +147,7 @@ class Call:
                 grpc.StatusCode.INVALID_ARGUMENT, "The request is no message of the type that the method takes."
             ) from None
         self._watcher = asyncio.create_task(self._watch())
-        self._context = Context(self._response, metadata, deadline, _peer(self._scope))
+        self._context = Context(self._response, metadata, deadline, peer_of(self._scope))
         self._context.serializer = handler.response_serializer
         await _invoke(handler, request, self._context)
 
@@ -218,11 +219,3 @@ def _retrieve(task: asyncio.Task[None]) -> None:
     """Keeps asyncio from reporting the error of a handler that was cancelled and raised something else."""
     if not task.cancelled():
         task.exception()
-
-
-def _peer(scope: Any) -> str:
-    client = scope.get("client")
-    if client is None:
-        return "unknown:"
-    host, port = client[:2]
-    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import structlog
 
 from calotype_server import errors
-from calotype_server.access import Access
 from calotype_server.admission import Admission
 from calotype_server.budget import PreviewBudget
 from calotype_server.encode import Encoder
@@ -23,6 +22,7 @@ from calotype_server.retention import Retention
 from calotype_server.signals import Signals
 from calotype_server.store import Store
 from calotype_server.telemetry import configure_logging
+from calotype_server.transport.doors import Doors
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
 from calotype_server.transport.services import Services
@@ -70,15 +70,16 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     configure_logging(settings.log_level, settings.log_format)
     begun = time.monotonic()
     signals = Signals()
-    access = Access(settings.api_keys)
-    servicer = GenerationServicer(settings.limits, access)
+    doors = Doors(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
+    servicer = GenerationServicer(settings.limits, doors.access)
     services = Services(servicer)
     await services.set_serving(False)
-    native = NativeServer(services, access)
+    native = NativeServer(services, doors.access, doors.certificates)
     web = WebServer(
         settings.web_address,
         services.add_to,
-        access,
+        doors.access,
+        doors.certificates,
         is_ready=services.is_serving,
         allowed_origins=settings.allowed_origins,
         allowed_hosts=settings.allowed_hosts,
@@ -87,6 +88,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     store = None if settings.state is None else await Store.open(settings.state.expanduser())
     address = await native.start(settings.grpc_address)
     try:
+        doors.watch()
         web_address = await web.start()
         engine = await signals.unless_stopped(_in_daemon_thread(lambda: _load_engine(settings, budget)))
         if engine is None:
@@ -129,6 +131,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         engine.close()
         return 1 if dead.is_set() else 0
     finally:
+        await doors.close()
         await asyncio.gather(native.stop(0), web.stop(0))
         if store is not None:
             await store.close()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from calotype_server.engine.protocol import Engine
     from calotype_server.store import Store
+    from support.authority import Authority
 
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
 
@@ -60,9 +61,10 @@ async def running(
     opened: bool = True,
     limits: Limits = LIMITS,
     access: Access | None = None,
+    authority: Authority | None = None,
     transport: str = "native",
 ) -> AsyncIterator[Service]:
-    """Serves `engine` while the block runs; to everybody, unless `access` says otherwise."""
+    """Serves `engine` while the block runs; in plaintext to everybody, unless `authority` and `access` say so."""
     access = access or Access()
     pace, dead = Pace(), []
     admission = Admission(pace, max_active=max_active, max_queue=max_queue)
@@ -78,7 +80,7 @@ async def running(
     services = Services(servicer)
     await services.set_serving(opened)
     try:
-        async with _port(services, access, transport) as (address, channel):
+        async with _port(services, access, authority, transport) as (address, channel):
             stub = GenerationServiceStub(channel)
             try:
                 yield Service(address, channel, stub, generations, services, dead)
@@ -91,15 +93,18 @@ async def running(
 
 
 @contextlib.asynccontextmanager
-async def _port(services: Services, access: Access, transport: str) -> AsyncIterator[tuple[str, Any]]:
+async def _port(
+    services: Services, access: Access, authority: Authority | None, transport: str
+) -> AsyncIterator[tuple[str, Any]]:
     """Listens, and yields the address and a channel to it."""
+    certificates = authority and authority.certificates()
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
-            native = NativeServer(services, access)
+            native = NativeServer(services, access, certificates)
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
             # Those of the bridge are those of a client, too.
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
+            channel = await stack.enter_async_context(open_channel(address, authority))
             if transport == "native":
                 yield address, channel
                 return
@@ -107,15 +112,23 @@ async def _port(services: Services, access: Access, transport: str) -> AsyncIter
                 "127.0.0.1:0",
                 lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
                 Access(),
+                certificates,
                 is_ready=services.is_serving,
             )
         else:
-            web = WebServer("127.0.0.1:0", services.add_to, access, is_ready=services.is_serving)
+            web = WebServer("127.0.0.1:0", services.add_to, access, certificates, is_ready=services.is_serving)
         address = await web.start()
         stack.push_async_callback(web.stop, 0)
-        web_channel = WebChannel(address, text=transport == "grpc-web-text")
+        web_channel = WebChannel(address, text=transport == "grpc-web-text", context=authority and authority.context())
         stack.callback(web_channel.close)
         yield address, web_channel
+
+
+def open_channel(address: str, authority: Authority | None = None, *, shown: bool = True) -> grpc.aio.Channel:
+    """A native channel; `shown` is whether it shows a certificate where one is asked for."""
+    if authority is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, authority.credentials(shown=shown), options=CHANNEL_OPTIONS)
 
 
 async def read_until(call, phase: pb.Phase.ValueType) -> pb.Progress:

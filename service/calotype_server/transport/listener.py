@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from calotype_server.transport.address import in_use, resolve
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator
 
 __all__ = ["Listener", "listen"]
@@ -51,9 +52,10 @@ class Listener:
 
     Args:
         application: The app.
+        context: For TLS, or None for plaintext.
     """
 
-    def __init__(self, application: Any) -> None:
+    def __init__(self, application: Any, context: ssl.SSLContext | None = None) -> None:
         self._server = _Server(
             uvicorn.Config(
                 application,
@@ -66,7 +68,8 @@ class Listener:
                 server_header=False,
                 timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=_STATIC_SECONDS,
-            )
+            ),
+            context,
         )
         self._serving: asyncio.Task[None] | None = None
 
@@ -91,8 +94,10 @@ class Listener:
 class _Server(uvicorn.Server):
     """Tells when it listens, and leaves signals to the process."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, context: ssl.SSLContext | None) -> None:
         super().__init__(config)
+        config.load()
+        config.ssl = context
         self.ready = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -12,6 +12,7 @@ from calotype_server.transport.interceptors import interceptors
 
 if TYPE_CHECKING:
     from calotype_server.access import Access
+    from calotype_server.transport.certificates import Certificates
     from calotype_server.transport.services import Services
 
 __all__ = ["NativeServer"]
@@ -42,9 +43,11 @@ class NativeServer:
     Args:
         services: What to serve.
         access: Who may call.
+        certificates: For TLS, or None for plaintext.
     """
 
-    def __init__(self, services: Services, access: Access) -> None:
+    def __init__(self, services: Services, access: Access, certificates: Certificates | None = None) -> None:
+        self._certificates = certificates
         # JPEG and PNG do not compress: gzip would only cost time.
         self._server = grpc.aio.server(
             interceptors=interceptors(access), options=_OPTIONS, compression=grpc.Compression.NoCompression
@@ -60,7 +63,10 @@ class NativeServer:
         """
         check_free(address, _OPTION)
         try:
-            port = self._server.add_insecure_port(address)
+            if self._certificates is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._certificates.grpc_credentials())
         except RuntimeError:
             await self._server.stop(None)
             raise in_use(address, _OPTION) from None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from calotype_server.access import Access
+    from calotype_server.transport.certificates import Certificates
     from calotype_server.transport.grpcweb.call import Limits
 
 __all__ = ["PAGE", "WebServer"]
@@ -48,6 +49,7 @@ class WebServer:
         address: HOST:PORT to listen on; port 0 picks a free one. HOST is one of the allowed hosts.
         register: Adds services to the server that it is given; as for a native one.
         access: Who may call. The page and health checks are for everybody.
+        certificates: For TLS, or None for plaintext.
         is_ready: Whether calls are welcome, for `/readyz`.
         allowed_origins: Of pages elsewhere that may call, as https://example.com; "*" for all.
         allowed_hosts: Names under which this server is reached; "*" for all.
@@ -60,6 +62,7 @@ class WebServer:
         address: str,
         register: Callable[[Any], object],
         access: Access,
+        certificates: Certificates | None = None,
         *,
         is_ready: Callable[[], Awaitable[bool]],
         allowed_origins: Sequence[str] = (),
@@ -79,7 +82,8 @@ class WebServer:
             max_age=_CORS_MAX_AGE_SECONDS,
         )
         hosts = (*allowed_hosts, address.rpartition(":")[0])
-        self._listener = Listener(Guard(application, origins=allowed_origins, hosts=hosts))
+        context = None if certificates is None else certificates.ssl_context()
+        self._listener = Listener(Guard(application, origins=allowed_origins, hosts=hosts), context)
         self._address = address
 
     @property

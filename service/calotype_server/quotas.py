@@ -24,6 +24,8 @@ __all__ = ["Bucket", "Quota", "QuotaLimits"]
 
 _MINUTE = 60.0
 
+_NOTHING_SECONDS = 1e-3
+
 _RUNNING_RETRY_SECONDS = 2.0
 """Until one of the caller's own generations may have ended; nobody knows when."""
 
@@ -60,8 +62,9 @@ class Bucket:
         """Returns the seconds until `cost` may be taken; 0 when it may be now."""
         self._tokens = min(self._capacity, self._tokens + (now - self._at) * self._capacity / _MINUTE)
         self._at = now
-        missing = min(cost, self._capacity) - self._tokens
-        return max(0.0, missing * _MINUTE / self._capacity)
+        seconds = (min(cost, self._capacity) - self._tokens) * _MINUTE / self._capacity
+        # Whoever has waited as long as told is not refused for a rounding error.
+        return seconds if seconds > _NOTHING_SECONDS else 0.0
 
     def take(self, cost: float) -> None:
         """Takes `cost`, which may leave a debt."""

@@ -28,10 +28,12 @@ from calotype_server.types import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    from calotype_server.access import Caller
     from calotype_server.admission import Admission, Ticket
     from calotype_server.encode import Encoder
     from calotype_server.engine.protocol import Engine
     from calotype_server.estimates import Pace
+    from calotype_server.quotas import Quota
     from calotype_server.retention import Retention
     from calotype_server.store import Store
     from calotype_server.stream import Update
@@ -96,14 +98,20 @@ class Generations:
         """The engine's model."""
         return self._engine.model
 
-    async def start(self, job: Job, terms: Terms) -> Generation:
+    async def start(self, job: Job, terms: Terms, quota: Quota | None = None) -> Generation:
         """Accepts a job, or returns the generation that the same request has started before.
 
         Follow it without waiting for anything else in between, or nobody may be left to end it.
 
+        Args:
+            job: What to make.
+            terms: What else the caller wants, and who it is.
+            quota: What the caller may start; only new generations count.
+
         Raises:
             NotReady: The server is draining.
             RequestIdTaken: The request id was used with other parameters.
+            RateLimited: The quota is used up for now.
             QueueFull: No place in the queue.
             DeadlineTooShort: Hopeless from the start.
         """
@@ -112,7 +120,11 @@ class Generations:
         if self._retry_after is not None:
             raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
         generation = Generation(job, terms, next(self._numbers))
+        if quota is not None:
+            quota.check(job, self._registry.active(terms.caller))
         self._begin(generation)
+        if quota is not None:
+            quota.charge(job)
         self._registry.accept(generation)
         return generation
 
@@ -176,44 +188,44 @@ class Generations:
         finally:
             self._leave(generation)
 
-    def find(self, generation_id: str) -> Generation:
+    def find(self, generation_id: str, caller: Caller) -> Generation:
         """Returns a generation that runs or is kept.
 
         Raises:
-            GenerationNotFound: No such generation, or it ended long ago.
+            GenerationNotFound: No such generation, or it ended long ago, or it is out of this caller's reach.
         """
         found = self._registry.find(generation_id)
-        if found is None:
+        if found is None or not caller.reaches(found.terms.caller):
             raise errors.GenerationNotFound("No generation of that id is known.")
         return found
 
-    def cancel(self, generation_id: str) -> Phase:
+    def cancel(self, generation_id: str, caller: Caller) -> Phase:
         """Cancels a generation and returns the phase it was in; an end means there was nothing to cancel.
 
         Raises:
-            GenerationNotFound: No such generation, or it ended long ago.
+            GenerationNotFound: As `find`.
         """
-        generation = self.find(generation_id)
+        generation = self.find(generation_id, caller)
         phase = generation.log.state.phase
         generation.end_early(errors.Cancelled("The generation was cancelled."))
         return phase
 
-    def finish(self, generation_id: str) -> Phase:
+    def finish(self, generation_id: str, caller: Caller) -> Phase:
         """Has a generation end with the picture as it is, and returns the phase it was in.
 
         Raises:
-            GenerationNotFound: No such generation, or it ended long ago.
+            GenerationNotFound: As `find`.
         """
-        generation = self.find(generation_id)
+        generation = self.find(generation_id, caller)
         phase = generation.log.state.phase
         generation.stop.finish()
         return phase
 
-    def newest(self, caller: str, before: int | None = None) -> list[Generation]:
-        """Returns a caller's generations that run or are kept, the newest first.
+    def newest(self, caller: Caller, before: int | None = None) -> list[Generation]:
+        """Returns the generations that a caller may list and that run or are kept, the newest first.
 
         Args:
-            caller: Whose.
+            caller: Who asks.
             before: Only those with a smaller number; None for all.
         """
         return self._registry.newest(caller, before)

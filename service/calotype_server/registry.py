@@ -15,6 +15,7 @@ from calotype_server.types import Failed, Succeeded
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
 
+    from calotype_server.access import Caller
     from calotype_server.generation import Generation
     from calotype_server.retention import Retention
     from calotype_server.store import Store
@@ -77,15 +78,19 @@ class Registry:
             )
         return earlier
 
-    def newest(self, caller: str, before: int | None = None) -> list[Generation]:
-        """Returns a caller's generations that run or are kept, the newest first.
+    def active(self, owner: str) -> int:
+        """Returns how many of a caller's generations wait or run."""
+        return sum(each.terms.caller == owner for each in self._running.values())
+
+    def newest(self, caller: Caller, before: int | None = None) -> list[Generation]:
+        """Returns the generations that a caller may list and that run or are kept, the newest first.
 
         Args:
-            caller: Whose.
+            caller: Who asks.
             before: Only those with a smaller number; None for all.
         """
         known = [*self._running.values(), *self._ended]
-        own = [each for each in known if each.terms.caller == caller and (before is None or each.number < before)]
+        own = [each for each in known if caller.lists(each.terms.caller) and (before is None or each.number < before)]
         return sorted(own, key=lambda each: -each.number)
 
     def accept(self, generation: Generation) -> None:

@@ -75,6 +75,22 @@ class WebSettings(BaseSettings):
         """What peers are held to."""
         return PortLimits(**{field.name: getattr(self, field.name) for field in dataclasses.fields(PortLimits)})
 
+    # Doors, see `transport.doors`.
+    tls_certificate: Path | None = Field(
+        None,
+        description="Certificate of this server with its chain, in PEM, for TLS on every port. Default: plaintext.",
+    )
+    tls_key: Path | None = Field(None, description="Private key of the certificate, in PEM, without a passphrase.")
+    tls_client_ca: Path | None = Field(
+        None, description="Authorities, in PEM, that must have signed the certificate of every client. Default: none."
+    )
+    api_keys: Path | None = Field(
+        None, description="File of the API keys that callers must show; `calotype keys add` makes it. Default: none."
+    )
+    insecure: bool = Field(
+        False, description="Listen beyond this machine without TLS or without keys: something else keeps strangers out."
+    )
+
     @field_validator("allowed_origins", "allowed_hosts", mode="before")
     @classmethod
     def _separated(cls, value: object) -> object:
@@ -99,10 +115,28 @@ class WebSettings(BaseSettings):
                 raise ValueError(f"{host!r} is not a host name without scheme and port")
         return value
 
+    @field_validator("tls_certificate", "tls_key", "tls_client_ca", "api_keys")
+    @classmethod
+    def _at_home(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
+
     @field_validator("web_address")
     @classmethod
     def _web_address(cls, value: str) -> str:
         return _host_and_port(value)
+
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key go together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
+        return self
+
+    @property
+    def checks_keys(self) -> bool:
+        """Whether every caller has to show a key."""
+        return self.api_keys is not None
 
 
 class Settings(WebSettings):
@@ -228,9 +262,36 @@ class BridgeSettings(WebSettings):
     """Read once, in `bridge`."""
 
     upstream: str = Field("127.0.0.1:50051", description="HOST:PORT of the Calotype server to pass calls on to.")
+    upstream_tls: bool = Field(False, description="Speak TLS to the upstream, trusting the authorities of gRPC.")
+    upstream_ca: Path | None = Field(
+        None, description="Authorities to trust for the upstream, in PEM; implies --upstream-tls."
+    )
+    upstream_certificate: Path | None = Field(
+        None, description="The bridge's own certificate, for an upstream that asks for one; implies --upstream-tls."
+    )
+    upstream_key: Path | None = Field(None, description="Private key of that certificate.")
+    upstream_checks_keys: bool = Field(
+        False, description="The upstream asks for keys: the bridge passes them on and need not check them itself."
+    )
     drain_seconds: float = Field(30.0, ge=0, description="Time for running calls to end after SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines to log.")
     log_format: Literal["console", "json"] = Field("console", description="Log for people, or for machines.")
+
+    @model_validator(mode="after")
+    def _upstream_certificate_with_key(self) -> Self:
+        if (self.upstream_certificate is None) != (self.upstream_key is None):
+            raise ValueError("--upstream-certificate and --upstream-key go together")
+        return self
+
+    @property
+    def checks_keys(self) -> bool:
+        """Whether every caller has to show a key, here or at the upstream."""
+        return super().checks_keys or self.upstream_checks_keys
+
+    @property
+    def encrypts_upstream(self) -> bool:
+        """Whether it speaks TLS to the upstream."""
+        return self.upstream_tls or self.upstream_ca is not None or self.upstream_certificate is not None
 
 
 def _host_and_port(value: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from calotype_server.access import Access
 from calotype_server.errors import AddressInUse
 from calotype_server.transport import listener
 from calotype_server.transport.web import WebServer
@@ -224,7 +225,7 @@ async def test_a_taken_address_is_explained() -> None:
         taken.listen()
         for host in ("127.0.0.1", "localhost"):
             address = f"{host}:{taken.getsockname()[1]}"
-            server = WebServer(address, lambda _: None, is_ready=None)
+            server = WebServer(address, lambda _: None, Access(), is_ready=None)
             with pytest.raises(AddressInUse, match="--web-address"):
                 await server.start()
             await server.stop(0)
@@ -232,7 +233,7 @@ async def test_a_taken_address_is_explained() -> None:
 
 async def test_localhost_is_every_address_that_it_stands_for() -> None:
     """With one free port for all of them."""
-    server = WebServer("localhost:0", lambda _: None, is_ready=None)
+    server = WebServer("localhost:0", lambda _: None, Access(), is_ready=None)
     address = await server.start()
     port = int(address.rpartition(":")[2])
     try:

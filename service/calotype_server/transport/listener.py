@@ -17,6 +17,7 @@ from calotype_server.transport.address import in_use, resolve
 from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator
 
 __all__ = ["Listener", "listen"]
@@ -40,9 +41,12 @@ class Listener:
     Args:
         application: The app.
         limits: What a peer may take.
+        context: For TLS, or None for plaintext.
     """
 
-    def __init__(self, application: Any, limits: PortLimits = PORT_LIMITS) -> None:
+    def __init__(
+        self, application: Any, limits: PortLimits = PORT_LIMITS, context: ssl.SSLContext | None = None
+    ) -> None:
         self._limits = limits
         self._server = _Server(
             uvicorn.Config(
@@ -56,7 +60,8 @@ class Listener:
                 server_header=False,
                 timeout_keep_alive=round(limits.idle_seconds),
                 timeout_graceful_shutdown=_STATIC_SECONDS,
-            )
+            ),
+            context,
         )
         self._serving: asyncio.Task[None] | None = None
 
@@ -81,8 +86,10 @@ class Listener:
 class _Server(uvicorn.Server):
     """Tells when it listens, and leaves signals to the process."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, context: ssl.SSLContext | None) -> None:
         super().__init__(config)
+        config.load()
+        config.ssl = context
         self.ready = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

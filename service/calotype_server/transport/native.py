@@ -9,11 +9,13 @@ from grpc_reflection.v1alpha import reflection
 
 from calotype_server.transport.address import check_free, in_use
 from calotype_server.transport.intake import Intake
-from calotype_server.transport.interceptors import INTERCEPTORS
+from calotype_server.transport.interceptors import interceptors
 from calotype_server.transport.peers import Peers
 from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
+    from calotype_server.access import Access
+    from calotype_server.transport.certificates import Certificates
     from calotype_server.transport.services import Services
 
 __all__ = ["NativeServer"]
@@ -26,14 +28,25 @@ class NativeServer:
 
     Args:
         services: What to serve.
+        access: Who may call.
+        certificates: For TLS, or None for plaintext.
         limits: What a peer may take.
         peers: Counts the calls of all ports; None for a count of its own.
     """
 
-    def __init__(self, services: Services, limits: PortLimits = PORT_LIMITS, peers: Peers | None = None) -> None:
+    def __init__(
+        self,
+        services: Services,
+        access: Access,
+        certificates: Certificates | None = None,
+        *,
+        limits: PortLimits = PORT_LIMITS,
+        peers: Peers | None = None,
+    ) -> None:
+        self._certificates = certificates
         intake = Intake(peers or Peers(limits.max_calls_per_peer), limits.request_seconds)
         self._server = grpc.aio.server(
-            interceptors=(intake, *INTERCEPTORS),
+            interceptors=(intake, *interceptors(access)),
             options=_options(limits),
             # JPEG and PNG do not compress: gzip would only cost time.
             compression=grpc.Compression.NoCompression,
@@ -49,7 +62,10 @@ class NativeServer:
         """
         check_free(address, _OPTION)
         try:
-            port = self._server.add_insecure_port(address)
+            if self._certificates is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._certificates.grpc_credentials())
         except RuntimeError:
             await self._server.stop(None)
             raise in_use(address, _OPTION) from None

@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from calotype_server.transport.grpcweb import GrpcWeb
 from calotype_server.transport.guard import Guard
-from calotype_server.transport.interceptors import INTERCEPTORS
+from calotype_server.transport.interceptors import interceptors
 from calotype_server.transport.listener import Listener
 from calotype_server.transport.page import Page
 from calotype_server.types import PORT_LIMITS, PortLimits
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from calotype_server.access import Access
+    from calotype_server.transport.certificates import Certificates
     from calotype_server.transport.peers import Peers
 
 __all__ = ["PAGE", "WebServer"]
@@ -47,6 +49,8 @@ class WebServer:
     Args:
         address: HOST:PORT to listen on; port 0 picks a free one. HOST is one of the allowed hosts.
         register: Adds services to the server that it is given; as for a native one.
+        access: Who may call. The page and health checks are for everybody.
+        certificates: For TLS, or None for plaintext.
         is_ready: Whether calls are welcome, for `/readyz`.
         allowed_origins: Of pages elsewhere that may call, as https://example.com; "*" for all.
         allowed_hosts: Names under which this server is reached; "*" for all.
@@ -59,6 +63,8 @@ class WebServer:
         self,
         address: str,
         register: Callable[[Any], object],
+        access: Access,
+        certificates: Certificates | None = None,
         *,
         is_ready: Callable[[], Awaitable[bool]],
         allowed_origins: Sequence[str] = (),
@@ -68,7 +74,7 @@ class WebServer:
         peers: Peers | None = None,
     ) -> None:
         site = Starlette(routes=_routes(is_ready, page))
-        self._grpc_web = GrpcWeb(site, interceptors=INTERCEPTORS, limits=limits, peers=peers)
+        self._grpc_web = GrpcWeb(site, interceptors=interceptors(access), limits=limits, peers=peers)
         register(self._grpc_web)
         application = CORSMiddleware(
             self._grpc_web,
@@ -79,7 +85,8 @@ class WebServer:
             max_age=_CORS_MAX_AGE_SECONDS,
         )
         hosts = (*allowed_hosts, address.rpartition(":")[0])
-        self._listener = Listener(Guard(application, origins=allowed_origins, hosts=hosts), limits)
+        context = None if certificates is None else certificates.ssl_context()
+        self._listener = Listener(Guard(application, origins=allowed_origins, hosts=hosts), limits, context)
         self._address = address
 
     @property

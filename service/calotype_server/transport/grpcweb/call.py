@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 
+from calotype_server.transport.credentials import peer_of
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.context import Context
 from calotype_server.transport.grpcweb.framing import Refused, Status
@@ -62,7 +63,7 @@ class Call:
     """
 
     def __init__(self, path: str, scope: Any, receive: Any, send: Any, *, text: bool, limits: PortLimits) -> None:
-        self.peer = _peer(scope)
+        self.peer = peer_of(scope)
         """As gRPC writes addresses, such as ipv4:127.0.0.1:4711."""
         self._path = path
         self._scope = scope
@@ -207,11 +208,3 @@ def _retrieve(task: asyncio.Task[None]) -> None:
     """Keeps asyncio from reporting the error of a handler that was cancelled and raised something else."""
     if not task.cancelled():
         task.exception()
-
-
-def _peer(scope: Any) -> str:
-    client = scope.get("client")
-    if client is None:
-        return "unknown:"
-    host, port = client[:2]
-    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"

@@ -152,7 +152,8 @@ class DiffusersEngine:
             raise errors.EngineDead("The device failed.") from error
         except errors.ServiceError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            # Also what would end the process, such as SystemExit: it is one generation's trouble.
             if is_out_of_memory(error):
                 raise errors.OutOfMemory("Memory ran out; a smaller picture may fit.") from None
             _log.exception("the pipeline failed")
@@ -191,6 +192,8 @@ class DiffusersEngine:
             stop.call(stream.cancel)
             view = request_view(self._pipeline, scheduler, **{self._denoiser: stream.proxy()})
         try:
+            if should_stop():
+                raise Stopped
             report(EncodingPrompt(self._notices(job)))
             with stream or contextlib.nullcontext():
                 output = view(**self._arguments(job))

@@ -75,18 +75,20 @@ class DiffusersEngine:
         model = describe(name, pipeline, defaults)
         self._denoiser = denoiser_name(pipeline)
         most_threads = threads or torch.get_num_threads()
-        self._threads = most_threads if threads or deterministic else pick_threads(pipeline, model)
-        _log.info("model loaded", model=name, device=model.device, threads=self._threads)
-        torch.set_num_threads(self._threads)
+        few_threads = most_threads if threads or deterministic else pick_threads(pipeline, model)
+        _log.info("model loaded", model=name, device=model.device, threads=few_threads)
+        torch.set_num_threads(few_threads)
         plan = make_plan(
             pipeline,
             model,
             max_active=max_active,
-            threads=(self._threads, most_threads),
+            threads=(few_threads, most_threads),
             max_rows=max_rows,
             deterministic=deterministic,
         )
-        computing = self._threads if plan.threads is None else plan.threads.of(plan.max_rows)
+        # Beside the denoiser a generation reads its prompt and decodes its picture: enough work for all threads.
+        self._threads = few_threads if plan.max_rows == 0 else most_threads
+        computing = few_threads if plan.threads is None else plan.threads.of(plan.max_rows)
         _log.info(
             "concurrency",
             max_active=plan.max_active,

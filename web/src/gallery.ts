@@ -11,6 +11,8 @@ const MOST_PRINTS = 60;
 export class Gallery {
   /** Called when somebody wants a print again, with its seed. */
   onAgain: (wish: Wish) => void = () => {};
+  /** Called when the service asks for a key, or for another one. */
+  onLockedOut: () => void = () => {};
   readonly #place: HTMLElement;
   readonly #template: HTMLTemplateElement;
   readonly #blank: HTMLElement;
@@ -81,6 +83,7 @@ export class Gallery {
   #ended(requestId: string, { status, error }: ViewState, isRestored: boolean): void {
     if (this.#isAway || status === "succeeded") return;
     this.#album.forget(requestId);
+    if (error?.code === "UNAUTHENTICATED") this.onLockedOut();
     if (isRestored && error?.code === "NOT_FOUND") this.#takeDown(requestId);
   }
 

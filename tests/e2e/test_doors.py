@@ -34,7 +34,8 @@ def test_a_closed_server_is_used_and_changed_while_it_runs(cache_dir: Path, tmp_
     doors = [*authority.options(), "--api-keys", str(keyring.path), "--cache-dir", str(cache_dir)]
     with ServerProcess(*doors) as server:
         reach = ["--address", server.address, "--ca-file", str(authority.ca)]
-        made = run("generate", "a secret fox", "--steps", "2", "--json", "-o", str(tmp_path / "fox.png"), *reach, CALOTYPE_API_KEY=alice)
+        asked = ["generate", "a secret fox", "--steps", "2", "--json", "-o", str(tmp_path / "fox.png")]
+        made = run(*asked, *reach, CALOTYPE_API_KEY=alice)
         assert json.loads(made.stdout.splitlines()[-1])["phase"] == "succeeded", made.stderr
         assert run("model", *reach).returncode == 1
         assert "--tls" in run("model", "--address", server.address, "--api-key", alice).stderr

@@ -14,6 +14,7 @@ from calotype_server.access import Access
 from calotype_server.cli import register
 from calotype_server.errors import Exposed
 from calotype_server.settings import BridgeSettings, Settings
+from calotype_server.transport import doors
 from calotype_server.transport.doors import check_exposure
 from support.authority import Authority
 from support.keyring import Keyring
@@ -59,13 +60,14 @@ def test_elsewhere_both_are_needed(address: str, options: dict, said: list[str],
     assert not any(each in text for each in unsaid)
 
 
-def test_both_or_a_word_let_it_listen() -> None:
+def test_both_or_a_word_let_it_listen(monkeypatch) -> None:
     """With TLS and keys there is nothing to say; with --insecure there is a warning."""
-    with structlog.testing.capture_logs() as logged:
-        check("0.0.0.0:0", **CERTIFICATE, api_keys="keys.toml")
-        assert not logged
-        check("0.0.0.0:0", insecure=True)
-    assert [line["log_level"] for line in logged] == ["warning"]
+    log = structlog.testing.CapturingLogger()
+    monkeypatch.setattr(doors, "_log", log)
+    check("0.0.0.0:0", **CERTIFICATE, api_keys="keys.toml")
+    assert not log.calls
+    check("0.0.0.0:0", insecure=True)
+    assert [call.method_name for call in log.calls] == ["warning"]
 
 
 def test_a_bridge_may_leave_keys_to_its_upstream() -> None:

@@ -49,12 +49,13 @@ class Listener:
         self, application: Any, limits: PortLimits = PORT_LIMITS, context: ssl.SSLContext | None = None
     ) -> None:
         self._limits = limits
-        protocol: Any = functools.partial(_Protocol, limits)
-        self._handshakes = None if context is None else Handshakes(protocol, context, limits)
+        plain = functools.partial(_Protocol, limits)
+        self._handshakes = None if context is None else Handshakes(plain, context, limits)
+        protocol: Any = self._handshakes or plain
         self._server = _Server(
             uvicorn.Config(
                 application,
-                http=self._handshakes or protocol,
+                http=protocol,
                 ws="none",
                 loop="none",
                 lifespan="off",

@@ -40,6 +40,7 @@ def run(example: Example, folder: Path, *arguments: str) -> tuple[int, list[str]
     return process.returncode, out.splitlines(), errors
 
 
+@pytest.mark.proves("{example}", "streams")
 def test_a_picture_forms(example: Example, server: ServerProcess, tmp_path: Path) -> None:
     """It tells every phase and step in order, and saves complete previews and the final picture."""
     code, lines, errors = run(example, tmp_path, server.address, "a red apple")
@@ -58,6 +59,7 @@ def test_a_picture_forms(example: Example, server: ServerProcess, tmp_path: Path
     assert picture.size == (128, 128)
 
 
+@pytest.mark.proves("{example}", "cancels")
 def test_ctrl_c_frees_the_slot(example: Example, server: ServerProcess, tmp_path: Path) -> None:
     """SIGINT in mid-stream ends the generation on the server, and the program, as a shell expects it."""
     with calotype.Client(server.address) as client, example.start(tmp_path, server.address, "fox", "150") as process:
@@ -72,6 +74,7 @@ def test_ctrl_c_frees_the_slot(example: Example, server: ServerProcess, tmp_path
     assert not (tmp_path / "final.png").exists()
 
 
+@pytest.mark.proves("{example}", "errors")
 def test_every_violation_is_printed(example: Example, server: ServerProcess, tmp_path: Path) -> None:
     """The details of a refused request are decoded: one line for each field."""
     code, lines, errors = run(example, tmp_path, server.address, "", "0")
@@ -80,6 +83,7 @@ def test_every_violation_is_printed(example: Example, server: ServerProcess, tmp
     assert "  step_count: is 0, must be 1 to 150\n" in errors
 
 
+@pytest.mark.proves("{example}", "streams")
 def test_chunks_are_put_together(example: Example, tmp_path: Path) -> None:
     """A final picture that is larger than a message arrives byte for byte."""
     noise, file = random.Random(1), io.BytesIO()

@@ -35,6 +35,9 @@ class Example:
     program: tuple[str, ...]
     files: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return self.name
+
     def build(self) -> None:
         """Generates its code from the proto and compiles it, where that has not been done. Skips without toolchain."""
         missing = [tool for tool in self.tools if shutil.which(tool) is None]

@@ -10,10 +10,10 @@ CLIENT_JS_READY := $(CLIENT_JS)/node_modules/.ready
 WEB_READY := web/node_modules/.ready
 PAGE := service/calotype_server/page
 PROTO_READY := $(PROTO_VENV)/.ready
-GENERATED := client/python
-GENERATED_JS := $(CLIENT_JS)/src/gen
+# Under which what is generated goes.
+GENERATED := .
 # The types of gRPC's error details come with googleapis-common-protos.
-PROTOC = $(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iprotos -I$(wildcard $(PROTO_VENV)/lib/python3*/site-packages)
+GOOGLEAPIS = $(wildcard $(PROTO_VENV)/lib/python3*/site-packages)
 # Node comes from wherever it came for the page; g++ and a JDK may be there already.
 CLIENT_PACKAGES := make g++ pkg-config protobuf-compiler protobuf-compiler-grpc libgrpc++-dev ruby-grpc ruby-grpc-tools \
 	default-jdk-headless libgrpc-java protobuf-compiler-grpc-java-plugin libnetty-java libperfmark-java \
@@ -102,18 +102,18 @@ format: $(READY) ## format the code
 type: $(READY) ## check types
 	$(BIN)/mypy
 
-proto: $(PROTO_READY) $(CLIENT_JS_READY) ## generate the Python and TypeScript code from the proto
-	PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTOC) calotype/v1/calotype.proto \
-		--python_out=$(GENERATED) --grpc_python_out=$(GENERATED) \
-		--mypy_out=quiet:$(GENERATED) --mypy_grpc_out=quiet:$(GENERATED)
-	$(PROTOC) calotype/v1/calotype.proto google/rpc/error_details.proto \
-		--plugin=$(CLIENT_JS)/node_modules/.bin/protoc-gen-es --es_opt=target=ts,import_extension=js --es_out=$(GENERATED_JS)
+proto: $(READY) $(PROTO_READY) $(CLIENT_JS_READY) ## generate the Python and TypeScript code from the proto
+	$(BIN)/buf generate protos --template protos/buf.gen.yaml --output $(GENERATED)
+	$(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iprotos calotype/v1/calotype.proto --grpc_python_out=$(GENERATED)/client/python
+	$(PROTO_VENV)/bin/python -m grpc_tools.protoc -I$(GOOGLEAPIS) google/rpc/error_details.proto \
+		--plugin=$(CLIENT_JS)/node_modules/.bin/protoc-gen-es \
+		--es_opt=target=ts,import_extension=js --es_out=$(GENERATED)/$(CLIENT_JS)/src/gen
 
-proto-check: $(PROTO_READY) ## fail when the generated code is not what the proto gives
-	@mkdir -p build/proto build/proto-js
-	@$(MAKE) --no-print-directory proto GENERATED=build/proto GENERATED_JS=build/proto-js
-	diff -ru --exclude=__pycache__ build/proto/calotype/v1 client/python/calotype/v1
-	diff -ru build/proto-js $(CLIENT_JS)/src/gen
+proto-check: ## fail when the generated code is not what the proto gives
+	@rm -rf build/proto && mkdir -p build/proto/client/python build/proto/$(CLIENT_JS)/src/gen
+	@$(MAKE) --no-print-directory proto GENERATED=build/proto
+	diff -ru --exclude=__pycache__ build/proto/client/python/calotype/v1 client/python/calotype/v1
+	diff -ru build/proto/$(CLIENT_JS)/src/gen $(CLIENT_JS)/src/gen
 
 settings: $(READY) ## write the table of all settings, service/SETTINGS.md
 	$(BIN)/python service/settings_table.py >service/SETTINGS.md

@@ -1,4 +1,4 @@
-// Watches a picture form, with connect-node; Ctrl-C cancels it. See README.md.
+// Watches a picture form, with connect-node; Ctrl-C cancels it. See ../README.md.
 //
 //     node dist/generate.js [HOST:PORT [PROMPT [STEPS]]]
 import { writeFileSync } from "node:fs";

@@ -1,4 +1,4 @@
-// Watches a picture form; Ctrl-C cancels it. See README.md.
+// Watches a picture form; Ctrl-C cancels it. See ../README.md.
 //
 //     generate [HOST:PORT [PROMPT [STEPS]]]
 

@@ -1,4 +1,4 @@
-// Watches a picture form, with grpc-js and proto-loader; Ctrl-C cancels it. See README.md.
+// Watches a picture form, with grpc-js and proto-loader; Ctrl-C cancels it. See ../README.md.
 //
 //     node generate.js [HOST:PORT [PROMPT [STEPS]]]
 import { writeFileSync } from "node:fs";

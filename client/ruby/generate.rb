@@ -1,4 +1,4 @@
-# Watches a picture form; Ctrl-C cancels it. See README.md.
+# Watches a picture form; Ctrl-C cancels it. See ../README.md.
 #
 #     ruby -I ../../build/clients/ruby generate.rb [HOST:PORT [PROMPT [STEPS]]]
 require "calotype/v1/calotype_services_pb"

@@ -43,7 +43,13 @@ def test_the_readmes_lines_of_python_work(
 def test_what_the_readmes_link_to_is_there() -> None:
     """Every relative link and picture of every README leads to a file or folder."""
     root = README.parent
-    for readme in [root / "CONTRIBUTING.md", *root.glob("README.md"), *root.glob("[ps]*/**/README.md")]:
+    for readme in [
+        root / "CONTRIBUTING.md",
+        *root.glob("README.md"),
+        *root.glob("[ps]*/**/README.md"),
+        *root.glob("client/*.md"),
+        *root.glob("client/python/**/*.md"),
+    ]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", readme.read_text(encoding="utf-8")):
             assert (readme.parent / link).exists(), f"{readme} links to {link}"
 

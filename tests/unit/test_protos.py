@@ -53,9 +53,12 @@ def test_the_readmes_commands_generate_code(command, tmp_path):
     assert any("GenerationService" in file.read_text(encoding="utf-8") for file in written)
 
 
+BASES = errors.ServiceError, errors.GenerationError, errors.Unauthenticated, errors.RateLimited
+
+
 def reasons(kind=errors.ServiceError):
     """Code and reason of every error that can reach a caller."""
-    own = {(kind.code, kind.reason)} if kind not in (errors.ServiceError, errors.GenerationError) else set()
+    own = set() if kind in BASES else {(kind.code, kind.reason)}
     return own.union(*(reasons(child) for child in kind.__subclasses__()))
 
 

@@ -29,7 +29,8 @@ class GenerationServiceStub(object):
     """Generates images from text and streams them while they form.
 
     Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
-    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model.
+    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+    with UNAUTHENTICATED.
     """
 
     def __init__(self, channel):
@@ -74,7 +75,8 @@ class GenerationServiceServicer(object):
     """Generates images from text and streams them while they form.
 
     Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
-    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model.
+    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+    with UNAUTHENTICATED.
     """
 
     def Generate(self, request, context):
@@ -86,9 +88,9 @@ class GenerationServiceServicer(object):
 
         Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
         FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
-        full), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with `google.rpc.RetryInfo` (loading, draining, or
-        the request cannot be kept), ALREADY_EXISTS (`request_id` was used for another request). Later, the status repeats
-        `Progress.error`.
+        full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
+        `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
+        another request). Later, the status repeats `Progress.error`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -187,7 +189,8 @@ class GenerationService(object):
     """Generates images from text and streams them while they form.
 
     Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
-    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model.
+    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+    with UNAUTHENTICATED.
     """
 
     @staticmethod

@@ -34,7 +34,8 @@ class GenerationServiceStub:
     """Generates images from text and streams them while they form.
 
     Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
-    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model.
+    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+    with UNAUTHENTICATED.
     """
 
     @_typing.overload
@@ -50,9 +51,9 @@ class GenerationServiceStub:
 
     Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
     FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
-    full), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with `google.rpc.RetryInfo` (loading, draining, or
-    the request cannot be kept), ALREADY_EXISTS (`request_id` was used for another request). Later, the status repeats
-    `Progress.error`.
+    full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
+    `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
+    another request). Later, the status repeats `Progress.error`.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]
     """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
@@ -88,7 +89,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Generates images from text and streams them while they form.
 
     Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
-    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model.
+    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+    with UNAUTHENTICATED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -101,9 +103,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
     Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
     FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
-    full), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with `google.rpc.RetryInfo` (loading, draining, or
-    the request cannot be kept), ALREADY_EXISTS (`request_id` was used for another request). Later, the status repeats
-    `Progress.error`.
+    full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
+    `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
+    another request). Later, the status repeats `Progress.error`.
     """
     Watch: _aio.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]  # type: ignore[assignment]
     """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
@@ -138,7 +140,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates images from text and streams them while they form.
 
     Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
-    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model.
+    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+    with UNAUTHENTICATED.
     """
 
     @_abc_1.abstractmethod
@@ -155,9 +158,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
         FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
-        full), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with `google.rpc.RetryInfo` (loading, draining, or
-        the request cannot be kept), ALREADY_EXISTS (`request_id` was used for another request). Later, the status repeats
-        `Progress.error`.
+        full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
+        `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
+        another request). Later, the status repeats `Progress.error`.
         """
 
     @_abc_1.abstractmethod

@@ -1249,7 +1249,8 @@ export const PreviewMethodSchema: GenEnum<PreviewMethod> = /*@__PURE__*/
  * Generates images from text and streams them while they form.
  *
  * Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
- * may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model.
+ * may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+ * with UNAUTHENTICATED.
  *
  * @generated from service calotype.v1.GenerationService
  */
@@ -1263,9 +1264,9 @@ export const GenerationService: GenService<{
    *
    * Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
    * FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
-   * full), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with `google.rpc.RetryInfo` (loading, draining, or
-   * the request cannot be kept), ALREADY_EXISTS (`request_id` was used for another request). Later, the status repeats
-   * `Progress.error`.
+   * full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
+   * `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
+   * another request). Later, the status repeats `Progress.error`.
    *
    * @generated from rpc calotype.v1.GenerationService.Generate
    */

@@ -24,8 +24,11 @@ from calotype_server.retention import Retention
 from calotype_server.signals import Signals
 from calotype_server.store import Store
 from calotype_server.telemetry import configure_logging
+from calotype_server.transport.descriptors import reserve_descriptors
+from calotype_server.transport.doors import Doors
 from calotype_server.transport.exposition import serve_metrics
 from calotype_server.transport.native import NativeServer
+from calotype_server.transport.peers import Peers
 from calotype_server.transport.servicer import GenerationServicer
 from calotype_server.transport.services import Services
 from calotype_server.transport.web import WebServer
@@ -71,23 +74,31 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     Raises:
         StartupError: An address is taken, or the model cannot be used.
     """
-    configure_logging(settings.log_level, settings.log_format)
+    configure_logging(settings.log_level, settings.log_format, prompts=settings.log_prompts)
     begun = time.monotonic()
     signals = Signals()
-    servicer = GenerationServicer(settings.limits)
+    doors = Doors(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
+    servicer = GenerationServicer(settings.limits, doors.access)
     services = Services(servicer)
     await services.set_serving(False)
+    limits = settings.port_limits
+    reserve_descriptors(2 * limits.max_connections)
+    peers = Peers(limits.max_calls_per_peer)
     metrics = ServerMetrics(__version__)
     metrics.read(serving=lambda: services.serving)
     tracer = _tracing(settings)
     observe = metrics.observe if tracer is None else to_all(metrics.observe, tracer.observe)
-    native = NativeServer(services, observe)
+    native = NativeServer(services, doors.access, doors.certificates, limits=limits, peers=peers, observe=observe)
     web = WebServer(
         settings.web_address,
         services.add_to,
+        doors.access,
+        doors.certificates,
         is_ready=services.is_serving,
         allowed_origins=settings.allowed_origins,
         allowed_hosts=settings.allowed_hosts,
+        limits=limits,
+        peers=peers,
         observe=observe,
         metrics=None if settings.metrics_address else metrics.render,
     )
@@ -96,6 +107,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     address = await native.start(settings.grpc_address)
     opened = contextlib.AsyncExitStack()
     try:
+        doors.watch()
         web_address = await web.start()
         await opened.enter_async_context(serve_metrics(settings.metrics_address, metrics.render))
         engine = await signals.unless_stopped(_in_daemon_thread(lambda: _load_engine(settings, budget, observe)))
@@ -130,7 +142,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             active=lambda: admission.active,
             queued=lambda: admission.waiting,
             readers=lambda: generations.readers,
-            log_bytes=lambda: sum(generation.preview_bytes for generation in generations.running),
+            log_bytes=lambda: sum(generation.size for generation in generations.running),
             retained=lambda: len(ended),
             retained_bytes=lambda: ended.size,
         )
@@ -146,10 +158,12 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             if store is not None:
                 await store.close()
 
-        if settings.stall_seconds:
+        if settings.watchdog_seconds:
             # From now on: what came before was done for the first time, and nobody can say how long that takes.
             watchdog = Watchdog(
-                lambda: generations.running, lambda job: pace.usual_pause(job, admission.active), settings.stall_seconds
+                lambda: generations.running,
+                lambda job: pace.usual_pause(job, admission.active),
+                settings.watchdog_seconds,
             )
             metrics.read(longest_pause=lambda: watchdog.longest_pause)
             watching = asyncio.create_task(end_when_stalled(watchdog, farewell))
@@ -172,6 +186,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         engine.close()
         return 1 if dead.is_set() else 0
     finally:
+        await doors.close()
         await asyncio.gather(native.stop(0), web.stop(0))
         await opened.aclose()
         if store is not None:

@@ -54,23 +54,23 @@ class Watchdog:
     """Watches generations at work; lives in the event loop.
 
     Any event of a generation is progress: a step, a preview, a phase. One without is stalled after the longest of
-    `stall_seconds` and twenty times what a step of it usually takes; ten times later when it is the first of its size.
+    `watchdog_seconds` and twenty of its usual steps; ten times later when it is the first of its size.
 
     Args:
         running: Returns the generations that have not ended.
         usual_pause: Returns the seconds that usually pass between two events of such a job, or None.
-        stall_seconds: Least time without progress that counts, above 0.
+        watchdog_seconds: Least time without progress that counts, above 0.
     """
 
     def __init__(
         self,
         running: Callable[[], Iterable[Generation]],
         usual_pause: Callable[[Job], float | None],
-        stall_seconds: float,
+        watchdog_seconds: float,
     ) -> None:
         self._running = running
         self._usual_pause = usual_pause
-        self._stall_seconds = stall_seconds
+        self._watchdog_seconds = watchdog_seconds
         self._pauses: dict[Generation, tuple[int, float]] = {}
         """Events so far, and seconds since the last."""
 
@@ -104,7 +104,7 @@ class Watchdog:
             clock: Seconds that only rise.
             sleep: Waits for so many seconds.
         """
-        interval = min(self._stall_seconds / 4, _LONGEST_INTERVAL)
+        interval = min(self._watchdog_seconds / 4, _LONGEST_INTERVAL)
         before = clock()
         while True:
             await sleep(interval)
@@ -116,7 +116,7 @@ class Watchdog:
 
     def _patience(self, generation: Generation) -> float:
         usual = self._usual_pause(generation.job) or 0.0
-        patience = max(self._stall_seconds, _USUAL_TIMES * usual)
+        patience = max(self._watchdog_seconds, _USUAL_TIMES * usual)
         return patience * _FIRST_TIMES if generation.first_of_its_size else patience
 
 

@@ -12,7 +12,8 @@ import promql_parser
 import pytest
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.errors import AddressInUse, GenerationFailed
+from calotype_server.access import Access, Caller
+from calotype_server.errors import GenerationFailed
 from calotype_server.metrics import ServerMetrics
 from calotype_server.transport.exposition import MetricsServer
 from calotype_server.transport.web import WebServer
@@ -42,6 +43,18 @@ async def get(address: str, **headers: str) -> tuple[int, dict[str, str], str]:
     finally:
         connection.close()
     return head.status_code, header_dict(head), body.decode()
+
+
+def web_server(address: str, metrics: ServerMetrics, access: Access | None = None) -> WebServer:
+    """A web port without a service."""
+    return WebServer(
+        address,
+        lambda _: None,
+        access or Access(),
+        is_ready=lambda: asyncio.sleep(0, True),
+        allowed_hosts=["images.example"],
+        metrics=metrics.render,
+    )
 
 
 async def test_a_generation_leaves_its_traces(transport: str, metrics: ServerMetrics) -> None:
@@ -134,7 +147,7 @@ async def test_unread_previews_are_counted(metrics: ServerMetrics) -> None:
     async with running(engine, observe=metrics.observe) as service:
         job_call = service.stub.Generate(PROMPT)
         generation_id = (await job_call.read()).generation_id
-        updates = service.generations.follow(service.generations.find(generation_id))
+        updates = service.generations.follow(service.generations.find(generation_id, Caller("")))
         await anext(updates)
         engine.allow()
         by_call = (await read_until(job_call, pb.PHASE_SUCCEEDED)).previews_dropped
@@ -179,13 +192,7 @@ async def test_metrics_are_read_on_loopback(metrics: ServerMetrics) -> None:
 )
 async def test_strangers_behind_a_proxy_or_a_page_do_not_read_them(metrics: ServerMetrics, headers) -> None:
     """A proxy on this machine does not let the world in, nor does a page in a browser on it."""
-    server = WebServer(
-        "127.0.0.1:0",
-        lambda _: None,
-        is_ready=lambda: asyncio.sleep(0, True),
-        allowed_hosts=["images.example"],
-        metrics=metrics.render,
-    )
+    server = web_server("127.0.0.1:0", metrics)
     address = await server.start()
     try:
         status, _, body = await get(address, **headers)
@@ -196,13 +203,12 @@ async def test_strangers_behind_a_proxy_or_a_page_do_not_read_them(metrics: Serv
 
 
 async def test_a_port_in_the_network_has_no_metrics_unless_told(metrics: ServerMetrics) -> None:
-    """Listening on all addresses, the web port does not know the path; a port of its own serves it and nothing else."""
-    web = WebServer("0.0.0.0:0", lambda _: None, is_ready=lambda: asyncio.sleep(0, True), metrics=metrics.render)
-    own = MetricsServer("0.0.0.0:0", metrics.render)
+    """Listening on all addresses, the web port refuses everybody; a port of its own serves it and nothing else."""
+    web, own = web_server("0.0.0.0:0", metrics), MetricsServer("0.0.0.0:0", metrics.render)
     addresses = [(await server.start()).replace("0.0.0.0", "127.0.0.1") for server in (web, own)]
     try:
-        status, _, _ = await get(addresses[0])
-        assert status == 404
+        status, _, body = await get(addresses[0])
+        assert (status, "calotype_" in body) == (403, False)
         status, _, body = await get(addresses[1], host="calotype.monitoring.svc")
         assert (status, "calotype_build_info" in body) == (200, True)
         with pytest.raises(AddressInUse, match="--metrics-address"):
@@ -210,6 +216,29 @@ async def test_a_port_in_the_network_has_no_metrics_unless_told(metrics: ServerM
     finally:
         await web.stop(0)
         await own.stop()
+
+
+async def test_with_keys_operators_read_them_from_anywhere(metrics: ServerMetrics, tmp_path: Path) -> None:
+    """Users do not, and nobody does without a key: being on this machine is not enough any more."""
+    keyring = Keyring(tmp_path / "keys.toml")
+    keyring.add("alice")
+    keyring.add("root", role="operator")
+    web = web_server("0.0.0.0:0", metrics, keyring.access())
+    address = (await web.start()).replace("0.0.0.0", "127.0.0.1")
+    try:
+        seen = {}
+        for name in ("root", "alice"):
+            key = dict(keyring.metadata(name))["authorization"]
+            seen[name] = await get(address, authorization=key, host="images.example", x_forwarded_for="203.0.113.5")
+        nobody = await get(address)
+        wrong = await get(address, authorization="Bearer calotype_nobody_x")
+    finally:
+        await web.stop(0)
+    assert {name: status for name, (status, _, _) in seen.items()} == {"root": 200, "alice": 403}
+    assert "calotype_build_info" in seen["root"][2]
+    for status, headers, body in (nobody, wrong):
+        assert (status, headers["www-authenticate"]) == (401, "Bearer")
+        assert "calotype_build_info" not in body
 
 
 async def test_the_port_of_its_own_on_loopback_is_closed_to_pages(metrics: ServerMetrics) -> None:

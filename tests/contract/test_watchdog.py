@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.access import Caller
 from calotype_server.store import Store
 from calotype_server.types import Phase
 from calotype_server.watchdog import EXIT_STALLED, Watchdog, end_when_stalled
@@ -66,7 +67,7 @@ async def test_what_hung_is_not_begun_again_after_the_restart_and_the_rest_is(tm
     async with running(engine, store=store) as service:
         ids = [await begun(service.stub.Generate(PROMPT)) for _ in range(2)]
         assert await asyncio.to_thread(engine.at_step.acquire, timeout=20)
-        await service.generations.abandon([service.generations.find(ids[0])])
+        await service.generations.abandon([service.generations.find(ids[0], Caller(""))])
         engine.allow()
     await store.close()
     store = await Store.open(tmp_path)
@@ -85,7 +86,7 @@ async def begun(call) -> str:
 
 async def end_of(service, generation_id: str) -> Phase:
     """Waits for a generation's end."""
-    async for update, _ in service.generations.follow(service.generations.find(generation_id)):
+    async for update, _ in service.generations.follow(service.generations.find(generation_id, Caller(""))):
         phase = update.state.phase
     return phase
 
@@ -98,5 +99,5 @@ async def test_the_first_picture_of_a_size_is_known_as_such() -> None:
         for width in (64, 64, 72):
             request = pb.GenerateRequest(prompt="a", width_px=width)
             end = await read_until(service.stub.Generate(request), pb.PHASE_SUCCEEDED)
-            seen.append(service.generations.find(end.generation_id).first_of_its_size)
+            seen.append(service.generations.find(end.generation_id, Caller("")).first_of_its_size)
     assert seen == [True, False, True]

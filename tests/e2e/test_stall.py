@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -21,13 +22,22 @@ PROMPT = "unmistakable apple"
 class HangingServer(ServerProcess):
     """Runs `calotype serve` with a denoiser that can be made to hang."""
 
-    launcher = (sys.executable, str(SCRIPT))
+    calotype: ClassVar = [sys.executable, str(SCRIPT)]
 
 
 def test_a_hung_device_ends_the_process_after_everybody_was_told(cache_dir: Path, tmp_path: Path) -> None:
     """A typed end for whoever waits, stacks and ids in the log, no prompt, and an exit code for the supervisor."""
     hang = tmp_path / "hang"
-    options = ("--cache-dir", str(cache_dir), "--stall-seconds", "2", "--log-format", "json", "--state", str(tmp_path))
+    options = (
+        "--cache-dir",
+        str(cache_dir),
+        "--watchdog-seconds",
+        "2",
+        "--log-format",
+        "json",
+        "--state",
+        str(tmp_path),
+    )
     with HangingServer(*options, HANG_WHEN=str(hang)) as server, calotype.Client(server.address, retries=0) as client:
         first = client.generate(PROMPT, steps=4)
         first.result()

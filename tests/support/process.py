@@ -22,11 +22,11 @@ class ServerProcess:
         environment: Further variables.
     """
 
-    launcher = tuple(CALOTYPE)
+    calotype = CALOTYPE
     command = ("serve", "--grpc-address", "127.0.0.1:0")
 
     def __init__(self, *options: str, ready: bool = True, **environment: str) -> None:
-        self._command = [*self.launcher, *self.command, "--web-address", "127.0.0.1:0", *options]
+        self._command = [*self.calotype, *self.command, "--web-address", "127.0.0.1:0", *options]
         self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
         self.address = ""
         self.web_address = ""
@@ -45,7 +45,7 @@ class ServerProcess:
         for line in self.process.stdout:
             if found := re.search(r"gRPC +(\S+)", line):
                 self.address = found[1]
-            if found := re.search(r"page +http://(\S+)", line):
+            if found := re.search(r"page +https?://(\S+)", line):
                 self.web_address = found[1]
             if "Ctrl-C" in line:
                 return self
@@ -66,14 +66,14 @@ class ServerProcess:
                 self.log.append(re.sub(r"\x1b\[[0-9;]*m", "", line))
                 self._logged.notify_all()
 
-    def wait_for_log(self, *words: str) -> str:
+    def wait_for_log(self, *words: str, timeout: float = 60) -> str:
         """Returns the first line with all the words, which may be still to come."""
 
         def find() -> str | None:
             return next((line for line in self.log if all(word in line for word in words)), None)
 
         with self._logged:
-            assert self._logged.wait_for(find, timeout=60), f"no line with {words} in:\n{''.join(self.log)}"
+            assert self._logged.wait_for(find, timeout), f"no line with {words} in:\n{''.join(self.log)}"
             return find()
 
     def terminate(self) -> None:

@@ -10,6 +10,7 @@ import grpc
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
+from calotype_server.access import Access
 from calotype_server.admission import Admission
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
@@ -21,7 +22,7 @@ from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
 from calotype_server.transport.services import Services
 from calotype_server.transport.web import WebServer
-from calotype_server.types import Limits
+from calotype_server.types import PORT_LIMITS, Limits, PortLimits
 from support.grpcweb import WebChannel
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from calotype_server.engine.protocol import Engine
     from calotype_server.store import Store
     from calotype_server.transport.exposition import Render
+    from calotype_server.transport.peers import Peers
+    from support.authority import Authority
 
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
 
@@ -61,11 +64,16 @@ async def running(
     store: Store | None = None,
     opened: bool = True,
     limits: Limits = LIMITS,
+    ports: PortLimits = PORT_LIMITS,
+    peers: Peers | None = None,
+    access: Access | None = None,
+    authority: Authority | None = None,
     transport: str = "native",
     observe: Observe = ignore,
     metrics: Render | None = None,
 ) -> AsyncIterator[Service]:
-    """Serves `engine` while the block runs."""
+    """Serves `engine` while the block runs; in plaintext to everybody, unless `authority` and `access` say so."""
+    access = access or Access()
     pace, dead = Pace(), []
     admission = Admission(pace, max_active=max_active, max_queue=max_queue)
     encoder = Encoder(observe=observe)
@@ -81,14 +89,15 @@ async def running(
         on_dead=lambda: dead.append(True),
         observe=observe,
     )
-    servicer = GenerationServicer(limits)
+    servicer = GenerationServicer(limits, access)
     await generations.restore()
     if opened:
         servicer.open(generations)
     services = Services(servicer)
     await services.set_serving(opened)
     try:
-        async with _port(services, transport, observe, metrics) as (address, channel):
+        doors = access, authority, ports, peers
+        async with _port(services, *doors, transport, observe, metrics) as (address, channel):
             stub = GenerationServiceStub(channel)
             try:
                 yield Service(address, channel, stub, generations, services, admission, dead)
@@ -102,36 +111,62 @@ async def running(
 
 @contextlib.asynccontextmanager
 async def _port(
-    services: Services, transport: str, observe: Observe, metrics: Render | None
+    services: Services,
+    access: Access,
+    authority: Authority | None,
+    limits: PortLimits,
+    peers: Peers | None,
+    transport: str,
+    observe: Observe,
+    metrics: Render | None,
 ) -> AsyncIterator[tuple[str, Any]]:
     """Listens, and yields the address and a channel to it."""
+    certificates = authority and authority.certificates()
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
-            native = NativeServer(services, observe)
+            native = NativeServer(services, access, certificates, limits=limits, peers=peers, observe=observe)
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
             # Those of the bridge are those of a client, too.
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
+            channel = await stack.enter_async_context(open_channel(address, authority))
             if transport == "native":
                 yield address, channel
                 return
             web = WebServer(
                 "127.0.0.1:0",
                 lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
+                Access(),
+                certificates,
                 is_ready=services.is_serving,
+                limits=limits,
                 transport="bridge",
                 observe=observe,
                 metrics=metrics,
             )
         else:
             web = WebServer(
-                "127.0.0.1:0", services.add_to, is_ready=services.is_serving, observe=observe, metrics=metrics
+                "127.0.0.1:0",
+                services.add_to,
+                access,
+                certificates,
+                is_ready=services.is_serving,
+                limits=limits,
+                peers=peers,
+                observe=observe,
+                metrics=metrics,
             )
         address = await web.start()
         stack.push_async_callback(web.stop, 0)
-        web_channel = WebChannel(address, text=transport == "grpc-web-text")
+        web_channel = WebChannel(address, text=transport == "grpc-web-text", context=authority and authority.context())
         stack.callback(web_channel.close)
         yield address, web_channel
+
+
+def open_channel(address: str, authority: Authority | None = None, *, shown: bool = True) -> grpc.aio.Channel:
+    """A native channel; `shown` is whether it shows a certificate where one is asked for."""
+    if authority is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, authority.credentials(shown=shown), options=CHANNEL_OPTIONS)
 
 
 async def read_until(call, phase: pb.Phase.ValueType) -> pb.Progress:

@@ -47,7 +47,7 @@ class DiffusersEngine:
         pipeline: A loaded text-to-image pipeline; it is never changed.
         defaults: What takes precedence over the pipeline's own defaults.
         cache_dir: Folder for the calibrated preview head.
-        threads: Threads that torch computes with; None to measure what is quickest.
+        threads: Threads that torch computes with; None to measure what is quickest, or when `deterministic` for all.
         budget: Chooses how previews are drawn.
         preview_methods: What the operator allows to draw them.
         tiny_vae: An `AutoencoderTiny` that fits the pipeline, or None.
@@ -82,11 +82,28 @@ class DiffusersEngine:
 
         model = describe(name, pipeline, defaults)
         self._denoiser = denoiser_name(pipeline)
-        self._threads = threads or pick_threads(pipeline, model)
-        _log.info("model loaded", model=name, device=model.device, threads=self._threads)
-        torch.set_num_threads(self._threads)
-        plan = make_plan(pipeline, model, max_active=max_active, max_rows=max_rows, deterministic=deterministic)
-        _log.info("concurrency", max_active=plan.max_active, max_rows=plan.max_rows, unbatched=plan.reason or None)
+        most_threads = threads or torch.get_num_threads()
+        few_threads = most_threads if threads or deterministic else pick_threads(pipeline, model)
+        _log.info("model loaded", model=name, device=model.device, threads=few_threads)
+        torch.set_num_threads(few_threads)
+        plan = make_plan(
+            pipeline,
+            model,
+            max_active=max_active,
+            threads=(few_threads, most_threads),
+            max_rows=max_rows,
+            deterministic=deterministic,
+        )
+        # Beside the denoiser a generation reads its prompt and decodes its picture: enough work for all threads.
+        self._threads = few_threads if plan.max_rows == 0 else most_threads
+        computing = few_threads if plan.threads is None else plan.threads.of(plan.max_rows)
+        _log.info(
+            "concurrency",
+            max_active=plan.max_active,
+            max_rows=plan.max_rows,
+            threads=computing,
+            unbatched=plan.reason or None,
+        )
         self._batcher: StepBatcher | None = None
         shared = shared_components(pipeline)
         if plan.max_rows == 0:
@@ -96,7 +113,7 @@ class DiffusersEngine:
             self._batcher = StepBatcher(
                 getattr(pipeline, self._denoiser),
                 max_rows=plan.max_rows,
-                threads=self._threads,
+                threads=plan.threads,
                 deterministic=deterministic and not plan.reason,
                 on_batch=batch_done,
             )
@@ -105,7 +122,7 @@ class DiffusersEngine:
         self._pipeline = request_view(pipeline, pipeline.scheduler, **shared)
         self._budget = budget or PreviewBudget(share=0.02)
         if model.device == "cpu":
-            self._budget.contention = min(1.0, self._threads / (os.cpu_count() or 1))
+            self._budget.contention = min(1.0, computing / (os.cpu_count() or 1))
         self._previews = Previews(
             self._pipeline,
             model,
@@ -146,7 +163,8 @@ class DiffusersEngine:
             raise errors.EngineDead("The device failed.") from error
         except errors.ServiceError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            # Also what would end the process, such as SystemExit: it is one generation's trouble.
             if is_out_of_memory(error):
                 raise errors.OutOfMemory("Memory ran out; a smaller picture may fit.") from None
             _log.exception("the pipeline failed")
@@ -188,6 +206,8 @@ class DiffusersEngine:
             stop.call(stream.cancel)
             view = request_view(self._pipeline, scheduler, **{self._denoiser: stream.proxy()})
         try:
+            if should_stop():
+                raise Stopped
             report(EncodingPrompt(self._notices(job)))
             with stream or contextlib.nullcontext():
                 output = view(**self._arguments(job))

@@ -1,7 +1,8 @@
 """`/metrics`, who may read it, and a port of its own for it.
 
 Metrics tell how much a service is used, which is nobody's business by default. So there are two ways to them: on the
-web port when it listens on loopback, for readers on this machine; or on an address that the operator names for them.
+web port, for operators' keys, or where there are no keys for readers on this machine; or on an address that the
+operator names for them, for everybody who reaches it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from calotype_server.errors import PermissionDenied, Unauthenticated
+from calotype_server.keys import Role
 from calotype_server.transport.address import is_loopback
 from calotype_server.transport.guard import ANY, Guard
 from calotype_server.transport.listener import Listener
@@ -24,7 +27,9 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-__all__ = ["MetricsServer", "Render", "metrics_route", "refusal", "serve_metrics"]
+    from calotype_server.access import Access
+
+__all__ = ["MetricsServer", "Render", "metrics_route", "serve_metrics"]
 
 Render = Callable[[str], tuple[bytes, str]]
 """Takes an `Accept` header, returns all metrics and their content type."""
@@ -37,32 +42,45 @@ _FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
 """Headers by which proxies tell that the reader is elsewhere."""
 
 
-def refusal(request: Request) -> str | None:
-    """Decides about a reader on the web port: None to let them read, or a sentence that says why not.
+def refusal(request: Request, access: Access, address: str) -> tuple[int, str] | None:
+    """Decides about a reader on the web port: None to let them read, or the status and sentence that says why not.
 
-    A proxy on this machine lets the world in to a port on loopback; it mostly shows in the headers.
-    """
-    host = request.headers.get("host", "")
-    if is_loopback(host) and not any(name in request.headers for name in _FORWARDED):
-        return None
-    return f"Metrics are for readers on this machine; see {_OPTION}.\n"
-
-
-def metrics_route(render: Render, refuse: Callable[[Request], str | None] = refusal) -> Route:
-    """Returns the route `/metrics`.
+    Without keys, a proxy on this machine could let the world in to a port on loopback; it mostly shows in the headers.
 
     Args:
-        render: Makes the answer.
-        refuse: Decides about readers.
+        request: The reader's.
+        access: The keys.
+        address: HOST:PORT that the port listens on.
     """
+    try:
+        caller = access.admit(request.headers.get("authorization"), "")
+        caller.require(Role.OPERATOR)
+    except Unauthenticated as error:
+        return 401, error.message
+    except PermissionDenied as error:
+        return 403, error.message
+    forwarded = any(name in request.headers for name in _FORWARDED)
+    if caller.has_key or (is_loopback(address) and is_loopback(request.headers.get("host", "")) and not forwarded):
+        return None
+    return 403, f"Without keys, metrics are for readers on this machine; see {_OPTION}."
+
+
+def metrics_route(render: Render, access: Access, address: str) -> Route:
+    """Returns the route `/metrics` of a web port, for those whom `refusal` lets read."""
 
     async def metrics(request: Request) -> Response:
-        if (reason := refuse(request)) is not None:
-            return PlainTextResponse(reason, 403)
-        body, content_type = render(request.headers.get("accept", ""))
-        return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
+        refused = refusal(request, access, address)
+        if refused is None:
+            return _answer(render, request)
+        status, reason = refused
+        return PlainTextResponse(f"{reason}\n", status, {"www-authenticate": "Bearer"} if status == 401 else None)
 
     return Route("/metrics", metrics)
+
+
+def _answer(render: Render, request: Request) -> Response:
+    body, content_type = render(request.headers.get("accept", ""))
+    return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
 
 
 @contextlib.asynccontextmanager
@@ -92,7 +110,10 @@ class MetricsServer:
     """
 
     def __init__(self, address: str, render: Render) -> None:
-        application = Starlette(routes=[metrics_route(render, lambda _: None)])
+        async def metrics(request: Request) -> Response:
+            return _answer(render, request)
+
+        application = Starlette(routes=[Route("/metrics", metrics)])
         # A page in a browser on this machine must not read it; in a network, scrapers come under any name.
         hosts = () if is_loopback(address) else (ANY,)
         self._listener = Listener(Guard(application, hosts=hosts), option=_OPTION)

@@ -1,4 +1,4 @@
-"""What surrounds every call on every gRPC port: errors become statuses, log lines carry ids, and all is counted."""
+"""What surrounds every call on every gRPC port: who may call, errors become statuses, logs carry ids, it is counted."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from grpc_status import rpc_status
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server import codec
-from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, Violation
+from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, Unauthenticated, Violation
 from calotype_server.observations import CallEnded, CallRefused, MessageSent, Observe, ignore
+from calotype_server.transport.credentials import from_metadata
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 
+    from calotype_server.access import Access
+
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
 
-__all__ = ["CallInterceptor", "bind_call", "interceptors"]
+__all__ = ["AccessInterceptor", "CallInterceptor", "abort", "bind_call", "interceptors"]
 
 _log = structlog.get_logger(__name__)
 
@@ -89,8 +92,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, method: Callable[..., AsyncGenerator[Any, None]], name: str
     ) -> Callable[..., AsyncGenerator[Any, None]]:
         async def guarded(request: Any, context: Context) -> AsyncGenerator[Any, None]:
-            bind_call(dict(context.invocation_metadata() or ()))
-            with self._counted(context, name):
+            with self._entered(context, name):
                 try:
                     async with contextlib.aclosing(method(_well_formed(request), context)) as messages:
                         async for message in messages:
@@ -98,31 +100,33 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
-                    await self._abort(context, error)
+                    await abort(context, error, self._observe)
 
         return guarded
 
     def _guard_unary(self, method: Any, name: str) -> Callable[..., Awaitable[Any]]:
         async def guarded(request: Any, context: Context) -> Any:
-            bind_call(dict(context.invocation_metadata() or ()))
-            with self._counted(context, name):
+            with self._entered(context, name):
                 try:
                     return await method(_well_formed(request), context)
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
-                    await self._abort(context, error)
+                    await abort(context, error, self._observe)
 
         return guarded
 
     @contextlib.contextmanager
-    def _counted(self, context: Context, name: str) -> Iterator[None]:
+    def _entered(self, context: Context, name: str) -> Iterator[None]:
+        """Binds a call's ids, and counts it by its status."""
+        bind_call(dict(context.invocation_metadata() or ()))
         code = "OK"
         try:
             yield
         except grpc.aio.AbortError:
-            set_code: Any = context.code()
-            code = _CODES.get(getattr(set_code, "value", (set_code,))[0], "UNKNOWN")
+            # A number in grpc.aio, and one of the enumeration over grpc-web.
+            decided: Any = context.code()
+            code = _CODES.get(getattr(decided, "value", (decided,))[0], "UNKNOWN")
             raise
         except BaseException:
             # The caller has left, or the deadline has passed; what the handler is told is the same.
@@ -131,23 +135,57 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         finally:
             self._observe(CallEnded(self._transport, name, code))
 
-    async def _abort(self, context: Context, error: Exception) -> None:
-        if not isinstance(error, ServiceError):
-            _log.error("call failed", exc_info=error)
-            error = GenerationFailed("Internal error.")
-        else:
-            _log.info("call refused", reason=error.reason)
-        self._observe(CallRefused(error.reason))
-        await context.abort_with_status(rpc_status.to_status(codec.encode_error(error)))
+
+class AccessInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls without a good key before anything of them is read, but for health checks.
+
+    Args:
+        access: Decides.
+        observe: Told of refusals.
+    """
+
+    def __init__(self, access: Access, observe: Observe = ignore) -> None:
+        self._access = access
+        self._observe = observe
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Passes a call on, or answers it with the refusal."""
+        handler = await continuation(handler_call_details)
+        if handler_call_details.method.startswith(_OPEN):
+            return handler
+        try:
+            # Who it is, the servicer asks, which knows the peer.
+            self._access.admit(from_metadata(handler_call_details.invocation_metadata), "")
+        except Unauthenticated as error:
+            streaming = handler is not None and handler.request_streaming
+            refusal: Handler = _refusal(error, self._observe, streaming=streaming)
+            return refusal
+        return handler
 
 
-def interceptors(transport: str, observe: Observe = ignore) -> tuple[grpc.aio.ServerInterceptor, ...]:
-    """Returns those of a port, the outermost first; `transport` is its name in the metrics."""
-    return (CallInterceptor(transport, observe),)
+_OPEN = "/grpc.health.v1.Health/"
+"""Load balancers have no keys."""
+
+
+def interceptors(
+    access: Access, transport: str = "native", observe: Observe = ignore
+) -> tuple[grpc.aio.ServerInterceptor, ...]:
+    """Returns those of a port, the outermost first.
+
+    Args:
+        access: Decides who may call.
+        transport: Name of the port in the metrics.
+        observe: Told of calls and messages.
+    """
+    return CallInterceptor(transport, observe), AccessInterceptor(access, observe)
 
 
 def bind_call(metadata: Mapping[str, str | bytes]) -> None:
-    """Lets the log lines of this task, and the threads that work for it, carry what names the call.
+    """Lets the log lines of this task, and of the threads that work for it, carry what names the call.
 
     Args:
         metadata: Of a gRPC call, or the headers of a request, with names in lower case.
@@ -158,6 +196,17 @@ def bind_call(metadata: Mapping[str, str | bytes]) -> None:
     parent = metadata.get("traceparent", "")
     if isinstance(parent, str) and _TRACEPARENT.fullmatch(parent):
         structlog.contextvars.bind_contextvars(traceparent=parent)
+
+
+def _refusal(error: ServiceError, observe: Observe, *, streaming: bool) -> Any:
+    """Returns a handler that answers with `error`; a client that asked for one message takes that, too."""
+
+    async def refuse(_: Any, context: Context) -> AsyncGenerator[Any, None]:
+        await abort(context, error, observe)
+        yield
+
+    make: Any = grpc.stream_stream_rpc_method_handler if streaming else grpc.unary_stream_rpc_method_handler
+    return make(refuse)
 
 
 class _Malformed:
@@ -183,3 +232,14 @@ def _well_formed(request: Any) -> Any:
     if isinstance(request, _Malformed):
         raise InvalidRequest([Violation("request", "The bytes are no message of the type that the method takes.")])
     return request
+
+
+async def abort(context: Context, error: Exception, observe: Observe) -> None:
+    """Ends a call with the status of an error; what is no `ServiceError` is logged and hidden."""
+    if not isinstance(error, ServiceError):
+        _log.error("call failed", exc_info=error)
+        error = GenerationFailed("Internal error.")
+    else:
+        _log.info("call refused", reason=error.reason)
+    observe(CallRefused(error.reason))
+    await context.abort_with_status(rpc_status.to_status(codec.encode_error(error)))

@@ -1,6 +1,7 @@
 """The preview thread draws the newest step, survives what goes wrong, and never makes the denoiser wait."""
 
 import dataclasses
+import itertools
 import queue
 import threading
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from calotype_server.budget import PreviewBudget
+from calotype_server.engine.preview import feed as feed_module
 from calotype_server.engine.preview.lane import CpuLane
 from calotype_server.engine.preview.renderer import PreviewRenderer
 from calotype_server.engine.tap import Step
@@ -30,6 +32,7 @@ class Drawer:
         self.gate = threading.Event()
         self.gate.set()
         self.failing = set()
+        self.failure = ValueError
         self.poisoned = set()
         self.sizes = []
         self.batches = []
@@ -42,7 +45,7 @@ class Drawer:
         numbers = [int(number) for number in latents.flatten(1)[:, 0]]
         self.batches.append(numbers)
         if self.failing & set(numbers):
-            raise ValueError("the decoder is confused")
+            raise self.failure("the decoder is confused")
         values = torch.tensor([float("nan") if number in self.poisoned else number / 255 for number in numbers])
         return values[:, None, None, None].expand(-1, 3, 2, 3)
 
@@ -182,10 +185,12 @@ def test_two_troubles_in_a_batch_are_counted_once_each(renderer, head, events, l
     assert told == {"a": preview(2), "b": Denoising(5, 9, 1), "c": Denoising(7, 9, 1)}
 
 
+@pytest.mark.parametrize("failure", [ValueError, SystemExit])
 @pytest.mark.parametrize("trouble", ["failing", "poisoned"])
-def test_failure_costs_one_picture(renderer, head, events, logs, trouble):
+def test_failure_costs_one_picture(renderer, head, events, logs, trouble, failure):
     """A decoder that raises or gives NaN leaves progress without a picture, counted; the next step is drawn."""
     setattr(head, trouble, {1})
+    head.failure = failure
     feed = renderer.feed(JOB, events.put)
     feed.offer(step(1))
     assert events.get(timeout=PATIENCE) == Denoising(1, 9, 1)
@@ -375,6 +380,20 @@ def test_the_budget_learns_what_decoding_took(head, events):
     renderer.feed(JOB, events.put).offer(step(1))
     renderer.close()
     assert budget.cost(PreviewMethod.HEAD, JOB.pixel_count) > 0
+
+
+def test_company_shares_the_denoisers_time(renderer, head, events, monkeypatch):
+    """Two generations whose steps take a second together may spend on previews what one of half a second may."""
+    observed = []
+    monkeypatch.setattr(renderer._budget, "observe_step", lambda seconds, _: observed.append(seconds))
+    clock = itertools.count()
+    monkeypatch.setattr(feed_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    first, second = renderer.feed(JOB, events.put), renderer.feed(JOB, events.put)
+    first.offer(step(1))
+    first.offer(step(2))
+    second.close()
+    first.offer(step(3))
+    assert observed == [0.5, 1.0]
 
 
 class TestChores:

@@ -22,6 +22,8 @@ from calotype_server.engine.tap import Stopped
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from calotype_server.engine.batching.policy import Threads
+
 __all__ = ["BatchRecord", "StepBatcher", "Stream", "is_out_of_memory"]
 
 _log = structlog.get_logger(__name__)
@@ -113,7 +115,7 @@ class StepBatcher:
     Args:
         module: The denoiser; from now on nobody else may call it.
         max_rows: Most rows to compute at once, from 1; see `policy.knee`.
-        threads: Threads that torch computes with on the device thread; None for torch's default.
+        threads: That torch computes each call with; None for torch's default.
         deterministic: Fill every batch up to `max_rows`, so that a result is bitwise the same in any company. It holds
             for as long as memory suffices for `max_rows`.
         on_batch: Called by the device thread after each call of the denoiser; it must not block.
@@ -124,7 +126,7 @@ class StepBatcher:
         module: Any,
         *,
         max_rows: int,
-        threads: int | None = None,
+        threads: Threads | None = None,
         deterministic: bool = False,
         on_batch: Callable[[BatchRecord], None] | None = None,
     ) -> None:
@@ -206,8 +208,6 @@ class StepBatcher:
 
     def _run(self) -> None:
         try:
-            if self._threads is not None:
-                torch.set_num_threads(self._threads)
             self._run_ahead.begin()
             # Requests' threads have it from their pipelines; it does not reach across threads.
             with torch.no_grad():
@@ -245,7 +245,9 @@ class StepBatcher:
         tickets = [ticket for ticket in tickets if not ticket.future.done()]  # cancelled meanwhile
         if not tickets:
             return
-        error = self._try_together(tickets)
+        rows = sum(ticket.call.rows for ticket in tickets)
+        padded_rows = max(rows, self.max_rows) if self._deterministic else rows
+        error = self._try_together(tickets, rows, padded_rows)
         if error is None:
             return
         if isinstance(error, torch.AcceleratorError):
@@ -255,22 +257,27 @@ class StepBatcher:
         out_of_memory = is_out_of_memory(error)
         if out_of_memory and self._run_ahead.on_cuda:
             torch.cuda.empty_cache()
-        if len(tickets) == 1:
+        alone, filled = len(tickets) == 1, padded_rows > rows
+        if alone and not (out_of_memory and filled):
             with self._changed:
                 _give(tickets[0], error)
             return
         del error
         if out_of_memory:
-            self._lower_max_rows(tickets)
+            self._lower_max_rows(padded_rows // 2, tickets)
+        if alone:
+            self._run_together(tickets)
+            return
         half = len(tickets) // 2
         self._run_together(tickets[:half])
         self._run_together(tickets[half:])
 
-    def _try_together(self, tickets: list[Ticket]) -> BaseException | None:
+    def _try_together(self, tickets: list[Ticket], rows: int, padded_rows: int) -> BaseException | None:
         calls = [ticket.call for ticket in tickets]
-        rows = sum(call.rows for call in calls)
-        padded_rows = max(rows, self.max_rows) if self._deterministic else rows
         started = time.monotonic()
+        if self._threads is not None:
+            # Torch keeps the number by thread, and setting it costs less than a microsecond.
+            torch.set_num_threads(self._threads.of(padded_rows))
         try:
             args, kwargs = self.collator.join(calls, padded_rows)
             # What the denoiser logs carries the ids of the first of those that share it.
@@ -304,9 +311,9 @@ class StepBatcher:
         except Exception:
             _log.exception("a batch cannot be reported")
 
-    def _lower_max_rows(self, tickets: Sequence[Ticket]) -> None:
+    def _lower_max_rows(self, rows: int, tickets: Sequence[Ticket]) -> None:
         with self._changed:
-            self._rendezvous.max_rows = max(1, sum(ticket.call.rows for ticket in tickets) // 2)
+            self._rendezvous.max_rows = max(1, rows)
             self._successes = 0
         for ticket in tickets:
             ticket.context.run(_log.warning, "memory ran out", max_rows=self.max_rows)

@@ -58,6 +58,7 @@ class PreviewRenderer:
         self._lane = lane
         self._gate = gate
         self._observe = observe
+        self._open: set[PreviewFeed] = set()
         self._changed = threading.Condition()
         self._due: deque[PreviewFeed] = deque()
         self._chores: deque[Callable[[], None]] = deque()
@@ -73,6 +74,7 @@ class PreviewRenderer:
             methods=self._decoders.keys(),
             budget=self._budget,
             lane=self._lane,
+            company=self._open,
             ready=self._enqueue,
             observe=self._observe,
         )
@@ -111,7 +113,7 @@ class PreviewRenderer:
             elif chore is not None:
                 try:
                     chore()
-                except Exception:
+                except BaseException:  # whatever it is, generations would wait for this thread in vain
                     _log.exception("the preview head cannot learn from a picture")
             else:
                 return
@@ -126,7 +128,7 @@ class PreviewRenderer:
         for group in groups.values():
             try:
                 self._render_within(group)
-            except Exception as error:
+            except BaseException as error:
                 if len(group) == 1:
                     self._give_up(*group[0], error)
                     continue
@@ -134,7 +136,7 @@ class PreviewRenderer:
                 for member in group:
                     try:
                         self._render_within([member])
-                    except Exception as own:
+                    except BaseException as own:
                         self._give_up(*member, own)
 
     def _render_within(self, group: Sequence[tuple[PreviewFeed, Due]]) -> None:
@@ -181,7 +183,7 @@ class PreviewRenderer:
         height, width, _ = pixels.shape
         return Pixels(width, height, pixels.numpy().tobytes())
 
-    def _give_up(self, feed: PreviewFeed, due: Due, error: Exception) -> None:
+    def _give_up(self, feed: PreviewFeed, due: Due, error: BaseException) -> None:
         feed.context.run(_log.error, "preview failed", step=due.step.number, method=due.method, exc_info=error)
         self._observe(PreviewFailed())
         feed.failed()

@@ -13,12 +13,13 @@ import pytest
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.access import Access, Caller
-from calotype_server.errors import GenerationFailed
+from calotype_server.errors import AddressInUse, GenerationFailed
 from calotype_server.metrics import ServerMetrics
 from calotype_server.transport.exposition import MetricsServer
 from calotype_server.transport.web import WebServer
 from support.fake_engine import FakeEngine
 from support.grpcweb import Connection, header_dict
+from support.keyring import Keyring
 from support.metrics import Scrape
 from support.service import read_until, running
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import signal
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,8 @@ def test_a_picture_forms(example: Example, server: ServerProcess, tmp_path: Path
 def test_ctrl_c_frees_the_slot(example: Example, server: ServerProcess, tmp_path: Path) -> None:
     """SIGINT in mid-stream ends the generation on the server, and the program, as a shell expects it."""
     with calotype.Client(server.address) as client, example.start(tmp_path, server.address, "fox", "150") as process:
-        assert any(line.startswith("PHASE_DENOISING 2/150") for line in process.stdout)
+        # A slow reader does not see every step.
+        assert any(re.match(r"PHASE_DENOISING ([2-9]|\d\d+)/150", line) for line in process.stdout)
         running = next(iter(client.generations())).generation_id
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=PATIENCE)

@@ -43,7 +43,7 @@ class Example:
         missing = [tool for tool in self.tools if shutil.which(tool) is None]
         missing += [file for file in self.files if not Path(file).exists()]
         if missing:
-            told = f"{self.name}: {', '.join(missing)} not installed; `make test-clients` installs what is missing"
+            told = f"{self.name} needs {', '.join(missing)}; on Debian, `make test-clients` installs all but Node 20"
             pytest.fail(told) if REQUIRED else pytest.skip(told)
         made = subprocess.run(["make", "-C", str(CLIENT / self.name)], capture_output=True, text=True, check=False)
         assert made.returncode == 0, made.stdout + made.stderr

@@ -7,7 +7,6 @@ checks fail, everybody gets a typed end, the log says where each thread stands, 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sys
 import threading
@@ -143,8 +142,8 @@ async def end_when_stalled(
     except Exception:
         _log.exception("not everything could be ended in order")
     finally:
-        logging.shutdown()
         sys.stdout.flush()
+        sys.stderr.flush()
         leave(EXIT_STALLED)
 
 

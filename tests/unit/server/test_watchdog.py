@@ -6,16 +6,13 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
 from calotype_server.types import Job, Phase
 from calotype_server.watchdog import EXIT_STALLED, Watchdog, end_when_stalled, stacks
-
-if TYPE_CHECKING:
-    import pytest
 
 JOB = Job("unmistakable", None, 16, 16, 3, 3.0, 0, "DDIMScheduler")
 PATIENCE = 100.0
@@ -119,7 +116,7 @@ async def test_a_process_that_was_stopped_is_not_stalled() -> None:
     assert len(naps) > 10
 
 
-async def test_the_process_ends_after_everybody_was_told(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_process_ends_after_everybody_was_told() -> None:
     """First the log with the stacks, then the farewell, then the exit with its code, also when the farewell fails."""
     done = []
 
@@ -128,11 +125,13 @@ async def test_the_process_ends_after_everybody_was_told(capsys: pytest.CaptureF
         raise ValueError("no")
 
     watchdog = SimpleNamespace(watch=lambda: asyncio.sleep(0, [SimpleNamespace(generation=Work(), seconds=101.0)]))
-    await end_when_stalled(watchdog, farewell, done.append)
+    structlog.configure(cache_logger_on_first_use=False)
+    with structlog.testing.capture_logs() as logged:
+        await end_when_stalled(watchdog, farewell, done.append)
     assert done == ["g", EXIT_STALLED]
-    logged = capsys.readouterr().out
-    assert "stalled" in logged
-    assert "unmistakable" not in logged
+    assert (logged[0]["event"], logged[0]["generation"]) == ("stalled", "g")
+    assert logged[1]["stacks"] == stacks()
+    assert "unmistakable" not in str(logged)
 
 
 async def test_stacks_tell_where_our_threads_stand_and_no_values() -> None:

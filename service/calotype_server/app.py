@@ -14,6 +14,7 @@ import structlog
 
 from calotype_server import errors
 from calotype_server.admission import Admission
+from calotype_server.api import Api
 from calotype_server.budget import PreviewBudget
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
@@ -69,8 +70,8 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     configure_logging(settings.log_level, settings.log_format)
     begun = time.monotonic()
     signals = Signals()
-    servicer = GenerationServicer(settings.limits)
-    services = Services(servicer)
+    api = Api(settings.limits)
+    services = Services(GenerationServicer(api))
     await services.set_serving(False)
     native = NativeServer(services)
     web = WebServer(
@@ -110,7 +111,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             raise errors.ModelUnavailable(f"The model {settings.model!r} cannot make a picture: {error}") from error
         if not signals.stopped:
             await generations.restore()
-            servicer.open(generations)
+            api.open(generations)
             await services.set_serving(True)
             announce(Ready(address, web_address, engine.model, time.monotonic() - begun))
             await signals.unless_stopped(dead.wait())

@@ -9,6 +9,7 @@ ServiceError                  has a status code, a reason and a sentence fit for
 ├── QueueFull                 RESOURCE_EXHAUSTED
 ├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
 ├── GenerationNotFound        NOT_FOUND
+├── ImageNotFound             NOT_FOUND            of a generation that runs, or has none
 ├── RequestIdTaken            ALREADY_EXISTS       used for another request before
 ├── MethodUnavailable         FAILED_PRECONDITION  a preview method that this server lacks or forbids
 └── GenerationError           one generation ended; the engine goes on
@@ -47,6 +48,7 @@ __all__ = [
     "GenerationError",
     "GenerationFailed",
     "GenerationNotFound",
+    "ImageNotFound",
     "Interrupted",
     "InvalidRequest",
     "MethodUnavailable",
@@ -147,6 +149,13 @@ class GenerationNotFound(ServiceError):
 
     code = "NOT_FOUND"
     reason = "GENERATION_NOT_FOUND"
+
+
+class ImageNotFound(ServiceError):
+    """The generation is known, but the image that was asked for is not there: not yet, not any more, or never."""
+
+    code = "NOT_FOUND"
+    reason = "IMAGE_NOT_FOUND"
 
 
 class RequestIdTaken(ServiceError):

@@ -184,6 +184,13 @@ class Generations:
         finally:
             self._leave(generation)
 
+    async def newest_preview(self, generation: Generation) -> EncodedImage | None:
+        """Returns the newest preview as the generation was asked for them, or None where there is none now."""
+        newest = generation.log.newest_preview
+        if newest is None:
+            return None
+        return await generation.rendition(self._encoder, newest[1], generation.job.preview)
+
     def find(self, generation_id: str) -> Generation:
         """Returns a generation that runs or is kept.
 

@@ -136,6 +136,12 @@ class EventLog:
         """The newest state."""
         return self._state
 
+    @property
+    def newest_preview(self) -> tuple[int, PreviewReady] | None:
+        """The newest preview and the number of its event; None before the first, after the end, and when withdrawn."""
+        with self._lock:
+            return self._newest
+
     def publish(self, event: Event) -> None:
         """Adds an event; from any thread. Events after the end, or overtaken by later ones, are ignored."""
         with self._lock:

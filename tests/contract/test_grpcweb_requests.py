@@ -12,7 +12,7 @@ import base64
 import h11
 import pytest
 
-from calotype_server.transport.grpcweb.call import Limits
+from calotype_server.transport.body import Limits
 from support.grpcweb import Connection, frame, header_dict, read_answer
 from support.lab import NAME, bidi, echo, lab, status, until
 

@@ -11,6 +11,7 @@ import grpc
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.admission import Admission
+from calotype_server.api import Api
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
@@ -68,11 +69,11 @@ async def running(
     generations = Generations(
         engine, admission, pace, encoder, ended, store, max_active=max_active, on_dead=lambda: dead.append(True)
     )
-    servicer = GenerationServicer(limits)
+    api = Api(limits)
     await generations.restore()
     if opened:
-        servicer.open(generations)
-    services = Services(servicer)
+        api.open(generations)
+    services = Services(GenerationServicer(api))
     await services.set_serving(opened)
     try:
         async with _port(services, transport) as (address, channel):

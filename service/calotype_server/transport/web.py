@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from calotype_server.transport.grpcweb.call import Limits
+    from calotype_server.transport.body import Limits
 
 __all__ = ["PAGE", "WebServer"]
 

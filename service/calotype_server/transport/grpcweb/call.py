@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 
+from calotype_server.transport.address import peer
+from calotype_server.transport.body import Gone, TooLarge, TooSlow, read_body
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.context import Context
 from calotype_server.transport.grpcweb.framing import Refused, Status
@@ -20,34 +22,17 @@ from calotype_server.transport.grpcweb.response import Response, Stalled
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from calotype_server.transport.body import Limits
+
     Handler = Any  # grpc.RpcMethodHandler, whose annotations are those of its synchronous half.
     Resolve = Callable[[Any], Awaitable[Handler | None]]
 
-__all__ = ["Call", "Limits"]
+__all__ = ["Call"]
 
 _log = structlog.get_logger(__name__)
 
 _UNWIND_SECONDS = 5.0
 """For a handler to end after it was cancelled, before its call is answered without it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a client may take.
-
-    Attributes:
-        request_bytes: Largest message accepted.
-        body_seconds: Time to send it.
-        send_seconds: Time to read one frame of the answer.
-    """
-
-    request_bytes: int = 64 * 1024
-    body_seconds: float = 10.0
-    send_seconds: float = 20.0
-
-
-class _Gone(Exception):
-    """There is nobody left to answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +101,7 @@ class Call:
             status = self._verdict.result() if decided else self._outcome(handling)
             if status is not None:
                 await self._response.finish(status)
-        except _Gone:
+        except Gone:
             return
         except Stalled:
             # Not finishing makes the server close the connection.
@@ -146,7 +131,7 @@ class Call:
                 grpc.StatusCode.INVALID_ARGUMENT, "The request is no message of the type that the method takes."
             ) from None
         self._watcher = asyncio.create_task(self._watch())
-        self._context = Context(self._response, metadata, deadline, _peer(self._scope))
+        self._context = Context(self._response, metadata, deadline, peer(self._scope))
         self._context.serializer = handler.response_serializer
         await _invoke(handler, request, self._context)
 
@@ -154,25 +139,16 @@ class Call:
         """Reads the request to its end."""
         limit = self._limits.request_bytes
         most = framing.wire_size(limit, text=self._text)
-        too_large = Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"The request is larger than {limit} bytes.")
-        announced = framing.header(self._scope["headers"], b"content-length") or ""
-        if announced.isdecimal() and int(announced) > most:
-            raise too_large
-        body, more = bytearray(), True
+        seconds = self._limits.body_seconds
         try:
-            async with asyncio.timeout(self._limits.body_seconds):
-                while more:
-                    event = await self._receive()
-                    if event["type"] == "http.disconnect":
-                        raise _Gone
-                    body += event.get("body", b"")
-                    more = event.get("more_body", False)
-                    if len(body) > most:
-                        raise too_large
-        except TimeoutError:
-            late = f"The request had not arrived after {self._limits.body_seconds:g} seconds."
+            body = await read_body(self._scope, self._receive, most=most, seconds=seconds)
+        except TooLarge:
+            large = f"The request is larger than {limit} bytes."
+            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, large) from None
+        except TooSlow:
+            late = f"The request had not arrived after {seconds:g} seconds."
             raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, late) from None
-        return framing.decode_request(bytes(body), text=self._text)
+        return framing.decode_request(body, text=self._text)
 
     async def _watch(self) -> None:
         """Waits for the client to leave, whatever the handler is doing."""
@@ -190,7 +166,7 @@ class Call:
             return self._context.status
         if isinstance(error, Refused):
             return error.status
-        if isinstance(error, (_Gone, Stalled)):
+        if isinstance(error, (Gone, Stalled)):
             raise error
         # The interceptors let none through; this is for what they leave alone, such as serializers.
         _log.error("call failed", method=self._path, exc_info=error)
@@ -218,11 +194,3 @@ def _retrieve(task: asyncio.Task[None]) -> None:
     """Keeps asyncio from reporting the error of a handler that was cancelled and raised something else."""
     if not task.cancelled():
         task.exception()
-
-
-def _peer(scope: Any) -> str:
-    client = scope.get("client")
-    if client is None:
-        return "unknown:"
-    host, port = client[:2]
-    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"

@@ -12,8 +12,9 @@ from starlette.responses import PlainTextResponse
 
 from calotype_server import codec
 from calotype_server.errors import NotReady
+from calotype_server.transport.body import Limits
 from calotype_server.transport.grpcweb import framing
-from calotype_server.transport.grpcweb.call import Call, Limits
+from calotype_server.transport.grpcweb.call import Call
 from calotype_server.transport.grpcweb.framing import Status
 
 if TYPE_CHECKING:

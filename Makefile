@@ -11,6 +11,8 @@ PAGE := service/calotype_server/page
 PROTO_READY := $(PROTO_VENV)/.ready
 GENERATED := client/python
 GENERATED_JS := $(CLIENT_JS)/src/gen
+# The proto with its comments, which describe the HTTP API, too.
+GENERATED_COMMENTS := service/calotype_server/transport/http/proto.binpb
 # The types of gRPC's error details come with googleapis-common-protos.
 PROTOC = $(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iprotos -I$(wildcard $(PROTO_VENV)/lib/python3*/site-packages)
 # What a change of the proto must not break: the last release, or before the first one the last commit.
@@ -84,15 +86,17 @@ type: $(READY) ## check types
 proto: $(PROTO_READY) $(CLIENT_JS_READY) ## generate the Python and TypeScript code from the proto
 	PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTOC) calotype/v1/calotype.proto \
 		--python_out=$(GENERATED) --grpc_python_out=$(GENERATED) \
-		--mypy_out=quiet:$(GENERATED) --mypy_grpc_out=quiet:$(GENERATED)
+		--mypy_out=quiet:$(GENERATED) --mypy_grpc_out=quiet:$(GENERATED) \
+		--include_source_info --descriptor_set_out=$(GENERATED_COMMENTS)
 	$(PROTOC) calotype/v1/calotype.proto google/rpc/error_details.proto \
 		--plugin=$(CLIENT_JS)/node_modules/.bin/protoc-gen-es --es_opt=target=ts,import_extension=js --es_out=$(GENERATED_JS)
 
 proto-check: $(PROTO_READY) ## fail when the generated code is not what the proto gives
 	@mkdir -p build/proto build/proto-js
-	@$(MAKE) --no-print-directory proto GENERATED=build/proto GENERATED_JS=build/proto-js
+	@$(MAKE) --no-print-directory proto GENERATED=build/proto GENERATED_JS=build/proto-js GENERATED_COMMENTS=build/proto.binpb
 	diff -ru --exclude=__pycache__ build/proto/calotype/v1 client/python/calotype/v1
 	diff -ru build/proto-js $(CLIENT_JS)/src/gen
+	diff build/proto.binpb service/calotype_server/transport/http/proto.binpb
 
 bench: $(READY) ## measure; prints a table and writes build/bench.json
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench

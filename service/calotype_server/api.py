@@ -10,7 +10,8 @@ import structlog
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server import __version__, codec, errors
-from calotype_server.types import Failed
+from calotype_server.stream import Update
+from calotype_server.types import Failed, Succeeded
 from calotype_server.validation import validate, validate_id, validate_page, validate_watch, watched_previews
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from calotype_server.errors import ServiceError, Violation
     from calotype_server.generation import Generation
     from calotype_server.generations import Generations
-    from calotype_server.types import Limits, PreviewOptions
+    from calotype_server.types import EncodedImage, Limits, PreviewOptions
 
 __all__ = ["Api", "Following"]
 
@@ -136,6 +137,44 @@ class Api:
         """
         validate_id(request.generation_id)
         return pb.FinishResponse(phase=codec.encode_phase(self.generations.finish(request.generation_id)))
+
+    def state(self, generation_id: str) -> pb.Progress:
+        """Returns where a generation stands, without a picture.
+
+        Raises:
+            ServiceError: There is no such generation.
+        """
+        generation = self.generations.find(generation_id)
+        update = Update(generation.log.state, None, generation.log.state.previews_skipped)
+        (message,) = codec.encode_update(generation.id, generation.job.seed, update, None, whole=True)
+        return message
+
+    async def preview(self, generation_id: str, sequence: int) -> EncodedImage:
+        """Returns the newest preview of a generation; when it has ended, its image.
+
+        Raises:
+            ServiceError: There is no such generation, no picture of it now, or message `sequence` is still to come.
+        """
+        generation = self.generations.find(generation_id)
+        if sequence > generation.log.state.sequence:
+            raise errors.ImageNotFound("There is no message of that number yet.", retry_after=1.0)
+        image = await self.generations.newest_preview(generation)
+        return image or self.image(generation_id)
+
+    def image(self, generation_id: str) -> EncodedImage:
+        """Returns the final image of a generation.
+
+        Raises:
+            ServiceError: There is no such generation, or it has none, or not yet.
+        """
+        state = self.generations.find(generation_id).log.state
+        match state.end:
+            case Succeeded(image):
+                return image
+            case Failed(error):
+                raise errors.ImageNotFound(f"The generation has no image: {error.message}")
+            case None:
+                raise errors.ImageNotFound("There is no picture yet.", retry_after=state.estimated_remaining or 1.0)
 
     def list_generations(
         self, request: pb.ListGenerationsRequest, caller: str, violations: Sequence[Violation] = ()

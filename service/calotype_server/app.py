@@ -78,6 +78,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         settings.web_address,
         services.add_to,
         is_ready=services.is_serving,
+        api=api,
         allowed_origins=settings.allowed_origins,
         allowed_hosts=settings.allowed_hosts,
     )

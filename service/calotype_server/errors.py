@@ -11,6 +11,9 @@ ServiceError                  has a status code, a reason and a sentence fit for
 ├── GenerationNotFound        NOT_FOUND
 ├── ImageNotFound             NOT_FOUND            of a generation that runs, or has none
 ├── RequestIdTaken            ALREADY_EXISTS       used for another request before
+├── RequestTooLarge           RESOURCE_EXHAUSTED   its bytes, over HTTP
+├── RequestTooSlow            DEADLINE_EXCEEDED    it did not arrive in time, over HTTP
+├── TooManyStreams            RESOURCE_EXHAUSTED   on one WebSocket
 ├── MethodUnavailable         FAILED_PRECONDITION  a preview method that this server lacks or forbids
 └── GenerationError           one generation ended; the engine goes on
     ├── Cancelled             CANCELLED
@@ -58,10 +61,13 @@ __all__ = [
     "OutOfMemory",
     "QueueFull",
     "RequestIdTaken",
+    "RequestTooLarge",
+    "RequestTooSlow",
     "ServiceError",
     "StartupError",
     "StateUnavailable",
     "StateUnusable",
+    "TooManyStreams",
     "UpstreamUnavailable",
     "Violation",
 ]
@@ -163,6 +169,27 @@ class RequestIdTaken(ServiceError):
 
     code = "ALREADY_EXISTS"
     reason = "REQUEST_ID_TAKEN"
+
+
+class RequestTooLarge(ServiceError):
+    """The request has more bytes than are read."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "REQUEST_TOO_LARGE"
+
+
+class RequestTooSlow(ServiceError):
+    """The request has not arrived in time."""
+
+    code = "DEADLINE_EXCEEDED"
+    reason = "REQUEST_TOO_SLOW"
+
+
+class TooManyStreams(ServiceError):
+    """The WebSocket carries as many generations as it may."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "TOO_MANY_STREAMS"
 
 
 class MethodUnavailable(ServiceError):

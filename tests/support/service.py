@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import httpx
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
@@ -23,6 +24,7 @@ from calotype_server.transport.services import Services
 from calotype_server.transport.web import WebServer
 from calotype_server.types import Limits
 from support.grpcweb import WebChannel
+from support.http import EventStub, SocketStub
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -32,8 +34,11 @@ if TYPE_CHECKING:
 
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
 
-TRANSPORTS = ("native", "grpc-web", "grpc-web-text", "bridge")
+GRPC_TRANSPORTS = ("native", "grpc-web", "grpc-web-text", "bridge")
 """Ways to the same servicer; "bridge" is grpc-web that is passed on to the native port."""
+
+TRANSPORTS = (*GRPC_TRANSPORTS, "sse", "websocket")
+"""Ways to the same generations."""
 
 
 @dataclass
@@ -43,7 +48,8 @@ class Service:
     address: str
     """Of the port under test."""
     channel: Any
-    stub: GenerationServiceStub
+    """None over HTTP."""
+    stub: Any
     generations: Generations
     services: Services
     dead: list[bool]
@@ -76,8 +82,7 @@ async def running(
     services = Services(GenerationServicer(api))
     await services.set_serving(opened)
     try:
-        async with _port(services, transport) as (address, channel):
-            stub = GenerationServiceStub(channel)
+        async with _port(services, api, transport) as (address, channel, stub):
             try:
                 yield Service(address, channel, stub, generations, services, dead)
             finally:
@@ -89,8 +94,8 @@ async def running(
 
 
 @contextlib.asynccontextmanager
-async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, Any]]:
-    """Listens, and yields the address and a channel to it."""
+async def _port(services: Services, api: Api, transport: str) -> AsyncIterator[tuple[str, Any, Any]]:
+    """Listens, and yields the address, a channel to it, which only gRPC has, and a stub."""
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
             native = NativeServer(services)
@@ -99,7 +104,7 @@ async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, 
             # Those of the bridge are those of a client, too.
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
             if transport == "native":
-                yield address, channel
+                yield address, channel, GenerationServiceStub(channel)
                 return
             web = WebServer(
                 "127.0.0.1:0",
@@ -107,12 +112,17 @@ async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, 
                 is_ready=services.is_serving,
             )
         else:
-            web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving)
+            web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving, api=api)
         address = await web.start()
         stack.push_async_callback(web.stop, 0)
+        if transport in ("sse", "websocket"):
+            client = httpx.AsyncClient(base_url=f"http://{address}/v1", timeout=None, trust_env=False, verify=False)
+            await stack.enter_async_context(client)
+            yield address, None, (EventStub if transport == "sse" else SocketStub)(address, client)
+            return
         web_channel = WebChannel(address, text=transport == "grpc-web-text")
         stack.callback(web_channel.close)
-        yield address, web_channel
+        yield address, web_channel, GenerationServiceStub(web_channel)
 
 
 async def read_until(call, phase: pb.Phase.ValueType) -> pb.Progress:

@@ -41,6 +41,12 @@ _TOO_LARGE = "The head of the request is too large."
 _HEAD_SECONDS = 10.0
 """From the opening of a connection to the end of its first head."""
 
+_MESSAGE_BYTES = 64 * 1024
+"""Of a WebSocket's client, at most."""
+
+_PING_SECONDS = 20.0
+"""Between pings on a WebSocket, and for the answer to one."""
+
 _KEEP_ALIVE_SECONDS = 75
 _STATIC_SECONDS = 2
 """For answers that are not calls, when the server stops."""
@@ -58,7 +64,12 @@ class Listener:
             uvicorn.Config(
                 application,
                 http=_Protocol,
-                ws="none",
+                ws="websockets-sansio",
+                ws_max_size=_MESSAGE_BYTES,
+                # JPEG and PNG do not compress.
+                ws_per_message_deflate=False,
+                ws_ping_interval=_PING_SECONDS,
+                ws_ping_timeout=_PING_SECONDS,
                 loop="none",
                 lifespan="off",
                 log_config=None,

@@ -1,4 +1,4 @@
-"""The web port: grpc-web, the page and health checks, behind one guard."""
+"""The web port: grpc-web, the HTTP API, the page and health checks, behind one guard."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from calotype_server.transport.grpcweb import GrpcWeb
 from calotype_server.transport.guard import Guard
+from calotype_server.transport.http import HttpApi
 from calotype_server.transport.interceptors import INTERCEPTORS
 from calotype_server.transport.listener import Listener
 from calotype_server.transport.page import Page
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from calotype_server.api import Api
     from calotype_server.transport.body import Limits
 
 __all__ = ["PAGE", "WebServer"]
@@ -32,11 +34,12 @@ _CORS_REQUEST_HEADERS = (
     "authorization",
     "content-type",
     "grpc-timeout",
+    "last-event-id",
     "x-grpc-web",
     "x-request-id",
     "x-user-agent",
 )
-_CORS_RESPONSE_HEADERS = ("grpc-message", "grpc-status", "grpc-status-details-bin", "x-request-id")
+_CORS_RESPONSE_HEADERS = ("grpc-message", "grpc-status", "grpc-status-details-bin", "retry-after", "x-request-id")
 _CORS_MAX_AGE_SECONDS = 2 * 60 * 60
 
 
@@ -47,6 +50,7 @@ class WebServer:
         address: HOST:PORT to listen on; port 0 picks a free one. HOST is one of the allowed hosts.
         register: Adds services to the server that it is given; as for a native one.
         is_ready: Whether calls are welcome, for `/readyz`.
+        api: What the HTTP API offers; without one there is none.
         allowed_origins: Of pages elsewhere that may call, as https://example.com; "*" for all.
         allowed_hosts: Names under which this server is reached; "*" for all.
         page: Folder of the built page.
@@ -59,18 +63,20 @@ class WebServer:
         register: Callable[[Any], object],
         *,
         is_ready: Callable[[], Awaitable[bool]],
+        api: Api | None = None,
         allowed_origins: Sequence[str] = (),
         allowed_hosts: Sequence[str] = (),
         page: Path = PAGE,
         limits: Limits | None = None,
     ) -> None:
-        site = Starlette(routes=_routes(is_ready, page))
+        http = HttpApi(api, limits).routes if api is not None else []
+        site = Starlette(routes=[*http, *_routes(is_ready, page)])
         self._grpc_web = GrpcWeb(site, interceptors=INTERCEPTORS, limits=limits)
         register(self._grpc_web)
         application = CORSMiddleware(
             self._grpc_web,
             allow_origins=allowed_origins,
-            allow_methods=["POST"],
+            allow_methods=["GET", "POST"],
             allow_headers=_CORS_REQUEST_HEADERS,
             expose_headers=_CORS_RESPONSE_HEADERS,
             max_age=_CORS_MAX_AGE_SECONDS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from calotype_server.errors import ServiceError, Violation
     from calotype_server.generation import Generation
     from calotype_server.generations import Generations
-    from calotype_server.types import EncodedImage, Limits, PreviewOptions
+    from calotype_server.reader import Reader
+    from calotype_server.types import EncodedImage, Limits
 
 __all__ = ["Api", "Following"]
 
@@ -32,17 +32,21 @@ _LOADING_RETRY_SECONDS = 2.0
 class Following:
     """A reader of one generation: iterate over its messages, up to the end, and close it.
 
-    It counts as a reader from the beginning, not from the first message that is asked for: a caller who is gone before
-    the answer has begun has left, too.
+    Args:
+        generation: What is read.
+        updates: What there is to tell of it.
+        whole: Whether the final image comes in one message, however large it is.
 
     Attributes:
         generation: What is read.
     """
 
-    def __init__(self, generation: Generation, messages: AsyncGenerator[pb.Progress, None], first: pb.Progress) -> None:
+    def __init__(
+        self, generation: Generation, updates: Reader[tuple[Update, EncodedImage | None]], *, whole: bool
+    ) -> None:
         self.generation = generation
-        self._messages = messages
-        self._first: pb.Progress | None = first
+        self._updates = updates
+        self._messages = self._encoded(whole)
 
     @property
     def failure(self) -> ServiceError | None:
@@ -54,14 +58,18 @@ class Following:
         return self
 
     async def __anext__(self) -> pb.Progress:
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
         return await anext(self._messages)
 
     async def aclose(self) -> None:
         """Leaves. What that does to the generation is its caller's choice."""
         await self._messages.aclose()
+        await self._updates.aclose()
+
+    async def _encoded(self, whole: bool) -> AsyncGenerator[pb.Progress, None]:
+        seed = self.generation.job.seed
+        async for update, image in self._updates:
+            for message in codec.encode_update(self.generation.id, seed, update, image, whole=whole):
+                yield message
 
 
 class Api:
@@ -104,9 +112,9 @@ class Api:
         generation = await self.generations.start(job, replace(terms, caller=caller, deadline=deadline))
         structlog.contextvars.bind_contextvars(generation=generation.id)
         _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count)
-        return await self._follow(generation, whole=whole)
+        return Following(generation, self.generations.follow(generation), whole=whole)
 
-    async def watch(
+    def watch(
         self, request: pb.WatchRequest, *, whole: bool = False, violations: Sequence[Violation] = ()
     ) -> Following:
         """Follows a generation that was started before; arguments as for `generate`.
@@ -118,7 +126,8 @@ class Api:
         generation = self.generations.find(request.generation_id)
         structlog.contextvars.bind_contextvars(generation=generation.id)
         preview = watched_previews(request, self._limits, generation.job)
-        return await self._follow(generation, request.after_sequence, preview, whole=whole)
+        updates = self.generations.follow(generation, request.after_sequence, preview)
+        return Following(generation, updates, whole=whole)
 
     def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:
         """Cancels by id.
@@ -190,20 +199,6 @@ class Api:
     def model(self) -> pb.Model:
         """Describes the model."""
         return codec.encode_model(self.generations.model, self._limits, __version__)
-
-    async def _follow(
-        self, generation: Generation, after: int = 0, preview: PreviewOptions | None = None, *, whole: bool
-    ) -> Following:
-        messages = self._messages(generation, after, preview, whole=whole)
-        return Following(generation, messages, await anext(messages))
-
-    async def _messages(
-        self, generation: Generation, after: int, preview: PreviewOptions | None, *, whole: bool
-    ) -> AsyncGenerator[pb.Progress, None]:
-        async with contextlib.aclosing(self.generations.follow(generation, after, preview)) as updates:
-            async for update, image in updates:
-                for message in codec.encode_update(generation.id, generation.job.seed, update, image, whole=whole):
-                    yield message
 
     @property
     def generations(self) -> Generations:

@@ -14,6 +14,7 @@ import structlog
 
 from calotype_server import errors, metadata
 from calotype_server.generation import Generation
+from calotype_server.reader import Reader
 from calotype_server.records import Record
 from calotype_server.types import (
     DisconnectPolicy,
@@ -161,10 +162,10 @@ class Generations:
         self._running[generation.id] = generation, task
         self._name(generation)
 
-    async def follow(
+    def follow(
         self, generation: Generation, after: int = 0, preview: PreviewOptions | None = None
-    ) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
-        """Yields updates with their preview encoded, up to the end.
+    ) -> Reader[tuple[Update, EncodedImage | None]]:
+        """Returns a reader of updates with their preview encoded, up to the end.
 
         When the last reader leaves before the end, the generation's terms say what follows.
 
@@ -174,15 +175,17 @@ class Generations:
             preview: What this reader wants of the previews that are made; None for what the generation was asked for.
         """
         self._enter(generation)
-        try:
-            async for update in generation.log.follow(after, preview):
-                image = None
-                if update.preview is not None:
-                    options = preview or generation.job.preview
-                    image = await generation.rendition(self._encoder, update.preview, options)
-                yield update, image
-        finally:
-            self._leave(generation)
+        return Reader(self._updates(generation, after, preview), lambda: self._leave(generation))
+
+    async def _updates(
+        self, generation: Generation, after: int, preview: PreviewOptions | None
+    ) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
+        async for update in generation.log.follow(after, preview):
+            image = None
+            if update.preview is not None:
+                options = preview or generation.job.preview
+                image = await generation.rendition(self._encoder, update.preview, options)
+            yield update, image
 
     async def newest_preview(self, generation: Generation) -> EncodedImage | None:
         """Returns the newest preview as the generation was asked for them, or None where there is none now."""

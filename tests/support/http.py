@@ -121,13 +121,13 @@ class EventCall(StreamCall):
     """Server-sent events."""
 
     def __init__(self, client: httpx.AsyncClient, request: httpx.Request, timeout: float | None) -> None:
-        self._client = client
+        self.client = client
         self._request = request
         self._closing: asyncio.Task[None] | None = None
         super().__init__(timeout)
 
     async def open(self) -> tuple[httpx.Response, AsyncIterator[Any]]:
-        response = await self._client.send(self._request, stream=True)
+        response = await self.client.send(self._request, stream=True)
         if response.status_code != 200:
             await response.aread()
             raise as_rpc_error(response.json()["error"])
@@ -195,16 +195,16 @@ class EventStub:
 
     def __init__(self, address: str, client: httpx.AsyncClient) -> None:
         self._address = address
-        self._client = client
+        self.client = client
 
     def Generate(self, request: pb.GenerateRequest, timeout: float | None = None) -> StreamCall:  # noqa: N802
-        return EventCall(self._client, self._client.build_request("POST", "/generate", json=as_json(request)), timeout)
+        return EventCall(self.client, self.client.build_request("POST", "/generate", json=as_json(request)), timeout)
 
     def Watch(self, request: pb.WatchRequest, timeout: float | None = None) -> StreamCall:  # noqa: N802
         query = as_json(request)
         path = f"/generations/{query.pop('generation_id')}/events"
         flat = {f"preview.{name}": value for name, value in query.pop("preview", {}).items()} | query
-        return EventCall(self._client, self._client.build_request("GET", path, params=flat), timeout)
+        return EventCall(self.client, self.client.build_request("GET", path, params=flat), timeout)
 
     async def Cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:  # noqa: N802
         return await self._ask("POST", f"/generations/{request.generation_id}/cancel", pb.CancelResponse)
@@ -219,7 +219,7 @@ class EventStub:
         return await self._ask("GET", "/model", pb.Model)
 
     async def _ask(self, method: str, path: str, kind: Any, **options: Any) -> Any:
-        response = await self._client.request(method, path, **options)
+        response = await self.client.request(method, path, **options)
         if not response.is_success:
             raise as_rpc_error(response.json()["error"])
         return from_json(response.json(), kind)

@@ -50,6 +50,7 @@ class Service:
     channel: Any
     """None over HTTP."""
     stub: Any
+    api: Api
     generations: Generations
     services: Services
     dead: list[bool]
@@ -84,7 +85,7 @@ async def running(
     try:
         async with _port(services, api, transport) as (address, channel, stub):
             try:
-                yield Service(address, channel, stub, generations, services, dead)
+                yield Service(address, channel, stub, api, generations, services, dead)
             finally:
                 engine.close()
                 await generations.end_all()

@@ -46,7 +46,7 @@ class GenerationServicer(GenerationServiceServicer):
         self, request: pb.WatchRequest, context: Context
     ) -> AsyncGenerator[pb.Progress, None]:
         """Streams a generation that was started before; see the proto."""
-        following = await self._api.watch(request)
+        following = self._api.watch(request)
         async with contextlib.aclosing(_told(following, context)) as messages:
             async for message in messages:
                 yield message

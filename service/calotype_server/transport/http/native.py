@@ -78,7 +78,7 @@ def native_routes(api: Api) -> APIRouter:
         return await follow(Parsed(watch, []), request, images)
 
     async def follow(watch: Parsed[pb.WatchRequest], request: Request, images: Images) -> Response:
-        following = await api.watch(watch.value, whole=True, violations=watch.violations)
+        following = api.watch(watch.value, whole=True, violations=watch.violations)
         state = following.generation.log.state
         if state.end is not None and state.sequence <= watch.value.after_sequence:
             await following.aclose()

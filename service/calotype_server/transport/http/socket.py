@@ -146,7 +146,7 @@ class _Session:
             asked = parse_message(pb.GenerateRequest, command.request)
             return await self._api.generate(asked.value, self._caller, whole=True, violations=asked.violations)
         watch = parse_message(pb.WatchRequest, command.request)
-        return await self._api.watch(watch.value, whole=True, violations=watch.violations)
+        return self._api.watch(watch.value, whole=True, violations=watch.violations)
 
     async def _tell(self, name: str, message: pb.Progress) -> None:
         image = message.image

@@ -48,7 +48,7 @@ class Service:
     address: str
     """Of the port under test."""
     channel: Any
-    """None over HTTP."""
+    """Of gRPC; over HTTP the `WebServer`."""
     stub: Any
     api: Api
     generations: Generations
@@ -96,7 +96,7 @@ async def running(
 
 @contextlib.asynccontextmanager
 async def _port(services: Services, api: Api, transport: str) -> AsyncIterator[tuple[str, Any, Any]]:
-    """Listens, and yields the address, a channel to it, which only gRPC has, and a stub."""
+    """Listens, and yields the address, a channel to it, over HTTP the server, and a stub."""
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
             native = NativeServer(services)
@@ -119,7 +119,7 @@ async def _port(services: Services, api: Api, transport: str) -> AsyncIterator[t
         if transport in ("sse", "websocket"):
             client = httpx.AsyncClient(base_url=f"http://{address}/v1", timeout=None, trust_env=False, verify=False)
             await stack.enter_async_context(client)
-            yield address, None, (EventStub if transport == "sse" else SocketStub)(address, client)
+            yield address, web, (EventStub if transport == "sse" else SocketStub)(address, client)
             return
         web_channel = WebChannel(address, text=transport == "grpc-web-text")
         stack.callback(web_channel.close)

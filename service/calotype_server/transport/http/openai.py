@@ -109,7 +109,7 @@ def openai_routes(api: Api) -> APIRouter:
         return JSONResponse(ModelList(data=[loaded()]).model_dump())
 
     @routes.get("/models/{model:path}", summary="One model", responses={200: {"model": ModelEntry}})
-    async def one_model(model: Annotated[str, Path(description="Its `id`.")]) -> Response:
+    async def one_model(model: Annotated[str, Path(description="Its `id`.", pattern=r"^[^\x00-\x1f]+$")]) -> Response:
         """404 unless it is the one that is loaded."""
         if model != loaded().id:
             raise HTTPException(404, f"The loaded model is {loaded().id!r}; there is no other")

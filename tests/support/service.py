@@ -67,8 +67,9 @@ async def running(
     opened: bool = True,
     limits: Limits = LIMITS,
     transport: str = "native",
+    web: dict[str, Any] | None = None,
 ) -> AsyncIterator[Service]:
-    """Serves `engine` while the block runs."""
+    """Serves `engine` while the block runs; `web` are further options of the web port."""
     pace, dead = Pace(), []
     admission = Admission(pace, max_active=max_active, max_queue=max_queue)
     encoder = Encoder()
@@ -83,7 +84,7 @@ async def running(
     services = Services(GenerationServicer(api))
     await services.set_serving(opened)
     try:
-        async with _port(services, api, transport) as (address, channel, stub):
+        async with _port(services, api, transport, web or {}) as (address, channel, stub):
             try:
                 yield Service(address, channel, stub, api, generations, services, dead)
             finally:
@@ -95,7 +96,9 @@ async def running(
 
 
 @contextlib.asynccontextmanager
-async def _port(services: Services, api: Api, transport: str) -> AsyncIterator[tuple[str, Any, Any]]:
+async def _port(
+    services: Services, api: Api, transport: str, options: dict[str, Any]
+) -> AsyncIterator[tuple[str, Any, Any]]:
     """Listens, and yields the address, a channel to it, over HTTP the server, and a stub."""
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
@@ -113,7 +116,7 @@ async def _port(services: Services, api: Api, transport: str) -> AsyncIterator[t
                 is_ready=services.is_serving,
             )
         else:
-            web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving, api=api)
+            web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving, api=api, **options)
         address = await web.start()
         stack.push_async_callback(web.stop, 0)
         if transport in ("sse", "websocket"):

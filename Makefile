@@ -102,7 +102,7 @@ bench: $(READY) ## measure; prints a table and writes build/bench.json
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench
 
 soak: $(READY) ## every fate of requests, chaos, dead peers and 10,000 malformed requests; REQUESTS=500 SECONDS=120 FUZZ=10000 SEED=0
-	FUZZ=$(or $(FUZZ),10000) $(BIN)/pytest tests/soak tests/e2e/test_fuzz.py -s $(ARGS)
+	FUZZ=$(or $(FUZZ),10000) SCHEMATHESIS=$(or $(SCHEMATHESIS),300) $(BIN)/pytest tests/soak tests/e2e/test_fuzz.py tests/contract/test_openapi.py -s --timeout 3600 $(ARGS)
 
 evaluate-model: $(READY) ## measure the bundled model; writes build/model.json and build/names.png
 	$(BIN)/python service/bundled_model/recipe/evaluate.py --model service/bundled_model/calotype_bundled_model/model \

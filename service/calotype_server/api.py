@@ -16,6 +16,7 @@ from calotype_server.validation import validate, validate_id, validate_page, val
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
+    from calotype_server.access import Caller
     from calotype_server.errors import ServiceError, Violation
     from calotype_server.generation import Generation
     from calotype_server.generations import Generations
@@ -47,6 +48,7 @@ class Following:
         self.generation = generation
         self._updates = updates
         self._messages = self._encoded(whole)
+        self._first: pb.Progress | None = None
 
     @property
     def failure(self) -> ServiceError | None:
@@ -58,7 +60,18 @@ class Following:
         return self
 
     async def __anext__(self) -> pb.Progress:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
         return await anext(self._messages)
+
+    async def read_ahead(self) -> None:
+        """Reads the first message now, so that it tells of the beginning however late it is asked for.
+
+        Raises:
+            StateUnavailable: The generation cannot be kept, and is given up.
+        """
+        self._first = await anext(self._messages)
 
     async def aclose(self) -> None:
         """Leaves. What that does to the generation is its caller's choice."""
@@ -90,7 +103,7 @@ class Api:
     async def generate(
         self,
         request: pb.GenerateRequest,
-        caller: str,
+        caller: Caller,
         *,
         deadline: float | None = None,
         whole: bool = False,
@@ -109,13 +122,16 @@ class Api:
             ServiceError: It is refused.
         """
         job, terms = validate(request, self.generations.model, self._limits, violations)
-        generation = await self.generations.start(job, replace(terms, caller=caller, deadline=deadline))
+        terms = replace(terms, caller=caller.id, deadline=deadline)
+        generation = await self.generations.start(job, terms, caller.quota)
         structlog.contextvars.bind_contextvars(generation=generation.id)
         _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count)
-        return Following(generation, self.generations.follow(generation), whole=whole)
+        following = Following(generation, self.generations.follow(generation), whole=whole)
+        await following.read_ahead()
+        return following
 
     def watch(
-        self, request: pb.WatchRequest, *, whole: bool = False, violations: Sequence[Violation] = ()
+        self, request: pb.WatchRequest, caller: Caller, *, whole: bool = False, violations: Sequence[Violation] = ()
     ) -> Following:
         """Follows a generation that was started before; arguments as for `generate`.
 
@@ -123,60 +139,62 @@ class Api:
             ServiceError: There is no such generation, or the request makes no sense.
         """
         validate_watch(request, self._limits, violations)
-        generation = self.generations.find(request.generation_id)
+        generation = self.generations.find(request.generation_id, caller)
         structlog.contextvars.bind_contextvars(generation=generation.id)
         preview = watched_previews(request, self._limits, generation.job)
         updates = self.generations.follow(generation, request.after_sequence, preview)
         return Following(generation, updates, whole=whole)
 
-    def cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:
+    def cancel(self, request: pb.CancelRequest, caller: Caller) -> pb.CancelResponse:
         """Cancels by id.
 
         Raises:
             ServiceError: There is no such generation.
         """
         validate_id(request.generation_id)
-        return pb.CancelResponse(phase=codec.encode_phase(self.generations.cancel(request.generation_id)))
+        phase = self.generations.cancel(request.generation_id, caller)
+        return pb.CancelResponse(phase=codec.encode_phase(phase))
 
-    def finish(self, request: pb.FinishRequest) -> pb.FinishResponse:
+    def finish(self, request: pb.FinishRequest, caller: Caller) -> pb.FinishResponse:
         """Ends early by id.
 
         Raises:
             ServiceError: There is no such generation.
         """
         validate_id(request.generation_id)
-        return pb.FinishResponse(phase=codec.encode_phase(self.generations.finish(request.generation_id)))
+        phase = self.generations.finish(request.generation_id, caller)
+        return pb.FinishResponse(phase=codec.encode_phase(phase))
 
-    def state(self, generation_id: str) -> pb.Progress:
+    def state(self, generation_id: str, caller: Caller) -> pb.Progress:
         """Returns where a generation stands, without a picture.
 
         Raises:
             ServiceError: There is no such generation.
         """
-        generation = self.generations.find(generation_id)
+        generation = self.generations.find(generation_id, caller)
         update = Update(generation.log.state, None, generation.log.state.previews_skipped)
         (message,) = codec.encode_update(generation.id, generation.job.seed, update, None, whole=True)
         return message
 
-    async def preview(self, generation_id: str, sequence: int) -> EncodedImage:
+    async def preview(self, generation_id: str, sequence: int, caller: Caller) -> EncodedImage:
         """Returns the newest preview of a generation; when it has ended, its image.
 
         Raises:
             ServiceError: There is no such generation, no picture of it now, or message `sequence` is still to come.
         """
-        generation = self.generations.find(generation_id)
+        generation = self.generations.find(generation_id, caller)
         if sequence > generation.log.state.sequence:
             raise errors.ImageNotFound("There is no message of that number yet.", retry_after=1.0)
         image = await self.generations.newest_preview(generation)
-        return image or self.image(generation_id)
+        return image or self.image(generation_id, caller)
 
-    def image(self, generation_id: str) -> EncodedImage:
+    def image(self, generation_id: str, caller: Caller) -> EncodedImage:
         """Returns the final image of a generation.
 
         Raises:
             ServiceError: There is no such generation, or it has none, or not yet.
         """
-        state = self.generations.find(generation_id).log.state
+        state = self.generations.find(generation_id, caller).log.state
         match state.end:
             case Succeeded(image):
                 return image
@@ -186,9 +204,9 @@ class Api:
                 raise errors.ImageNotFound("There is no picture yet.", retry_after=state.estimated_remaining or 1.0)
 
     def list_generations(
-        self, request: pb.ListGenerationsRequest, caller: str, violations: Sequence[Violation] = ()
+        self, request: pb.ListGenerationsRequest, caller: Caller, violations: Sequence[Violation] = ()
     ) -> pb.ListGenerationsResponse:
-        """Lists the caller's own.
+        """Lists what the caller may see.
 
         Raises:
             ServiceError: The request makes no sense.

@@ -112,7 +112,7 @@ async def _stub(stack: contextlib.AsyncExitStack, name: str, address: str) -> An
         return GenerationServiceStub(stack.enter_context(contextlib.closing(WebChannel(address))))
     client = httpx.AsyncClient(base_url=f"http://{address}/v1", timeout=None, trust_env=False, verify=False)
     await stack.enter_async_context(client)
-    return (EventStub if name == "sse" else SocketStub)(address, client)
+    return (EventStub if name == "sse" else SocketStub)(client)
 
 
 async def _generate(stub: Any) -> int:

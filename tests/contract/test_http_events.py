@@ -11,6 +11,7 @@ import pytest
 from httpx_sse import EventSource
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.access import Caller
 from calotype_server.transport.http import events
 from support.fake_engine import FakeEngine
 from support.lab import until
@@ -115,7 +116,7 @@ async def test_leaving_a_get_gives_time_to_come_back_and_a_post_does_not(
 ) -> None:
     """An EventSource reconnects by itself; whoever ends a `curl` wants no more of it."""
     kept = await started(client, "GET", params=APPLE)
-    await until(lambda: not service.generations.find(kept).readers)
+    await until(lambda: not service.generations.find(kept, Caller("")).readers)
     assert not engine.stops[0].is_set()
     await client.post(f"/generations/{kept}/cancel")
     engine.allow(1)

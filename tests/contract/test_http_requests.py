@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from calotype_server.api import Api
-from calotype_server.transport.body import Limits
+from calotype_server.types import PortLimits
 from support.fake_engine import FakeEngine
 from support.grpcweb import Connection
 from support.service import running
@@ -28,8 +28,8 @@ APP = "https://app.example"
 @pytest.fixture
 async def service() -> AsyncIterator[Service]:
     """A server that lets pages of one other site in."""
-    limits = Limits(body_seconds=0.2)
-    async with running(FakeEngine(), transport="sse", web={"limits": limits, "allowed_origins": [APP]}) as service:
+    ports = PortLimits(request_seconds=0.2)
+    async with running(FakeEngine(), transport="sse", ports=ports, web={"allowed_origins": [APP]}) as service:
         yield service
 
 
@@ -129,7 +129,7 @@ async def test_a_request_has_a_size_and_a_time(service: Service, client: httpx.A
     await connection.request("POST", "/v1/generate", {"host": service.address, "content-length": "10"})
     head, body = await connection.answer()
     connection.close()
-    assert (head.status_code, json.loads(body)["error"]["code"]) == (408, "REQUEST_TOO_SLOW")
+    assert (head.status_code, json.loads(body)["error"]["code"]) == (408, "REQUEST_TOO_LATE")
 
 
 async def test_only_pages_that_may_call_start_anything(client: httpx.AsyncClient) -> None:

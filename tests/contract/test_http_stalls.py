@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from starlette.applications import Starlette
 
-from calotype_server.transport.body import Limits
+from calotype_server.access import Access, Caller
+from calotype_server.errors import StateUnavailable
 from calotype_server.transport.http import HttpApi
+from calotype_server.transport.peers import Peers
+from calotype_server.types import PortLimits
 from support.asgi import Peer
 from support.fake_engine import FakeEngine
 from support.http import from_json
@@ -24,9 +27,15 @@ STEPS = 20
 REQUEST = {"prompt": "a red apple", "seed": 7, "step_count": STEPS}
 
 
-def open_peer(service: Service, way: str, send_seconds: float = 20.0) -> Peer:
+def site(service: Service, stall_seconds: float = 20.0) -> Starlette:
+    """The API without a port."""
+    limits = PortLimits(stall_seconds=stall_seconds)
+    return Starlette(routes=HttpApi(service.api, Access(), limits, Peers(9)).routes)
+
+
+def open_peer(service: Service, way: str, stall_seconds: float = 20.0) -> Peer:
     """Starts a generation."""
-    application = Starlette(routes=HttpApi(service.api, Limits(send_seconds=send_seconds)).routes)
+    application = site(service, stall_seconds)
     if way == "sse":
         return Peer(application, "http", "/v1/generate", body=json.dumps(REQUEST).encode())
     peer = Peer(application, "websocket", "/v1/ws")
@@ -59,7 +68,7 @@ async def test_a_slow_reader_gets_the_newest_and_the_end(way: str) -> None:
         await peer.waiting.wait()
         before = len(messages(peer))
         engine.allow()
-        await until(lambda: service.generations.newest("ipv4:127.0.0.1")[0].ended)
+        await until(lambda: service.generations.newest(Caller("ipv4:127.0.0.1"))[0].ended)
         peer.reading.set()
         await until(lambda: messages(peer)[-1].phase >= 5)
         told = messages(peer)[before:]
@@ -76,7 +85,7 @@ async def test_a_reader_who_stalls_is_given_up(way: str) -> None:
     engine = FakeEngine()
     engine.hold()
     async with running(engine) as service:
-        peer = open_peer(service, way, send_seconds=0.05)
+        peer = open_peer(service, way, stall_seconds=0.05)
         await until(lambda: any(message.phase == 3 for message in messages(peer)))
         peer.reading.clear()
         engine.allow(1)
@@ -94,7 +103,7 @@ async def test_who_leaves_before_the_answer_begins_has_left() -> None:
     engine = FakeEngine()
     engine.hold()
     async with running(engine) as service:
-        application = Starlette(routes=HttpApi(service.api).routes)
+        application = site(service)
         peer = Peer(application, "http", "/v1/generate", body=json.dumps(REQUEST).encode())
         peer.reading.clear()
         peer.leave()
@@ -104,3 +113,27 @@ async def test_who_leaves_before_the_answer_begins_has_left() -> None:
         await until(lambda: engine.stops[0].is_set())
         engine.allow()
         await service.generations.idle()
+
+
+async def test_what_cannot_be_kept_is_told_where_there_is_no_status_any_more() -> None:
+    """A watcher whose answer has begun gets an event `error`, and the stream ends."""
+    engine = FakeEngine()
+    engine.hold()
+    async with running(engine) as service:
+        peer = open_peer(service, "sse")
+        await until(lambda: bool(messages(peer)))
+        generation = service.generations.newest(Caller("ipv4:127.0.0.1"))[0]
+
+        async def lost() -> None:
+            raise StateUnavailable("It cannot be kept.")
+
+        generation.accepted = lost
+        watcher = Peer(site(service), "http", f"/v1/generations/{generation.id}/events", method="GET")
+        await watcher.done
+        engine.allow()
+        await until(lambda: messages(peer)[-1].phase >= 5)
+        await peer.done
+    told = b"".join(event.get("body", b"") for event in watcher.taken).decode()
+    assert told.startswith("event: error\n")
+    assert '"code":"STATE_UNAVAILABLE"' in told
+    assert [event["type"] for event in watcher.taken].count("http.response.start") == 1

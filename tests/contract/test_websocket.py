@@ -11,13 +11,16 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.transport.http.socket import MAX_STREAMS
+from calotype_server.types import PortLimits
 from support.fake_engine import FakeEngine
 from support.http import open_socket, receive
+from support.keyring import Keyring
 from support.lab import until
 from support.service import running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from support.service import Service
 
@@ -210,3 +213,45 @@ async def test_a_server_that_stops_says_so(service: Service, socket, engine: Fak
     with pytest.raises(ConnectionClosed):
         await socket.recv()
     assert socket.close_code == 1012
+
+
+async def test_a_browser_shows_its_key_as_a_subprotocol(tmp_path: Path) -> None:
+    """It cannot set headers: the key is taken from the offer, and never sent back."""
+    keyring = Keyring(tmp_path / "keys.toml")
+    key = keyring.add("alice")
+    async with running(FakeEngine(), transport="websocket", access=keyring.access()) as service:
+        with pytest.raises(InvalidStatus) as caught:
+            await open_socket(service.address)
+        assert caught.value.response.status_code == 401
+        assert json.loads(caught.value.response.body)["error"]["code"] == "KEY_REQUIRED"
+        offered = ["calotype.v1", f"calotype.bearer.{key}"]
+        async with await open_socket(service.address, subprotocols=offered) as socket:
+            assert socket.subprotocol == "calotype.v1"
+            await send(socket, "generate", request=APPLE)
+            assert (await read_ends(socket, "a"))["a"].phase == pb.PHASE_SUCCEEDED
+
+
+async def test_each_generation_counts_as_a_call_of_its_peer() -> None:
+    """One connection is no way around what a peer may have under way."""
+    engine = FakeEngine()
+    engine.hold()
+    async with running(engine, transport="websocket", ports=PortLimits(max_calls_per_peer=3), max_queue=9) as service:
+        async with await open_socket(service.address) as socket:
+            for number in range(3):
+                await send(socket, "generate", str(number), request=APPLE)
+            refused = await read_until(socket, lambda told: told["type"] == "error")
+            assert (refused["id"], refused["error"]["code"]) == ("2", "TOO_MANY_CALLS")
+            with pytest.raises(InvalidStatus) as caught:
+                await open_socket(service.address)
+            assert caught.value.response.status_code == 429
+        engine.allow()
+
+
+async def test_a_connection_outlives_the_time_of_a_head() -> None:
+    """That is for requests; a WebSocket may say nothing for as long as it likes."""
+    async with running(FakeEngine(), transport="websocket", ports=PortLimits(request_seconds=0.05)) as service:
+        socket = await open_socket(service.address)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(socket.wait_closed(), 0.3)
+        await (await socket.ping())
+        await socket.close()

@@ -17,10 +17,12 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from httpx_sse import EventSource
 from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
 
 from calotype.v1 import calotype_pb2 as pb
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator
 
     import httpx
@@ -148,13 +150,13 @@ class EventCall(StreamCall):
 class SocketCall(StreamCall):
     """One generation on a WebSocket of its own."""
 
-    def __init__(self, address: str, command: dict[str, Any], timeout: float | None) -> None:
-        self._address = address
+    def __init__(self, opening: Any, command: dict[str, Any], timeout: float | None) -> None:
+        self._socket = opening
         self._command = command
         super().__init__(timeout)
 
     async def open(self) -> Any:
-        socket = await open_socket(self._address)
+        socket = await self._socket
         await socket.send(json.dumps({**self._command, "id": "a"}))
         return socket
 
@@ -174,9 +176,10 @@ class SocketCall(StreamCall):
         opened.transport.abort()
 
 
-async def open_socket(address: str, **options: Any) -> Any:
-    """A WebSocket to a server."""
-    return await connect(f"ws://{address}/v1/ws", proxy=None, compression=None, max_size=None, **options)
+async def open_socket(address: str, context: ssl.SSLContext | None = None, **options: Any) -> Any:
+    """A WebSocket to a server; over TLS with a context."""
+    url = f"{'ws' if context is None else 'wss'}://{address}/v1/ws"
+    return await connect(url, proxy=None, compression=None, max_size=None, ssl=context, **options)
 
 
 async def receive(socket: Any) -> dict[str, Any]:
@@ -191,32 +194,38 @@ async def receive(socket: Any) -> dict[str, Any]:
 
 
 class EventStub:
-    """`GenerationServiceStub` over server-sent events and plain requests."""
+    """`GenerationServiceStub` over server-sent events and plain requests; metadata are headers."""
 
-    def __init__(self, address: str, client: httpx.AsyncClient) -> None:
-        self._address = address
+    def __init__(self, client: httpx.AsyncClient, context: ssl.SSLContext | None = None) -> None:
         self.client = client
+        self._context = context
 
-    def Generate(self, request: pb.GenerateRequest, timeout: float | None = None) -> StreamCall:  # noqa: N802
-        return EventCall(self.client, self.client.build_request("POST", "/generate", json=as_json(request)), timeout)
+    def Generate(self, request: Any, timeout: float | None = None, metadata: Any = None) -> StreamCall:  # noqa: N802
+        return self._stream("POST", "/generate", timeout, json=as_json(request), headers=metadata)
 
-    def Watch(self, request: pb.WatchRequest, timeout: float | None = None) -> StreamCall:  # noqa: N802
+    def Watch(self, request: Any, timeout: float | None = None, metadata: Any = None) -> StreamCall:  # noqa: N802
         query = as_json(request)
         path = f"/generations/{query.pop('generation_id')}/events"
         flat = {f"preview.{name}": value for name, value in query.pop("preview", {}).items()} | query
-        return EventCall(self.client, self.client.build_request("GET", path, params=flat), timeout)
+        return self._stream("GET", path, timeout, params=flat, headers=metadata)
 
-    async def Cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:  # noqa: N802
-        return await self._ask("POST", f"/generations/{request.generation_id}/cancel", pb.CancelResponse)
+    async def Cancel(self, request: Any, metadata: Any = None) -> pb.CancelResponse:  # noqa: N802
+        path = f"/generations/{request.generation_id}/cancel"
+        return await self._ask("POST", path, pb.CancelResponse, headers=metadata)
 
-    async def Finish(self, request: pb.FinishRequest) -> pb.FinishResponse:  # noqa: N802
-        return await self._ask("POST", f"/generations/{request.generation_id}/finish", pb.FinishResponse)
+    async def Finish(self, request: Any, metadata: Any = None) -> pb.FinishResponse:  # noqa: N802
+        path = f"/generations/{request.generation_id}/finish"
+        return await self._ask("POST", path, pb.FinishResponse, headers=metadata)
 
-    async def ListGenerations(self, request: pb.ListGenerationsRequest) -> pb.ListGenerationsResponse:  # noqa: N802
-        return await self._ask("GET", "/generations", pb.ListGenerationsResponse, params=as_json(request))
+    async def ListGenerations(self, request: Any, metadata: Any = None) -> pb.ListGenerationsResponse:  # noqa: N802
+        query = as_json(request)
+        return await self._ask("GET", "/generations", pb.ListGenerationsResponse, params=query, headers=metadata)
 
-    async def GetModel(self, request: pb.GetModelRequest) -> pb.Model:  # noqa: N802
-        return await self._ask("GET", "/model", pb.Model)
+    async def GetModel(self, request: pb.GetModelRequest, metadata: Any = None) -> pb.Model:  # noqa: N802
+        return await self._ask("GET", "/model", pb.Model, headers=metadata)
+
+    def _stream(self, method: str, path: str, timeout: float | None, **options: Any) -> StreamCall:
+        return EventCall(self.client, self.client.build_request(method, path, **options), timeout)
 
     async def _ask(self, method: str, path: str, kind: Any, **options: Any) -> Any:
         response = await self.client.request(method, path, **options)
@@ -228,20 +237,27 @@ class EventStub:
 class SocketStub(EventStub):
     """The same over the WebSocket, as far as that goes."""
 
-    def Generate(self, request: pb.GenerateRequest, timeout: float | None = None) -> StreamCall:  # noqa: N802
-        return SocketCall(self._address, {"type": "generate", "request": as_json(request)}, timeout)
+    def Generate(self, request: Any, timeout: float | None = None, metadata: Any = None) -> StreamCall:  # noqa: N802
+        command = {"type": "generate", "request": as_json(request)}
+        return SocketCall(self._open(metadata), command, timeout)
 
-    def Watch(self, request: pb.WatchRequest, timeout: float | None = None) -> StreamCall:  # noqa: N802
-        return SocketCall(self._address, {"type": "watch", "request": as_json(request)}, timeout)
+    def Watch(self, request: Any, timeout: float | None = None, metadata: Any = None) -> StreamCall:  # noqa: N802
+        return SocketCall(self._open(metadata), {"type": "watch", "request": as_json(request)}, timeout)
 
-    async def Cancel(self, request: pb.CancelRequest) -> pb.CancelResponse:  # noqa: N802
-        return await self._command("cancel", request, pb.CancelResponse)
+    async def Cancel(self, request: Any, metadata: Any = None) -> pb.CancelResponse:  # noqa: N802
+        return await self._command("cancel", request, pb.CancelResponse, metadata)
 
-    async def Finish(self, request: pb.FinishRequest) -> pb.FinishResponse:  # noqa: N802
-        return await self._command("finish", request, pb.FinishResponse)
+    async def Finish(self, request: Any, metadata: Any = None) -> pb.FinishResponse:  # noqa: N802
+        return await self._command("finish", request, pb.FinishResponse, metadata)
 
-    async def _command(self, name: str, request: Any, kind: Any) -> Any:
-        async with await open_socket(self._address) as socket:
+    async def _open(self, metadata: Any) -> Any:
+        try:
+            return await open_socket(self.client.base_url.netloc.decode(), self._context, additional_headers=metadata)
+        except InvalidStatus as refused:
+            raise as_rpc_error(json.loads(refused.response.body)["error"]) from None
+
+    async def _command(self, name: str, request: Any, kind: Any, metadata: Any) -> Any:
+        async with await self._open(metadata) as socket:
             await socket.send(json.dumps({"type": name, "id": "b", "request": as_json(request)}))
             told = json.loads(await socket.recv())
         if told["type"] == "error":

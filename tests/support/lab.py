@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from calotype_server.access import Access
 from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
-from calotype_server.transport.interceptors import INTERCEPTORS
+from calotype_server.transport.interceptors import interceptors
 from calotype_server.transport.web import WebServer
 from support.grpcweb import Connection, WebChannel, frame, read_answer
 
@@ -92,7 +93,7 @@ async def lab(transport: str = "grpc-web", methods: dict[str, Any] | None = None
     generic = handlers(methods or {})
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
-            native = grpc.aio.server(interceptors=INTERCEPTORS)
+            native = grpc.aio.server(interceptors=interceptors(Access()))
             native.add_generic_rpc_handlers([generic])
             address = f"127.0.0.1:{native.add_insecure_port('127.0.0.1:0')}"
             await native.start()
@@ -105,6 +106,7 @@ async def lab(transport: str = "grpc-web", methods: dict[str, Any] | None = None
         web = WebServer(
             "127.0.0.1:0",
             lambda server: server.add_generic_rpc_handlers([generic]),
+            Access(),
             is_ready=options.pop("is_ready", _always),
             **options,
         )

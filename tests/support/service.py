@@ -11,6 +11,7 @@ import httpx
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
+from calotype_server.access import Access
 from calotype_server.admission import Admission
 from calotype_server.api import Api
 from calotype_server.encode import Encoder
@@ -22,7 +23,7 @@ from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
 from calotype_server.transport.services import Services
 from calotype_server.transport.web import WebServer
-from calotype_server.types import Limits
+from calotype_server.types import PORT_LIMITS, Limits, PortLimits
 from support.grpcweb import WebChannel
 from support.http import EventStub, SocketStub
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
     from calotype_server.engine.protocol import Engine
     from calotype_server.store import Store
+    from calotype_server.transport.peers import Peers
+    from support.authority import Authority
 
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
 
@@ -66,10 +69,18 @@ async def running(
     store: Store | None = None,
     opened: bool = True,
     limits: Limits = LIMITS,
+    ports: PortLimits = PORT_LIMITS,
+    peers: Peers | None = None,
+    access: Access | None = None,
+    authority: Authority | None = None,
     transport: str = "native",
     web: dict[str, Any] | None = None,
 ) -> AsyncIterator[Service]:
-    """Serves `engine` while the block runs; `web` are further options of the web port."""
+    """Serves `engine` while the block runs; in plaintext to everybody, unless `authority` and `access` say so.
+
+    `web` are further options of the web port.
+    """
+    access = access or Access()
     pace, dead = Pace(), []
     admission = Admission(pace, max_active=max_active, max_queue=max_queue)
     encoder = Encoder()
@@ -81,10 +92,11 @@ async def running(
     await generations.restore()
     if opened:
         api.open(generations)
-    services = Services(GenerationServicer(api))
+    services = Services(GenerationServicer(api, access))
     await services.set_serving(opened)
     try:
-        async with _port(services, api, transport, web or {}) as (address, channel, stub):
+        port = _port(services, api, access, authority, transport, ports, peers, web or {})
+        async with port as (address, channel, stub):
             try:
                 yield Service(address, channel, stub, api, generations, services, dead)
             finally:
@@ -97,36 +109,66 @@ async def running(
 
 @contextlib.asynccontextmanager
 async def _port(
-    services: Services, api: Api, transport: str, options: dict[str, Any]
+    services: Services,
+    api: Api,
+    access: Access,
+    authority: Authority | None,
+    transport: str,
+    limits: PortLimits,
+    peers: Peers | None,
+    options: dict[str, Any],
 ) -> AsyncIterator[tuple[str, Any, Any]]:
     """Listens, and yields the address, a channel to it, over HTTP the server, and a stub."""
+    certificates = authority and authority.certificates()
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
-            native = NativeServer(services)
+            native = NativeServer(services, access, certificates, limits=limits, peers=peers)
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
             # Those of the bridge are those of a client, too.
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
+            channel = await stack.enter_async_context(open_channel(address, authority))
             if transport == "native":
                 yield address, channel, GenerationServiceStub(channel)
                 return
             web = WebServer(
                 "127.0.0.1:0",
                 lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
+                Access(),
+                certificates,
                 is_ready=services.is_serving,
+                limits=limits,
             )
         else:
-            web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving, api=api, **options)
+            web = WebServer(
+                "127.0.0.1:0",
+                services.add_to,
+                access,
+                certificates,
+                is_ready=services.is_serving,
+                api=api,
+                limits=limits,
+                peers=peers,
+                **options,
+            )
         address = await web.start()
         stack.push_async_callback(web.stop, 0)
         if transport in ("sse", "websocket"):
-            client = httpx.AsyncClient(base_url=f"http://{address}/v1", timeout=None, trust_env=False, verify=False)
+            context = authority and authority.context()
+            url = f"{'https' if context else 'http'}://{address}/v1"
+            client = httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, verify=context or False)
             await stack.enter_async_context(client)
-            yield address, web, (EventStub if transport == "sse" else SocketStub)(address, client)
+            yield address, web, (EventStub if transport == "sse" else SocketStub)(client, context)
             return
-        web_channel = WebChannel(address, text=transport == "grpc-web-text")
+        web_channel = WebChannel(address, text=transport == "grpc-web-text", context=authority and authority.context())
         stack.callback(web_channel.close)
         yield address, web_channel, GenerationServiceStub(web_channel)
+
+
+def open_channel(address: str, authority: Authority | None = None, *, shown: bool = True) -> grpc.aio.Channel:
+    """A native channel; `shown` is whether it shows a certificate where one is asked for."""
+    if authority is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, authority.credentials(shown=shown), options=CHANNEL_OPTIONS)
 
 
 async def read_until(call, phase: pb.Phase.ValueType) -> pb.Progress:

@@ -1,4 +1,4 @@
-"""Addresses to listen on, what to say when they are taken, and who calls from where."""
+"""Addresses to listen on, and what to say when they are taken."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from calotype_server.errors import AddressInUse
 
-__all__ = ["check_free", "in_use", "peer", "resolve"]
+__all__ = ["check_free", "in_use", "resolve"]
 
 
 def resolve(address: str, option: str) -> list[tuple[socket.AddressFamily, Any]]:
@@ -48,12 +48,3 @@ def in_use(address: str, option: str) -> AddressInUse:
         f"Cannot listen on {address}: it is in use, or not an address of this machine. Stop the other server, "
         f"or choose another address with {option} HOST:PORT (port 0 picks a free one)."
     )
-
-
-def peer(scope: Any) -> str:
-    """Returns the address of the client, or of the proxy before it, as gRPC writes it: ipv4:127.0.0.1:4711."""
-    client = scope.get("client")
-    if client is None:
-        return "unknown:"
-    host, port = client[:2]
-    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"

@@ -3,25 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Gone", "Limits", "TooLarge", "TooSlow", "read_body"]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a client may take.
-
-    Attributes:
-        request_bytes: Largest message accepted.
-        body_seconds: Time to send it.
-        send_seconds: Time to read one frame of the answer.
-    """
-
-    request_bytes: int = 64 * 1024
-    body_seconds: float = 10.0
-    send_seconds: float = 20.0
+__all__ = ["Gone", "TooLarge", "TooSlow", "read_body"]
 
 
 class Gone(Exception):

@@ -21,6 +21,7 @@ CHANNEL_OPTIONS = [
     # A generation may wait in the queue for minutes without a byte: pings notice a dead link meanwhile.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     # A generation that was started twice costs twice; the caller decides.
     ("grpc.enable_retries", 0),

@@ -9,6 +9,7 @@ from grpc_status import rpc_status
 
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
 from calotype_server import codec
+from calotype_server.transport.credentials import from_metadata
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import grpc.aio
 
     from calotype.v1 import calotype_pb2 as pb
+    from calotype_server.access import Access, Caller
     from calotype_server.api import Api, Following
 
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -28,16 +30,18 @@ class GenerationServicer(GenerationServiceServicer):
 
     Args:
         api: Does what is asked for.
+        access: Who may call.
     """
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, access: Access) -> None:
         self._api = api
+        self._access = access
 
     async def Generate(  # noqa: N802 - the name in the proto
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.Progress, None]:
         """Starts a generation and streams it; see the proto."""
-        following = await self._api.generate(request, _caller(context), deadline=context.time_remaining())
+        following = await self._api.generate(request, self._caller(context), deadline=context.time_remaining())
         async with contextlib.aclosing(_told(following, context)) as messages:
             async for message in messages:
                 yield message
@@ -46,7 +50,7 @@ class GenerationServicer(GenerationServiceServicer):
         self, request: pb.WatchRequest, context: Context
     ) -> AsyncGenerator[pb.Progress, None]:
         """Streams a generation that was started before; see the proto."""
-        following = self._api.watch(request)
+        following = self._api.watch(request, self._caller(context))
         async with contextlib.aclosing(_told(following, context)) as messages:
             async for message in messages:
                 yield message
@@ -55,25 +59,28 @@ class GenerationServicer(GenerationServiceServicer):
         self, request: pb.CancelRequest, context: Context
     ) -> pb.CancelResponse:
         """Cancels by id; see the proto."""
-        return self._api.cancel(request)
+        return self._api.cancel(request, self._caller(context))
 
     async def Finish(  # noqa: N802
         self, request: pb.FinishRequest, context: Context
     ) -> pb.FinishResponse:
         """Ends early by id; see the proto."""
-        return self._api.finish(request)
+        return self._api.finish(request, self._caller(context))
 
     async def ListGenerations(  # noqa: N802
         self, request: pb.ListGenerationsRequest, context: Context
     ) -> pb.ListGenerationsResponse:
-        """Lists the caller's own; see the proto."""
-        return self._api.list_generations(request, _caller(context))
+        """Lists what the caller may see; see the proto."""
+        return self._api.list_generations(request, self._caller(context))
 
     async def GetModel(  # noqa: N802
         self, request: pb.GetModelRequest, context: Context
     ) -> pb.Model:
         """Describes the model; see the proto."""
         return self._api.model()
+
+    def _caller(self, context: Context) -> Caller:
+        return self._access.admit(from_metadata(context.invocation_metadata()), context.peer())
 
 
 async def _told(following: Following, context: Context) -> AsyncGenerator[pb.Progress, None]:
@@ -84,8 +91,3 @@ async def _told(following: Following, context: Context) -> AsyncGenerator[pb.Pro
     if following.failure is not None:
         # Said in the last message already; repeated for clients that look only at the status.
         await context.abort_with_status(rpc_status.to_status(codec.encode_error(following.failure)))
-
-
-def _caller(context: Context) -> str:
-    """Whose call it is: the peer's host. Every connection has a port of its own, and stands for the same caller."""
-    return context.peer().rpartition(":")[0]

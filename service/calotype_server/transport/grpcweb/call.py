@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 
-from calotype_server.transport.address import peer
 from calotype_server.transport.body import Gone, TooLarge, TooSlow, read_body
+from calotype_server.transport.credentials import peer_of
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.context import Context
 from calotype_server.transport.grpcweb.framing import Refused, Status
@@ -22,7 +22,7 @@ from calotype_server.transport.grpcweb.response import Response, Stalled
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from calotype_server.transport.body import Limits
+    from calotype_server.types import PortLimits
 
     Handler = Any  # grpc.RpcMethodHandler, whose annotations are those of its synchronous half.
     Resolve = Callable[[Any], Awaitable[Handler | None]]
@@ -59,13 +59,15 @@ class Call:
         limits: What it may take.
     """
 
-    def __init__(self, path: str, scope: Any, receive: Any, send: Any, *, text: bool, limits: Limits) -> None:
+    def __init__(self, path: str, scope: Any, receive: Any, send: Any, *, text: bool, limits: PortLimits) -> None:
+        self.peer = peer_of(scope)
+        """As gRPC writes addresses, such as ipv4:127.0.0.1:4711."""
         self._path = path
         self._scope = scope
         self._receive = receive
         self._text = text
         self._limits = limits
-        self._response = Response(send, text=text, timeout=limits.send_seconds)
+        self._response = Response(send, text=text, timeout=limits.stall_seconds)
         self._verdict: asyncio.Future[Status | None] = asyncio.get_running_loop().create_future()
         self._context: Context | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -105,7 +107,7 @@ class Call:
             return
         except Stalled:
             # Not finishing makes the server close the connection.
-            _log.warning("a reader stalled and was dropped", seconds=self._limits.send_seconds)
+            _log.warning("a reader stalled and was dropped", seconds=self._limits.stall_seconds)
 
     async def _handle(self, resolve: Resolve) -> None:
         if self._verdict.done():
@@ -131,15 +133,15 @@ class Call:
                 grpc.StatusCode.INVALID_ARGUMENT, "The request is no message of the type that the method takes."
             ) from None
         self._watcher = asyncio.create_task(self._watch())
-        self._context = Context(self._response, metadata, deadline, peer(self._scope))
+        self._context = Context(self._response, metadata, deadline, self.peer)
         self._context.serializer = handler.response_serializer
         await _invoke(handler, request, self._context)
 
     async def _read(self) -> bytes:
         """Reads the request to its end."""
-        limit = self._limits.request_bytes
+        limit = self._limits.max_request_bytes
         most = framing.wire_size(limit, text=self._text)
-        seconds = self._limits.body_seconds
+        seconds = self._limits.request_seconds
         try:
             body = await read_body(self._scope, self._receive, most=most, seconds=seconds)
         except TooLarge:

@@ -9,7 +9,6 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Mount, Route
 
 from calotype_server import __version__
-from calotype_server.transport.body import Limits
 from calotype_server.transport.http.docs import STYLE, render
 from calotype_server.transport.http.edge import Edge
 from calotype_server.transport.http.native import native_routes
@@ -23,7 +22,10 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.routing import BaseRoute
 
+    from calotype_server.access import Access
     from calotype_server.api import Api
+    from calotype_server.transport.peers import Peers
+    from calotype_server.types import PortLimits
 
 __all__ = ["HttpApi"]
 
@@ -38,10 +40,12 @@ class HttpApi:
 
     Args:
         api: Does what is asked for.
-        limits: What a client may take.
+        access: Who may call. The document and its page are for everybody.
+        limits: What a peer may take.
+        peers: Counts what each has under way.
     """
 
-    def __init__(self, api: Api, limits: Limits | None = None) -> None:
+    def __init__(self, api: Api, access: Access, limits: PortLimits, peers: Peers) -> None:
         self._application = application = FastAPI(
             title="Calotype",
             version=__version__,
@@ -54,9 +58,9 @@ class HttpApi:
             responses=ERRORS,
         )
         handle_errors(application)
-        for routes in (openai_routes(api), native_routes(api), socket_routes(api)):
+        for routes in (openai_routes(api), native_routes(api), socket_routes(api, peers)):
             application.include_router(routes)
-        self._edge = Edge(application, limits or Limits())
+        self._edge = Edge(application, access, limits, peers)
         self._page: str | None = None
 
     @property
@@ -66,6 +70,9 @@ class HttpApi:
         # Those of events, which OpenAPI 3.1 has no place for.
         event = ImageEvent.model_json_schema(ref_template="#/components/schemas/{model}")
         document["components"]["schemas"] |= event.pop("$defs") | {event["title"]: event}
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        # Without keys on the server, none is asked for.
+        document["security"] = [{"key": []}, {}]
         return document
 
     @property

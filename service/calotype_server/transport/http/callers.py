@@ -1,17 +1,31 @@
-"""Whose request it is."""
+"""Whose request it is: decided at the edge, before anything of it is read."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from calotype_server.transport.address import peer
+from calotype_server.access import Caller
+from calotype_server.transport.credentials import from_scope, peer_of
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
 
-__all__ = ["caller_of"]
+    from calotype_server.access import Access
+
+__all__ = ["admit", "caller_of"]
+
+_KEY = "calotype.caller"
 
 
-def caller_of(connection: HTTPConnection) -> str:
-    """Returns who sends a request or opens a WebSocket: the peer's host, as for calls over gRPC."""
-    return peer(connection.scope).rpartition(":")[0]
+def admit(access: Access, scope: Any) -> None:
+    """Notes who sends a request or opens a WebSocket.
+
+    Raises:
+        Unauthenticated: It comes without a good key.
+    """
+    scope[_KEY] = access.admit(from_scope(scope), peer_of(scope))
+
+
+def caller_of(connection: HTTPConnection) -> Caller:
+    """Returns who that is."""
+    return cast(Caller, connection.scope[_KEY])

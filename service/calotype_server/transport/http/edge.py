@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from uvicorn.protocols.utils import ClientDisconnected
 
-from calotype_server.errors import RequestTooLarge, RequestTooSlow, ServiceError
+from calotype_server.errors import RequestTooLarge, RequestTooLate, ServiceError
 from calotype_server.transport.body import Gone, TooLarge, TooSlow, read_body
+from calotype_server.transport.credentials import peer_of
+from calotype_server.transport.http.callers import admit
 from calotype_server.transport.http.problems import answer
 from calotype_server.transport.request_id import bind_request_id
 
 if TYPE_CHECKING:
-    from calotype_server.transport.body import Limits
+    from calotype_server.access import Access
+    from calotype_server.transport.peers import Peers
+    from calotype_server.types import PortLimits
 
 __all__ = ["Edge"]
 
@@ -26,29 +30,38 @@ class Edge:
 
     Args:
         application: What is surrounded.
-        limits: What a client may take.
+        access: Who may call.
+        limits: What a peer may take.
+        peers: Counts what each has under way.
     """
 
-    def __init__(self, application: Any, limits: Limits) -> None:
+    def __init__(self, application: Any, access: Access, limits: PortLimits, peers: Peers) -> None:
         self._application = application
+        self._access = access
         self._limits = limits
+        self._peers = peers
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Passes one request on."""
         given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), None)
-        exit_ = _Exit(send, self._limits.send_seconds, bind_request_id(given))
+        exit_ = _Exit(send, self._limits.stall_seconds, bind_request_id(given))
         try:
-            if scope["type"] == "http":
-                receive = await self._with_body(scope, receive)
-            await self._application(scope, receive, exit_.send)
+            admit(self._access, scope)
+            with self._peers.admit(peer_of(scope)):
+                if scope["type"] == "http":
+                    receive = await self._with_body(scope, receive)
+                await self._application(scope, receive, exit_.send)
         except (Gone, ClientDisconnected):
             return
-        except _Refused as refusal:
-            await answer(refusal.error)(scope, receive, exit_.send)
+        except ServiceError as error:
+            await answer(error)(scope, receive, exit_.send)
+            if scope["type"] == "websocket":
+                # It was answered, but uvicorn takes a return for an oversight and logs it as an error.
+                raise ClientDisconnected from None
         except Exception as error:
             if exit_.stalled:
                 # Not finishing makes the server close the connection.
-                _log.warning("a reader stalled and was dropped", seconds=self._limits.send_seconds)
+                _log.warning("a reader stalled and was dropped", seconds=self._limits.stall_seconds)
             else:
                 _log.error("request failed", path=scope["path"], exc_info=error)
 
@@ -56,12 +69,12 @@ class Edge:
         """Reads the body and returns a `receive` that hands it out, whole."""
         limits = self._limits
         try:
-            body = await read_body(scope, receive, most=limits.request_bytes, seconds=limits.body_seconds)
+            body = await read_body(scope, receive, most=limits.max_request_bytes, seconds=limits.request_seconds)
         except TooLarge:
-            raise _Refused(RequestTooLarge(f"The request is larger than {limits.request_bytes} bytes.")) from None
+            raise RequestTooLarge(f"The request is larger than {limits.max_request_bytes} bytes.") from None
         except TooSlow:
-            late = f"The request had not arrived after {limits.body_seconds:g} seconds."
-            raise _Refused(RequestTooSlow(late)) from None
+            late = f"The request had not arrived after {limits.request_seconds:g} seconds."
+            raise RequestTooLate(late) from None
         whole = {"type": "http.request", "body": body, "more_body": False}
         waiting = [whole]
 
@@ -69,12 +82,6 @@ class Edge:
             return waiting.pop() if waiting else await receive()
 
         return received
-
-
-class _Refused(Exception):
-    def __init__(self, error: ServiceError) -> None:
-        super().__init__()
-        self.error = error
 
 
 class _Exit:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.errors import InvalidRequest, Violation
+from calotype_server.errors import InvalidRequest, ServiceError, Violation
+from calotype_server.transport.http.problems import describe
 from calotype_server.transport.http.schema import as_json
 
 if TYPE_CHECKING:
@@ -38,13 +39,22 @@ class EventStream(EventSourceResponse):
     """
 
     def __init__(self, following: Following, events: AsyncIterator[ServerSentEvent]) -> None:
-        super().__init__(events, sep="\n", ping=_HEARTBEAT_SECONDS)
+        super().__init__(_with_refusal(events), sep="\n", ping=_HEARTBEAT_SECONDS)
         self._following = following
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Sends the events."""
         async with contextlib.aclosing(self._following):
             await super().__call__(scope, receive, send)
+
+
+async def _with_refusal(events: AsyncIterator[ServerSentEvent]) -> AsyncIterator[ServerSentEvent]:
+    """Tells as an event what can no longer be told as a status."""
+    try:
+        async for each in events:
+            yield each
+    except ServiceError as error:
+        yield event("error", describe(error))
 
 
 async def progress_events(following: Following, images: Images, base: str) -> AsyncGenerator[ServerSentEvent, None]:

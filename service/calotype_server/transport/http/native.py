@@ -78,7 +78,7 @@ def native_routes(api: Api) -> APIRouter:
         return await follow(Parsed(watch, []), request, images)
 
     async def follow(watch: Parsed[pb.WatchRequest], request: Request, images: Images) -> Response:
-        following = api.watch(watch.value, whole=True, violations=watch.violations)
+        following = api.watch(watch.value, caller_of(request), whole=True, violations=watch.violations)
         state = following.generation.log.state
         if state.end is not None and state.sequence <= watch.value.after_sequence:
             await following.aclose()
@@ -139,7 +139,7 @@ def native_routes(api: Api) -> APIRouter:
     )
     async def state(request: Request, generation_id: _Id) -> Response:
         """The newest `Progress`."""
-        return JSONResponse(progress_json(api.state(generation_id), "url", _base(request)))
+        return JSONResponse(progress_json(api.state(generation_id, caller_of(request)), "url", _base(request)))
 
     @routes.get(
         "/generations/{generation_id}/events",
@@ -159,30 +159,32 @@ def native_routes(api: Api) -> APIRouter:
     @routes.post(
         "/generations/{generation_id}/cancel", summary="Cancel a generation", responses=_json(pb.CancelResponse)
     )
-    async def cancel(generation_id: _Id) -> Response:
+    async def cancel(request: Request, generation_id: _Id) -> Response:
         """Queued or running. Idempotent: `phase` tells in which phase it was found."""
-        return _answer(api.cancel(pb.CancelRequest(generation_id=generation_id)))
+        return _answer(api.cancel(pb.CancelRequest(generation_id=generation_id), caller_of(request)))
 
     @routes.post(
         "/generations/{generation_id}/finish",
         summary="Take the picture as it is",
         responses=_json(pb.FinishResponse),
     )
-    async def finish(generation_id: _Id) -> Response:
+    async def finish(request: Request, generation_id: _Id) -> Response:
         """Ends it after the step under way, with the current estimate as the final image."""
-        return _answer(api.finish(pb.FinishRequest(generation_id=generation_id)))
+        return _answer(api.finish(pb.FinishRequest(generation_id=generation_id), caller_of(request)))
 
     @routes.get("/generations/{generation_id}/preview/{sequence}", summary="The picture of an event", responses=_IMAGE)
     async def preview(
-        generation_id: _Id, sequence: Annotated[int, Path(description="From `Progress.sequence`.", ge=0, le=2**63 - 1)]
+        request: Request,
+        generation_id: _Id,
+        sequence: Annotated[int, Path(description="From `Progress.sequence`.", ge=0, le=2**63 - 1)],
     ) -> Response:
         """The newest preview, at least as new as that event; after the end, the final image."""
-        return _file(await api.preview(generation_id, sequence), lasting=False)
+        return _file(await api.preview(generation_id, sequence, caller_of(request)), lasting=False)
 
     @routes.get("/generations/{generation_id}/image", summary="The final image", responses=_IMAGE)
-    async def image(generation_id: _Id) -> Response:
+    async def image(request: Request, generation_id: _Id) -> Response:
         """404 with a time to come back while there is none yet."""
-        return _file(api.image(generation_id), lasting=True)
+        return _file(api.image(generation_id, caller_of(request)), lasting=True)
 
     @routes.get("/model", summary="The loaded model, its limits and defaults", responses=_json(pb.Model))
     async def model() -> Response:

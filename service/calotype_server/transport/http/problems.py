@@ -31,7 +31,7 @@ _STATUSES = {
     "FAILED_PRECONDITION": 400,
     "UNAVAILABLE": 503,
 }
-_BY_REASON = {"REQUEST_TOO_LARGE": 413, "REQUEST_TOO_SLOW": 408}
+_BY_REASON = {"REQUEST_TOO_LARGE": 413, "REQUEST_TOO_LATE": 408}
 _NAMES = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

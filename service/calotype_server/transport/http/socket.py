@@ -24,7 +24,9 @@ from fastapi import APIRouter, WebSocket
 from pydantic import Field
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.access import bearer_in_subprotocols
 from calotype_server.errors import InvalidRequest, ServiceError, TooManyStreams, Violation
+from calotype_server.transport.credentials import peer_of
 from calotype_server.transport.http.callers import caller_of
 from calotype_server.transport.http.events import event_name
 from calotype_server.transport.http.parsing import parse, parse_message
@@ -33,6 +35,7 @@ from calotype_server.transport.http.schema import Given, Text, as_json
 
 if TYPE_CHECKING:
     from calotype_server.api import Api, Following
+    from calotype_server.transport.peers import Peers
 
 __all__ = ["MAX_STREAMS", "socket_routes"]
 
@@ -49,19 +52,21 @@ class _Command(Given):
     request: dict[str, Any] = Field(default_factory=dict)
 
 
-def socket_routes(api: Api) -> APIRouter:
+def socket_routes(api: Api, peers: Peers) -> APIRouter:
     """Returns the route.
 
     Args:
         api: Does what is asked for.
+        peers: Counts what each has under way.
     """
     routes = APIRouter()
 
     @routes.websocket("/ws")
     async def connect(socket: WebSocket) -> None:
-        caller = caller_of(socket)
-        await socket.accept()
-        await _Session(socket, api, caller).run()
+        # One that carries a key must not be sent back.
+        offered = (each for each in socket.scope["subprotocols"] if bearer_in_subprotocols([each]) is None)
+        await socket.accept(next(offered, None))
+        await _Session(socket, api, peers).run()
 
     return routes
 
@@ -72,13 +77,14 @@ class _Session:
     Args:
         socket: Accepted.
         api: Does what is asked for.
-        caller: Whose it is.
+        peers: Counts each generation that is followed as a call.
     """
 
-    def __init__(self, socket: WebSocket, api: Api, caller: str) -> None:
+    def __init__(self, socket: WebSocket, api: Api, peers: Peers) -> None:
         self._socket = socket
         self._api = api
-        self._caller = caller
+        self._caller = caller_of(socket)
+        self._peers = peers
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._sending = asyncio.Lock()
 
@@ -120,11 +126,15 @@ class _Session:
             case "cancel":
                 given = parse_message(pb.CancelRequest, command.request)
                 _check(given.violations)
-                await self._send({"type": "cancel", "id": command.id, **as_json(self._api.cancel(given.value))})
+                await self._send(
+                    {"type": "cancel", "id": command.id, **as_json(self._api.cancel(given.value, self._caller))}
+                )
             case "finish":
                 asked = parse_message(pb.FinishRequest, command.request)
                 _check(asked.violations)
-                await self._send({"type": "finish", "id": command.id, **as_json(self._api.finish(asked.value))})
+                await self._send(
+                    {"type": "finish", "id": command.id, **as_json(self._api.finish(asked.value, self._caller))}
+                )
             case _:
                 if len(self._streams) >= MAX_STREAMS:
                     raise TooManyStreams(f"One connection follows up to {MAX_STREAMS} generations.", retry_after=1.0)
@@ -133,9 +143,10 @@ class _Session:
     async def _stream(self, command: _Command) -> None:
         """Sends all of one generation. A reader who is slow holds it up, and so gets the newest when it goes on."""
         try:
-            async with contextlib.aclosing(await self._begin(command)) as following:
-                async for message in following:
-                    await self._tell(command.id, message)
+            with self._peers.admit(peer_of(self._socket.scope)):
+                async with contextlib.aclosing(await self._begin(command)) as following:
+                    async for message in following:
+                        await self._tell(command.id, message)
         except ServiceError as error:
             await self._send({"type": "error", "id": command.id, "error": describe(error)["error"]})
         finally:
@@ -146,7 +157,7 @@ class _Session:
             asked = parse_message(pb.GenerateRequest, command.request)
             return await self._api.generate(asked.value, self._caller, whole=True, violations=asked.violations)
         watch = parse_message(pb.WatchRequest, command.request)
-        return self._api.watch(watch.value, whole=True, violations=watch.violations)
+        return self._api.watch(watch.value, self._caller, whole=True, violations=watch.violations)
 
     async def _tell(self, name: str, message: pb.Progress) -> None:
         image = message.image

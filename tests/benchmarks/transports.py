@@ -111,8 +111,9 @@ async def _stub(stack: contextlib.AsyncExitStack, name: str, address: str) -> An
     if name == "grpc_web":
         return GenerationServiceStub(stack.enter_context(contextlib.closing(WebChannel(address))))
     client = httpx.AsyncClient(base_url=f"http://{address}/v1", timeout=None, trust_env=False, verify=False)
-    await stack.enter_async_context(client)
-    return (EventStub if name == "sse" else SocketStub)(client)
+    stub = (EventStub if name == "sse" else SocketStub)(client)
+    stack.push_async_callback(stub.aclose)
+    return stub
 
 
 async def _generate(stub: Any) -> int:

@@ -199,6 +199,12 @@ class EventStub:
     def __init__(self, client: httpx.AsyncClient, context: ssl.SSLContext | None = None) -> None:
         self.client = client
         self._context = context
+        self._sockets: list[Any] = []
+
+    async def aclose(self) -> None:
+        """Closes whatever is open."""
+        await self.client.aclose()
+        await asyncio.gather(*(socket.close() for socket in self._sockets))
 
     def Generate(self, request: Any, timeout: float | None = None, metadata: Any = None) -> StreamCall:  # noqa: N802
         return self._stream("POST", "/generate", timeout, json=as_json(request), headers=metadata)
@@ -252,7 +258,10 @@ class SocketStub(EventStub):
 
     async def _open(self, metadata: Any) -> Any:
         try:
-            return await open_socket(self.client.base_url.netloc.decode(), self._context, additional_headers=metadata)
+            address = self.client.base_url.netloc.decode()
+            socket = await open_socket(address, self._context, additional_headers=metadata)
+            self._sockets.append(socket)
+            return socket
         except InvalidStatus as refused:
             raise as_rpc_error(json.loads(refused.response.body)["error"]) from None
 

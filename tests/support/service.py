@@ -156,8 +156,9 @@ async def _port(
             context = authority and authority.context()
             url = f"{'https' if context else 'http'}://{address}/v1"
             client = httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, verify=context or False)
-            await stack.enter_async_context(client)
-            yield address, web, (EventStub if transport == "sse" else SocketStub)(client, context)
+            stub = (EventStub if transport == "sse" else SocketStub)(client, context)
+            stack.push_async_callback(stub.aclose)
+            yield address, web, stub
             return
         web_channel = WebChannel(address, text=transport == "grpc-web-text", context=authority and authority.context())
         stack.callback(web_channel.close)

@@ -85,7 +85,7 @@ async def test_every_picture_arrives_whatever_breaks(tmp_path: Path) -> None:
     options = ["--grpc-address", address, "--web-address", web_address, "--deterministic", "--log-level", "error"]
     options += ["--max-batch-rows", "8", "--max-active", "4", "--state", str(tmp_path / "state")]
     done: Counter[str] = Counter()
-    kills, until = 0, asyncio.get_running_loop().time() + SECONDS
+    kills = 0
     async with Link(address) as link, Link(web_address) as web_link:
         with contextlib.ExitStack() as servers:
             server = servers.enter_context(ServerProcess(*options))
@@ -93,6 +93,7 @@ async def test_every_picture_arrives_whatever_breaks(tmp_path: Path) -> None:
                 undisturbed = {
                     prompt: (await calm.generate(prompt, seed=5, steps=STEPS).result()).data for prompt in PROMPTS
                 }
+            until = asyncio.get_running_loop().time() + SECONDS
 
             async def caller(port: str, number: int) -> None:
                 channel = WebChannel(web_link.address)

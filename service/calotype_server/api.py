@@ -12,6 +12,7 @@ from calotype_server import __version__, codec, errors
 from calotype_server.stream import Update
 from calotype_server.types import Failed, Succeeded
 from calotype_server.validation import validate, validate_id, validate_page, validate_watch, watched_previews
+from calotype_server.withholding import bind_texts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -121,11 +122,12 @@ class Api:
         Raises:
             ServiceError: It is refused.
         """
+        bind_texts(request.prompt, request.negative_prompt)
         job, terms = validate(request, self.generations.model, self._limits, violations)
         terms = replace(terms, caller=caller.id, deadline=deadline)
         generation = await self.generations.start(job, terms, caller.quota)
         structlog.contextvars.bind_contextvars(generation=generation.id)
-        _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count)
+        _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count, prompt=job.prompt)
         following = Following(generation, self.generations.follow(generation), whole=whole)
         await following.read_ahead()
         return following

@@ -24,6 +24,7 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
+@pytest.mark.proves("python", "resumes")
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("keeps_state", [False, True], ids=["forgets", "keeps-state"])
 def test_a_killed_server_costs_time_and_nothing_else(tmp_path, keeps_state: bool) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 import grpc
 
-from ._channel import CHANNEL_OPTIONS, TLS, channel_credentials, parse_address
+from ._channel import CHANNEL_OPTIONS, TLS, call_metadata, channel_credentials, parse_address
 from ._convert import model_from_proto, phase_from_proto, summary_from_proto
 from ._errors import Cancelled, ClientClosed
 from ._farewell import Farewells
@@ -55,6 +55,7 @@ class Client:
         self,
         address: str = "localhost:50051",
         *,
+        api_key: str | None = None,
         tls: TLS | bool | None = None,
         timeout: float | None = None,
         wait_for_ready: bool = False,
@@ -65,6 +66,8 @@ class Client:
 
         Args:
             address: HOST:PORT, HOST (port 50051), or a target of gRPC's own such as unix:/run/calotype.sock.
+            api_key: For a server that asks for one; empty for none. Default: what CALOTYPE_API_KEY in the environment
+                says. It is a secret: beyond this machine and a trusted network, send it with `tls` only.
             tls: Whether and how to encrypt. True trusts what browsers trust.
             timeout: Default for `generate`, in seconds. None means no limit.
             wait_for_ready: Whether to wait for a server that does not answer, instead of raising `Unavailable`.
@@ -74,13 +77,14 @@ class Client:
                 or its `result`.
 
         Raises:
-            ValueError: The address is not one, or `retries` is negative.
+            ValueError: The address or the key is not one, or `retries` is negative.
         """
         self.address = address
         self._timeout = resolve_timeout(timeout, None)
-        self._wait_for_ready = wait_for_ready
+        metadata = call_metadata(api_key)
+        self._how: dict[str, Any] = {"wait_for_ready": wait_for_ready, "metadata": metadata}
         self._retry = RetryPolicy(resolve_retries(retries), notify=on_reconnect)
-        self._farewells = Farewells()
+        self._farewells = Farewells(metadata)
         self._running: WeakSet[Generation] = WeakSet()
         self._closed = False
         self._lock = threading.Lock()
@@ -206,9 +210,7 @@ class Client:
     def _pages(self, request: v1.ListGenerationsRequest) -> Iterator[GenerationSummary]:
         while True:
             try:
-                answer = self._open().ListGenerations(
-                    request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready
-                )
+                answer = self._open().ListGenerations(request, timeout=CONTROL_TIMEOUT, **self._how)
             except grpc.RpcError as error:
                 raise from_rpc_error(error) from None
             for summary in answer.generations:
@@ -233,7 +235,7 @@ class Client:
         """
         request = v1.FinishRequest(generation_id=generation_id)
         try:
-            answer = self._open().Finish(request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready)
+            answer = self._open().Finish(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return phase_from_proto(answer.phase)
@@ -251,7 +253,7 @@ class Client:
         """
         request = v1.CancelRequest(generation_id=generation_id)
         try:
-            answer = self._open().Cancel(request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready)
+            answer = self._open().Cancel(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return phase_from_proto(answer.phase)
@@ -266,7 +268,7 @@ class Client:
         """
         request = v1.GetModelRequest()
         try:
-            answer = self._open().GetModel(request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready)
+            answer = self._open().GetModel(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return model_from_proto(answer)
@@ -294,8 +296,8 @@ class Client:
         with self._lock:
             stub = self._open()
             if isinstance(request, v1.WatchRequest):
-                return stub.Watch(request, timeout=timeout, wait_for_ready=self._wait_for_ready)
-            return stub.Generate(request, timeout=timeout, wait_for_ready=self._wait_for_ready)
+                return stub.Watch(request, timeout=timeout, **self._how)
+            return stub.Generate(request, timeout=timeout, **self._how)
 
     def _part(self, resumption: Resumption) -> None:
         if not self._closed:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ._resume import Resumption
     from .v1.calotype_pb2_grpc import GenerationServiceAsyncStub, GenerationServiceStub
 
+    Metadata = tuple[tuple[str, str], ...]
+
 __all__ = ["AsyncFarewells", "Farewells"]
 
 _PATIENCE = 1.0  # seconds, of a client that is being closed
@@ -38,9 +40,10 @@ _NEWEST = v1.ListGenerationsRequest(page_size=100)
 
 
 class Farewells:
-    """The cancellations under way of a `Client`."""
+    """The cancellations under way of a `Client`, whose calls carry `metadata`."""
 
-    def __init__(self) -> None:
+    def __init__(self, metadata: Metadata = ()) -> None:
+        self._metadata = metadata
         self._changed = threading.Condition()
         self._calls: set[Any] = set()
 
@@ -55,7 +58,7 @@ class Farewells:
                 with contextlib.suppress(ValueError):  # the channel has been closed meanwhile
                     self._cancel(stub, generation_id)
 
-        self._keep(stub.ListGenerations.future(_NEWEST, timeout=CONTROL_TIMEOUT), found)
+        self._keep(stub.ListGenerations.future(_NEWEST, timeout=CONTROL_TIMEOUT, metadata=self._metadata), found)
 
     def wait(self) -> None:
         """Waits a moment for those under way."""
@@ -64,7 +67,7 @@ class Farewells:
 
     def _cancel(self, stub: GenerationServiceStub, generation_id: str) -> None:
         request = v1.CancelRequest(generation_id=generation_id)
-        self._keep(stub.Cancel.future(request, timeout=CONTROL_TIMEOUT))
+        self._keep(stub.Cancel.future(request, timeout=CONTROL_TIMEOUT, metadata=self._metadata))
 
     def _keep(self, call: Any, then: Any = None) -> None:
         with self._changed:
@@ -81,9 +84,10 @@ class Farewells:
 
 
 class AsyncFarewells:
-    """The cancellations under way of an `AsyncClient`."""
+    """The cancellations under way of an `AsyncClient`, whose calls carry `metadata`."""
 
-    def __init__(self) -> None:
+    def __init__(self, metadata: Metadata = ()) -> None:
+        self._metadata = metadata
         self._tasks: set[asyncio.Task[None]] = set()
 
     def send(self, stub: GenerationServiceAsyncStub, resumption: Resumption) -> None:
@@ -101,6 +105,10 @@ class AsyncFarewells:
         with contextlib.suppress(grpc.RpcError):
             generation_id = resumption.generation_id
             if generation_id is None:
-                generation_id = _id_of(resumption, await stub.ListGenerations(_NEWEST, timeout=CONTROL_TIMEOUT))
+                generation_id = _id_of(
+                    resumption, await stub.ListGenerations(_NEWEST, timeout=CONTROL_TIMEOUT, metadata=self._metadata)
+                )
             if generation_id is not None:
-                await stub.Cancel(v1.CancelRequest(generation_id=generation_id), timeout=CONTROL_TIMEOUT)
+                await stub.Cancel(
+                    v1.CancelRequest(generation_id=generation_id), timeout=CONTROL_TIMEOUT, metadata=self._metadata
+                )

@@ -9,7 +9,7 @@ import { type Calls, follow } from "./follow.js";
 import { GenerationService } from "./gen/calotype/v1/calotype_pb.js";
 import { Generation } from "./generation.js";
 import { newRequestId } from "./ids.js";
-import { defaultLines, Lines } from "./lines.js";
+import { defaultLines, type Lines, OwnLines } from "./lines.js";
 import { fromCall } from "./status.js";
 import type {
   CallOptions,
@@ -24,9 +24,17 @@ import type {
 export interface ClientOptions {
   /** Used instead of the global `fetch`. */
   readonly fetch?: typeof globalThis.fetch;
+  /**
+   * For a service that asks for one; a function is asked before each call, where the key comes later or changes. A page
+   * shows it to whoever uses the page: give each person their own, or call through a server of yours.
+   */
+  readonly apiKey?: string | (() => string | undefined);
   /** Sent with every call. */
   readonly headers?: HeadersInit;
-  /** Streams open at once; more wait for their turn. Default: four in a browser over HTTP/1.1, else no limit. */
+  /**
+   * Streams open at once; more wait for their turn. Default: over HTTP/1.1 in a browser four, over all tabs where they
+   * can agree, which takes TLS or localhost; else no limit.
+   */
   readonly maxStreams?: number;
   /** Used instead of grpc-web over `fetch`: connect's router transport in tests, or native gRPC in Node. */
   readonly transport?: Transport;
@@ -90,10 +98,12 @@ export function createClient(baseUrl: string, options: ClientOptions = {}): Clie
   const transport =
     options.transport ?? createGrpcWebTransport({ baseUrl: root, ...(options.fetch && { fetch: options.fetch }) });
   const calls = createConnectClient(GenerationService, transport);
-  const lines = new Lines(options.maxStreams ?? defaultLines(root));
+  const lines = options.maxStreams === undefined ? defaultLines(root) : new OwnLines(options.maxStreams);
   const clock = options.clock ?? realClock;
   const callOptions = ({ headers, timeout, signal }: CallOptions) => {
     const merged = new Headers(options.headers);
+    const key = typeof options.apiKey === "function" ? options.apiKey() : options.apiKey;
+    if (key) merged.set("authorization", `Bearer ${key}`);
     for (const [name, value] of new Headers(headers)) merged.set(name, value);
     return {
       headers: merged,

@@ -90,7 +90,7 @@ export async function* follow(
     if (error === undefined) return;
     if (continuity.news > known) failures = 0;
     failures += 1;
-    if (continuity.generationId === undefined || failures > plan.retries) throw error;
+    if (continuity.generationId === undefined || failures > plan.retries) throw asLoss(error, continuity);
     if (another !== undefined) {
       interrupted = another;
       begins = true;
@@ -111,7 +111,22 @@ export async function* follow(
 
 const TOO_LATE = "The connection was lost, and there was no time left to take it up again.";
 
-/** Whether another connection may help. After a restart everybody comes back, so that a queue may be full for a while. */
+/** Nobody answers at the last attempt, but what has happened to the caller is that a connection was lost. */
+function asLoss(error: CalotypeError, { news }: Continuity): CalotypeError {
+  if (error.reason !== "UNREACHABLE" || news === 0) return error;
+  return new CalotypeError("UNAVAILABLE", "The connection was lost.", { reason: "CONNECTION_LOST", cause: error });
+}
+
+/** What passes by itself. After a restart everybody comes back at once, and begins again what was lost. */
+const PASSING = [
+  "STREAM_INCOMPLETE",
+  "QUEUE_FULL",
+  "REQUESTS_PER_MINUTE",
+  "PIXEL_STEPS_PER_MINUTE",
+  "CONCURRENT_GENERATIONS",
+];
+
+/** Whether another connection may help. */
 function isLost({ code, reason }: CalotypeError): boolean {
-  return code === "UNAVAILABLE" || reason === "STREAM_INCOMPLETE" || reason === "QUEUE_FULL";
+  return code === "UNAVAILABLE" || PASSING.includes(reason);
 }

@@ -185,6 +185,17 @@ describe("leaving", () => {
     await left;
   });
 
+  it("by the iterator's return() aborts the call while nothing arrives", async () => {
+    const { handlers, left } = endless();
+    const { client } = await serve(handlers);
+    const messages = client.generate("x")[Symbol.asyncIterator]();
+    await messages.next();
+    const next = errorOf(messages.next());
+    expect(await messages.return()).toEqual({ done: true, value: undefined });
+    expect(await next).toMatchObject({ code: "CANCELLED", reason: "CANCELLED_HERE" });
+    await left;
+  });
+
   it("by a signal aborts the call and tells the signal's reason", async () => {
     const { handlers, left } = endless();
     const { client } = await serve(handlers);
@@ -579,6 +590,25 @@ describe("the unary calls", () => {
     const client = createClient(await stub.start(), { headers: { authorization: "Bearer t", "x-request-id": "a" } });
     await client.getModel({ headers: { "x-request-id": "b" } });
     expect(seen).toEqual(["Bearer t", "b"]);
+  });
+
+  it("send the key that there is at the time", async () => {
+    const seen: (string | null)[] = [];
+    const stub = new Stub({
+      getModel(_request, context) {
+        seen.push(context.requestHeader.get("authorization"));
+        return {};
+      },
+    });
+    stubs.push(stub);
+    const url = await stub.start();
+    let later: string | undefined;
+    const client = createClient(url, { apiKey: () => later });
+    await client.getModel();
+    later = "k2";
+    await client.getModel();
+    await createClient(url, { apiKey: "k1" }).getModel();
+    expect(seen).toEqual([null, "Bearer k2", "Bearer k1"]);
   });
 });
 

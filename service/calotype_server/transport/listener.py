@@ -14,6 +14,7 @@ from httptools import HttpParserError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from calotype_server.transport.address import in_use, resolve
+from calotype_server.transport.handshake import Handshakes
 from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
@@ -48,10 +49,13 @@ class Listener:
         self, application: Any, limits: PortLimits = PORT_LIMITS, context: ssl.SSLContext | None = None
     ) -> None:
         self._limits = limits
+        plain = functools.partial(_Protocol, limits)
+        self._handshakes = None if context is None else Handshakes(plain, context, limits)
+        protocol: Any = self._handshakes or plain
         self._server = _Server(
             uvicorn.Config(
                 application,
-                http=functools.partial(_Protocol, limits),  # type: ignore[arg-type]
+                http=protocol,
                 ws="websockets-sansio",
                 ws_max_size=limits.max_request_bytes,
                 # JPEG and PNG do not compress.
@@ -65,8 +69,7 @@ class Listener:
                 server_header=False,
                 timeout_keep_alive=round(limits.idle_seconds),
                 timeout_graceful_shutdown=_STATIC_SECONDS,
-            ),
-            context,
+            )
         )
         self._serving: asyncio.Task[None] | None = None
 
@@ -83,6 +86,8 @@ class Listener:
 
     async def stop(self) -> None:
         """Closes the port and idle connections; answers under way get two seconds."""
+        if self._handshakes is not None:
+            self._handshakes.close()
         if self._serving is not None:
             self._server.should_exit = True
             await asyncio.shield(self._serving)
@@ -91,10 +96,8 @@ class Listener:
 class _Server(uvicorn.Server):
     """Tells when it listens, and leaves signals to the process."""
 
-    def __init__(self, config: uvicorn.Config, context: ssl.SSLContext | None) -> None:
+    def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        config.load()
-        config.ssl = context
         self.ready = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+import structlog
 from grpc_status import rpc_status
 
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
@@ -80,7 +81,9 @@ class GenerationServicer(GenerationServiceServicer):
         return self._api.model()
 
     def _caller(self, context: Context) -> Caller:
-        return self._access.admit(from_metadata(context.invocation_metadata()), context.peer())
+        caller = self._access.admit(from_metadata(context.invocation_metadata()), context.peer())
+        structlog.contextvars.bind_contextvars(caller=caller.id)
+        return caller
 
 
 async def _told(following: Following, context: Context) -> AsyncGenerator[pb.Progress, None]:

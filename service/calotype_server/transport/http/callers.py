@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import structlog
+
 from calotype_server.access import Caller
 from calotype_server.transport.credentials import from_scope, peer_of
 
@@ -23,7 +25,9 @@ def admit(access: Access, scope: Any) -> None:
     Raises:
         Unauthenticated: It comes without a good key.
     """
-    scope[_KEY] = access.admit(from_scope(scope), peer_of(scope))
+    caller = access.admit(from_scope(scope), peer_of(scope))
+    structlog.contextvars.bind_contextvars(caller=caller.id)
+    scope[_KEY] = caller
 
 
 def caller_of(connection: HTTPConnection) -> Caller:

@@ -61,6 +61,7 @@ async def rest(events) -> list:
     return [event async for event in events]
 
 
+@pytest.mark.proves("sse", "streams")
 async def test_a_stream_is_as_browsers_and_proxies_want_it(client, engine: FakeEngine) -> None:
     """Its type, never cached or buffered, ids that name the generation and rise, and a time to reconnect."""
     engine.allow()
@@ -80,6 +81,7 @@ async def test_a_stream_is_as_browsers_and_proxies_want_it(client, engine: FakeE
     assert base64.b64decode(last["image"]).startswith(b"\x89PNG")
 
 
+@pytest.mark.proves("sse", "resumes")
 async def test_last_event_id_goes_on_where_the_link_broke(client, engine: FakeEngine) -> None:
     """The same URL with the last id, as an EventSource asks again: nothing is begun anew, nothing told twice."""
     async with client.stream("GET", "/generate", params=APPLE) as response:
@@ -111,6 +113,7 @@ async def test_a_last_event_id_of_nobody_is_refused(client, given: str, status: 
     assert response.json()["error"]["message"]
 
 
+@pytest.mark.proves("sse", "cancels")
 async def test_leaving_a_get_gives_time_to_come_back_and_a_post_does_not(
     client, service: Service, engine: FakeEngine
 ) -> None:

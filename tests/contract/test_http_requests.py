@@ -47,6 +47,7 @@ def fields(response: httpx.Response) -> list[str]:
     return [each["field"] for each in error["violations"]]
 
 
+@pytest.mark.proves("sse", "errors")
 async def test_wrong_types_and_broken_rules_are_named_together(client: httpx.AsyncClient) -> None:
     """What cannot be read does not hide what is out of range, and is not told twice."""
     body = {

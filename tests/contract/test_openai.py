@@ -76,6 +76,7 @@ async def test_several_images_have_seeds_of_their_own(sdk: openai.AsyncOpenAI, e
     assert len({image.b64_json for image in answer.data}) == 3
 
 
+@pytest.mark.proves("openai", "streams")
 @pytest.mark.parametrize("count", [0, 1, 3])
 async def test_a_stream_shows_partial_images(sdk: openai.AsyncOpenAI, engine: FakeEngine, count: int) -> None:
     """As many as were asked for, evenly over the steps, and the completed image."""
@@ -110,6 +111,7 @@ async def test_a_stream_shows_partial_images(sdk: openai.AsyncOpenAI, engine: Fa
     assert completed.usage.input_tokens_details.text_tokens == 0
 
 
+@pytest.mark.proves("openai", "cancels")
 async def test_leaving_a_stream_cancels(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
     """Closing the SDK's stream frees the engine."""
     engine.hold()
@@ -132,6 +134,7 @@ async def test_leaving_without_a_stream_cancels_all(sdk: openai.AsyncOpenAI, eng
     assert [job.prompt for job in engine.jobs] == ["a red apple", "next"]
 
 
+@pytest.mark.proves("openai", "errors")
 async def test_everything_that_is_wrong_is_named(sdk: openai.AsyncOpenAI) -> None:
     """The SDK's BadRequestError: values that make no sense here, unknown fields, and what the model cannot do."""
     with pytest.raises(openai.BadRequestError) as caught:

@@ -73,6 +73,7 @@ async def read_ends(socket, *names: str) -> dict[str, pb.Progress]:
     return ends
 
 
+@pytest.mark.proves("websocket", "streams")
 async def test_several_generations_share_a_connection(socket, engine: FakeEngine) -> None:
     """Each message says whose it is, and each picture follows its message."""
     engine.allow()
@@ -118,6 +119,7 @@ async def test_leaving_one_generation_leaves_the_others(socket, service: Service
     assert {end.phase for end in ends.values()} == {pb.PHASE_SUCCEEDED}
 
 
+@pytest.mark.proves("websocket", "cancels")
 async def test_closing_leaves_all_as_each_wants_it(service: Service, engine: FakeEngine) -> None:
     """The kept one goes on, the other is cancelled."""
     async with await open_socket(service.address) as socket:
@@ -131,6 +133,7 @@ async def test_closing_leaves_all_as_each_wants_it(service: Service, engine: Fak
     await service.generations.idle()
 
 
+@pytest.mark.proves("websocket", "errors")
 @pytest.mark.parametrize(
     ("text", "fields"),
     [

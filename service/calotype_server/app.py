@@ -14,6 +14,7 @@ import structlog
 
 from calotype_server import errors
 from calotype_server.admission import Admission
+from calotype_server.api import Api
 from calotype_server.budget import PreviewBudget
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
@@ -73,8 +74,8 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     begun = time.monotonic()
     signals = Signals()
     doors = Doors(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
-    servicer = GenerationServicer(settings.limits, doors.access)
-    services = Services(servicer)
+    api = Api(settings.limits)
+    services = Services(GenerationServicer(api, doors.access))
     await services.set_serving(False)
     limits = settings.port_limits
     reserve_descriptors(2 * limits.max_connections)
@@ -86,6 +87,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         doors.access,
         doors.certificates,
         is_ready=services.is_serving,
+        api=api,
         allowed_origins=settings.allowed_origins,
         allowed_hosts=settings.allowed_hosts,
         limits=limits,
@@ -122,7 +124,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             raise errors.ModelUnavailable(f"The model {settings.model!r} cannot make a picture: {error}") from error
         if not signals.stopped:
             await generations.restore()
-            servicer.open(generations)
+            api.open(generations)
             await services.set_serving(True)
             announce(Ready(address, web_address, engine.model, time.monotonic() - begun))
             await signals.unless_stopped(dead.wait())

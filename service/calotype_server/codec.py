@@ -33,8 +33,18 @@ _CHUNK_BYTES = 3 * 1024 * 1024
 _FORMATS = {"jpeg": pb.IMAGE_FORMAT_JPEG, "png": pb.IMAGE_FORMAT_PNG, "webp": pb.IMAGE_FORMAT_WEBP}
 
 
-def encode_update(generation_id: str, seed: int, update: Update, image: EncodedImage | None) -> Iterator[pb.Progress]:
-    """Yields the message for an update; more than one where the final image needs several chunks."""
+def encode_update(
+    generation_id: str, seed: int, update: Update, image: EncodedImage | None, *, whole: bool = False
+) -> Iterator[pb.Progress]:
+    """Yields the message for an update; more than one where the final image needs several chunks.
+
+    Args:
+        generation_id: Whose update it is.
+        seed: In use.
+        update: What there is to tell.
+        image: Its preview as a file, or None.
+        whole: Whether the final image comes in one message, however large it is.
+    """
     state = update.state
     progress = pb.Progress(
         generation_id=generation_id,
@@ -71,9 +81,10 @@ def encode_update(generation_id: str, seed: int, update: Update, image: EncodedI
         case Succeeded(final, timings):
             progress.timings.CopyFrom(_timings(timings))
             _describe_image(progress, final, pb.IMAGE_KIND_FINAL, state.step)
-            progress.chunk_count = -(-len(final.data) // _CHUNK_BYTES)
+            size = len(final.data) if whole else _CHUNK_BYTES
+            progress.chunk_count = -(-len(final.data) // size)
             for index in range(progress.chunk_count):
-                data = final.data[index * _CHUNK_BYTES : (index + 1) * _CHUNK_BYTES]
+                data = final.data[index * size : (index + 1) * size]
                 chunk = pb.Progress(chunk_index=index, image=data)
                 chunk.MergeFrom(progress)
                 yield chunk

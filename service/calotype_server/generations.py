@@ -13,6 +13,7 @@ import structlog
 
 from calotype_server import errors, metadata
 from calotype_server.generation import Generation
+from calotype_server.reader import Reader
 from calotype_server.registry import Registry
 from calotype_server.types import (
     DisconnectPolicy,
@@ -161,10 +162,10 @@ class Generations:
         self._running[generation] = task
         self._registry.add(generation)
 
-    async def follow(
+    def follow(
         self, generation: Generation, after: int = 0, preview: PreviewOptions | None = None
-    ) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
-        """Yields updates with their preview encoded, up to the end.
+    ) -> Reader[tuple[Update, EncodedImage | None]]:
+        """Returns a reader of updates with their preview encoded, up to the end.
 
         With a store, what has been told survives a restart. When the last reader leaves before the end, the
         generation's terms say what follows.
@@ -178,16 +179,25 @@ class Generations:
             StateUnavailable: The generation cannot be kept, and is given up.
         """
         self._enter(generation)
-        try:
-            await generation.accepted()
-            async for update in generation.log.follow(after, preview):
-                image = None
-                if update.preview is not None:
-                    options = preview or generation.job.preview
-                    image = await generation.rendition(self._encoder, update.preview, options)
-                yield update, image
-        finally:
-            self._leave(generation)
+        return Reader(self._updates(generation, after, preview), lambda: self._leave(generation))
+
+    async def _updates(
+        self, generation: Generation, after: int, preview: PreviewOptions | None
+    ) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
+        await generation.accepted()
+        async for update in generation.log.follow(after, preview):
+            image = None
+            if update.preview is not None:
+                options = preview or generation.job.preview
+                image = await generation.rendition(self._encoder, update.preview, options)
+            yield update, image
+
+    async def newest_preview(self, generation: Generation) -> EncodedImage | None:
+        """Returns the newest preview as the generation was asked for them, or None where there is none now."""
+        newest = generation.log.newest_preview
+        if newest is None:
+            return None
+        return await generation.rendition(self._encoder, newest[1], generation.job.preview)
 
     def find(self, generation_id: str, caller: Caller) -> Generation:
         """Returns a generation that runs or is kept.

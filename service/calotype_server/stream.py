@@ -137,6 +137,12 @@ class EventLog:
         return self._state
 
     @property
+    def newest_preview(self) -> tuple[int, PreviewReady] | None:
+        """The newest preview and the number of its event; None before the first, after the end, and when withdrawn."""
+        with self._lock:
+            return self._newest
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of the previews that are kept for readers, each counted once."""
         with self._lock:

@@ -86,7 +86,7 @@ async def lab(transport: str = "grpc-web", methods: dict[str, Any] | None = None
     """Serves `methods` while the block runs.
 
     Args:
-        transport: One of `support.service.TRANSPORTS`.
+        transport: One of `support.service.GRPC_TRANSPORTS`.
         methods: Handlers by name.
         options: Of `WebServer`.
     """

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import httpx
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.access import Access
 from calotype_server.admission import Admission
+from calotype_server.api import Api
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
@@ -23,6 +25,7 @@ from calotype_server.transport.services import Services
 from calotype_server.transport.web import WebServer
 from calotype_server.types import PORT_LIMITS, Limits, PortLimits
 from support.grpcweb import WebChannel
+from support.http import EventStub, SocketStub
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -34,8 +37,11 @@ if TYPE_CHECKING:
 
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
 
-TRANSPORTS = ("native", "grpc-web", "grpc-web-text", "bridge")
+GRPC_TRANSPORTS = ("native", "grpc-web", "grpc-web-text", "bridge")
 """Ways to the same servicer; "bridge" is grpc-web that is passed on to the native port."""
+
+TRANSPORTS = (*GRPC_TRANSPORTS, "sse", "websocket")
+"""Ways to the same generations."""
 
 
 @dataclass
@@ -45,7 +51,9 @@ class Service:
     address: str
     """Of the port under test."""
     channel: Any
-    stub: GenerationServiceStub
+    """Of gRPC; over HTTP the `WebServer`."""
+    stub: Any
+    api: Api
     generations: Generations
     services: Services
     dead: list[bool]
@@ -66,8 +74,12 @@ async def running(
     access: Access | None = None,
     authority: Authority | None = None,
     transport: str = "native",
+    web: dict[str, Any] | None = None,
 ) -> AsyncIterator[Service]:
-    """Serves `engine` while the block runs; in plaintext to everybody, unless `authority` and `access` say so."""
+    """Serves `engine` while the block runs; in plaintext to everybody, unless `authority` and `access` say so.
+
+    `web` are further options of the web port.
+    """
     access = access or Access()
     pace, dead = Pace(), []
     admission = Admission(pace, max_active=max_active, max_queue=max_queue)
@@ -76,17 +88,17 @@ async def running(
     generations = Generations(
         engine, admission, pace, encoder, ended, store, max_active=max_active, on_dead=lambda: dead.append(True)
     )
-    servicer = GenerationServicer(limits, access)
+    api = Api(limits)
     await generations.restore()
     if opened:
-        servicer.open(generations)
-    services = Services(servicer)
+        api.open(generations)
+    services = Services(GenerationServicer(api, access))
     await services.set_serving(opened)
     try:
-        async with _port(services, access, authority, transport, ports, peers) as (address, channel):
-            stub = GenerationServiceStub(channel)
+        port = _port(services, api, access, authority, transport, ports, peers, web or {})
+        async with port as (address, channel, stub):
             try:
-                yield Service(address, channel, stub, generations, services, dead)
+                yield Service(address, channel, stub, api, generations, services, dead)
             finally:
                 engine.close()
                 await generations.end_all()
@@ -98,13 +110,15 @@ async def running(
 @contextlib.asynccontextmanager
 async def _port(
     services: Services,
+    api: Api,
     access: Access,
     authority: Authority | None,
     transport: str,
     limits: PortLimits,
     peers: Peers | None,
-) -> AsyncIterator[tuple[str, Any]]:
-    """Listens, and yields the address and a channel to it."""
+    options: dict[str, Any],
+) -> AsyncIterator[tuple[str, Any, Any]]:
+    """Listens, and yields the address, a channel to it, over HTTP the server, and a stub."""
     certificates = authority and authority.certificates()
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
@@ -114,7 +128,7 @@ async def _port(
             # Those of the bridge are those of a client, too.
             channel = await stack.enter_async_context(open_channel(address, authority))
             if transport == "native":
-                yield address, channel
+                yield address, channel, GenerationServiceStub(channel)
                 return
             web = WebServer(
                 "127.0.0.1:0",
@@ -131,14 +145,24 @@ async def _port(
                 access,
                 certificates,
                 is_ready=services.is_serving,
+                api=api,
                 limits=limits,
                 peers=peers,
+                **options,
             )
         address = await web.start()
         stack.push_async_callback(web.stop, 0)
+        if transport in ("sse", "websocket"):
+            context = authority and authority.context()
+            url = f"{'https' if context else 'http'}://{address}/v1"
+            client = httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, verify=context or False)
+            stub = (EventStub if transport == "sse" else SocketStub)(client, context)
+            stack.push_async_callback(stub.aclose)
+            yield address, web, stub
+            return
         web_channel = WebChannel(address, text=transport == "grpc-web-text", context=authority and authority.context())
         stack.callback(web_channel.close)
-        yield address, web_channel
+        yield address, web_channel, GenerationServiceStub(web_channel)
 
 
 def open_channel(address: str, authority: Authority | None = None, *, shown: bool = True) -> grpc.aio.Channel:

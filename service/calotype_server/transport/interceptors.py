@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import secrets
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,6 +14,7 @@ from grpc_status import rpc_status
 from calotype_server import codec
 from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, Unauthenticated, Violation
 from calotype_server.transport.credentials import from_metadata
+from calotype_server.transport.request_id import bind_request_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -163,9 +163,7 @@ def _guard_unary(method: Any) -> Callable[..., Awaitable[Any]]:
 @contextlib.contextmanager
 def _bound(context: Context) -> Iterator[None]:
     metadata = dict(context.invocation_metadata() or ())
-    given = metadata.get("x-request-id", "")
-    request_id = given[:64] if isinstance(given, str) and given.isprintable() and given else secrets.token_hex(4)
-    structlog.contextvars.bind_contextvars(request=request_id)
+    bind_request_id(metadata.get("x-request-id"))
     yield
 
 

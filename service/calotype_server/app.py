@@ -102,7 +102,15 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             seconds=settings.retain_seconds, count=settings.retain_count, size=settings.retain_bytes
         )
         generations = Generations(
-            engine, admission, pace, encoder, ended, store, max_active=max_active, on_dead=dead.set
+            engine,
+            admission,
+            pace,
+            encoder,
+            ended,
+            store,
+            max_active=max_active,
+            heartbeat=settings.heartbeat_seconds,
+            on_dead=dead.set,
         )
         try:
             await signals.unless_stopped(generations.warm_up())

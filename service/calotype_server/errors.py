@@ -9,6 +9,7 @@ ServiceError                  has a status code, a reason and a sentence fit for
 ├── QueueFull                 RESOURCE_EXHAUSTED
 ├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
 ├── GenerationNotFound        NOT_FOUND
+│   └── OtherReplica                               its id is of another server
 ├── RequestIdTaken            ALREADY_EXISTS       used for another request before
 ├── MethodUnavailable         FAILED_PRECONDITION  a preview method that this server lacks or forbids
 └── GenerationError           one generation ended; the engine goes on
@@ -53,6 +54,7 @@ __all__ = [
     "ModelUnavailable",
     "NotReady",
     "NumericalFailure",
+    "OtherReplica",
     "OutOfMemory",
     "QueueFull",
     "RequestIdTaken",
@@ -147,6 +149,12 @@ class GenerationNotFound(ServiceError):
 
     code = "NOT_FOUND"
     reason = "GENERATION_NOT_FOUND"
+
+
+class OtherReplica(GenerationNotFound):
+    """The generation belongs to another server, or to one that is gone."""
+
+    reason = "OTHER_REPLICA"
 
 
 class RequestIdTaken(ServiceError):

@@ -15,6 +15,7 @@ import structlog
 from calotype_server import errors, metadata
 from calotype_server.generation import Generation
 from calotype_server.records import Record
+from calotype_server.replica import new_tag, tag_of
 from calotype_server.types import (
     DisconnectPolicy,
     EncodedImage,
@@ -22,6 +23,7 @@ from calotype_server.types import (
     Job,
     Phase,
     Queued,
+    StillAlive,
     Succeeded,
     Terms,
 )
@@ -63,6 +65,7 @@ class Generations:
         ended: Keeps what has ended for a while.
         store: Keeps all of it on disk, or None.
         max_active: Threads to keep, as many as admission lets run at once.
+        heartbeat: Seconds between two looks at whether there is news of a generation; where there is none, it says so.
         on_dead: Called once when the engine cannot go on.
     """
 
@@ -76,6 +79,7 @@ class Generations:
         store: Store | None = None,
         *,
         max_active: int,
+        heartbeat: float = 5.0,
         on_dead: Callable[[], None],
     ) -> None:
         self._engine = engine
@@ -85,6 +89,9 @@ class Generations:
         self._ended = ended
         ended.on_forget = self._forget
         self._store = store
+        self.replica = new_tag() if store is None else store.replica
+        self._heartbeat = heartbeat
+        self._beating: asyncio.TimerHandle | None = None
         self._chores: set[asyncio.Task[None]] = set()
         self._on_dead = on_dead
         self._threads = ThreadPoolExecutor(max_active, "calotype-generation")
@@ -118,7 +125,7 @@ class Generations:
             return started
         if self._retry_after is not None:
             raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
-        generation = Generation(job, terms, next(self._numbers))
+        generation = Generation(job, terms, next(self._numbers), self.replica)
         self._begin(generation)
         if self._store is not None:
             try:
@@ -139,7 +146,7 @@ class Generations:
             image = None if record.end is None else await self._store.image(record.generation_id)
             grace = max(record.terms.grace, _RETURN_SECONDS)
             terms = replace(record.terms, deadline=None, grace=grace)
-            generation = Generation(record.job, terms, next(self._numbers), record, image)
+            generation = Generation(record.job, terms, next(self._numbers), self.replica, record, image)
             if generation.ended:
                 self._remember(generation)
                 continue
@@ -160,6 +167,17 @@ class Generations:
         task = asyncio.create_task(self._run(generation, generation.ticket), name=f"generation-{generation.id}")
         self._running[generation.id] = generation, task
         self._name(generation)
+        if self._beating is None:
+            self._beating = asyncio.get_running_loop().call_later(self._heartbeat, self._beat)
+
+    def _beat(self) -> None:
+        """Tells readers who have heard nothing since the last time that all is well."""
+        for generation, _ in self._running.values():
+            if generation.log.state.sequence == generation.told:
+                generation.log.publish(StillAlive(self._heartbeat))
+            generation.told = generation.log.state.sequence
+        loop = asyncio.get_running_loop()
+        self._beating = loop.call_later(self._heartbeat, self._beat) if self._running else None
 
     async def follow(
         self, generation: Generation, after: int = 0, preview: PreviewOptions | None = None
@@ -189,11 +207,17 @@ class Generations:
 
         Raises:
             GenerationNotFound: No such generation, or it ended long ago.
+            OtherReplica: It is one of another server, which alone knows it.
         """
         if generation_id in self._running:
             return self._running[generation_id][0]
         found = self._ended.get(generation_id)
         if found is None:
+            if tag_of(generation_id) not in ("", self.replica):
+                raise errors.OtherReplica(
+                    "That generation belongs to another server, or to one that is gone.",
+                    metadata={"replica": self.replica},
+                )
             raise errors.GenerationNotFound("No generation of that id is known.")
         return found
 
@@ -224,11 +248,11 @@ class Generations:
 
         Args:
             caller: Whose.
-            before: Only those with a smaller number; None for all.
+            before: Only those accepted before, in nanoseconds of the system's clock; None for all.
         """
         known = [*(generation for generation, _ in self._running.values()), *self._ended]
-        own = [each for each in known if each.terms.caller == caller and (before is None or each.number < before)]
-        return sorted(own, key=lambda each: -each.number)
+        own = [each for each in known if each.terms.caller == caller and (before is None or each.created_ns < before)]
+        return sorted(own, key=lambda each: (-each.created_ns, -each.number))
 
     async def warm_up(self) -> None:
         """Makes two quick pictures: the first caller finds warm caches, and the estimates have something to go by.
@@ -250,7 +274,7 @@ class Generations:
         for _ in range(2):
             # What the first one takes is not typical: everything is done for the first time.
             self._pace.forget()
-            generation = Generation(job, Terms(), next(self._numbers))
+            generation = Generation(job, Terms(), next(self._numbers), self.replica)
             self._begin(generation)
             await self.idle()
             if isinstance(generation.log.state.end, Failed):
@@ -277,6 +301,8 @@ class Generations:
 
     def close(self) -> None:
         """Frees the threads; everything must have ended."""
+        if self._beating is not None:
+            self._beating.cancel()
         self._threads.shutdown()
 
     def _name(self, generation: Generation) -> None:

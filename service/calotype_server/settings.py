@@ -112,6 +112,9 @@ class Settings(WebSettings):
     state: Path | None = Field(
         None, description="Folder in which generations are kept, so that they survive a restart. Default: nowhere."
     )
+    heartbeat_seconds: float = Field(
+        5.0, gt=0, le=5, description="Time without news of a generation after which readers are told that it is alive."
+    )
     retain_seconds: float = Field(600.0, ge=0, description="Time for which ended generations can still be watched.")
     retain_count: int = Field(256, ge=0, description="Ended generations kept at most.")
     retain_bytes: int = Field(256 * 2**20, ge=0, description="Bytes of final images kept at most.")

@@ -171,7 +171,7 @@ def watched_previews(request: pb.WatchRequest, limits: Limits, job: Job) -> Prev
 
 
 def validate_page(request: pb.ListGenerationsRequest) -> tuple[int, int | None]:
-    """Returns the size of a page, and the number before which it begins, None for the first.
+    """Returns the size of a page, and the moment in nanoseconds before which it begins, None for the first.
 
     Raises:
         InvalidRequest: With all violations.

@@ -99,7 +99,7 @@ class GenerationServicer(GenerationServiceServicer):
         self, request: pb.GetModelRequest, context: Context
     ) -> pb.Model:
         """Describes the model; see the proto."""
-        return codec.encode_model(self._generations.model, self._limits, __version__)
+        return codec.encode_model(self._generations.model, self._limits, __version__, self._generations.replica)
 
     async def _follow(
         self, generation: Generation, context: Context, after: int = 0, preview: PreviewOptions | None = None

@@ -40,8 +40,9 @@ class GenerationServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_calotype_pb2.GenerateRequest, _calotype_pb2.Progress]
     """Starts a generation and follows it to its end.
 
-    The first message leaves at once, before any model work. Messages are then merged when the reader is slow: only
-    the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
+    The first message leaves at once, before any model work, and until the end no more than 10 seconds pass without one:
+    where there is no news, in a queue or a long step, a message says so by nothing but its number. Messages are merged
+    when the reader is slow: only the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
     the caller's choice: `GenerateRequest.on_disconnect`.
 
     Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
@@ -53,7 +54,9 @@ class GenerationServiceStub:
     """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
     whatever comes. Any number may watch, each with previews of their own size and rate.
 
-    Errors: NOT_FOUND (no such generation, or it ended too long ago).
+    Errors: NOT_FOUND (no such generation, or it ended too long ago). Of several servers only the one that began a
+    generation knows it, see `Model.replica`; the others, and one that was started anew without kept state, answer
+    NOT_FOUND with the reason OTHER_REPLICA, to `Cancel` and `Finish` as well.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]
     """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
@@ -85,8 +88,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_calotype_pb2.GenerateRequest, _calotype_pb2.Progress]  # type: ignore[assignment]
     """Starts a generation and follows it to its end.
 
-    The first message leaves at once, before any model work. Messages are then merged when the reader is slow: only
-    the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
+    The first message leaves at once, before any model work, and until the end no more than 10 seconds pass without one:
+    where there is no news, in a queue or a long step, a message says so by nothing but its number. Messages are merged
+    when the reader is slow: only the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
     the caller's choice: `GenerateRequest.on_disconnect`.
 
     Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
@@ -98,7 +102,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
     whatever comes. Any number may watch, each with previews of their own size and rate.
 
-    Errors: NOT_FOUND (no such generation, or it ended too long ago).
+    Errors: NOT_FOUND (no such generation, or it ended too long ago). Of several servers only the one that began a
+    generation knows it, see `Model.replica`; the others, and one that was started anew without kept state, answer
+    NOT_FOUND with the reason OTHER_REPLICA, to `Cancel` and `Finish` as well.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
@@ -133,8 +139,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_calotype_pb2.Progress], _abc.AsyncIterator[_calotype_pb2.Progress]]:
         """Starts a generation and follows it to its end.
 
-        The first message leaves at once, before any model work. Messages are then merged when the reader is slow: only
-        the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
+        The first message leaves at once, before any model work, and until the end no more than 10 seconds pass without one:
+        where there is no news, in a queue or a long step, a message says so by nothing but its number. Messages are merged
+        when the reader is slow: only the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
         the caller's choice: `GenerateRequest.on_disconnect`.
 
         Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
@@ -152,7 +159,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
         whatever comes. Any number may watch, each with previews of their own size and rate.
 
-        Errors: NOT_FOUND (no such generation, or it ended too long ago).
+        Errors: NOT_FOUND (no such generation, or it ended too long ago). Of several servers only the one that began a
+        generation knows it, see `Model.replica`; the others, and one that was started anew without kept state, answer
+        NOT_FOUND with the reason OTHER_REPLICA, to `Cancel` and `Finish` as well.
         """
 
     @_abc_1.abstractmethod

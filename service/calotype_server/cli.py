@@ -114,7 +114,8 @@ def _with_settings(command: Callable[[S], None], kind: type[S]) -> Callable[...,
 
 
 def _option(name: str, field: pydantic.fields.FieldInfo) -> Any:
-    default = "" if field.default in (None, ()) else f" Default: {field.default}."
+    default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    default = "" if default in (None, "") else f" Default: {default}."
     flag, text = name.replace("_", "-"), f"{field.description}{default} (CALOTYPE_{name.upper()})"
     if field.annotation is bool:
         return Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from calotype._channel import parse_address
 from calotype_server.types import Limits, PreviewMethod, PreviewOptions
 
 __all__ = ["BridgeSettings", "Settings", "WebSettings"]
@@ -31,10 +32,8 @@ class WebSettings(BaseSettings):
 
     @field_validator("allowed_origins", "allowed_hosts", mode="before")
     @classmethod
-    def _separated(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
+    def _taken_apart(cls, value: object) -> object:
+        return _separated(value)
 
     @field_validator("allowed_origins")
     @classmethod
@@ -179,10 +178,29 @@ class Settings(WebSettings):
 class BridgeSettings(WebSettings):
     """Read once, in `bridge`."""
 
-    upstream: str = Field("127.0.0.1:50051", description="HOST:PORT of the Calotype server to pass calls on to.")
+    upstream: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("127.0.0.1:50051",),
+        validate_default=True,
+        description="HOST:PORT of the Calotype server to pass calls on to. Several, separated by commas, or a name "
+        "with several addresses, such as dns:///calotype:50051, share the work.",
+    )
     drain_seconds: float = Field(30.0, ge=0, description="Time for running calls to end after SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines to log.")
     log_format: Literal["console", "json"] = Field("console", description="Log for people, or for machines.")
+
+    @field_validator("upstream", mode="before")
+    @classmethod
+    def _upstream(cls, value: object) -> tuple[str, ...]:
+        addresses = _separated(value)
+        if not addresses:
+            raise ValueError("names no server")
+        return tuple(dict.fromkeys(parse_address(address) for address in addresses))
+
+
+def _separated(value: object) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
 
 
 def _host_and_port(value: str) -> str:

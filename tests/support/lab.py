@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
+from calotype_server.transport.forwarding import Forwarder
 from calotype_server.transport.interceptors import INTERCEPTORS
+from calotype_server.transport.upstreams import CHANNEL_OPTIONS, Upstreams
 from calotype_server.transport.web import WebServer
 from support.grpcweb import Connection, WebChannel, frame, read_answer
+from support.service import connect
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -97,11 +99,11 @@ async def lab(transport: str = "grpc-web", methods: dict[str, Any] | None = None
             address = f"127.0.0.1:{native.add_insecure_port('127.0.0.1:0')}"
             await native.start()
             stack.push_async_callback(native.stop, None)
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
             if transport == "native":
+                channel = await stack.enter_async_context(connect(address, CHANNEL_OPTIONS))
                 yield Lab(address, channel, native)
                 return
-            generic = Forwarder(channel)
+            generic = Forwarder(await stack.enter_async_context(Upstreams([address], connect)))
         web = WebServer(
             "127.0.0.1:0",
             lambda server: server.add_generic_rpc_handlers([generic]),

@@ -15,10 +15,11 @@ from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
 from calotype_server.retention import Retention
-from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
+from calotype_server.transport.forwarding import Forwarder
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
 from calotype_server.transport.services import Services
+from calotype_server.transport.upstreams import CHANNEL_OPTIONS, Upstreams
 from calotype_server.transport.web import WebServer
 from calotype_server.types import Limits
 from support.grpcweb import WebChannel
@@ -95,14 +96,14 @@ async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, 
             native = NativeServer(services)
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
-            # Those of the bridge are those of a client, too.
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
             if transport == "native":
-                yield address, channel
+                # Those of the bridge are those of a client, too.
+                yield address, await stack.enter_async_context(connect(address, CHANNEL_OPTIONS))
                 return
+            upstreams = await stack.enter_async_context(Upstreams([address], connect))
             web = WebServer(
                 "127.0.0.1:0",
-                lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
+                lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
                 is_ready=services.is_serving,
             )
         else:
@@ -112,6 +113,11 @@ async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, 
         web_channel = WebChannel(address, text=transport == "grpc-web-text")
         stack.callback(web_channel.close)
         yield address, web_channel
+
+
+def connect(target: str, options) -> grpc.aio.Channel:
+    """Makes a channel without encryption."""
+    return grpc.aio.insecure_channel(target, options)
 
 
 async def read_until(call, phase: pb.Phase.ValueType) -> pb.Progress:

@@ -16,7 +16,7 @@ PROTOC = $(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iprotos -I$(wildcard $(P
 # What a change of the proto must not break: the last release, or before the first one the last commit.
 PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 .DEFAULT_GOAL := help
-.PHONY: help run generate test test-fast lint format type proto proto-check web web-check test-web bench soak contact-sheet timeline filmstrip evaluate-model clean
+.PHONY: help run generate test test-fast lint format type proto proto-check web web-check test-web settings bench soak contact-sheet timeline filmstrip evaluate-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ proto-check: $(PROTO_READY) ## fail when the generated code is not what the prot
 	@$(MAKE) --no-print-directory proto GENERATED=build/proto GENERATED_JS=build/proto-js
 	diff -ru --exclude=__pycache__ build/proto/calotype/v1 client/python/calotype/v1
 	diff -ru build/proto-js $(CLIENT_JS)/src/gen
+
+settings: $(READY) ## write the table of all settings, service/SETTINGS.md
+	$(BIN)/python service/settings_table.py >service/SETTINGS.md
 
 bench: $(READY) ## measure; prints a table and writes build/bench.json
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench

@@ -22,7 +22,10 @@ from calotype_server.retention import Retention
 from calotype_server.signals import Signals
 from calotype_server.store import Store
 from calotype_server.telemetry import configure_logging
+from calotype_server.transport.descriptors import reserve_descriptors
+from calotype_server.transport.doors import Doors
 from calotype_server.transport.native import NativeServer
+from calotype_server.transport.peers import Peers
 from calotype_server.transport.servicer import GenerationServicer
 from calotype_server.transport.services import Services
 from calotype_server.transport.web import WebServer
@@ -69,21 +72,30 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     configure_logging(settings.log_level, settings.log_format)
     begun = time.monotonic()
     signals = Signals()
-    servicer = GenerationServicer(settings.limits)
+    doors = Doors(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
+    servicer = GenerationServicer(settings.limits, doors.access)
     services = Services(servicer)
     await services.set_serving(False)
-    native = NativeServer(services)
+    limits = settings.port_limits
+    reserve_descriptors(2 * limits.max_connections)
+    peers = Peers(limits.max_calls_per_peer)
+    native = NativeServer(services, doors.access, doors.certificates, limits=limits, peers=peers)
     web = WebServer(
         settings.web_address,
         services.add_to,
+        doors.access,
+        doors.certificates,
         is_ready=services.is_serving,
         allowed_origins=settings.allowed_origins,
         allowed_hosts=settings.allowed_hosts,
+        limits=limits,
+        peers=peers,
     )
     budget = PreviewBudget(settings.preview_budget)
     store = None if settings.state is None else await Store.open(settings.state.expanduser())
     address = await native.start(settings.grpc_address)
     try:
+        doors.watch()
         web_address = await web.start()
         engine = await signals.unless_stopped(_in_daemon_thread(lambda: _load_engine(settings, budget)))
         if engine is None:
@@ -134,6 +146,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         engine.close()
         return 1 if dead.is_set() else 0
     finally:
+        await doors.close()
         await asyncio.gather(native.stop(0), web.stop(0))
         if store is not None:
             await store.close()

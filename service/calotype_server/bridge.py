@@ -9,51 +9,70 @@ import structlog
 
 from calotype_server.signals import Signals
 from calotype_server.telemetry import configure_logging
+from calotype_server.transport.certificates import upstream_credentials
+from calotype_server.transport.descriptors import reserve_descriptors
+from calotype_server.transport.doors import Doors
 from calotype_server.transport.forwarding import Forwarder
 from calotype_server.transport.upstreams import Upstreams
 from calotype_server.transport.web import WebServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from calotype_server.settings import BridgeSettings
+    from calotype_server.transport.upstreams import Connect
 
 __all__ = ["serve"]
 
 _log = structlog.get_logger(__name__)
 
 
-async def serve(settings: BridgeSettings, announce: Callable[[str, str], None]) -> None:
+async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT, then lets running calls end; a second signal hurries.
 
     It starts whether or not there is any upstream, and finds each whenever it comes.
 
     Args:
         settings: What the operator wants.
-        announce: Called once with the web address and the upstreams, when requests are welcome.
+        announce: Called once with the web address, when requests are welcome.
 
     Raises:
-        StartupError: The address is taken.
+        StartupError: The address is taken, strangers could reach it, or a file cannot be used.
     """
     configure_logging(settings.log_level, settings.log_format)
+    doors = Doors(settings, {"--web-address": settings.web_address})
     signals = Signals()
-    async with Upstreams(settings.upstream, _connect) as upstreams:
+    reserve_descriptors(settings.max_connections)
+
+    async def is_ready() -> bool:
+        return not signals.stopped and await upstreams.is_serving()
+
+    async with Upstreams(settings.upstream, _connector(settings)) as upstreams:
         web = WebServer(
             settings.web_address,
             lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
-            is_ready=upstreams.is_serving,
+            doors.access,
+            doors.certificates,
+            is_ready=is_ready,
             allowed_origins=settings.allowed_origins,
             allowed_hosts=settings.allowed_hosts,
+            limits=settings.port_limits,
         )
         address = await web.start()
         try:
-            announce(address, ", ".join(settings.upstream))
+            doors.watch()
+            announce(address)
             await signals.stopping()
             _log.info("draining", grace=settings.drain_seconds)
             await signals.unless_hurried(web.stop(settings.drain_seconds))
         finally:
+            await doors.close()
             await web.stop(0)
 
 
-def _connect(target: str, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
-    return grpc.aio.insecure_channel(target, options)
+def _connector(settings: BridgeSettings) -> Connect:
+    """Returns what makes a channel to an upstream."""
+    if not settings.encrypts_upstream:
+        return lambda target, options: grpc.aio.insecure_channel(target, options)
+    credentials = upstream_credentials(settings.upstream_ca, settings.upstream_certificate, settings.upstream_key)
+    return lambda target, options: grpc.aio.secure_channel(target, credentials, options)

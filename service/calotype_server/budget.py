@@ -52,7 +52,7 @@ class PreviewBudget:
         self._decode: dict[PreviewMethod, float] = {}
 
     def observe_step(self, seconds: float, pixel_count: int) -> None:
-        """Learns how long a denoising step of a picture of that size took."""
+        """Learns the denoiser's time for a step of a picture of that size; of several at once, each has its part."""
         self._step = _mix(self._step, seconds / pixel_count)
 
     def observe_decode(self, method: PreviewMethod, seconds: float, pixel_count: int) -> None:

@@ -6,7 +6,18 @@ ServiceError                  has a status code, a reason and a sentence fit for
 ├── NotReady                  UNAVAILABLE          loading or draining
 ├── UpstreamUnavailable       UNAVAILABLE          of the bridge: no server behind it
 ├── StateUnavailable          UNAVAILABLE          what was to be kept could not be written
+├── Unauthenticated           UNAUTHENTICATED      no key, a wrong one, one that was good once
+│   ├── KeyRequired
+│   ├── KeyInvalid
+│   └── KeyExpired
+├── PermissionDenied          PERMISSION_DENIED    a good key, but not for this
 ├── QueueFull                 RESOURCE_EXHAUSTED
+├── TooManyCalls              RESOURCE_EXHAUSTED   of one peer at once
+├── RequestTooLate            DEADLINE_EXCEEDED    the call began, and its message did not come
+├── RateLimited               RESOURCE_EXHAUSTED   the key's own limits
+│   ├── TooManyRequests
+│   ├── TooMuchWork
+│   └── TooManyAtOnce
 ├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
 ├── GenerationNotFound        NOT_FOUND
 │   └── OtherReplica                               its id is of another server
@@ -24,6 +35,9 @@ ServiceError                  has a status code, a reason and a sentence fit for
 StartupError                  for the operator: what is wrong and what to do about it
 ├── ModelUnavailable
 ├── StateUnusable
+├── KeysUnusable
+├── CertificatesUnusable
+├── Exposed
 └── AddressInUse
 ```
 
@@ -42,26 +56,40 @@ __all__ = [
     "Abandoned",
     "AddressInUse",
     "Cancelled",
+    "CertificatesUnusable",
     "ContentWithheld",
     "DeadlineTooShort",
     "EngineDead",
+    "Exposed",
     "GenerationError",
     "GenerationFailed",
     "GenerationNotFound",
     "Interrupted",
     "InvalidRequest",
+    "KeyExpired",
+    "KeyInvalid",
+    "KeyRequired",
+    "KeysUnusable",
     "MethodUnavailable",
     "ModelUnavailable",
     "NotReady",
     "NumericalFailure",
     "OtherReplica",
     "OutOfMemory",
+    "PermissionDenied",
     "QueueFull",
+    "RateLimited",
     "RequestIdTaken",
+    "RequestTooLate",
     "ServiceError",
     "StartupError",
     "StateUnavailable",
     "StateUnusable",
+    "TooManyAtOnce",
+    "TooManyCalls",
+    "TooManyRequests",
+    "TooMuchWork",
+    "Unauthenticated",
     "UpstreamUnavailable",
     "Violation",
 ]
@@ -130,11 +158,82 @@ class StateUnavailable(ServiceError):
     reason = "STATE_UNAVAILABLE"
 
 
+class Unauthenticated(ServiceError):
+    """The server does not know who calls."""
+
+    code = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class KeyRequired(Unauthenticated):
+    """The call came without an API key."""
+
+    reason = "KEY_REQUIRED"
+
+
+class KeyInvalid(Unauthenticated):
+    """The call came with something that is no key of this server. What is wrong with it is not told."""
+
+    reason = "KEY_INVALID"
+
+
+class KeyExpired(Unauthenticated):
+    """The key is right, but its time is over."""
+
+    reason = "KEY_EXPIRED"
+
+
+class PermissionDenied(ServiceError):
+    """The caller is known, and may not do this."""
+
+    code = "PERMISSION_DENIED"
+    reason = "ROLE_REQUIRED"
+
+
 class QueueFull(ServiceError):
     """The queue has no place left."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "QUEUE_FULL"
+
+
+class TooManyCalls(ServiceError):
+    """The peer has as many calls under way as one may have."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "TOO_MANY_CALLS"
+
+
+class RequestTooLate(ServiceError):
+    """A call has begun, and its request has not arrived."""
+
+    code = "DEADLINE_EXCEEDED"
+    reason = "REQUEST_TOO_LATE"
+
+
+class RateLimited(ServiceError):
+    """The caller has used up what its key allows for now; the reason names the limit."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "RATE_LIMITED"
+
+
+class TooManyRequests(RateLimited):
+    """It has begun too many generations in the last minute."""
+
+    reason = "REQUESTS_PER_MINUTE"
+
+
+class TooMuchWork(RateLimited):
+    """Its generations of the last minute have too many pixels and steps."""
+
+    reason = "PIXEL_STEPS_PER_MINUTE"
+
+
+class TooManyAtOnce(RateLimited):
+    """Too many of its generations wait or run."""
+
+    reason = "CONCURRENT_GENERATIONS"
 
 
 class DeadlineTooShort(ServiceError):
@@ -237,6 +336,18 @@ class ModelUnavailable(StartupError):
 
 class StateUnusable(StartupError):
     """The state folder cannot be used: no permission, another server, a newer version, a damaged file."""
+
+
+class KeysUnusable(StartupError):
+    """The file of API keys cannot be read, or a record in it is wrong."""
+
+
+class CertificatesUnusable(StartupError):
+    """A certificate, its key or an authority cannot be read, or they do not belong together."""
+
+
+class Exposed(StartupError):
+    """Strangers could reach the server: it would listen beyond this machine without TLS or without keys."""
 
 
 class AddressInUse(StartupError):

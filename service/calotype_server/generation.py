@@ -60,6 +60,7 @@ class Generation:
         readers: How many follow it now.
         told: Number of its newest event when that was last looked at.
         reaper: Cancels it when nobody has come back, or None.
+        acceptance: Writes it to the disk, and gives the error that it met; None where nothing is written.
     """
 
     def __init__(
@@ -78,12 +79,13 @@ class Generation:
         self.created = time.time() if record is None else record.created
         self.log = EventLog() if record is None else EventLog(_restored(record, image))
         self.stop = Stop()
-        self.stop_error: errors.GenerationError | None = None
+        self.stop_error: errors.ServiceError | None = None
         self.ticket: Ticket | None = None
         self.watch = Stopwatch()
         self.readers = 0
         self.told = 0
         self.reaper: asyncio.TimerHandle | None = None
+        self.acceptance: asyncio.Task[errors.ServiceError | None] | None = None
         self.previews: Counter[str] = Counter()
         """How many were drawn, by method."""
         self._renditions: OrderedDict[tuple[int, int], tuple[PreviewReady, asyncio.Future[EncodedImage]]]
@@ -101,18 +103,25 @@ class Generation:
 
     @property
     def size(self) -> int:
-        """Bytes that are worth counting once it has ended: those of its image."""
+        """Bytes that are worth counting: those of its image, or before its end those of its previews."""
         end = self.log.state.end
-        return len(end.image.data) if isinstance(end, Succeeded) else 0
+        if end is not None:
+            return len(end.image.data) if isinstance(end, Succeeded) else 0
+        files = (
+            file
+            for _, file in self._renditions.values()
+            if file.done() and not file.cancelled() and not file.exception()
+        )
+        return self.log.held_bytes + sum(len(file.result().data) for file in files)
 
     @property
     def is_void(self) -> bool:
-        """Whether it comes to nothing for want of a reader or of a server, so that the same request begins anew."""
+        """Whether it comes to nothing for want of a reader, server or disk, so that the same request begins anew."""
         end = self.log.state.end
         error = self.stop_error if end is None else getattr(end, "error", None)
-        return isinstance(error, errors.Abandoned | errors.Interrupted)
+        return isinstance(error, errors.Abandoned | errors.Interrupted | errors.StateUnavailable)
 
-    def end_early(self, error: errors.GenerationError) -> None:
+    def end_early(self, error: errors.ServiceError) -> None:
         """Asks it to end with `error`: at once while queued, before the next denoising step while running."""
         if self.stop.is_set() or self.ended:
             return
@@ -120,6 +129,19 @@ class Generation:
         self.stop.set()
         if self.ticket is not None and not self.ticket.turn.done():
             self.ticket.turn.set_exception(error)
+
+    async def accepted(self) -> None:
+        """Waits until it is on disk, where it is to be kept: nobody is told of it before.
+
+        Raises:
+            StateUnavailable: It cannot be kept, and is given up.
+        """
+        if self.acceptance is None:
+            return
+        # One reader who leaves must not cancel it for the others.
+        unkept = await asyncio.shield(self.acceptance)
+        if unkept is not None:
+            raise unkept
 
     def differing(self, job: Job, terms: Terms) -> list[str]:
         """Returns the names of what another request wants otherwise; a seed that is left to the server is the same."""
@@ -170,8 +192,11 @@ class Generation:
         # One reader who leaves must not cancel it for the others.
         return await asyncio.shield(held[1])
 
-    def forget_previews(self) -> None:
+    def settle(self) -> None:
         """Frees what only running generations need."""
+        if self.reaper is not None:
+            self.reaper.cancel()
+            self.reaper = None
         self._renditions.clear()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import structlog
 
 from calotype_server import errors, metadata
 from calotype_server.generation import Generation
-from calotype_server.records import Record
+from calotype_server.registry import Registry
 from calotype_server.replica import new_tag, tag_of
 from calotype_server.types import (
     DisconnectPolicy,
@@ -29,12 +28,14 @@ from calotype_server.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Coroutine
+    from collections.abc import AsyncGenerator, Callable
 
+    from calotype_server.access import Caller
     from calotype_server.admission import Admission, Ticket
     from calotype_server.encode import Encoder
     from calotype_server.engine.protocol import Engine
     from calotype_server.estimates import Pace
+    from calotype_server.quotas import Quota
     from calotype_server.retention import Retention
     from calotype_server.store import Store
     from calotype_server.stream import Update
@@ -86,18 +87,13 @@ class Generations:
         self._admission = admission
         self._pace = pace
         self._encoder = encoder
-        self._ended = ended
-        ended.on_forget = self._forget
-        self._store = store
+        self._registry = Registry(ended, store)
         self.replica = new_tag() if store is None else store.replica
         self._heartbeat = heartbeat
         self._beating: asyncio.TimerHandle | None = None
-        self._chores: set[asyncio.Task[None]] = set()
         self._on_dead = on_dead
         self._threads = ThreadPoolExecutor(max_active, "calotype-generation")
-        self._running: dict[str, tuple[Generation, asyncio.Task[None]]] = {}
-        self._requests: dict[tuple[str, str], Generation] = {}
-        """By caller and request id; of those that run or are kept."""
+        self._running: dict[Generation, asyncio.Task[None]] = {}
         self._numbers = itertools.count(1)
         self._retry_after: float | None = None
         self._readers = 0
@@ -109,30 +105,34 @@ class Generations:
         """The engine's model."""
         return self._engine.model
 
-    async def start(self, job: Job, terms: Terms) -> Generation:
+    async def start(self, job: Job, terms: Terms, quota: Quota | None = None) -> Generation:
         """Accepts a job, or returns the generation that the same request has started before.
 
-        With a store, what is accepted survives a restart.
+        Follow it without waiting for anything else in between, or nobody may be left to end it.
+
+        Args:
+            job: What to make.
+            terms: What else the caller wants, and who it is.
+            quota: What the caller may start; only new generations count.
 
         Raises:
             NotReady: The server is draining.
             RequestIdTaken: The request id was used with other parameters.
+            RateLimited: The quota is used up for now.
             QueueFull: No place in the queue.
             DeadlineTooShort: Hopeless from the start.
-            StateUnavailable: It cannot be kept.
         """
-        if (started := self._started(job, terms)) is not None:
+        if (started := self._registry.same(job, terms)) is not None:
             return started
         if self._retry_after is not None:
             raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
         generation = Generation(job, terms, next(self._numbers), self.replica)
+        if quota is not None:
+            quota.check(job, self._registry.active(terms.caller))
         self._begin(generation)
-        if self._store is not None:
-            try:
-                await self._store.accept(Record(generation.id, job, terms, generation.created))
-            except BaseException:
-                generation.end_early(errors.Cancelled("It could not be kept."))
-                raise
+        if quota is not None:
+            quota.charge(job)
+        self._registry.accept(generation)
         return generation
 
     async def restore(self) -> None:
@@ -140,20 +140,19 @@ class Generations:
 
         Whoever wanted a cancel when they leave gets some time to come back.
         """
-        if self._store is None:
-            return
-        for record in await self._store.load():
-            image = None if record.end is None else await self._store.image(record.generation_id)
+        async for record, image in self._registry.load():
             grace = max(record.terms.grace, _RETURN_SECONDS)
             terms = replace(record.terms, deadline=None, grace=grace)
             generation = Generation(record.job, terms, next(self._numbers), self.replica, record, image)
             if generation.ended:
-                self._remember(generation)
+                self._registry.end(generation)
                 continue
             try:
                 self._begin(generation)
             except errors.ServiceError as error:
+                # Not for the next start either: whoever still wants it asks again, and then there would be two.
                 _log.warning("not begun again", generation=generation.id, reason=error.reason)
+                self._registry.drop(generation)
                 continue
             self._enter(generation)
             self._leave(generation)
@@ -165,14 +164,14 @@ class Generations:
         terms = generation.terms
         generation.ticket = self._admission.enter(generation.job, terms.caller, on_move, terms.deadline)
         task = asyncio.create_task(self._run(generation, generation.ticket), name=f"generation-{generation.id}")
-        self._running[generation.id] = generation, task
-        self._name(generation)
+        self._running[generation] = task
+        self._registry.add(generation)
         if self._beating is None:
             self._beating = asyncio.get_running_loop().call_later(self._heartbeat, self._beat)
 
     def _beat(self) -> None:
         """Tells readers who have heard nothing since the last time that all is well."""
-        for generation, _ in self._running.values():
+        for generation in self._running:
             if generation.log.state.sequence == generation.told:
                 generation.log.publish(StillAlive(self._heartbeat))
             generation.told = generation.log.state.sequence
@@ -184,15 +183,20 @@ class Generations:
     ) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
         """Yields updates with their preview encoded, up to the end.
 
-        When the last reader leaves before the end, the generation's terms say what follows.
+        With a store, what has been told survives a restart. When the last reader leaves before the end, the
+        generation's terms say what follows.
 
         Args:
             generation: Running or ended.
             after: Number of the last event that the reader knows.
             preview: What this reader wants of the previews that are made; None for what the generation was asked for.
+
+        Raises:
+            StateUnavailable: The generation cannot be kept, and is given up.
         """
         self._enter(generation)
         try:
+            await generation.accepted()
             async for update in generation.log.follow(after, preview):
                 image = None
                 if update.preview is not None:
@@ -202,57 +206,53 @@ class Generations:
         finally:
             self._leave(generation)
 
-    def find(self, generation_id: str) -> Generation:
+    def find(self, generation_id: str, caller: Caller) -> Generation:
         """Returns a generation that runs or is kept.
 
         Raises:
-            GenerationNotFound: No such generation, or it ended long ago.
+            GenerationNotFound: No such generation, or it ended long ago, or it is out of this caller's reach.
             OtherReplica: It is one of another server, which alone knows it.
         """
-        if generation_id in self._running:
-            return self._running[generation_id][0]
-        found = self._ended.get(generation_id)
-        if found is None:
-            if tag_of(generation_id) not in ("", self.replica):
-                raise errors.OtherReplica(
-                    "That generation belongs to another server, or to one that is gone.",
-                    metadata={"replica": self.replica},
-                )
+        found = self._registry.find(generation_id)
+        if found is None and tag_of(generation_id) not in ("", self.replica):
+            raise errors.OtherReplica(
+                "That generation belongs to another server, or to one that is gone.",
+                metadata={"replica": self.replica},
+            )
+        if found is None or not caller.reaches(found.terms.caller):
             raise errors.GenerationNotFound("No generation of that id is known.")
         return found
 
-    def cancel(self, generation_id: str) -> Phase:
+    def cancel(self, generation_id: str, caller: Caller) -> Phase:
         """Cancels a generation and returns the phase it was in; an end means there was nothing to cancel.
 
         Raises:
-            GenerationNotFound: No such generation, or it ended long ago.
+            GenerationNotFound: As `find`.
         """
-        generation = self.find(generation_id)
+        generation = self.find(generation_id, caller)
         phase = generation.log.state.phase
         generation.end_early(errors.Cancelled("The generation was cancelled."))
         return phase
 
-    def finish(self, generation_id: str) -> Phase:
+    def finish(self, generation_id: str, caller: Caller) -> Phase:
         """Has a generation end with the picture as it is, and returns the phase it was in.
 
         Raises:
-            GenerationNotFound: No such generation, or it ended long ago.
+            GenerationNotFound: As `find`.
         """
-        generation = self.find(generation_id)
+        generation = self.find(generation_id, caller)
         phase = generation.log.state.phase
         generation.stop.finish()
         return phase
 
-    def newest(self, caller: str, before: int | None = None) -> list[Generation]:
-        """Returns a caller's generations that run or are kept, the newest first.
+    def newest(self, caller: Caller, before: int | None = None) -> list[Generation]:
+        """Returns the generations that a caller may list and that run or are kept, the newest first.
 
         Args:
-            caller: Whose.
+            caller: Who asks.
             before: Only those accepted before, in nanoseconds of the system's clock; None for all.
         """
-        known = [*(generation for generation, _ in self._running.values()), *self._ended]
-        own = [each for each in known if each.terms.caller == caller and (before is None or each.created_ns < before)]
-        return sorted(own, key=lambda each: (-each.created_ns, -each.number))
+        return self._registry.newest(caller, before)
 
     async def warm_up(self) -> None:
         """Makes two quick pictures: the first caller finds warm caches, and the estimates have something to go by.
@@ -291,59 +291,20 @@ class Generations:
 
     async def end_all(self) -> None:
         """Ends what is left as UNAVAILABLE, and waits for it: at most one denoising step, or one decode."""
-        for generation, _ in list(self._running.values()):
+        for generation in list(self._running):
             generation.end_early(errors.Interrupted("The server is stopping.", retry_after=_RESTART_SECONDS))
         await self._all_ended()
+        await self._registry.settle()
 
     async def _all_ended(self) -> None:
-        while tasks := [*(task for _, task in self._running.values()), *self._chores]:
-            await asyncio.wait(tasks)
+        while self._running:
+            await asyncio.wait(self._running.values())
 
     def close(self) -> None:
         """Frees the threads; everything must have ended."""
         if self._beating is not None:
             self._beating.cancel()
         self._threads.shutdown()
-
-    def _name(self, generation: Generation) -> None:
-        """Lets its request id lead to a generation, unless it leads to a newer one that replaced it."""
-        key = generation.terms.caller, generation.terms.request_id
-        held = self._requests.get(key)
-        if generation.terms.request_id and (held is None or held.number < generation.number):
-            self._requests[key] = generation
-
-    def _forget(self, generation: Generation) -> None:
-        """Lets the request id of a generation that is no longer kept be used again."""
-        key = generation.terms.caller, generation.terms.request_id
-        if self._requests.get(key) is generation:
-            del self._requests[key]
-        if self._store is not None:
-            self._later(self._store.forget([generation.id]))
-
-    def _later(self, work: Coroutine[object, object, None]) -> None:
-        """Does something of which nobody waits for the end, but for the server's own."""
-
-        async def carefully() -> None:
-            # What cannot be dropped now is dropped after the next start.
-            with contextlib.suppress(errors.ServiceError):
-                await work
-
-        task = asyncio.create_task(carefully())
-        self._chores.add(task)
-        task.add_done_callback(self._chores.discard)
-
-    def _started(self, job: Job, terms: Terms) -> Generation | None:
-        """What the same request has started before."""
-        self._ended.expire()
-        earlier = self._requests.get((terms.caller, terms.request_id)) if terms.request_id else None
-        if earlier is None or earlier.is_void:
-            return None
-        if differing := earlier.differing(job, terms):
-            raise errors.RequestIdTaken(
-                f"The request id was used before, with another {', '.join(differing)}.",
-                metadata={"generation_id": earlier.id},
-            )
-        return earlier
 
     def _enter(self, generation: Generation) -> None:
         generation.readers += 1
@@ -382,10 +343,11 @@ class Generations:
         except Exception:
             _log.exception("generation failed")
             end = Failed(errors.GenerationFailed("The image could not be made."), generation.watch.timings())
-        await self._keep_end(generation, end)
+        await self._registry.keep_end(generation, end)
         generation.log.publish(end)
-        del self._running[generation.id]
-        self._remember(generation)
+        generation.settle()
+        del self._running[generation]
+        self._registry.end(generation)
         outcome = "succeeded" if isinstance(end, Succeeded) else end.error.reason
         seconds = round(end.timings.total or 0.0, 3)
         _log.info("generation ended", outcome=outcome, seconds=seconds, previews=dict(generation.previews))
@@ -410,23 +372,3 @@ class Generations:
         state = generation.log.state
         parameters = metadata.describe(generation.job, self.model, state.step if state.finished_early else None)
         return await self._encoder.final(pixels, generation.job.output, parameters)
-
-    async def _keep_end(self, generation: Generation, end: Succeeded | Failed) -> None:
-        """On disk before anybody is told: who has read the end can rely on it."""
-        if self._store is None or (isinstance(end, Failed) and isinstance(end.error, errors.Interrupted)):
-            # What the server's own stop interrupts is begun again after the restart.
-            return
-        state = generation.log.state
-        early = isinstance(end, Succeeded) and end.finished_early
-        step = state.total_steps if isinstance(end, Succeeded) and not early else state.step
-        try:
-            await self._store.end(generation.id, end, step=step, total_steps=state.total_steps)
-        except errors.ServiceError:
-            _log.exception("the end of a generation is not kept")
-
-    def _remember(self, generation: Generation) -> None:
-        if generation.reaper is not None:
-            generation.reaper.cancel()
-        generation.forget_previews()
-        self._name(generation)
-        self._ended.add(generation.id, generation, generation.size)

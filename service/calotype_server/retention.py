@@ -37,6 +37,8 @@ class Retention(Generic[T]):
         self._size = size
         self.on_forget: Callable[[T], None] = lambda _: None
         """Told of whatever is forgotten."""
+        self.reserved: Callable[[], int] = lambda: 0
+        """Tells the bytes that something else takes of `size`."""
         self._clock = clock
         self._kept: OrderedDict[str, tuple[float, int, T]] = OrderedDict()
         self.size = 0
@@ -59,7 +61,7 @@ class Retention(Generic[T]):
         now = self._clock()
         while self._kept:
             key, (until, size, value) = next(iter(self._kept.items()))
-            if until > now and len(self._kept) <= self._count and self.size <= self._size:
+            if until > now and len(self._kept) <= self._count and self.size + self.reserved() <= self._size:
                 return until - now
             del self._kept[key]
             self.size -= size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -10,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from calotype._channel import parse_address
-from calotype_server.types import Limits, PreviewMethod, PreviewOptions
+from calotype_server.types import PORT_LIMITS, Limits, PortLimits, PreviewMethod, PreviewOptions
 
 __all__ = ["BridgeSettings", "Settings", "WebSettings"]
 
@@ -28,6 +29,67 @@ class WebSettings(BaseSettings):
         (),
         description="Names under which browsers reach this server, besides localhost and IP addresses; '*' for all. "
         "Separated by commas.",
+    )
+    max_request_bytes: int = Field(
+        PORT_LIMITS.max_request_bytes, ge=1024, description="Largest request accepted, in bytes."
+    )
+    max_metadata_bytes: int = Field(
+        PORT_LIMITS.max_metadata_bytes,
+        ge=2048,
+        description="Most bytes of a call's metadata, or of an HTTP request's line and headers.",
+    )
+    max_connections: int = Field(
+        PORT_LIMITS.max_connections,
+        ge=1,
+        description="Connections to a port at the same time; one more is closed at once.",
+    )
+    max_calls_per_peer: int = Field(
+        PORT_LIMITS.max_calls_per_peer,
+        ge=1,
+        description="Calls of one host at the same time, over all ports; one more is refused. "
+        "Everybody behind a bridge or a proxy is one host.",
+    )
+    request_seconds: float = Field(
+        PORT_LIMITS.request_seconds,
+        ge=0.1,
+        description="Time for the head of a request to arrive, and again for its body, in seconds.",
+    )
+    stall_seconds: float = Field(
+        PORT_LIMITS.stall_seconds,
+        ge=1,
+        description="Time that a browser may take nothing of an answer before it is dropped.",
+    )
+    idle_seconds: float = Field(
+        PORT_LIMITS.idle_seconds, ge=1, description="Time after which a connection without calls is closed."
+    )
+    keepalive_seconds: float = Field(
+        PORT_LIMITS.keepalive_seconds,
+        ge=1,
+        description="Silence after which a peer is asked whether it is still there.",
+    )
+    keepalive_timeout_seconds: float = Field(
+        PORT_LIMITS.keepalive_timeout_seconds, ge=1, description="Time for it to answer before its calls end."
+    )
+
+    @property
+    def port_limits(self) -> PortLimits:
+        """What peers are held to."""
+        return PortLimits(**{field.name: getattr(self, field.name) for field in dataclasses.fields(PortLimits)})
+
+    # Doors, see `transport.doors`.
+    tls_certificate: Path | None = Field(
+        None,
+        description="Certificate of this server with its chain, in PEM, for TLS on every port. Default: plaintext.",
+    )
+    tls_key: Path | None = Field(None, description="Private key of the certificate, in PEM, without a passphrase.")
+    tls_client_ca: Path | None = Field(
+        None, description="Authorities, in PEM, that must have signed the certificate of every client. Default: none."
+    )
+    api_keys: Path | None = Field(
+        None, description="File of the API keys that callers must show; `calotype keys add` makes it. Default: none."
+    )
+    insecure: bool = Field(
+        False, description="Listen beyond this machine without TLS or without keys: something else keeps strangers out."
     )
 
     @field_validator("allowed_origins", "allowed_hosts", mode="before")
@@ -52,10 +114,28 @@ class WebSettings(BaseSettings):
                 raise ValueError(f"{host!r} is not a host name without scheme and port")
         return value
 
+    @field_validator("tls_certificate", "tls_key", "tls_client_ca", "api_keys")
+    @classmethod
+    def _at_home(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
+
     @field_validator("web_address")
     @classmethod
     def _web_address(cls, value: str) -> str:
         return _host_and_port(value)
+
+    @model_validator(mode="after")
+    def _certificate_with_key(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key go together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("--tls-client-ca needs --tls-certificate and --tls-key")
+        return self
+
+    @property
+    def checks_keys(self) -> bool:
+        """Whether every caller has to show a key."""
+        return self.api_keys is not None
 
 
 class Settings(WebSettings):
@@ -79,7 +159,10 @@ class Settings(WebSettings):
         None, ge=1, description="Generations worked on at once. Default: as many as batching pays for, measured."
     )
     max_batch_rows: int | None = Field(
-        None, ge=1, description="Rows of latents computed together at most. Default: as many as pay, measured."
+        None,
+        ge=1,
+        description="Rows of latents computed together at most. Default: as many as pay, measured; "
+        "with --deterministic those of four requests.",
     )
     deterministic: bool = Field(
         False, description="Make every picture bitwise the same whoever shares a batch with it, at some cost."
@@ -116,7 +199,9 @@ class Settings(WebSettings):
     )
     retain_seconds: float = Field(600.0, ge=0, description="Time for which ended generations can still be watched.")
     retain_count: int = Field(256, ge=0, description="Ended generations kept at most.")
-    retain_bytes: int = Field(256 * 2**20, ge=0, description="Bytes of final images kept at most.")
+    retain_bytes: int = Field(
+        256 * 2**20, ge=0, description="Bytes of pictures kept at most, with the previews of running generations."
+    )
     drain_seconds: float = Field(30.0, ge=0, description="Time to finish running generations after SIGTERM.")
     cache_dir: Path = Field(
         Path("~/.cache/calotype"), description="Folder for what was measured of a model, such as its preview head."
@@ -184,6 +269,17 @@ class BridgeSettings(WebSettings):
         description="HOST:PORT of the Calotype server to pass calls on to. Several, separated by commas, or a name "
         "with several addresses, such as dns:///calotype:50051, share the work.",
     )
+    upstream_tls: bool = Field(False, description="Speak TLS to the upstream, trusting the authorities of gRPC.")
+    upstream_ca: Path | None = Field(
+        None, description="Authorities to trust for the upstream, in PEM; implies --upstream-tls."
+    )
+    upstream_certificate: Path | None = Field(
+        None, description="The bridge's own certificate, for an upstream that asks for one; implies --upstream-tls."
+    )
+    upstream_key: Path | None = Field(None, description="Private key of that certificate.")
+    upstream_checks_keys: bool = Field(
+        False, description="The upstream asks for keys: the bridge passes them on and need not check them itself."
+    )
     drain_seconds: float = Field(30.0, ge=0, description="Time for running calls to end after SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines to log.")
     log_format: Literal["console", "json"] = Field("console", description="Log for people, or for machines.")
@@ -195,6 +291,22 @@ class BridgeSettings(WebSettings):
         if not addresses:
             raise ValueError("names no server")
         return tuple(dict.fromkeys(parse_address(address) for address in addresses))
+
+    @model_validator(mode="after")
+    def _upstream_certificate_with_key(self) -> Self:
+        if (self.upstream_certificate is None) != (self.upstream_key is None):
+            raise ValueError("--upstream-certificate and --upstream-key go together")
+        return self
+
+    @property
+    def checks_keys(self) -> bool:
+        """Whether every caller has to show a key, here or at the upstream."""
+        return super().checks_keys or self.upstream_checks_keys
+
+    @property
+    def encrypts_upstream(self) -> bool:
+        """Whether it speaks TLS to the upstream."""
+        return self.upstream_tls or self.upstream_ca is not None or self.upstream_certificate is not None
 
 
 def _separated(value: object) -> Any:

@@ -141,6 +141,15 @@ class EventLog:
         """The newest state."""
         return self._state
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the previews that are kept for readers, each counted once."""
+        with self._lock:
+            held = [each.unread for each in self._subscriptions]
+            if self._newest is not None:
+                held.append(self._newest[1])
+        return sum({id(each): len(each.pixels.data) for each in held if each is not None}.values())
+
     def publish(self, event: Event) -> None:
         """Adds an event; from any thread. Events after the end, or overtaken by later ones, are ignored."""
         with self._lock:
@@ -213,6 +222,11 @@ class _Subscription:
         self._wanted = options is None or options.method is not PreviewMethod.NONE
         self._slot: PreviewReady | None = None
         self._dropped = 0
+
+    @property
+    def unread(self) -> PreviewReady | None:
+        """The preview in the slot."""
+        return self._slot
 
     def put(self, preview: PreviewReady) -> None:
         """Replaces an unread preview, if this one is wanted."""

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from calotype_server.errors import ServiceError
 
 __all__ = [
+    "PORT_LIMITS",
     "Decoding",
     "Denoising",
     "DisconnectPolicy",
@@ -24,6 +25,7 @@ __all__ = [
     "OutputOptions",
     "Phase",
     "Pixels",
+    "PortLimits",
     "PreviewMethod",
     "PreviewOptions",
     "PreviewReady",
@@ -168,6 +170,25 @@ class Limits:
     max_preview_quality: int = 95
     preview: PreviewOptions = PreviewOptions()
     preview_methods: frozenset[PreviewMethod] = frozenset(PreviewMethod)
+
+
+@dataclass(frozen=True, slots=True)
+class PortLimits:
+    """What a peer may take of a port. Described, one by one, in `settings`."""
+
+    max_request_bytes: int = 64 * 1024
+    max_metadata_bytes: int = 16 * 1024
+    max_connections: int = 1000
+    max_calls_per_peer: int = 256
+    request_seconds: float = 10.0
+    stall_seconds: float = 20.0
+    idle_seconds: float = 300.0
+    keepalive_seconds: float = 20.0
+    keepalive_timeout_seconds: float = 10.0
+
+
+PORT_LIMITS = PortLimits()
+"""The defaults."""
 
 
 @dataclass(frozen=True, slots=True)

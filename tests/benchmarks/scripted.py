@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
+from calotype_server.access import Access
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.services import Services
 from calotype_server.transport.web import WebServer
@@ -45,8 +46,8 @@ class ScriptedServicer(GenerationServiceServicer):
 async def main() -> None:
     """Serves until standard input is closed."""
     services = Services(ScriptedServicer())
-    native = NativeServer(services)
-    web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving)
+    native = NativeServer(services, Access())
+    web = WebServer("127.0.0.1:0", services.add_to, Access(), is_ready=services.is_serving)
     print(await native.start("127.0.0.1:0"), await web.start(), flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await asyncio.gather(native.stop(0), web.stop(0))

@@ -9,6 +9,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.access import Caller
 from support.fake_engine import FakeEngine
 from support.service import read_until, running
 
@@ -45,7 +46,7 @@ async def drop_at(moment: str | int, service: Service, engine: FakeEngine, **ter
 async def left(service: Service, generation_id: str) -> None:
     """Waits until the server has noticed that nobody reads any more."""
     async with asyncio.timeout(20):
-        while service.generations.find(generation_id).readers:  # noqa: ASYNC110 - nothing tells
+        while service.generations.find(generation_id, Caller("")).readers:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0)
 
 

@@ -11,7 +11,7 @@ import h11
 import pytest
 
 from calotype_server.transport.grpcweb import GrpcWeb
-from calotype_server.transport.grpcweb.call import Limits
+from calotype_server.types import PortLimits
 from support.grpcweb import Connection, Frames, frame, read_answer
 from support.lab import NAME, PATIENCE, echo, handlers, lab, turns, until
 
@@ -85,7 +85,7 @@ async def test_a_reader_who_stalls_is_dropped() -> None:
         finally:
             ended.set()
 
-    async with lab(methods={"Endless": endless}, limits=Limits(send_seconds=0.2)) as server:
+    async with lab(methods={"Endless": endless}, limits=PortLimits(stall_seconds=0.2)) as server:
         connection = await server.post("Endless")
         await asyncio.wait_for(ended.wait(), PATIENCE)
         connection.close()
@@ -101,7 +101,7 @@ async def test_a_stalled_reader_holds_little_of_what_is_sent() -> None:
             yield bytes(20_000)
             sent += 20_000
 
-    async with lab(methods={"Endless": endless}, limits=Limits(send_seconds=1)) as server:
+    async with lab(methods={"Endless": endless}, limits=PortLimits(stall_seconds=1)) as server:
         address = server.address.rpartition(":")
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

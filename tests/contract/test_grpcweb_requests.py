@@ -12,7 +12,7 @@ import base64
 import h11
 import pytest
 
-from calotype_server.transport.grpcweb.call import Limits
+from calotype_server.types import PortLimits
 from support.grpcweb import Connection, frame, header_dict, read_answer
 from support.lab import NAME, bidi, echo, lab, status, until
 
@@ -110,7 +110,7 @@ async def test_bad_base64_is_refused(body: bytes) -> None:
 
 async def test_the_largest_request_passes_and_one_byte_more_does_not() -> None:
     """The limit is of the message, in both modes."""
-    async with lab(methods={"Echo": echo}, limits=Limits(request_bytes=1000)) as server:
+    async with lab(methods={"Echo": echo}, limits=PortLimits(max_request_bytes=1000)) as server:
         for text in (False, True):
             kind = f"application/grpc-web{'-text' if text else ''}"
             largest, larger = frame(b"x" * 1000), frame(b"x" * 1001)
@@ -141,7 +141,7 @@ async def _send_forever(connection: Connection) -> None:
 
 async def test_an_upload_that_never_ends_is_given_up() -> None:
     """A client that sends half a request and waits gets a status, not a place for ever."""
-    async with lab(methods={"Echo": echo}, limits=Limits(body_seconds=0.05)) as server:
+    async with lab(methods={"Echo": echo}, limits=PortLimits(request_seconds=0.05)) as server:
         connection = await server.post("Echo", transfer_encoding="chunked")
         await connection.send(b"3\r\n\0\0\0\r\n")
         assert read_answer(await connection.answer())[1]["grpc-status"] == DEADLINE_EXCEEDED

@@ -10,6 +10,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.access import Caller
 from support.fake_engine import FakeEngine
 from support.service import read_until, running
 
@@ -171,7 +172,7 @@ async def test_the_request_of_a_cancelled_generation_stays_cancelled(service: Se
 async def wait_for_readers(service: Service, generation_id: str, count: int) -> None:
     """Waits until the server has noticed who left."""
     async with asyncio.timeout(20):
-        while service.generations.find(generation_id).readers != count:  # noqa: ASYNC110 - nothing tells
+        while service.generations.find(generation_id, Caller("")).readers != count:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0)
 
 

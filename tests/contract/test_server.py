@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.access import Access
 from calotype_server.errors import AddressInUse
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
@@ -97,7 +98,7 @@ async def test_two_servers_cannot_share_a_port() -> None:
     async with running(FakeEngine()) as service:
         port = service.address.rpartition(":")[2]
         for host in ("127.0.0.1", "localhost"):
-            second = NativeServer(Services(GenerationServicer(LIMITS)))
+            second = NativeServer(Services(GenerationServicer(LIMITS, Access())), Access())
             with pytest.raises(AddressInUse, match="--grpc-address"):
                 await second.start(f"{host}:{port}")
             await second.stop(0)

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from calotype_server.access import Access
 from calotype_server.errors import AddressInUse
 from calotype_server.transport import listener
 from calotype_server.transport.web import WebServer
+from calotype_server.types import PortLimits
 from support.grpcweb import Connection, frame
 from support.lab import NAME, PATIENCE, lab
 
@@ -191,10 +193,9 @@ async def test_a_head_that_is_too_large_is_refused(ending: str) -> None:
     assert head.status_code == 400
 
 
-async def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_that_says_nothing_is_closed() -> None:
     """And one that never ends its first head."""
-    monkeypatch.setattr(listener, "_HEAD_SECONDS", 0.05)
-    async with lab() as server:
+    async with lab(limits=PortLimits(request_seconds=0.05)) as server:
         for start in (b"", b"GET / HT"):
             connection = await Connection.open(server.address)
             await connection.send(start)
@@ -224,7 +225,7 @@ async def test_a_taken_address_is_explained() -> None:
         taken.listen()
         for host in ("127.0.0.1", "localhost"):
             address = f"{host}:{taken.getsockname()[1]}"
-            server = WebServer(address, lambda _: None, is_ready=None)
+            server = WebServer(address, lambda _: None, Access(), is_ready=None)
             with pytest.raises(AddressInUse, match="--web-address"):
                 await server.start()
             await server.stop(0)
@@ -232,7 +233,7 @@ async def test_a_taken_address_is_explained() -> None:
 
 async def test_localhost_is_every_address_that_it_stands_for() -> None:
     """With one free port for all of them."""
-    server = WebServer("localhost:0", lambda _: None, is_ready=None)
+    server = WebServer("localhost:0", lambda _: None, Access(), is_ready=None)
     address = await server.start()
     port = int(address.rpartition(":")[2])
     try:

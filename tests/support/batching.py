@@ -53,7 +53,7 @@ class Party:
         self._free = threading.Event()
         self._free.set()
         self._held = threading.Event()
-        options = {"max_rows": 16, "threads": 1, "on_batch": self.records.append, **options}
+        options = {"max_rows": 16, "on_batch": self.records.append, **options}
         self.batcher = StepBatcher(self.module, **options)
 
     def __enter__(self):

@@ -9,10 +9,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import grpc
 import h11
+
+if TYPE_CHECKING:
+    import ssl
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -31,9 +35,9 @@ class Connection:
         self._parser = h11.Connection(h11.CLIENT)
 
     @classmethod
-    async def open(cls, address: str) -> Connection:
+    async def open(cls, address: str, context: ssl.SSLContext | None = None) -> Connection:
         host, _, port = address.rpartition(":")
-        return cls(*await asyncio.open_connection(host, int(port), limit=4096))
+        return cls(*await asyncio.open_connection(host, int(port), limit=4096, ssl=context))
 
     async def send(self, data: bytes) -> None:
         self.writer.write(data)
@@ -140,7 +144,7 @@ class WebCall:
         self._initial = grpc.aio.Metadata()
 
     async def _send(self, path: str, body: bytes, metadata, seconds) -> Connection:
-        connection = await Connection.open(self._channel.address)
+        connection = await Connection.open(self._channel.address, self._channel.context)
         self._channel.connections.append(connection)
         kind = "application/grpc-web" + ("-text" if self._channel.text else "") + "+proto"
         headers = {"host": self._channel.address, "content-type": kind, "x-grpc-web": "1", **dict(metadata or ())}
@@ -218,8 +222,9 @@ class WebUnaryCall(WebCall):
 class WebChannel:
     """What generated stubs need of a channel."""
 
-    def __init__(self, address: str, *, text: bool = False) -> None:
+    def __init__(self, address: str, *, text: bool = False, context: ssl.SSLContext | None = None) -> None:
         self.address = address
+        self.context = context
         self.text = text
         self.connections: list[Connection] = []
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from calotype_server.access import Access
 from calotype_server.transport.forwarding import Forwarder
-from calotype_server.transport.interceptors import INTERCEPTORS
-from calotype_server.transport.upstreams import CHANNEL_OPTIONS, Upstreams
+from calotype_server.transport.interceptors import interceptors
+from calotype_server.transport.upstreams import Upstreams
 from calotype_server.transport.web import WebServer
 from support.grpcweb import Connection, WebChannel, frame, read_answer
-from support.service import connect
+from support.service import open_channel, opener
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -94,19 +95,20 @@ async def lab(transport: str = "grpc-web", methods: dict[str, Any] | None = None
     generic = handlers(methods or {})
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
-            native = grpc.aio.server(interceptors=INTERCEPTORS)
+            native = grpc.aio.server(interceptors=interceptors(Access()))
             native.add_generic_rpc_handlers([generic])
             address = f"127.0.0.1:{native.add_insecure_port('127.0.0.1:0')}"
             await native.start()
             stack.push_async_callback(native.stop, None)
             if transport == "native":
-                channel = await stack.enter_async_context(connect(address, CHANNEL_OPTIONS))
+                channel = await stack.enter_async_context(open_channel(address))
                 yield Lab(address, channel, native)
                 return
-            generic = Forwarder(await stack.enter_async_context(Upstreams([address], connect)))
+            generic = Forwarder(await stack.enter_async_context(Upstreams([address], opener())))
         web = WebServer(
             "127.0.0.1:0",
             lambda server: server.add_generic_rpc_handlers([generic]),
+            Access(),
             is_ready=options.pop("is_ready", _always),
             **options,
         )

@@ -73,14 +73,14 @@ class ServerProcess:
                 self.log.append(re.sub(r"\x1b\[[0-9;]*m", "", line))
                 self._logged.notify_all()
 
-    def wait_for_log(self, *words: str) -> str:
+    def wait_for_log(self, *words: str, timeout: float = 60) -> str:
         """Returns the first line with all the words, which may be still to come."""
 
         def find() -> str | None:
             return next((line for line in self.log if all(word in line for word in words)), None)
 
         with self._logged:
-            assert self._logged.wait_for(find, timeout=60), f"no line with {words} in:\n{''.join(self.log)}"
+            assert self._logged.wait_for(find, timeout), f"no line with {words} in:\n{''.join(self.log)}"
             return find()
 
     def terminate(self) -> None:

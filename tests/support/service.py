@@ -10,6 +10,7 @@ import grpc
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
+from calotype_server.access import Access
 from calotype_server.admission import Admission
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
@@ -21,14 +22,16 @@ from calotype_server.transport.servicer import GenerationServicer
 from calotype_server.transport.services import Services
 from calotype_server.transport.upstreams import CHANNEL_OPTIONS, Upstreams
 from calotype_server.transport.web import WebServer
-from calotype_server.types import Limits
+from calotype_server.types import PORT_LIMITS, Limits, PortLimits
 from support.grpcweb import WebChannel
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from calotype_server.engine.protocol import Engine
     from calotype_server.store import Store
+    from calotype_server.transport.peers import Peers
+    from support.authority import Authority
 
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
 
@@ -59,9 +62,14 @@ async def running(
     store: Store | None = None,
     opened: bool = True,
     limits: Limits = LIMITS,
+    ports: PortLimits = PORT_LIMITS,
+    peers: Peers | None = None,
+    access: Access | None = None,
+    authority: Authority | None = None,
     transport: str = "native",
 ) -> AsyncIterator[Service]:
-    """Serves `engine` while the block runs."""
+    """Serves `engine` while the block runs; in plaintext to everybody, unless `authority` and `access` say so."""
+    access = access or Access()
     pace, dead = Pace(), []
     admission = Admission(pace, max_active=max_active, max_queue=max_queue)
     encoder = Encoder()
@@ -69,14 +77,14 @@ async def running(
     generations = Generations(
         engine, admission, pace, encoder, ended, store, max_active=max_active, on_dead=lambda: dead.append(True)
     )
-    servicer = GenerationServicer(limits)
+    servicer = GenerationServicer(limits, access)
     await generations.restore()
     if opened:
         servicer.open(generations)
     services = Services(servicer)
     await services.set_serving(opened)
     try:
-        async with _port(services, transport) as (address, channel):
+        async with _port(services, access, authority, transport, ports, peers) as (address, channel):
             stub = GenerationServiceStub(channel)
             try:
                 yield Service(address, channel, stub, generations, services, dead)
@@ -89,13 +97,22 @@ async def running(
 
 
 @contextlib.asynccontextmanager
-async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, Any]]:
+async def _port(
+    services: Services,
+    access: Access,
+    authority: Authority | None,
+    transport: str,
+    limits: PortLimits,
+    peers: Peers | None,
+) -> AsyncIterator[tuple[str, Any]]:
     """Listens, and yields the address and a channel to it."""
+    certificates = authority and authority.certificates()
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
-            native = NativeServer(services)
+            native = NativeServer(services, access, certificates, limits=limits, peers=peers)
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
+            connect = opener(authority)
             if transport == "native":
                 # Those of the bridge are those of a client, too.
                 yield address, await stack.enter_async_context(connect(address, CHANNEL_OPTIONS))
@@ -104,20 +121,39 @@ async def _port(services: Services, transport: str) -> AsyncIterator[tuple[str, 
             web = WebServer(
                 "127.0.0.1:0",
                 lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
+                Access(),
+                certificates,
                 is_ready=services.is_serving,
+                limits=limits,
             )
         else:
-            web = WebServer("127.0.0.1:0", services.add_to, is_ready=services.is_serving)
+            web = WebServer(
+                "127.0.0.1:0",
+                services.add_to,
+                access,
+                certificates,
+                is_ready=services.is_serving,
+                limits=limits,
+                peers=peers,
+            )
         address = await web.start()
         stack.push_async_callback(web.stop, 0)
-        web_channel = WebChannel(address, text=transport == "grpc-web-text")
+        web_channel = WebChannel(address, text=transport == "grpc-web-text", context=authority and authority.context())
         stack.callback(web_channel.close)
         yield address, web_channel
 
 
-def connect(target: str, options) -> grpc.aio.Channel:
-    """Makes a channel without encryption."""
-    return grpc.aio.insecure_channel(target, options)
+def opener(authority: Authority | None = None, *, shown: bool = True) -> Callable[[str, Any], grpc.aio.Channel]:
+    """Makes native channels; `shown` is whether they show a certificate where one is asked for."""
+    if authority is None:
+        return lambda target, options: grpc.aio.insecure_channel(target, options)
+    credentials = authority.credentials(shown=shown)
+    return lambda target, options: grpc.aio.secure_channel(target, credentials, options)
+
+
+def open_channel(address: str, authority: Authority | None = None, *, shown: bool = True) -> grpc.aio.Channel:
+    """One of them."""
+    return opener(authority, shown=shown)(address, CHANNEL_OPTIONS)
 
 
 async def read_until(call, phase: pb.Phase.ValueType) -> pb.Progress:

@@ -254,6 +254,7 @@ def register_missing_server(why: str) -> None:
     commands = {
         "serve": "Run a server.",
         "bridge": "Let browsers reach a server elsewhere.",
+        "keys": "Make and list the API keys of a server.",
         "doctor": "Say what is installed and what is missing.",
     }
     for name, text in commands.items():

@@ -46,7 +46,7 @@ class DiffusersEngine:
         pipeline: A loaded text-to-image pipeline; it is never changed.
         defaults: What takes precedence over the pipeline's own defaults.
         cache_dir: Folder for the calibrated preview head.
-        threads: Threads that torch computes with; None to measure what is quickest.
+        threads: Threads that torch computes with; None to measure what is quickest, or when `deterministic` for all.
         budget: Chooses how previews are drawn.
         preview_methods: What the operator allows to draw them.
         tiny_vae: An `AutoencoderTiny` that fits the pipeline, or None.
@@ -74,11 +74,26 @@ class DiffusersEngine:
     ) -> None:
         model = describe(name, pipeline, defaults)
         self._denoiser = denoiser_name(pipeline)
-        self._threads = threads or pick_threads(pipeline, model)
+        most_threads = threads or torch.get_num_threads()
+        self._threads = most_threads if threads or deterministic else pick_threads(pipeline, model)
         _log.info("model loaded", model=name, device=model.device, threads=self._threads)
         torch.set_num_threads(self._threads)
-        plan = make_plan(pipeline, model, max_active=max_active, max_rows=max_rows, deterministic=deterministic)
-        _log.info("concurrency", max_active=plan.max_active, max_rows=plan.max_rows, unbatched=plan.reason or None)
+        plan = make_plan(
+            pipeline,
+            model,
+            max_active=max_active,
+            threads=(self._threads, most_threads),
+            max_rows=max_rows,
+            deterministic=deterministic,
+        )
+        computing = self._threads if plan.threads is None else plan.threads.of(plan.max_rows)
+        _log.info(
+            "concurrency",
+            max_active=plan.max_active,
+            max_rows=plan.max_rows,
+            threads=computing,
+            unbatched=plan.reason or None,
+        )
         self._batcher: StepBatcher | None = None
         shared = shared_components(pipeline)
         if plan.max_rows == 0:
@@ -88,7 +103,7 @@ class DiffusersEngine:
             self._batcher = StepBatcher(
                 getattr(pipeline, self._denoiser),
                 max_rows=plan.max_rows,
-                threads=self._threads,
+                threads=plan.threads,
                 deterministic=deterministic and not plan.reason,
                 on_batch=on_batch,
             )
@@ -97,7 +112,7 @@ class DiffusersEngine:
         self._pipeline = request_view(pipeline, pipeline.scheduler, **shared)
         self._budget = budget or PreviewBudget(share=0.02)
         if model.device == "cpu":
-            self._budget.contention = min(1.0, self._threads / (os.cpu_count() or 1))
+            self._budget.contention = min(1.0, computing / (os.cpu_count() or 1))
         self._previews = Previews(
             self._pipeline,
             model,

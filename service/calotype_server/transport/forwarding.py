@@ -57,7 +57,7 @@ class Forwarder(grpc.GenericRpcHandler):
             return None
 
         async def forward(request: bytes, context: Context) -> AsyncGenerator[bytes, None]:
-            candidates = await self._candidates(path, request)
+            candidates = await self._candidates(path, request, context)
             if path == _LIST and len(candidates) > 1:
                 yield await _list_all(candidates, request, context)
                 return
@@ -89,10 +89,12 @@ class Forwarder(grpc.GenericRpcHandler):
         handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_stream_rpc_method_handler(forward)
         return handler
 
-    async def _candidates(self, path: str, request: bytes) -> list[Upstream]:
+    async def _candidates(self, path: str, request: bytes, context: Context) -> list[Upstream]:
         """Returns the servers that may answer, the likeliest first."""
-        if path in _OF_ONE_GENERATION and (home := await self._upstreams.home(_generation_id(request))) is not None:
-            return [home]
+        if path in _OF_ONE_GENERATION:
+            metadata = _outgoing(context.invocation_metadata())
+            if (home := await self._upstreams.home(_generation_id(request), metadata)) is not None:
+                return [home]
         # Where it is gone, any server knows how to say so.
         if not (candidates := self._upstreams.by_health()):
             raise _unavailable()

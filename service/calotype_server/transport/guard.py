@@ -20,9 +20,12 @@ __all__ = ["Guard"]
 
 ANY = "*"
 
+_HSTS = (b"strict-transport-security", b"max-age=31536000")
+"""Browsers that were here over TLS never come in the clear again, for a year."""
+
 
 class Guard:
-    """An ASGI middleware that refuses requests of foreign pages and for foreign names.
+    """An ASGI middleware that refuses requests of foreign pages and for foreign names, and keeps browsers to TLS.
 
     Requests without an `Origin` pass: they are not a page's doing. IP addresses and localhost are always names of this
     server, since nobody can let them point elsewhere.
@@ -43,8 +46,17 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self._application(scope, receive, send)
             return
-        headers = {key: value.decode("latin-1").lower() for key, value in scope["headers"] if key in _READ}
-        refusal = self._judge(headers.get(b"host", ""), headers.get(b"origin"))
+        read = [(key, value.decode("latin-1").lower()) for key, value in scope["headers"] if key in _READ]
+        headers = dict(read)
+        host = headers.get(b"host", "")
+        if len(headers) < len(read):
+            # Whoever stands in between may have read the other one.
+            refusal: PlainTextResponse | None = PlainTextResponse("Host and Origin are said once.\n", 400)
+        else:
+            refusal = self._judge(host, headers.get(b"origin"))
+        if scope.get("scheme") == "https" and _split(f"//{host}")[1] != "localhost":
+            # On localhost it would count for everything else that is developed there.
+            send = _with_header(send, _HSTS)
         if refusal is None:
             await self._application(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -73,6 +85,15 @@ class Guard:
 
 
 _READ = (b"host", b"origin")
+
+
+def _with_header(send: Any, header: tuple[bytes, bytes]) -> Any:
+    async def sending(event: Any) -> None:
+        if event["type"] == "http.response.start":
+            event = {**event, "headers": [*event.get("headers", ()), header]}
+        await send(event)
+
+    return sending
 
 
 def _split(url: str) -> tuple[str, str]:

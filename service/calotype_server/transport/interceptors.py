@@ -1,4 +1,4 @@
-"""What surrounds every call on every gRPC port: errors become statuses, and log lines carry the call's id."""
+"""What surrounds every call on every gRPC port: who may call, errors become statuses, log lines carry the call's id."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
 from calotype_server import codec
-from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, Violation
+from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, Unauthenticated, Violation
+from calotype_server.transport.credentials import from_metadata
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 
+    from calotype_server.access import Access
+
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
 
-__all__ = ["INTERCEPTORS", "CallInterceptor"]
+__all__ = ["AccessInterceptor", "CallInterceptor", "abort", "interceptors"]
 
 _log = structlog.get_logger(__name__)
 
@@ -56,8 +59,52 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return guarded
 
 
-INTERCEPTORS: tuple[grpc.aio.ServerInterceptor, ...] = (CallInterceptor(),)
-"""Those of every port, the outermost first."""
+class AccessInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls without a good key before anything of them is read, but for health checks.
+
+    Args:
+        access: Decides.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """Passes a call on, or answers it with the refusal."""
+        handler = await continuation(handler_call_details)
+        if handler_call_details.method.startswith(_OPEN):
+            return handler
+        try:
+            # Who it is, the servicer asks, which knows the peer.
+            self._access.admit(from_metadata(handler_call_details.invocation_metadata), "")
+        except Unauthenticated as error:
+            refusal: Handler = _refusal(error, streaming=handler is not None and handler.request_streaming)
+            return refusal
+        return handler
+
+
+_OPEN = "/grpc.health.v1.Health/"
+"""Load balancers have no keys."""
+
+
+def interceptors(access: Access) -> tuple[grpc.aio.ServerInterceptor, ...]:
+    """Returns those of every port, the outermost first."""
+    return CallInterceptor(), AccessInterceptor(access)
+
+
+def _refusal(error: ServiceError, *, streaming: bool) -> Any:
+    """Returns a handler that answers with `error`; a client that asked for one message takes that, too."""
+
+    async def refuse(_: Any, context: Context) -> AsyncGenerator[Any, None]:
+        await abort(context, error)
+        yield
+
+    make: Any = grpc.stream_stream_rpc_method_handler if streaming else grpc.unary_stream_rpc_method_handler
+    return make(refuse)
 
 
 class _Malformed:
@@ -95,7 +142,7 @@ def _guard_stream(method: Callable[..., AsyncGenerator[Any, None]]) -> Callable[
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await _abort(context, error)
+                await abort(context, error)
 
     return guarded
 
@@ -108,7 +155,7 @@ def _guard_unary(method: Any) -> Callable[..., Awaitable[Any]]:
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                await _abort(context, error)
+                await abort(context, error)
 
     return guarded
 
@@ -122,7 +169,8 @@ def _bound(context: Context) -> Iterator[None]:
     yield
 
 
-async def _abort(context: Context, error: Exception) -> None:
+async def abort(context: Context, error: Exception) -> None:
+    """Ends a call with the status of an error; what is no `ServiceError` is logged and hidden."""
     if not isinstance(error, ServiceError):
         _log.error("call failed", exc_info=error)
         error = GenerationFailed("Internal error.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import math
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -12,36 +14,23 @@ from httptools import HttpParserError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from calotype_server.transport.address import in_use, resolve
+from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterator
 
 __all__ = ["Listener", "listen"]
 
 _OPTION = "--web-address"
 
-_SOCKET_OPTIONS = [
-    # A peer that vanished while nothing is sent is noticed within 35 s, ...
-    (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
-    (socket.IPPROTO_TCP, "TCP_KEEPIDLE", 20),
-    (socket.IPPROTO_TCP, "TCP_KEEPINTVL", 5),
-    (socket.IPPROTO_TCP, "TCP_KEEPCNT", 3),
-    # ... and one that acknowledges nothing, or whose window stays shut, within 20 s.
-    (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 20_000),
-    (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
-    # Bounds what the kernel holds for a reader who stalls.
-    (socket.SOL_SOCKET, "SO_SNDBUF", 256 * 1024),
-]
-
-_HEAD_BYTES = 32 * 1024
-"""Request line and headers together, at most."""
-
 _TOO_LARGE = "The head of the request is too large."
+_TOO_MANY = b"The server has as many connections as it takes.\n"
+_REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain; charset=utf-8\r\nretry-after: 5\r\n"
+    b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(_TOO_MANY), _TOO_MANY)
+)
 
-_HEAD_SECONDS = 10.0
-"""From the opening of a connection to the end of its first head."""
-
-_KEEP_ALIVE_SECONDS = 75
 _STATIC_SECONDS = 2
 """For answers that are not calls, when the server stops."""
 
@@ -51,22 +40,28 @@ class Listener:
 
     Args:
         application: The app.
+        limits: What a peer may take.
+        context: For TLS, or None for plaintext.
     """
 
-    def __init__(self, application: Any) -> None:
+    def __init__(
+        self, application: Any, limits: PortLimits = PORT_LIMITS, context: ssl.SSLContext | None = None
+    ) -> None:
+        self._limits = limits
         self._server = _Server(
             uvicorn.Config(
                 application,
-                http=_Protocol,
+                http=functools.partial(_Protocol, limits),  # type: ignore[arg-type]
                 ws="none",
                 loop="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_keep_alive=round(limits.idle_seconds),
                 timeout_graceful_shutdown=_STATIC_SECONDS,
-            )
+            ),
+            context,
         )
         self._serving: asyncio.Task[None] | None = None
 
@@ -76,7 +71,7 @@ class Listener:
         Raises:
             AddressInUse: The address is taken or not one of this machine's.
         """
-        sockets = listen(address)
+        sockets = listen(address, self._limits)
         self._serving = asyncio.create_task(self._server.serve(sockets))
         await self._server.ready.wait()
         return f"{address.rpartition(':')[0]}:{sockets[0].getsockname()[1]}"
@@ -91,8 +86,10 @@ class Listener:
 class _Server(uvicorn.Server):
     """Tells when it listens, and leaves signals to the process."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, context: ssl.SSLContext | None) -> None:
         super().__init__(config)
+        config.load()
+        config.ssl = context
         self.ready = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -105,30 +102,43 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(HttpToolsProtocol):
-    """HTTP/1.1 with two things that uvicorn lacks: limits on a request's head, and disconnects for all requests.
+    """HTTP/1.1 with what uvicorn lacks: limits on connections and on heads, and disconnects for all requests.
 
     uvicorn tells a lost connection only to the newest request on it, and stops reading, and so noticing, when there is
     one in the pipeline. Then an answer that streams would go on for nobody.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, limits: PortLimits, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._limits = limits
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._answered: Any = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._head_timer = self.loop.call_later(_HEAD_SECONDS, transport.abort)
+        if len(self.connections) > self._limits.max_connections:
+            transport.write(_REFUSAL)
+            transport.close()
+            return
+        self._start_head_timer()
 
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_bytes > _HEAD_BYTES and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._head_bytes > self._limits.max_metadata_bytes:
             self.send_400_response(_TOO_LARGE)
+        elif self._head_timer is None and (self.cycle is None or self.cycle.response_complete):
+            # A piece of the next head, or of a body that was answered before it was there.
+            self._start_head_timer()
 
     def on_headers_complete(self) -> None:
-        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > _HEAD_BYTES:
+        if (
+            len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            > self._limits.max_metadata_bytes
+        ):
             # Answered as any head that is not HTTP.
             raise HttpParserError(_TOO_LARGE)
         self._head_bytes = 0
@@ -156,13 +166,16 @@ class _Protocol(HttpToolsProtocol):
             self._answered.disconnected = True
             self._answered.message_event.set()
 
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(self._limits.request_seconds, self.transport.abort)
+
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
 
-def listen(address: str) -> list[socket.socket]:
+def listen(address: str, limits: PortLimits = PORT_LIMITS) -> list[socket.socket]:
     """Opens a socket for each address that HOST:PORT stands for, all with the same port.
 
     Raises:
@@ -177,7 +190,7 @@ def listen(address: str) -> list[socket.socket]:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family is socket.AF_INET6:
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            for level, name, value in _SOCKET_OPTIONS:
+            for level, name, value in _socket_options(limits):
                 # Accepted connections inherit them. Some systems lack some.
                 if hasattr(socket, name):
                     listening.setsockopt(level, getattr(socket, name), value)
@@ -188,3 +201,19 @@ def listen(address: str) -> list[socket.socket]:
                 each.close()
             raise in_use(address, _OPTION) from None
     return sockets
+
+
+def _socket_options(limits: PortLimits) -> list[tuple[int, str, int]]:
+    noticed = limits.keepalive_seconds + limits.keepalive_timeout_seconds
+    return [
+        # A peer that vanished while nothing is sent is noticed after two questions without an answer, ...
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", math.ceil(limits.keepalive_seconds)),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", math.ceil(limits.keepalive_timeout_seconds / 2)),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 2),
+        # ... and one that acknowledges nothing, or whose window stays shut, after this. It bounds the former, too.
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", math.ceil(1000 * min(limits.stall_seconds, noticed))),
+        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+        # Bounds what the kernel holds for a reader who stalls.
+        (socket.SOL_SOCKET, "SO_SNDBUF", 256 * 1024),
+    ]

@@ -8,31 +8,19 @@ import grpc
 from grpc_reflection.v1alpha import reflection
 
 from calotype_server.transport.address import check_free, in_use
-from calotype_server.transport.interceptors import INTERCEPTORS
+from calotype_server.transport.intake import Intake
+from calotype_server.transport.interceptors import interceptors
+from calotype_server.transport.peers import Peers
+from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
+    from calotype_server.access import Access
+    from calotype_server.transport.certificates import Certificates
     from calotype_server.transport.services import Services
 
 __all__ = ["NativeServer"]
 
 _OPTION = "--grpc-address"
-
-_OPTIONS = [
-    # A second server on the same port must fail, not share it.
-    ("grpc.so_reuseport", 0),
-    ("grpc.max_concurrent_streams", 256),
-    # Requests are prompts.
-    ("grpc.max_receive_message_length", 64 * 1024),
-    ("grpc.max_send_message_length", 8 * 1024 * 1024),
-    ("grpc.max_metadata_size", 16 * 1024),
-    # A vanished peer is noticed within 30 s also while nothing is sent; the timeout is TCP_USER_TIMEOUT too.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 5),
-    ("grpc.max_connection_idle_ms", 600_000),
-]
 
 
 class NativeServer:
@@ -40,12 +28,28 @@ class NativeServer:
 
     Args:
         services: What to serve.
+        access: Who may call.
+        certificates: For TLS, or None for plaintext.
+        limits: What a peer may take.
+        peers: Counts the calls of all ports; None for a count of its own.
     """
 
-    def __init__(self, services: Services) -> None:
-        # JPEG and PNG do not compress: gzip would only cost time.
+    def __init__(
+        self,
+        services: Services,
+        access: Access,
+        certificates: Certificates | None = None,
+        *,
+        limits: PortLimits = PORT_LIMITS,
+        peers: Peers | None = None,
+    ) -> None:
+        self._certificates = certificates
+        intake = Intake(peers or Peers(limits.max_calls_per_peer), limits.request_seconds)
         self._server = grpc.aio.server(
-            interceptors=INTERCEPTORS, options=_OPTIONS, compression=grpc.Compression.NoCompression
+            interceptors=(intake, *interceptors(access)),
+            options=_options(limits),
+            # JPEG and PNG do not compress: gzip would only cost time.
+            compression=grpc.Compression.NoCompression,
         )
         services.add_to(self._server)
         reflection.enable_server_reflection([*services.names, reflection.SERVICE_NAME], self._server)
@@ -58,7 +62,10 @@ class NativeServer:
         """
         check_free(address, _OPTION)
         try:
-            port = self._server.add_insecure_port(address)
+            if self._certificates is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._certificates.grpc_credentials())
         except RuntimeError:
             await self._server.stop(None)
             raise in_use(address, _OPTION) from None
@@ -68,3 +75,32 @@ class NativeServer:
     async def stop(self, grace: float) -> None:
         """Closes the port; calls under way get `grace` seconds to deliver their end."""
         await self._server.stop(grace)
+
+
+def _options(limits: PortLimits) -> list[tuple[str, int]]:
+    return [
+        # A second server on the same port must fail, not share it.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
+        # A client keeps what exceeds this to itself, without a word; so it is more than a peer is allowed.
+        ("grpc.max_concurrent_streams", 2 * limits.max_calls_per_peer),
+        ("grpc.max_receive_message_length", limits.max_request_bytes),
+        ("grpc.max_send_message_length", 8 * 1024 * 1024),
+        # The first is a threshold from which calls are refused by chance.
+        ("grpc.max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.server_handshake_timeout_ms", _ms(limits.request_seconds)),
+        # A vanished peer is noticed also while nothing is sent; the timeout is TCP_USER_TIMEOUT too.
+        ("grpc.keepalive_time_ms", _ms(limits.keepalive_seconds)),
+        ("grpc.keepalive_timeout_ms", _ms(limits.keepalive_timeout_seconds)),
+        # What a frozen process is given: the kernel acknowledges for it.
+        ("grpc.http2.ping_timeout_ms", _ms(limits.keepalive_timeout_seconds)),
+        ("grpc.keepalive_permit_without_calls", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 5),
+        ("grpc.max_connection_idle_ms", _ms(limits.idle_seconds)),
+    ]
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)

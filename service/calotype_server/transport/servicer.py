@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
 from calotype_server import __version__, codec, errors
+from calotype_server.transport.credentials import from_metadata
 from calotype_server.types import Failed
 from calotype_server.validation import validate, validate_id, validate_page, validate_watch, watched_previews
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     import grpc.aio
 
+    from calotype_server.access import Access, Caller
     from calotype_server.generation import Generation
     from calotype_server.generations import Generations
     from calotype_server.types import Limits, PreviewOptions
@@ -38,10 +40,12 @@ class GenerationServicer(GenerationServiceServicer):
 
     Args:
         limits: The operator's ceilings.
+        access: Who may call.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, access: Access) -> None:
         self._limits = limits
+        self._access = access
         self._opened: Generations | None = None
 
     def open(self, generations: Generations) -> None:
@@ -52,9 +56,10 @@ class GenerationServicer(GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.Progress, None]:
         """Starts a generation and streams it; see the proto."""
+        caller = self._caller(context)
         job, terms = validate(request, self._generations.model, self._limits)
-        terms = replace(terms, caller=_caller(context), deadline=context.time_remaining())
-        generation = await self._generations.start(job, terms)
+        terms = replace(terms, caller=caller.id, deadline=context.time_remaining())
+        generation = await self._generations.start(job, terms, caller.quota)
         structlog.contextvars.bind_contextvars(generation=generation.id)
         _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count)
         async with contextlib.aclosing(self._follow(generation, context)) as messages:
@@ -66,7 +71,7 @@ class GenerationServicer(GenerationServiceServicer):
     ) -> AsyncGenerator[pb.Progress, None]:
         """Streams a generation that was started before; see the proto."""
         validate_watch(request, self._limits)
-        generation = self._generations.find(request.generation_id)
+        generation = self._generations.find(request.generation_id, self._caller(context))
         structlog.contextvars.bind_contextvars(generation=generation.id)
         preview = watched_previews(request, self._limits, generation.job)
         following = self._follow(generation, context, request.after_sequence, preview)
@@ -79,21 +84,23 @@ class GenerationServicer(GenerationServiceServicer):
     ) -> pb.CancelResponse:
         """Cancels by id; see the proto."""
         validate_id(request.generation_id)
-        return pb.CancelResponse(phase=codec.encode_phase(self._generations.cancel(request.generation_id)))
+        phase = self._generations.cancel(request.generation_id, self._caller(context))
+        return pb.CancelResponse(phase=codec.encode_phase(phase))
 
     async def Finish(  # noqa: N802
         self, request: pb.FinishRequest, context: Context
     ) -> pb.FinishResponse:
         """Ends early by id; see the proto."""
         validate_id(request.generation_id)
-        return pb.FinishResponse(phase=codec.encode_phase(self._generations.finish(request.generation_id)))
+        phase = self._generations.finish(request.generation_id, self._caller(context))
+        return pb.FinishResponse(phase=codec.encode_phase(phase))
 
     async def ListGenerations(  # noqa: N802
         self, request: pb.ListGenerationsRequest, context: Context
     ) -> pb.ListGenerationsResponse:
-        """Lists the caller's own; see the proto."""
+        """Lists what the caller may see; see the proto."""
         size, before = validate_page(request)
-        return codec.encode_page(self._generations.newest(_caller(context), before), size)
+        return codec.encode_page(self._generations.newest(self._caller(context), before), size)
 
     async def GetModel(  # noqa: N802
         self, request: pb.GetModelRequest, context: Context
@@ -115,13 +122,11 @@ class GenerationServicer(GenerationServiceServicer):
             # Said in the last message already; repeated for clients that look only at the status.
             await context.abort_with_status(rpc_status.to_status(codec.encode_error(end.error)))
 
+    def _caller(self, context: Context) -> Caller:
+        return self._access.admit(from_metadata(context.invocation_metadata()), context.peer())
+
     @property
     def _generations(self) -> Generations:
         if self._opened is None:
             raise errors.NotReady("The model is still loading.", retry_after=_LOADING_RETRY_SECONDS)
         return self._opened
-
-
-def _caller(context: Context) -> str:
-    """Whose call it is: the peer's host. Every connection has a port of its own, and stands for the same caller."""
-    return context.peer().rpartition(":")[0]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     Options = Sequence[tuple[str, int | str]]
+    Metadata = Sequence[tuple[str, Any]]
+    Connect = Callable[[str, Options], grpc.aio.Channel]
 
 __all__ = ["CHANNEL_OPTIONS", "Health", "Upstream", "Upstreams"]
 
@@ -31,6 +33,7 @@ CHANNEL_OPTIONS: Options = (
     # A generation may wait in the queue for long: pings notice a dead link meanwhile.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     # A generation that was started twice costs twice; the caller decides.
     ("grpc.enable_retries", 0),
@@ -79,7 +82,7 @@ class Upstream:
         streams: Calls under way.
     """
 
-    def __init__(self, target: str, connect: Callable[[str, Options], grpc.aio.Channel], options: Options) -> None:
+    def __init__(self, target: str, connect: Connect, options: Options) -> None:
         self.target = target
         self.health = Health.LOST
         self.replica = ""
@@ -104,15 +107,22 @@ class Upstream:
             self._channels[channel] -= 1
 
     async def probe(self) -> None:
-        """Asks how it is, and when that may have changed, who it is."""
+        """Asks how it is."""
         with self.channel() as channel:
             health = await _health(channel)
-            if health is Health.SERVING and self.health is Health.SERVING and self.replica:
-                return
-            replica = "" if health is Health.LOST else await _replica(channel)
         if health is not self.health:
             _log.info("upstream", target=self.target, health=health.name)
-        self.health, self.replica = health, replica or self.replica
+        self.health = health
+
+    async def identify(self, metadata: Metadata) -> None:
+        """Asks who it is; it may want to know who asks."""
+        with self.channel() as channel:
+            stub: Any = GenerationServiceStub(channel)
+            try:
+                model = await stub.GetModel(pb.GetModelRequest(), metadata=metadata, timeout=_ANSWER_SECONDS)
+            except grpc.aio.AioRpcError:
+                return
+        self.replica = model.replica
 
     async def close(self) -> None:
         """Closes its channels."""
@@ -128,7 +138,7 @@ class Upstreams:
         connect: Makes a channel to a target with options.
     """
 
-    def __init__(self, targets: Sequence[str], connect: Callable[[str, Options], grpc.aio.Channel]) -> None:
+    def __init__(self, targets: Sequence[str], connect: Connect) -> None:
         self._names = [target for target in targets if is_balanced(target)]
         self._connect = connect
         self._fixed = {target: self._make(target) for target in targets if target not in self._names}
@@ -162,8 +172,13 @@ class Upstreams:
         shift = next(self._turn) % max(1, len(known))
         return sorted(known[shift:] + known[:shift], key=lambda each: (each.health, each.streams))
 
-    async def home(self, generation_id: str) -> Upstream | None:
-        """Returns the server that has begun a generation. None when there is none, or it does not answer."""
+    async def home(self, generation_id: str, metadata: Metadata) -> Upstream | None:
+        """Returns the server that has begun a generation. None when there is none, or it does not answer.
+
+        Args:
+            generation_id: Of the generation.
+            metadata: Of the call that it is for: only who may call may ask a server who it is.
+        """
         tag = tag_of(generation_id)
         if not tag:
             return None
@@ -171,6 +186,7 @@ class Upstreams:
         if home is None:
             # It may have come since all were asked, or have been taken for lost too soon.
             await self.probe()
+            await asyncio.gather(*(each.identify(metadata) for each in self._all if each.health is not Health.LOST))
             home = self._home(tag)
         return home
 
@@ -219,12 +235,3 @@ async def _health(channel: grpc.aio.Channel) -> Health:
         # Some ingresses have no health service.
         return Health.SERVING if error.code() is grpc.StatusCode.UNIMPLEMENTED else Health.LOST
     return Health.SERVING if answer.status == health_pb2.HealthCheckResponse.SERVING else Health.NOT_SERVING
-
-
-async def _replica(channel: grpc.aio.Channel) -> str:
-    stub: Any = GenerationServiceStub(channel)
-    try:
-        model: pb.Model = await stub.GetModel(pb.GetModelRequest(), timeout=_ANSWER_SECONDS)
-    except grpc.aio.AioRpcError:
-        return ""
-    return model.replica

@@ -12,16 +12,19 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from calotype_server.transport.grpcweb import GrpcWeb
 from calotype_server.transport.guard import Guard
-from calotype_server.transport.interceptors import INTERCEPTORS
+from calotype_server.transport.interceptors import interceptors
 from calotype_server.transport.listener import Listener
 from calotype_server.transport.page import Page
+from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from starlette.requests import Request
 
-    from calotype_server.transport.grpcweb.call import Limits
+    from calotype_server.access import Access
+    from calotype_server.transport.certificates import Certificates
+    from calotype_server.transport.peers import Peers
 
 __all__ = ["PAGE", "WebServer"]
 
@@ -46,26 +49,32 @@ class WebServer:
     Args:
         address: HOST:PORT to listen on; port 0 picks a free one. HOST is one of the allowed hosts.
         register: Adds services to the server that it is given; as for a native one.
+        access: Who may call. The page and health checks are for everybody.
+        certificates: For TLS, or None for plaintext.
         is_ready: Whether calls are welcome, for `/readyz`.
         allowed_origins: Of pages elsewhere that may call, as https://example.com; "*" for all.
         allowed_hosts: Names under which this server is reached; "*" for all.
         page: Folder of the built page.
-        limits: What a client may take.
+        limits: What a peer may take.
+        peers: Counts the calls of all ports; None for a count of its own.
     """
 
     def __init__(
         self,
         address: str,
         register: Callable[[Any], object],
+        access: Access,
+        certificates: Certificates | None = None,
         *,
         is_ready: Callable[[], Awaitable[bool]],
         allowed_origins: Sequence[str] = (),
         allowed_hosts: Sequence[str] = (),
         page: Path = PAGE,
-        limits: Limits | None = None,
+        limits: PortLimits = PORT_LIMITS,
+        peers: Peers | None = None,
     ) -> None:
         site = Starlette(routes=_routes(is_ready, page))
-        self._grpc_web = GrpcWeb(site, interceptors=INTERCEPTORS, limits=limits)
+        self._grpc_web = GrpcWeb(site, interceptors=interceptors(access), limits=limits, peers=peers)
         register(self._grpc_web)
         application = CORSMiddleware(
             self._grpc_web,
@@ -76,7 +85,8 @@ class WebServer:
             max_age=_CORS_MAX_AGE_SECONDS,
         )
         hosts = (*allowed_hosts, address.rpartition(":")[0])
-        self._listener = Listener(Guard(application, origins=allowed_origins, hosts=hosts))
+        context = None if certificates is None else certificates.ssl_context()
+        self._listener = Listener(Guard(application, origins=allowed_origins, hosts=hosts), limits, context)
         self._address = address
 
     @property

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from calotype_server import errors
+from calotype_server.engine.batching import plan as plan_module
 from calotype_server.engine.batching.plan import Plan, make_plan
 from calotype_server.engine.capabilities import Defaults, describe
 from calotype_server.engine.diffusers import DiffusersEngine
@@ -188,9 +189,19 @@ class TestPlan:
         pipeline = tiny.build("sd15")
         calls = []
         pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-        plan = make_plan(pipeline, describe("tiny", pipeline, Defaults()), max_active=1, deterministic=False)
+        plan = make_plan(pipeline, describe("tiny", pipeline, Defaults()), max_active=1, threads=(1, 2))
         assert plan == Plan(1, 0, "The server was started with --max-active 1.")
         assert not calls
+
+    def test_a_deterministic_plan_measures_nothing(self, monkeypatch):
+        """The next start must find the same bucket and threads, however busy the machine is."""
+        monkeypatch.setattr(plan_module, "knee", lambda *_, **__: 1 / 0)
+        pipeline = tiny.build("sd15")
+        plan = make_plan(
+            pipeline, describe("tiny", pipeline, Defaults()), max_active=None, threads=(1, 2), deterministic=True
+        )
+        assert (plan.max_rows, plan.reason) == (8, "")
+        assert plan.threads.of(1) == plan.threads.of(8) == 2
 
     def test_a_model_that_keeps_state_serves_one_at_a_time(self, open_engine):
         """A cache between steps would mix requests up: the plan says so, and a picture is still made."""

@@ -1,6 +1,7 @@
 """The preview thread draws the newest step, survives what goes wrong, and never makes the denoiser wait."""
 
 import dataclasses
+import itertools
 import queue
 import threading
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from calotype_server.budget import PreviewBudget
+from calotype_server.engine.preview import feed as feed_module
 from calotype_server.engine.preview.lane import CpuLane
 from calotype_server.engine.preview.renderer import PreviewRenderer
 from calotype_server.engine.tap import Step
@@ -375,6 +377,20 @@ def test_the_budget_learns_what_decoding_took(head, events):
     renderer.feed(JOB, events.put).offer(step(1))
     renderer.close()
     assert budget.cost(PreviewMethod.HEAD, JOB.pixel_count) > 0
+
+
+def test_company_shares_the_denoisers_time(renderer, head, events, monkeypatch):
+    """Two generations whose steps take a second together may spend on previews what one of half a second may."""
+    observed = []
+    monkeypatch.setattr(renderer._budget, "observe_step", lambda seconds, _: observed.append(seconds))
+    clock = itertools.count()
+    monkeypatch.setattr(feed_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    first, second = renderer.feed(JOB, events.put), renderer.feed(JOB, events.put)
+    first.offer(step(1))
+    first.offer(step(2))
+    second.close()
+    first.offer(step(3))
+    assert observed == [0.5, 1.0]
 
 
 class TestChores:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calotype_server import errors
+from calotype_server.access import Caller
 from calotype_server.admission import Admission
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
@@ -99,7 +100,7 @@ async def play(script: list) -> None:
                     await reader.leave()
                 case "cancel" | "finish" if generation is not None:
                     try:
-                        getattr(generations, action)(generation.id)
+                        getattr(generations, action)(generation.id, Caller(""))
                     except errors.GenerationNotFound:
                         assert generation.ended
                 case "expire":

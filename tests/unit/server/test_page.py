@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from calotype_server.access import Access
 from calotype_server.transport.web import PAGE, WebServer
 from support.grpcweb import Connection
 
@@ -18,7 +19,7 @@ async def address():
     async def ready() -> bool:
         return True
 
-    server = WebServer("127.0.0.1:0", lambda _: None, is_ready=ready)
+    server = WebServer("127.0.0.1:0", lambda _: None, Access(), is_ready=ready)
     yield await server.start()
     await server.stop(0)
 

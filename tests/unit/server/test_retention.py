@@ -64,3 +64,16 @@ def test_bounds_hold_whatever_comes(additions: list, count: int, size: int) -> N
         assert kept.size == sum(sizes[each] for each in held) <= size
         assert all(clock.now - added[each] < 7 for each in held)
         assert sorted([*held, *forgotten]) == list(range(number + 1))
+
+
+def test_what_others_need_is_not_there() -> None:
+    """The oldest make room as soon as anything is looked at, and come back for nobody."""
+    kept, others = Retention[str](seconds=10, count=9, size=10), [0]
+    kept.reserved = lambda: others[0]
+    for name in "abc":
+        kept.add(name, name, 3)
+    others[0] = 5
+    assert kept.get("c") == "c"
+    assert list(kept) == ["c"]
+    others[0] = 0
+    assert list(kept) == ["c"]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
+    from calotype_server.engine.batching.policy import Threads
+
 __all__ = ["BatchRecord", "StepBatcher", "Stream", "is_out_of_memory"]
 
 _log = structlog.get_logger(__name__)
@@ -103,7 +105,7 @@ class StepBatcher:
     Args:
         module: The denoiser; from now on nobody else may call it.
         max_rows: Most rows to compute at once, from 1; see `policy.knee`.
-        threads: Threads that torch computes with on the device thread; None for torch's default.
+        threads: That torch computes each call with; None for torch's default.
         deterministic: Fill every batch up to `max_rows`, so that a result is bitwise the same in any company. It holds
             for as long as memory suffices for `max_rows`.
         on_batch: Called by the device thread after each call of the denoiser; it must not block.
@@ -114,7 +116,7 @@ class StepBatcher:
         module: Any,
         *,
         max_rows: int,
-        threads: int | None = None,
+        threads: Threads | None = None,
         deterministic: bool = False,
         on_batch: Callable[[BatchRecord], None] | None = None,
     ) -> None:
@@ -196,8 +198,6 @@ class StepBatcher:
 
     def _run(self) -> None:
         try:
-            if self._threads is not None:
-                torch.set_num_threads(self._threads)
             self._run_ahead.begin()
             # Requests' threads have it from their pipelines; it does not reach across threads.
             with torch.no_grad():
@@ -260,6 +260,9 @@ class StepBatcher:
         rows = sum(call.rows for call in calls)
         padded_rows = max(rows, self.max_rows) if self._deterministic else rows
         started = time.monotonic()
+        if self._threads is not None:
+            # Torch keeps the number by thread, and setting it costs less than a microsecond.
+            torch.set_num_threads(self._threads.of(padded_rows))
         try:
             args, kwargs = self.collator.join(calls, padded_rows)
             output = self.module(*args, **kwargs)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,7 +18,7 @@ from calotype_server.engine.batching.collate import Call, Collator
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["knee", "unbatchable", "verify"]
+__all__ = ["Knee", "Threads", "knee", "unbatchable", "verify"]
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _TF32_TOLERANCE = 2e-3
@@ -27,6 +28,32 @@ _LEAST_GAIN = 1.05
 """Of throughput: less is not worth the longer wait for whoever comes or leaves while a batch runs."""
 _REPEATS = 5
 _LONG_CALL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """Threads of the CPU that a call is computed with: it takes many rows to be worth handing them out.
+
+    Attributes:
+        few: For calls of fewer rows than `from_rows`.
+        many: For the others.
+        from_rows: How many rows that takes; infinite where few are always quicker.
+    """
+
+    few: int
+    many: int
+    from_rows: float
+
+    def of(self, rows: int) -> int:
+        """Returns the number for a call of so many rows."""
+        return self.many if rows >= self.from_rows else self.few
+
+
+class Knee(NamedTuple):
+    """The most rows at once that pay, and the threads to compute them with."""
+
+    rows: int
+    threads: Threads
 
 
 def unbatchable(module: torch.nn.Module) -> str | None:
@@ -88,35 +115,55 @@ def verify(
 
 @torch.no_grad()
 def knee(
-    module: torch.nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]], *, requests: Sequence[int] = _REQUESTS
-) -> int:
-    """Returns the most rows at once that pay, by timing a call joined with itself.
+    module: torch.nn.Module,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    threads: tuple[int, int],
+    requests: Sequence[int] = _REQUESTS,
+) -> Knee:
+    """Finds out how many rows at once pay, and what it takes to use more threads, by timing a call joined with itself.
 
-    That is the fewest requests whose throughput comes close to the best: beyond, all would only wait for all others.
-    Doublings are tried until one is slower than the one before, takes long without a gain, or memory runs out.
+    The rows are those of the fewest requests whose throughput comes close to the best: beyond, all would only wait for
+    all others. Doublings are tried until one is slower than the one before, takes long without a gain, or memory runs
+    out.
 
     Args:
         module: The denoiser.
         call: Positional and keyword arguments of a real call.
+        threads: What is quickest for one request, and how many there are.
         requests: How many calls to join, rising; the first is taken for granted.
     """
     collator = Collator(module)
     bound = collator.bind(*call, {})
+    few, many = threads
+    using, from_rows = few, math.inf
     reached: dict[int, float] = {}
-    for count in requests:
-        try:
-            seconds = _seconds(module, *collator.join([bound] * count, bound.rows * count))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError):
-            if count == requests[0]:
-                raise
-            break
-        best = max(reached.values(), default=0.0)
-        reached[count] = count / seconds
-        gain = reached[count] / best if best else math.inf
-        if gain * _LEAST_GAIN < 1 or (gain < _LEAST_GAIN and seconds > _LONG_CALL_SECONDS):
-            break
+    before = torch.get_num_threads()
+    try:
+        for count in requests:
+            rows = bound.rows * count
+            try:
+                joined = collator.join([bound] * count, rows)
+                seconds = _seconds(using, module, *joined)
+                if using < many and count > requests[0]:
+                    quicker = _seconds(many, module, *joined)
+                    if quicker * _LEAST_GAIN < seconds:
+                        # From here on there is no need to try fewer.
+                        using, from_rows, seconds = many, rows, quicker
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError):
+                if count == requests[0]:
+                    raise
+                break
+            best = max(reached.values(), default=0.0)
+            reached[count] = count / seconds
+            gain = reached[count] / best if best else math.inf
+            if gain * _LEAST_GAIN < 1 or (gain < _LEAST_GAIN and seconds > _LONG_CALL_SECONDS):
+                break
+    finally:
+        torch.set_num_threads(before)
     enough = max(reached.values()) / _LEAST_GAIN
-    return next(count for count, throughput in reached.items() if throughput >= enough) * bound.rows
+    count = next(count for count, throughput in reached.items() if throughput >= enough)
+    return Knee(count * bound.rows, Threads(few, many, from_rows))
 
 
 def _answers(collator: Collator, module: Any, calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
@@ -166,8 +213,9 @@ def _tensors(answer: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _seconds(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+def _seconds(threads: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Shortest of a few after one to warm up; of one where that takes long."""
+    torch.set_num_threads(threads)
     best = math.inf
     module(*args, **kwargs)
     for _ in range(_REPEATS):

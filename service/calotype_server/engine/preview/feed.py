@@ -42,6 +42,7 @@ class PreviewFeed:
         methods: What can draw.
         budget: Chooses among them, and learns how long steps take.
         lane: Where previews are computed.
+        company: The feeds that are open, among which the denoiser's time is divided; this one joins them until `close`.
         ready: Told when the slot is filled.
     """
 
@@ -53,6 +54,7 @@ class PreviewFeed:
         methods: Collection[PreviewMethod],
         budget: PreviewBudget,
         lane: Lane,
+        company: set[PreviewFeed],
         ready: Callable[[PreviewFeed], None],
     ) -> None:
         self.job = job
@@ -66,6 +68,7 @@ class PreviewFeed:
         self._methods = methods
         self._budget = budget
         self._lane = lane
+        self._company = company
         self._ready = ready
         self._cadence = Cadence(job.preview)
         self._method: PreviewMethod | None = None
@@ -74,12 +77,15 @@ class PreviewFeed:
         self._slot: Due | None = None
         self._rendering = False
         self._lost = 0
+        company.add(self)
 
     def offer(self, step: Step) -> None:
         """Hands over a step; returns at once."""
         now = time.monotonic()
         if self._offered_at is not None:
-            self._budget.observe_step(now - self._offered_at, self.job.pixel_count)
+            # Others' previews have to be paid from their part of the step.
+            part = (now - self._offered_at) / len(self._company)
+            self._budget.observe_step(part, self.job.pixel_count)
         self._offered_at = now
         stride = self._choose()
         if self._method is None or not self._cadence.due(step.number, step.total, stride):
@@ -96,7 +102,7 @@ class PreviewFeed:
             self.report(Denoising(step.number, step.total))
 
     def take(self) -> Due | None:
-        """Takes the step in the slot; None after `close`. `drawn` or `failed` must follow."""
+        """Takes the step in the slot; None after `close`. `done` must follow."""
         with self._changed:
             due, self._slot = self._slot, None
             self._rendering = due is not None
@@ -125,7 +131,8 @@ class PreviewFeed:
             self._changed.wait_for(lambda: self._slot is None and not self._rendering)
 
     def close(self) -> None:
-        """Forgets a step that nobody will see any more."""
+        """Forgets a step that nobody will see any more, and leaves the company."""
+        self._company.discard(self)
         with self._changed:
             self._slot = None
             self._changed.notify_all()

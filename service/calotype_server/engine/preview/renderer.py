@@ -52,6 +52,7 @@ class PreviewRenderer:
         self._budget = budget
         self._lane = lane
         self._gate = gate
+        self._open: set[PreviewFeed] = set()
         self._changed = threading.Condition()
         self._due: deque[PreviewFeed] = deque()
         self._chores: deque[Callable[[], None]] = deque()
@@ -62,7 +63,13 @@ class PreviewRenderer:
     def feed(self, job: Job, report: Callable[[Event], None]) -> PreviewFeed:
         """Opens a line for one generation; previews come out of `report`."""
         return PreviewFeed(
-            job, report, methods=self._decoders.keys(), budget=self._budget, lane=self._lane, ready=self._enqueue
+            job,
+            report,
+            methods=self._decoders.keys(),
+            budget=self._budget,
+            lane=self._lane,
+            company=self._open,
+            ready=self._enqueue,
         )
 
     def when_idle(self, chore: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 
+from calotype_server.transport.credentials import peer_of
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.context import Context
 from calotype_server.transport.grpcweb.framing import Refused, Status
@@ -20,30 +21,17 @@ from calotype_server.transport.grpcweb.response import Response, Stalled
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from calotype_server.types import PortLimits
+
     Handler = Any  # grpc.RpcMethodHandler, whose annotations are those of its synchronous half.
     Resolve = Callable[[Any], Awaitable[Handler | None]]
 
-__all__ = ["Call", "Limits"]
+__all__ = ["Call"]
 
 _log = structlog.get_logger(__name__)
 
 _UNWIND_SECONDS = 5.0
 """For a handler to end after it was cancelled, before its call is answered without it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a client may take.
-
-    Attributes:
-        request_bytes: Largest message accepted.
-        body_seconds: Time to send it.
-        send_seconds: Time to read one frame of the answer.
-    """
-
-    request_bytes: int = 64 * 1024
-    body_seconds: float = 10.0
-    send_seconds: float = 20.0
 
 
 class _Gone(Exception):
@@ -74,13 +62,15 @@ class Call:
         limits: What it may take.
     """
 
-    def __init__(self, path: str, scope: Any, receive: Any, send: Any, *, text: bool, limits: Limits) -> None:
+    def __init__(self, path: str, scope: Any, receive: Any, send: Any, *, text: bool, limits: PortLimits) -> None:
+        self.peer = peer_of(scope)
+        """As gRPC writes addresses, such as ipv4:127.0.0.1:4711."""
         self._path = path
         self._scope = scope
         self._receive = receive
         self._text = text
         self._limits = limits
-        self._response = Response(send, text=text, timeout=limits.send_seconds)
+        self._response = Response(send, text=text, timeout=limits.stall_seconds)
         self._verdict: asyncio.Future[Status | None] = asyncio.get_running_loop().create_future()
         self._context: Context | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -120,7 +110,7 @@ class Call:
             return
         except Stalled:
             # Not finishing makes the server close the connection.
-            _log.warning("a reader stalled and was dropped", seconds=self._limits.send_seconds)
+            _log.warning("a reader stalled and was dropped", seconds=self._limits.stall_seconds)
 
     async def _handle(self, resolve: Resolve) -> None:
         if self._verdict.done():
@@ -146,13 +136,13 @@ class Call:
                 grpc.StatusCode.INVALID_ARGUMENT, "The request is no message of the type that the method takes."
             ) from None
         self._watcher = asyncio.create_task(self._watch())
-        self._context = Context(self._response, metadata, deadline, _peer(self._scope))
+        self._context = Context(self._response, metadata, deadline, self.peer)
         self._context.serializer = handler.response_serializer
         await _invoke(handler, request, self._context)
 
     async def _read(self) -> bytes:
         """Reads the request to its end."""
-        limit = self._limits.request_bytes
+        limit = self._limits.max_request_bytes
         most = framing.wire_size(limit, text=self._text)
         too_large = Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"The request is larger than {limit} bytes.")
         announced = framing.header(self._scope["headers"], b"content-length") or ""
@@ -160,7 +150,7 @@ class Call:
             raise too_large
         body, more = bytearray(), True
         try:
-            async with asyncio.timeout(self._limits.body_seconds):
+            async with asyncio.timeout(self._limits.request_seconds):
                 while more:
                     event = await self._receive()
                     if event["type"] == "http.disconnect":
@@ -170,7 +160,7 @@ class Call:
                     if len(body) > most:
                         raise too_large
         except TimeoutError:
-            late = f"The request had not arrived after {self._limits.body_seconds:g} seconds."
+            late = f"The request had not arrived after {self._limits.request_seconds:g} seconds."
             raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, late) from None
         return framing.decode_request(bytes(body), text=self._text)
 
@@ -218,11 +208,3 @@ def _retrieve(task: asyncio.Task[None]) -> None:
     """Keeps asyncio from reporting the error of a handler that was cancelled and raised something else."""
     if not task.cancelled():
         task.exception()
-
-
-def _peer(scope: Any) -> str:
-    client = scope.get("client")
-    if client is None:
-        return "unknown:"
-    host, port = client[:2]
-    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"

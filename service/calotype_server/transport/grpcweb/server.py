@@ -11,10 +11,12 @@ from sonora.asgi import grpcASGI
 from starlette.responses import PlainTextResponse
 
 from calotype_server import codec
-from calotype_server.errors import NotReady
+from calotype_server.errors import NotReady, ServiceError
 from calotype_server.transport.grpcweb import framing
-from calotype_server.transport.grpcweb.call import Call, Limits
+from calotype_server.transport.grpcweb.call import Call
 from calotype_server.transport.grpcweb.framing import Status
+from calotype_server.transport.peers import Peers
+from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,15 +37,22 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
     Args:
         application: The ASGI app for every other request.
         interceptors: As those of a native server, the outermost first.
-        limits: What a client may take.
+        limits: What a peer may take.
+        peers: Counts the calls of all ports; None for a count of its own.
     """
 
     def __init__(
-        self, application: Any, *, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), limits: Limits | None = None
+        self,
+        application: Any,
+        *,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        limits: PortLimits = PORT_LIMITS,
+        peers: Peers | None = None,
     ) -> None:
         super().__init__(application, enable_cors=False)
         self._interceptors = tuple(interceptors)
-        self._limits = limits or Limits()
+        self._limits = limits
+        self._peers = peers or Peers(limits.max_calls_per_peer)
         self._calls: set[Call] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -90,7 +99,12 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
         if self._stopping:
             call.end(_stopping())
         try:
-            await call.run(self._resolve)
+            with contextlib.ExitStack() as counted:
+                try:
+                    counted.enter_context(self._peers.admit(call.peer))
+                except ServiceError as error:
+                    call.end(_status(error))
+                await call.run(self._resolve)
         finally:
             self._calls.discard(call)
             if not self._calls:
@@ -109,5 +123,8 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
 
 
 def _stopping() -> Status:
-    error = NotReady("The server is stopping.", retry_after=_RETRY_SECONDS)
+    return _status(NotReady("The server is stopping.", retry_after=_RETRY_SECONDS))
+
+
+def _status(error: ServiceError) -> Status:
     return Status(*rpc_status.to_status(codec.encode_error(error)))

@@ -8,6 +8,7 @@ import torch
 
 from calotype_server import errors
 from calotype_server.engine.batching.batcher import StepBatcher
+from calotype_server.engine.batching.policy import Threads
 from calotype_server.engine.tap import Stopped
 from support.batching import Party, answer_to, sample
 from support.runs import PATIENCE
@@ -88,11 +89,13 @@ def test_requests_join_and_leave_at_any_step(party):
 
 
 def test_threads_of_torch_are_the_device_threads():
-    """Torch keeps the number by thread."""
+    """Torch keeps the number by thread; a call of many rows is computed with more."""
     seen = []
-    with Party(lambda _: seen.append(torch.get_num_threads()), threads=3) as party:
+    with Party(lambda rows: seen.append((len(rows), torch.get_num_threads())), threads=Threads(2, 3, 4)) as party:
         party.call(1)
-    assert seen == [3]
+        values(party.together((1,), (2, 0, 3)))
+        party.call(1)
+    assert seen == [(1, 2), (1, 2), (4, 3), (1, 2)]
 
 
 def test_batches_are_reported(party):

@@ -1,5 +1,6 @@
 """What is found out at load refuses what must not be batched, and stops where batching does not pay."""
 
+import math
 import types
 
 import accelerate.hooks
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from calotype_server.engine.batching import policy
-from calotype_server.engine.batching.policy import knee, unbatchable, verify
+from calotype_server.engine.batching.policy import Threads, knee, unbatchable, verify
 from support import tiny
 from support.batching import Denoiser, sample
 
@@ -101,11 +102,12 @@ class TestKnee:
 
     @pytest.fixture
     def costs(self, monkeypatch):
-        """Sets the seconds that a call with so many rows takes."""
+        """Sets the seconds that a call with so many rows takes, and what is lost by handing half of them out."""
 
-        def set_costs(cost):
-            def seconds(module, args, kwargs):
-                return cost((args or (*kwargs.values(),))[0].shape[0])
+        def set_costs(cost, handing_out=math.inf):
+            def seconds(threads, module, args, kwargs):
+                whole = cost((args or (*kwargs.values(),))[0].shape[0])
+                return whole if threads == 1 else whole / 2 + handing_out
 
             monkeypatch.setattr(policy, "_seconds", seconds)
 
@@ -123,12 +125,32 @@ class TestKnee:
     def test_stops_where_it_no_longer_pays(self, costs, cost, rows):
         """A further doubling must gain a twentieth."""
         costs(cost)
-        assert knee(Denoiser(), calls(1)[0]) == rows
+        assert knee(Denoiser(), calls(1)[0], threads=(1, 2)) == (rows, Threads(1, 2, math.inf))
+
+    @pytest.mark.parametrize(
+        ("handing_out", "from_rows"),
+        [
+            (1.0, 2),  # 3.0 s by one thread, 2.5 s by two
+            (3.0, 8),
+            (7.0, 16),
+            (8.0, math.inf),  # 3 % are not worth it
+        ],
+    )
+    def test_many_rows_are_worth_more_threads(self, costs, handing_out, from_rows):
+        """The fewest rows from which more threads are quicker by a twentieth; a single request was tried before."""
+        costs(lambda rows: 1.0 + rows, handing_out)
+        assert knee(Denoiser(), calls(1)[0], threads=(1, 2)) == (16, Threads(1, 2, from_rows))
+
+    def test_threads_are_as_before(self):
+        """What was tried is not left behind."""
+        before = torch.get_num_threads()
+        knee(Denoiser(), calls(1)[0], threads=(before, before + 1), requests=(1, 2))
+        assert torch.get_num_threads() == before
 
     def test_counts_rows_not_requests(self, costs):
         """With guidance a request has two rows."""
         costs(lambda _: 1.0)
-        assert knee(Denoiser(), ((sample(1, 2), torch.tensor(0)), {}), requests=(1, 2, 4)) == 8
+        assert knee(Denoiser(), ((sample(1, 2), torch.tensor(0)), {}), threads=(1, 1), requests=(1, 2, 4)).rows == 8
 
     def test_stops_where_memory_ends(self):
         """What does not fit does not pay."""
@@ -137,12 +159,12 @@ class TestKnee:
             if len(rows) > 2:
                 raise torch.OutOfMemoryError
 
-        assert knee(Denoiser(act), calls(1)[0]) <= 2
+        assert knee(Denoiser(act), calls(1)[0], threads=(1, 1)).rows <= 2
 
     def test_a_call_that_fails_alone_is_told(self):
         """That is no question of how many."""
         with pytest.raises(ZeroDivisionError):
-            knee(Denoiser(lambda _: 1 / 0), calls(1)[0])
+            knee(Denoiser(lambda _: 1 / 0), calls(1)[0], threads=(1, 1))
 
 
 class TestUnbatchable:

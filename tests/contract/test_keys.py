@@ -1,0 +1,267 @@
+"""API keys on every port: what is open, what needs one, whose generations are seen, and how much a key may start."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server.store import Store
+from calotype_server.watching import Watched
+from support.fake_engine import FakeEngine
+from support.grpcweb import Connection, frame, read_answer
+from support.keyring import Keyring
+from support.service import read_until, running
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CAT = pb.GenerateRequest(prompt="a cat", on_disconnect=pb.DISCONNECT_POLICY_KEEP)
+
+
+@pytest.fixture
+def keyring(tmp_path: Path) -> Keyring:
+    """Two users and an operator."""
+    keyring = Keyring(tmp_path / "keys.toml")
+    keyring.add("alice")
+    keyring.add("bob")
+    keyring.add("root", role="operator")
+    return keyring
+
+
+def every_rpc(stub: Any, generation_id: str = "unknown") -> dict[str, Any]:
+    """The methods of the service, each ready to be called about a generation."""
+    return {
+        "Generate": (stub.Generate, CAT),
+        "Watch": (stub.Watch, pb.WatchRequest(generation_id=generation_id)),
+        "Cancel": (stub.Cancel, pb.CancelRequest(generation_id=generation_id)),
+        "Finish": (stub.Finish, pb.FinishRequest(generation_id=generation_id)),
+        "ListGenerations": (stub.ListGenerations, pb.ListGenerationsRequest()),
+        "GetModel": (stub.GetModel, pb.GetModelRequest()),
+    }
+
+
+async def outcome(method: Any, request: Any, metadata: Any = None) -> Any:
+    """The messages or the answer of a call."""
+    call = method(request, metadata=metadata)
+    return [message async for message in call] if hasattr(call, "__aiter__") else await call
+
+
+async def refusal(method: Any, request: Any, metadata: Any = None) -> tuple[grpc.StatusCode, str, float | None]:
+    """The code, the reason and the seconds to wait of a call that must be refused."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await outcome(method, request, metadata)
+    info, retry = ErrorInfo(), RetryInfo()
+    wait = None
+    for detail in rpc_status.from_call(caught.value).details:
+        detail.Unpack(info)
+        if detail.Unpack(retry):
+            wait = retry.retry_delay.ToNanoseconds() / 1e9
+    return caught.value.code(), info.reason, wait
+
+
+async def test_every_rpc_needs_a_key(transport: str, keyring: Keyring) -> None:
+    """Without one, with garbage, a wrong one or one whose time is over, nothing is answered but the refusal."""
+    keyring.add("late", expires=datetime.fromtimestamp(keyring.time, UTC))
+    engine = FakeEngine()
+    async with running(engine, access=keyring.access(), transport=transport) as service:
+        for reason, metadata in (
+            ("KEY_REQUIRED", None),
+            ("KEY_INVALID", (("authorization", "Bearer nonsense"),)),
+            ("KEY_INVALID", (("authorization", "~" * 4000),)),
+            ("KEY_INVALID", (("authorization", f"Bearer calotype_alice_{'A' * 43}"),)),
+            ("KEY_EXPIRED", keyring.metadata("late")),
+        ):
+            for method, request in every_rpc(service.stub).values():
+                told = await refusal(method, request, metadata)
+                assert told == (grpc.StatusCode.UNAUTHENTICATED, reason, None)
+        assert not engine.jobs
+
+
+async def test_two_keys_are_none(keyring: Keyring) -> None:
+    """Which one counts must not depend on who reads it first, such as a proxy."""
+    async with running(FakeEngine(), access=keyring.access()) as service:
+        both = (*keyring.metadata("alice"), *keyring.metadata("bob"))
+        code, reason, _ = await refusal(service.stub.GetModel, pb.GetModelRequest(), both)
+        assert (code, reason) == (grpc.StatusCode.UNAUTHENTICATED, "KEY_INVALID")
+
+
+async def test_bytes_that_are_no_text_are_no_key(keyring: Keyring) -> None:
+    """A header with any bytes is refused as every other is."""
+    async with running(FakeEngine(), access=keyring.access(), transport="grpc-web") as service:
+        for value in ("Bearer \xff\xfe\x80", "\x7f", "Bearer " + "\xe9" * 3000):
+            connection = await Connection.open(service.address)
+            kind = {"host": service.address, "content-type": "application/grpc-web+proto", "authorization": value}
+            await connection.request("POST", "/calotype.v1.GenerationService/GetModel", kind, frame(b""))
+            _, trailers = read_answer(await connection.answer())
+            connection.close()
+            assert trailers["grpc-status"] == "16"
+
+
+async def test_health_is_open_and_reflection_is_not(keyring: Keyring) -> None:
+    """Load balancers have no key; who wants to read the contract of a closed server needs one."""
+    async with running(FakeEngine(), access=keyring.access()) as service:
+        health: Any = health_pb2_grpc.HealthStub(service.channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        watching = health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
+        watching.cancel()
+        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(service.channel)
+        asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
+        call = reflection.ServerReflectionInfo(iter(asked))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        call = reflection.ServerReflectionInfo(iter(asked), metadata=keyring.metadata("alice"))
+        assert (await call.read()).list_services_response.service
+
+
+async def test_unknown_methods_tell_strangers_nothing(keyring: Keyring) -> None:
+    """Whoever has no key does not learn which methods there are."""
+    async with running(FakeEngine(), access=keyring.access()) as service:
+        method = service.channel.unary_unary("/calotype.v1.Secret/Method")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await method(b"")
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await method(b"", metadata=keyring.metadata("alice"))
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_the_page_and_health_checks_need_no_key(keyring: Keyring) -> None:
+    """A browser gets the page, which then asks for the key."""
+    async with running(FakeEngine(), access=keyring.access(), transport="grpc-web") as service:
+        for path in ("/", "/healthz", "/readyz"):
+            connection = await Connection.open(service.address)
+            await connection.request("GET", path, {"host": service.address})
+            assert (await connection.answer("GET"))[0].status_code == 200
+            connection.close()
+
+
+async def test_what_is_anothers_does_not_exist(transport: str, keyring: Keyring) -> None:
+    """By no rpc does one user reach or notice the generation of another; the operator does by each."""
+    engine = FakeEngine()
+    engine.hold()
+    async with running(engine, access=keyring.access(), transport=transport) as service:
+        alice, bob, root = (keyring.metadata(name) for name in ("alice", "bob", "root"))
+        call = service.stub.Generate(CAT, metadata=alice)
+        generation_id = (await read_until(call, pb.PHASE_DENOISING)).generation_id
+        for known in (generation_id, "unknown"):
+            rpcs = every_rpc(service.stub, known)
+            for name in ("Watch", "Cancel", "Finish"):
+                told = await refusal(*rpcs[name], bob)
+                assert told == (grpc.StatusCode.NOT_FOUND, "GENERATION_NOT_FOUND", None), (known, name)
+        listed = pb.ListGenerationsRequest()
+        for metadata, ids in ((alice, [generation_id]), (bob, []), (root, [generation_id])):
+            page = await service.stub.ListGenerations(listed, metadata=metadata)
+            assert [each.generation_id for each in page.generations] == ids
+        watching = service.stub.Watch(pb.WatchRequest(generation_id=generation_id), metadata=root)
+        assert (await watching.read()).generation_id == generation_id
+        cancelled = await service.stub.Cancel(pb.CancelRequest(generation_id=generation_id), metadata=root)
+        assert cancelled.phase == pb.PHASE_DENOISING
+        engine.allow()
+
+
+async def test_a_request_id_is_the_keys_own(transport: str, keyring: Keyring) -> None:
+    """The same id of two users starts two generations; of one user, one."""
+    async with running(FakeEngine(), access=keyring.access(), transport=transport) as service:
+        request = pb.GenerateRequest(prompt="a cat", request_id="mine", on_disconnect=pb.DISCONNECT_POLICY_KEEP)
+        ids = []
+        for name in ("alice", "bob", "alice"):
+            messages = await outcome(service.stub.Generate, request, keyring.metadata(name))
+            ids.append(messages[-1].generation_id)
+        assert ids[0] == ids[2] != ids[1]
+
+
+async def test_ownership_survives_a_restart(keyring: Keyring, tmp_path: Path) -> None:
+    """With kept state, a generation still belongs to its key."""
+    for first in (True, False):
+        store = await Store.open(tmp_path / "state")
+        try:
+            async with running(FakeEngine(), access=keyring.access(), store=store) as service:
+                if first:
+                    messages = await outcome(service.stub.Generate, CAT, keyring.metadata("alice"))
+                    generation_id = messages[-1].generation_id
+                    continue
+                watch = pb.WatchRequest(generation_id=generation_id)
+                assert (await outcome(service.stub.Watch, watch, keyring.metadata("alice")))[-1].image
+                code, _, _ = await refusal(service.stub.Watch, watch, keyring.metadata("bob"))
+                assert code is grpc.StatusCode.NOT_FOUND
+        finally:
+            await store.close()
+
+
+async def test_a_key_that_is_taken_out_opens_nothing_more(transport: str, keyring: Keyring) -> None:
+    """From the next look at the file on, its calls are refused, and a stream under way is read to its end."""
+    engine = FakeEngine()
+    engine.hold()
+    access = keyring.access()
+    async with running(engine, access=access, transport=transport) as service:
+        watched = Watched(access.files, access.reload)
+        call = service.stub.Generate(CAT, metadata=keyring.metadata("alice"))
+        assert (await call.read()).phase == pb.PHASE_QUEUED
+        keyring.path.write_text("")
+        await asyncio.to_thread(watched.check)
+        code, reason, _ = await refusal(service.stub.GetModel, pb.GetModelRequest(), keyring.metadata("alice"))
+        assert (code, reason) == (grpc.StatusCode.UNAUTHENTICATED, "KEY_INVALID")
+        engine.allow()
+        while (message := await call.read()) is not grpc.aio.EOF:
+            last = message
+        assert last.phase == pb.PHASE_SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason", "wait"),
+    [
+        ({"requests_per_minute": 1}, "REQUESTS_PER_MINUTE", 60.0),
+        ({"pixel_steps_per_minute": 64 * 64 * 4}, "PIXEL_STEPS_PER_MINUTE", 60.0),
+        ({"concurrent": 1}, "CONCURRENT_GENERATIONS", 2.0),
+    ],
+)
+async def test_a_limit_is_reached_and_recovers(
+    limits: dict[str, float], reason: str, wait: float, transport: str, keyring: Keyring
+) -> None:
+    """The refusal names the limit and the time to wait; others are not held up, and after that time it works again."""
+    keyring.add("carol", **limits)
+    engine = FakeEngine()
+    engine.hold()
+    async with running(engine, access=keyring.access(), transport=transport) as service:
+        carol = keyring.metadata("carol")
+        request = pb.GenerateRequest(prompt="a cat", request_id="first", on_disconnect=pb.DISCONNECT_POLICY_KEEP)
+        call = service.stub.Generate(request, metadata=carol)
+        assert (await call.read()).phase == pb.PHASE_QUEUED
+        told = await refusal(service.stub.Generate, CAT, carol)
+        assert told[:2] == (grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        assert told[2] == pytest.approx(wait)
+        engine.allow()
+        # Coming back to what one has started is no second start.
+        assert (await outcome(service.stub.Generate, request, carol))[-1].phase == pb.PHASE_SUCCEEDED
+        assert (await outcome(service.stub.Generate, CAT, keyring.metadata("alice")))[-1].phase == pb.PHASE_SUCCEEDED
+        keyring.time += wait
+        assert (await outcome(service.stub.Generate, CAT, carol))[-1].phase == pb.PHASE_SUCCEEDED
+
+
+async def test_keys_share_the_server_evenly(keyring: Keyring) -> None:
+    """Two keys on one host have a line each: who queues three pictures delays another's by one."""
+    engine = FakeEngine()
+    engine.hold()
+    async with running(engine, access=keyring.access(), max_queue=8) as service:
+        calls = []
+        for number, name in enumerate(["alice", "alice", "alice", "bob"]):
+            request = pb.GenerateRequest(prompt=f"{name} {number}", on_disconnect=pb.DISCONNECT_POLICY_KEEP)
+            calls.append(service.stub.Generate(request, metadata=keyring.metadata(name)))
+            await calls[-1].read()
+        engine.allow()
+        for call in calls:
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        assert [job.prompt for job in engine.jobs].index("bob 3") == 1

@@ -1,0 +1,321 @@
+"""What a peer may take of either port: over real sockets, by people who take all they can."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+from collections import Counter
+
+import grpc
+import pytest
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
+from calotype_server.transport.descriptors import reserve_descriptors
+from calotype_server.transport.peers import Peers
+from calotype_server.transport.web import WebServer
+from calotype_server.types import PortLimits
+from support.fake_engine import FakeEngine
+from support.grpcweb import Connection, WebChannel, frame, header_dict
+from support.lab import PATIENCE, until
+from support.service import Service, read_until, running
+
+PORTS = ("native", "grpc-web")
+PROMPT = pb.GenerateRequest(prompt="a red apple")
+METHOD = "/calotype.v1.GenerationService/Generate"
+
+
+@pytest.fixture(params=PORTS)
+def port(request: pytest.FixtureRequest) -> str:
+    """A port of the server."""
+    return request.param
+
+
+async def refused(call) -> grpc.aio.AioRpcError:
+    """The status of a call that brings no message."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async with asyncio.timeout(PATIENCE):
+            await call.read()
+    return caught.value
+
+
+async def works(service: Service) -> None:
+    """The service makes a picture."""
+    await read_until(service.stub.Generate(PROMPT), pb.PHASE_SUCCEEDED)
+
+
+def details(error: grpc.aio.AioRpcError) -> bytes:
+    """The details of a status, as they came."""
+    return next(value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin")
+
+
+async def closed(connection: Connection) -> bytes:
+    """What a connection says until the server has closed it."""
+    said = b""
+    with contextlib.suppress(ConnectionResetError):
+        async with asyncio.timeout(PATIENCE):
+            while data := await connection.reader.read(4096):
+                said += data
+    connection.close()
+    return said
+
+
+async def test_a_flood_of_connections_is_cut_off_at_the_limit(port: str) -> None:
+    """Those within it stay, each further one is closed at once, on the web port with 503; then there is room again."""
+    async with running(FakeEngine(), transport=port, ports=PortLimits(max_connections=20)) as service:
+        if port == "native":
+            await works(service)
+        flood = [await Connection.open(service.address) for _ in range(60)]
+        excess = flood[20 - (port == "native") :]
+        ends = await asyncio.gather(*map(closed, excess))
+        if port == "grpc-web":
+            # A kernel that is quick enough with its reset takes the answer along.
+            assert any(end.startswith(b"HTTP/1.1 503 ") and b"retry-after" in end for end in ends)
+            assert all(end == b"" or end.startswith(b"HTTP/1.1 503 ") for end in ends)
+        staying = [each for each in flood if each not in excess]
+        assert not any(each.reader.at_eof() for each in staying)
+        for each in staying:
+            each.close()
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                # The server learns of it in its own time.
+                with contextlib.suppress(AssertionError, OSError, grpc.aio.AioRpcError):
+                    await works(service)
+                    break
+
+
+async def test_calls_of_one_peer_are_counted(port: str) -> None:
+    """One too many is refused at once with a reason and a time; when one has ended, the next may come."""
+    engine = FakeEngine()
+    engine.hold()
+    async with running(engine, transport=port, ports=PortLimits(max_calls_per_peer=3), max_queue=9) as service:
+        calls = [service.stub.Generate(PROMPT) for _ in range(3)]
+        for call in calls:
+            await call.read()
+        for _ in range(5):
+            error = await refused(service.stub.Generate(PROMPT))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert b"TOO_MANY_CALLS" in details(error)
+            assert b"google.rpc.RetryInfo" in details(error)
+        assert len(engine.jobs) == 1
+        calls.pop().cancel()
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                call = service.stub.Generate(PROMPT)
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await call.read()
+                    break
+        engine.allow()
+
+
+async def test_a_burst_on_one_connection_is_answered_call_by_call() -> None:
+    """HTTP/2 would hold back what exceeds its streams, without a word: every call is answered at once instead.
+
+    A few UNAVAILABLE, by HTTP/2 itself, when the client begins more before it has seen that others have ended.
+    """
+    engine = FakeEngine()
+    engine.hold()
+    async with running(engine, ports=PortLimits(max_calls_per_peer=4), max_queue=9) as service:
+        calls = [service.stub.Generate(PROMPT) for _ in range(100)]
+        async with asyncio.timeout(PATIENCE):
+            answers = await asyncio.gather(*(call.read() for call in calls), return_exceptions=True)
+        refusals = Counter(each.code().name for each in answers if isinstance(each, grpc.aio.AioRpcError))
+        assert refusals.total() == 96
+        assert set(refusals) <= {"RESOURCE_EXHAUSTED", "UNAVAILABLE"}
+        assert refusals["RESOURCE_EXHAUSTED"]
+        engine.allow()
+
+
+async def test_both_ports_count_together() -> None:
+    """A host has its calls once, not once a port."""
+    engine = FakeEngine()
+    engine.hold()
+    peers = Peers(1)
+    async with running(engine, peers=peers) as service:
+        web = WebServer("127.0.0.1:0", service.services.add_to, is_ready=service.services.is_serving, peers=peers)
+        channel = WebChannel(await web.start())
+        await service.stub.Generate(PROMPT).read()
+        error = await refused(GenerationServiceStub(channel).Generate(PROMPT))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        channel.close()
+        await web.stop(0)
+        engine.allow()
+
+
+async def test_a_request_that_does_not_come_is_not_waited_for(port: str) -> None:
+    """The call has begun, its message has not arrived: it ends by itself, and nothing was started."""
+    engine = FakeEngine()
+    async with running(engine, transport=port, ports=PortLimits(request_seconds=0.2)) as service:
+        if port == "native":
+
+            async def never():
+                await asyncio.get_running_loop().create_future()
+                yield b""
+
+            error = await refused(service.channel.stream_stream(METHOD)(never()))
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert b"REQUEST_TOO_LATE" in details(error)
+        else:
+            connection = await Connection.open(service.address)
+            kind = {"host": service.address, "content-type": "application/grpc-web+proto", "content-length": "50"}
+            await connection.request("POST", METHOD, kind)
+            await connection.send(frame(b"")[:3])
+            assert b"grpc-status: 4\r\n" in (await connection.answer())[1]
+            # What comes late is read no longer than anything else.
+            await connection.send(b"x")
+            assert await closed(connection) == b""
+        assert engine.jobs == []
+        await works(service)
+
+
+async def test_a_call_without_a_request_is_refused() -> None:
+    """The client has closed its side: there is nothing to wait for."""
+    async with running(FakeEngine()) as service:
+
+        async def nothing():
+            return
+            yield
+
+        error = await refused(service.channel.stream_stream(METHOD)(nothing()))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_later_head_has_no_more_time_than_the_first() -> None:
+    """A connection that was answered once is not free to trickle."""
+    async with running(FakeEngine(), transport="grpc-web", ports=PortLimits(request_seconds=0.2)) as service:
+        connection = await Connection.open(service.address)
+        await connection.request("GET", "/healthz", {"host": service.address})
+        assert (await connection.answer("GET"))[0].status_code == 200
+        await connection.send(b"GET / HT")
+        assert await closed(connection) == b""
+
+
+async def test_a_connection_that_says_nothing_is_closed(port: str) -> None:
+    """Nobody holds a place by connecting alone."""
+    async with running(FakeEngine(), transport=port, ports=PortLimits(request_seconds=0.2)) as service:
+        await closed(await Connection.open(service.address))
+        await works(service)
+
+
+async def test_a_large_request_is_refused(port: str) -> None:
+    """One byte too many; as many as are allowed are read, and judged by other rules."""
+    async with running(FakeEngine(), transport=port, ports=PortLimits(max_request_bytes=2000)) as service:
+        for size, code in (
+            (2000, grpc.StatusCode.INVALID_ARGUMENT),
+            (2001, grpc.StatusCode.RESOURCE_EXHAUSTED),
+            (3_000_000, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        ):
+            prompt = "x" * size
+            while (request := pb.GenerateRequest(prompt=prompt)).ByteSize() > size:
+                prompt = prompt[1:]
+            assert (await refused(service.stub.Generate(request))).code() is code
+        await works(service)
+
+
+BOMBS = {
+    "huge": [("bomb", "x" * 40_000)],
+    "many": [(f"bomb-{number}", "x") for number in range(2000)],
+    "same": [("bomb", "x" * 20)] * 2000,
+    "binary": [("bomb-bin", bytes(40_000))],
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+async def test_a_bomb_of_metadata_is_refused(port: str, kind: str) -> None:
+    """Whatever shape it has: the sum counts. Others on the same connection are not harmed."""
+    engine = FakeEngine()
+    async with running(engine, transport=port) as service:
+        if port == "native":
+            error = await refused(service.stub.Generate(PROMPT, metadata=BOMBS[kind]))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        else:
+            connection = await Connection.open(service.address)
+            lines = [f"{key}: {value if isinstance(value, str) else 'A' * 55_000}" for key, value in BOMBS[kind]]
+            head = [f"POST {METHOD} HTTP/1.1", f"host: {service.address}", "content-length: 0", *lines, "", ""]
+            with contextlib.suppress(ConnectionResetError):
+                await connection.send("\r\n".join(head).encode())
+            said = await closed(connection)
+            assert said == b"" or said.startswith(b"HTTP/1.1 400 ")
+        assert engine.jobs == []
+        await works(service)
+
+
+async def test_metadata_within_the_limit_passes(port: str) -> None:
+    """Tokens and traces are kilobytes, too."""
+    async with running(FakeEngine(), transport=port) as service:
+        call = service.stub.Generate(PROMPT, metadata=[("authorization", "x" * 12_000)])
+        await read_until(call, pb.PHASE_SUCCEEDED)
+
+
+async def test_a_reader_who_takes_nothing_costs_no_more_than_a_preview(port: str) -> None:
+    """The picture is made at its own pace; on the web port, where nothing is asked back, he is dropped."""
+    engine = FakeEngine()
+    engine.preview_size = (1024, 1024)
+    limits = PortLimits(stall_seconds=1)
+    async with running(engine, transport=port, ports=limits) as service:
+        if port == "native":
+            stalled = service.stub.Generate(pb.GenerateRequest(prompt="a", step_count=50))
+            first = await stalled.read()
+            generation = service.generations.find(first.generation_id)
+            await until(lambda: generation.ended)
+            # Its end is there for him, whenever he reads.
+            assert (await read_until(stalled, pb.PHASE_SUCCEEDED)).image
+        else:
+            connection = await Connection.open(service.address)
+            kind = {"host": service.address, "content-type": "application/grpc-web+proto"}
+            request = pb.GenerateRequest(prompt="a", step_count=50)
+            request.output.format = pb.IMAGE_FORMAT_PNG
+            await connection.request("POST", METHOD, kind, frame(request.SerializeToString()))
+            connection.writer.transport.pause_reading()
+            await until(lambda: engine.jobs and not engine.active)
+            connection.close()
+        await works(service)
+
+
+async def test_names_and_origins_of_others_get_nothing() -> None:
+    """A foreign Host or Origin, two of them, or none: no call begins."""
+    engine = FakeEngine()
+    async with running(engine, transport="grpc-web") as service:
+        ours = f"host: {service.address}"
+        for heads, statuses in (
+            (["host: evil.example"], {421}),
+            ([ours, "origin: https://evil.example"], {403}),
+            ([ours, "origin: null"], {403}),
+            ([ours, f"origin: http://{service.address}.evil.example"], {403}),
+            ([ours, "host: evil.example"], {400, 421}),
+            (["host: evil.example", ours], {400, 421}),
+            ([ours, "origin: https://evil.example", f"origin: http://{service.address}"], {400, 403}),
+            ([ours, f"origin: http://{service.address}", "origin: https://evil.example"], {400, 403}),
+            ([f"x-forwarded-host: {service.address}", "host: evil.example"], {421}),
+            ([], {400, 421}),
+        ):
+            connection = await Connection.open(service.address)
+            body = frame(PROMPT.SerializeToString())
+            kind = ["content-type: application/grpc-web+proto", f"content-length: {len(body)}"]
+            lines = [f"POST {METHOD} HTTP/1.1", *heads, *kind, "", ""]
+            await connection.send("\r\n".join(lines).encode() + body)
+            head, _ = await connection.answer()
+            assert head.status_code in statuses, heads
+            assert "access-control-allow-origin" not in header_dict(head)
+            connection.close()
+        # A target with a name of its own is judged by the header still.
+        connection = await Connection.open(service.address)
+        await connection.send(b"GET http://localhost/ HTTP/1.1\r\nhost: evil.example\r\n\r\n")
+        assert (await connection.answer("GET"))[0].status_code == 421
+        connection.close()
+        assert engine.jobs == []
+        await works(service)
+
+
+def test_descriptors_are_reserved_as_far_as_possible(capsys: pytest.CaptureFixture[str]) -> None:
+    """The soft limit is raised when it is too low, never above the hard one, and never lowered."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        reserve_descriptors(0)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == soft
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 500), hard))
+        reserve_descriptors(600)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(728, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

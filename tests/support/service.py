@@ -61,6 +61,7 @@ async def running(
     retained: int = 16,
     store: Store | None = None,
     opened: bool = True,
+    heartbeat: float = 5.0,
     limits: Limits = LIMITS,
     ports: PortLimits = PORT_LIMITS,
     peers: Peers | None = None,
@@ -75,7 +76,15 @@ async def running(
     encoder = Encoder()
     ended = Retention(seconds=600, count=retained, size=2**24)
     generations = Generations(
-        engine, admission, pace, encoder, ended, store, max_active=max_active, on_dead=lambda: dead.append(True)
+        engine,
+        admission,
+        pace,
+        encoder,
+        ended,
+        store,
+        max_active=max_active,
+        heartbeat=heartbeat,
+        on_dead=lambda: dead.append(True),
     )
     servicer = GenerationServicer(limits, access)
     await generations.restore()

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["Admission", "Ticket"]
 
 
+_REFRESH_SECONDS = 10.0
+"""Between two estimates for those who wait, at most. Time passes also where nothing moves, and proxies cut a stream
+that is silent for a minute."""
+
+
 @dataclass(eq=False)
 class Ticket:
     """A place in the queue and, after its turn came, a slot. Leave it exactly when the work has truly ended.
@@ -70,6 +75,7 @@ class Admission:
         self._virtual_time = 0.0
         self._tags: dict[str, float] = {}
         """Tag that the next job of a caller gets at least; only of callers who are ahead of the virtual time."""
+        self._refresh: asyncio.TimerHandle | None = None
 
     @property
     def active(self) -> int:
@@ -85,7 +91,7 @@ class Admission:
             job: The work.
             caller: Whose it is; callers share the server evenly.
             on_move: Called with the position (1 is the next to start) and the estimated seconds to the final image,
-                now and whenever they change, until the turn comes.
+                now, whenever they change and every few seconds, until the turn comes.
             deadline: Seconds that the caller is willing to wait for the final image; None for ever.
 
         Raises:
@@ -152,6 +158,11 @@ class Admission:
                 ticket.turn.set_result(None)
 
     def _tell(self) -> None:
+        if self._refresh is not None:
+            self._refresh.cancel()
+            self._refresh = None
+        if self._waiting:
+            self._refresh = asyncio.get_running_loop().call_later(_REFRESH_SECONDS, self._tell)
         for index, (ticket, needed) in enumerate(zip(self._waiting, self._estimates(self._waiting), strict=True)):
             ticket.on_move(index + 1, needed)
 

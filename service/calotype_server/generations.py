@@ -366,9 +366,15 @@ class Generations:
             pixels = await asyncio.shield(work)
         finally:
             self._admission.leave(ticket)
-        if isinstance(generation.stop_error, errors.Cancelled):
-            # It came while the picture was being decoded, which cannot be interrupted.
-            raise generation.stop_error
+        self._check(generation)
         state = generation.log.state
         parameters = metadata.describe(generation.job, self.model, state.step if state.finished_early else None)
-        return await self._encoder.final(pixels, generation.job.output, parameters)
+        image = await self._encoder.final(pixels, generation.job.output, parameters)
+        self._check(generation)
+        return image
+
+    @staticmethod
+    def _check(generation: Generation) -> None:
+        """Sees to a cancel that came while the picture was decoded or encoded, which cannot be interrupted."""
+        if isinstance(generation.stop_error, errors.Cancelled):
+            raise generation.stop_error

@@ -68,6 +68,8 @@ _PRIORITIES = {
     pb.PRIORITY_BATCH: Priority.BATCH,
 }
 _MAX_QUALITY = {"jpeg": 95, "webp": 100}
+_MAX_EDGE = {"jpeg": 65500, "webp": 16383}
+"""Of the formats, in pixels, as their encoders have it."""
 
 
 def validate(request: pb.GenerateRequest, model: ModelInfo, limits: Limits) -> tuple[Job, Terms]:
@@ -120,7 +122,7 @@ def validate(request: pb.GenerateRequest, model: ModelInfo, limits: Limits) -> t
         refuse("scheduler", f"{scheduler[:80]!r} is unknown, must be one of {', '.join(model.schedulers)}")
 
     preview = _preview(request.preview, limits, limits.preview, refuse)
-    output = _output(request.output, refuse)
+    output = _output(request.output, max(width, height), refuse)
     priority = _PRIORITIES.get(request.priority)
     if priority is None:
         refuse("priority", f"is {request.priority}, which is unknown")
@@ -230,12 +232,14 @@ def _preview(
     return chosen
 
 
-def _output(options: pb.OutputOptions, refuse: Callable[[str, str], None]) -> OutputOptions:
+def _output(options: pb.OutputOptions, edge: int, refuse: Callable[[str, str], None]) -> OutputOptions:
     """Fills in defaults; tells `refuse` what is out of range."""
     name = _FORMATS.get(options.format)
     if name is None:
         refuse("output.format", f"is {options.format}, which is unknown")
         name = "webp"  # whose range of qualities is the widest
+    elif edge > (longest := _MAX_EDGE.get(name, edge)):
+        refuse("output.format", f"{name.upper()} holds edges up to {longest} px, this picture has one of {edge} px")
     chosen = OutputOptions(format=name, metadata=options.metadata if options.HasField("metadata") else True)
     if options.HasField("quality"):
         most = _MAX_QUALITY.get(name)

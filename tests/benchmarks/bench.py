@@ -45,10 +45,8 @@ def main() -> None:
     """Runs everything and reports."""
     pipeline, _ = bundled()
     threads = torch.get_num_threads()
-    with (
-        ServerProcess("--log-level", "warning", "--threads", str(threads)) as server,
-        calotype.Client(server.address) as client,
-    ):
+    # The server picks its threads as it does for an operator: for the denoiser the same as the bare call.
+    with ServerProcess("--log-level", "warning") as server, calotype.Client(server.address) as client:
         results = {
             "threads": threads,
             **cost_of_streaming(pipeline, client),

@@ -38,13 +38,14 @@ def measure(rounds: int, threads: int) -> dict[str, float]:
 
     Args:
         rounds: How often each is measured; medians count.
-        threads: That torch computes with, for all three alike.
+        threads: What is quickest for one, for the two that compute one at a time. Step batching decides by itself how
+            many pay for joined calls.
     """
-    options = ("--log-level", "warning", "--threads", str(threads))
+    options = ("--log-level", "warning")
     results: dict[str, float] = {}
     with (
         ServerProcess(*options) as batching,
-        ServerProcess(*options, "--max-active", "1") as fifo,
+        ServerProcess(*options, "--threads", str(threads), "--max-active", "1") as fifo,
         naive_server() as naive,
     ):
         addresses = {"batching": batching.address, "fifo": fifo.address, "naive": naive}

@@ -83,10 +83,12 @@ async def test_what_a_watcher_knows_is_not_told_again(service: Service, engine: 
     engine.allow(2)
     seen = await read_to_step(call, 2)
     call.cancel()
-    watch = pb.WatchRequest(generation_id=seen.generation_id, after_sequence=seen.sequence)
-    watcher = service.stub.Watch(watch)
+    await wait_for_readers(service, seen.generation_id, 0)
+    watcher = service.stub.Watch(pb.WatchRequest(generation_id=seen.generation_id, after_sequence=seen.sequence))
+    first = asyncio.ensure_future(watcher.read())
+    await wait_for_readers(service, seen.generation_id, 1)
     engine.allow()
-    told = await drain(watcher)
+    told = [await first, *await drain(watcher)]
     assert all(message.sequence > seen.sequence for message in told)
     assert told[-1].phase == pb.PHASE_SUCCEEDED
     assert seen.image_step not in [message.image_step for message in told[:-1]]
@@ -170,7 +172,7 @@ async def test_the_request_of_a_cancelled_generation_stays_cancelled(service: Se
 
 
 async def wait_for_readers(service: Service, generation_id: str, count: int) -> None:
-    """Waits until the server has noticed who left."""
+    """Waits until the server has noticed who came or left."""
     async with asyncio.timeout(20):
         while service.generations.find(generation_id, Caller("")).readers != count:  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0)

@@ -6,20 +6,26 @@ import asyncio
 import contextlib
 import resource
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
+from calotype_server.access import Access, Caller
 from calotype_server.transport.descriptors import reserve_descriptors
 from calotype_server.transport.peers import Peers
 from calotype_server.transport.web import WebServer
 from calotype_server.types import PortLimits
+from support.authority import Authority
 from support.fake_engine import FakeEngine
 from support.grpcweb import Connection, WebChannel, frame, header_dict
 from support.lab import PATIENCE, until
 from support.service import Service, read_until, running
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PORTS = ("native", "grpc-web")
 PROMPT = pb.GenerateRequest(prompt="a red apple")
@@ -133,7 +139,9 @@ async def test_both_ports_count_together() -> None:
     engine.hold()
     peers = Peers(1)
     async with running(engine, peers=peers) as service:
-        web = WebServer("127.0.0.1:0", service.services.add_to, is_ready=service.services.is_serving, peers=peers)
+        web = WebServer(
+            "127.0.0.1:0", service.services.add_to, Access(), is_ready=service.services.is_serving, peers=peers
+        )
         channel = WebChannel(await web.start())
         await service.stub.Generate(PROMPT).read()
         error = await refused(GenerationServiceStub(channel).Generate(PROMPT))
@@ -191,9 +199,12 @@ async def test_a_later_head_has_no_more_time_than_the_first() -> None:
         assert await closed(connection) == b""
 
 
-async def test_a_connection_that_says_nothing_is_closed(port: str) -> None:
-    """Nobody holds a place by connecting alone."""
-    async with running(FakeEngine(), transport=port, ports=PortLimits(request_seconds=0.2)) as service:
+@pytest.mark.parametrize("tls", [False, True])
+async def test_a_connection_that_says_nothing_is_closed(port: str, tls: bool, tmp_path: Path) -> None:
+    """Nobody holds a place by connecting alone, and TLS gives no more time."""
+    authority = Authority(tmp_path) if tls else None
+    limits = PortLimits(request_seconds=0.5)
+    async with running(FakeEngine(), transport=port, ports=limits, authority=authority) as service:
         await closed(await Connection.open(service.address))
         await works(service)
 
@@ -257,7 +268,7 @@ async def test_a_reader_who_takes_nothing_costs_no_more_than_a_preview(port: str
         if port == "native":
             stalled = service.stub.Generate(pb.GenerateRequest(prompt="a", step_count=50))
             first = await stalled.read()
-            generation = service.generations.find(first.generation_id)
+            generation = service.generations.find(first.generation_id, Caller(""))
             await until(lambda: generation.ended)
             # Its end is there for him, whenever he reads.
             assert (await read_until(stalled, pb.PHASE_SUCCEEDED)).image

@@ -88,7 +88,7 @@ def test_dead_peers_are_noticed(port: str, state: str, fate: str) -> None:
         server = stack.enter_context(
             ServerProcess(
                 *("--grpc-address", f"{host}:0", "--web-address", f"{host}:0", "--max-active", "1"),
-                *("--max-step-count", str(STEPS)),
+                *("--max-step-count", str(STEPS), "--insecure"),
             )
         )
 

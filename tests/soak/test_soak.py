@@ -1,8 +1,9 @@
-"""Hundreds of requests with every fate that callers have, over real gRPC, against a real server: `make soak`."""
+"""Requests with every fate that callers have, on both ports and over links that break: `make soak`, SECONDS long."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 from collections import Counter
@@ -12,9 +13,13 @@ from pathlib import Path
 import pytest
 
 import calotype
+from calotype.v1 import calotype_pb2 as pb
+from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
+from support.grpcweb import WebChannel
 from support.process import ServerProcess
+from support.proxy import Link
 
-REQUESTS = int(os.environ.get("REQUESTS", "500"))
+SECONDS = float(os.environ.get("SECONDS", "120"))
 CALLERS = 12
 PATIENCE = 120.0
 """Seconds after which a generation counts as stuck."""
@@ -57,97 +62,142 @@ class Footprint:
         )
 
 
-async def complete(client: calotype.AsyncClient, variant: dict, _: random.Random) -> bytes:
+@dataclass(frozen=True)
+class Place:
+    """The ways to the server."""
+
+    client: calotype.AsyncClient
+    web_address: str
+    link: str
+    """Address of the native port over a link that is cut."""
+
+
+async def complete(place: Place, variant: dict, _: random.Random) -> bytes:
     """Reads to the end."""
-    return (await client.generate(**variant).result()).data
+    return (await place.client.generate(**variant).result()).data
 
 
-async def stall(client: calotype.AsyncClient, variant: dict, chance: random.Random) -> bytes:
+async def stall(place: Place, variant: dict, chance: random.Random) -> bytes:
     """Reads slowly."""
-    generation = client.generate(**variant)
+    generation = place.client.generate(**variant)
     async for _ in generation:
         await asyncio.sleep(chance.uniform(0, 0.3))
     return (await generation.result()).data
 
 
-async def cancel(client: calotype.AsyncClient, variant: dict, chance: random.Random) -> None:
+async def cancel(place: Place, variant: dict, chance: random.Random) -> None:
     """Cancels by id after some step, or while queued."""
-    generation, step = client.generate(**variant), chance.randrange(variant["steps"])
+    generation, step = place.client.generate(**variant), chance.randrange(variant["steps"])
     with pytest.raises(calotype.Cancelled):
         async for progress in generation:
             if progress.step >= step:
-                await client.cancel(progress.generation_id)
+                await place.client.cancel(progress.generation_id)
         # Whoever comes too late has a picture, which is as good.
         raise calotype.Cancelled("")
 
 
-async def leave(client: calotype.AsyncClient, variant: dict, chance: random.Random) -> None:
+async def leave(place: Place, variant: dict, chance: random.Random) -> None:
     """Leaves the loop."""
     step = chance.randrange(variant["steps"])
-    async for progress in client.generate(**variant):
+    async for progress in place.client.generate(**variant):
         if progress.step >= step:
             break
 
 
-async def vanish(client: calotype.AsyncClient, variant: dict, chance: random.Random) -> None:
+async def vanish(place: Place, variant: dict, chance: random.Random) -> None:
     """Closes the whole connection in mid-stream."""
-    async with calotype.AsyncClient(client.address) as own:
+    async with calotype.AsyncClient(place.client.address) as own:
         step = chance.randrange(variant["steps"])
         async for progress in own.generate(**variant):
             if progress.step >= step:
                 return
 
 
-async def hurry(client: calotype.AsyncClient, variant: dict, chance: random.Random) -> bytes | None:
+async def hurry(place: Place, variant: dict, chance: random.Random) -> bytes | None:
     """Has a deadline that may pass."""
     try:
-        return (await client.generate(**variant, timeout=chance.uniform(0.05, 2.0)).result()).data
+        return (await place.client.generate(**variant, timeout=chance.uniform(0.05, 2.0)).result()).data
     except calotype.DeadlineExceeded:
         return None
 
 
-async def blunder(client: calotype.AsyncClient, variant: dict, _: random.Random) -> None:
+async def blunder(place: Place, variant: dict, _: random.Random) -> None:
     """Asks for what cannot be."""
     with pytest.raises(calotype.InvalidRequest):
-        await client.generate(**{**variant, "width": 7, "steps": 0}).result()
+        await place.client.generate(**{**variant, "width": 7, "steps": 0}).result()
 
 
-FATES = {complete: 5, stall: 2, cancel: 3, leave: 2, vanish: 2, hurry: 1, blunder: 1}
+async def lose(place: Place, variant: dict, _: random.Random) -> bytes:
+    """Has a link that is cut now and then, and a client that comes back."""
+    async with calotype.AsyncClient(place.link, retries=1000) as own:
+        while True:
+            try:
+                return (await own.generate(**variant).result()).data
+            except calotype.Unavailable as error:
+                # A client tells at once that the first contact failed.
+                assert not error.reason, error
 
 
-@pytest.mark.timeout(3600)
+async def browse(place: Place, variant: dict, chance: random.Random) -> bytes | None:
+    """Reads on the web port, to the end or not."""
+    names = {"steps": "step_count", "width": "width_px", "height": "height_px"}
+    request = pb.GenerateRequest(**{names.get(name, name): value for name, value in variant.items()})
+    step, image = chance.choice((variant["steps"], chance.randrange(variant["steps"]))), b""
+    with contextlib.closing(WebChannel(place.web_address)) as channel:
+        async for message in GenerationServiceStub(channel).Generate(request):
+            if message.phase == pb.PHASE_SUCCEEDED:
+                image += message.image
+            elif message.step >= step < variant["steps"]:
+                return None
+    return image
+
+
+FATES = {complete: 5, stall: 2, cancel: 3, leave: 2, vanish: 2, hurry: 1, blunder: 1, lose: 3, browse: 5}
+
+
+@pytest.mark.timeout(7200)
 async def test_whatever_callers_do_nothing_is_stuck_wrong_or_leaked() -> None:
     """Every picture is bitwise the one made alone; threads, files, slots and memory are what they were."""
     chance = random.Random(int(os.environ.get("SEED", "0")))
+    loop = asyncio.get_running_loop()
     with ServerProcess("--deterministic", "--log-level", "error", "--max-queue", "64") as server:
-        async with calotype.AsyncClient(server.address) as client:
-            alone = [await complete(client, variant, chance) for variant in VARIANTS]
+        async with calotype.AsyncClient(server.address) as client, Link(server.address) as link:
+            place = Place(client, server.web_address, link.address)
+            alone = [await complete(place, variant, chance) for variant in VARIANTS]
             model = await client.model()
             assert model.max_batch_rows > 1, model.unbatched_reason
-            fates, wrong, settled = Counter(), 0, None
-            pending = iter(range(REQUESTS))
+            fates, wrong, settled, until = Counter(), 0, None, loop.time() + SECONDS
 
             async def caller() -> None:
                 nonlocal wrong, settled
-                for number in pending:
+                while loop.time() < until or settled is None:
                     fate = chance.choices(list(FATES), list(FATES.values()))[0]
                     index = chance.randrange(len(VARIANTS))
                     async with asyncio.timeout(PATIENCE):
-                        data = await fate(client, VARIANTS[index], chance)
+                        data = await fate(place, VARIANTS[index], chance)
                     fates[fate.__name__] += 1
                     wrong += data is not None and data != alone[index]
-                    if number == SETTLED:
+                    if fates.total() == SETTLED:
                         settled = Footprint.of(server.process.pid)
 
+            async def trouble() -> None:
+                while True:
+                    await asyncio.sleep(chance.uniform(0.1, 2))
+                    link.cut()
+
+            cutting = asyncio.create_task(trouble())
             async with asyncio.TaskGroup() as callers:
                 for _ in range(CALLERS):
                     callers.create_task(caller())
+            cutting.cancel()
             # Every slot is free again: as many as fit at once start at once.
             async with asyncio.timeout(PATIENCE):
-                again = await asyncio.gather(*(complete(client, VARIANTS[0], chance) for _ in range(model.max_active)))
+                again = await asyncio.gather(*(complete(place, VARIANTS[0], chance) for _ in range(model.max_active)))
             after = Footprint.of(server.process.pid)
-            print(f"\n{sum(fates.values())} requests: {dict(fates)}; wrong {wrong}; {settled} -> {after}")
+            print(f"\n{fates.total()} requests in {SECONDS:.0f} s: {dict(fates)}; wrong {wrong}; {link.cuts} links cut")
+            print(f"start {settled}\nend   {after}")
             assert wrong == 0
+            assert link.cuts
             assert set(again) == {alone[0]}
             assert after.threads <= settled.threads
             assert after.files <= settled.files + CALLERS

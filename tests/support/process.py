@@ -30,10 +30,11 @@ class ServerProcess:
         environment: Further variables.
     """
 
+    calotype = CALOTYPE
     command = ("serve", "--grpc-address", "127.0.0.1:0")
 
     def __init__(self, *options: str, ready: bool = True, **environment: str) -> None:
-        self._command = [*CALOTYPE, *self.command, "--web-address", "127.0.0.1:0", *options]
+        self._command = [*self.calotype, *self.command, "--web-address", "127.0.0.1:0", *options]
         self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
         self.address = ""
         self.web_address = ""

@@ -151,7 +151,7 @@ export class Composer {
         this.#fit();
         this.#form.requestSubmit();
       });
-      place.append(" ", button);
+      place.append(button);
     }
     place.hidden = false;
   }

@@ -78,10 +78,14 @@ export class Gallery {
   }
 
   /** Keeps what has come to something; what has not is there until the page is reloaded. */
-  #ended(requestId: string, { status, error }: ViewState, isRestored: boolean): void {
+  #ended(requestId: string, { status, phase, error }: ViewState, isRestored: boolean): void {
     if (this.#isAway || status === "succeeded") return;
+    const entry = this.#album.get(requestId);
     this.#album.forget(requestId);
-    if (isRestored && error?.code === "NOT_FOUND") this.#takeDown(requestId);
+    if (!isRestored || error?.code !== "NOT_FOUND") return;
+    if (phase === undefined) this.#takeDown(requestId);
+    // The service has lost it under our eyes, by a restart: it is begun again, as where there was no reload.
+    else if (entry?.wish) this.#prints.get(requestId)?.view.retry();
   }
 
   /** Looks up what somebody else's print shows. */

@@ -225,6 +225,40 @@ describe("several pictures", () => {
     await expect.poll(async () => page.getByText(/^Finished/).count()).toBe(6);
   });
 
+  it("share the connections with those of other tabs, whose calls get through", async () => {
+    const [finish, running] = [new Gate(), new Set<string>()];
+    let cancelled = 0;
+    const { url } = await pretend({
+      async *generate({ requestId, seed = 0n }, context) {
+        running.add(requestId);
+        yield { ...preview(1), generationId: requestId, seed };
+        await Promise.race([finish.opened, gone(context)]);
+        yield final();
+      },
+      cancel() {
+        cancelled += 1;
+        return {};
+      },
+    });
+    const page = await open(url);
+    await develop(page, "sunrise", { Seed: 1, Pictures: 3 });
+    await expect.poll(() => running.size).toBe(3);
+    const other = await page.context().newPage();
+    await other.goto(url);
+    await develop(other, "sunset", { Seed: 4, Pictures: 3 });
+    await expect.poll(() => running.size).toBe(4);
+    await expect.poll(async () => other.getByText("Waiting for a free connection").count()).toBe(2);
+    expect(running.size).toBe(4);
+    await page.getByRole("button", { name: "Cancel" }).first().click();
+    await expect.poll(() => cancelled).toBe(1);
+    await expect.poll(() => running.size).toBe(5);
+    // What a closed tab held is free again.
+    await page.close();
+    await expect.poll(() => running.size).toBe(6);
+    finish.open();
+    await expect.poll(async () => other.getByText(/^Finished/).count()).toBe(3);
+  });
+
   it("get seeds of their own, counted up", async () => {
     const seeds: bigint[] = [];
     const { url } = await pretend({
@@ -279,6 +313,26 @@ describe("after a reload", () => {
     expect(played.cancelled).toEqual([]);
     await page.getByRole("button", { name: "Again with this seed" }).click();
     await expect.poll(() => played.requests[1]?.seed).toBe(42n);
+  });
+
+  it("a picture that the service then loses is begun again with the same seed", async () => {
+    const played = new Played();
+    const { url, stub } = await pretend(played.handlers);
+    tolerate(/ERR_|Failed to load resource/);
+    const page = await open(url);
+    await develop(page, "sunrise", { Steps: 8 });
+    played.tell(preview(1));
+    await says(page, "Step 1 of 8");
+    await page.reload();
+    await says(page, "Step 1 of 8");
+    played.forgotten = true;
+    stub.cut();
+    await expect.poll(() => played.requests[1]).toMatchObject({ prompt: "sunrise", seed: 42n, stepCount: 8 });
+    played.forgotten = false;
+    played.tell(preview(2), final());
+    await says(page, /^Finished/);
+    await page.reload();
+    await says(page, /^Finished/);
   });
 
   it("what the service has forgotten, or what was cancelled or removed, is not there, without a word", async () => {

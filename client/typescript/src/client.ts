@@ -9,7 +9,7 @@ import { type Calls, follow } from "./follow.js";
 import { GenerationService } from "./gen/calotype/v1/calotype_pb.js";
 import { Generation } from "./generation.js";
 import { newRequestId } from "./ids.js";
-import { defaultLines, Lines } from "./lines.js";
+import { defaultLines, type Lines, OwnLines } from "./lines.js";
 import { STALL_TIMEOUT, unlessSilent } from "./silence.js";
 import { fromCall } from "./status.js";
 import type {
@@ -27,7 +27,10 @@ export interface ClientOptions {
   readonly fetch?: typeof globalThis.fetch;
   /** Sent with every call. */
   readonly headers?: HeadersInit;
-  /** Streams open at once; more wait for their turn. Default: four in a browser over HTTP/1.1, else no limit. */
+  /**
+   * Streams open at once; more wait for their turn. Default: over HTTP/1.1 in a browser four, over all tabs where they
+   * can agree, which takes TLS or localhost; else no limit.
+   */
   readonly maxStreams?: number;
   /** Used instead of grpc-web over `fetch`: connect's router transport in tests, or native gRPC in Node. */
   readonly transport?: Transport;
@@ -91,7 +94,7 @@ export function createClient(baseUrl: string, options: ClientOptions = {}): Clie
   const transport =
     options.transport ?? createGrpcWebTransport({ baseUrl: root, ...(options.fetch && { fetch: options.fetch }) });
   const calls = createConnectClient(GenerationService, transport);
-  const lines = new Lines(options.maxStreams ?? defaultLines(root));
+  const lines = options.maxStreams === undefined ? defaultLines(root) : new OwnLines(options.maxStreams);
   const clock = options.clock ?? realClock;
   const callOptions = ({ headers, timeout, signal }: CallOptions) => {
     const merged = new Headers(options.headers);

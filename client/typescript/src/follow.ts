@@ -92,7 +92,7 @@ export async function* follow(
     failures += 1;
     // Whoever falls silent before the first message may have heard the request, which the same id does not begin twice.
     const isHeard = continuity.generationId !== undefined || error.reason === "STALLED";
-    if (!isHeard || failures > plan.retries) throw error;
+    if (!isHeard || failures > plan.retries) throw asLoss(error, continuity);
     if (another !== undefined) {
       interrupted = another;
       begins = true;
@@ -112,6 +112,12 @@ export async function* follow(
 }
 
 const TOO_LATE = "The connection was lost, and there was no time left to take it up again.";
+
+/** Nobody answers at the last attempt, but what has happened to the caller is that a connection was lost. */
+function asLoss(error: CalotypeError, { news }: Continuity): CalotypeError {
+  if (error.reason !== "UNREACHABLE" || news === 0) return error;
+  return new CalotypeError("UNAVAILABLE", "The connection was lost.", { reason: "CONNECTION_LOST", cause: error });
+}
 
 /** Whether another connection may help. After a restart everybody comes back, so that a queue may be full for a while. */
 function isLost({ code, reason }: CalotypeError): boolean {

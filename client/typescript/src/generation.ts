@@ -68,9 +68,20 @@ export class Generation implements AsyncIterable<Progress> {
     return this.#result;
   }
 
-  async *[Symbol.asyncIterator](): AsyncGenerator<Progress, void, undefined> {
+  [Symbol.asyncIterator](): AsyncGenerator<Progress, void, undefined> {
     if (this.#iterated) throw new TypeError("A generation can be iterated only once. Call `generate` for another.");
     this.#iterated = true;
+    const steps = this.#follow();
+    const end = steps.return.bind(steps);
+    // A generator hears of it only when the step is there that was asked for, which may take minutes.
+    steps.return = (value) => {
+      this.#leave(cancelledHere());
+      return end(value);
+    };
+    return steps;
+  }
+
+  async *#follow(): AsyncGenerator<Progress, void, undefined> {
     const followSignal = () => this.#leave(this.#signal?.reason);
     if (this.#signal?.aborted) followSignal();
     this.#signal?.addEventListener("abort", followSignal, { once: true });

@@ -185,6 +185,17 @@ describe("leaving", () => {
     await left;
   });
 
+  it("by the iterator's return() aborts the call while nothing arrives", async () => {
+    const { handlers, left } = endless();
+    const { client } = await serve(handlers);
+    const messages = client.generate("x")[Symbol.asyncIterator]();
+    await messages.next();
+    const next = errorOf(messages.next());
+    expect(await messages.return()).toEqual({ done: true, value: undefined });
+    expect(await next).toMatchObject({ code: "CANCELLED", reason: "CANCELLED_HERE" });
+    await left;
+  });
+
   it("by a signal aborts the call and tells the signal's reason", async () => {
     const { handlers, left } = endless();
     const { client } = await serve(handlers);

@@ -309,7 +309,7 @@ describe("reconnecting", () => {
     const told: Reconnect[] = [];
     const { calls, asked } = scripted(begunThenLost, unreachable);
     const { error, clock } = await outcome(calls, { retries: 8, onReconnect: (reconnect) => told.push(reconnect) });
-    expect(error).toMatchObject({ code: "UNAVAILABLE" });
+    expect(error).toMatchObject({ code: "UNAVAILABLE", reason: "CONNECTION_LOST" });
     expect(asked).toHaveLength(9);
     expect(clock.slept).toEqual([250, 500, 1000, 2000, 4000, 8000, 10_000, 10_000]);
     expect(told.map(({ attempt }) => attempt)).toEqual([1, 2, 3, 4, 5, 6, 7, 8]);

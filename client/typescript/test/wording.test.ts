@@ -34,7 +34,7 @@ describe("the status line", () => {
 
   it("is calm while it reconnects, and tells what was finished early", () => {
     expect(statusLine({ ...running, reconnecting: true })).toBe("Reconnecting; the picture goes on");
-    expect(statusLine({ ...running, finishing: true })).toBe("Finishing the picture as it is");
+    expect(statusLine({ ...running, finishing: true, remaining: 11 })).toBe("Finishing the picture as it is");
     const picture = { data: new Uint8Array(), format: "png", width: 8, height: 8, kind: "final", step: 7 } as const;
     const early: ViewState = {
       ...running,
@@ -42,7 +42,7 @@ describe("the status line", () => {
       finishedEarly: true,
       final: { ...picture, method: undefined },
     };
-    expect(statusLine(early)).toBe("Finished early, at step 7 of 20 · 8 × 8 PNG");
+    expect(statusLine(early)).toBe("Finished early, at step 7 of 20 · 8\u00a0×\u00a08\u00a0PNG");
   });
 
   it("is announced a few times only", () => {

@@ -75,18 +75,20 @@ class DiffusersEngine:
         model = describe(name, pipeline, defaults)
         self._denoiser = denoiser_name(pipeline)
         most_threads = threads or torch.get_num_threads()
-        self._threads = most_threads if threads or deterministic else pick_threads(pipeline, model)
-        _log.info("model loaded", model=name, device=model.device, threads=self._threads)
-        torch.set_num_threads(self._threads)
+        few_threads = most_threads if threads or deterministic else pick_threads(pipeline, model)
+        _log.info("model loaded", model=name, device=model.device, threads=few_threads)
+        torch.set_num_threads(few_threads)
         plan = make_plan(
             pipeline,
             model,
             max_active=max_active,
-            threads=(self._threads, most_threads),
+            threads=(few_threads, most_threads),
             max_rows=max_rows,
             deterministic=deterministic,
         )
-        computing = self._threads if plan.threads is None else plan.threads.of(plan.max_rows)
+        # Beside the denoiser a generation reads its prompt and decodes its picture: enough work for all threads.
+        self._threads = few_threads if plan.max_rows == 0 else most_threads
+        computing = few_threads if plan.threads is None else plan.threads.of(plan.max_rows)
         _log.info(
             "concurrency",
             max_active=plan.max_active,
@@ -152,7 +154,8 @@ class DiffusersEngine:
             raise errors.EngineDead("The device failed.") from error
         except errors.ServiceError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            # Also what would end the process, such as SystemExit: it is one generation's trouble.
             if is_out_of_memory(error):
                 raise errors.OutOfMemory("Memory ran out; a smaller picture may fit.") from None
             _log.exception("the pipeline failed")
@@ -191,6 +194,8 @@ class DiffusersEngine:
             stop.call(stream.cancel)
             view = request_view(self._pipeline, scheduler, **{self._denoiser: stream.proxy()})
         try:
+            if should_stop():
+                raise Stopped
             report(EncodingPrompt(self._notices(job)))
             with stream or contextlib.nullcontext():
                 output = view(**self._arguments(job))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import math
 import socket
 from typing import TYPE_CHECKING, Any
@@ -51,7 +50,7 @@ class Listener:
         self._server = _Server(
             uvicorn.Config(
                 application,
-                http=functools.partial(_Protocol, limits),  # type: ignore[arg-type]
+                http=_Protocol,
                 ws="none",
                 loop="none",
                 lifespan="off",
@@ -61,6 +60,7 @@ class Listener:
                 timeout_keep_alive=round(limits.idle_seconds),
                 timeout_graceful_shutdown=_STATIC_SECONDS,
             ),
+            limits,
             context,
         )
         self._serving: asyncio.Task[None] | None = None
@@ -84,17 +84,33 @@ class Listener:
 
 
 class _Server(uvicorn.Server):
-    """Tells when it listens, and leaves signals to the process."""
+    """Tells when it listens, bounds TLS handshakes, and leaves signals to the process."""
 
-    def __init__(self, config: uvicorn.Config, context: ssl.SSLContext | None) -> None:
+    def __init__(self, config: uvicorn.Config, limits: PortLimits, context: ssl.SSLContext | None) -> None:
         super().__init__(config)
         config.load()
-        config.ssl = context
+        self._limits = limits
+        self._context = context
         self.ready = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                self._protocol,
+                sock=each,
+                ssl=self._context,
+                # A handshake has the time of a head; asyncio's own is a minute.
+                ssl_handshake_timeout=None if self._context is None else self._limits.request_seconds,
+                backlog=self.config.backlog,
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
         self.ready.set()
+
+    def _protocol(self) -> asyncio.Protocol:
+        return _Protocol(self._limits, self.config, self.server_state, self.lifespan.state)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from calotype_server.engine.preview import cache
 from calotype_server.engine.preview.cache import cache_path, load_head, save_head
@@ -52,13 +53,13 @@ class TestCache:
         assert load_head(tmp_path / "head.safetensors") is None
         assert logs == []
 
-    @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "other", "old", "nan"])
+    @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "other", "old", "nan", "flipped"])
     def test_damaged_file_is_no_head(self, tmp_path, head, logs, damage):
         """Whatever is wrong with the file, loading gives None and a warning that names it; saving heals it."""
         path = tmp_path / "head.safetensors"
         save_head(path, head)
         whole = path.read_bytes()
-        tensors = cache.load_file(path)
+        tensors = load_file(path)
         old = {name.removeprefix("planted."): value for name, value in tensors.items()}
         nan = {**tensors, "planted.products": torch.full_like(tensors["planted.products"], float("nan"))}
         path.write_bytes(
@@ -67,8 +68,9 @@ class TestCache:
                 "cut": whole[:-100],
                 "garbage": b"\xff" * 500,
                 "other": cache.save({"weights": torch.zeros(3)}),
-                "old": cache.save(old),
-                "nan": cache.save(nan),
+                "old": cache.save(old, metadata={"checksum": cache._checksum(old)}),
+                "nan": cache.save(nan, metadata={"checksum": cache._checksum(nan)}),
+                "flipped": whole[:-1] + bytes([whole[-1] ^ 1]),
             }[damage]
         )
         assert load_head(path) is None

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from calotype_server import errors
+from calotype_server.engine import diffusers as engine_module
 from calotype_server.engine.batching import plan as plan_module
 from calotype_server.engine.batching.plan import Plan, make_plan
+from calotype_server.engine.batching.policy import Knee, Threads
 from calotype_server.engine.capabilities import Defaults, describe
 from calotype_server.engine.diffusers import DiffusersEngine
 from calotype_server.engine.protocol import Stop
-from calotype_server.types import Denoising, PreviewReady
+from calotype_server.types import Denoising, PreviewMethod, PreviewOptions, PreviewReady
 from support import tiny
 from support.runs import JOB, PATIENCE, Run
 
@@ -35,14 +37,13 @@ def open_engine(tmp_path):
     opened = []
 
     def open_one(pipeline=None, **options):
-        options = {"max_active": len(JOBS), "max_rows": 8, **options}
+        options = {"max_active": len(JOBS), "max_rows": 8, "threads": 1, **options}
         batches = []
         engine = DiffusersEngine(
             "tiny",
             pipeline or tiny.build("sd15"),
             defaults=Defaults(),
             cache_dir=tmp_path,
-            threads=1,
             on_batch=batches.append,
             **options,
         )
@@ -95,6 +96,22 @@ class TestPictures:
             shown = [event.step for event in run.events if isinstance(event, PreviewReady)]
             assert shown == sorted(shown)
             assert shown[-1] == job.step_count
+
+    def test_small_calls_have_one_thread_and_all_else_has_all(self, open_engine, monkeypatch):
+        """One request's step is not worth handing out; a batch, the prompt and the picture are."""
+        monkeypatch.setattr(engine_module, "pick_threads", lambda *_: 1)
+        monkeypatch.setattr(plan_module, "knee", lambda *_, **__: Knee(8, Threads(1, 3, 4)))
+        pipeline, seen = tiny.build("sd15"), []
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+        try:
+            engine, _ = open_engine(pipeline, threads=None)
+        finally:
+            torch.set_num_threads(before)
+        for name, part in (("text", pipeline.text_encoder), ("step", pipeline.unet), ("picture", pipeline.vae.decoder)):
+            part.register_forward_pre_hook(lambda *_, name=name: seen.append((name, torch.get_num_threads())))
+        Run(engine)(dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.NONE)))
+        assert set(seen) == {("text", 3), ("step", 1), ("picture", 3)}
 
 
 class TestFates:

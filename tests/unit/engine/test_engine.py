@@ -254,9 +254,10 @@ class TestStopping:
     """A stop ends the work within one step."""
 
     def test_stop_before_the_start(self, pipeline, run):
-        """A job that is stopped before it begins takes no step and gives no picture."""
+        """A job that is stopped before it begins takes no step, reads no prompt and gives no picture."""
         evaluations = []
         on_evaluation(pipeline, evaluations.append)
+        pipeline.text_encoder.register_forward_pre_hook(lambda *_: evaluations.append("text"))
         run.stop.set()
         with pytest.raises(errors.Cancelled):
             run()
@@ -327,12 +328,13 @@ class TestFailure:
         hook.remove()
         self.next_works(run)
 
-    def test_pipeline_raises(self, pipeline, run, logs):
-        """An exception of the pipeline is told in our words, and logged in its own."""
+    @pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
+    def test_pipeline_raises(self, pipeline, run, logs, kind):
+        """An exception of the pipeline, whatever its kind, is told in our words, and logged in its own."""
 
         def fail(number):
             if number == 2:
-                raise RuntimeError("secret: /home/someone/weights")
+                raise kind("secret: /home/someone/weights")
 
         hook = on_evaluation(pipeline, fail)
         text = self.failing(run, errors.GenerationFailed)

@@ -10,6 +10,7 @@ from calotype_server.budget import PreviewBudget
 from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.diffusers import DiffusersEngine
 from calotype_server.engine.preview.cache import cache_path, load_head
+from calotype_server.engine.preview.decoders import HeadDecoder
 from calotype_server.types import PreviewMethod, PreviewOptions
 from support import tiny
 from support.runs import JOB, PATIENCE, Run
@@ -117,6 +118,14 @@ def test_what_is_not_allowed_is_not_even_fitted(tmp_path):
     engine.close()
     assert engine.model.preview_methods == (PreviewMethod.FULL_VAE,)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_decoders_are_measured_as_the_preview_thread_runs_them(tmp_path, path, monkeypatch):
+    """By one thread: the processor's time of a second one would not be seen."""
+    seen = []
+    monkeypatch.setattr(HeadDecoder, "decode", lambda *_: seen.append(torch.get_num_threads()))
+    DiffusersEngine("tiny", tiny.shared("sd15"), defaults=Defaults(), cache_dir=tmp_path, threads=3).close()
+    assert set(seen) == {1}
 
 
 def test_the_budget_is_told_what_decoders_cost(tmp_path, path):

@@ -32,6 +32,7 @@ class Drawer:
         self.gate = threading.Event()
         self.gate.set()
         self.failing = set()
+        self.failure = ValueError
         self.poisoned = set()
         self.sizes = []
         self.batches = []
@@ -44,7 +45,7 @@ class Drawer:
         numbers = [int(number) for number in latents.flatten(1)[:, 0]]
         self.batches.append(numbers)
         if self.failing & set(numbers):
-            raise ValueError("the decoder is confused")
+            raise self.failure("the decoder is confused")
         values = torch.tensor([float("nan") if number in self.poisoned else number / 255 for number in numbers])
         return values[:, None, None, None].expand(-1, 3, 2, 3)
 
@@ -184,10 +185,12 @@ def test_two_troubles_in_a_batch_are_counted_once_each(renderer, head, events, l
     assert told == {"a": preview(2), "b": Denoising(5, 9, 1), "c": Denoising(7, 9, 1)}
 
 
+@pytest.mark.parametrize("failure", [ValueError, SystemExit])
 @pytest.mark.parametrize("trouble", ["failing", "poisoned"])
-def test_failure_costs_one_picture(renderer, head, events, logs, trouble):
+def test_failure_costs_one_picture(renderer, head, events, logs, trouble, failure):
     """A decoder that raises or gives NaN leaves progress without a picture, counted; the next step is drawn."""
     setattr(head, trouble, {1})
+    head.failure = failure
     feed = renderer.feed(JOB, events.put)
     feed.offer(step(1))
     assert events.get(timeout=PATIENCE) == Denoising(1, 9, 1)

@@ -101,6 +101,18 @@ def test_what_comes_before_is_computed_once():
     assert calls == {"denoiser": 2, "text": 1, "vae": 6}
 
 
+def test_a_crowd_of_sizes_costs_the_denoiser_a_call_each(sd15):
+    """Generations of more sizes than usual in turn do not make it compute for every preview."""
+    calls = []
+    handle = sd15.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    tail = Tail(sd15)
+    for _ in range(2):
+        for columns in range(2, 10):
+            tail.decode(torch.zeros(1, 4, 2, columns), 8 * columns, 16)
+    handle.remove()
+    assert len(calls) == 8
+
+
 def test_the_shared_pipeline_is_not_changed(sd15):
     """A tail works on views."""
     parts, config = dict(sd15.components), dict(sd15.config)

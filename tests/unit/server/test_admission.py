@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -46,6 +47,20 @@ async def test_the_first_starts_at_once_and_others_move_up() -> None:
     assert [position for position, _ in callers[3].moves] == [3, 2, 1]
     admission.leave(tickets[1])
     assert tickets[3].turn.done()
+
+
+async def test_who_waits_is_told_how_long_although_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work ahead goes on, and a stream that is silent for too long is cut on its way."""
+    monkeypatch.setattr("calotype_server.admission._REFRESH_SECONDS", 0.001)
+    told: asyncio.Queue[tuple[int, float | None]] = asyncio.Queue()
+    admission = Admission(paced(), max_active=1, max_queue=3)
+    running = admission.enter(JOB, "a", Mover())
+    admission.enter(JOB, "a", lambda *place: told.put_nowait(place))
+    first = await told.get()
+    running.left = 0.5
+    while (now := await told.get()) == first:
+        pass
+    assert (first, now) == ((1, 24.0), (1, 18.0))
 
 
 async def test_leaving_twice_frees_one_slot_only() -> None:

@@ -70,6 +70,29 @@ def test_any_interleaving_keeps_what_callers_rely_on(script: list) -> None:
     asyncio.run(play(script))
 
 
+def test_a_cancel_that_comes_while_the_file_is_encoded_counts() -> None:
+    """Whoever was told that there was something to cancel gets no success."""
+
+    async def cancel_late() -> None:
+        class Late(Encoder):
+            async def final(self, *arguments):
+                assert generations.cancel(generation.id) is Phase.DECODING
+                return await super().final(*arguments)
+
+        engine, pace, encoder = FakeEngine(), Pace(), Late()
+        ended: Retention = Retention(seconds=600, count=3, size=2**20)
+        generations = Generations(
+            engine, Admission(pace, max_active=1, max_queue=1), pace, encoder, ended, max_active=1, on_dead=lambda: None
+        )
+        generation = await generations.start(JOB, Terms())
+        await generations.idle()
+        generations.close()
+        encoder.close()
+        assert generation.log.state.phase is Phase.CANCELLED
+
+    asyncio.run(cancel_late())
+
+
 async def play(script: list) -> None:
     """Carries out a script, then lets everything end."""
     engine, pace, encoder = FakeEngine(), Pace(), Encoder()

@@ -165,6 +165,29 @@ def test_bad_output_options_are_refused(output: dict, field: str, words: str) ->
 
 
 @pytest.mark.parametrize(
+    ("format", "edge", "longest"), [(pb.IMAGE_FORMAT_WEBP, 16384, 16383), (pb.IMAGE_FORMAT_JPEG, 65504, 65500)]
+)
+def test_a_format_that_cannot_hold_the_picture_is_refused(
+    format: pb.ImageFormat.ValueType,  # noqa: A002
+    edge: int,
+    longest: int,
+) -> None:
+    """Before the work, not after it; PNG holds any size, and so does the format up to its limit."""
+    limits = replace(LIMITS, max_pixels=2048 * 2048)
+
+    def wanted(size: dict, format: pb.ImageFormat.ValueType) -> pb.GenerateRequest:  # noqa: A002
+        return pb.GenerateRequest(prompt="a cat", output=pb.OutputOptions(format=format), **size)
+
+    for size in ({"width_px": edge, "height_px": 8}, {"width_px": 8, "height_px": edge}):
+        with pytest.raises(InvalidRequest) as caught:
+            validate(wanted(size, format), MODEL, limits)
+        assert [violation.field for violation in caught.value.violations] == ["output.format"]
+        assert str(longest) in caught.value.violations[0].description
+        validate(wanted(size, pb.IMAGE_FORMAT_PNG), MODEL, limits)
+    validate(wanted({"width_px": longest // 8 * 8, "height_px": 8}, format), MODEL, limits)
+
+
+@pytest.mark.parametrize(
     ("preview", "expected"),
     [
         ({"every_steps": 1}, {"every_steps": 1}),

@@ -83,6 +83,8 @@ input[type="range"]::-moz-range-thumb {
 .error { margin-top: .6rem; padding-left: .75rem; border-left: 3px solid var(--_alarm); line-height: 1.45; }
 .error p { margin: 0; font-size: .875em; }
 .error .title { font-size: 1em; font-weight: 700; color: var(--_alarm); }
+.error.calm { border-color: var(--_line); }
+.error.calm .title { color: inherit; }
 .error ul { margin: .3rem 0; padding-left: 1.1rem; font-size: .875em; }
 .actions { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: .6rem; }
 .actions button, .actions a, .error button {

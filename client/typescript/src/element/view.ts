@@ -132,6 +132,8 @@ export class View {
     if (error === this.#explained) return;
     this.#explained = error;
     this.#error.replaceChildren();
+    // What somebody wanted is no alarm.
+    this.#error.classList.toggle("calm", error?.code === "CANCELLED");
     setShown(this.#error, error !== undefined);
     if (!error) return;
     const { title, advice, retry } = explain(error);

@@ -12,7 +12,8 @@ export function statusLine(state: ViewState): string {
       return state.reconnecting ? RECONNECTING : "Waiting for a free connection";
     case "running":
       if (state.reconnecting) return RECONNECTING;
-      return [running(state), remaining(state.remaining)].filter(Boolean).join(" · ");
+      // The estimate is that of the whole way.
+      return [running(state), state.finishing ? "" : remaining(state.remaining)].filter(Boolean).join(" · ");
     case "succeeded":
       return state.scrubbed === undefined ? finished(state) : stageLabel(frameAt(state), state.totalSteps);
     case "failed":
@@ -65,6 +66,7 @@ function remaining(seconds: number | undefined): string {
 function finished({ final, timings, finishedEarly, step, totalSteps }: ViewState): string {
   const early = finishedEarly ? ` early, at step ${step} of ${totalSteps},` : "";
   const time = timings?.total === undefined ? "" : ` in ${duration(timings.total)}`;
-  const size = final ? `${final.width} × ${final.height} ${final.format.toUpperCase()}` : "";
+  // Not broken over two lines.
+  const size = final ? `${final.width} × ${final.height} ${final.format.toUpperCase()}`.replaceAll(" ", "\u00a0") : "";
   return [`Finished${early}${time}`.replace(/,$/, ""), size].join(" · ");
 }

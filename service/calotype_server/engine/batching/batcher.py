@@ -234,7 +234,9 @@ class StepBatcher:
         tickets = [ticket for ticket in tickets if not ticket.future.done()]  # cancelled meanwhile
         if not tickets:
             return
-        error = self._try_together(tickets)
+        rows = sum(ticket.call.rows for ticket in tickets)
+        padded_rows = max(rows, self.max_rows) if self._deterministic else rows
+        error = self._try_together(tickets, rows, padded_rows)
         if error is None:
             return
         if isinstance(error, torch.AcceleratorError):
@@ -244,21 +246,23 @@ class StepBatcher:
         out_of_memory = is_out_of_memory(error)
         if out_of_memory and self._run_ahead.on_cuda:
             torch.cuda.empty_cache()
-        if len(tickets) == 1:
+        alone, filled = len(tickets) == 1, padded_rows > rows
+        if alone and not (out_of_memory and filled):
             with self._changed:
                 _give(tickets[0], error)
             return
         del error
         if out_of_memory:
-            self._lower_max_rows(tickets)
+            self._lower_max_rows(padded_rows // 2)
+        if alone:
+            self._run_together(tickets)
+            return
         half = len(tickets) // 2
         self._run_together(tickets[:half])
         self._run_together(tickets[half:])
 
-    def _try_together(self, tickets: list[Ticket]) -> BaseException | None:
+    def _try_together(self, tickets: list[Ticket], rows: int, padded_rows: int) -> BaseException | None:
         calls = [ticket.call for ticket in tickets]
-        rows = sum(call.rows for call in calls)
-        padded_rows = max(rows, self.max_rows) if self._deterministic else rows
         started = time.monotonic()
         if self._threads is not None:
             # Torch keeps the number by thread, and setting it costs less than a microsecond.
@@ -294,9 +298,9 @@ class StepBatcher:
         except Exception:
             _log.exception("a batch cannot be reported")
 
-    def _lower_max_rows(self, tickets: Sequence[Ticket]) -> None:
+    def _lower_max_rows(self, rows: int) -> None:
         with self._changed:
-            self._rendezvous.max_rows = max(1, sum(ticket.call.rows for ticket in tickets) // 2)
+            self._rendezvous.max_rows = max(1, rows)
             self._successes = 0
         _log.warning("memory ran out", max_rows=self.max_rows)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -72,11 +71,11 @@ class Previews:
             decoders[PreviewMethod.TINY_VAE] = VaeDecoder(pipeline, tiny_vae)
         if PreviewMethod.FULL_VAE in allowed:
             decoders[PreviewMethod.FULL_VAE] = full
+        self._lane = lane_for(torch.device(model.device))
         self._measure(decoders, full)
         self.methods = tuple(decoders)
         """What can draw."""
         gate = SafetyGate(pipeline, full) if SafetyGate.needed(pipeline) else None
-        self._lane = lane_for(torch.device(model.device))
         self._renderer = PreviewRenderer(decoders, budget, self._lane, gate)
 
     def feed(self, job: Job, report: Callable[[Event], None]) -> PreviewFeed:
@@ -113,11 +112,13 @@ class Previews:
             save_head(self._path, self._head.head)
 
     def _measure(self, decoders: dict[PreviewMethod, Decoder], full: VaeDecoder) -> None:
-        """Gives the budget a first idea of what each costs; decoders that fail are taken out.
+        """Gives the budget a first idea of what each costs the preview thread; decoders that fail are taken out.
 
         The full VAE is not tried, it may take half a minute on a CPU: the end of the first picture tells.
         """
         width, height = self._model.width, self._model.height
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
         for method, decoder in list(decoders.items()):
             if decoder is full:
                 continue
@@ -125,14 +126,14 @@ class Previews:
                 latents = torch.zeros(full.shape(width, height), device=self._model.device)
                 for _ in range(2):
                     # The first call prepares what later ones find.
-                    begun = time.thread_time()
-                    decoder.decode(latents, width, height)
-                    seconds = time.thread_time() - begun
+                    with torch.no_grad(), self._lane.after([self._lane.mark()]) as spent:
+                        decoder.decode(latents, width, height)
             except Exception:
                 _log.exception("this decoder cannot draw previews of this pipeline", method=method)
                 del decoders[method]
             else:
-                self._budget.observe_decode(method, seconds, self._model.width * self._model.height)
+                self._budget.observe_decode(method, spent.seconds, width * height)
+        torch.set_num_threads(before)
 
 
 def _fitted_head(path: Path, pipeline: Any, model: ModelInfo) -> PreviewHead | None:

@@ -105,7 +105,7 @@ class PreviewRenderer:
             elif chore is not None:
                 try:
                     chore()
-                except Exception:
+                except BaseException:  # whatever it is, generations would wait for this thread in vain
                     _log.exception("the preview head cannot learn from a picture")
             else:
                 return
@@ -120,7 +120,7 @@ class PreviewRenderer:
         for group in groups.values():
             try:
                 self._render(group)
-            except Exception as error:
+            except BaseException as error:
                 if len(group) == 1:
                     self._give_up(*group[0], error)
                     continue
@@ -128,7 +128,7 @@ class PreviewRenderer:
                 for member in group:
                     try:
                         self._render([member])
-                    except Exception as own:
+                    except BaseException as own:
                         self._give_up(*member, own)
 
     def _render(self, group: Sequence[tuple[PreviewFeed, Due]]) -> None:
@@ -169,7 +169,7 @@ class PreviewRenderer:
         height, width, _ = pixels.shape
         return Pixels(width, height, pixels.numpy().tobytes())
 
-    def _give_up(self, feed: PreviewFeed, due: Due, error: Exception) -> None:
+    def _give_up(self, feed: PreviewFeed, due: Due, error: BaseException) -> None:
         feed.context.run(_log.error, "preview failed", step=due.step.number, method=due.method, exc_info=error)
         feed.failed()
         _report(feed, due, None)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Tail"]
 
-_SIZES_KEPT = 4
+_SIZES_KEPT = 64
+"""Beyond it, generations of as many sizes at once would each cost the denoiser a call for every preview."""
 
 
 class Tail:

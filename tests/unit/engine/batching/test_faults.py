@@ -85,6 +85,19 @@ class TestMemory:
             assert party.module.sizes == [4, 4]
         assert ("memory ran out", 4) in [(entry["event"], entry.get("max_rows")) for entry in logs]
 
+    def test_a_bucket_that_does_not_fit_is_halved_too(self):
+        """It is the filling that does not fit: a request that is alone in its batch is answered all the same."""
+
+        def act(rows):
+            if len(rows) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        with Party(act, max_rows=16, deterministic=True) as party:
+            assert torch.equal(party.call(1), answer_to(1, 0))
+            assert right(party.together((0,), (1,), (2,)), 0, 1, 2)
+            assert party.module.sizes == [4]
+            assert party.batcher.max_rows == 4
+
     def test_the_limit_grows_back(self):
         """After a hundred batches without trouble one row more is tried, up to what was asked for."""
         plenty = threading.Event()

@@ -139,8 +139,8 @@ async def test_native_callers_reach_each_generation_where_it_is() -> None:
             watched = [other.watch(each) for each in ids[1:]]
             for engine in servers.engines:
                 engine.allow()
-            images = [await each.result() for each in watched]
-            assert [each.seed for each in images] == [1, 2, 3]
+            assert all([await each.result() for each in watched])
+            assert [each.seed for each in watched] == [1, 2, 3]
             assert watched[0].progress.finished_early
             with pytest.raises(calotype.Cancelled):
                 await other.watch(ids[0]).result()
@@ -148,7 +148,8 @@ async def test_native_callers_reach_each_generation_where_it_is() -> None:
         def from_a_thread() -> None:
             with calotype.Client(servers.target) as client:
                 assert [each.generation_id for each in client.generations(page_size=3)] == ids[::-1]
-                assert [client.watch(each).result().seed for each in ids[1:]] == [1, 2, 3]
+                watched = [client.watch(each) for each in ids[1:]]
+                assert [each.result() and each.seed for each in watched] == [1, 2, 3]
                 assert client.cancel(ids[0]) == client.finish(ids[0]) == "cancelled"
                 with pytest.raises(calotype.NotFound) as caught:
                     client.watch("other.x").result()
@@ -159,7 +160,7 @@ async def test_native_callers_reach_each_generation_where_it_is() -> None:
 
 async def test_who_leaves_a_loop_frees_the_slot_on_the_right_server() -> None:
     """Both clients cancel by id, wherever the generation is."""
-    async with pair() as servers:
+    async with pair(max_active=8) as servers:
 
         async def leave() -> None:
             async with calotype.AsyncClient(servers.target) as client:
@@ -176,12 +177,12 @@ async def test_who_leaves_a_loop_frees_the_slot_on_the_right_server() -> None:
                         if progress.phase == "denoising":
                             break
 
-        for number, leaving in enumerate((leave(), asyncio.to_thread(leave_from_a_thread)), 1):
+        for leaving in (leave(), asyncio.to_thread(leave_from_a_thread)):
             await leaving
-            for engine in servers.engines:
-                engine.allow(1)
-            await until(lambda number=number: all(len(engine.stops) == number for engine in servers.engines))
-            await until(lambda: all(stop.is_set() for engine in servers.engines for stop in engine.stops))
+            stops = [stop for engine in servers.engines for stop in engine.stops]
+            await until(lambda stops=stops: all(stop.is_set() for stop in stops))
+        assert len(stops) == 4
+        assert all(engine.stops for engine in servers.engines)
 
 
 @pytest.mark.parametrize("way", ["client", "bridge"])
@@ -205,7 +206,9 @@ async def test_a_server_that_is_about_to_stop_gets_no_new_generations_and_keeps_
         assert {job.seed for job in servers.engines[0].jobs} == {7}
         assert {job.seed for job in servers.engines[1].jobs} == {1, 2, 3, 4, 5, 6}
         if way == "client":
-            assert (await client.watch(old.generation_id).result()).seed == 7
+            watched = client.watch(old.generation_id)
+            assert await watched.result()
+            assert watched.seed == 7
         else:
             watched = servers.bridge.Watch(pb.WatchRequest(generation_id=old.generation_id))
             assert (await read_until(watched, pb.PHASE_SUCCEEDED)).seed == 7

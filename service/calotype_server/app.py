@@ -140,6 +140,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         with contextlib.suppress(TimeoutError):
             await signals.unless_hurried(asyncio.wait_for(generations.idle(), settings.drain_seconds))
         await generations.end_all()
+        services.release_watchers()
         await asyncio.gather(native.stop(_LAST_WORDS_SECONDS), web.stop(_LAST_WORDS_SECONDS))
         generations.close()
         encoder.close()

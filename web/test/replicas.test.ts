@@ -1,5 +1,5 @@
 import { createClient, type GenerationSummary } from "calotype";
-import { afterAll, beforeAll, expect, it } from "vitest";
+import { afterAll, beforeAll, expect, it, onTestFinished } from "vitest";
 import { develop, open, recorded, tolerate } from "./browser.js";
 import { Service } from "./service.js";
 
@@ -10,7 +10,17 @@ let services: [Service, Service];
 let bridge: Service;
 
 beforeAll(async () => {
-  const flags = ["--deterministic", "--max-active", "4", "--max-batch-rows", "8", "--heartbeat-seconds", "0.5"];
+  const flags = [
+    "--deterministic",
+    "--max-active",
+    "4",
+    "--max-batch-rows",
+    "8",
+    "--heartbeat-seconds",
+    "0.5",
+    "--threads",
+    "1",
+  ];
   services = await Promise.all([Service.start(flags), Service.start(flags)]);
   bridge = await Service.bridge(services);
 }, 240_000);
@@ -27,6 +37,7 @@ async function picture(service: Service, seed: number): Promise<number> {
 
 it("a service behind the bridge that freezes costs the client time and nothing else", async () => {
   const [frozen, other] = services;
+  onTestFinished(() => frozen.thaw());
   const undisturbed = [await picture(frozen, 1), await picture(other, 2)];
   const own = new Set((await list(frozen)).map(tag));
   const client = createClient(bridge.url);
@@ -41,7 +52,6 @@ it("a service behind the bridge that freezes costs the client time and nothing e
     return fingerprint((await generation.result()).data);
   };
   expect(await Promise.all([1, 2].map(run))).toEqual(undisturbed);
-  frozen.thaw();
   expect(homes.filter((home) => home.endsWith("replaced"))).not.toEqual([]);
 }, 240_000);
 

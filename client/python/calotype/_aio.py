@@ -218,14 +218,12 @@ class AsyncClient:
     async def _list(self, request: v1.ListGenerationsRequest) -> AsyncIterator[GenerationSummary]:
         stubs = {} if self._replicas is None else {replica: stub async for replica, stub in self._replicas.ask()}
         lists = [self._pages(stub, copy.copy(request)) for stub in stubs.values() or [self._open()]]
-        firsts = [(each, await anext(each, None)) for each in lists]
-        newest = [(each, first) for each, first in firsts if first is not None]
-        while newest:
-            index = max(range(len(newest)), key=lambda index: newest[index][1].create_time)
-            each, summary = newest[index]
-            yield summary
-            following = await anext(each, None)
-            newest[index : index + 1] = [] if following is None else [(each, following)]
+        heads = {each: first for each in lists if (first := await anext(each, None)) is not None}
+        while heads:
+            newest = max(heads, key=lambda each: heads[each].create_time)
+            yield heads.pop(newest)
+            if (following := await anext(newest, None)) is not None:
+                heads[newest] = following
 
     async def _pages(
         self, stub: GenerationServiceAsyncStub, request: v1.ListGenerationsRequest

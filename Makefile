@@ -3,20 +3,27 @@ PYTHON ?= python3
 VENV := .venv
 PROTO_VENV := .venv-proto
 BIN := $(VENV)/bin
+PROOFS := $(CURDIR)/build/proofs
 READY := $(VENV)/.ready
 CLIENT_JS := client/typescript
 CLIENT_JS_READY := $(CLIENT_JS)/node_modules/.ready
 WEB_READY := web/node_modules/.ready
 PAGE := service/calotype_server/page
 PROTO_READY := $(PROTO_VENV)/.ready
-GENERATED := client/python
-GENERATED_JS := $(CLIENT_JS)/src/gen
+# Under which what is generated goes.
+GENERATED := .
 # The types of gRPC's error details come with googleapis-common-protos.
-PROTOC = $(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iprotos -I$(wildcard $(PROTO_VENV)/lib/python3*/site-packages)
+GOOGLEAPIS = $(wildcard $(PROTO_VENV)/lib/python3*/site-packages)
+# Node comes from wherever it came for the page; g++ and a JDK may be there already.
+CLIENT_PACKAGES := make g++ pkg-config protobuf-compiler protobuf-compiler-grpc libgrpc++-dev ruby-grpc ruby-grpc-tools \
+	default-jdk-headless libgrpc-java protobuf-compiler-grpc-java-plugin libnetty-java libperfmark-java \
+	libgeronimo-annotation-1.3-spec-java golang-go golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev \
+	protoc-gen-go protoc-gen-go-grpc
+VITEST = npm test --silent -- --reporter=default --reporter=json --outputFile.json=$(PROOFS)
 # What a change of the proto must not break: the last release, or before the first one the last commit.
 PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 .DEFAULT_GOAL := help
-.PHONY: help run generate test test-fast lint format type proto proto-check web web-check test-web settings bench soak contact-sheet timeline filmstrip evaluate-model clean
+.PHONY: help run generate test test-fast test-clients client-table client-table-check lint format type proto proto-check web web-check test-web settings bench soak contact-sheet timeline filmstrip evaluate-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,15 +55,29 @@ run: $(READY) ## start the service with the bundled model; ARGS="--model FOLDER"
 generate: $(READY) ## watch a picture form in this terminal; PROMPT="a red apple"
 	$(BIN)/calotype generate "$(or $(PROMPT),a red apple)" $(ARGS)
 
-test: lint type proto-check web-check test-fast test-web ## all checks and tests, as CI runs them
+test: lint type proto-check web-check test-fast test-web client-table-check ## all checks and tests, as CI runs them
+
+test-clients: $(READY) ## install the toolchains of the example clients, and test all of them; on Debian, as root
+	@command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] || { echo "This installs Debian's packages, as root: $(CLIENT_PACKAGES)"; echo "Elsewhere, install them by yourself, and: CALOTYPE_TOOLCHAINS=required $(BIN)/pytest tests/e2e/test_examples.py"; exit 1; }
+	apt-get update -qq && apt-get install -qq --no-install-recommends $(CLIENT_PACKAGES) >/dev/null
+	CALOTYPE_TOOLCHAINS=required $(BIN)/pytest tests/e2e/test_examples.py $(ARGS)
+
+client-table: $(READY) ## write the README's table of clients anew from the results of their tests
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m proves
+	@$(MAKE) --no-print-directory test-web
+	PYTHONPATH=tests $(BIN)/python -m support.client_table
+
+client-table-check: $(READY) ## fail when the README's table of clients is not what the tests that were run say
+	PYTHONPATH=tests $(BIN)/python -m support.client_table --check
 
 test-fast: $(READY) ## only the Python tests, without Node; ARGS="-k name"
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-web: $(READY) $(CLIENT_JS_READY) $(WEB_READY) ## lint, check and test the TypeScript client and the page, in a real browser
 	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || { echo "Chromium is needed; on Debian: apt-get install chromium. Elsewhere: CHROMIUM=/path/to/it make test-web"; exit 1; }
-	cd $(CLIENT_JS) && npm run --silent lint && npm run --silent type && npm run --silent build && npm test --silent
-	cd web && npm run --silent lint && npm run --silent type && npm test --silent
+	cd client && typescript/node_modules/.bin/biome ci --config-path=typescript node/generate.js connect/generate.ts
+	cd $(CLIENT_JS) && npm run --silent lint && npm run --silent type && npm run --silent build && $(VITEST)/typescript.json
+	cd web && npm run --silent lint && npm run --silent type && $(VITEST)/web.json
 
 web: $(CLIENT_JS_READY) $(WEB_READY) ## build the page into the Python package
 	cd web && PAGE_DIR=$(abspath $(PAGE)) npm run --silent build
@@ -81,18 +102,18 @@ format: $(READY) ## format the code
 type: $(READY) ## check types
 	$(BIN)/mypy
 
-proto: $(PROTO_READY) $(CLIENT_JS_READY) ## generate the Python and TypeScript code from the proto
-	PATH=$(CURDIR)/$(PROTO_VENV)/bin:$$PATH $(PROTOC) calotype/v1/calotype.proto \
-		--python_out=$(GENERATED) --grpc_python_out=$(GENERATED) \
-		--mypy_out=quiet:$(GENERATED) --mypy_grpc_out=quiet:$(GENERATED)
-	$(PROTOC) calotype/v1/calotype.proto google/rpc/error_details.proto \
-		--plugin=$(CLIENT_JS)/node_modules/.bin/protoc-gen-es --es_opt=target=ts,import_extension=js --es_out=$(GENERATED_JS)
+proto: $(READY) $(PROTO_READY) $(CLIENT_JS_READY) ## generate the Python and TypeScript code from the proto
+	$(BIN)/buf generate protos --template protos/buf.gen.yaml --output $(GENERATED)
+	$(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iprotos calotype/v1/calotype.proto --grpc_python_out=$(GENERATED)/client/python
+	$(PROTO_VENV)/bin/python -m grpc_tools.protoc -I$(GOOGLEAPIS) google/rpc/error_details.proto \
+		--plugin=$(CLIENT_JS)/node_modules/.bin/protoc-gen-es \
+		--es_opt=target=ts,import_extension=js --es_out=$(GENERATED)/$(CLIENT_JS)/src/gen
 
-proto-check: $(PROTO_READY) ## fail when the generated code is not what the proto gives
-	@mkdir -p build/proto build/proto-js
-	@$(MAKE) --no-print-directory proto GENERATED=build/proto GENERATED_JS=build/proto-js
-	diff -ru --exclude=__pycache__ build/proto/calotype/v1 client/python/calotype/v1
-	diff -ru build/proto-js $(CLIENT_JS)/src/gen
+proto-check: ## fail when the generated code is not what the proto gives
+	@rm -rf build/proto && mkdir -p build/proto/client/python build/proto/$(CLIENT_JS)/src/gen
+	@$(MAKE) --no-print-directory proto GENERATED=build/proto
+	diff -ru --exclude=__pycache__ build/proto/client/python/calotype/v1 client/python/calotype/v1
+	diff -ru build/proto/$(CLIENT_JS)/src/gen $(CLIENT_JS)/src/gen
 
 settings: $(READY) ## write the table of all settings, service/SETTINGS.md
 	$(BIN)/python service/settings_table.py >service/SETTINGS.md

@@ -69,7 +69,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     Raises:
         StartupError: An address is taken, or the model cannot be used.
     """
-    configure_logging(settings.log_level, settings.log_format)
+    configure_logging(settings.log_level, settings.log_format, prompts=settings.log_prompts)
     begun = time.monotonic()
     signals = Signals()
     doors = Doors(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})

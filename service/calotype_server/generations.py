@@ -26,6 +26,7 @@ from calotype_server.types import (
     Succeeded,
     Terms,
 )
+from calotype_server.withholding import bind_texts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -330,6 +331,7 @@ class Generations:
 
     async def _run(self, generation: Generation, ticket: Ticket) -> None:
         structlog.contextvars.bind_contextvars(generation=generation.id)
+        bind_texts(generation.job.prompt, generation.job.negative_prompt)
         end: Succeeded | Failed
         try:
             image = await self._make(generation, ticket)

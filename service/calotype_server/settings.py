@@ -208,6 +208,7 @@ class Settings(WebSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines to log.")
     log_format: Literal["console", "json"] = Field("console", description="Log for people, or for machines.")
+    log_prompts: bool = Field(False, description="Log what people ask for. Default: no prompt is ever logged.")
 
     @field_validator("grpc_address")
     @classmethod

@@ -9,15 +9,23 @@ from typing import Literal
 import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 
+from calotype_server.withholding import Withhold
+
 __all__ = ["configure_logging"]
 
 
-def configure_logging(level: str, format: Literal["console", "json"]) -> None:  # noqa: A002 - as the setting
+def configure_logging(
+    level: str,
+    format: Literal["console", "json"],  # noqa: A002 - as the setting
+    *,
+    prompts: bool = False,
+) -> None:
     """Logs to standard error: lines for people, or one JSON object a line.
 
     Args:
         level: Least severe level that is kept, as in the standard library, in lower case.
         format: "console" or "json".
+        prompts: Whether what people ask for is logged.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -26,13 +34,17 @@ def configure_logging(level: str, format: Literal["console", "json"]) -> None:  
     ]
     # Tracebacks without local variables, which hold prompts and megabytes.
     traceback = ExceptionDictTransformer(show_locals=False)
-    renderers: list[structlog.typing.Processor] = (
-        [structlog.processors.ExceptionRenderer(traceback), structlog.processors.JSONRenderer()]
+    exceptions, renderer = (
+        (structlog.processors.ExceptionRenderer(traceback), structlog.processors.JSONRenderer())
         if format == "json"
-        else [
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
-        ]
+        else (
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            ),
+        )
     )
+    renderers: list[structlog.typing.Processor] = [exceptions, Withhold(wanted=prompts), renderer]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import pytest
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.errors import CertificatesUnusable
+from calotype_server.types import PortLimits
 from calotype_server.watching import Watched
 from support.authority import Authority
 from support.fake_engine import FakeEngine
@@ -120,6 +122,22 @@ async def test_a_swap_that_is_half_done_leaves_the_old_certificate(transport: st
         if transport != "native":
             first = fresh.decode().partition("-----END")[0] + "-----END CERTIFICATE-----"
             assert await peer_certificate(service.address, authority) == ssl.PEM_cert_to_DER_cert(first)
+
+
+async def test_handshakes_are_bounded_in_time_and_number(tmp_path: Path) -> None:
+    """Who connects and says nothing is closed in time, one too many at once, and then there is room again."""
+    authority, limits = Authority(tmp_path), PortLimits(request_seconds=1.0, max_connections=2)
+    async with running(FakeEngine(), authority=authority, transport="grpc-web", ports=limits) as service:
+        silent = [await Connection.open(service.address) for _ in range(3)]
+        # The third has no room; the others have a second.
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.wait_for(silent[2].reader.read(), 20) == b""
+        for connection in silent[:2]:
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.wait_for(connection.reader.read(), 20) == b""
+        for connection in silent:
+            connection.close()
+        assert (await get_model(service.address, "grpc-web", authority)).name == "fake"
 
 
 async def peer_certificate(address: str, authority: Authority) -> bytes:

@@ -26,6 +26,7 @@ README = Path(__file__).parents[2] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.proves("python", "streams")
 def test_the_readmes_lines_of_python_work(
     server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,7 +43,13 @@ def test_the_readmes_lines_of_python_work(
 def test_what_the_readmes_link_to_is_there() -> None:
     """Every relative link and picture of every README leads to a file or folder."""
     root = README.parent
-    for readme in [root / "CONTRIBUTING.md", *root.glob("README.md"), *root.glob("[ps]*/**/README.md")]:
+    for readme in [
+        root / "CONTRIBUTING.md",
+        *root.glob("README.md"),
+        *root.glob("[ps]*/**/README.md"),
+        *root.glob("client/*.md"),
+        *root.glob("client/python/**/*.md"),
+    ]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", readme.read_text(encoding="utf-8")):
             assert (readme.parent / link).exists(), f"{readme} links to {link}"
 
@@ -123,6 +130,7 @@ def test_a_prompt_that_is_cut_is_reported(server: ServerProcess) -> None:
         assert [notice.reason for notice in generation.warnings] == ["PROMPT_TRUNCATED"]
 
 
+@pytest.mark.proves("python", "errors")
 def test_every_violation_reaches_the_python_caller(server: ServerProcess) -> None:
     """One exception with all of them, and no grpc type."""
     with calotype.Client(server.address) as client, pytest.raises(calotype.InvalidRequest) as caught:
@@ -131,6 +139,7 @@ def test_every_violation_reaches_the_python_caller(server: ServerProcess) -> Non
     assert not isinstance(caught.value, grpc.RpcError)
 
 
+@pytest.mark.proves("python", "cancels")
 def test_leaving_frees_the_device_for_the_next(server: ServerProcess) -> None:
     """150 steps are left after one; a picture asked for next does not wait for the rest."""
     with calotype.Client(server.address) as client:
@@ -160,6 +169,7 @@ async def test_many_callers_are_served_in_turn() -> None:
     assert {1, 2} <= positions
 
 
+@pytest.mark.proves("cli", "streams")
 def test_the_command_line_shows_the_picture_in_a_terminal(server: ServerProcess, tmp_path: Path) -> None:
     """Under a pty: half blocks in colour, a bar that reaches 20/20, and the file at the end."""
     output = tmp_path / "apple.png"

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.e2e
 STEPS = 40
 
 
+@pytest.mark.proves("python", "resumes")
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("keeps_state", [False, True], ids=["forgets", "keeps-state"])
 def test_a_killed_server_costs_time_and_nothing_else(tmp_path, keeps_state: bool) -> None:

@@ -53,7 +53,7 @@ class ServerProcess:
         for line in self.process.stdout:
             if found := re.search(r"gRPC +(\S+)", line):
                 self.address = found[1]
-            if found := re.search(r"page +http://(\S+)", line):
+            if found := re.search(r"page +https?://(\S+)", line):
                 self.web_address = found[1]
             if "Ctrl-C" in line:
                 return self

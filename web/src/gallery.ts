@@ -11,6 +11,8 @@ const MOST_PRINTS = 60;
 export class Gallery {
   /** Called when somebody wants a print again, with its seed. */
   onAgain: (wish: Wish) => void = () => {};
+  /** Called when the service asks for a key, or for another one. */
+  onLockedOut: () => void = () => {};
   readonly #place: HTMLElement;
   readonly #template: HTMLTemplateElement;
   readonly #blank: HTMLElement;
@@ -82,6 +84,7 @@ export class Gallery {
     if (this.#isAway || status === "succeeded") return;
     const entry = this.#album.get(requestId);
     this.#album.forget(requestId);
+    if (error?.code === "UNAUTHENTICATED") this.onLockedOut();
     if (!isRestored || error?.code !== "NOT_FOUND") return;
     if (phase === undefined) this.#takeDown(requestId);
     // The service has lost it under our eyes, by a restart: it is begun again, as where there was no reload.

@@ -5,6 +5,7 @@ import "calotype/define";
 import { Album } from "./album";
 import { Composer } from "./composer";
 import { Gallery } from "./gallery";
+import { Keyhole } from "./keyhole";
 import { connect } from "./service";
 
 /** Gets an element that index.html promises. */
@@ -15,12 +16,13 @@ function find<T extends HTMLElement>(id: string): T {
 }
 
 // Where the page is, not where the host's root is: it may sit behind a proxy's prefix.
-const client = createClient(new URL(".", location.href).href);
+const keyhole = new Keyhole(find<HTMLFormElement>("key"));
+const client = createClient(new URL(".", location.href).href, { apiKey: () => keyhole.key });
 const gallery = new Gallery(find("prints"), find<HTMLTemplateElement>("print"), find("blank"), client, new Album());
 const composer = new Composer(find<HTMLFormElement>("composer"), (wish) => gallery.develop(wish));
 gallery.onAgain = (wish) => composer.again(wish);
 
-void connect(client, { model: find("model"), trouble: find("trouble") }).then((model) => composer.open(model));
+const places = { model: find("model"), trouble: find("trouble") };
 
 /** Shows what the address names: `#watch=ID`, as the link under a print gives it. */
 function watchLinked(): void {
@@ -28,8 +30,12 @@ function watchLinked(): void {
   if (id) gallery.watch(id);
 }
 
-gallery.restore();
-watchLinked();
+void connect(client, places, keyhole, () => {
+  gallery.restore();
+  watchLinked();
+}).then((model) => composer.open(model));
+// A key that expires, or is withdrawn, while the page is open.
+gallery.onLockedOut = () => void connect(client, places, keyhole);
 addEventListener("hashchange", watchLinked);
 
 // The browser drops the calls of a page that goes; one that is only kept in memory must leave them itself.

@@ -28,7 +28,15 @@ import {
 
 export * from "../../client/typescript/src/gen/calotype/v1/calotype_pb.js";
 export * from "../../client/typescript/src/gen/google/rpc/error_details_pb.js";
-export { Code, ConnectError, gone, type Handlers, progress, Stub } from "../../client/typescript/test/stub.js";
+export {
+  Code,
+  ConnectError,
+  gone,
+  type HandlerContext,
+  type Handlers,
+  progress,
+  Stub,
+} from "../../client/typescript/test/stub.js";
 
 const PAGE = new URL("../../service/calotype_server/page/", import.meta.url).pathname;
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 import grpc
 import grpc.aio
 
-from ._channel import TLS, channel_credentials, parse_address
+from ._channel import TLS, call_metadata, channel_credentials, parse_address
 from ._convert import model_from_proto, phase_from_proto, summary_from_proto
 from ._errors import Cancelled, ClientClosed
 from ._farewell import AsyncFarewells
@@ -63,6 +63,7 @@ class AsyncClient:
         self,
         address: str = "localhost:50051",
         *,
+        api_key: str | None = None,
         tls: TLS | bool | None = None,
         timeout: float | None = None,
         wait_for_ready: bool = False,
@@ -75,6 +76,8 @@ class AsyncClient:
         Args:
             address: HOST:PORT, HOST (port 50051), or a target of gRPC's own such as unix:/run/calotype.sock or
                 dns:///calotype:50051.
+            api_key: For a server that asks for one; empty for none. Default: what CALOTYPE_API_KEY in the environment
+                says. It is a secret: beyond this machine and a trusted network, send it with `tls` only.
             tls: Whether and how to encrypt. True trusts what browsers trust.
             timeout: Default for `generate`, in seconds. None means no limit.
             wait_for_ready: Whether to wait for a server that does not answer, instead of raising `Unavailable`.
@@ -86,20 +89,21 @@ class AsyncClient:
                 or its `result`.
 
         Raises:
-            ValueError: The address is not one, or `retries` or `stall_timeout` is negative.
+            ValueError: The address or the key is not one, or `retries` or `stall_timeout` is negative.
         """
         self.address = address
         self._target = target = parse_address(address)
         self._timeout = resolve_timeout(timeout, None)
-        self._wait_for_ready = wait_for_ready
+        metadata = call_metadata(api_key)
+        self._how: dict[str, Any] = {"wait_for_ready": wait_for_ready, "metadata": metadata}
         self._retry = RetryPolicy(resolve_retries(retries), is_balanced=is_balanced(target), notify=on_reconnect)
-        self._farewells = AsyncFarewells()
+        self._farewells = AsyncFarewells(metadata)
         self._running: WeakSet[AsyncGeneration] = WeakSet()
         self._closed = False
         self._stall_timeout = resolve_stall(stall_timeout)
         self._credentials = channel_credentials(tls)
         self._channel: grpc.aio.Channel | None = None
-        self._replicas = AsyncReplicas(target, self._connect) if self._retry.is_balanced else None
+        self._replicas = AsyncReplicas(target, self._connect, metadata) if self._retry.is_balanced else None
 
     def generate(
         self,
@@ -231,9 +235,7 @@ class AsyncClient:
         while True:
             self._open()
             try:
-                answer = await stub.ListGenerations(
-                    request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready
-                )
+                answer = await stub.ListGenerations(request, timeout=CONTROL_TIMEOUT, **self._how)
             except grpc.RpcError as error:
                 raise from_rpc_error(error) from None
             for summary in answer.generations:
@@ -258,7 +260,7 @@ class AsyncClient:
         """
         request, stub = v1.FinishRequest(generation_id=generation_id), await self._home(generation_id)
         try:
-            answer = await stub.Finish(request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready)
+            answer = await stub.Finish(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return phase_from_proto(answer.phase)
@@ -276,7 +278,7 @@ class AsyncClient:
         """
         request, stub = v1.CancelRequest(generation_id=generation_id), await self._home(generation_id)
         try:
-            answer = await stub.Cancel(request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready)
+            answer = await stub.Cancel(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return phase_from_proto(answer.phase)
@@ -291,7 +293,7 @@ class AsyncClient:
         """
         request = v1.GetModelRequest()
         try:
-            answer = await self._open().GetModel(request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready)
+            answer = await self._open().GetModel(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return model_from_proto(answer)
@@ -331,8 +333,8 @@ class AsyncClient:
     def _call(self, resumption: Resumption, stub: GenerationServiceAsyncStub | None = None) -> AsyncCall:
         request, timeout, stub = resumption.request, resumption.time_left, stub or self._open()
         if isinstance(request, v1.WatchRequest):
-            return stub.Watch(request, timeout=timeout, wait_for_ready=self._wait_for_ready)
-        return stub.Generate(request, timeout=timeout, wait_for_ready=self._wait_for_ready)
+            return stub.Watch(request, timeout=timeout, **self._how)
+        return stub.Generate(request, timeout=timeout, **self._how)
 
     def _part(self, resumption: Resumption) -> None:
         if not self._closed:

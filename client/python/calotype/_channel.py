@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import grpc
 
 from ._version import __version__
 
-__all__ = ["CHANNEL_OPTIONS", "TLS", "channel_credentials", "parse_address"]
+__all__ = ["CHANNEL_OPTIONS", "TLS", "call_metadata", "channel_credentials", "parse_address"]
 
 _DEFAULT_PORT = 50051
 _SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
@@ -60,6 +61,20 @@ def channel_credentials(tls: TLS | bool | None) -> grpc.ChannelCredentials | Non
     if tls is True:
         tls = TLS()
     return grpc.ssl_channel_credentials(tls.root_certificates, tls.private_key, tls.certificate_chain)
+
+
+def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """Makes what every call carries: the key, that of the environment when it is None, or nothing when it is empty.
+
+    Raises:
+        ValueError: It is not one, such as the name of a file or two keys.
+    """
+    if api_key is None:
+        api_key = os.environ.get("CALOTYPE_API_KEY", "").strip()
+    if not api_key.isascii() or not api_key.isprintable() or " " in api_key:
+        # Not repeated: whatever it is, it is nobody else's business.
+        raise ValueError("An API key has neither spaces nor line breaks nor other than ASCII characters")
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
 def parse_address(address: str) -> str:

@@ -6,12 +6,12 @@ import copy
 import heapq
 import threading
 from operator import attrgetter
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 import grpc
 
-from ._channel import TLS, channel_credentials, parse_address
+from ._channel import TLS, call_metadata, channel_credentials, parse_address
 from ._convert import model_from_proto, phase_from_proto, summary_from_proto
 from ._errors import Cancelled, ClientClosed
 from ._farewell import Farewells
@@ -64,6 +64,7 @@ class Client:
         self,
         address: str = "localhost:50051",
         *,
+        api_key: str | None = None,
         tls: TLS | bool | None = None,
         timeout: float | None = None,
         wait_for_ready: bool = False,
@@ -76,6 +77,8 @@ class Client:
         Args:
             address: HOST:PORT, HOST (port 50051), or a target of gRPC's own such as unix:/run/calotype.sock or
                 dns:///calotype:50051.
+            api_key: For a server that asks for one; empty for none. Default: what CALOTYPE_API_KEY in the environment
+                says. It is a secret: beyond this machine and a trusted network, send it with `tls` only.
             tls: Whether and how to encrypt. True trusts what browsers trust.
             timeout: Default for `generate`, in seconds. None means no limit.
             wait_for_ready: Whether to wait for a server that does not answer, instead of raising `Unavailable`.
@@ -87,14 +90,15 @@ class Client:
                 or its `result`.
 
         Raises:
-            ValueError: The address is not one, or `retries` or `stall_timeout` is negative.
+            ValueError: The address or the key is not one, or `retries` or `stall_timeout` is negative.
         """
         self.address = address
         target = parse_address(address)
         self._timeout = resolve_timeout(timeout, None)
-        self._wait_for_ready = wait_for_ready
+        metadata = call_metadata(api_key)
+        self._how: dict[str, Any] = {"wait_for_ready": wait_for_ready, "metadata": metadata}
         self._retry = RetryPolicy(resolve_retries(retries), is_balanced=is_balanced(target), notify=on_reconnect)
-        self._farewells = Farewells()
+        self._farewells = Farewells(metadata)
         self._running: WeakSet[Generation] = WeakSet()
         self._closed = False
         self._lock = threading.Lock()
@@ -103,7 +107,7 @@ class Client:
         self._credentials = channel_credentials(tls)
         self._channel = self._connect(target, options(target))
         self._stub = GenerationServiceStub(self._channel)
-        self._replicas = Replicas(target, self._connect) if self._retry.is_balanced else None
+        self._replicas = Replicas(target, self._connect, metadata) if self._retry.is_balanced else None
 
     def generate(
         self,
@@ -229,7 +233,7 @@ class Client:
         while True:
             self._open()
             try:
-                answer = stub.ListGenerations(request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready)
+                answer = stub.ListGenerations(request, timeout=CONTROL_TIMEOUT, **self._how)
             except grpc.RpcError as error:
                 raise from_rpc_error(error) from None
             for summary in answer.generations:
@@ -254,7 +258,7 @@ class Client:
         """
         request, stub = v1.FinishRequest(generation_id=generation_id), self._home(generation_id)
         try:
-            answer = stub.Finish(request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready)
+            answer = stub.Finish(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return phase_from_proto(answer.phase)
@@ -272,7 +276,7 @@ class Client:
         """
         request, stub = v1.CancelRequest(generation_id=generation_id), self._home(generation_id)
         try:
-            answer = stub.Cancel(request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready)
+            answer = stub.Cancel(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return phase_from_proto(answer.phase)
@@ -287,7 +291,7 @@ class Client:
         """
         request = v1.GetModelRequest()
         try:
-            answer = self._open().GetModel(request, timeout=CONTROL_TIMEOUT, wait_for_ready=self._wait_for_ready)
+            answer = self._open().GetModel(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return model_from_proto(answer)
@@ -332,8 +336,8 @@ class Client:
         with self._lock:
             stub = stub or self._open()
             if isinstance(request, v1.WatchRequest):
-                return stub.Watch(request, timeout=timeout, wait_for_ready=self._wait_for_ready)
-            return stub.Generate(request, timeout=timeout, wait_for_ready=self._wait_for_ready)
+                return stub.Watch(request, timeout=timeout, **self._how)
+            return stub.Generate(request, timeout=timeout, **self._how)
 
     def _part(self, resumption: Resumption) -> None:
         if not self._closed:

@@ -174,7 +174,7 @@ class OutOfRange(CalotypeError):
 
 
 class Overloaded(CalotypeError):
-    """The queue is full or the memory is used up; `retry_after` says when to try again."""
+    """The queue is full, the memory or what the API key allows is used up; `retry_after` says when to try again."""
 
     code = "RESOURCE_EXHAUSTED"
 
@@ -186,7 +186,7 @@ class PermissionDenied(CalotypeError):
 
 
 class Unauthenticated(CalotypeError):
-    """The caller did not prove who it is."""
+    """The caller did not prove who it is: no API key, one that is not valid, or one that has expired."""
 
     code = "UNAUTHENTICATED"
 

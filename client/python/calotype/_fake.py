@@ -12,7 +12,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 
 from ._convert import wire_names
-from ._errors import AlreadyExists, CalotypeError, Cancelled, FailedPrecondition, InvalidRequest, NotFound
+from ._errors import (
+    AlreadyExists,
+    CalotypeError,
+    Cancelled,
+    FailedPrecondition,
+    InvalidRequest,
+    NotFound,
+    Unauthenticated,
+)
 from ._options import PreviewMethod
 from ._request import fill
 from ._samples import make_image, sample_jpeg
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
     from ._image import Image
     from .testing import FakeServer
 
-__all__ = ["FakeGeneration", "Script", "Servicer"]
+__all__ = ["Doorkeeper", "FakeGeneration", "Script", "Servicer"]
 
 _CANCELLED = Cancelled("The generation was cancelled.", reason="CANCELLED")
 _WITHHELD = FailedPrecondition("The safety checker of the model withheld the picture.", reason="CONTENT_WITHHELD")
@@ -181,6 +189,23 @@ class FakeGeneration:
                 timings=v1.Timings(denoising=_duration(step), total=_duration(step)),
                 finished_early=step < self.total,
             )
+
+
+class Doorkeeper(grpc.ServerInterceptor):
+    """Refuses calls without the key, as the real server does."""
+
+    def __init__(self, api_key: str) -> None:
+        self._expected = f"Bearer {api_key}"
+
+    def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        given = dict(handler_call_details.invocation_metadata).get("authorization")
+        if given == self._expected:
+            return continuation(handler_call_details)
+        reason = "KEY_REQUIRED" if given is None else "KEY_INVALID"
+        error = Unauthenticated(
+            "The API key is not valid." if given else "This server asks for an API key.", reason=reason
+        )
+        return grpc.unary_stream_rpc_method_handler(lambda _, context: _abort(context, error))
 
 
 class Servicer(GenerationServiceServicer):

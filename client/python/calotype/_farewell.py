@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ._resume import Resumption
     from .v1.calotype_pb2_grpc import GenerationServiceAsyncStub, GenerationServiceStub
 
+    Metadata = tuple[tuple[str, str], ...]
+
 __all__ = ["AsyncFarewells", "Farewells"]
 
 _PATIENCE = 1.0  # seconds, of a client that is being closed
@@ -39,15 +41,18 @@ _NEWEST = v1.ListGenerationsRequest(page_size=100)
 
 
 class Farewells:
-    """The cancellations under way of a `Client`."""
+    """The cancellations under way of a `Client`, whose calls carry `metadata`."""
 
-    def __init__(self) -> None:
+    def __init__(self, metadata: Metadata = ()) -> None:
+        self._metadata = metadata
         self._changed = threading.Condition()
         self._calls: set[Any] = set()
 
     def send(self, stub: GenerationServiceStub, resumption: Resumption, replicas: Replicas | None = None) -> None:
         """Cancels a generation, without waiting. Of several servers, all are told: one of them has it."""
         if replicas is not None:
+            with self._changed:
+                self._calls.add(resumption)
             threading.Thread(target=self._send_to_all, args=(replicas, resumption), daemon=True).start()
             return
         if resumption.generation_id is not None:
@@ -59,7 +64,7 @@ class Farewells:
                 with contextlib.suppress(ValueError):  # the channel has been closed meanwhile
                     self._cancel(stub, generation_id)
 
-        self._keep(stub.ListGenerations.future(_NEWEST, timeout=CONTROL_TIMEOUT), found)
+        self._keep(stub.ListGenerations.future(_NEWEST, timeout=CONTROL_TIMEOUT, metadata=self._metadata), found)
 
     def wait(self) -> None:
         """Waits a moment for those under way."""
@@ -67,8 +72,6 @@ class Farewells:
             self._changed.wait_for(lambda: not self._calls, _PATIENCE)
 
     def _send_to_all(self, replicas: Replicas, resumption: Resumption) -> None:
-        with self._changed:
-            self._calls.add(resumption)
         with contextlib.suppress(ValueError):  # the channels have been closed meanwhile
             for _, stub in replicas.ask():
                 self.send(stub, resumption)
@@ -78,7 +81,7 @@ class Farewells:
 
     def _cancel(self, stub: GenerationServiceStub, generation_id: str) -> None:
         request = v1.CancelRequest(generation_id=generation_id)
-        self._keep(stub.Cancel.future(request, timeout=CONTROL_TIMEOUT))
+        self._keep(stub.Cancel.future(request, timeout=CONTROL_TIMEOUT, metadata=self._metadata))
 
     def _keep(self, call: Any, then: Any = None) -> None:
         with self._changed:
@@ -95,9 +98,10 @@ class Farewells:
 
 
 class AsyncFarewells:
-    """The cancellations under way of an `AsyncClient`."""
+    """The cancellations under way of an `AsyncClient`, whose calls carry `metadata`."""
 
-    def __init__(self) -> None:
+    def __init__(self, metadata: Metadata = ()) -> None:
+        self._metadata = metadata
         self._tasks: set[asyncio.Task[None]] = set()
 
     def send(
@@ -122,6 +126,10 @@ class AsyncFarewells:
         with contextlib.suppress(grpc.RpcError):
             generation_id = resumption.generation_id
             if generation_id is None:
-                generation_id = _id_of(resumption, await stub.ListGenerations(_NEWEST, timeout=CONTROL_TIMEOUT))
+                generation_id = _id_of(
+                    resumption, await stub.ListGenerations(_NEWEST, timeout=CONTROL_TIMEOUT, metadata=self._metadata)
+                )
             if generation_id is not None:
-                await stub.Cancel(v1.CancelRequest(generation_id=generation_id), timeout=CONTROL_TIMEOUT)
+                await stub.Cancel(
+                    v1.CancelRequest(generation_id=generation_id), timeout=CONTROL_TIMEOUT, metadata=self._metadata
+                )

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from .v1.calotype_pb2_grpc import GenerationServiceAsyncStub
 
+    Metadata = tuple[tuple[str, str], ...]
+
 __all__ = ["AsyncReplicas", "Replicas", "is_balanced", "options", "resolve"]
 
 _SERVICE = v1.DESCRIPTOR.services_by_name["GenerationService"].full_name
@@ -76,9 +78,10 @@ def resolve(target: str) -> list[tuple[str, str]]:
 class _Places:
     """Channels to single servers, made when they are first needed."""
 
-    def __init__(self, target: str, connect: Callable[[str, Any], Any]) -> None:
+    def __init__(self, target: str, connect: Callable[[str, Any], Any], metadata: Metadata = ()) -> None:
         self._target = target
         self._connect = connect
+        self._metadata = metadata
         self._lock = threading.Lock()
         self._channels: dict[str, Any] = {}
         self._closed = False
@@ -105,6 +108,7 @@ class Replicas(_Places):
     Args:
         target: Stands for them all.
         connect: Makes a channel to a target with options.
+        metadata: What every call carries.
     """
 
     def ask(self) -> Iterator[tuple[str, GenerationServiceStub]]:
@@ -112,7 +116,7 @@ class Replicas(_Places):
         answers: SimpleQueue[tuple[Any, GenerationServiceStub]] = SimpleQueue()
         stubs: list[GenerationServiceStub] = self._stubs(resolve(self._target))
         for stub in stubs:
-            call: Any = stub.GetModel.future(v1.GetModelRequest(), timeout=_ANSWER_SECONDS)
+            call: Any = stub.GetModel.future(v1.GetModelRequest(), timeout=_ANSWER_SECONDS, metadata=self._metadata)
             call.add_done_callback(lambda call, stub=stub: answers.put((call, stub)))
         for _ in stubs:
             call, stub = answers.get()
@@ -136,7 +140,7 @@ class AsyncReplicas(_Places):
     async def ask(self) -> AsyncIterator[tuple[str, GenerationServiceAsyncStub]]:
         """Yields the tag of each server that answers, as soon as it does, and a stub for it alone."""
         found = await asyncio.get_running_loop().run_in_executor(None, resolve, self._target)
-        asking = [asyncio.ensure_future(_tag(stub)) for stub in self._stubs(found)]
+        asking = [asyncio.ensure_future(self._tag(stub)) for stub in self._stubs(found)]
         try:
             for answer in asyncio.as_completed(asking):
                 if (told := await answer) is not None:
@@ -154,15 +158,14 @@ class AsyncReplicas(_Places):
                     return stub
         return None
 
+    async def _tag(self, stub: GenerationServiceAsyncStub) -> tuple[str, GenerationServiceAsyncStub] | None:
+        try:
+            model = await stub.GetModel(v1.GetModelRequest(), timeout=_ANSWER_SECONDS, metadata=self._metadata)
+        except grpc.RpcError:
+            return None
+        return model.replica, stub
+
     async def close(self) -> None:
         """Closes all channels."""
         for channel in self._close():
             await channel.close()
-
-
-async def _tag(stub: GenerationServiceAsyncStub) -> tuple[str, GenerationServiceAsyncStub] | None:
-    try:
-        model = await stub.GetModel(v1.GetModelRequest(), timeout=_ANSWER_SECONDS)
-    except grpc.RpcError:
-        return None
-    return model.replica, stub

@@ -94,7 +94,7 @@ class _BaseGeneration:
     def _patience(self) -> float | None:
         """Seconds to wait for a message. Without limit where the client was told to wait for a server."""
         client = self._client
-        return None if client._wait_for_ready and not self._resumption.heard else client._stall_timeout
+        return None if client._how["wait_for_ready"] and not self._resumption.heard else client._stall_timeout
 
     def _take(self, message: v1.Progress) -> Progress | None:
         news = self._resumption.take(message)

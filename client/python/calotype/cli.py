@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ._client import Client
-from ._errors import CalotypeError, Cancelled, InvalidRequest, Unavailable
+from ._errors import CalotypeError, Cancelled, InvalidRequest, Unauthenticated, Unavailable
 from ._image import FORMATS
 from ._options import DisconnectPolicyName, FormatName, MethodName, Output, Previews, PriorityName
 from ._outputs import BadPath, Outputs
 from ._quiet import quiet_core
+from ._reach import Server, reaching
 from ._resume import RETRIES
 from ._stream import Generation
 from ._terminal import View, choose_view
@@ -38,9 +39,6 @@ EXIT_USAGE = 2
 EXIT_UNAVAILABLE = 3
 EXIT_INTERRUPTED = 130
 
-Address = Annotated[
-    str, typer.Option(help="Where the server listens.", metavar="HOST:PORT", envvar="CALOTYPE_GRPC_ADDRESS")
-]
 PREVIEWS, FILES = "Previews", "Files"
 OPTIONS = {
     "prompt": "prompt",
@@ -80,9 +78,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 @app.command()
+@reaching
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
-    address: Address = "localhost:50051",
+    server: Server,
     negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
@@ -175,13 +174,14 @@ def generate(
         )
 
     left = "Left. It goes on: see `calotype list` and `calotype watch`." if on_disconnect == "keep" else None
-    _show(address, start, output, previews, filmstrip, retries=retries, as_json=as_json, left=left)
+    _show(server, start, output, previews, filmstrip, retries=retries, as_json=as_json, left=left)
 
 
 @app.command()
+@reaching
 def watch(
     generation_id: GenerationId,
-    address: Address = "localhost:50051",
+    server: Server,
     timeout: Timeout = None,
     retries: Retries = RETRIES,
     output: OutputFile = None,
@@ -194,22 +194,24 @@ def watch(
     def start(client: Client) -> Generation:
         return client.watch(generation_id, timeout=timeout)
 
-    _show(address, start, output, previews, filmstrip, retries=retries, as_json=as_json, left="Left.")
+    _show(server, start, output, previews, filmstrip, retries=retries, as_json=as_json, left="Left.")
 
 
 @app.command()
-def finish(generation_id: GenerationId, address: Address = "localhost:50051") -> None:
+@reaching
+def finish(generation_id: GenerationId, server: Server) -> None:
     """End a generation early: the picture as it is becomes the image."""
-    with _connected(address) as client:
+    with _connected(server) as client:
         phase = client.finish(generation_id)
     typer.echo(f"It had {phase} already." if phase.ended else f"Finished while {phase.replace('_', ' ')}.")
 
 
 @app.command("list")
-def list_generations(address: Address = "localhost:50051", as_json: Json = False) -> None:
+@reaching
+def list_generations(server: Server, as_json: Json = False) -> None:
     """List the generations that run or ended a while ago, the newest first."""
     table = Table.grid(padding=(0, 2))
-    with _connected(address) as client:
+    with _connected(server) as client:
         for summary in client.generations():
             if as_json:
                 typer.echo(json.dumps(asdict(summary) | {"create_time": summary.create_time.isoformat()}))
@@ -220,20 +222,22 @@ def list_generations(address: Address = "localhost:50051", as_json: Json = False
 
 
 @app.command()
+@reaching
 def cancel(
     generation_id: GenerationId,
-    address: Address = "localhost:50051",
+    server: Server,
 ) -> None:
     """Cancel a generation."""
-    with _connected(address) as client:
+    with _connected(server) as client:
         phase = client.cancel(generation_id)
     typer.echo(f"It had {phase} already." if phase.ended else f"Cancelled while {phase.replace('_', ' ')}.")
 
 
 @app.command()
-def model(address: Address = "localhost:50051", as_json: Json = False) -> None:
+@reaching
+def model(server: Server, as_json: Json = False) -> None:
     """Describe the model that the server has loaded."""
-    with _connected(address) as client:
+    with _connected(server) as client:
         facts = asdict(client.model())
     if as_json:
         typer.echo(json.dumps(facts))
@@ -262,7 +266,7 @@ def register_missing_server(why: str) -> None:
 
 
 def _show(
-    address: str,
+    server: Server,
     start: Callable[[Client], Generation],
     output: Path | None,
     previews: Path | None,
@@ -278,7 +282,7 @@ def _show(
     except BadPath as error:
         _exit(str(error), EXIT_USAGE)
     view = choose_view(Console(), as_json=as_json)
-    with _connected(address, retries, left or "Cancelled.", view.reconnect) as client, view:
+    with _connected(server, retries, left or "Cancelled.", view.reconnect) as client, view:
         try:
             _follow(start(client), outputs, view)
         except CalotypeError as error:
@@ -299,17 +303,24 @@ def _follow(generation: Generation, outputs: Outputs, view: View) -> None:
 
 @contextmanager
 def _connected(
-    address: str,
+    server: Server,
     retries: int = RETRIES,
     on_interrupt: str = "Cancelled.",
     on_reconnect: Callable[[CalotypeError, float], None] | None = None,
 ) -> Iterator[Client]:
     """A client whose errors end the program with one clear sentence and an exit code that says what to do."""
     try:
-        with quiet_core(), Client(address, retries=retries, on_reconnect=on_reconnect) as client:
+        client = Client(
+            server.address,
+            api_key=server.api_key,
+            tls=server.credentials(),
+            retries=retries,
+            on_reconnect=on_reconnect,
+        )
+        with quiet_core(), client:
             yield client
     except CalotypeError as error:
-        _exit(_explain(error, address), _exit_code(error))
+        _exit(_explain(error, server), _exit_code(error))
     except KeyboardInterrupt:
         _exit(on_interrupt, EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -337,10 +348,16 @@ def _exit_code(error: CalotypeError) -> int:
     return EXIT_UNAVAILABLE if isinstance(error, Unavailable) else EXIT_FAILED
 
 
-def _explain(error: CalotypeError, address: str) -> str:
+def _explain(error: CalotypeError, server: Server) -> str:
     # Only a server gives a reason: without one, nobody answered.
     if isinstance(error, Unavailable) and not error.reason:
-        return f"No Calotype server answers at {address}; start one with: calotype serve"
+        if server.encrypts:
+            return f"No Calotype server with a certificate that is trusted answers at {server.address}; see --ca-file"
+        if "Socket closed" in error.message or "reset" in error.message:
+            return f"What listens at {server.address} hung up: if it is a Calotype server with TLS, give --tls"
+        return f"No Calotype server answers at {server.address}; start one with: calotype serve"
+    if isinstance(error, Unauthenticated):
+        return f"{error} Give a key with --api-key KEY, or as CALOTYPE_API_KEY in the environment."
     if isinstance(error, InvalidRequest) and error.violations:
         lines = [f"  {_option(field)}: {text}" for field, text in error.violations]
         return "\n".join(["The server cannot make this picture:", *lines])

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 
-from ._fake import FakeGeneration, Script, Servicer
+from ._fake import Doorkeeper, FakeGeneration, Script, Servicer
 from ._options import PreviewMethod, Previews
 from ._types import Model, Notice
 from .v1 import calotype_pb2 as v1
@@ -106,6 +106,7 @@ class FakeServer:
         drop_at: Collection[int] = (),
         lose_at: Collection[int] = (),
         model: Model = _MODEL,
+        api_key: str | None = None,
     ) -> None:
         """Makes a server; entering the context starts it.
 
@@ -125,6 +126,7 @@ class FakeServer:
             drop_at: Steps after which all connections are lost, the first time that they are reached.
             lose_at: The same, and all generations are lost as well, as when a server is killed and started anew.
             model: The answer to `Client.model`.
+            api_key: The one that every call has to carry. Default: none is asked for.
         """
         self.requests: list[v1.GenerateRequest] = []
         self.watched: list[v1.WatchRequest] = []
@@ -141,6 +143,7 @@ class FakeServer:
             hold_at=hold_at,
             withdraw_at=withdraw_at,
         )
+        self._api_key = api_key
         self._generations: dict[str, FakeGeneration] = {}
         self._drops, self._losses = set(drop_at), set(lose_at)
         self._cuts = 0
@@ -153,7 +156,8 @@ class FakeServer:
         """Starts to serve on a free port of 127.0.0.1."""
         # The interval lets clients ping as often as `Client` does.
         options = (("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),)
-        server = grpc.server(ThreadPoolExecutor(16, "fake-calotype"), options=options)
+        keeper: list[grpc.ServerInterceptor] = [] if self._api_key is None else [Doorkeeper(self._api_key)]
+        server = grpc.server(ThreadPoolExecutor(16, "fake-calotype"), interceptors=keeper, options=options)
         add_GenerationServiceServicer_to_server(Servicer(self), server)
         self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")
         self.address = f"127.0.0.1:{self._port}"

@@ -25,6 +25,11 @@ import type {
 export interface ClientOptions {
   /** Used instead of the global `fetch`. */
   readonly fetch?: typeof globalThis.fetch;
+  /**
+   * For a service that asks for one; a function is asked before each call, where the key comes later or changes. A page
+   * shows it to whoever uses the page: give each person their own, or call through a server of yours.
+   */
+  readonly apiKey?: string | (() => string | undefined);
   /** Sent with every call. */
   readonly headers?: HeadersInit;
   /**
@@ -98,6 +103,8 @@ export function createClient(baseUrl: string, options: ClientOptions = {}): Clie
   const clock = options.clock ?? realClock;
   const callOptions = ({ headers, timeout, signal }: CallOptions) => {
     const merged = new Headers(options.headers);
+    const key = typeof options.apiKey === "function" ? options.apiKey() : options.apiKey;
+    if (key) merged.set("authorization", `Bearer ${key}`);
     for (const [name, value] of new Headers(headers)) merged.set(name, value);
     return {
       headers: merged,

@@ -119,7 +119,16 @@ function asLoss(error: CalotypeError, { news }: Continuity): CalotypeError {
   return new CalotypeError("UNAVAILABLE", "The connection was lost.", { reason: "CONNECTION_LOST", cause: error });
 }
 
-/** Whether another connection may help. After a restart everybody comes back, so that a queue may be full for a while. */
+/** What passes by itself. After a restart everybody comes back at once, and begins again what was lost. */
+const PASSING = [
+  "STREAM_INCOMPLETE",
+  "QUEUE_FULL",
+  "REQUESTS_PER_MINUTE",
+  "PIXEL_STEPS_PER_MINUTE",
+  "CONCURRENT_GENERATIONS",
+];
+
+/** Whether another connection may help. */
 function isLost({ code, reason }: CalotypeError): boolean {
-  return code === "UNAVAILABLE" || reason === "STREAM_INCOMPLETE" || reason === "QUEUE_FULL";
+  return code === "UNAVAILABLE" || PASSING.includes(reason);
 }

@@ -30,6 +30,36 @@ const BY_REASON: Readonly<Record<string, Explanation>> = {
     advice: "Something between you and the service cut it short. Going on begins again with the same seed.",
     retry: "Go on",
   },
+  KEY_REQUIRED: {
+    title: "This service asks for a key.",
+    advice: "Whoever runs it has one for you.",
+    retry: AGAIN,
+  },
+  KEY_INVALID: {
+    title: "The service does not know this key.",
+    advice: "Check that all of it was copied; it may also have been withdrawn.",
+    retry: AGAIN,
+  },
+  KEY_EXPIRED: {
+    title: "This key has expired.",
+    advice: "Whoever runs the service can give you another.",
+    retry: AGAIN,
+  },
+  REQUESTS_PER_MINUTE: {
+    title: "Your key allows no more pictures in this minute.",
+    advice: "Nothing is wrong with your request.",
+    retry: AGAIN,
+  },
+  PIXEL_STEPS_PER_MINUTE: {
+    title: "Your key allows no more work in this minute.",
+    advice: "Smaller pictures or fewer steps use up less of it.",
+    retry: AGAIN,
+  },
+  CONCURRENT_GENERATIONS: {
+    title: "Your key allows no more pictures at once.",
+    advice: "Wait until one of yours is done, or cancel one.",
+    retry: AGAIN,
+  },
   QUEUE_FULL: {
     title: "The service is busy: its queue is full.",
     advice: "Nothing is wrong with your request.",

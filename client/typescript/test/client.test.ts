@@ -614,6 +614,25 @@ describe("the unary calls", () => {
     await client.getModel({ headers: { "x-request-id": "b" } });
     expect(seen).toEqual(["Bearer t", "b"]);
   });
+
+  it("send the key that there is at the time", async () => {
+    const seen: (string | null)[] = [];
+    const stub = new Stub({
+      getModel(_request, context) {
+        seen.push(context.requestHeader.get("authorization"));
+        return {};
+      },
+    });
+    stubs.push(stub);
+    const url = await stub.start();
+    let later: string | undefined;
+    const client = createClient(url, { apiKey: () => later });
+    await client.getModel();
+    later = "k2";
+    await client.getModel();
+    await createClient(url, { apiKey: "k1" }).getModel();
+    expect(seen).toEqual([null, "Bearer k2", "Bearer k1"]);
+  });
 });
 
 describe("the limit on streams", () => {

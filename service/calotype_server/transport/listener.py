@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import socket
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from httptools import HttpParserError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from calotype_server.transport.address import in_use, resolve
+from calotype_server.transport.handshake import Handshakes
 from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
@@ -47,10 +49,13 @@ class Listener:
         self, application: Any, limits: PortLimits = PORT_LIMITS, context: ssl.SSLContext | None = None
     ) -> None:
         self._limits = limits
+        plain = functools.partial(_Protocol, limits)
+        self._handshakes = None if context is None else Handshakes(plain, context, limits)
+        protocol: Any = self._handshakes or plain
         self._server = _Server(
             uvicorn.Config(
                 application,
-                http=_Protocol,
+                http=protocol,
                 ws="none",
                 loop="none",
                 lifespan="off",
@@ -59,9 +64,7 @@ class Listener:
                 server_header=False,
                 timeout_keep_alive=round(limits.idle_seconds),
                 timeout_graceful_shutdown=_STATIC_SECONDS,
-            ),
-            limits,
-            context,
+            )
         )
         self._serving: asyncio.Task[None] | None = None
 
@@ -78,39 +81,23 @@ class Listener:
 
     async def stop(self) -> None:
         """Closes the port and idle connections; answers under way get two seconds."""
+        if self._handshakes is not None:
+            self._handshakes.close()
         if self._serving is not None:
             self._server.should_exit = True
             await asyncio.shield(self._serving)
 
 
 class _Server(uvicorn.Server):
-    """Tells when it listens, bounds TLS handshakes, and leaves signals to the process."""
+    """Tells when it listens, and leaves signals to the process."""
 
-    def __init__(self, config: uvicorn.Config, limits: PortLimits, context: ssl.SSLContext | None) -> None:
+    def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        config.load()
-        self._limits = limits
-        self._context = context
         self.ready = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        loop = asyncio.get_running_loop()
-        self.servers = [
-            await loop.create_server(
-                self._protocol,
-                sock=each,
-                ssl=self._context,
-                # A handshake has the time of a head; asyncio's own is a minute.
-                ssl_handshake_timeout=None if self._context is None else self._limits.request_seconds,
-                backlog=self.config.backlog,
-            )
-            for each in sockets or ()
-        ]
-        self.started = True
+        await super().startup(sockets)
         self.ready.set()
-
-    def _protocol(self) -> asyncio.Protocol:
-        return _Protocol(self._limits, self.config, self.server_state, self.lifespan.state)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

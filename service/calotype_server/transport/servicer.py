@@ -15,6 +15,7 @@ from calotype_server import __version__, codec, errors
 from calotype_server.transport.credentials import from_metadata
 from calotype_server.types import Failed
 from calotype_server.validation import validate, validate_id, validate_page, validate_watch, watched_previews
+from calotype_server.withholding import bind_texts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -57,11 +58,12 @@ class GenerationServicer(GenerationServiceServicer):
     ) -> AsyncGenerator[pb.Progress, None]:
         """Starts a generation and streams it; see the proto."""
         caller = self._caller(context)
+        bind_texts(request.prompt, request.negative_prompt)
         job, terms = validate(request, self._generations.model, self._limits)
         terms = replace(terms, caller=caller.id, deadline=context.time_remaining())
         generation = await self._generations.start(job, terms, caller.quota)
         structlog.contextvars.bind_contextvars(generation=generation.id)
-        _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count)
+        _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count, prompt=job.prompt)
         async with contextlib.aclosing(self._follow(generation, context)) as messages:
             async for message in messages:
                 yield message
@@ -123,7 +125,9 @@ class GenerationServicer(GenerationServiceServicer):
             await context.abort_with_status(rpc_status.to_status(codec.encode_error(end.error)))
 
     def _caller(self, context: Context) -> Caller:
-        return self._access.admit(from_metadata(context.invocation_metadata()), context.peer())
+        caller = self._access.admit(from_metadata(context.invocation_metadata()), context.peer())
+        structlog.contextvars.bind_contextvars(caller=caller.id)
+        return caller
 
     @property
     def _generations(self) -> Generations:

@@ -30,6 +30,7 @@ async def cancelled(server):
     return await asyncio.to_thread(server.wait_cancelled)
 
 
+@pytest.mark.proves("python-async", "streams")
 async def test_loop_and_result():
     """The loop ends after success, and the result is there as often as it is asked for."""
     with FakeServer(chunk_bytes=500) as server:
@@ -52,6 +53,7 @@ async def test_client_can_be_made_before_the_loop_runs():
         await client.aclose()
 
 
+@pytest.mark.proves("python-async", "cancels")
 async def test_break_cancels_on_the_server(held):
     """Leaving the loop early cancels as soon as the event loop runs."""
     async with AsyncClient(held.address) as client:
@@ -77,6 +79,7 @@ async def test_leaving_a_with_block_cancels_on_the_server(held):
             await anext(iterator)
 
 
+@pytest.mark.proves("python-async", "cancels")
 async def test_cancelling_the_task_cancels_on_the_server(held):
     """A task that waits for a result takes the generation with it, and is itself cancelled, not failed."""
     async with AsyncClient(held.address) as client:
@@ -149,6 +152,17 @@ async def test_errors_are_typed(fail_at):
                 with pytest.raises(Overloaded) as caught:
                     await generation.result()
                 assert (caught.value.reason, caught.value.retry_after) == ("QUEUE_FULL", 2)
+
+
+@pytest.mark.proves("python-async", "errors")
+async def test_every_violation_arrives():
+    """A refused request raises InvalidRequest with all that is wrong, each under the name of its argument."""
+    violations = [("width_px", "is 7"), ("step_count", "is 0")]
+    with FakeServer(error=InvalidRequest("Two.", violations=violations)) as server:
+        async with AsyncClient(server.address) as client:
+            with pytest.raises(InvalidRequest) as caught:
+                await client.generate("a red apple", width=7, steps=0).result()
+    assert caught.value.violations == (("width", "is 7"), ("steps", "is 0"))
 
 
 async def test_second_loop_is_a_mistake():

@@ -219,6 +219,7 @@ def test_usage_errors_come_before_any_work(run, arguments, message):
     assert server.requests == []
 
 
+@pytest.mark.proves("cli", "errors")
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -244,6 +245,20 @@ def test_errors_are_words_and_exit_codes(run, error, code, message):
         result = run(server, "generate", "a red apple", "-o", "apple.png")
     assert (result.exit_code, result.stderr) == (code, message)
     assert os.listdir() == []
+
+
+@pytest.mark.proves("cli", "resumes")
+def test_lost_connections_leave_the_picture_as_it_is(run):
+    """A link that breaks and a server that has lost everything cost nothing: a file, and no step is shown twice."""
+    with FakeServer(steps=4, drop_at=[1], lose_at=[3]) as server:
+        result = run(server, "generate", "a red apple", "--json", "-o", "apple.png")
+        events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.exit_code == 0
+    assert len(server.requests) == 2
+    steps = [event["step"] for event in events if event["phase"] == "denoising"]
+    assert steps == [0, 1, 2, 3, 4]
+    with PIL.Image.open("apple.png") as picture:
+        assert picture.size == (64, 64)
 
 
 def test_no_server(run):

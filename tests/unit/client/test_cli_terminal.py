@@ -163,6 +163,7 @@ def test_small_terminal(terminal):
     assert "step 2/2" in output
 
 
+@pytest.mark.proves("cli", "cancels")
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c_cancels_on_the_server(terminal, tmp_path, as_json):
     """Ctrl-C cancels the generation, exits with 130, shows no traceback and leaves no file."""

@@ -23,6 +23,8 @@ def check_uninterrupted(seen, steps):
     assert [progress.phase.ended for progress in seen] == [False] * (len(seen) - 1) + [True]
 
 
+@pytest.mark.proves("python", "resumes")
+@pytest.mark.proves("python-async", "resumes")
 @pytest.mark.parametrize(
     "faults", [{"drop_at": [0, 2, 3]}, {"lose_at": [2]}, {"drop_at": [1, 4], "lose_at": [3]}], ids=str
 )

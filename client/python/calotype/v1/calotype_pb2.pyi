@@ -230,17 +230,21 @@ class GenerateRequest(_message.Message):
     DISCONNECT_GRACE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """Describes the picture. 1 to `Model.max_prompt_chars` characters. A prompt longer than the model reads is cut, and
+    """Describes the picture. 1 to `Model.max_prompt_chars` characters, not only white space. A prompt longer than the model reads is cut, and
     `Progress.warnings` says so.
     """
     negative_prompt: _builtins.str
-    """Describes what the picture should not show. Same limits as `prompt`. Default: empty. Refused by a model that does
-    not take one (`Model.takes_negative_prompt`).
+    """Describes what the picture should not show. 0 to `Model.max_prompt_chars` characters. Default: empty. Refused by a
+    model that does not take one (`Model.takes_negative_prompt`).
     """
     width_px: _builtins.int
-    """Width of the final image in pixels: a multiple of `Model.size_multiple_px`. Default: `Model.width_px`."""
+    """Width of the final image in pixels: a multiple of `Model.size_multiple_px`. Times the height, at most
+    `Model.max_pixels`. Default: `Model.width_px`.
+    """
     height_px: _builtins.int
-    """Height of the final image in pixels: a multiple of `Model.size_multiple_px`. Default: `Model.height_px`."""
+    """Height of the final image in pixels: a multiple of `Model.size_multiple_px`. Times the width, at most
+    `Model.max_pixels`. Default: `Model.height_px`.
+    """
     step_count: _builtins.int
     """Number of denoising steps, 1 to `Model.max_step_count`. Default: `Model.step_count`."""
     guidance_scale: _builtins.float
@@ -514,7 +518,7 @@ class Progress(_message.Message):
 
     @_builtins.property
     def timings(self) -> Global___Timings:
-        """Where the time went, in the last message."""
+        """Where the time went. In the last message, and in every chunk of a final image; else absent."""
 
     def __init__(
         self,
@@ -870,7 +874,7 @@ class GenerationSummary(_message.Message):
     phase: Global___Phase.ValueType
     """What is being done, or how it ended."""
     step: _builtins.int
-    """Denoising steps done."""
+    """Denoising steps done, 0 to `total_steps`."""
     total_steps: _builtins.int
     """Denoising steps in all. 0 until it is known."""
     seed: _builtins.int
@@ -960,11 +964,11 @@ class Model(_message.Message):
     max_pixels: _builtins.int
     """Largest width times height accepted, in pixels."""
     step_count: _builtins.int
-    """Default number of denoising steps."""
+    """Default number of denoising steps, 1 to `max_step_count`."""
     max_step_count: _builtins.int
     """Largest number of denoising steps accepted."""
     guidance_scale: _builtins.float
-    """Default guidance scale. Absent when the model takes none."""
+    """Default guidance scale, 0 to 100. Absent when the model takes none."""
     takes_negative_prompt: _builtins.bool
     """Whether `GenerateRequest.negative_prompt` is accepted."""
     scheduler: _builtins.str

@@ -27,6 +27,10 @@ if _version_not_supported:
 
 class GenerationServiceStub(object):
     """Generates images from text and streams them while they form.
+
+    Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
+    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+    with UNAUTHENTICATED.
     """
 
     def __init__(self, channel):
@@ -69,6 +73,10 @@ class GenerationServiceStub(object):
 
 class GenerationServiceServicer(object):
     """Generates images from text and streams them while they form.
+
+    Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
+    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+    with UNAUTHENTICATED.
     """
 
     def Generate(self, request, context):
@@ -80,9 +88,10 @@ class GenerationServiceServicer(object):
         the caller's choice: `GenerateRequest.on_disconnect`.
 
         Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
-        RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue full), DEADLINE_EXCEEDED (the deadline cannot be met),
-        UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining), ALREADY_EXISTS (`request_id` was used for another
-        request). Every error carries a `google.rpc.ErrorInfo`.
+        FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
+        full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
+        `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
+        another request). Later, the status repeats `Progress.error`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,9 +101,10 @@ class GenerationServiceServicer(object):
         """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
         whatever comes. Any number may watch, each with previews of their own size and rate.
 
-        Errors: NOT_FOUND (no such generation, or it ended too long ago). Of several servers only the one that began a
-        generation knows it, see `Model.replica`; the others, and one that was started anew without kept state, answer
-        NOT_FOUND with the reason OTHER_REPLICA, to `Cancel` and `Finish` as well.
+        Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it ended too long ago). Later,
+        the status repeats `Progress.error`. Of several servers only the one that began a generation knows it, see
+        `Model.replica`; the others, and one that was started anew without kept state, answer NOT_FOUND with the reason
+        OTHER_REPLICA, to `Cancel` and `Finish` as well.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -103,7 +113,7 @@ class GenerationServiceServicer(object):
     def Cancel(self, request, context):
         """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
 
-        Errors: NOT_FOUND (no such generation, or it ended too long ago).
+        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,7 +123,7 @@ class GenerationServiceServicer(object):
         """Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
         and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
 
-        Errors: NOT_FOUND (no such generation, or it ended too long ago).
+        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -180,6 +190,10 @@ def add_GenerationServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class GenerationService(object):
     """Generates images from text and streams them while they form.
+
+    Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
+    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+    with UNAUTHENTICATED.
     """
 
     @staticmethod

@@ -31,7 +31,12 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GenerationServiceStub:
-    """Generates images from text and streams them while they form."""
+    """Generates images from text and streams them while they form.
+
+    Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
+    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+    with UNAUTHENTICATED.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -46,28 +51,30 @@ class GenerationServiceStub:
     the caller's choice: `GenerateRequest.on_disconnect`.
 
     Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
-    RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue full), DEADLINE_EXCEEDED (the deadline cannot be met),
-    UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining), ALREADY_EXISTS (`request_id` was used for another
-    request). Every error carries a `google.rpc.ErrorInfo`.
+    FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
+    full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
+    `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
+    another request). Later, the status repeats `Progress.error`.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]
     """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
     whatever comes. Any number may watch, each with previews of their own size and rate.
 
-    Errors: NOT_FOUND (no such generation, or it ended too long ago). Of several servers only the one that began a
-    generation knows it, see `Model.replica`; the others, and one that was started anew without kept state, answer
-    NOT_FOUND with the reason OTHER_REPLICA, to `Cancel` and `Finish` as well.
+    Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it ended too long ago). Later,
+    the status repeats `Progress.error`. Of several servers only the one that began a generation knows it, see
+    `Model.replica`; the others, and one that was started anew without kept state, answer NOT_FOUND with the reason
+    OTHER_REPLICA, to `Cancel` and `Finish` as well.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]
     """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
 
-    Errors: NOT_FOUND (no such generation, or it ended too long ago).
+    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
     """
     Finish: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.FinishRequest, _calotype_pb2.FinishResponse]
     """Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
     and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
 
-    Errors: NOT_FOUND (no such generation, or it ended too long ago).
+    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
     """
     ListGenerations: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.ListGenerationsRequest, _calotype_pb2.ListGenerationsResponse]
     """Lists the caller's own generations that run or have not been forgotten yet, the newest first.
@@ -82,7 +89,12 @@ class GenerationServiceStub:
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
-    """Generates images from text and streams them while they form."""
+    """Generates images from text and streams them while they form.
+
+    Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
+    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+    with UNAUTHENTICATED.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_calotype_pb2.GenerateRequest, _calotype_pb2.Progress]  # type: ignore[assignment]
@@ -94,28 +106,30 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     the caller's choice: `GenerateRequest.on_disconnect`.
 
     Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
-    RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue full), DEADLINE_EXCEEDED (the deadline cannot be met),
-    UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining), ALREADY_EXISTS (`request_id` was used for another
-    request). Every error carries a `google.rpc.ErrorInfo`.
+    FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
+    full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
+    `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
+    another request). Later, the status repeats `Progress.error`.
     """
     Watch: _aio.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]  # type: ignore[assignment]
     """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
     whatever comes. Any number may watch, each with previews of their own size and rate.
 
-    Errors: NOT_FOUND (no such generation, or it ended too long ago). Of several servers only the one that began a
-    generation knows it, see `Model.replica`; the others, and one that was started anew without kept state, answer
-    NOT_FOUND with the reason OTHER_REPLICA, to `Cancel` and `Finish` as well.
+    Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it ended too long ago). Later,
+    the status repeats `Progress.error`. Of several servers only the one that began a generation knows it, see
+    `Model.replica`; the others, and one that was started anew without kept state, answer NOT_FOUND with the reason
+    OTHER_REPLICA, to `Cancel` and `Finish` as well.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
 
-    Errors: NOT_FOUND (no such generation, or it ended too long ago).
+    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
     """
     Finish: _aio.UnaryUnaryMultiCallable[_calotype_pb2.FinishRequest, _calotype_pb2.FinishResponse]  # type: ignore[assignment]
     """Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
     and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
 
-    Errors: NOT_FOUND (no such generation, or it ended too long ago).
+    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
     """
     ListGenerations: _aio.UnaryUnaryMultiCallable[_calotype_pb2.ListGenerationsRequest, _calotype_pb2.ListGenerationsResponse]  # type: ignore[assignment]
     """Lists the caller's own generations that run or have not been forgotten yet, the newest first.
@@ -129,7 +143,12 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Generates images from text and streams them while they form."""
+    """Generates images from text and streams them while they form.
+
+    Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
+    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+    with UNAUTHENTICATED.
+    """
 
     @_abc_1.abstractmethod
     def Generate(
@@ -145,9 +164,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         the caller's choice: `GenerateRequest.on_disconnect`.
 
         Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
-        RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue full), DEADLINE_EXCEEDED (the deadline cannot be met),
-        UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining), ALREADY_EXISTS (`request_id` was used for another
-        request). Every error carries a `google.rpc.ErrorInfo`.
+        FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
+        full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
+        `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
+        another request). Later, the status repeats `Progress.error`.
         """
 
     @_abc_1.abstractmethod
@@ -159,9 +179,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
         whatever comes. Any number may watch, each with previews of their own size and rate.
 
-        Errors: NOT_FOUND (no such generation, or it ended too long ago). Of several servers only the one that began a
-        generation knows it, see `Model.replica`; the others, and one that was started anew without kept state, answer
-        NOT_FOUND with the reason OTHER_REPLICA, to `Cancel` and `Finish` as well.
+        Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it ended too long ago). Later,
+        the status repeats `Progress.error`. Of several servers only the one that began a generation knows it, see
+        `Model.replica`; the others, and one that was started anew without kept state, answer NOT_FOUND with the reason
+        OTHER_REPLICA, to `Cancel` and `Finish` as well.
         """
 
     @_abc_1.abstractmethod
@@ -172,7 +193,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_calotype_pb2.CancelResponse, _abc.Awaitable[_calotype_pb2.CancelResponse]]:
         """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
 
-        Errors: NOT_FOUND (no such generation, or it ended too long ago).
+        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
         """
 
     @_abc_1.abstractmethod
@@ -184,7 +205,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
         and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
 
-        Errors: NOT_FOUND (no such generation, or it ended too long ago).
+        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
         """
 
     @_abc_1.abstractmethod

@@ -26,7 +26,7 @@ export const file_calotype_v1_calotype: GenFile = /*@__PURE__*/
  */
 export type GenerateRequest = Message<"calotype.v1.GenerateRequest"> & {
   /**
-   * Describes the picture. 1 to `Model.max_prompt_chars` characters. A prompt longer than the model reads is cut, and
+   * Describes the picture. 1 to `Model.max_prompt_chars` characters, not only white space. A prompt longer than the model reads is cut, and
    * `Progress.warnings` says so.
    *
    * @generated from field: string prompt = 1;
@@ -34,22 +34,24 @@ export type GenerateRequest = Message<"calotype.v1.GenerateRequest"> & {
   prompt: string;
 
   /**
-   * Describes what the picture should not show. Same limits as `prompt`. Default: empty. Refused by a model that does
-   * not take one (`Model.takes_negative_prompt`).
+   * Describes what the picture should not show. 0 to `Model.max_prompt_chars` characters. Default: empty. Refused by a
+   * model that does not take one (`Model.takes_negative_prompt`).
    *
    * @generated from field: optional string negative_prompt = 2;
    */
   negativePrompt?: string | undefined;
 
   /**
-   * Width of the final image in pixels: a multiple of `Model.size_multiple_px`. Default: `Model.width_px`.
+   * Width of the final image in pixels: a multiple of `Model.size_multiple_px`. Times the height, at most
+   * `Model.max_pixels`. Default: `Model.width_px`.
    *
    * @generated from field: optional int32 width_px = 3;
    */
   widthPx?: number | undefined;
 
   /**
-   * Height of the final image in pixels: a multiple of `Model.size_multiple_px`. Default: `Model.height_px`.
+   * Height of the final image in pixels: a multiple of `Model.size_multiple_px`. Times the width, at most
+   * `Model.max_pixels`. Default: `Model.height_px`.
    *
    * @generated from field: optional int32 height_px = 4;
    */
@@ -369,7 +371,7 @@ export type Progress = Message<"calotype.v1.Progress"> & {
   error?: Error | undefined;
 
   /**
-   * Where the time went, in the last message.
+   * Where the time went. In the last message, and in every chunk of a final image; else absent.
    *
    * @generated from field: calotype.v1.Timings timings = 20;
    */
@@ -743,7 +745,7 @@ export type GenerationSummary = Message<"calotype.v1.GenerationSummary"> & {
   phase: Phase;
 
   /**
-   * Denoising steps done.
+   * Denoising steps done, 0 to `total_steps`.
    *
    * @generated from field: int32 step = 5;
    */
@@ -842,7 +844,7 @@ export type Model = Message<"calotype.v1.Model"> & {
   maxPixels: number;
 
   /**
-   * Default number of denoising steps.
+   * Default number of denoising steps, 1 to `max_step_count`.
    *
    * @generated from field: int32 step_count = 7;
    */
@@ -856,7 +858,7 @@ export type Model = Message<"calotype.v1.Model"> & {
   maxStepCount: number;
 
   /**
-   * Default guidance scale. Absent when the model takes none.
+   * Default guidance scale, 0 to 100. Absent when the model takes none.
    *
    * @generated from field: optional float guidance_scale = 9;
    */
@@ -1255,6 +1257,10 @@ export const PreviewMethodSchema: GenEnum<PreviewMethod> = /*@__PURE__*/
 /**
  * Generates images from text and streams them while they form.
  *
+ * Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
+ * may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
+ * with UNAUTHENTICATED.
+ *
  * @generated from service calotype.v1.GenerationService
  */
 export const GenerationService: GenService<{
@@ -1267,9 +1273,10 @@ export const GenerationService: GenService<{
    * the caller's choice: `GenerateRequest.on_disconnect`.
    *
    * Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
-   * RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue full), DEADLINE_EXCEEDED (the deadline cannot be met),
-   * UNAVAILABLE with `google.rpc.RetryInfo` (loading or draining), ALREADY_EXISTS (`request_id` was used for another
-   * request). Every error carries a `google.rpc.ErrorInfo`.
+   * FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
+   * full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
+   * `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
+   * another request). Later, the status repeats `Progress.error`.
    *
    * @generated from rpc calotype.v1.GenerationService.Generate
    */
@@ -1282,9 +1289,10 @@ export const GenerationService: GenService<{
    * Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
    * whatever comes. Any number may watch, each with previews of their own size and rate.
    *
-   * Errors: NOT_FOUND (no such generation, or it ended too long ago). Of several servers only the one that began a
-   * generation knows it, see `Model.replica`; the others, and one that was started anew without kept state, answer
-   * NOT_FOUND with the reason OTHER_REPLICA, to `Cancel` and `Finish` as well.
+   * Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it ended too long ago). Later,
+   * the status repeats `Progress.error`. Of several servers only the one that began a generation knows it, see
+   * `Model.replica`; the others, and one that was started anew without kept state, answer NOT_FOUND with the reason
+   * OTHER_REPLICA, to `Cancel` and `Finish` as well.
    *
    * @generated from rpc calotype.v1.GenerationService.Watch
    */
@@ -1296,7 +1304,7 @@ export const GenerationService: GenService<{
   /**
    * Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
    *
-   * Errors: NOT_FOUND (no such generation, or it ended too long ago).
+   * Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
    *
    * @generated from rpc calotype.v1.GenerationService.Cancel
    */
@@ -1309,7 +1317,7 @@ export const GenerationService: GenService<{
    * Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
    * and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
    *
-   * Errors: NOT_FOUND (no such generation, or it ended too long ago).
+   * Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
    *
    * @generated from rpc calotype.v1.GenerationService.Finish
    */

@@ -1,0 +1,112 @@
+"""What people ask for stays out of the log, on every path, unless the operator wants it there."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+import structlog
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server import errors
+from calotype_server.telemetry import configure_logging
+from calotype_server.transport import servicer
+from support.fake_engine import FakeEngine
+from support.service import running
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROMPT, NEGATIVE = 'a "secret"\nübercat', "hidden dogs"
+WORDS = ("secret", "bercat", "hidden", "dogs")
+
+
+@pytest.fixture(autouse=True)
+def restore() -> Iterator[None]:
+    """Leaves logging as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield
+    root.handlers = handlers
+    root.setLevel(level)
+    logging.getLogger("calotype_server").setLevel(logging.NOTSET)
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+
+
+def ask(**fields) -> pb.GenerateRequest:
+    """A request whose texts can be recognised."""
+    return pb.GenerateRequest(prompt=PROMPT, negative_prompt=NEGATIVE, **fields)
+
+
+def quoting(kind: type[Exception]) -> Exception:
+    """What a pipeline may raise: an error that quotes what it was given, in several ways, with a cause that does."""
+    try:
+        raise ValueError(f"bad tokens in {PROMPT!r}")
+    except ValueError as cause:
+        error = kind(f"cannot draw {PROMPT} without {NEGATIVE}")
+        error.__cause__ = cause
+        return error
+
+
+async def outcome(service, request) -> grpc.StatusCode:
+    """How a call ends."""
+    try:
+        async for _ in service.stub.Generate(request):
+            pass
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+async def every_path(monkeypatch, transport: str) -> set[grpc.StatusCode]:
+    """Lets requests end in every way that is logged, and returns how."""
+    engine, codes = FakeEngine(), set()
+    async with running(engine, transport=transport, max_queue=0) as service:
+        codes.add(await outcome(service, ask()))
+        codes.add(await outcome(service, ask(width_px=7, request_id="x" * 999)))
+        codes.add(await outcome(service, ask(scheduler=PROMPT)))
+        for failure in (quoting(RuntimeError), quoting(KeyError), errors.EngineDead("It is dead.")):
+            engine.failure = failure
+            codes.add(await outcome(service, ask()))
+        engine.failure = None
+        monkeypatch.setattr(service.generations, "start", lambda *_: _fail(quoting(RuntimeError)))
+        codes.add(await outcome(service, ask()))
+        monkeypatch.undo()
+        monkeypatch.setattr(servicer, "validate", lambda request, *_: _raise(TypeError(f"what is {request}")))
+        codes.add(await outcome(service, ask()))
+        monkeypatch.undo()
+    return codes
+
+
+async def _fail(error: Exception) -> None:
+    raise error
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("shape", ["console", "json"])
+async def test_no_path_logs_a_prompt(shape: str, transport: str, monkeypatch, capsys) -> None:
+    """Not when it works, nor when it is refused, nor when the pipeline or we ourselves fail and quote it."""
+    configure_logging("debug", shape)
+    codes = await every_path(monkeypatch, transport)
+    logged = capsys.readouterr().err
+    assert codes == {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL}
+    assert logged.count("generation accepted") >= 4
+    assert logged.count("cannot draw [withheld] without [withheld]") >= 2
+    assert "generation failed" in logged
+    assert "call failed" in logged
+    assert not [word for word in WORDS if word in logged]
+
+
+async def test_prompts_are_logged_when_they_are_wanted(monkeypatch, capsys) -> None:
+    """With --log-prompts the line of each generation has it, and what quotes it is left as it is."""
+    configure_logging("info", "json", prompts=True)
+    await every_path(monkeypatch, "native")
+    logged = capsys.readouterr().err
+    assert '"prompt": "a \\"secret\\"\\n\\u00fcbercat"' in logged
+    assert "without hidden dogs" in logged

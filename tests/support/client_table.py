@@ -1,0 +1,150 @@
+"""The README's table of clients, made of the results of the tests: `python -m support.client_table [--check]`.
+
+A cell is ✓ when every test that proves it has passed. A test says so by `@pytest.mark.proves(client, ability)`, see
+`support.proofs`; those of the TypeScript client and the page are named here. A cell whose tests were skipped, for want
+of a toolchain, stays as it is in the README.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TypeAlias
+
+__all__ = ["ABILITIES", "CLIENTS", "PYTEST_RESULTS", "Outcomes", "main", "rewrite", "worst"]
+
+Outcomes: TypeAlias = dict[str, str]
+"""What became of the tests for a cell, "client ability": passed, skipped or failed."""
+
+ABILITIES = {"streams": "streams", "cancels": "cancels", "resumes": "resumes", "errors": "errors with details"}
+CLIENTS = {
+    "python": ("Python", "`pip install calotype`, `Client`"),
+    "python-async": ("Python, asyncio", "the same, `AsyncClient`"),
+    "cli": ("command line", "`calotype generate`, `watch`, `list`, `finish`"),
+    "notebook": ("notebook", "[`calotype.notebook.show`](client/python/examples/notebook.ipynb)"),
+    "typescript": ("TypeScript, `<calotype-view>`", "[client/typescript](client/typescript/README.md)"),
+    "page": ("browser", "the page of the service"),
+    "node": ("Node, grpc-js", "[client/node](client/node/generate.js)"),
+    "connect": ("TypeScript, connect-node", "[client/connect](client/connect/generate.ts)"),
+    "go": ("Go", "[client/go](client/go/generate.go)"),
+    "cpp": ("C++", "[client/cpp](client/cpp/generate.cc)"),
+    "ruby": ("Ruby", "[client/ruby](client/ruby/generate.rb)"),
+    "java": ("Java", "[client/java](client/java/Generate.java)"),
+}
+"""What a test may prove something of, as it is shown: name and how it is come by."""
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+BEGIN, END = "<!-- client table: made by `make client-table` -->\n", "<!-- end of the client table -->\n"
+PYTEST_RESULTS = ROOT / "build" / "proofs" / "pytest.json"
+
+VITEST = {
+    "typescript.json": {
+        "typescript cancels": ["leaving by cancel() aborts the call while nothing arrives, and throws CANCELLED"],
+        "typescript resumes": [
+            "a connection that is lost is taken up again from the last message, with the same request id when all is "
+            "forgotten"
+        ],
+    },
+    "web.json": {
+        "typescript streams": [
+            "with the bundled model the client streams in Node: progress, previews, the final picture"
+        ],
+        "typescript errors": ["with the bundled model the client names every violation"],
+        "page streams": [
+            "with the bundled model a prompt becomes a picture: distinct previews in order, a full bar, a file, "
+            "a filmstrip"
+        ],
+        "page cancels": ["with the bundled model cancel ends the work on the server"],
+        "page resumes": [
+            "a service that is killed and started again: the page goes on by itself to the same picture",
+            "with the bundled model a picture goes on after a reload, and is the same that it would have been",
+        ],
+        "page errors": [
+            "when something goes wrong, the page names everything that the service refuses, in the words of the form"
+        ],
+    },
+}
+"""Full names of the tests behind the cells, by the file of vitest's JSON."""
+
+NO = "-"
+"""Nothing proves it."""
+
+_SEVERITY = ("passed", "skipped", "failed")
+
+
+def worst(outcomes: list[str]) -> str:
+    """What becomes of a cell that several tests prove together."""
+    return max(outcomes, key=_SEVERITY.index)
+
+
+def rewrite(readme: str, outcomes: Outcomes) -> str:
+    """Returns the README with the table that these outcomes give."""
+    before, _, rest = readme.partition(BEGIN)
+    committed, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit("README.md has no place for the table of clients.")
+    rows = ["client", "how", *ABILITIES.values()], ["---"] * (2 + len(ABILITIES)), *_cells(committed, outcomes)
+    return "".join([before, BEGIN, *(f"| {' | '.join(row)} |\n" for row in rows), END, after])
+
+
+def _cells(committed: str, outcomes: Outcomes) -> list[list[str]]:
+    marks = {"passed": "✓", "failed": "✗"}
+    split = (re.split(r" *\| *", line.strip("| ")) for line in committed.splitlines())
+    old = {(row[0], ability): mark for row in split for ability, mark in zip(ABILITIES, row[2:], strict=False)}
+    marked = []
+    for client, (name, how) in CLIENTS.items():
+        told = {ability: outcomes.get(f"{client} {ability}") for ability in ABILITIES}
+        marked.append(
+            [
+                name,
+                how,
+                *(
+                    old.get((name, ability), NO) if outcome == "skipped" else marks.get(outcome or "", NO)
+                    for ability, outcome in told.items()
+                ),
+            ]
+        )
+    return marked
+
+
+def _from_vitest(file: str, claims: dict[str, list[str]]) -> Outcomes:
+    """The outcomes that a run of vitest gives; nothing where it was not run."""
+    path = PYTEST_RESULTS.with_name(file)
+    if not path.exists():
+        return {}
+    suites = json.loads(path.read_text(encoding="utf-8"))["testResults"]
+    results = {test["fullName"]: test["status"] for suite in suites for test in suite["assertionResults"]}
+    if missing := [name for names in claims.values() for name in names if name not in results]:
+        raise SystemExit(f"No test has the name that the table of clients relies on: {missing}")
+    return {
+        cell: "passed" if {results[name] for name in names} == {"passed"} else "failed"
+        for cell, names in claims.items()
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrites the table, or with --check says how it differs."""
+    if not PYTEST_RESULTS.exists():
+        raise SystemExit("There are no results: run `make client-table`.")
+    outcomes: Outcomes = json.loads(PYTEST_RESULTS.read_text(encoding="utf-8"))
+    for file, claims in VITEST.items():
+        outcomes |= _from_vitest(file, claims) or dict.fromkeys(claims, "skipped")
+    readme = README.read_text(encoding="utf-8")
+    new = rewrite(readme, outcomes)
+    if "--check" not in arguments:
+        README.write_text(new, encoding="utf-8")
+    elif new != readme:
+        lines = difflib.unified_diff(
+            readme.splitlines(), new.splitlines(), "README.md", "what the tests say", lineterm=""
+        )
+        sys.stdout.write("\n".join([*lines, "", "`make client-table` writes it anew.", ""]))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

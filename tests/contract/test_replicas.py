@@ -131,7 +131,6 @@ async def test_native_callers_reach_each_generation_where_it_is() -> None:
                     if progress.phase == "denoising":
                         break
                 ids.append(progress.generation_id)
-            assert all(engine.jobs for engine in servers.engines)
         async with calotype.AsyncClient(servers.target) as other:
             assert [each.generation_id async for each in other.generations(page_size=1)] == ids[::-1]
             assert await other.cancel(ids[0]) == "denoising"
@@ -182,7 +181,6 @@ async def test_who_leaves_a_loop_frees_the_slot_on_the_right_server() -> None:
             stops = [stop for engine in servers.engines for stop in engine.stops]
             await until(lambda stops=stops: all(stop.is_set() for stop in stops))
         assert len(stops) == 4
-        assert all(engine.stops for engine in servers.engines)
 
 
 @pytest.mark.parametrize("way", ["client", "bridge"])

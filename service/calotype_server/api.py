@@ -218,7 +218,7 @@ class Api:
 
     def model(self) -> pb.Model:
         """Describes the model."""
-        return codec.encode_model(self.generations.model, self._limits, __version__)
+        return codec.encode_model(self.generations.model, self._limits, __version__, self.generations.replica)
 
     @property
     def generations(self) -> Generations:

@@ -116,7 +116,15 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             seconds=settings.retain_seconds, count=settings.retain_count, size=settings.retain_bytes
         )
         generations = Generations(
-            engine, admission, pace, encoder, ended, store, max_active=max_active, on_dead=dead.set
+            engine,
+            admission,
+            pace,
+            encoder,
+            ended,
+            store,
+            max_active=max_active,
+            heartbeat=settings.heartbeat_seconds,
+            on_dead=dead.set,
         )
         try:
             await signals.unless_stopped(generations.warm_up())
@@ -134,6 +142,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         with contextlib.suppress(TimeoutError):
             await signals.unless_hurried(asyncio.wait_for(generations.idle(), settings.drain_seconds))
         await generations.end_all()
+        services.release_watchers()
         await asyncio.gather(native.stop(_LAST_WORDS_SECONDS), web.stop(_LAST_WORDS_SECONDS))
         generations.close()
         encoder.close()

@@ -94,7 +94,7 @@ def encode_page(generations: Sequence[Generation], size: int) -> pb.ListGenerati
     """The first `size` of a list whose newest comes first, and where the next page begins."""
     page = pb.ListGenerationsResponse(generations=[_summary(each) for each in generations[:size]])
     if len(generations) > size:
-        page.next_page_token = str(generations[size - 1].number)
+        page.next_page_token = str(generations[size - 1].created_ns)
     return page
 
 
@@ -109,7 +109,7 @@ def _summary(generation: Generation) -> pb.GenerationSummary:
         total_steps=state.total_steps,
         seed=generation.job.seed,
     )
-    summary.create_time.FromNanoseconds(round(generation.created * 1e9))
+    summary.create_time.FromNanoseconds(generation.created_ns)
     return summary
 
 
@@ -118,7 +118,7 @@ def encode_phase(phase: Phase) -> pb.Phase.ValueType:
     return pb.Phase.Value(f"PHASE_{phase.name}")
 
 
-def encode_model(model: ModelInfo, limits: Limits, server_version: str) -> pb.Model:
+def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica: str) -> pb.Model:
     """The answer to `GetModel`."""
     return pb.Model(
         name=model.name,
@@ -151,6 +151,7 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str) -> pb.Mo
         max_active=model.max_active,
         max_batch_rows=model.max_batch_rows,
         unbatched_reason=model.unbatched_reason,
+        replica=replica,
     )
 
 

@@ -20,6 +20,7 @@ ServiceError                  has a status code, a reason and a sentence fit for
 │   └── TooManyAtOnce
 ├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
 ├── GenerationNotFound        NOT_FOUND
+│   └── OtherReplica                               its id is of another server
 ├── ImageNotFound             NOT_FOUND            of a generation that runs, or has none
 ├── RequestIdTaken            ALREADY_EXISTS       used for another request before
 ├── RequestTooLarge           RESOURCE_EXHAUSTED   its bytes, over HTTP
@@ -77,6 +78,7 @@ __all__ = [
     "ModelUnavailable",
     "NotReady",
     "NumericalFailure",
+    "OtherReplica",
     "OutOfMemory",
     "PermissionDenied",
     "QueueFull",
@@ -252,6 +254,12 @@ class GenerationNotFound(ServiceError):
 
     code = "NOT_FOUND"
     reason = "GENERATION_NOT_FOUND"
+
+
+class OtherReplica(GenerationNotFound):
+    """The generation belongs to another server, or to one that is gone."""
+
+    reason = "OTHER_REPLICA"
 
 
 class ImageNotFound(ServiceError):

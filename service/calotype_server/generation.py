@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import secrets
 import time
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
 
 from calotype_server import errors
 from calotype_server.engine.protocol import Stop
+from calotype_server.replica import new_id
 from calotype_server.stream import EventLog, State, advance
 from calotype_server.types import (
     Decoding,
@@ -46,6 +46,7 @@ class Generation:
         job: What to make.
         terms: What else the caller wants.
         number: Rises from one generation to the next.
+        replica: Tag of this server, which the id of a new one begins with.
         record: What was kept of it before a restart, or None for a new one.
         image: The final image that was kept.
 
@@ -57,14 +58,21 @@ class Generation:
         created: When it was accepted, in seconds of the system's clock.
         log: Its events.
         readers: How many follow it now.
+        told: Number of its newest event when that was last looked at.
         reaper: Cancels it when nobody has come back, or None.
         acceptance: Writes it to the disk, and gives the error that it met; None where nothing is written.
     """
 
     def __init__(
-        self, job: Job, terms: Terms, number: int, record: Record | None = None, image: bytes | None = None
+        self,
+        job: Job,
+        terms: Terms,
+        number: int,
+        replica: str,
+        record: Record | None = None,
+        image: bytes | None = None,
     ) -> None:
-        self.id = secrets.token_urlsafe(16) if record is None else record.generation_id
+        self.id = new_id(replica) if record is None else record.generation_id
         self.number = number
         self.job = job
         self.terms = terms
@@ -75,6 +83,7 @@ class Generation:
         self.ticket: Ticket | None = None
         self.watch = Stopwatch()
         self.readers = 0
+        self.told = 0
         self.reaper: asyncio.TimerHandle | None = None
         self.acceptance: asyncio.Task[errors.ServiceError | None] | None = None
         self.previews: Counter[str] = Counter()
@@ -86,6 +95,11 @@ class Generation:
     def ended(self) -> bool:
         """Whether its end has been published."""
         return self.log.state.phase.is_end
+
+    @property
+    def created_ns(self) -> int:
+        """`created` in nanoseconds, by which lists are cut into pages: it means the same on every server."""
+        return round(self.created * 1e9)
 
     @property
     def size(self) -> int:

@@ -15,6 +15,7 @@ from calotype_server import errors, metadata
 from calotype_server.generation import Generation
 from calotype_server.reader import Reader
 from calotype_server.registry import Registry
+from calotype_server.replica import new_tag, tag_of
 from calotype_server.types import (
     DisconnectPolicy,
     EncodedImage,
@@ -22,6 +23,7 @@ from calotype_server.types import (
     Job,
     Phase,
     Queued,
+    StillAlive,
     Succeeded,
     Terms,
 )
@@ -66,6 +68,7 @@ class Generations:
         ended: Keeps what has ended for a while.
         store: Keeps all of it on disk, or None.
         max_active: Threads to keep, as many as admission lets run at once.
+        heartbeat: Seconds between two looks at whether there is news of a generation; where there is none, it says so.
         on_dead: Called once when the engine cannot go on.
     """
 
@@ -79,6 +82,7 @@ class Generations:
         store: Store | None = None,
         *,
         max_active: int,
+        heartbeat: float = 5.0,
         on_dead: Callable[[], None],
     ) -> None:
         self._engine = engine
@@ -86,6 +90,9 @@ class Generations:
         self._pace = pace
         self._encoder = encoder
         self._registry = Registry(ended, store)
+        self.replica = new_tag() if store is None else store.replica
+        self._heartbeat = heartbeat
+        self._beating: asyncio.TimerHandle | None = None
         self._on_dead = on_dead
         self._threads = ThreadPoolExecutor(max_active, "calotype-generation")
         self._running: dict[Generation, asyncio.Task[None]] = {}
@@ -121,7 +128,7 @@ class Generations:
             return started
         if self._retry_after is not None:
             raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
-        generation = Generation(job, terms, next(self._numbers))
+        generation = Generation(job, terms, next(self._numbers), self.replica)
         if quota is not None:
             quota.check(job, self._registry.active(terms.caller))
         self._begin(generation)
@@ -138,7 +145,7 @@ class Generations:
         async for record, image in self._registry.load():
             grace = max(record.terms.grace, _RETURN_SECONDS)
             terms = replace(record.terms, deadline=None, grace=grace)
-            generation = Generation(record.job, terms, next(self._numbers), record, image)
+            generation = Generation(record.job, terms, next(self._numbers), self.replica, record, image)
             if generation.ended:
                 self._registry.end(generation)
                 continue
@@ -161,6 +168,17 @@ class Generations:
         task = asyncio.create_task(self._run(generation, generation.ticket), name=f"generation-{generation.id}")
         self._running[generation] = task
         self._registry.add(generation)
+        if self._beating is None:
+            self._beating = asyncio.get_running_loop().call_later(self._heartbeat, self._beat)
+
+    def _beat(self) -> None:
+        """Tells readers who have heard nothing since the last time that all is well."""
+        for generation in self._running:
+            if generation.log.state.sequence == generation.told:
+                generation.log.publish(StillAlive(self._heartbeat))
+            generation.told = generation.log.state.sequence
+        loop = asyncio.get_running_loop()
+        self._beating = loop.call_later(self._heartbeat, self._beat) if self._running else None
 
     def follow(
         self, generation: Generation, after: int = 0, preview: PreviewOptions | None = None
@@ -204,8 +222,14 @@ class Generations:
 
         Raises:
             GenerationNotFound: No such generation, or it ended long ago, or it is out of this caller's reach.
+            OtherReplica: It is one of another server, which alone knows it.
         """
         found = self._registry.find(generation_id)
+        if found is None and tag_of(generation_id) not in ("", self.replica):
+            raise errors.OtherReplica(
+                "That generation belongs to another server, or to one that is gone.",
+                metadata={"replica": self.replica},
+            )
         if found is None or not caller.reaches(found.terms.caller):
             raise errors.GenerationNotFound("No generation of that id is known.")
         return found
@@ -237,7 +261,7 @@ class Generations:
 
         Args:
             caller: Who asks.
-            before: Only those with a smaller number; None for all.
+            before: Only those accepted before, in nanoseconds of the system's clock; None for all.
         """
         return self._registry.newest(caller, before)
 
@@ -261,7 +285,7 @@ class Generations:
         for _ in range(2):
             # What the first one takes is not typical: everything is done for the first time.
             self._pace.forget()
-            generation = Generation(job, Terms(), next(self._numbers))
+            generation = Generation(job, Terms(), next(self._numbers), self.replica)
             self._begin(generation)
             await self.idle()
             if isinstance(generation.log.state.end, Failed):
@@ -289,6 +313,8 @@ class Generations:
 
     def close(self) -> None:
         """Frees the threads; everything must have ended."""
+        if self._beating is not None:
+            self._beating.cancel()
         self._threads.shutdown()
 
     def _enter(self, generation: Generation) -> None:

@@ -25,6 +25,7 @@ from calotype_server.types import (
     PreviewOptions,
     PreviewReady,
     Queued,
+    StillAlive,
     Succeeded,
     Withdrawn,
 )
@@ -98,6 +99,10 @@ def advance(state: State, event: Event) -> State:
         case Decoding(early, remaining) if state.phase < Phase.DECODING:
             step = state.step if early else state.total_steps
             return replace(later, phase=Phase.DECODING, step=step, finished_early=early, estimated_remaining=remaining)
+        case StillAlive(seconds):
+            left = state.estimated_remaining
+            left = None if left is None else max(0.0, left - seconds)
+            return replace(later, queue_position=state.queue_position, estimated_remaining=left)
         case Succeeded():
             step = state.step if event.finished_early else state.total_steps
             return replace(

@@ -173,7 +173,9 @@ def watched_previews(request: pb.WatchRequest, limits: Limits, job: Job) -> Prev
 
 
 def validate_page(request: pb.ListGenerationsRequest, earlier: Sequence[Violation] = ()) -> tuple[int, int | None]:
-    """Returns the size of a page, and the number before which it begins, None for the first; `earlier` as above.
+    """Returns the size of a page, and the moment in nanoseconds before which it begins, None for the first.
+
+    `earlier` is as above.
 
     Raises:
         InvalidRequest: With all violations.

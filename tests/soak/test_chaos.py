@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import random
-import socket
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ import calotype
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from support.grpcweb import WebChannel
-from support.process import ServerProcess
+from support.process import ServerProcess, free_address
 from support.proxy import Link
 
 if TYPE_CHECKING:
@@ -32,13 +31,6 @@ PATIENCE = 300.0
 POLICIES = ("cancel", "keep", "grace")
 PROMPTS = ("a red apple", "fox", "banana", "umbrella")
 STEPS = 12
-
-
-def free_address() -> str:
-    """An address that every server of the test can have, one after the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def terms(policy: str) -> dict:

@@ -18,17 +18,18 @@ from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
 from calotype_server.retention import Retention
-from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
+from calotype_server.transport.forwarding import Forwarder
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
 from calotype_server.transport.services import Services
+from calotype_server.transport.upstreams import CHANNEL_OPTIONS, Upstreams
 from calotype_server.transport.web import WebServer
 from calotype_server.types import PORT_LIMITS, Limits, PortLimits
 from support.grpcweb import WebChannel
 from support.http import EventStub, SocketStub
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from calotype_server.engine.protocol import Engine
     from calotype_server.store import Store
@@ -68,6 +69,7 @@ async def running(
     retained: int = 16,
     store: Store | None = None,
     opened: bool = True,
+    heartbeat: float = 5.0,
     limits: Limits = LIMITS,
     ports: PortLimits = PORT_LIMITS,
     peers: Peers | None = None,
@@ -86,7 +88,15 @@ async def running(
     encoder = Encoder()
     ended = Retention(seconds=600, count=retained, size=2**24)
     generations = Generations(
-        engine, admission, pace, encoder, ended, store, max_active=max_active, on_dead=lambda: dead.append(True)
+        engine,
+        admission,
+        pace,
+        encoder,
+        ended,
+        store,
+        max_active=max_active,
+        heartbeat=heartbeat,
+        on_dead=lambda: dead.append(True),
     )
     api = Api(limits)
     await generations.restore()
@@ -125,14 +135,16 @@ async def _port(
             native = NativeServer(services, access, certificates, limits=limits, peers=peers)
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
-            # Those of the bridge are those of a client, too.
-            channel = await stack.enter_async_context(open_channel(address, authority))
+            connect = opener(authority)
             if transport == "native":
+                # Those of the bridge are those of a client, too.
+                channel = await stack.enter_async_context(connect(address, CHANNEL_OPTIONS))
                 yield address, channel, GenerationServiceStub(channel)
                 return
+            upstreams = await stack.enter_async_context(Upstreams([address], connect))
             web = WebServer(
                 "127.0.0.1:0",
-                lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
+                lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
                 Access(),
                 certificates,
                 is_ready=services.is_serving,
@@ -165,11 +177,17 @@ async def _port(
         yield address, web_channel, GenerationServiceStub(web_channel)
 
 
-def open_channel(address: str, authority: Authority | None = None, *, shown: bool = True) -> grpc.aio.Channel:
-    """A native channel; `shown` is whether it shows a certificate where one is asked for."""
+def opener(authority: Authority | None = None, *, shown: bool = True) -> Callable[[str, Any], grpc.aio.Channel]:
+    """Makes native channels; `shown` is whether they show a certificate where one is asked for."""
     if authority is None:
-        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(address, authority.credentials(shown=shown), options=CHANNEL_OPTIONS)
+        return lambda target, options: grpc.aio.insecure_channel(target, options)
+    credentials = authority.credentials(shown=shown)
+    return lambda target, options: grpc.aio.secure_channel(target, credentials, options)
+
+
+def open_channel(address: str, authority: Authority | None = None, *, shown: bool = True) -> grpc.aio.Channel:
+    """One of them."""
+    return opener(authority, shown=shown)(address, CHANNEL_OPTIONS)
 
 
 async def read_until(call, phase: pb.Phase.ValueType) -> pb.Progress:

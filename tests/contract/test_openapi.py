@@ -77,6 +77,7 @@ def described(url: str) -> Any:
     return schemathesis.openapi.from_url(f"{url}/openapi.json")
 
 
+@pytest.mark.timeout(120 * EXAMPLES)
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_no_request_breaks_the_server_or_the_description(described: Any, mode: GenerationMode) -> None:
     """Requests that fit the document and requests that do not: no 5xx, and every answer is one that is described."""

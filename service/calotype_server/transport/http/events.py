@@ -27,7 +27,7 @@ _HEARTBEAT_SECONDS = 15
 """Between comments that keep proxies from closing a stream in which nothing happens."""
 
 _RECONNECT_MILLISECONDS = 1000
-_EVENT_ID = re.compile(r"([\w-]{1,64}):([0-9]{1,18})", re.ASCII)
+_EVENT_ID = re.compile(r"([\w.-]{1,128}):([0-9]{1,18})", re.ASCII)
 
 
 class EventStream(EventSourceResponse):

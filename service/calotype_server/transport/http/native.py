@@ -32,7 +32,7 @@ __all__ = ["native_routes"]
 _GRACE = "10s"
 """For an EventSource to come back, which waits some seconds of its own choice."""
 
-_Id = Annotated[str, Path(description="From `Progress.generation_id`.", pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+_Id = Annotated[str, Path(description="From `Progress.generation_id`.", pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 _Images = Annotated[
     Images, Query(description="Whether pictures are inside the events, or `image_url` tells where to get them.")
 ]

@@ -12,6 +12,8 @@ PAGE := service/calotype_server/page
 PROTO_READY := $(PROTO_VENV)/.ready
 # Under which what is generated goes.
 GENERATED := .
+# The proto with its comments, which describe the HTTP API, too.
+COMMENTS := service/calotype_server/transport/http/proto.binpb
 # The types of gRPC's error details come with googleapis-common-protos.
 GOOGLEAPIS = $(wildcard $(PROTO_VENV)/lib/python3*/site-packages)
 # Node comes from wherever it came for the page; g++ and a JDK may be there already.
@@ -104,16 +106,18 @@ type: $(READY) ## check types
 
 proto: $(READY) $(PROTO_READY) $(CLIENT_JS_READY) ## generate the Python and TypeScript code from the proto
 	$(BIN)/buf generate protos --template protos/buf.gen.yaml --output $(GENERATED)
-	$(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iprotos calotype/v1/calotype.proto --grpc_python_out=$(GENERATED)/client/python
+	$(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iprotos calotype/v1/calotype.proto --grpc_python_out=$(GENERATED)/client/python \
+		--include_source_info --descriptor_set_out=$(GENERATED)/$(COMMENTS)
 	$(PROTO_VENV)/bin/python -m grpc_tools.protoc -I$(GOOGLEAPIS) google/rpc/error_details.proto \
 		--plugin=$(CLIENT_JS)/node_modules/.bin/protoc-gen-es \
 		--es_opt=target=ts,import_extension=js --es_out=$(GENERATED)/$(CLIENT_JS)/src/gen
 
 proto-check: ## fail when the generated code is not what the proto gives
-	@rm -rf build/proto && mkdir -p build/proto/client/python build/proto/$(CLIENT_JS)/src/gen
+	@rm -rf build/proto && mkdir -p build/proto/client/python build/proto/$(CLIENT_JS)/src/gen build/proto/$(dir $(COMMENTS))
 	@$(MAKE) --no-print-directory proto GENERATED=build/proto
 	diff -ru --exclude=__pycache__ build/proto/client/python/calotype/v1 client/python/calotype/v1
 	diff -ru build/proto/$(CLIENT_JS)/src/gen $(CLIENT_JS)/src/gen
+	diff build/proto/$(COMMENTS) $(COMMENTS)
 
 settings: $(READY) ## write the table of all settings, service/SETTINGS.md
 	$(BIN)/python service/settings_table.py >service/SETTINGS.md
@@ -122,7 +126,7 @@ bench: $(READY) ## measure; prints a table and writes build/bench.json
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench
 
 soak: $(READY) ## every fate of requests, chaos, dead peers, malformed requests; SECONDS=120 (each of the first two) FUZZ=10000 SEED=0
-	FUZZ=$(or $(FUZZ),10000) $(BIN)/pytest tests/soak tests/e2e/test_fuzz.py -s $(ARGS)
+	FUZZ=$(or $(FUZZ),10000) SCHEMATHESIS=$(or $(SCHEMATHESIS),100) $(BIN)/pytest tests/soak tests/e2e/test_fuzz.py tests/contract/test_openapi.py -s $(ARGS)
 
 evaluate-model: $(READY) ## measure the bundled model; writes build/model.json and build/names.png
 	$(BIN)/python service/bundled_model/recipe/evaluate.py --model service/bundled_model/calotype_bundled_model/model \

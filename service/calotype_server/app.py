@@ -14,6 +14,7 @@ import structlog
 
 from calotype_server import __version__, errors, tracing
 from calotype_server.admission import Admission
+from calotype_server.api import Api
 from calotype_server.budget import PreviewBudget
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
@@ -78,8 +79,8 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     begun = time.monotonic()
     signals = Signals()
     doors = Doors(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
-    servicer = GenerationServicer(settings.limits, doors.access)
-    services = Services(servicer)
+    api = Api(settings.limits)
+    services = Services(GenerationServicer(api, doors.access))
     await services.set_serving(False)
     limits = settings.port_limits
     reserve_descriptors(2 * limits.max_connections)
@@ -95,6 +96,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         doors.access,
         doors.certificates,
         is_ready=services.is_serving,
+        api=api,
         allowed_origins=settings.allowed_origins,
         allowed_hosts=settings.allowed_hosts,
         limits=limits,
@@ -135,6 +137,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             ended,
             store,
             max_active=max_active,
+            heartbeat=settings.heartbeat_seconds,
             on_dead=dead.set,
             observe=observe,
         )
@@ -170,7 +173,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             opened.callback(watching.cancel)
         if not signals.stopped:
             await generations.restore()
-            servicer.open(generations)
+            api.open(generations)
             await services.set_serving(True)
             announce(Ready(address, web_address, engine.model, time.monotonic() - begun))
             await signals.unless_stopped(dead.wait())
@@ -180,6 +183,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         with contextlib.suppress(TimeoutError):
             await signals.unless_hurried(asyncio.wait_for(generations.idle(), settings.drain_seconds))
         await generations.end_all()
+        services.release_watchers()
         await asyncio.gather(native.stop(_LAST_WORDS_SECONDS), web.stop(_LAST_WORDS_SECONDS))
         generations.close()
         encoder.close()

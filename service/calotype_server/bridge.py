@@ -1,12 +1,11 @@
-"""The standalone bridge: browsers on one side, a Calotype server elsewhere on the other. Needs no torch."""
+"""The standalone bridge: browsers on one side, Calotype servers elsewhere on the other. Needs no torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from calotype_server import __version__
 from calotype_server.metrics import Metrics
@@ -16,26 +15,25 @@ from calotype_server.transport.certificates import upstream_credentials
 from calotype_server.transport.descriptors import reserve_descriptors
 from calotype_server.transport.doors import Doors
 from calotype_server.transport.exposition import serve_metrics
-from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
+from calotype_server.transport.forwarding import Forwarder
+from calotype_server.transport.upstreams import Upstreams
 from calotype_server.transport.web import WebServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from calotype_server.settings import BridgeSettings
+    from calotype_server.transport.upstreams import Connect
 
 __all__ = ["serve"]
 
 _log = structlog.get_logger(__name__)
 
-_HEALTH_SECONDS = 2.0
-"""For the upstream to say whether it is well."""
-
 
 async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT, then lets running calls end; a second signal hurries.
 
-    It starts whether or not the upstream is there, and finds it whenever it comes.
+    It starts whether or not there is any upstream, and finds each whenever it comes.
 
     Args:
         settings: What the operator wants.
@@ -51,12 +49,12 @@ async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> No
     reserve_descriptors(settings.max_connections)
 
     async def is_ready() -> bool:
-        return not signals.stopped and await _is_serving(channel)
+        return not signals.stopped and await upstreams.is_serving()
 
-    async with _channel(settings) as channel:
+    async with Upstreams(settings.upstream, _connector(settings)) as upstreams:
         web = WebServer(
             settings.web_address,
-            lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
+            lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
             doors.access,
             doors.certificates,
             is_ready=is_ready,
@@ -80,17 +78,9 @@ async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> No
             await web.stop(0)
 
 
-def _channel(settings: BridgeSettings) -> grpc.aio.Channel:
+def _connector(settings: BridgeSettings) -> Connect:
+    """Returns what makes a channel to an upstream."""
     if not settings.encrypts_upstream:
-        return grpc.aio.insecure_channel(settings.upstream, options=CHANNEL_OPTIONS)
+        return lambda target, options: grpc.aio.insecure_channel(target, options)
     credentials = upstream_credentials(settings.upstream_ca, settings.upstream_certificate, settings.upstream_key)
-    return grpc.aio.secure_channel(settings.upstream, credentials, options=CHANNEL_OPTIONS)
-
-
-async def _is_serving(channel: grpc.aio.Channel) -> bool:
-    check: Any = health_pb2_grpc.HealthStub(channel).Check
-    try:
-        answer = await check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_SECONDS)
-    except grpc.aio.AioRpcError:
-        return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+    return lambda target, options: grpc.aio.secure_channel(target, credentials, options)

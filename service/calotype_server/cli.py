@@ -61,7 +61,7 @@ def _bridge(settings: BridgeSettings) -> None:
 def _announce_bridge(settings: BridgeSettings, address: str) -> None:
     typer.echo(
         f"""
-  Calotype bridges browsers to {settings.upstream}
+  Calotype bridges browsers to {", ".join(settings.upstream)}
 
   page     {_scheme(settings)}://{address}
   stop     Ctrl-C
@@ -143,4 +143,5 @@ def flag_text(name: str) -> str:
 
 def default_text(field: pydantic.fields.FieldInfo) -> str:
     """Returns the default of a setting, empty when there is none or its description tells."""
-    return "" if field.default in (None, ()) else str(field.default)
+    default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    return "" if default in (None, "") else str(default)

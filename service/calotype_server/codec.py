@@ -33,8 +33,18 @@ _CHUNK_BYTES = 3 * 1024 * 1024
 _FORMATS = {"jpeg": pb.IMAGE_FORMAT_JPEG, "png": pb.IMAGE_FORMAT_PNG, "webp": pb.IMAGE_FORMAT_WEBP}
 
 
-def encode_update(generation_id: str, seed: int, update: Update, image: EncodedImage | None) -> Iterator[pb.Progress]:
-    """Yields the message for an update; more than one where the final image needs several chunks."""
+def encode_update(
+    generation_id: str, seed: int, update: Update, image: EncodedImage | None, *, whole: bool = False
+) -> Iterator[pb.Progress]:
+    """Yields the message for an update; more than one where the final image needs several chunks.
+
+    Args:
+        generation_id: Whose update it is.
+        seed: In use.
+        update: What there is to tell.
+        image: Its preview as a file, or None.
+        whole: Whether the final image comes in one message, however large it is.
+    """
     state = update.state
     progress = pb.Progress(
         generation_id=generation_id,
@@ -71,9 +81,10 @@ def encode_update(generation_id: str, seed: int, update: Update, image: EncodedI
         case Succeeded(final, timings):
             progress.timings.CopyFrom(_timings(timings))
             _describe_image(progress, final, pb.IMAGE_KIND_FINAL, state.step)
-            progress.chunk_count = -(-len(final.data) // _CHUNK_BYTES)
+            size = len(final.data) if whole else _CHUNK_BYTES
+            progress.chunk_count = -(-len(final.data) // size)
             for index in range(progress.chunk_count):
-                data = final.data[index * _CHUNK_BYTES : (index + 1) * _CHUNK_BYTES]
+                data = final.data[index * size : (index + 1) * size]
                 chunk = pb.Progress(chunk_index=index, image=data)
                 chunk.MergeFrom(progress)
                 yield chunk
@@ -83,7 +94,7 @@ def encode_page(generations: Sequence[Generation], size: int) -> pb.ListGenerati
     """The first `size` of a list whose newest comes first, and where the next page begins."""
     page = pb.ListGenerationsResponse(generations=[_summary(each) for each in generations[:size]])
     if len(generations) > size:
-        page.next_page_token = str(generations[size - 1].number)
+        page.next_page_token = str(generations[size - 1].created_ns)
     return page
 
 
@@ -98,7 +109,7 @@ def _summary(generation: Generation) -> pb.GenerationSummary:
         total_steps=state.total_steps,
         seed=generation.job.seed,
     )
-    summary.create_time.FromNanoseconds(round(generation.created * 1e9))
+    summary.create_time.FromNanoseconds(generation.created_ns)
     return summary
 
 
@@ -107,7 +118,7 @@ def encode_phase(phase: Phase) -> pb.Phase.ValueType:
     return pb.Phase.Value(f"PHASE_{phase.name}")
 
 
-def encode_model(model: ModelInfo, limits: Limits, server_version: str) -> pb.Model:
+def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica: str) -> pb.Model:
     """The answer to `GetModel`."""
     return pb.Model(
         name=model.name,
@@ -140,6 +151,7 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str) -> pb.Mo
         max_active=model.max_active,
         max_batch_rows=model.max_batch_rows,
         unbatched_reason=model.unbatched_reason,
+        replica=replica,
     )
 
 

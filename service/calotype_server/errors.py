@@ -20,7 +20,11 @@ ServiceError                  has a status code, a reason and a sentence fit for
 │   └── TooManyAtOnce
 ├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
 ├── GenerationNotFound        NOT_FOUND
+│   └── OtherReplica                               its id is of another server
+├── ImageNotFound             NOT_FOUND            of a generation that runs, or has none
 ├── RequestIdTaken            ALREADY_EXISTS       used for another request before
+├── RequestTooLarge           RESOURCE_EXHAUSTED   its bytes, over HTTP
+├── TooManyStreams            RESOURCE_EXHAUSTED   on one WebSocket
 ├── MethodUnavailable         FAILED_PRECONDITION  a preview method that this server lacks or forbids
 └── GenerationError           one generation ended; the engine goes on
     ├── Cancelled             CANCELLED
@@ -66,6 +70,7 @@ __all__ = [
     "GenerationError",
     "GenerationFailed",
     "GenerationNotFound",
+    "ImageNotFound",
     "Interrupted",
     "InvalidRequest",
     "KeyExpired",
@@ -76,11 +81,13 @@ __all__ = [
     "ModelUnavailable",
     "NotReady",
     "NumericalFailure",
+    "OtherReplica",
     "OutOfMemory",
     "PermissionDenied",
     "QueueFull",
     "RateLimited",
     "RequestIdTaken",
+    "RequestTooLarge",
     "RequestTooLate",
     "ServiceError",
     "StartupError",
@@ -89,6 +96,7 @@ __all__ = [
     "TooManyAtOnce",
     "TooManyCalls",
     "TooManyRequests",
+    "TooManyStreams",
     "TooMuchWork",
     "TracingUnavailable",
     "Unauthenticated",
@@ -252,11 +260,38 @@ class GenerationNotFound(ServiceError):
     reason = "GENERATION_NOT_FOUND"
 
 
+class OtherReplica(GenerationNotFound):
+    """The generation belongs to another server, or to one that is gone."""
+
+    reason = "OTHER_REPLICA"
+
+
+class ImageNotFound(ServiceError):
+    """The generation is known, but the image that was asked for is not there: not yet, not any more, or never."""
+
+    code = "NOT_FOUND"
+    reason = "IMAGE_NOT_FOUND"
+
+
 class RequestIdTaken(ServiceError):
     """The caller has used that request id for another request."""
 
     code = "ALREADY_EXISTS"
     reason = "REQUEST_ID_TAKEN"
+
+
+class RequestTooLarge(ServiceError):
+    """The request has more bytes than are read."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "REQUEST_TOO_LARGE"
+
+
+class TooManyStreams(ServiceError):
+    """The WebSocket carries as many generations as it may."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "TOO_MANY_STREAMS"
 
 
 class MethodUnavailable(ServiceError):

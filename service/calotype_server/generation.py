@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import secrets
 import time
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from calotype_server.observations import (
     SlotFreed,
     ignore,
 )
+from calotype_server.replica import new_id
 from calotype_server.stream import EventLog, State, advance
 from calotype_server.types import (
     Decoding,
@@ -56,6 +56,7 @@ class Generation:
         job: What to make.
         terms: What else the caller wants.
         number: Rises from one generation to the next.
+        replica: Tag of this server, which the id of a new one begins with.
         record: What was kept of it before a restart, or None for a new one.
         image: The final image that was kept.
         observe: Told what there is to see of it.
@@ -68,6 +69,7 @@ class Generation:
         created: When it was accepted, in seconds of the system's clock.
         log: Its events.
         readers: How many follow it now.
+        told: Number of its newest event when that was last looked at.
         reaper: Cancels it when nobody has come back, or None.
         working: Whether a thread of the engine is at it.
         first_of_its_size: Whether no picture of its size had been finished when it was accepted.
@@ -79,11 +81,12 @@ class Generation:
         job: Job,
         terms: Terms,
         number: int,
+        replica: str,
         record: Record | None = None,
         image: bytes | None = None,
         observe: Observe = ignore,
     ) -> None:
-        self.id = secrets.token_urlsafe(16) if record is None else record.generation_id
+        self.id = new_id(replica) if record is None else record.generation_id
         self.number = number
         self.job = job
         self.terms = terms
@@ -94,6 +97,7 @@ class Generation:
         self.ticket: Ticket | None = None
         self.watch = Stopwatch()
         self.readers = 0
+        self.told = 0
         self.reaper: asyncio.TimerHandle | None = None
         self.observe = observe
         self.working = False
@@ -109,6 +113,11 @@ class Generation:
     def ended(self) -> bool:
         """Whether its end has been published."""
         return self.log.state.phase.is_end
+
+    @property
+    def created_ns(self) -> int:
+        """`created` in nanoseconds, by which lists are cut into pages: it means the same on every server."""
+        return round(self.created * 1e9)
 
     @property
     def size(self) -> int:

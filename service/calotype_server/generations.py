@@ -14,7 +14,9 @@ import structlog
 from calotype_server import errors, metadata
 from calotype_server.generation import Generation
 from calotype_server.observations import Ended, Observe, PreviewsDropped, TurnCame, ignore
+from calotype_server.reader import Reader
 from calotype_server.registry import Registry
+from calotype_server.replica import new_tag, tag_of
 from calotype_server.types import (
     DisconnectPolicy,
     EncodedImage,
@@ -22,6 +24,7 @@ from calotype_server.types import (
     Job,
     Phase,
     Queued,
+    StillAlive,
     Succeeded,
     Terms,
 )
@@ -66,6 +69,7 @@ class Generations:
         ended: Keeps what has ended for a while.
         store: Keeps all of it on disk, or None.
         max_active: Threads to keep, as many as admission lets run at once.
+        heartbeat: Seconds between two looks at whether there is news of a generation; where there is none, it says so.
         on_dead: Called once when the engine cannot go on.
         observe: Told what there is to see, but for the warm-up.
     """
@@ -80,6 +84,7 @@ class Generations:
         store: Store | None = None,
         *,
         max_active: int,
+        heartbeat: float = 5.0,
         on_dead: Callable[[], None],
         observe: Observe = ignore,
     ) -> None:
@@ -88,6 +93,9 @@ class Generations:
         self._pace = pace
         self._encoder = encoder
         self._registry = Registry(ended, store)
+        self.replica = new_tag() if store is None else store.replica
+        self._heartbeat = heartbeat
+        self._beating: asyncio.TimerHandle | None = None
         self._on_dead = on_dead
         self._observe = observe
         self._threads = ThreadPoolExecutor(max_active, "calotype-generation")
@@ -137,7 +145,7 @@ class Generations:
             return started
         if self._retry_after is not None:
             raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
-        generation = Generation(job, terms, next(self._numbers), observe=self._observe)
+        generation = Generation(job, terms, next(self._numbers), self.replica, observe=self._observe)
         if quota is not None:
             quota.check(job, self._registry.active(terms.caller))
         self._begin(generation)
@@ -154,7 +162,7 @@ class Generations:
         async for record, image in self._registry.load():
             grace = max(record.terms.grace, _RETURN_SECONDS)
             terms = replace(record.terms, deadline=None, grace=grace)
-            generation = Generation(record.job, terms, next(self._numbers), record, image, self._observe)
+            generation = Generation(record.job, terms, next(self._numbers), self.replica, record, image, self._observe)
             if generation.ended:
                 self._registry.end(generation)
                 continue
@@ -178,11 +186,22 @@ class Generations:
         task = asyncio.create_task(self._run(generation, generation.ticket), name=f"generation-{generation.id}")
         self._running[generation] = task
         self._registry.add(generation)
+        if self._beating is None:
+            self._beating = asyncio.get_running_loop().call_later(self._heartbeat, self._beat)
 
-    async def follow(
+    def _beat(self) -> None:
+        """Tells readers who have heard nothing since the last time that all is well."""
+        for generation in self._running:
+            if generation.log.state.sequence == generation.told:
+                generation.log.publish(StillAlive(self._heartbeat))
+            generation.told = generation.log.state.sequence
+        loop = asyncio.get_running_loop()
+        self._beating = loop.call_later(self._heartbeat, self._beat) if self._running else None
+
+    def follow(
         self, generation: Generation, after: int = 0, preview: PreviewOptions | None = None
-    ) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
-        """Yields updates with their preview encoded, up to the end.
+    ) -> Reader[tuple[Update, EncodedImage | None]]:
+        """Returns a reader of updates with their preview encoded, up to the end.
 
         With a store, what has been told survives a restart. When the last reader leaves before the end, the
         generation's terms say what follows.
@@ -196,29 +215,44 @@ class Generations:
             StateUnavailable: The generation cannot be kept, and is given up.
         """
         self._enter(generation)
+        return Reader(self._updates(generation, after, preview), lambda: self._leave(generation))
+
+    async def _updates(
+        self, generation: Generation, after: int, preview: PreviewOptions | None
+    ) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
+        await generation.accepted()
         unread = 0
-        try:
-            await generation.accepted()
-            async for update in generation.log.follow(after, preview):
-                lost = update.previews_dropped - update.state.previews_skipped - unread
-                if lost:
-                    unread += lost
-                    generation.observe(PreviewsDropped("unread", lost))
-                image = None
-                if update.preview is not None:
-                    options = preview or generation.job.preview
-                    image = await generation.rendition(self._encoder, update.preview, options)
-                yield update, image
-        finally:
-            self._leave(generation)
+        async for update in generation.log.follow(after, preview):
+            lost = update.previews_dropped - update.state.previews_skipped - unread
+            if lost:
+                unread += lost
+                generation.observe(PreviewsDropped("unread", lost))
+            image = None
+            if update.preview is not None:
+                options = preview or generation.job.preview
+                image = await generation.rendition(self._encoder, update.preview, options)
+            yield update, image
+
+    async def newest_preview(self, generation: Generation) -> EncodedImage | None:
+        """Returns the newest preview as the generation was asked for them, or None where there is none now."""
+        newest = generation.log.newest_preview
+        if newest is None:
+            return None
+        return await generation.rendition(self._encoder, newest[1], generation.job.preview)
 
     def find(self, generation_id: str, caller: Caller) -> Generation:
         """Returns a generation that runs or is kept.
 
         Raises:
             GenerationNotFound: No such generation, or it ended long ago, or it is out of this caller's reach.
+            OtherReplica: It is one of another server, which alone knows it.
         """
         found = self._registry.find(generation_id)
+        if found is None and tag_of(generation_id) not in ("", self.replica):
+            raise errors.OtherReplica(
+                "That generation belongs to another server, or to one that is gone.",
+                metadata={"replica": self.replica},
+            )
         if found is None or not caller.reaches(found.terms.caller):
             raise errors.GenerationNotFound("No generation of that id is known.")
         return found
@@ -250,7 +284,7 @@ class Generations:
 
         Args:
             caller: Who asks.
-            before: Only those with a smaller number; None for all.
+            before: Only those accepted before, in nanoseconds of the system's clock; None for all.
         """
         return self._registry.newest(caller, before)
 
@@ -274,7 +308,7 @@ class Generations:
         for _ in range(2):
             # What the first one takes is not typical: everything is done for the first time.
             self._pace.forget()
-            generation = Generation(job, Terms(), next(self._numbers))
+            generation = Generation(job, Terms(), next(self._numbers), self.replica)
             self._begin(generation)
             await self.idle()
             if isinstance(generation.log.state.end, Failed):
@@ -318,6 +352,8 @@ class Generations:
 
     def close(self) -> None:
         """Frees the threads; everything must have ended."""
+        if self._beating is not None:
+            self._beating.cancel()
         self._threads.shutdown()
 
     def _enter(self, generation: Generation) -> None:

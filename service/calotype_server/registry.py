@@ -87,11 +87,12 @@ class Registry:
 
         Args:
             caller: Who asks.
-            before: Only those with a smaller number; None for all.
+            before: Only those accepted before, in nanoseconds of the system's clock; None for all.
         """
         known = [*self._running.values(), *self._ended]
-        own = [each for each in known if caller.lists(each.terms.caller) and (before is None or each.number < before)]
-        return sorted(own, key=lambda each: -each.number)
+        own = (each for each in known if caller.lists(each.terms.caller))
+        earlier = (each for each in own if before is None or each.created_ns < before)
+        return sorted(earlier, key=lambda each: (-each.created_ns, -each.number))
 
     def accept(self, generation: Generation) -> None:
         """Begins to keep a new one on disk, which `Generation.accepted` waits for."""

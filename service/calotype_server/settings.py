@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from calotype._channel import parse_address
 from calotype_server.types import PORT_LIMITS, Limits, PortLimits, PreviewMethod, PreviewOptions
 
 __all__ = ["BridgeSettings", "Settings", "WebSettings"]
@@ -98,10 +99,8 @@ class WebSettings(BaseSettings):
 
     @field_validator("allowed_origins", "allowed_hosts", mode="before")
     @classmethod
-    def _separated(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
+    def _taken_apart(cls, value: object) -> object:
+        return _separated(value)
 
     @field_validator("allowed_origins")
     @classmethod
@@ -205,6 +204,9 @@ class Settings(WebSettings):
     state: Path | None = Field(
         None, description="Folder in which generations are kept, so that they survive a restart. Default: nowhere."
     )
+    heartbeat_seconds: float = Field(
+        5.0, gt=0, le=5, description="Time without news of a generation after which readers are told that it is alive."
+    )
     retain_seconds: float = Field(600.0, ge=0, description="Time for which ended generations can still be watched.")
     retain_count: int = Field(256, ge=0, description="Ended generations kept at most.")
     retain_bytes: int = Field(
@@ -282,7 +284,12 @@ class Settings(WebSettings):
 class BridgeSettings(WebSettings):
     """Read once, in `bridge`."""
 
-    upstream: str = Field("127.0.0.1:50051", description="HOST:PORT of the Calotype server to pass calls on to.")
+    upstream: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("127.0.0.1:50051",),
+        validate_default=True,
+        description="HOST:PORT of the Calotype server to pass calls on to. Several, separated by commas, or a name "
+        "with several addresses, such as dns:///calotype:50051, share the work.",
+    )
     upstream_tls: bool = Field(False, description="Speak TLS to the upstream, trusting the authorities of gRPC.")
     upstream_ca: Path | None = Field(
         None, description="Authorities to trust for the upstream, in PEM; implies --upstream-tls."
@@ -297,6 +304,14 @@ class BridgeSettings(WebSettings):
     drain_seconds: float = Field(30.0, ge=0, description="Time for running calls to end after SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines to log.")
     log_format: Literal["console", "json"] = Field("console", description="Log for people, or for machines.")
+
+    @field_validator("upstream", mode="before")
+    @classmethod
+    def _upstream(cls, value: object) -> tuple[str, ...]:
+        addresses = _separated(value)
+        if not addresses:
+            raise ValueError("names no server")
+        return tuple(dict.fromkeys(parse_address(address) for address in addresses))
 
     @model_validator(mode="after")
     def _upstream_certificate_with_key(self) -> Self:
@@ -313,6 +328,12 @@ class BridgeSettings(WebSettings):
     def encrypts_upstream(self) -> bool:
         """Whether it speaks TLS to the upstream."""
         return self.upstream_tls or self.upstream_ca is not None or self.upstream_certificate is not None
+
+
+def _separated(value: object) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
 
 
 def _host_and_port(value: str) -> str:

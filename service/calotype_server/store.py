@@ -17,6 +17,7 @@ import structlog
 
 from calotype_server import errors
 from calotype_server.records import End, ImageFacts, Record, dump_end, dump_record, parse
+from calotype_server.replica import new_tag
 from calotype_server.types import Failed, Succeeded
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ CREATE TABLE IF NOT EXISTS generations (
 )
 """
 
+_REPLICA = "CREATE TABLE IF NOT EXISTS replica (tag TEXT NOT NULL)"
+"""Of one row: who restores the generations is known under the same tag as who has begun them."""
+
 _RETRY_SECONDS = 5.0
 
 T = TypeVar("T")
@@ -52,7 +56,12 @@ class Store:
 
     All methods are for the event loop: a thread of the store's own does the work, one call after another. A call that
     is cancelled may have been carried out or not.
+
+    Attributes:
+        replica: Tag of the server whose generations these are.
     """
+
+    replica: str
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -186,6 +195,11 @@ class Store:
         with self._database:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute(_TABLES)
+            self._database.execute(_REPLICA)
+            tag = self._database.execute("SELECT tag FROM replica").fetchone()
+            self.replica = new_tag() if tag is None else tag[0].decode()
+            if tag is None:
+                self._database.execute("INSERT INTO replica VALUES (?)", (self.replica,))
             self._database.execute(f"PRAGMA user_version = {_VERSION}")
 
     def _load(self) -> list[Record]:

@@ -25,6 +25,7 @@ from calotype_server.types import (
     PreviewOptions,
     PreviewReady,
     Queued,
+    StillAlive,
     Succeeded,
     Withdrawn,
 )
@@ -98,6 +99,10 @@ def advance(state: State, event: Event) -> State:
         case Decoding(early, remaining) if state.phase < Phase.DECODING:
             step = state.step if early else state.total_steps
             return replace(later, phase=Phase.DECODING, step=step, finished_early=early, estimated_remaining=remaining)
+        case StillAlive(seconds):
+            left = state.estimated_remaining
+            left = None if left is None else max(0.0, left - seconds)
+            return replace(later, queue_position=state.queue_position, estimated_remaining=left)
         case Succeeded():
             step = state.step if event.finished_early else state.total_steps
             return replace(
@@ -135,6 +140,12 @@ class EventLog:
     def state(self) -> State:
         """The newest state."""
         return self._state
+
+    @property
+    def newest_preview(self) -> tuple[int, PreviewReady] | None:
+        """The newest preview and the number of its event; None before the first, after the end, and when withdrawn."""
+        with self._lock:
+            return self._newest
 
     @property
     def held_bytes(self) -> int:

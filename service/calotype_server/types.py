@@ -31,6 +31,7 @@ __all__ = [
     "PreviewReady",
     "Priority",
     "Queued",
+    "StillAlive",
     "Succeeded",
     "Terms",
     "Timings",
@@ -361,5 +362,12 @@ class Failed:
     timings: Timings
 
 
-Event = Queued | EncodingPrompt | Denoising | PreviewReady | Withdrawn | Decoding | Succeeded | Failed
+@dataclass(frozen=True, slots=True)
+class StillAlive:
+    """Nothing has happened for so many seconds. Readers are told, who could not tell it from a lost server."""
+
+    seconds: float
+
+
+Event = Queued | EncodingPrompt | Denoising | PreviewReady | Withdrawn | Decoding | StillAlive | Succeeded | Failed
 """Everything that can happen to a generation. `Succeeded` and `Failed` end it."""

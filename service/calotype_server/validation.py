@@ -12,7 +12,7 @@ from calotype_server.errors import InvalidRequest, MethodUnavailable, Violation
 from calotype_server.types import DisconnectPolicy, Job, OutputOptions, PreviewMethod, PreviewOptions, Priority, Terms
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from calotype_server.types import Limits, ModelInfo
 
@@ -72,18 +72,22 @@ _MAX_EDGE = {"jpeg": 65500, "webp": 16383}
 """Of the formats, in pixels, as their encoders have it."""
 
 
-def validate(request: pb.GenerateRequest, model: ModelInfo, limits: Limits) -> tuple[Job, Terms]:
+def validate(
+    request: pb.GenerateRequest, model: ModelInfo, limits: Limits, earlier: Sequence[Violation] = ()
+) -> tuple[Job, Terms]:
     """Returns the job and the terms that `request` asks for, with the defaults filled in.
+
+    Args:
+        request: What was asked for.
+        model: What can be done.
+        limits: What is allowed.
+        earlier: What was found wrong when the request was decoded; of those fields nothing more is said.
 
     Raises:
         InvalidRequest: With one violation for each thing that is wrong, in the order of the fields.
         MethodUnavailable: Nothing is wrong but the preview method, which this server has not, or does not allow.
     """
-    violations: list[Violation] = []
-
-    def refuse(field: str, description: str) -> None:
-        violations.append(Violation(field, description))
-
+    violations, refuse = _collector(earlier)
     if not request.prompt.strip():
         refuse("prompt", "must not be empty")
     for field in ("prompt", "negative_prompt"):
@@ -145,17 +149,13 @@ def validate_id(generation_id: str) -> None:
         raise InvalidRequest([Violation("generation_id", "must not be empty")])
 
 
-def validate_watch(request: pb.WatchRequest, limits: Limits) -> None:
-    """Refuses a request to watch that makes no sense, whatever it is that shall be watched.
+def validate_watch(request: pb.WatchRequest, limits: Limits, earlier: Sequence[Violation] = ()) -> None:
+    """Refuses a request to watch that makes no sense, whatever it is that shall be watched; `earlier` as above.
 
     Raises:
         InvalidRequest: With all violations.
     """
-    violations: list[Violation] = []
-
-    def refuse(field: str, description: str) -> None:
-        violations.append(Violation(field, description))
-
+    violations, refuse = _collector(earlier)
     if not request.generation_id:
         refuse("generation_id", "must not be empty")
     if request.after_sequence < 0:
@@ -172,22 +172,36 @@ def watched_previews(request: pb.WatchRequest, limits: Limits, job: Job) -> Prev
     return _preview(request.preview, limits, job.preview, lambda *_: None)
 
 
-def validate_page(request: pb.ListGenerationsRequest) -> tuple[int, int | None]:
-    """Returns the size of a page, and the number before which it begins, None for the first.
+def validate_page(request: pb.ListGenerationsRequest, earlier: Sequence[Violation] = ()) -> tuple[int, int | None]:
+    """Returns the size of a page, and the moment in nanoseconds before which it begins, None for the first.
+
+    `earlier` is as above.
 
     Raises:
         InvalidRequest: With all violations.
     """
-    violations: list[Violation] = []
+    violations, refuse = _collector(earlier)
     size = request.page_size if request.HasField("page_size") else DEFAULT_PAGE
     if not 1 <= size <= MAX_PAGE:
-        violations.append(Violation("page_size", f"is {size}, must be 1 to {MAX_PAGE}"))
+        refuse("page_size", f"is {size}, must be 1 to {MAX_PAGE}")
     token = request.page_token
     if token and not (token.isascii() and token.isdecimal() and len(token) < MAX_TOKEN_CHARS):
-        violations.append(Violation("page_token", "is not one that this server gave out"))
+        refuse("page_token", "is not one that this server gave out")
     if violations:
         raise InvalidRequest(violations)
     return size, int(token) if token else None
+
+
+def _collector(earlier: Sequence[Violation]) -> tuple[list[Violation], Callable[[str, str], None]]:
+    """Returns a list that begins with `earlier`, and what adds to it, but not for the fields that it begins with."""
+    violations = list(earlier)
+    named = {violation.field for violation in earlier}
+
+    def refuse(field: str, description: str) -> None:
+        if field not in named:
+            violations.append(Violation(field, description))
+
+    return violations, refuse
 
 
 def _terms(request: pb.GenerateRequest, refuse: Callable[[str, str], None]) -> Terms:

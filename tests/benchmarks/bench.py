@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import calotype
-from benchmarks import concurrency, previews, subscribers, web
+from benchmarks import concurrency, previews, subscribers, transports, web
 from benchmarks.runs import GUIDANCE, STEPS, bundled
 from support.process import ServerProcess
 
@@ -58,6 +58,7 @@ def main() -> None:
     results |= subscribers.measure(ROUNDS, threads)
     results |= previews.measure()
     results |= web.measure(ROUNDS)
+    results |= transports.measure(ROUNDS)
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"{'':34} {'measured':>10} {'aim':>8}")

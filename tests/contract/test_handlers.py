@@ -35,70 +35,70 @@ def after(messages: int, then):
     return handler
 
 
-async def test_a_unary_call_is_answered(transport: str) -> None:
+async def test_a_unary_call_is_answered(grpc_transport: str) -> None:
     """The reply comes with an OK status and the trailers that the handler set."""
 
     async def echo(request, context):
         context.set_trailing_metadata((("x-trailer", "told"),))
         return request[::-1]
 
-    async with lab(transport, {"Echo": echo}) as server:
-        call = server.stream("Echo", b"abc") if transport == "native" else server.unary("Echo", b"abc")
+    async with lab(grpc_transport, {"Echo": echo}) as server:
+        call = server.stream("Echo", b"abc") if grpc_transport == "native" else server.unary("Echo", b"abc")
         assert await call.read() == b"cba"
         assert await call.read() is grpc.aio.EOF
         assert dict(await call.trailing_metadata())["x-trailer"] == "told"
 
 
-async def test_a_stream_without_messages_is_ok(transport: str) -> None:
+async def test_a_stream_without_messages_is_ok(grpc_transport: str) -> None:
     """Nothing is an answer, too."""
 
     async def nothing(request, context):
         return
         yield
 
-    async with lab(transport, {"Nothing": nothing}) as server:
+    async with lab(grpc_transport, {"Nothing": nothing}) as server:
         assert [message async for message in server.stream("Nothing")] == []
 
 
 @pytest.mark.parametrize("messages", [0, 2])
-async def test_a_code_that_was_set_is_the_status(transport: str, messages: int) -> None:
+async def test_a_code_that_was_set_is_the_status(grpc_transport: str, messages: int) -> None:
     """`set_code` and `set_details` count before the first message as after it, beyond ASCII, too."""
 
     async def then(context):
         context.set_code(grpc.StatusCode.DATA_LOSS)
         context.set_details("50 % größer\nals erlaubt")
 
-    async with lab(transport, {"Set": after(messages, then)}) as server:
+    async with lab(grpc_transport, {"Set": after(messages, then)}) as server:
         error = await ends_with(server.stream("Set"), grpc.StatusCode.DATA_LOSS)
     assert error.details() == "50 % größer\nals erlaubt"
 
 
 @pytest.mark.parametrize("messages", [0, 2])
-async def test_abort_with_trailing_metadata(transport: str, messages: int) -> None:
+async def test_abort_with_trailing_metadata(grpc_transport: str, messages: int) -> None:
     """Text and bytes arrive with the status, also when there was no message."""
 
     async def then(context):
         trailing = (("x-trailer", "told"), ("x-some-bin", b"\x00\xff"))
         await context.abort(grpc.StatusCode.ABORTED, "why", trailing)
 
-    async with lab(transport, {"Abort": after(messages, then)}) as server:
+    async with lab(grpc_transport, {"Abort": after(messages, then)}) as server:
         error = await ends_with(server.stream("Abort"), grpc.StatusCode.ABORTED)
     found = dict(error.trailing_metadata())
     assert (error.details(), found["x-trailer"], found["x-some-bin"]) == ("why", "told", b"\x00\xff")
 
 
-async def test_abort_with_a_code_alone(transport: str) -> None:
+async def test_abort_with_a_code_alone(grpc_transport: str) -> None:
     """Details are optional."""
 
     async def abort(request, context):
         await context.abort(grpc.StatusCode.OUT_OF_RANGE)
 
-    async with lab(transport, {"Abort": abort}) as server:
+    async with lab(grpc_transport, {"Abort": abort}) as server:
         assert (await ends_with(server.stream("Abort"), grpc.StatusCode.OUT_OF_RANGE)).details() == ""
 
 
 @pytest.mark.parametrize("messages", [0, 2])
-async def test_rich_errors(transport: str, messages: int) -> None:
+async def test_rich_errors(grpc_transport: str, messages: int) -> None:
     """`abort_with_status` carries typed details, before the first message and after it."""
     packed = Any()
     packed.Pack(RetryInfo())
@@ -107,25 +107,25 @@ async def test_rich_errors(transport: str, messages: int) -> None:
     async def then(context):
         await context.abort_with_status(rpc_status.to_status(status))
 
-    async with lab(transport, {"Rich": after(messages, then)}) as server:
+    async with lab(grpc_transport, {"Rich": after(messages, then)}) as server:
         error = await ends_with(server.stream("Rich"), grpc.StatusCode.RESOURCE_EXHAUSTED)
     assert rpc_status.from_call(error) == status
 
 
 @pytest.mark.parametrize("messages", [0, 2])
-async def test_an_exception_is_an_internal_error_without_its_text(transport: str, messages: int) -> None:
+async def test_an_exception_is_an_internal_error_without_its_text(grpc_transport: str, messages: int) -> None:
     """In mid-stream as before it, with an ErrorInfo."""
 
     async def then(context):
         raise ValueError("secret")
 
-    async with lab(transport, {"Raise": after(messages, then)}) as server:
+    async with lab(grpc_transport, {"Raise": after(messages, then)}) as server:
         error = await ends_with(server.stream("Raise"), grpc.StatusCode.INTERNAL)
     assert "secret" not in error.details()
     assert rpc_status.from_call(error).details[0].Is(ErrorInfo.DESCRIPTOR)
 
 
-async def test_initial_metadata_leaves_before_the_first_message(transport: str) -> None:
+async def test_initial_metadata_leaves_before_the_first_message(grpc_transport: str) -> None:
     """The caller learns of its admission while the handler is still at work."""
     go_on = asyncio.Event()
 
@@ -134,14 +134,14 @@ async def test_initial_metadata_leaves_before_the_first_message(transport: str) 
         await go_on.wait()
         yield b"late"
 
-    async with lab(transport, {"Early": handler}) as server:
+    async with lab(grpc_transport, {"Early": handler}) as server:
         call = server.stream("Early")
         assert dict(await call.initial_metadata())["x-early"] == "yes"
         go_on.set()
         assert await call.read() == b"late"
 
 
-async def test_a_handler_may_write_instead_of_yielding(transport: str) -> None:
+async def test_a_handler_may_write_instead_of_yielding(grpc_transport: str) -> None:
     """grpc.aio's other style, in which the health service is written."""
 
     @writer
@@ -149,11 +149,11 @@ async def test_a_handler_may_write_instead_of_yielding(transport: str) -> None:
         for number in range(3):
             await context.write(b"%d" % number)
 
-    async with lab(transport, {"Write": handler}) as server:
+    async with lab(grpc_transport, {"Write": handler}) as server:
         assert [message async for message in server.stream("Write")] == [b"0", b"1", b"2"]
 
 
-async def test_metadata_reaches_the_handler(transport: str) -> None:
+async def test_metadata_reaches_the_handler(grpc_transport: str) -> None:
     """Text and bytes, one key twice, and the name of the method's caller."""
     seen = {}
 
@@ -163,12 +163,12 @@ async def test_metadata_reaches_the_handler(transport: str) -> None:
 
     given = (("x-text", "a b"), ("x-some-bin", b"\x00\x01\x02\x03"))
     encoded = (("x-text", "a b"), ("x-some-bin", "AAECAw"))
-    async with lab(transport, {"Metadata": handler}) as server:
-        await server.unary("Metadata", metadata=given if transport == "native" else encoded)
+    async with lab(grpc_transport, {"Metadata": handler}) as server:
+        await server.unary("Metadata", metadata=given if grpc_transport == "native" else encoded)
     assert sorted(seen["metadata"]) == sorted(given)
 
 
-async def test_the_context_is_as_that_of_grpc_aio(transport: str) -> None:
+async def test_the_context_is_as_that_of_grpc_aio(grpc_transport: str) -> None:
     """A servicer, or an interceptor, finds the same facts."""
     seen = {}
 
@@ -188,7 +188,7 @@ async def test_the_context_is_as_that_of_grpc_aio(transport: str) -> None:
             await context.abort(grpc.StatusCode.DATA_LOSS)
         yield b""
 
-    async with lab(transport, {"Look": handler}) as server:
+    async with lab(grpc_transport, {"Look": handler}) as server:
         await ends_with(server.stream("Look"), grpc.StatusCode.DATA_LOSS)
     assert seen == {
         "peer": True,
@@ -200,7 +200,7 @@ async def test_the_context_is_as_that_of_grpc_aio(transport: str) -> None:
 
 
 @pytest.mark.parametrize("ends", ["well", "badly", "by the client"])
-async def test_done_callbacks_are_called_however_it_ends(transport: str, ends: str) -> None:
+async def test_done_callbacks_are_called_however_it_ends(grpc_transport: str, ends: str) -> None:
     """Once."""
     told = asyncio.Queue()
 
@@ -212,7 +212,7 @@ async def test_done_callbacks_are_called_however_it_ends(transport: str, ends: s
         if ends == "by the client":
             await asyncio.Event().wait()
 
-    async with lab(transport, {"Done": handler}) as server:
+    async with lab(grpc_transport, {"Done": handler}) as server:
         call = server.stream("Done")
         await call.read()
         if ends == "by the client":
@@ -222,7 +222,7 @@ async def test_done_callbacks_are_called_however_it_ends(transport: str, ends: s
 
 
 @pytest.mark.parametrize("messages", [0, 2])
-async def test_a_deadline_ends_handler_and_call(transport: str, messages: int) -> None:
+async def test_a_deadline_ends_handler_and_call(grpc_transport: str, messages: int) -> None:
     """The handler is cancelled, sees how much time it has, and the caller gets the status."""
     seen = asyncio.Queue()
 
@@ -234,7 +234,7 @@ async def test_a_deadline_ends_handler_and_call(transport: str, messages: int) -
             seen.put_nowait("cancelled")
             raise
 
-    async with lab(transport, {"Wait": after(messages, then)}) as server:
+    async with lab(grpc_transport, {"Wait": after(messages, then)}) as server:
         await ends_with(server.stream("Wait", timeout=0.5), grpc.StatusCode.DEADLINE_EXCEEDED)
         # gRPC rounds the deadline up on its way.
         assert 0 <= await asyncio.wait_for(seen.get(), PATIENCE) <= 0.6
@@ -242,7 +242,7 @@ async def test_a_deadline_ends_handler_and_call(transport: str, messages: int) -
 
 
 @pytest.mark.parametrize("messages", [0, 1])
-async def test_a_caller_who_leaves_cancels_an_idle_handler(transport: str, messages: int) -> None:
+async def test_a_caller_who_leaves_cancels_an_idle_handler(grpc_transport: str, messages: int) -> None:
     """At once, while it waits: before its first message as after it, with CancelledError inside it."""
     waiting, cancelled = asyncio.Event(), asyncio.Event()
 
@@ -254,7 +254,7 @@ async def test_a_caller_who_leaves_cancels_an_idle_handler(transport: str, messa
             cancelled.set()
             raise
 
-    async with lab(transport, {"Wait": after(messages, then)}) as server:
+    async with lab(grpc_transport, {"Wait": after(messages, then)}) as server:
         call = server.stream("Wait")
         if messages:
             await call.read()
@@ -263,7 +263,7 @@ async def test_a_caller_who_leaves_cancels_an_idle_handler(transport: str, messa
         await asyncio.wait_for(cancelled.wait(), PATIENCE)
 
 
-async def test_a_caller_who_leaves_stops_a_handler_that_never_waits(transport: str) -> None:
+async def test_a_caller_who_leaves_stops_a_handler_that_never_waits(grpc_transport: str) -> None:
     """A generator that is always ready neither starves the loop nor runs for nobody; its `finally` runs."""
     ended = asyncio.Event()
 
@@ -274,28 +274,28 @@ async def test_a_caller_who_leaves_stops_a_handler_that_never_waits(transport: s
         finally:
             ended.set()
 
-    async with lab(transport, {"Endless": endless}) as server:
+    async with lab(grpc_transport, {"Endless": endless}) as server:
         call = server.stream("Endless")
         await call.read()
         call.cancel()
         await asyncio.wait_for(ended.wait(), PATIENCE)
 
 
-async def test_a_slow_reader_gets_everything_in_order(transport: str) -> None:
+async def test_a_slow_reader_gets_everything_in_order(grpc_transport: str) -> None:
     """4 MB that nobody reads at first arrive complete."""
 
     async def much(request, context):
         for number in range(40):
             yield number.to_bytes(4, "big") * 25_000
 
-    async with lab(transport, {"Much": much}) as server:
+    async with lab(grpc_transport, {"Much": much}) as server:
         call = server.stream("Much")
         await call.initial_metadata()
         numbers = [int.from_bytes(message[:4], "big") async for message in call]
     assert numbers == list(range(40))
 
 
-async def test_an_unknown_method_is_unimplemented(transport: str) -> None:
+async def test_an_unknown_method_is_unimplemented(grpc_transport: str) -> None:
     """With a status, not with an HTTP error."""
-    async with lab(transport) as server:
+    async with lab(grpc_transport) as server:
         await ends_with(server.stream("NoSuch"), grpc.StatusCode.UNIMPLEMENTED)

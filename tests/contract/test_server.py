@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.access import Access
+from calotype_server.api import Api
 from calotype_server.errors import AddressInUse
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
@@ -25,9 +26,9 @@ SERVICE = "calotype.v1.GenerationService"
 PROMPT = pb.GenerateRequest(prompt="a red apple")
 
 
-async def test_before_the_model_is_loaded_calls_are_unavailable(transport: str) -> None:
+async def test_before_the_model_is_loaded_calls_are_unavailable(grpc_transport: str) -> None:
     """Every method says UNAVAILABLE, and health says NOT_SERVING for the service and for the whole server."""
-    async with running(FakeEngine(), opened=False, transport=transport) as service:
+    async with running(FakeEngine(), opened=False, transport=grpc_transport) as service:
         for call in (service.stub.GetModel(pb.GetModelRequest()), service.stub.Generate(PROMPT).read()):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
@@ -41,9 +42,9 @@ async def test_before_the_model_is_loaded_calls_are_unavailable(transport: str) 
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def test_health_can_be_watched(transport: str) -> None:
+async def test_health_can_be_watched(grpc_transport: str) -> None:
     """A watcher sees the change as it happens: the interceptor leaves writer-style handlers alone."""
-    async with running(FakeEngine(), transport=transport) as service:
+    async with running(FakeEngine(), transport=grpc_transport) as service:
         watch = health_pb2_grpc.HealthStub(service.channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         await service.services.set_serving(False)
@@ -98,7 +99,7 @@ async def test_two_servers_cannot_share_a_port() -> None:
     async with running(FakeEngine()) as service:
         port = service.address.rpartition(":")[2]
         for host in ("127.0.0.1", "localhost"):
-            second = NativeServer(Services(GenerationServicer(LIMITS, Access())), Access())
+            second = NativeServer(Services(GenerationServicer(Api(LIMITS), Access())), Access())
             with pytest.raises(AddressInUse, match="--grpc-address"):
                 await second.start(f"{host}:{port}")
             await second.stop(0)
@@ -143,9 +144,9 @@ async def test_what_cannot_be_finished_in_time_ends_unavailable(transport: str) 
         await ending
 
 
-async def test_oversized_and_malformed_requests_harm_nobody(transport: str) -> None:
+async def test_oversized_and_malformed_requests_harm_nobody(grpc_transport: str) -> None:
     """A 1 MB prompt, bytes that are no message, an unknown method: each gets a status, and the service goes on."""
-    async with running(FakeEngine(), transport=transport) as service:
+    async with running(FakeEngine(), transport=grpc_transport) as service:
         method = f"/{SERVICE}/Generate"
         for path, body in (
             (method, pb.GenerateRequest(prompt="x" * 1_000_000).SerializeToString()),
@@ -164,10 +165,10 @@ async def test_an_unexpected_exception_never_reaches_the_caller(
 ) -> None:
     """Its text stays in the log; the caller learns only that it was an internal error."""
 
-    async def broken(*_: object) -> None:
+    def broken(*_: object) -> None:
         raise ValueError("secret")
 
-    monkeypatch.setattr(GenerationServicer, "GetModel", broken)
+    monkeypatch.setattr(Api, "model", broken)
     async with running(FakeEngine(), transport=transport) as service:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await service.stub.GetModel(pb.GetModelRequest())

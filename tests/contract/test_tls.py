@@ -55,28 +55,28 @@ async def test_a_generation_streams_over_tls(transport: str, tmp_path: Path) -> 
         assert messages[-1].image
 
 
-async def test_who_speaks_no_tls_or_trusts_another_authority_gets_nowhere(transport: str, tmp_path: Path) -> None:
+async def test_who_speaks_no_tls_or_trusts_another_authority_gets_nowhere(grpc_transport: str, tmp_path: Path) -> None:
     """Neither plaintext nor a certificate of a stranger makes a connection, and others are not disturbed."""
     (tmp_path / "other").mkdir()
     authority, other = Authority(tmp_path), Authority(tmp_path / "other")
-    async with running(FakeEngine(), authority=authority, transport=transport) as service:
-        await is_turned_away(service.address, transport, None)
-        await is_turned_away(service.address, transport, other)
-        assert (await get_model(service.address, transport, authority)).name == "fake"
+    async with running(FakeEngine(), authority=authority, transport=grpc_transport) as service:
+        await is_turned_away(service.address, grpc_transport, None)
+        await is_turned_away(service.address, grpc_transport, other)
+        assert (await get_model(service.address, grpc_transport, authority)).name == "fake"
 
 
-async def test_mutual_tls_asks_for_a_certificate_of_our_authority(transport: str, tmp_path: Path) -> None:
+async def test_mutual_tls_asks_for_a_certificate_of_our_authority(grpc_transport: str, tmp_path: Path) -> None:
     """With it a client is let in; without one, or with a stranger's, it is not."""
     (tmp_path / "other").mkdir()
     authority, other = Authority(tmp_path, mutual=True), Authority(tmp_path / "other", mutual=True)
-    async with running(FakeEngine(), authority=authority, transport=transport) as service:
-        assert (await get_model(service.address, transport, authority)).name == "fake"
-        await is_turned_away(service.address, transport, authority, shown=False)
+    async with running(FakeEngine(), authority=authority, transport=grpc_transport) as service:
+        assert (await get_model(service.address, grpc_transport, authority)).name == "fake"
+        await is_turned_away(service.address, grpc_transport, authority, shown=False)
         other._root = authority._root  # trusts the server, and shows what another authority has signed
-        await is_turned_away(service.address, transport, other)
+        await is_turned_away(service.address, grpc_transport, other)
 
 
-async def test_a_new_certificate_counts_for_new_connections(transport: str, tmp_path: Path) -> None:
+async def test_a_new_certificate_counts_for_new_connections(grpc_transport: str, tmp_path: Path) -> None:
     """After a swap, new connections see the new certificate, and a stream under way goes on."""
     (tmp_path / "old").mkdir()
     authority, old = Authority(tmp_path), Authority(tmp_path / "old")
@@ -85,41 +85,41 @@ async def test_a_new_certificate_counts_for_new_connections(transport: str, tmp_
     engine.hold()
     certificates = authority.certificates()
     authority.certificates = lambda: certificates
-    async with running(engine, authority=authority, transport=transport) as service:
+    async with running(engine, authority=authority, transport=grpc_transport) as service:
         watched = Watched(certificates.files, certificates.reload)
         call = service.stub.Generate(pb.GenerateRequest(prompt="a cat"))
         assert (await call.read()).phase == pb.PHASE_QUEUED
         authority.renew()
         await asyncio.to_thread(watched.check)
-        assert (await get_model(service.address, transport, authority)).name == "fake"
-        await is_turned_away(service.address, transport, old)
+        assert (await get_model(service.address, grpc_transport, authority)).name == "fake"
+        await is_turned_away(service.address, grpc_transport, old)
         engine.allow()
         while (message := await call.read()) is not grpc.aio.EOF:
             last = message
         assert last.phase == pb.PHASE_SUCCEEDED
 
 
-async def test_a_swap_that_is_half_done_leaves_the_old_certificate(transport: str, tmp_path: Path) -> None:
+async def test_a_swap_that_is_half_done_leaves_the_old_certificate(grpc_transport: str, tmp_path: Path) -> None:
     """A key without its certificate, or a file that is gone, is not taken up; when both are there, they are."""
     authority = Authority(tmp_path)
     certificates = authority.certificates()
     authority.certificates = lambda: certificates
-    async with running(FakeEngine(), authority=authority, transport=transport) as service:
+    async with running(FakeEngine(), authority=authority, transport=grpc_transport) as service:
         watched = Watched(certificates.files, certificates.reload)
         whole = authority.certificate.read_bytes()
         for broken in (b"", b"no certificate", whole[:200]):
             authority.certificate.write_bytes(broken)
             watched.check()
-            assert (await get_model(service.address, transport, authority)).name == "fake"
+            assert (await get_model(service.address, grpc_transport, authority)).name == "fake"
         authority.issue()
         fresh = authority.certificate.read_bytes()
         authority.certificate.write_bytes(whole)
         watched.check()
-        assert (await get_model(service.address, transport, authority)).name == "fake"
+        assert (await get_model(service.address, grpc_transport, authority)).name == "fake"
         authority.certificate.write_bytes(fresh)
         watched.check()
-        assert (await get_model(service.address, transport, authority)).name == "fake"
-        if transport != "native":
+        assert (await get_model(service.address, grpc_transport, authority)).name == "fake"
+        if grpc_transport != "native":
             first = fresh.decode().partition("-----END")[0] + "-----END CERTIFICATE-----"
             assert await peer_certificate(service.address, authority) == ssl.PEM_cert_to_DER_cert(first)
 

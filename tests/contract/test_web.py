@@ -244,13 +244,14 @@ async def test_localhost_is_every_address_that_it_stands_for() -> None:
         await server.stop(0)
 
 
-async def test_a_websocket_is_not_offered_yet() -> None:
-    """An upgrade is answered as a plain request."""
+async def test_a_websocket_is_refused_where_there_is_none() -> None:
+    """A good handshake for a path without one, and for the API where there is no API; one that is no handshake."""
+    good = {"connection": "upgrade", "upgrade": "websocket", "sec_websocket_version": "13"}
     async with lab() as server:
-        status, _, _ = await ask(
-            server.address, "GET", "/healthz", connection="upgrade", upgrade="websocket", sec_websocket_version="13"
-        )
-    assert status == 200
+        for path in ("/healthz", "/v1/ws"):
+            status, _, _ = await ask(server.address, "GET", path, **good, sec_websocket_key="dGhlIHNhbXBsZSBub25jZQ==")
+            assert status == 403
+        assert (await ask(server.address, "GET", "/healthz", **good))[0] == 400
 
 
 async def test_idle_connections_do_not_hold_up_a_stop() -> None:

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import sys
 
 import pytest
 
 import calotype
-from support.process import ServerProcess
+from support.process import ServerProcess, free_address
 
 pytestmark = pytest.mark.e2e
 
 STEPS = 40
-
-
-def free_address() -> str:
-    """An address that both servers can have, one after the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 @pytest.mark.proves("python", "resumes")

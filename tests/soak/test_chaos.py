@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import random
-import socket
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ import calotype
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from support.grpcweb import WebChannel
-from support.process import ServerProcess
+from support.process import ServerProcess, free_address
 from support.proxy import Link
 
 if TYPE_CHECKING:
@@ -32,13 +31,6 @@ PATIENCE = 300.0
 POLICIES = ("cancel", "keep", "grace")
 PROMPTS = ("a red apple", "fox", "banana", "umbrella")
 STEPS = 12
-
-
-def free_address() -> str:
-    """An address that every server of the test can have, one after the other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def terms(policy: str) -> dict:
@@ -83,16 +75,18 @@ async def test_every_picture_arrives_whatever_breaks(tmp_path: Path) -> None:
     chance = random.Random(int(os.environ.get("SEED", "0")))
     address, web_address = free_address(), free_address()
     options = ["--grpc-address", address, "--web-address", web_address, "--deterministic", "--log-level", "error"]
-    options += ["--max-batch-rows", "8", "--max-active", "4", "--state", str(tmp_path / "state")]
+    options += ["--max-batch-rows", "8", "--max-active", "4"]
+    state = ["--state", str(tmp_path / "state")]
     done: Counter[str] = Counter()
-    kills, until = 0, asyncio.get_running_loop().time() + SECONDS
+    kills = 0
     async with Link(address) as link, Link(web_address) as web_link:
         with contextlib.ExitStack() as servers:
-            server = servers.enter_context(ServerProcess(*options))
+            server = servers.enter_context(ServerProcess(*options, *state))
             async with calotype.AsyncClient(address) as calm:
                 undisturbed = {
                     prompt: (await calm.generate(prompt, seed=5, steps=STEPS).result()).data for prompt in PROMPTS
                 }
+            until = asyncio.get_running_loop().time() + SECONDS
 
             async def caller(port: str, number: int) -> None:
                 channel = WebChannel(web_link.address)
@@ -125,7 +119,9 @@ async def test_every_picture_arrives_whatever_breaks(tmp_path: Path) -> None:
                     if loop.time() > next_kill:
                         server.process.kill()
                         await asyncio.to_thread(server.process.wait)
-                        server = await asyncio.to_thread(servers.enter_context, ServerProcess(*options))
+                        # Every other one comes back without its state, and has lost everything.
+                        found = state if kills % 2 else []
+                        server = await asyncio.to_thread(servers.enter_context, ServerProcess(*options, *found))
                         kills, next_kill = kills + 1, loop.time() + 10
 
             async with asyncio.TaskGroup() as tasks:

@@ -27,6 +27,10 @@ CLIENTS = {
     "notebook": ("notebook", "[`calotype.notebook.show`](client/python/examples/notebook.ipynb)"),
     "typescript": ("TypeScript, `<calotype-view>`", "[client/typescript](client/typescript/README.md)"),
     "page": ("browser", "the page of the service"),
+    "openai": ("OpenAI's SDK for Python", "[HTTP](service/HTTP.md): only `base_url` is told"),
+    "openai-node": ("OpenAI's SDK for Node", "the same"),
+    "sse": ("EventSource, `curl -N`", "[HTTP](service/HTTP.md): server-sent events"),
+    "websocket": ("WebSocket", "[HTTP](service/HTTP.md): several generations on one"),
     "node": ("Node, grpc-js", "[client/node](client/node/generate.js)"),
     "connect": ("TypeScript, connect-node", "[client/connect](client/connect/generate.ts)"),
     "go": ("Go", "[client/go](client/go/generate.go)"),
@@ -40,6 +44,8 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- client table: made by `make client-table` -->\n", "<!-- end of the client table -->\n"
 PYTEST_RESULTS = ROOT / "build" / "proofs" / "pytest.json"
+
+_NODE_SDK = "over HTTP OpenAI's SDK gets its own errors, and leaving its stream cancels"
 
 VITEST = {
     "typescript.json": {
@@ -63,6 +69,10 @@ VITEST = {
             "a service that is killed and started again: the page goes on by itself to the same picture",
             "with the bundled model a picture goes on after a reload, and is the same that it would have been",
         ],
+        "openai-node streams": ["over HTTP OpenAI's SDK streams partial images"],
+        "openai-node cancels": [_NODE_SDK],
+        "openai-node errors": [_NODE_SDK],
+        "sse resumes": ["over HTTP an EventSource goes on after a broken link, and stays away after the end"],
         "page errors": [
             "when something goes wrong, the page names everything that the service refuses, in the words of the form"
         ],

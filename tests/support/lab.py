@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from calotype_server.access import Access
-from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
+from calotype_server.transport.forwarding import Forwarder
 from calotype_server.transport.interceptors import interceptors
+from calotype_server.transport.upstreams import Upstreams
 from calotype_server.transport.web import WebServer
 from support.grpcweb import Connection, WebChannel, frame, read_answer
+from support.service import open_channel, opener
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -86,7 +88,7 @@ async def lab(transport: str = "grpc-web", methods: dict[str, Any] | None = None
     """Serves `methods` while the block runs.
 
     Args:
-        transport: One of `support.service.TRANSPORTS`.
+        transport: One of `support.service.GRPC_TRANSPORTS`.
         methods: Handlers by name.
         options: Of `WebServer`.
     """
@@ -98,11 +100,11 @@ async def lab(transport: str = "grpc-web", methods: dict[str, Any] | None = None
             address = f"127.0.0.1:{native.add_insecure_port('127.0.0.1:0')}"
             await native.start()
             stack.push_async_callback(native.stop, None)
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
             if transport == "native":
+                channel = await stack.enter_async_context(open_channel(address))
                 yield Lab(address, channel, native)
                 return
-            generic = Forwarder(channel)
+            generic = Forwarder(await stack.enter_async_context(Upstreams([address], opener())))
         web = WebServer(
             "127.0.0.1:0",
             lambda server: server.add_generic_rpc_handlers([generic]),

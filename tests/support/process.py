@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from typing import Self
 
 CALOTYPE = [sys.executable, "-m", "calotype"]
+
+
+def free_address() -> str:
+    """An address that several servers can have, one after the other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 class ServerProcess:
@@ -79,6 +87,14 @@ class ServerProcess:
     def terminate(self) -> None:
         """Sends SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
+
+    def freeze(self) -> None:
+        """Stops it where it is: its connections stay, and nothing answers."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Lets it go on."""
+        self.process.send_signal(signal.SIGCONT)
 
 
 class BridgeProcess(ServerProcess):

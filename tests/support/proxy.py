@@ -16,6 +16,7 @@ class Link:
     Attributes:
         address: HOST:PORT to connect to.
         cuts: Connections that were cut.
+        passed: Bytes that have passed, both ways.
     """
 
     def __init__(self, target: str) -> None:
@@ -24,6 +25,7 @@ class Link:
         self._tasks: set[asyncio.Task[None]] = set()
         self.address = ""
         self.cuts = 0
+        self.passed = 0
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -52,13 +54,13 @@ class Link:
             writer.transport.abort()
             return
         self._writers |= {writer, back}
-        await asyncio.gather(_pump(reader, back), _pump(there, writer))
+        await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
         self._writers -= {writer, back}
 
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    writer.transport.abort()
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                self.passed += len(data)
+                writer.write(data)
+                await writer.drain()
+        writer.transport.abort()

@@ -7,26 +7,30 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import httpx
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.access import Access
 from calotype_server.admission import Admission
+from calotype_server.api import Api
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
 from calotype_server.observations import Observe, ignore
 from calotype_server.retention import Retention
-from calotype_server.transport.forwarding import CHANNEL_OPTIONS, Forwarder
+from calotype_server.transport.forwarding import Forwarder
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.servicer import GenerationServicer
 from calotype_server.transport.services import Services
+from calotype_server.transport.upstreams import CHANNEL_OPTIONS, Upstreams
 from calotype_server.transport.web import WebServer
 from calotype_server.types import PORT_LIMITS, Limits, PortLimits
 from support.grpcweb import WebChannel
+from support.http import EventStub, SocketStub
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from calotype_server.engine.protocol import Engine
     from calotype_server.store import Store
@@ -36,8 +40,11 @@ if TYPE_CHECKING:
 
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
 
-TRANSPORTS = ("native", "grpc-web", "grpc-web-text", "bridge")
+GRPC_TRANSPORTS = ("native", "grpc-web", "grpc-web-text", "bridge")
 """Ways to the same servicer; "bridge" is grpc-web that is passed on to the native port."""
+
+TRANSPORTS = (*GRPC_TRANSPORTS, "sse", "websocket")
+"""Ways to the same generations."""
 
 
 @dataclass
@@ -47,7 +54,9 @@ class Service:
     address: str
     """Of the port under test."""
     channel: Any
-    stub: GenerationServiceStub
+    """Of gRPC; over HTTP the `WebServer`."""
+    stub: Any
+    api: Api
     generations: Generations
     services: Services
     admission: Admission
@@ -63,6 +72,7 @@ async def running(
     retained: int = 16,
     store: Store | None = None,
     opened: bool = True,
+    heartbeat: float = 5.0,
     limits: Limits = LIMITS,
     ports: PortLimits = PORT_LIMITS,
     peers: Peers | None = None,
@@ -71,8 +81,12 @@ async def running(
     transport: str = "native",
     observe: Observe = ignore,
     metrics: Render | None = None,
+    web: dict[str, Any] | None = None,
 ) -> AsyncIterator[Service]:
-    """Serves `engine` while the block runs; in plaintext to everybody, unless `authority` and `access` say so."""
+    """Serves `engine` while the block runs; in plaintext to everybody, unless `authority` and `access` say so.
+
+    `web` are further options of the web port.
+    """
     access = access or Access()
     pace, dead = Pace(), []
     admission = Admission(pace, max_active=max_active, max_queue=max_queue)
@@ -86,21 +100,22 @@ async def running(
         ended,
         store,
         max_active=max_active,
+        heartbeat=heartbeat,
         on_dead=lambda: dead.append(True),
         observe=observe,
     )
-    servicer = GenerationServicer(limits, access)
+    api = Api(limits)
     await generations.restore()
     if opened:
-        servicer.open(generations)
-    services = Services(servicer)
+        api.open(generations)
+    services = Services(GenerationServicer(api, access))
     await services.set_serving(opened)
     try:
-        doors = access, authority, ports, peers
-        async with _port(services, *doors, transport, observe, metrics) as (address, channel):
-            stub = GenerationServiceStub(channel)
+        options = {**(web or {}), "observe": observe, "metrics": metrics}
+        port = _port(services, api, access, authority, transport, ports, peers, options)
+        async with port as (address, channel, stub):
             try:
-                yield Service(address, channel, stub, generations, services, admission, dead)
+                yield Service(address, channel, stub, api, generations, services, admission, dead)
             finally:
                 engine.close()
                 await generations.end_all()
@@ -112,36 +127,39 @@ async def running(
 @contextlib.asynccontextmanager
 async def _port(
     services: Services,
+    api: Api,
     access: Access,
     authority: Authority | None,
+    transport: str,
     limits: PortLimits,
     peers: Peers | None,
-    transport: str,
-    observe: Observe,
-    metrics: Render | None,
-) -> AsyncIterator[tuple[str, Any]]:
-    """Listens, and yields the address and a channel to it."""
+    options: dict[str, Any],
+) -> AsyncIterator[tuple[str, Any, Any]]:
+    """Listens, and yields the address, a channel to it, over HTTP the server, and a stub."""
     certificates = authority and authority.certificates()
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
-            native = NativeServer(services, access, certificates, limits=limits, peers=peers, observe=observe)
+            native = NativeServer(
+                services, access, certificates, limits=limits, peers=peers, observe=options["observe"]
+            )
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
-            # Those of the bridge are those of a client, too.
-            channel = await stack.enter_async_context(open_channel(address, authority))
+            connect = opener(authority)
             if transport == "native":
-                yield address, channel
+                # Those of the bridge are those of a client, too.
+                channel = await stack.enter_async_context(connect(address, CHANNEL_OPTIONS))
+                yield address, channel, GenerationServiceStub(channel)
                 return
+            upstreams = await stack.enter_async_context(Upstreams([address], connect))
             web = WebServer(
                 "127.0.0.1:0",
-                lambda server: server.add_generic_rpc_handlers([Forwarder(channel)]),
+                lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
                 Access(),
                 certificates,
                 is_ready=services.is_serving,
                 limits=limits,
                 transport="bridge",
-                observe=observe,
-                metrics=metrics,
+                **options,
             )
         else:
             web = WebServer(
@@ -150,23 +168,37 @@ async def _port(
                 access,
                 certificates,
                 is_ready=services.is_serving,
+                api=api,
                 limits=limits,
                 peers=peers,
-                observe=observe,
-                metrics=metrics,
+                **options,
             )
         address = await web.start()
         stack.push_async_callback(web.stop, 0)
+        if transport in ("sse", "websocket"):
+            context = authority and authority.context()
+            url = f"{'https' if context else 'http'}://{address}/v1"
+            client = httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, verify=context or False)
+            stub = (EventStub if transport == "sse" else SocketStub)(client, context)
+            stack.push_async_callback(stub.aclose)
+            yield address, web, stub
+            return
         web_channel = WebChannel(address, text=transport == "grpc-web-text", context=authority and authority.context())
         stack.callback(web_channel.close)
-        yield address, web_channel
+        yield address, web_channel, GenerationServiceStub(web_channel)
+
+
+def opener(authority: Authority | None = None, *, shown: bool = True) -> Callable[[str, Any], grpc.aio.Channel]:
+    """Makes native channels; `shown` is whether they show a certificate where one is asked for."""
+    if authority is None:
+        return lambda target, options: grpc.aio.insecure_channel(target, options)
+    credentials = authority.credentials(shown=shown)
+    return lambda target, options: grpc.aio.secure_channel(target, credentials, options)
 
 
 def open_channel(address: str, authority: Authority | None = None, *, shown: bool = True) -> grpc.aio.Channel:
-    """A native channel; `shown` is whether it shows a certificate where one is asked for."""
-    if authority is None:
-        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(address, authority.credentials(shown=shown), options=CHANNEL_OPTIONS)
+    """One of them."""
+    return opener(authority, shown=shown)(address, CHANNEL_OPTIONS)
 
 
 async def read_until(call, phase: pb.Phase.ValueType) -> pb.Progress:

@@ -28,7 +28,7 @@ describe("with the bundled model", () => {
     const page = await open(service.url, { acceptDownloads: true });
     await develop(page, "hot air balloon", { Seed: 7, Steps: 40 });
     await says(page, /^Step \d+ of 40/);
-    await says(page, /^Finished in .* 128 × 128 PNG/);
+    await says(page, /^Finished in .* 128\s×\s128\sPNG/);
     await expect.poll(async () => (await recorded(page)).shown.at(-1)?.kind).toBe("final");
     const { shown, percents } = await recorded(page);
     const previews = shown.filter(({ kind }) => kind === "predicted");
@@ -103,7 +103,7 @@ describe("with the bundled model", () => {
     await says(other, "sailboat");
     await says(other, /^Step [2-9]\d of/);
     await other.getByRole("button", { name: "Good enough" }).click();
-    const early = /^Finished early, at step \d+ of 150, in .* 128 × 128 PNG/;
+    const early = /^Finished early, at step \d+ of 150, in .* 128\s×\s128\sPNG/;
     await Promise.all([says(page, early), says(other, early)]);
     const last = async (tab: Page) => (await recorded(tab)).shown.at(-1);
     for (const tab of [page, other]) await expect.poll(async () => (await last(tab))?.kind).toBe("final");

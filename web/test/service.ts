@@ -22,15 +22,17 @@ interface LogLine {
 export class Service {
   /** Where it serves the page, such as http://127.0.0.1:8080. */
   url = "";
+  /** Where it serves native gRPC; empty for a bridge. */
+  address = "";
   readonly log: LogLine[] = [];
   readonly #process: ChildProcess;
   readonly #output: string[] = [];
   #woken: () => void = () => {};
 
-  private constructor(webAddress: string, flags: readonly string[]) {
+  private constructor(command: string, webAddress: string, flags: readonly string[]) {
     if (!existsSync(PYTHON)) throw new Error(`${PYTHON} is missing: run \`make test-web\`, or set CALOTYPE_PYTHON.`);
-    const command = ["-m", "calotype", "serve", "--grpc-address", "127.0.0.1:0", "--web-address", webAddress];
-    this.#process = spawn(PYTHON, [...command, "--log-format", "json", "--cache-dir", CACHE, ...flags], {
+    const own = ["-m", "calotype", command, "--web-address", webAddress, "--log-format", "json"];
+    this.#process = spawn(PYTHON, [...own, ...flags], {
       env: { ...process.env, HF_HUB_OFFLINE: "1", OMP_WAIT_POLICY: "PASSIVE" },
       stdio: ["ignore", "pipe", "pipe"],
     });
@@ -38,9 +40,20 @@ export class Service {
 
   /** Starts it, and waits until it takes requests. */
   static async start(flags: readonly string[] = [], webAddress = "127.0.0.1:0"): Promise<Service> {
-    const service = new Service(webAddress, flags);
+    const own = ["--grpc-address", "127.0.0.1:0", "--cache-dir", CACHE];
+    const service = new Service("serve", webAddress, [...own, ...flags]);
     await service.#listen();
     return service;
+  }
+
+  /** Starts a bridge to others. */
+  static async bridge(upstreams: readonly Service[]): Promise<Service> {
+    const bridge = new Service("bridge", "127.0.0.1:0", [
+      "--upstream",
+      upstreams.map(({ address }) => address).join(","),
+    ]);
+    await bridge.#listen();
+    return bridge;
   }
 
   async #listen(): Promise<void> {
@@ -53,6 +66,7 @@ export class Service {
     });
     for await (const line of createInterface({ input: stdout })) {
       this.#output.push(line);
+      this.address = /gRPC +(\S+)/.exec(line)?.[1] ?? this.address;
       this.url = /https?:\/\/\S+/.exec(line)?.[0].replace(/\/$/, "") ?? this.url;
       if (line.includes("Ctrl-C")) return;
     }
@@ -72,6 +86,16 @@ export class Service {
       });
     }
     return this.ended[count - 1]?.outcome;
+  }
+
+  /** Stops it where it is: its connections stay, and nothing answers. */
+  freeze(): void {
+    this.#process.kill("SIGSTOP");
+  }
+
+  /** Lets it go on. */
+  thaw(): void {
+    this.#process.kill("SIGCONT");
   }
 
   /** Ends it at once, as a crash does. */

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 import grpc
 import grpc.aio
 
-from ._channel import CHANNEL_OPTIONS, TLS, call_metadata, channel_credentials, parse_address
+from ._channel import TLS, call_metadata, channel_credentials, parse_address
 from ._convert import model_from_proto, phase_from_proto, summary_from_proto
 from ._errors import Cancelled, ClientClosed
 from ._farewell import AsyncFarewells
-from ._request import CONTROL_TIMEOUT, build, build_request, resolve_retries, resolve_timeout
+from ._replicas import AsyncReplicas, is_balanced, options
+from ._request import CONTROL_TIMEOUT, build, build_request, resolve_retries, resolve_stall, resolve_timeout
 from ._resume import RETRIES, Resumption, RetryPolicy, make_resumable
+from ._silence import STALL_TIMEOUT
 from ._status import from_rpc_error
 from ._stream import AsyncGeneration
 from .v1 import calotype_pb2 as v1
 from .v1.calotype_pb2_grpc import GenerationServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
     from types import TracebackType
 
     from ._errors import CalotypeError
@@ -45,7 +48,11 @@ class AsyncClient:
     same picture once more, with the seed that was drawn, and the loop goes on once that is further. Waits between
     attempts grow and are random; they end with the timeout, or after `retries` attempts in a row that brought nothing
     new, with `DeadlineExceeded` or `Unavailable`. Only a lost connection is made again: a server that cannot be reached
-    at first, or that refuses, raises at once.
+    at first, or that refuses, raises at once. One that falls silent for `stall_timeout` seconds is lost as well.
+
+    A target such as `dns:///calotype:50051` or `ipv4:10.0.0.1:50051,10.0.0.2:50051` may stand for several servers of
+    the same model. Generations go to them in turn, past those that do not serve; a server that is lost is replaced by
+    another, and what concerns one generation finds the server that has it.
 
     For this, a generation may run for 10 s without a reader, unless `disconnect_grace` says otherwise. That is for lost
     connections alone: whoever leaves a loop, cancels, closes the client or reaches the timeout has the client cancel on
@@ -61,12 +68,14 @@ class AsyncClient:
         timeout: float | None = None,
         wait_for_ready: bool = False,
         retries: int = RETRIES,
+        stall_timeout: float | None = STALL_TIMEOUT,
         on_reconnect: Callable[[CalotypeError, float], None] | None = None,
     ) -> None:
         """Makes a client; does no I/O.
 
         Args:
-            address: HOST:PORT, HOST (port 50051), or a target of gRPC's own such as unix:/run/calotype.sock.
+            address: HOST:PORT, HOST (port 50051), or a target of gRPC's own such as unix:/run/calotype.sock or
+                dns:///calotype:50051.
             api_key: For a server that asks for one; empty for none. Default: what CALOTYPE_API_KEY in the environment
                 says. It is a secret: beyond this machine and a trusted network, send it with `tls` only.
             tls: Whether and how to encrypt. True trusts what browsers trust.
@@ -74,22 +83,27 @@ class AsyncClient:
             wait_for_ready: Whether to wait for a server that does not answer, instead of raising `Unavailable`.
             retries: Attempts in a row to make a lost connection again that bring nothing new, before `Unavailable` is
                 raised. 0 means that a lost connection ends a generation.
+            stall_timeout: Seconds without a message after which a server counts as lost, which sends one every 10 s at
+                least. None means without limit.
             on_reconnect: Called with each loss and the seconds until the next attempt, from the loop over a generation
                 or its `result`.
 
         Raises:
-            ValueError: The address or the key is not one, or `retries` is negative.
+            ValueError: The address or the key is not one, or `retries` or `stall_timeout` is negative.
         """
         self.address = address
+        self._target = target = parse_address(address)
         self._timeout = resolve_timeout(timeout, None)
         metadata = call_metadata(api_key)
         self._how: dict[str, Any] = {"wait_for_ready": wait_for_ready, "metadata": metadata}
-        self._retry = RetryPolicy(resolve_retries(retries), notify=on_reconnect)
+        self._retry = RetryPolicy(resolve_retries(retries), is_balanced=is_balanced(target), notify=on_reconnect)
         self._farewells = AsyncFarewells(metadata)
         self._running: WeakSet[AsyncGeneration] = WeakSet()
         self._closed = False
-        self._target, self._credentials = parse_address(address), channel_credentials(tls)
+        self._stall_timeout = resolve_stall(stall_timeout)
+        self._credentials = channel_credentials(tls)
         self._channel: grpc.aio.Channel | None = None
+        self._replicas = AsyncReplicas(target, self._connect, metadata) if self._retry.is_balanced else None
 
     def generate(
         self,
@@ -190,6 +204,8 @@ class AsyncClient:
     def generations(self, *, page_size: int | None = None) -> AsyncIterator[GenerationSummary]:
         """Lists your own generations that run or have not been forgotten yet, the newest first.
 
+        Of several servers, those count that answer.
+
         Asks for the next page when it is needed, and waits up to 10 s for each.
 
         Args:
@@ -201,12 +217,25 @@ class AsyncClient:
             ClientClosed: The client has been closed.
         """
         self._open()
-        return self._pages(build(v1.ListGenerationsRequest(), None, {"page_size": page_size}))
+        return self._list(build(v1.ListGenerationsRequest(), None, {"page_size": page_size}))
 
-    async def _pages(self, request: v1.ListGenerationsRequest) -> AsyncIterator[GenerationSummary]:
+    async def _list(self, request: v1.ListGenerationsRequest) -> AsyncIterator[GenerationSummary]:
+        stubs = {} if self._replicas is None else {replica: stub async for replica, stub in self._replicas.ask()}
+        lists = [self._pages(stub, copy.copy(request)) for stub in stubs.values() or [self._open()]]
+        heads = {each: first for each in lists if (first := await anext(each, None)) is not None}
+        while heads:
+            newest = max(heads, key=lambda each: heads[each].create_time)
+            yield heads.pop(newest)
+            if (following := await anext(newest, None)) is not None:
+                heads[newest] = following
+
+    async def _pages(
+        self, stub: GenerationServiceAsyncStub, request: v1.ListGenerationsRequest
+    ) -> AsyncIterator[GenerationSummary]:
         while True:
+            self._open()
             try:
-                answer = await self._open().ListGenerations(request, timeout=CONTROL_TIMEOUT, **self._how)
+                answer = await stub.ListGenerations(request, timeout=CONTROL_TIMEOUT, **self._how)
             except grpc.RpcError as error:
                 raise from_rpc_error(error) from None
             for summary in answer.generations:
@@ -229,9 +258,9 @@ class AsyncClient:
             CalotypeError: The call failed in another way.
             ClientClosed: The client has been closed.
         """
-        request = v1.FinishRequest(generation_id=generation_id)
+        request, stub = v1.FinishRequest(generation_id=generation_id), await self._home(generation_id)
         try:
-            answer = await self._open().Finish(request, timeout=CONTROL_TIMEOUT, **self._how)
+            answer = await stub.Finish(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return phase_from_proto(answer.phase)
@@ -247,9 +276,9 @@ class AsyncClient:
             CalotypeError: The call failed in another way.
             ClientClosed: The client has been closed.
         """
-        request = v1.CancelRequest(generation_id=generation_id)
+        request, stub = v1.CancelRequest(generation_id=generation_id), await self._home(generation_id)
         try:
-            answer = await self._open().Cancel(request, timeout=CONTROL_TIMEOUT, **self._how)
+            answer = await stub.Cancel(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return phase_from_proto(answer.phase)
@@ -275,6 +304,8 @@ class AsyncClient:
             generation._leave(Cancelled("The client was closed."))
         self._closed = True
         await self._farewells.wait()
+        if self._replicas is not None:
+            await self._replicas.close()
         if self._channel is not None:
             await self._channel.close()
 
@@ -284,25 +315,37 @@ class AsyncClient:
         self._running.add(generation)
         return generation
 
-    def _call(self, resumption: Resumption) -> AsyncCall:
-        request, timeout, stub = resumption.request, resumption.time_left, self._open()
+    def _connect(self, target: str, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(target, options)
+        return grpc.aio.secure_channel(target, self._credentials, options)
+
+    async def _home(self, generation_id: str) -> GenerationServiceAsyncStub:
+        """Returns the stub for what concerns one generation. May ask all servers for it."""
+        stub = self._open()
+        return stub if self._replicas is None else await self._replicas.find(generation_id) or stub
+
+    async def _call_again(self, resumption: Resumption) -> AsyncCall:
+        request = resumption.request
+        stub = await self._home(request.generation_id) if isinstance(request, v1.WatchRequest) else None
+        return self._call(resumption, stub)
+
+    def _call(self, resumption: Resumption, stub: GenerationServiceAsyncStub | None = None) -> AsyncCall:
+        request, timeout, stub = resumption.request, resumption.time_left, stub or self._open()
         if isinstance(request, v1.WatchRequest):
             return stub.Watch(request, timeout=timeout, **self._how)
         return stub.Generate(request, timeout=timeout, **self._how)
 
     def _part(self, resumption: Resumption) -> None:
         if not self._closed:
-            self._farewells.send(self._stub, resumption)
+            self._farewells.send(self._stub, resumption, self._replicas)
 
     def _open(self) -> GenerationServiceAsyncStub:
         if self._closed:
             raise ClientClosed
         # A channel belongs to the loop in which it was made, and a client may be made before any loop runs.
         if self._channel is None:
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self._target, CHANNEL_OPTIONS)
-            else:
-                self._channel = grpc.aio.secure_channel(self._target, self._credentials, CHANNEL_OPTIONS)
+            self._channel = self._connect(self._target, options(self._target))
             self._stub = GenerationServiceStub(self._channel)
         return self._stub
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import heapq
 import threading
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
 import grpc
 
-from ._channel import CHANNEL_OPTIONS, TLS, call_metadata, channel_credentials, parse_address
+from ._channel import TLS, call_metadata, channel_credentials, parse_address
 from ._convert import model_from_proto, phase_from_proto, summary_from_proto
 from ._errors import Cancelled, ClientClosed
 from ._farewell import Farewells
-from ._request import CONTROL_TIMEOUT, build, build_request, resolve_retries, resolve_timeout
+from ._replicas import Replicas, is_balanced, options
+from ._request import CONTROL_TIMEOUT, build, build_request, resolve_retries, resolve_stall, resolve_timeout
 from ._resume import RETRIES, Resumption, RetryPolicy, make_resumable
+from ._silence import STALL_TIMEOUT, Watchdog
 from ._status import from_rpc_error
 from ._stream import Generation
 from .v1 import calotype_pb2 as v1
 from .v1.calotype_pb2_grpc import GenerationServiceStub
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from ._errors import CalotypeError
@@ -44,7 +49,11 @@ class Client:
     same picture once more, with the seed that was drawn, and the loop goes on once that is further. Waits between
     attempts grow and are random; they end with the timeout, or after `retries` attempts in a row that brought nothing
     new, with `DeadlineExceeded` or `Unavailable`. Only a lost connection is made again: a server that cannot be reached
-    at first, or that refuses, raises at once.
+    at first, or that refuses, raises at once. One that falls silent for `stall_timeout` seconds is lost as well.
+
+    A target such as `dns:///calotype:50051` or `ipv4:10.0.0.1:50051,10.0.0.2:50051` may stand for several servers of
+    the same model. Generations go to them in turn, past those that do not serve; a server that is lost is replaced by
+    another, and what concerns one generation finds the server that has it.
 
     For this, a generation may run for 10 s without a reader, unless `disconnect_grace` says otherwise. That is for lost
     connections alone: whoever leaves a loop, cancels, closes the client or reaches the timeout has the client cancel on
@@ -60,12 +69,14 @@ class Client:
         timeout: float | None = None,
         wait_for_ready: bool = False,
         retries: int = RETRIES,
+        stall_timeout: float | None = STALL_TIMEOUT,
         on_reconnect: Callable[[CalotypeError, float], None] | None = None,
     ) -> None:
         """Makes a client; does no I/O.
 
         Args:
-            address: HOST:PORT, HOST (port 50051), or a target of gRPC's own such as unix:/run/calotype.sock.
+            address: HOST:PORT, HOST (port 50051), or a target of gRPC's own such as unix:/run/calotype.sock or
+                dns:///calotype:50051.
             api_key: For a server that asks for one; empty for none. Default: what CALOTYPE_API_KEY in the environment
                 says. It is a secret: beyond this machine and a trusted network, send it with `tls` only.
             tls: Whether and how to encrypt. True trusts what browsers trust.
@@ -73,27 +84,30 @@ class Client:
             wait_for_ready: Whether to wait for a server that does not answer, instead of raising `Unavailable`.
             retries: Attempts in a row to make a lost connection again that bring nothing new, before `Unavailable` is
                 raised. 0 means that a lost connection ends a generation.
+            stall_timeout: Seconds without a message after which a server counts as lost, which sends one every 10 s at
+                least. None means without limit.
             on_reconnect: Called with each loss and the seconds until the next attempt, from the loop over a generation
                 or its `result`.
 
         Raises:
-            ValueError: The address or the key is not one, or `retries` is negative.
+            ValueError: The address or the key is not one, or `retries` or `stall_timeout` is negative.
         """
         self.address = address
+        target = parse_address(address)
         self._timeout = resolve_timeout(timeout, None)
         metadata = call_metadata(api_key)
         self._how: dict[str, Any] = {"wait_for_ready": wait_for_ready, "metadata": metadata}
-        self._retry = RetryPolicy(resolve_retries(retries), notify=on_reconnect)
+        self._retry = RetryPolicy(resolve_retries(retries), is_balanced=is_balanced(target), notify=on_reconnect)
         self._farewells = Farewells(metadata)
         self._running: WeakSet[Generation] = WeakSet()
         self._closed = False
         self._lock = threading.Lock()
-        target, credentials = parse_address(address), channel_credentials(tls)
-        if credentials is None:
-            self._channel = grpc.insecure_channel(target, CHANNEL_OPTIONS)
-        else:
-            self._channel = grpc.secure_channel(target, credentials, CHANNEL_OPTIONS)
+        self._stall_timeout = resolve_stall(stall_timeout)
+        self._watchdog = Watchdog()
+        self._credentials = channel_credentials(tls)
+        self._channel = self._connect(target, options(target))
         self._stub = GenerationServiceStub(self._channel)
+        self._replicas = Replicas(target, self._connect, metadata) if self._retry.is_balanced else None
 
     def generate(
         self,
@@ -194,6 +208,8 @@ class Client:
     def generations(self, *, page_size: int | None = None) -> Iterator[GenerationSummary]:
         """Lists your own generations that run or have not been forgotten yet, the newest first.
 
+        Of several servers, those count that answer.
+
         Asks for the next page when it is needed, and waits up to 10 s for each.
 
         Args:
@@ -205,12 +221,19 @@ class Client:
             ClientClosed: The client has been closed.
         """
         self._open()
-        return self._pages(build(v1.ListGenerationsRequest(), None, {"page_size": page_size}))
+        return self._list(build(v1.ListGenerationsRequest(), None, {"page_size": page_size}))
 
-    def _pages(self, request: v1.ListGenerationsRequest) -> Iterator[GenerationSummary]:
+    def _list(self, request: v1.ListGenerationsRequest) -> Iterator[GenerationSummary]:
+        if self._replicas is None or not (stubs := list(dict(self._replicas.ask()).values())):
+            stubs = [self._open()]
+        lists = [self._pages(stub, copy.copy(request)) for stub in stubs]
+        yield from heapq.merge(*lists, key=attrgetter("create_time"), reverse=True)
+
+    def _pages(self, stub: GenerationServiceStub, request: v1.ListGenerationsRequest) -> Iterator[GenerationSummary]:
         while True:
+            self._open()
             try:
-                answer = self._open().ListGenerations(request, timeout=CONTROL_TIMEOUT, **self._how)
+                answer = stub.ListGenerations(request, timeout=CONTROL_TIMEOUT, **self._how)
             except grpc.RpcError as error:
                 raise from_rpc_error(error) from None
             for summary in answer.generations:
@@ -233,9 +256,9 @@ class Client:
             CalotypeError: The call failed in another way.
             ClientClosed: The client has been closed.
         """
-        request = v1.FinishRequest(generation_id=generation_id)
+        request, stub = v1.FinishRequest(generation_id=generation_id), self._home(generation_id)
         try:
-            answer = self._open().Finish(request, timeout=CONTROL_TIMEOUT, **self._how)
+            answer = stub.Finish(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return phase_from_proto(answer.phase)
@@ -251,9 +274,9 @@ class Client:
             CalotypeError: The call failed in another way.
             ClientClosed: The client has been closed.
         """
-        request = v1.CancelRequest(generation_id=generation_id)
+        request, stub = v1.CancelRequest(generation_id=generation_id), self._home(generation_id)
         try:
-            answer = self._open().Cancel(request, timeout=CONTROL_TIMEOUT, **self._how)
+            answer = stub.Cancel(request, timeout=CONTROL_TIMEOUT, **self._how)
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
         return phase_from_proto(answer.phase)
@@ -282,6 +305,8 @@ class Client:
         with self._lock:
             self._closed = True
         self._farewells.wait()
+        if self._replicas is not None:
+            self._replicas.close()
         self._channel.close()
 
     def _follow(self, request: v1.GenerateRequest | v1.WatchRequest, timeout: float | None) -> Generation:
@@ -291,17 +316,32 @@ class Client:
             self._running.add(generation)
         return generation
 
-    def _call(self, resumption: Resumption) -> SyncCall:
+    def _connect(self, target: str, options: Sequence[tuple[str, int | str]]) -> grpc.Channel:
+        if self._credentials is None:
+            return grpc.insecure_channel(target, options)
+        return grpc.secure_channel(target, self._credentials, options)
+
+    def _home(self, generation_id: str) -> GenerationServiceStub:
+        """Returns the stub for what concerns one generation. May ask all servers for it."""
+        stub = self._open()
+        return stub if self._replicas is None else self._replicas.find(generation_id) or stub
+
+    def _call_again(self, resumption: Resumption) -> SyncCall:
+        request = resumption.request
+        stub = self._home(request.generation_id) if isinstance(request, v1.WatchRequest) else None
+        return self._call(resumption, stub)
+
+    def _call(self, resumption: Resumption, stub: GenerationServiceStub | None = None) -> SyncCall:
         request, timeout = resumption.request, resumption.time_left
         with self._lock:
-            stub = self._open()
+            stub = stub or self._open()
             if isinstance(request, v1.WatchRequest):
                 return stub.Watch(request, timeout=timeout, **self._how)
             return stub.Generate(request, timeout=timeout, **self._how)
 
     def _part(self, resumption: Resumption) -> None:
         if not self._closed:
-            self._farewells.send(self._stub, resumption)
+            self._farewells.send(self._stub, resumption, self._replicas)
 
     def _open(self) -> GenerationServiceStub:
         if self._closed:

@@ -124,6 +124,7 @@ def model_from_proto(model: v1.Model) -> Model:
         max_active=model.max_active,
         max_batch_rows=model.max_batch_rows,
         unbatched_reason=model.unbatched_reason,
+        replica=model.replica,
         device=model.device,
         dtype=model.dtype,
         server_version=model.server_version,

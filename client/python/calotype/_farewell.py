@@ -19,6 +19,7 @@ from ._request import CONTROL_TIMEOUT
 from .v1 import calotype_pb2 as v1
 
 if TYPE_CHECKING:
+    from ._replicas import AsyncReplicas, Replicas
     from ._resume import Resumption
     from .v1.calotype_pb2_grpc import GenerationServiceAsyncStub, GenerationServiceStub
 
@@ -47,8 +48,13 @@ class Farewells:
         self._changed = threading.Condition()
         self._calls: set[Any] = set()
 
-    def send(self, stub: GenerationServiceStub, resumption: Resumption) -> None:
-        """Cancels a generation, without waiting."""
+    def send(self, stub: GenerationServiceStub, resumption: Resumption, replicas: Replicas | None = None) -> None:
+        """Cancels a generation, without waiting. Of several servers, all are told: one of them has it."""
+        if replicas is not None:
+            with self._changed:
+                self._calls.add(resumption)
+            threading.Thread(target=self._send_to_all, args=(replicas, resumption), daemon=True).start()
+            return
         if resumption.generation_id is not None:
             self._cancel(stub, resumption.generation_id)
             return
@@ -64,6 +70,14 @@ class Farewells:
         """Waits a moment for those under way."""
         with self._changed:
             self._changed.wait_for(lambda: not self._calls, _PATIENCE)
+
+    def _send_to_all(self, replicas: Replicas, resumption: Resumption) -> None:
+        with contextlib.suppress(ValueError):  # the channels have been closed meanwhile
+            for _, stub in replicas.ask():
+                self.send(stub, resumption)
+        with self._changed:
+            self._calls.discard(resumption)
+            self._changed.notify_all()
 
     def _cancel(self, stub: GenerationServiceStub, generation_id: str) -> None:
         request = v1.CancelRequest(generation_id=generation_id)
@@ -90,9 +104,12 @@ class AsyncFarewells:
         self._metadata = metadata
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def send(self, stub: GenerationServiceAsyncStub, resumption: Resumption) -> None:
-        """Cancels a generation, without waiting."""
-        task = asyncio.get_running_loop().create_task(self._cancel(stub, resumption))
+    def send(
+        self, stub: GenerationServiceAsyncStub, resumption: Resumption, replicas: AsyncReplicas | None = None
+    ) -> None:
+        """Cancels a generation, without waiting. Of several servers, all are told: one of them has it."""
+        work = self._cancel(stub, resumption) if replicas is None else self._cancel_on_all(replicas, resumption)
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -100,6 +117,10 @@ class AsyncFarewells:
         """Waits a moment for those under way."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_PATIENCE)
+
+    async def _cancel_on_all(self, replicas: AsyncReplicas, resumption: Resumption) -> None:
+        async for _, stub in replicas.ask():
+            self.send(stub, resumption)
 
     async def _cancel(self, stub: GenerationServiceAsyncStub, resumption: Resumption) -> None:
         with contextlib.suppress(grpc.RpcError):

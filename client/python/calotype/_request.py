@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-__all__ = ["CONTROL_TIMEOUT", "argument_name", "build", "build_request", "fill", "resolve_retries", "resolve_timeout"]
+__all__ = [
+    "CONTROL_TIMEOUT",
+    "argument_name",
+    "build",
+    "build_request",
+    "fill",
+    "resolve_retries",
+    "resolve_stall",
+    "resolve_timeout",
+]
 
 Request = TypeVar("Request", bound="Message")
 
@@ -115,6 +124,15 @@ def resolve_retries(retries: int) -> int:
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
         raise ValueError(f"retries must be an int, 0 or more, not {retries!r}")
     return retries
+
+
+def resolve_stall(seconds: float | None) -> float | None:
+    """Checks how long a server may be silent; None means for ever."""
+    if seconds is None or seconds == math.inf:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not seconds > 0:
+        raise ValueError(f"stall_timeout must be a positive number of seconds, not {seconds!r}")
+    return float(seconds)
 
 
 def _text(value: Any) -> str:

@@ -12,6 +12,8 @@ generate again with the seed that was drawn. What a message then tells is joined
   that end is not shown either, and the same picture is asked for again.
 - At first contact nothing can be lost yet: a server that cannot be reached, or that refuses, is told to the caller at
   once. Later, both are retried, no sooner than the server says.
+- Where there are several servers, one that cannot is replaced by another, at first contact as well: whoever asks for a
+  generation that a server has lost, or has taken with it, asks any of them to make it again.
 """
 
 from __future__ import annotations
@@ -40,10 +42,15 @@ DISCONNECT_GRACE = 10
 RETRIES = 10
 """Attempts in a row, of which most wait for seconds: about half a minute, enough for a server to start again."""
 
-_ABANDONED = "ABANDONED"
+_ABANDONED, _OTHER_REPLICA = "ABANDONED", "OTHER_REPLICA"
 
 # What the core of gRPC says when a call has reached nobody; anything else may have been heard.
-_UNREACHED = ("failed to connect to all addresses", "errors resolving", "DNS resolution failed")
+_UNREACHED = (
+    "failed to connect to all addresses",
+    "connections to all backends failing",
+    "errors resolving",
+    "DNS resolution failed",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,7 @@ class RetryPolicy:
         cap: Longest wait at all, in seconds.
         random: Gives numbers from 0 to 1.
         clock: Gives seconds from any start.
+        is_balanced: Whether there may be several servers, so that another may do what one cannot.
         notify: Told of each loss, and of the seconds until the next attempt. None tells nobody.
     """
 
@@ -64,6 +72,7 @@ class RetryPolicy:
     cap: float = 8.0
     random: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
+    is_balanced: bool = False
     notify: Callable[[CalotypeError, float], None] | None = None
 
     def wait(self, attempt: int) -> float:
@@ -88,6 +97,7 @@ class Resumption:
         request: What to send now.
         generation_id: Of the generation on the server. None before the first message.
         unsettled: Whether the server may have a generation that has not ended.
+        heard: Whether the call has brought a message.
         last_loss: Why the last call brought no end. None when there is news since.
     """
 
@@ -97,11 +107,13 @@ class Resumption:
         self.request = request
         self.generation_id: str | None = None
         self.unsettled = True
+        self.heard = False
         self._origin = request
         self._policy = policy
         self._deadline = None if timeout is None else policy.clock() + timeout
         self._seed = 0  # in use, once a message has come
         self._attempts = 0
+        self._searched = False  # whether all servers were asked for what is to be watched
         self._reached = False  # whether a call may have reached a server
         self.last_loss: CalotypeError | None = None
         self._void: CalotypeError | None = None  # why the generation ended that another one has to replace
@@ -135,7 +147,7 @@ class Resumption:
         Returns:
             What of it is news to the caller, or None.
         """
-        self._reached = True
+        self._reached = self.heard = True
         self.generation_id, self._seed = message.generation_id, message.seed
         if message.phase in ENDS:
             self.settle()
@@ -158,6 +170,7 @@ class Resumption:
             Seconds to wait before `request` is sent, or what to tell the caller: it is over.
         """
         self._seam.cut()
+        self.heard = False
         if isinstance(error, DeadlineExceeded):
             self.unsettled = self.generation_id is not None or not error.reason
             return error if self.last_loss is None else _too_late(self.last_loss)
@@ -166,6 +179,9 @@ class Resumption:
             self._begin_anew()
             error = void
         elif isinstance(error, NotFound) and isinstance(self.request, v1.WatchRequest) and self._begin_anew():
+            return 0.0
+        elif self._policy.is_balanced and error.reason == _OTHER_REPLICA and not self._searched:
+            self._searched = True
             return 0.0
         if not self._worth_retrying(error) or self._attempts >= self._policy.retries:
             self.unsettled = self.generation_id is not None and not isinstance(error, NotFound)
@@ -178,7 +194,9 @@ class Resumption:
             self.request = v1.WatchRequest(
                 generation_id=self.generation_id, after_sequence=self._seam.sequence, preview=preview
             )
-        wait = (error.retry_after or 0.0) + self._policy.wait(self._attempts)
+        wait = self._policy.wait(self._attempts)
+        if not (self._policy.is_balanced and isinstance(error, Unavailable)):  # another server does not keep us waiting
+            wait += error.retry_after or 0.0
         return wait if self.time_left is None else min(wait, self.time_left)
 
     def _why_void(self, message: v1.Progress) -> CalotypeError | None:
@@ -205,7 +223,9 @@ class Resumption:
         if self._reached:
             lost = isinstance(error, (Unavailable, StreamIncomplete)) or error.reason == _ABANDONED
             return lost or error.retry_after is not None
-        # Only a server gives a reason: an answer that refuses.
+        # Only a server gives a reason: an answer that refuses. Another may not.
+        if self._policy.is_balanced and isinstance(error, Unavailable) and error.reason:
+            return True
         unheard = error.reason or any(text in error.message for text in _UNREACHED)
         self._reached = isinstance(error, Unavailable) and not unheard
         return self._reached

@@ -14,7 +14,8 @@ import grpc
 import grpc.aio
 
 from ._assembler import Assembler, incomplete
-from ._errors import CalotypeError, Cancelled, ClientClosed, GenerationConsumed
+from ._errors import CalotypeError, Cancelled, ClientClosed, GenerationConsumed, Unavailable
+from ._silence import silence
 from ._status import from_rpc_error, from_status
 
 if TYPE_CHECKING:
@@ -89,6 +90,12 @@ class _BaseGeneration:
             if cancel and resumption.lingers:
                 self._client._part(resumption)
 
+    @property
+    def _patience(self) -> float | None:
+        """Seconds to wait for a message. Without limit where the client was told to wait for a server."""
+        client = self._client
+        return None if client._how["wait_for_ready"] and not self._resumption.heard else client._stall_timeout
+
     def _take(self, message: v1.Progress) -> Progress | None:
         news = self._resumption.take(message)
         return None if news is None else self._assembler.feed(news)
@@ -102,8 +109,9 @@ class _BaseGeneration:
             self._assembler.close(verdict)
             return None
         self._assembler.interrupt()
-        if (notify := self._client._retry.notify) is not None:
-            notify(self._resumption.last_loss or error, verdict)
+        notify, loss = self._client._retry.notify, self._resumption.last_loss
+        if notify is not None and loss is not None:
+            notify(loss, verdict)
         return verdict
 
     def _start_iterating(self) -> None:
@@ -188,12 +196,14 @@ class Generation(_BaseGeneration):
         with self._lock:
             progress = None
             try:
-                progress = self._take(next(self._call))
+                progress = self._take(self._client._watchdog.next(self._call, self._patience))
                 if self._assembler.ended:
                     for _ in self._call:
                         pass
             except StopIteration:
                 self._reconnect(self._lost(incomplete()))
+            except Unavailable as error:
+                self._reconnect(self._lost(error))
             except grpc.RpcError as error:
                 self._reconnect(self._lost(from_rpc_error(error)))
             return progress
@@ -202,7 +212,7 @@ class Generation(_BaseGeneration):
         if delay is None or self._left.wait(delay):
             return
         try:
-            self._call = self._client._call(self._resumption)
+            self._call = self._client._call_again(self._resumption)
         except ClientClosed:
             self._assembler.close(Cancelled("The client was closed."))
         # Who left at this moment has cancelled the call before.
@@ -292,12 +302,17 @@ class AsyncGeneration(_BaseGeneration):
         async with self._lock:
             progress = None
             try:
-                progress = self._take(await anext(self._messages))
+                async with asyncio.timeout(self._patience):
+                    message = await anext(self._messages)
+                progress = self._take(message)
                 if self._assembler.ended:
                     async for _ in self._messages:
                         pass
             except StopAsyncIteration:
                 await self._reconnect(self._lost(incomplete()))
+            except TimeoutError:
+                self._call.cancel()
+                await self._reconnect(self._lost(silence(self._client._stall_timeout or 0.0)))
             except grpc.RpcError as error:
                 await self._reconnect(self._lost(from_rpc_error(error)))
             except asyncio.CancelledError:
@@ -314,10 +329,12 @@ class AsyncGeneration(_BaseGeneration):
         if delay is None or await self._has_left_within(delay):
             return
         try:
-            self._call = self._client._call(self._resumption)
+            self._call = await self._client._call_again(self._resumption)
         except ClientClosed:
             self._assembler.close(Cancelled("The client was closed."))
             return
+        if self._assembler.ended:  # who left meanwhile has cancelled the call before
+            self._call.cancel()
         self._messages = aiter(self._call)
 
     async def _has_left_within(self, delay: float) -> bool:

@@ -172,6 +172,7 @@ class Model:
         max_batch_rows: Rows of latents of concurrent generations that the denoiser computes together at most. 0 when
             their calls are not joined.
         unbatched_reason: Why they are not, in one sentence. Empty when they are.
+        replica: Tells the server that answered from others of the same model. Ids of its generations begin with it.
         device: Where the model runs, such as cpu or cuda:0.
         dtype: Number format of its weights, such as float32 or bfloat16.
         server_version: Version of the server.
@@ -198,6 +199,7 @@ class Model:
     max_active: int
     max_batch_rows: int
     unbatched_reason: str
+    replica: str = ""
     device: str
     dtype: str
     server_version: str

@@ -10,6 +10,7 @@ import { GenerationService } from "./gen/calotype/v1/calotype_pb.js";
 import { Generation } from "./generation.js";
 import { newRequestId } from "./ids.js";
 import { defaultLines, type Lines, OwnLines } from "./lines.js";
+import { STALL_TIMEOUT, unlessSilent } from "./silence.js";
 import { fromCall } from "./status.js";
 import type {
   CallOptions,
@@ -124,16 +125,16 @@ export function createClient(baseUrl: string, options: ClientOptions = {}): Clie
   /** Makes a stream that waits for a line of its own, unless the caller leaves before. */
   const onLine = <T>(
     call: (options: ReturnType<typeof callOptions>) => AsyncIterable<T>,
-    given: CallOptions,
+    given: FollowOptions,
     leaving: AbortSignal,
   ) =>
     async function* (signal: AbortSignal): AsyncGenerator<T, void, undefined> {
-      const { timeout } = given;
+      const { timeout, stallTimeout = STALL_TIMEOUT } = given;
       const asked = performance.now();
       const release = await waitForLine(lines, AbortSignal.any([signal, leaving]), timeout);
       const left = timeout === undefined ? {} : { timeout: timeout - (performance.now() - asked) / 1000 };
       try {
-        yield* call(callOptions({ ...given, ...left, signal }));
+        yield* unlessSilent(call(callOptions({ ...given, ...left, signal })), stallTimeout);
       } finally {
         release();
       }
@@ -221,8 +222,13 @@ async function waitForLine(lines: Lines, signal: AbortSignal, timeout: number | 
 }
 
 /** How a stream is called; leaving it is not the call's affair. */
-function withTimeout(given: FollowOptions, timeout: number | undefined): CallOptions {
-  return { ...headersOf(given), ...(timeout !== undefined && { timeout }) };
+function withTimeout(given: FollowOptions, timeout: number | undefined): FollowOptions {
+  const { stallTimeout } = given;
+  return {
+    ...headersOf(given),
+    ...(timeout !== undefined && { timeout }),
+    ...(stallTimeout !== undefined && { stallTimeout }),
+  };
 }
 
 function headersOf({ headers }: CallOptions): CallOptions {

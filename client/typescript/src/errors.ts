@@ -42,7 +42,8 @@ export class CalotypeError extends Error {
   readonly code: StatusCode;
   /**
    * Machine-readable, in UPPER_SNAKE_CASE: the server's, such as QUEUE_FULL, or one of this client's own: UNREACHABLE
-   * (no answer at all), CONNECTION_LOST (in mid-stream), STREAM_INCOMPLETE (no typed end), CANCELLED_HERE. Else empty.
+   * (no answer at all), CONNECTION_LOST (in mid-stream), STALLED (nothing for too long), STREAM_INCOMPLETE (no typed
+   * end), CANCELLED_HERE. Else empty.
    */
   readonly reason: string;
   /** Everything that is wrong with the request, for INVALID_ARGUMENT. */

@@ -90,7 +90,9 @@ export async function* follow(
     if (error === undefined) return;
     if (continuity.news > known) failures = 0;
     failures += 1;
-    if (continuity.generationId === undefined || failures > plan.retries) throw asLoss(error, continuity);
+    // Whoever falls silent before the first message may have heard the request, which the same id does not begin twice.
+    const isHeard = continuity.generationId !== undefined || error.reason === "STALLED";
+    if (!isHeard || failures > plan.retries) throw asLoss(error, continuity);
     if (another !== undefined) {
       interrupted = another;
       begins = true;

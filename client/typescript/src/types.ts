@@ -170,6 +170,11 @@ export interface FollowOptions extends CallOptions {
    * the server has forgotten everything, by generating with the same seed. 0 switches this off. Default: 12.
    */
   readonly retries?: number;
+  /**
+   * Seconds without a message after which the service counts as lost, which sends one every 10 s at least. Default: 20;
+   * `Infinity` means without limit.
+   */
+  readonly stallTimeout?: number;
   /** Told before each wait for another connection. The next progress says that there is one. */
   readonly onReconnect?: (reconnect: Reconnect) => void;
 }

@@ -394,6 +394,29 @@ describe("a connection that is lost", () => {
     expect(calls).toBe(2);
     server.close();
   });
+
+  it("is taken up again when the service falls silent, also before the first message, and the silent call is left", async () => {
+    const requests: GenerateRequest[] = [];
+    const left: string[] = [];
+    const { client } = await serve({
+      async *generate(request, context) {
+        requests.push(request);
+        if (requests.length === 2) yield preview(1);
+        await gone(context);
+        left.push(`generate ${requests.length}`);
+      },
+      async *watch() {
+        yield final();
+      },
+    });
+    const reconnects: Reconnect[] = [];
+    const onReconnect = (reconnect: Reconnect) => reconnects.push(reconnect);
+    const picture = await client.generate("x", { stallTimeout: 0.5, onReconnect }).result();
+    expect(picture.kind).toBe("final");
+    expect(reconnects.map(({ error }) => error.reason)).toEqual(["STALLED", "STALLED"]);
+    expect(new Set(requests.map(({ requestId }) => requestId)).size).toBe(1);
+    await expect.poll(() => left.length).toBe(2);
+  });
 });
 
 describe("an error", () => {

@@ -1,51 +1,54 @@
-"""Calls of a web port passed on to another server, as bytes: no message is decoded, so any service passes."""
+"""Calls of a web port passed on to servers elsewhere, as bytes, so that any service passes.
+
+Of a request that concerns one generation, the id is read, for the server that has it; the lists of several servers are
+made one. Nothing else is decoded.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
+from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import UpstreamUnavailable
+from calotype_server.transport.upstreams import Health
+from calotype_server.validation import validate_page
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Sequence
+
+    from calotype_server.transport.upstreams import Upstream, Upstreams
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
-__all__ = ["CHANNEL_OPTIONS", "Forwarder"]
-
-CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", 8 * 1024 * 1024),
-    # A generation may wait in the queue for minutes without a byte: pings notice a dead link meanwhile.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
-    # A generation that was started twice costs twice; the caller decides.
-    ("grpc.enable_retries", 0),
-    # A server that comes back is found again soon.
-    ("grpc.initial_reconnect_backoff_ms", 500),
-    ("grpc.max_reconnect_backoff_ms", 3_000),
-]
+__all__ = ["Forwarder", "merge_pages"]
 
 _METHOD = re.compile(r"/\w+(\.\w+)+/\w+")
+_SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+_OF_ONE_GENERATION = {f"/{_SERVICE}/{name}" for name in ("Watch", "Cancel", "Finish")}
+_LIST = f"/{_SERVICE}/ListGenerations"
 _DETAILS = "grpc-status-details-bin"
 _RETRY_SECONDS = 2.0
+_LIST_SECONDS = 5.0
+"""For a server to tell its part of a list."""
 
 
 class Forwarder(grpc.GenericRpcHandler):
-    """Answers every method with what an upstream answers: messages, metadata, status; deadline and cancel go with it.
+    """Answers every method with what a server answers: messages, metadata, status; deadline and cancel go with it.
 
-    A method that answers once is a stream of one message here, which grpc-web does not tell apart.
+    A method that answers once is a stream of one message here, which grpc-web does not tell apart. While nothing has
+    been passed on, a call that a server cannot take goes to the next.
 
     Args:
-        channel: To the upstream.
+        upstreams: The servers.
     """
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._channel = channel
+    def __init__(self, upstreams: Upstreams) -> None:
+        self._upstreams = upstreams
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         """Returns a handler for every /package.Service/Method."""
@@ -54,31 +57,116 @@ class Forwarder(grpc.GenericRpcHandler):
             return None
 
         async def forward(request: bytes, context: Context) -> AsyncGenerator[bytes, None]:
-            method: Any = self._channel.unary_stream(path)
-            metadata = _outgoing(context.invocation_metadata())
-            call = method(request, timeout=context.time_remaining(), metadata=metadata)
-            try:
-                await context.send_initial_metadata(_returning(await call.initial_metadata()))
-                async for message in call:
-                    yield message
-                context.set_trailing_metadata(_returning(await call.trailing_metadata()))
-            except grpc.aio.AioRpcError as error:
-                await _fail(error, context)
-            finally:
-                call.cancel()
+            candidates = await self._candidates(path, request, context)
+            if path == _LIST and len(candidates) > 1:
+                yield await _list_all(candidates, request, context)
+                return
+            while True:
+                upstream = candidates.pop(0)
+                with upstream.channel() as channel:
+                    call, begun = _call(channel, path, request, context), False
+                    try:
+                        if initial := _returning(await call.initial_metadata()):
+                            begun = True
+                            await context.send_initial_metadata(initial)
+                        message = await call.read()
+                        if not begun:
+                            begun = True
+                            await context.send_initial_metadata(())
+                        while message is not grpc.aio.EOF:
+                            yield message
+                            message = await call.read()
+                        context.set_trailing_metadata(_returning(await call.trailing_metadata()))
+                        return
+                    except grpc.aio.AioRpcError as error:
+                        if _is_broken(error):
+                            upstream.health = Health.LOST
+                        if begun or not candidates or error.code() not in _ANOTHER_MAY:
+                            await _fail(error, context)
+                    finally:
+                        call.cancel()
 
         handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_stream_rpc_method_handler(forward)
         return handler
 
+    async def _candidates(self, path: str, request: bytes, context: Context) -> list[Upstream]:
+        """Returns the servers that may answer, the likeliest first."""
+        if path in _OF_ONE_GENERATION:
+            metadata = _outgoing(context.invocation_metadata())
+            if (home := await self._upstreams.home(_generation_id(request), metadata)) is not None:
+                return [home]
+        # Where it is gone, any server knows how to say so.
+        if not (candidates := self._upstreams.by_health()):
+            raise _unavailable()
+        return candidates
+
+
+def merge_pages(pages: Sequence[pb.ListGenerationsResponse], size: int) -> pb.ListGenerationsResponse:
+    """Makes one page of those of several servers, all cut at the same moment: the newest `size` of them all."""
+    known = [summary for page in pages for summary in page.generations]
+    known.sort(key=lambda summary: -summary.create_time.ToNanoseconds())
+    merged = pb.ListGenerationsResponse(generations=known[:size])
+    if len(known) > size or any(page.next_page_token for page in pages):
+        merged.next_page_token = str(merged.generations[-1].create_time.ToNanoseconds())
+    return merged
+
+
+async def _list_all(upstreams: Sequence[Upstream], request: bytes, context: Context) -> bytes:
+    """Asks all for the same page; those that cannot be reached have nothing to tell."""
+    deadline = context.time_remaining()
+    limit = _LIST_SECONDS if deadline is None else min(deadline, _LIST_SECONDS)
+
+    async def ask(upstream: Upstream) -> bytes | grpc.aio.AioRpcError:
+        with upstream.channel() as channel:
+            try:
+                answer: bytes = await _call(channel, _LIST, request, context, limit).read()
+            except grpc.aio.AioRpcError as error:
+                return error
+            return answer
+
+    answers = await asyncio.gather(*(ask(each) for each in upstreams if each.health is not Health.LOST))
+    pages = [pb.ListGenerationsResponse.FromString(each) for each in answers if isinstance(each, bytes)]
+    if not pages:
+        failed = next((each for each in answers if isinstance(each, grpc.aio.AioRpcError)), None)
+        if failed is None:
+            raise _unavailable()
+        await _fail(failed, context)
+    size, _ = validate_page(pb.ListGenerationsRequest.FromString(request))
+    return merge_pages(pages, size).SerializeToString()
+
+
+def _call(channel: grpc.aio.Channel, path: str, request: bytes, context: Context, timeout: float | None = None) -> Any:
+    method: Any = channel.unary_stream(path)
+    timeout = context.time_remaining() if timeout is None else timeout
+    return method(request, timeout=timeout, metadata=_outgoing(context.invocation_metadata()))
+
+
+def _generation_id(request: bytes) -> str:
+    """Reads the id that a request begins with; empty when it is none, which the server then says."""
+    try:
+        return pb.CancelRequest.FromString(request).generation_id
+    except DecodeError:
+        return ""
+
+
+_ANOTHER_MAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
+def _is_broken(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the connection failed, rather than the server having said so."""
+    details = any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
+    return error.code() is grpc.StatusCode.UNAVAILABLE and not details
+
+
+def _unavailable() -> UpstreamUnavailable:
+    return UpstreamUnavailable("The server behind this bridge cannot be reached.", retry_after=_RETRY_SECONDS)
+
 
 async def _fail(error: grpc.aio.AioRpcError, context: Context) -> None:
-    trailing = error.trailing_metadata() or ()
-    code = error.code()
-    if code is grpc.StatusCode.UNAVAILABLE and not any(key == _DETAILS for key, _ in trailing):
+    if _is_broken(error):
         # gRPC's own words for a connection that failed: addresses and system errors, which are not the caller's.
-        text = "The server behind this bridge cannot be reached."
-        raise UpstreamUnavailable(text, retry_after=_RETRY_SECONDS) from None
-    await context.abort(code, error.details() or "", _returning(trailing))
+        raise _unavailable() from None
+    await context.abort(error.code(), error.details() or "", _returning(error.trailing_metadata()))
 
 
 def _outgoing(metadata: Any) -> list[tuple[str, Any]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import re
-import secrets
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -18,25 +16,23 @@ from calotype_server import codec
 from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, Unauthenticated, Violation
 from calotype_server.observations import CallEnded, CallRefused, MessageSent, Observe, ignore
 from calotype_server.transport.credentials import from_metadata
+from calotype_server.transport.request_id import bind_request_id, bind_traceparent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 
     from calotype_server.access import Access
 
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
 
-__all__ = ["AccessInterceptor", "CallInterceptor", "abort", "bind_call", "interceptors"]
+__all__ = ["AccessInterceptor", "CallInterceptor", "abort", "interceptors"]
 
 _log = structlog.get_logger(__name__)
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
 _NAMES = {f"/{_SERVICE.full_name}/{method.name}": method.name for method in _SERVICE.methods}
 """Paths and short names of the methods that are counted by name: a bridge is asked for any."""
-
-_TRACEPARENT = re.compile("00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-"""W3C Trace Context, version 00."""
 
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
@@ -119,7 +115,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     @contextlib.contextmanager
     def _entered(self, context: Context, name: str) -> Iterator[None]:
         """Binds a call's ids, and counts it by its status."""
-        bind_call(dict(context.invocation_metadata() or ()))
+        metadata = dict(context.invocation_metadata() or ())
+        bind_request_id(metadata.get("x-request-id"))
+        bind_traceparent(metadata.get("traceparent"))
         code = "OK"
         try:
             yield
@@ -182,20 +180,6 @@ def interceptors(
         observe: Told of calls and messages.
     """
     return CallInterceptor(transport, observe), AccessInterceptor(access, observe)
-
-
-def bind_call(metadata: Mapping[str, str | bytes]) -> None:
-    """Lets the log lines of this task, and of the threads that work for it, carry what names the call.
-
-    Args:
-        metadata: Of a gRPC call, or the headers of a request, with names in lower case.
-    """
-    given = metadata.get("x-request-id", "")
-    request_id = given[:64] if isinstance(given, str) and given.isprintable() and given else secrets.token_hex(4)
-    structlog.contextvars.bind_contextvars(request=request_id)
-    parent = metadata.get("traceparent", "")
-    if isinstance(parent, str) and _TRACEPARENT.fullmatch(parent):
-        structlog.contextvars.bind_contextvars(traceparent=parent)
 
 
 def _refusal(error: ServiceError, observe: Observe, *, streaming: bool) -> Any:

@@ -60,7 +60,12 @@ class Listener:
             uvicorn.Config(
                 application,
                 http=protocol,
-                ws="none",
+                ws="websockets-sansio",
+                ws_max_size=limits.max_request_bytes,
+                # JPEG and PNG do not compress.
+                ws_per_message_deflate=False,
+                ws_ping_interval=limits.keepalive_seconds,
+                ws_ping_timeout=limits.keepalive_timeout_seconds,
                 loop="none",
                 lifespan="off",
                 log_config=None,
@@ -133,7 +138,8 @@ class _Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._head_bytes += len(data)
         super().data_received(data)
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self.transport.get_protocol() is not self:
+            # The second: it has become a WebSocket.
             return
         if self._head_bytes > self._limits.max_metadata_bytes:
             self.send_400_response(_TOO_LARGE)

@@ -9,7 +9,7 @@ from starlette.staticfiles import StaticFiles
 if TYPE_CHECKING:
     from starlette.responses import Response
 
-__all__ = ["Page"]
+__all__ = ["HEADERS", "Page"]
 
 _POLICY = "; ".join(
     [
@@ -27,7 +27,7 @@ _POLICY = "; ".join(
     ]
 )
 
-_HEADERS = {
+HEADERS = {
     "content-security-policy": _POLICY,
     "cross-origin-opener-policy": "same-origin",
     "referrer-policy": "no-referrer",
@@ -43,5 +43,5 @@ class Page(StaticFiles):
         response = await super().get_response(path, scope)
         lasting = path.startswith("assets/") and response.status_code == 200
         response.headers["cache-control"] = "public, max-age=31536000, immutable" if lasting else "no-cache"
-        response.headers.update(_HEADERS)
+        response.headers.update(HEADERS)
         return response

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from typing import TYPE_CHECKING, Any
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -30,7 +31,7 @@ class Services:
 
     def __init__(self, servicer: GenerationServicer) -> None:
         self._servicer = servicer
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         self._serving = False
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -53,3 +54,23 @@ class Services:
         response = health_pb2.HealthCheckResponse
         for service in (_SERVICE, ""):
             await self._health.set(service, response.SERVING if serving else response.NOT_SERVING)
+
+    def release_watchers(self) -> None:
+        """Ends the calls of those who watch the health: a server that stops would wait for them in vain."""
+        self._health.stopping.set()
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.stopping = asyncio.Event()
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - the name in the proto
+        """Tells the health whenever it changes."""
+        watching = asyncio.ensure_future(super().Watch(request, context))
+        stopping = asyncio.ensure_future(self.stopping.wait())
+        try:
+            await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watching.cancel()
+            stopping.cancel()

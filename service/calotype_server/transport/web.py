@@ -1,4 +1,4 @@
-"""The web port: grpc-web, the page and health checks, behind one guard."""
+"""The web port: grpc-web, the HTTP API, the page and health checks, behind one guard."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from calotype_server.observations import Observe, ignore
 from calotype_server.transport.exposition import metrics_route
 from calotype_server.transport.grpcweb import GrpcWeb
 from calotype_server.transport.guard import Guard
+from calotype_server.transport.http import HttpApi
 from calotype_server.transport.interceptors import interceptors
 from calotype_server.transport.listener import Listener
 from calotype_server.transport.page import Page
+from calotype_server.transport.peers import Peers
 from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
@@ -25,9 +27,9 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from calotype_server.access import Access
+    from calotype_server.api import Api
     from calotype_server.transport.certificates import Certificates
     from calotype_server.transport.exposition import Render
-    from calotype_server.transport.peers import Peers
 
 __all__ = ["PAGE", "WebServer"]
 
@@ -39,11 +41,12 @@ _CORS_REQUEST_HEADERS = (
     "content-type",
     "grpc-timeout",
     "traceparent",
+    "last-event-id",
     "x-grpc-web",
     "x-request-id",
     "x-user-agent",
 )
-_CORS_RESPONSE_HEADERS = ("grpc-message", "grpc-status", "grpc-status-details-bin", "x-request-id")
+_CORS_RESPONSE_HEADERS = ("grpc-message", "grpc-status", "grpc-status-details-bin", "retry-after", "x-request-id")
 _CORS_MAX_AGE_SECONDS = 2 * 60 * 60
 
 
@@ -56,6 +59,7 @@ class WebServer:
         access: Who may call. The page and health checks are for everybody.
         certificates: For TLS, or None for plaintext.
         is_ready: Whether calls are welcome, for `/readyz`.
+        api: What the HTTP API offers; without one there is none.
         allowed_origins: Of pages elsewhere that may call, as https://example.com; "*" for all.
         allowed_hosts: Names under which this server is reached; "*" for all.
         page: Folder of the built page.
@@ -74,6 +78,7 @@ class WebServer:
         certificates: Certificates | None = None,
         *,
         is_ready: Callable[[], Awaitable[bool]],
+        api: Api | None = None,
         allowed_origins: Sequence[str] = (),
         allowed_hosts: Sequence[str] = (),
         page: Path = PAGE,
@@ -83,15 +88,17 @@ class WebServer:
         observe: Observe = ignore,
         metrics: Render | None = None,
     ) -> None:
+        peers = peers or Peers(limits.max_calls_per_peer)
         measured = [] if metrics is None else [metrics_route(metrics, access, address)]
-        site = Starlette(routes=[*measured, *_routes(is_ready, page)])
+        http = HttpApi(api, access, limits, peers, observe).routes if api is not None else []
+        site = Starlette(routes=[*measured, *http, *_routes(is_ready, page)])
         around = interceptors(access, transport, observe)
         self._grpc_web = GrpcWeb(site, interceptors=around, limits=limits, peers=peers, observe=observe)
         register(self._grpc_web)
         application = CORSMiddleware(
             self._grpc_web,
             allow_origins=allowed_origins,
-            allow_methods=["POST"],
+            allow_methods=["GET", "POST"],
             allow_headers=_CORS_REQUEST_HEADERS,
             expose_headers=_CORS_RESPONSE_HEADERS,
             max_age=_CORS_MAX_AGE_SECONDS,

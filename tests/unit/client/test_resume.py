@@ -30,8 +30,8 @@ STEPS = 5
 class Server:
     """What matters of a server: logs, ids that attach, and the loss of everything."""
 
-    def __init__(self):
-        self.logs, self.attached, self.started = {}, {}, []
+    def __init__(self, name="g"):
+        self.name, self.logs, self.attached, self.started = name, {}, {}, []
         self.ids = itertools.count(1)
 
     def void(self, request_id):
@@ -64,8 +64,9 @@ class Server:
         if request.request_id not in self.attached:
             number = next(self.ids)
             self.started.append(request.request_id)
-            self.attached[request.request_id] = f"g{number}"
-            self.logs[f"g{number}"] = list(self.log(f"g{number}", request.seed or 1000 + number))
+            generation = f"{self.name}{number}"
+            self.attached[request.request_id] = generation
+            self.logs[generation] = list(self.log(generation, request.seed or 1000 + number))
         return self.logs[self.attached[request.request_id]]
 
     def log(self, generation, seed):
@@ -154,6 +155,66 @@ def test_any_breakage_is_one_uninterrupted_stream(breakages, data):
     assert len(server.started) <= lives
     assert set(server.started) == {request.request_id}
     assert not resumption.unsettled
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 18), st.sampled_from(["lost", "away", "dead", "draining"])), max_size=12),
+    st.data(),
+)
+def test_any_breakage_among_several_servers_is_one_uninterrupted_stream(breakages, data):
+    """Each is lost, cut off for a while, dead or about to stop, in any order; what was begun twice is told once."""
+    servers, breakages = [Server("g"), Server("h"), Server("i")], iter(breakages)
+    request = v1.GenerateRequest(prompt="a red apple")
+    make_resumable(request)
+    policy = RetryPolicy(retries=100, random=lambda: 0.0, clock=lambda: 0.0, is_balanced=True)
+    resumption, assembler, shown, away = Resumption(request, policy), Assembler(), [], None
+    while not assembler.ended:
+        try:
+            asked = resumption.request
+            reachable = [server for server in servers if server is not away]
+            homes = [server for server in reachable if getattr(asked, "generation_id", None) in server.logs]
+            server = homes[0] if homes else data.draw(st.sampled_from(reachable))
+            after, how = next(breakages, (math.inf, "lost"))
+            if how == "draining" and isinstance(asked, v1.GenerateRequest):
+                raise Unavailable("The server is stopping.", reason="NOT_READY", retry_after=30.0)
+            if isinstance(asked, v1.WatchRequest) and not homes:
+                raise NotFound("elsewhere", reason="OTHER_REPLICA")
+            for number, message in enumerate(server.call(asked)):
+                if number >= after:
+                    break
+                copy = v1.Progress()
+                copy.CopyFrom(message)
+                news = resumption.take(copy)
+                progress = None if news is None else assembler.feed(news)
+                if progress is not None:
+                    shown.append(progress)
+            if assembler.ended:
+                break
+            away = server if how == "away" else None
+            if how == "dead":
+                server.lose()
+            raise LOST
+        except CalotypeError as error:
+            assert resumption.lost(error) == 0.0
+            assembler.interrupt()
+
+    sequences = [progress.sequence for progress in shown]
+    previews = [progress.image_step for progress in shown if progress.preview]
+    assert sequences == sorted(set(sequences))
+    assert [progress.step for progress in shown] == sorted(progress.step for progress in shown)
+    assert previews == sorted(set(previews))
+    assert [progress.phase.ended for progress in shown] == [False] * (len(shown) - 1) + [True]
+    assert len({progress.seed for progress in shown}) == 1
+    assert assembler.outcome().data == f"picture of {shown[0].seed}.".encode()
+
+
+def test_what_is_watched_is_looked_for_once():
+    """Where the first of several servers does not have it, all are asked; with one server, or none, it is not found."""
+    elsewhere = NotFound("elsewhere", reason="OTHER_REPLICA")
+    several = Resumption(v1.WatchRequest(generation_id="g"), RetryPolicy(is_balanced=True))
+    assert several.lost(elsewhere) == 0.0
+    assert several.lost(elsewhere) is elsewhere
+    assert Resumption(v1.WatchRequest(generation_id="g"), RetryPolicy()).lost(elsewhere) is elsewhere
 
 
 def started(**arguments):

@@ -76,7 +76,7 @@ def test_a_cancel_that_comes_while_the_file_is_encoded_counts() -> None:
     async def cancel_late() -> None:
         class Late(Encoder):
             async def final(self, *arguments):
-                assert generations.cancel(generation.id) is Phase.DECODING
+                assert generations.cancel(generation.id, Caller("")) is Phase.DECODING
                 return await super().final(*arguments)
 
         engine, pace, encoder = FakeEngine(), Pace(), Late()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from calotype_server import errors
+from calotype_server.access import Caller
 from calotype_server.admission import Admission
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
@@ -176,7 +177,7 @@ class TestAfterARestart:
         engine.hold()
         async with generations(engine, store, max_queue=1) as made:
             await made.restore()
-            assert len(made.newest("")) == 2
+            assert len(made.newest(Caller(""))) == 2
         assert len(await store.load()) == 2
         await store.close()
 
@@ -190,5 +191,5 @@ class TestAfterARestart:
         store.full = True
         async with generations(FakeEngine(), store) as made:
             await made.restore()
-            assert await to_end(made, made.find(generation.id)) is Phase.FAILED
+            assert await to_end(made, made.find(generation.id, Caller(""))) is Phase.FAILED
         await store.close()

@@ -455,7 +455,9 @@ class Progress(_message.Message):
     PREVIEWS_WITHDRAWN_FIELD_NUMBER: _builtins.int
     FINISHED_EARLY_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
-    """Identifies the generation, the same in every message of a stream. Unguessable."""
+    """Identifies the generation, the same in every message of a stream. Unguessable. It begins with `Model.replica` of its
+    server and a full stop.
+    """
     sequence: _builtins.int
     """Rises strictly from 1; only the chunks of one final image share a number. A gap means that messages were merged
     because the reader was slow.
@@ -948,6 +950,7 @@ class Model(_message.Message):
     MAX_ACTIVE_FIELD_NUMBER: _builtins.int
     MAX_BATCH_ROWS_FIELD_NUMBER: _builtins.int
     UNBATCHED_REASON_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name as the server was told it: `bundled`, a hub id or the name of a folder."""
     pipeline: _builtins.str
@@ -992,6 +995,10 @@ class Model(_message.Message):
     """
     unbatched_reason: _builtins.str
     """Why calls are not joined, in one sentence. Empty when they are."""
+    replica: _builtins.str
+    """Tells the server that answers from others of the same model. Another one each time that it is started, unless it
+    keeps its state.
+    """
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Schedulers accepted, sorted; the names of diffusers' classes."""
@@ -1031,10 +1038,11 @@ class Model(_message.Message):
         max_active: _builtins.int = ...,
         max_batch_rows: _builtins.int = ...,
         unbatched_reason: _builtins.str = ...,
+        replica: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "preview", b"preview"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "device", b"device", "dtype", b"dtype", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "max_active", b"max_active", "max_batch_rows", b"max_batch_rows", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "name", b"name", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "scheduler", b"scheduler", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "unbatched_reason", b"unbatched_reason", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "device", b"device", "dtype", b"dtype", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "max_active", b"max_active", "max_batch_rows", b"max_batch_rows", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "name", b"name", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "replica", b"replica", "scheduler", b"scheduler", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "unbatched_reason", b"unbatched_reason", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015

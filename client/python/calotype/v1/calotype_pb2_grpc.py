@@ -82,8 +82,9 @@ class GenerationServiceServicer(object):
     def Generate(self, request, context):
         """Starts a generation and follows it to its end.
 
-        The first message leaves at once, before any model work. Messages are then merged when the reader is slow: only
-        the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
+        The first message leaves at once, before any model work, and until the end no more than 10 seconds pass without one:
+        where there is no news, in a queue or a long step, a message says so by nothing but its number. Messages are merged
+        when the reader is slow: only the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
         the caller's choice: `GenerateRequest.on_disconnect`.
 
         Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
@@ -101,7 +102,9 @@ class GenerationServiceServicer(object):
         whatever comes. Any number may watch, each with previews of their own size and rate.
 
         Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it ended too long ago). Later,
-        the status repeats `Progress.error`.
+        the status repeats `Progress.error`. Of several servers only the one that began a generation knows it, see
+        `Model.replica`; the others, and one that was started anew without kept state, answer NOT_FOUND with the reason
+        OTHER_REPLICA, to `Cancel` and `Finish` as well.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,8 +45,9 @@ class GenerationServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_calotype_pb2.GenerateRequest, _calotype_pb2.Progress]
     """Starts a generation and follows it to its end.
 
-    The first message leaves at once, before any model work. Messages are then merged when the reader is slow: only
-    the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
+    The first message leaves at once, before any model work, and until the end no more than 10 seconds pass without one:
+    where there is no news, in a queue or a long step, a message says so by nothing but its number. Messages are merged
+    when the reader is slow: only the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
     the caller's choice: `GenerateRequest.on_disconnect`.
 
     Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
@@ -60,7 +61,9 @@ class GenerationServiceStub:
     whatever comes. Any number may watch, each with previews of their own size and rate.
 
     Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it ended too long ago). Later,
-    the status repeats `Progress.error`.
+    the status repeats `Progress.error`. Of several servers only the one that began a generation knows it, see
+    `Model.replica`; the others, and one that was started anew without kept state, answer NOT_FOUND with the reason
+    OTHER_REPLICA, to `Cancel` and `Finish` as well.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]
     """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
@@ -97,8 +100,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_calotype_pb2.GenerateRequest, _calotype_pb2.Progress]  # type: ignore[assignment]
     """Starts a generation and follows it to its end.
 
-    The first message leaves at once, before any model work. Messages are then merged when the reader is slow: only
-    the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
+    The first message leaves at once, before any model work, and until the end no more than 10 seconds pass without one:
+    where there is no news, in a queue or a long step, a message says so by nothing but its number. Messages are merged
+    when the reader is slow: only the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
     the caller's choice: `GenerateRequest.on_disconnect`.
 
     Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
@@ -112,7 +116,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     whatever comes. Any number may watch, each with previews of their own size and rate.
 
     Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it ended too long ago). Later,
-    the status repeats `Progress.error`.
+    the status repeats `Progress.error`. Of several servers only the one that began a generation knows it, see
+    `Model.replica`; the others, and one that was started anew without kept state, answer NOT_FOUND with the reason
+    OTHER_REPLICA, to `Cancel` and `Finish` as well.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
@@ -152,8 +158,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_calotype_pb2.Progress], _abc.AsyncIterator[_calotype_pb2.Progress]]:
         """Starts a generation and follows it to its end.
 
-        The first message leaves at once, before any model work. Messages are then merged when the reader is slow: only
-        the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
+        The first message leaves at once, before any model work, and until the end no more than 10 seconds pass without one:
+        where there is no news, in a queue or a long step, a message says so by nothing but its number. Messages are merged
+        when the reader is slow: only the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
         the caller's choice: `GenerateRequest.on_disconnect`.
 
         Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
@@ -173,7 +180,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         whatever comes. Any number may watch, each with previews of their own size and rate.
 
         Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it ended too long ago). Later,
-        the status repeats `Progress.error`.
+        the status repeats `Progress.error`. Of several servers only the one that began a generation knows it, see
+        `Model.replica`; the others, and one that was started anew without kept state, answer NOT_FOUND with the reason
+        OTHER_REPLICA, to `Cancel` and `Finish` as well.
         """
 
     @_abc_1.abstractmethod

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 
+from calotype_server.transport.body import Gone, TooLarge, TooSlow, read_body
 from calotype_server.transport.credentials import peer_of
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.context import Context
@@ -32,10 +33,6 @@ _log = structlog.get_logger(__name__)
 
 _UNWIND_SECONDS = 5.0
 """For a handler to end after it was cancelled, before its call is answered without it."""
-
-
-class _Gone(Exception):
-    """There is nobody left to answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +103,7 @@ class Call:
             status = self._verdict.result() if decided else self._outcome(handling)
             if status is not None:
                 await self._response.finish(status)
-        except _Gone:
+        except Gone:
             return
         except Stalled:
             # Not finishing makes the server close the connection.
@@ -144,25 +141,16 @@ class Call:
         """Reads the request to its end."""
         limit = self._limits.max_request_bytes
         most = framing.wire_size(limit, text=self._text)
-        too_large = Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"The request is larger than {limit} bytes.")
-        announced = framing.header(self._scope["headers"], b"content-length") or ""
-        if announced.isdecimal() and int(announced) > most:
-            raise too_large
-        body, more = bytearray(), True
+        seconds = self._limits.request_seconds
         try:
-            async with asyncio.timeout(self._limits.request_seconds):
-                while more:
-                    event = await self._receive()
-                    if event["type"] == "http.disconnect":
-                        raise _Gone
-                    body += event.get("body", b"")
-                    more = event.get("more_body", False)
-                    if len(body) > most:
-                        raise too_large
-        except TimeoutError:
-            late = f"The request had not arrived after {self._limits.request_seconds:g} seconds."
+            body = await read_body(self._scope, self._receive, most=most, seconds=seconds)
+        except TooLarge:
+            large = f"The request is larger than {limit} bytes."
+            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, large) from None
+        except TooSlow:
+            late = f"The request had not arrived after {seconds:g} seconds."
             raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, late) from None
-        return framing.decode_request(bytes(body), text=self._text)
+        return framing.decode_request(body, text=self._text)
 
     async def _watch(self) -> None:
         """Waits for the client to leave, whatever the handler is doing."""
@@ -180,7 +168,7 @@ class Call:
             return self._context.status
         if isinstance(error, Refused):
             return error.status
-        if isinstance(error, (_Gone, Stalled)):
+        if isinstance(error, (Gone, Stalled)):
             raise error
         # The interceptors let none through; this is for what they leave alone, such as serializers.
         _log.error("call failed", method=self._path, exc_info=error)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from calotype_server.engine.batching.batcher import StepBatcher
-from calotype_server.engine.batching.policy import unbatchable, verify
+from calotype_server.engine.batching.policy import Threads, unbatchable, verify
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
 from calotype_server.engine.probe import sample_calls
 from calotype_server.engine.sharing import shared_components
@@ -52,7 +52,9 @@ def batched(family, cases, **options):
     pipeline = tiny.shared(family)
     name, shared = denoiser_name(pipeline), shared_components(pipeline)
     records = []
-    batcher = StepBatcher(getattr(pipeline, name), threads=1, on_batch=records.append, max_rows=MAX_ROWS, **options)
+    batcher = StepBatcher(
+        getattr(pipeline, name), threads=Threads(1, 1, 1), on_batch=records.append, max_rows=MAX_ROWS, **options
+    )
     start = threading.Barrier(len(cases))
 
     def request(case):

@@ -1,0 +1,35 @@
+"""Whose request it is: decided at the edge, before anything of it is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import structlog
+
+from calotype_server.access import Caller
+from calotype_server.transport.credentials import from_scope, peer_of
+
+if TYPE_CHECKING:
+    from starlette.requests import HTTPConnection
+
+    from calotype_server.access import Access
+
+__all__ = ["admit", "caller_of"]
+
+_KEY = "calotype.caller"
+
+
+def admit(access: Access, scope: Any) -> None:
+    """Notes who sends a request or opens a WebSocket.
+
+    Raises:
+        Unauthenticated: It comes without a good key.
+    """
+    caller = access.admit(from_scope(scope), peer_of(scope))
+    structlog.contextvars.bind_contextvars(caller=caller.id)
+    scope[_KEY] = caller
+
+
+def caller_of(connection: HTTPConnection) -> Caller:
+    """Returns who that is."""
+    return cast(Caller, connection.scope[_KEY])

@@ -1,0 +1,124 @@
+"""From JSON and query strings to messages, with everything that is wrong with them named at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+from pydantic import BaseModel, ValidationError
+from pydantic_core import core_schema
+
+from calotype_server.errors import Violation
+from calotype_server.transport.http.schema import request_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic import GetCoreSchemaHandler
+
+__all__ = ["Lenient", "Parsed", "parse", "parse_message", "parse_query", "query_parameters", "sentence"]
+
+M = TypeVar("M", bound=BaseModel)
+P = TypeVar("P", bound=Message)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed(Generic[T]):
+    """What was understood of a request, and what was not: further checks add to the violations."""
+
+    value: T
+    violations: list[Violation]
+
+
+def parse(model: type[M], data: Any) -> Parsed[M]:
+    """Returns the model made of what is right with `data`. Every field of `model` must have a default."""
+    violations: list[Violation] = []
+    for _ in range(2):
+        try:
+            return Parsed(model.model_validate(data), violations)
+        except ValidationError as error:
+            for each in error.errors(include_url=False, include_context=False, include_input=False):
+                path = tuple(map(str, each["loc"]))
+                violations.append(Violation(_printable(".".join(path)) or "body", sentence(each)))
+                data = _without(data, path)
+    return Parsed(model(), violations)
+
+
+def parse_message(kind: type[P], data: Any) -> Parsed[P]:
+    """Returns the message made of what is right with its JSON."""
+    parsed = parse(request_model(kind), data)
+    given = parsed.value.model_dump(exclude_none=True)
+    return Parsed(json_format.ParseDict(given, kind()), parsed.violations)
+
+
+def parse_query(kind: type[P], query: Mapping[str, str]) -> Parsed[P]:
+    """Returns the message made of a query in which dots lead into messages: preview.quality=80."""
+    data: dict[str, Any] = {}
+    for name, value in query.items():
+        outer, dot, inner = name.partition(".")
+        if not dot:
+            data[name] = value
+        elif isinstance(data.setdefault(outer, {}), dict):
+            data[outer][inner] = value
+    return parse_message(kind, data)
+
+
+def query_parameters(kind: type[Message], *, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Returns the query of `parse_query` as OpenAPI describes it."""
+    root = request_model(kind).model_json_schema()
+
+    def flatten(schema: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
+        parameters = []
+        for name, field in schema["properties"].items():
+            if "$ref" in field:
+                parameters += flatten(root["$defs"][field["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
+            else:
+                description = field.pop("description")
+                parameters.append({"name": prefix + name, "in": "query", "description": description, "schema": field})
+        return parameters
+
+    return [each for each in flatten(root, "") if each["name"] not in without]
+
+
+class Lenient:
+    """Annotates a FastAPI body of type `Parsed`: described as `model`, and never refused before all is checked.
+
+    Args:
+        model: What the body should be; of a message, the message's.
+    """
+
+    def __init__(self, model: type[BaseModel] | type[Message]) -> None:
+        self._message = model if issubclass(model, Message) else None
+        self._model = model if issubclass(model, BaseModel) else request_model(model)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        def validate(data: Any, _: object) -> Parsed[Any]:
+            return parse(self._model, data) if self._message is None else parse_message(self._message, data)
+
+        return core_schema.no_info_wrap_validator_function(validate, handler.generate_schema(self._model))
+
+
+def sentence(error: Any) -> str:
+    """Returns what is wrong according to one of pydantic's errors, as validation would say it."""
+    if error["type"] == "extra_forbidden":
+        return "is unknown"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return "must be a JSON object, sent as application/json" if not error["loc"] else "must be an object"
+    message: str = error["msg"]
+    return message.removeprefix("Value error, ").replace("Input should be", "must be")
+
+
+def _printable(name: str) -> str:
+    """Names of unknown fields are the caller's, and may be anything."""
+    return name.encode("utf-8", "replace").decode()[:80]
+
+
+def _without(data: Any, path: tuple[str, ...]) -> Any:
+    if not path or not isinstance(data, dict):
+        return {}
+    if len(path) == 1:
+        return {name: value for name, value in data.items() if name != path[0]}
+    return {**data, path[0]: _without(data.get(path[0]), path[1:])}

@@ -1,0 +1,141 @@
+"""Errors over HTTP: one shape, that of OpenAI's API with what Calotype knows besides."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from calotype_server.errors import GenerationError, GenerationFailed, InvalidRequest, ServiceError, Violation
+from calotype_server.observations import CallRefused, Observe, ignore
+from calotype_server.transport.http.parsing import sentence
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+
+__all__ = ["ERRORS", "answer", "describe", "handle_errors"]
+
+# As google.rpc.Code maps them, https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto
+_STATUSES = {
+    "CANCELLED": 499,
+    "INVALID_ARGUMENT": 400,
+    "DEADLINE_EXCEEDED": 504,
+    "NOT_FOUND": 404,
+    "ALREADY_EXISTS": 409,
+    "PERMISSION_DENIED": 403,
+    "UNAUTHENTICATED": 401,
+    "RESOURCE_EXHAUSTED": 429,
+    "FAILED_PRECONDITION": 400,
+    "UNAVAILABLE": 503,
+}
+_BY_REASON = {"REQUEST_TOO_LARGE": 413, "REQUEST_TOO_LATE": 408}
+_NAMES = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+class Fault(BaseModel):
+    """One thing wrong with a request."""
+
+    field: str = Field(description="Name of the field; dots lead into objects.")
+    description: str = Field(description="What is wrong with it.")
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str = Field(description="One sentence for people.")
+    type: str = Field(description="As OpenAI's API: invalid_request_error, rate_limit_error, server_error, and so on.")
+    param: str | None = Field(description="The first field that is wrong, if any is.")
+    code: str = Field(description="Machine-readable, in UPPER_SNAKE_CASE, the same as `ErrorInfo.reason` over gRPC.")
+    status: str = Field(description="Name of the gRPC status code, such as INVALID_ARGUMENT.")
+    violations: list[Fault] = Field(default=[], description="Everything that is wrong with the request.")
+    retry_after: float | None = Field(default=None, description="Seconds after which trying again makes sense.")
+    metadata: dict[str, str] = Field(default={}, description="Facts for programs.")
+
+
+class Problem(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": Problem, "description": "Refused: `error.violations` names everything that is wrong."},
+    "5XX": {"model": Problem, "description": "The server cannot do it; it is not the caller's fault."},
+}
+"""For `responses` of every operation."""
+
+
+def describe(error: ServiceError) -> dict[str, Any]:
+    """Returns an error in the shape of `Problem`."""
+    violations = error.violations if isinstance(error, InvalidRequest) else ()
+    detail = ErrorDetail(
+        message=error.message,
+        type=_type(_status(error)),
+        param=violations[0].field if violations else None,
+        code=error.reason,
+        status=error.code,
+        violations=[Fault(field=each.field, description=each.description) for each in violations],
+        retry_after=error.retry_after,
+        metadata=error.metadata,
+    )
+    return {"error": detail.model_dump(exclude_defaults=True)}
+
+
+def answer(error: ServiceError) -> JSONResponse:
+    """Returns the response that tells an error."""
+    status = _status(error)
+    # Read by OpenAI's clients, which would draw a picture that failed for good twice again.
+    headers = {"x-should-retry": "false" if error.retry_after is None else "true"}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after))
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(describe(error), status, headers)
+
+
+def handle_errors(application: FastAPI, observe: Observe = ignore) -> None:
+    """Has every error of an application answered in this shape, and counted where it is a refusal."""
+
+    async def known(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ServiceError)
+        if not isinstance(error, GenerationError):
+            observe(CallRefused(error.reason))
+        return answer(error)
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        violations = []
+        for each in error.errors():
+            path = [str(part) for part in each["loc"][1:] if not isinstance(part, int)]
+            violations.append(Violation(".".join(path) or str(each["loc"][0]), sentence(each)))
+        observe(CallRefused(InvalidRequest.reason))
+        return answer(InvalidRequest(violations))
+
+    async def plain(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        status = error.status_code
+        name = _NAMES.get(status, "INVALID_ARGUMENT")
+        detail = ErrorDetail(message=f"{error.detail}.", type=_type(status), param=None, code=name, status=name)
+        body = {"error": detail.model_dump(exclude_defaults=True)}
+        return JSONResponse(body, status, {**(error.headers or {}), "x-should-retry": "false"})
+
+    async def unexpected(_: Request, __: Exception) -> JSONResponse:
+        return answer(GenerationFailed("Internal error."))
+
+    application.add_exception_handler(ServiceError, known)
+    application.add_exception_handler(RequestValidationError, invalid)
+    application.add_exception_handler(HTTPException, plain)
+    application.add_exception_handler(Exception, unexpected)
+
+
+def _status(error: ServiceError) -> int:
+    return _BY_REASON.get(error.reason) or _STATUSES.get(error.code, 500)
+
+
+def _type(status: int) -> str:
+    return _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")

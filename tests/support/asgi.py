@@ -1,0 +1,72 @@
+"""A peer of an ASGI app who reads when the test says so, with no socket buffers in between that would hide it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+
+class Peer:
+    """Sends one request, or opens a WebSocket, and takes what comes while `reading` is set.
+
+    Args:
+        application: Asked.
+        kind: "http" or "websocket".
+        method: Of HTTP.
+        path: Below the root.
+        body: Of the request.
+        headers: Likewise.
+    """
+
+    def __init__(
+        self,
+        application: Any,
+        kind: str,
+        path: str,
+        *,
+        method: str = "POST",
+        body: bytes = b"",
+        headers: tuple[tuple[bytes, bytes], ...] = ((b"content-type", b"application/json"),),
+    ) -> None:
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self.taken: list[dict[str, Any]] = []
+        self.waiting = asyncio.Event()
+        """Set while the app waits for this peer to read."""
+        self._given: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        if kind == "http":
+            self.give({"type": "http.request", "body": body, "more_body": False})
+        else:
+            self.give({"type": "websocket.connect"})
+        scope = {
+            "type": kind,
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"host", b"localhost"), *headers],
+            "client": ("127.0.0.1", 4711),
+            "scheme": "http",
+            "http_version": "1.1",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "subprotocols": [],
+        }
+        self.done = asyncio.ensure_future(application(scope, self._given.get, self._send))
+
+    def give(self, event: dict[str, Any]) -> None:
+        """Lets the app receive an event."""
+        self._given.put_nowait(event)
+
+    def leave(self) -> None:
+        """Disconnects."""
+        self.give({"type": "http.disconnect"})
+        self.give({"type": "websocket.disconnect", "code": 1006})
+
+    async def _send(self, event: dict[str, Any]) -> None:
+        if not self.reading.is_set():
+            self.waiting.set()
+        await self.reading.wait()
+        self.waiting.clear()
+        self.taken.append(event)
+        await asyncio.sleep(0)

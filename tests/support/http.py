@@ -1,0 +1,275 @@
+"""Stubs of the service over server-sent events and over the WebSocket: what generated ones are over gRPC.
+
+So the contract tests run over all of them. Their clients share no code with the server: httpx, httpx-sse, websockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf import json_format
+from google.protobuf.any_pb2 import Any as Packed
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+from httpx_sse import EventSource
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+from calotype.v1 import calotype_pb2 as pb
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import AsyncIterator
+
+    import httpx
+
+CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def as_json(message: Any) -> dict[str, Any]:
+    """A message in the form that HTTP takes."""
+    return json_format.MessageToDict(message, preserving_proto_field_name=True)
+
+
+def from_json(data: dict[str, Any], kind: Any = pb.Progress) -> Any:
+    """A message that came as JSON."""
+    return json_format.ParseDict(data, kind())
+
+
+def as_rpc_error(error: dict[str, Any]) -> grpc.aio.AioRpcError:
+    """What a generated stub would have raised."""
+    details: list[Any] = [ErrorInfo(reason=error["code"], domain="calotype", metadata=error.get("metadata", {}))]
+    if faults := error.get("violations"):
+        details.append(BadRequest(field_violations=[BadRequest.FieldViolation(**fault) for fault in faults]))
+    if "retry_after" in error:
+        delay = Duration()
+        delay.FromNanoseconds(round(error["retry_after"] * 1e9))
+        details.append(RetryInfo(retry_delay=delay))
+    code = grpc.StatusCode[error["status"]]
+    status = Status(code=code.value[0], message=error["message"])
+    for detail in details:
+        packed = Packed()
+        packed.Pack(detail)
+        status.details.append(packed)
+    trailing = grpc.aio.Metadata(("grpc-status-details-bin", status.SerializeToString()))
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, error["message"])
+
+
+def as_ended(message: pb.Progress) -> grpc.aio.AioRpcError | None:
+    """What gRPC would have ended with after the last message."""
+    if not message.HasField("error"):
+        return None
+    error = message.error
+    told = {"message": error.message, "code": error.reason, "status": CODES[error.code].name}
+    if error.HasField("retry_delay"):
+        told["retry_after"] = error.retry_delay.ToNanoseconds() / 1e9
+    return as_rpc_error(told)
+
+
+class StreamCall:
+    """A call that streams, with the reading half of `grpc.aio.UnaryStreamCall`; the rest is the subclass's."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._until = None if timeout is None else asyncio.get_running_loop().time() + timeout
+        self._last: pb.Progress | None = None
+        self._opening = asyncio.ensure_future(self.open())
+
+    async def open(self) -> Any:
+        """Asks."""
+        raise NotImplementedError
+
+    async def next(self, opened: Any) -> pb.Progress | None:
+        """The next message, or None."""
+        raise NotImplementedError
+
+    def drop(self, opened: Any) -> None:
+        """Leaves without a word."""
+        raise NotImplementedError
+
+    async def read(self) -> Any:
+        """The next message, or EOF; raises what the generation ended with when it was not its image."""
+        try:
+            async with asyncio.timeout_at(self._until):
+                message = await self.next(await asyncio.shield(self._opening))
+        except TimeoutError:
+            self.cancel()
+            none = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, none, none) from None
+        if message is not None:
+            self._last = message
+            return message
+        assert self._last is not None
+        assert self._last.phase >= pb.PHASE_SUCCEEDED, "it stopped without an end"
+        if (error := as_ended(self._last)) is not None:
+            raise error
+        return grpc.aio.EOF
+
+    def cancel(self) -> None:
+        """Leaves as a browser does: the connection is gone."""
+        self._opening.cancel()
+        if self._opening.done() and not self._opening.cancelled() and self._opening.exception() is None:
+            self.drop(self._opening.result())
+
+    async def __aiter__(self) -> AsyncIterator[pb.Progress]:
+        while (message := await self.read()) is not grpc.aio.EOF:
+            yield message
+
+
+class EventCall(StreamCall):
+    """Server-sent events."""
+
+    def __init__(self, client: httpx.AsyncClient, request: httpx.Request, timeout: float | None) -> None:
+        self.client = client
+        self._request = request
+        self._closing: asyncio.Task[None] | None = None
+        super().__init__(timeout)
+
+    async def open(self) -> tuple[httpx.Response, AsyncIterator[Any]]:
+        response = await self.client.send(self._request, stream=True)
+        if response.status_code != 200:
+            await response.aread()
+            raise as_rpc_error(response.json()["error"])
+        return response, EventSource(response).aiter_sse()
+
+    async def next(self, opened: Any) -> pb.Progress | None:
+        async for event in opened[1]:
+            message = from_json(json.loads(event.data))
+            assert event.id == f"{message.generation_id}:{message.sequence}"
+            assert event.event == ("end" if message.phase >= pb.PHASE_SUCCEEDED else "progress")
+            return message
+        return None
+
+    def drop(self, opened: Any) -> None:
+        self._closing = asyncio.ensure_future(opened[0].aclose())
+
+
+class SocketCall(StreamCall):
+    """One generation on a WebSocket of its own."""
+
+    def __init__(self, opening: Any, command: dict[str, Any], timeout: float | None) -> None:
+        self._socket = opening
+        self._command = command
+        super().__init__(timeout)
+
+    async def open(self) -> Any:
+        socket = await self._socket
+        await socket.send(json.dumps({**self._command, "id": "a"}))
+        return socket
+
+    async def next(self, opened: Any) -> pb.Progress | None:
+        if self._last is not None and self._last.phase >= pb.PHASE_SUCCEEDED:
+            await opened.close()
+            return None
+        told = await receive(opened)
+        assert told["id"] == "a"
+        if told["type"] == "error":
+            await opened.close()
+            raise as_rpc_error(told["error"])
+        assert told["type"] == ("end" if told["progress"].phase >= pb.PHASE_SUCCEEDED else "progress")
+        return told["progress"]
+
+    def drop(self, opened: Any) -> None:
+        opened.transport.abort()
+
+
+async def open_socket(address: str, context: ssl.SSLContext | None = None, **options: Any) -> Any:
+    """A WebSocket to a server; over TLS with a context."""
+    url = f"{'ws' if context is None else 'wss'}://{address}/v1/ws"
+    return await connect(url, proxy=None, compression=None, max_size=None, ssl=context, **options)
+
+
+async def receive(socket: Any) -> dict[str, Any]:
+    """The next thing that a WebSocket tells, with the picture that follows in it."""
+    told = json.loads(await socket.recv())
+    if "progress" in told:
+        told["progress"] = from_json(told["progress"])
+        if "image_bytes" in told:
+            told["progress"].image = await socket.recv()
+            assert len(told["progress"].image) == told["image_bytes"]
+    return told
+
+
+class EventStub:
+    """`GenerationServiceStub` over server-sent events and plain requests; metadata are headers."""
+
+    def __init__(self, client: httpx.AsyncClient, context: ssl.SSLContext | None = None) -> None:
+        self.client = client
+        self._context = context
+        self._sockets: list[Any] = []
+
+    async def aclose(self) -> None:
+        """Closes whatever is open."""
+        await self.client.aclose()
+        await asyncio.gather(*(socket.close() for socket in self._sockets))
+
+    def Generate(self, request: Any, timeout: float | None = None, metadata: Any = None) -> StreamCall:  # noqa: N802
+        return self._stream("POST", "/generate", timeout, json=as_json(request), headers=metadata)
+
+    def Watch(self, request: Any, timeout: float | None = None, metadata: Any = None) -> StreamCall:  # noqa: N802
+        query = as_json(request)
+        path = f"/generations/{query.pop('generation_id')}/events"
+        flat = {f"preview.{name}": value for name, value in query.pop("preview", {}).items()} | query
+        return self._stream("GET", path, timeout, params=flat, headers=metadata)
+
+    async def Cancel(self, request: Any, metadata: Any = None) -> pb.CancelResponse:  # noqa: N802
+        path = f"/generations/{request.generation_id}/cancel"
+        return await self._ask("POST", path, pb.CancelResponse, headers=metadata)
+
+    async def Finish(self, request: Any, metadata: Any = None) -> pb.FinishResponse:  # noqa: N802
+        path = f"/generations/{request.generation_id}/finish"
+        return await self._ask("POST", path, pb.FinishResponse, headers=metadata)
+
+    async def ListGenerations(self, request: Any, metadata: Any = None) -> pb.ListGenerationsResponse:  # noqa: N802
+        query = as_json(request)
+        return await self._ask("GET", "/generations", pb.ListGenerationsResponse, params=query, headers=metadata)
+
+    async def GetModel(self, request: pb.GetModelRequest, metadata: Any = None) -> pb.Model:  # noqa: N802
+        return await self._ask("GET", "/model", pb.Model, headers=metadata)
+
+    def _stream(self, method: str, path: str, timeout: float | None, **options: Any) -> StreamCall:
+        return EventCall(self.client, self.client.build_request(method, path, **options), timeout)
+
+    async def _ask(self, method: str, path: str, kind: Any, **options: Any) -> Any:
+        response = await self.client.request(method, path, **options)
+        if not response.is_success:
+            raise as_rpc_error(response.json()["error"])
+        return from_json(response.json(), kind)
+
+
+class SocketStub(EventStub):
+    """The same over the WebSocket, as far as that goes."""
+
+    def Generate(self, request: Any, timeout: float | None = None, metadata: Any = None) -> StreamCall:  # noqa: N802
+        command = {"type": "generate", "request": as_json(request)}
+        return SocketCall(self._open(metadata), command, timeout)
+
+    def Watch(self, request: Any, timeout: float | None = None, metadata: Any = None) -> StreamCall:  # noqa: N802
+        return SocketCall(self._open(metadata), {"type": "watch", "request": as_json(request)}, timeout)
+
+    async def Cancel(self, request: Any, metadata: Any = None) -> pb.CancelResponse:  # noqa: N802
+        return await self._command("cancel", request, pb.CancelResponse, metadata)
+
+    async def Finish(self, request: Any, metadata: Any = None) -> pb.FinishResponse:  # noqa: N802
+        return await self._command("finish", request, pb.FinishResponse, metadata)
+
+    async def _open(self, metadata: Any) -> Any:
+        try:
+            address = self.client.base_url.netloc.decode()
+            socket = await open_socket(address, self._context, additional_headers=metadata)
+            self._sockets.append(socket)
+            return socket
+        except InvalidStatus as refused:
+            raise as_rpc_error(json.loads(refused.response.body)["error"]) from None
+
+    async def _command(self, name: str, request: Any, kind: Any, metadata: Any) -> Any:
+        async with await self._open(metadata) as socket:
+            await socket.send(json.dumps({"type": name, "id": "b", "request": as_json(request)}))
+            told = json.loads(await socket.recv())
+        if told["type"] == "error":
+            raise as_rpc_error(told["error"])
+        assert (told.pop("type"), told.pop("id")) == (name, "b")
+        return from_json(told, kind)

@@ -91,6 +91,11 @@ const BY_REASON: Readonly<Record<string, Explanation>> = {
     advice: "The service must be restarted by whoever runs it.",
     retry: AGAIN,
   },
+  ENGINE_STALLED: {
+    title: "The model has stopped answering.",
+    advice: "The service is being started anew; try again in a minute.",
+    retry: AGAIN,
+  },
 };
 
 const BY_CODE: Partial<Record<CalotypeError["code"], Explanation>> = {

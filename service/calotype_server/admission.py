@@ -82,6 +82,11 @@ class Admission:
         """Generations at work."""
         return len(self._active)
 
+    @property
+    def waiting(self) -> int:
+        """Generations that wait for their turn."""
+        return len(self._waiting)
+
     def enter(
         self, job: Job, caller: str, on_move: Callable[[int, float | None], None], deadline: float | None = None
     ) -> Ticket:

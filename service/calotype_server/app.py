@@ -12,33 +12,38 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from calotype_server import errors
+from calotype_server import __version__, errors, tracing
 from calotype_server.admission import Admission
 from calotype_server.api import Api
 from calotype_server.budget import PreviewBudget
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
+from calotype_server.metrics import ServerMetrics
+from calotype_server.observations import Observe, to_all
 from calotype_server.retention import Retention
 from calotype_server.signals import Signals
 from calotype_server.store import Store
 from calotype_server.telemetry import configure_logging
 from calotype_server.transport.descriptors import reserve_descriptors
 from calotype_server.transport.doors import Doors
+from calotype_server.transport.exposition import serve_metrics
 from calotype_server.transport.native import NativeServer
 from calotype_server.transport.peers import Peers
 from calotype_server.transport.servicer import GenerationServicer
 from calotype_server.transport.services import Services
 from calotype_server.transport.web import WebServer
 from calotype_server.types import PreviewMethod
+from calotype_server.watchdog import Watchdog, end_when_stalled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from calotype_server.engine.protocol import Engine
     from calotype_server.generation import Generation
     from calotype_server.settings import Settings
     from calotype_server.types import ModelInfo
+    from calotype_server.watchdog import Stall
 
 __all__ = ["LOADING_THREAD", "Ready", "serve"]
 
@@ -80,7 +85,11 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     limits = settings.port_limits
     reserve_descriptors(2 * limits.max_connections)
     peers = Peers(limits.max_calls_per_peer)
-    native = NativeServer(services, doors.access, doors.certificates, limits=limits, peers=peers)
+    metrics = ServerMetrics(__version__)
+    metrics.read(serving=lambda: services.serving)
+    tracer = _tracing(settings)
+    observe = metrics.observe if tracer is None else to_all(metrics.observe, tracer.observe)
+    native = NativeServer(services, doors.access, doors.certificates, limits=limits, peers=peers, observe=observe)
     web = WebServer(
         settings.web_address,
         services.add_to,
@@ -92,17 +101,22 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         allowed_hosts=settings.allowed_hosts,
         limits=limits,
         peers=peers,
+        observe=observe,
+        metrics=None if settings.metrics_address else metrics.render,
     )
     budget = PreviewBudget(settings.preview_budget)
     store = None if settings.state is None else await Store.open(settings.state.expanduser())
     address = await native.start(settings.grpc_address)
+    opened = contextlib.AsyncExitStack()
     try:
         doors.watch()
         web_address = await web.start()
-        engine = await signals.unless_stopped(_in_daemon_thread(lambda: _load_engine(settings, budget)))
+        await opened.enter_async_context(serve_metrics(settings.metrics_address, metrics.render))
+        engine = await signals.unless_stopped(_in_daemon_thread(lambda: _load_engine(settings, budget, observe)))
         if engine is None:
             return 0
-        encoder = Encoder(budget.observe_encode)
+        metrics.describe(engine.model)
+        encoder = Encoder(budget.observe_encode, observe)
         pace = Pace()
         max_active = engine.model.max_active
         admission = Admission(
@@ -125,11 +139,38 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
             max_active=max_active,
             heartbeat=settings.heartbeat_seconds,
             on_dead=dead.set,
+            observe=observe,
+        )
+        metrics.read(
+            active=lambda: admission.active,
+            queued=lambda: admission.waiting,
+            readers=lambda: generations.readers,
+            log_bytes=lambda: sum(generation.size for generation in generations.running),
+            retained=lambda: len(ended),
+            retained_bytes=lambda: ended.size,
         )
         try:
             await signals.unless_stopped(generations.warm_up())
         except errors.ServiceError as error:
             raise errors.ModelUnavailable(f"The model {settings.model!r} cannot make a picture: {error}") from error
+
+        async def farewell(stalls: Sequence[Stall]) -> None:
+            await services.set_serving(False)
+            await generations.abandon([stall.generation for stall in stalls])
+            await asyncio.gather(native.stop(_LAST_WORDS_SECONDS), web.stop(_LAST_WORDS_SECONDS))
+            if store is not None:
+                await store.close()
+
+        if settings.watchdog_seconds:
+            # From now on: what came before was done for the first time, and nobody can say how long that takes.
+            watchdog = Watchdog(
+                lambda: generations.running,
+                lambda job: pace.usual_pause(job, admission.active),
+                settings.watchdog_seconds,
+            )
+            metrics.read(longest_pause=lambda: watchdog.longest_pause)
+            watching = asyncio.create_task(end_when_stalled(watchdog, farewell))
+            opened.callback(watching.cancel)
         if not signals.stopped:
             await generations.restore()
             api.open(generations)
@@ -151,11 +192,20 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     finally:
         await doors.close()
         await asyncio.gather(native.stop(0), web.stop(0))
+        await opened.aclose()
         if store is not None:
             await store.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
 
-def _load_engine(settings: Settings, budget: PreviewBudget) -> Engine:
+def _tracing(settings: Settings) -> tracing.Tracing | None:
+    if settings.tracing is None and not tracing.wanted():
+        return None
+    return None if settings.tracing is False else tracing.configured(__version__, required=bool(settings.tracing))
+
+
+def _load_engine(settings: Settings, budget: PreviewBudget, observe: Observe) -> Engine:
     # OpenMP's threads spin while they wait for each other. A server shares its cores, with its own event loop at least,
     # and spinning against it was measured to cost up to twenty times the time of a step. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -186,6 +236,7 @@ def _load_engine(settings: Settings, budget: PreviewBudget) -> Engine:
             max_active=settings.max_active,
             max_rows=settings.max_batch_rows,
             deterministic=settings.deterministic,
+            observe=observe,
         )
         _check_default_method(settings, engine.model)
         return engine

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import grpc
 import structlog
 
+from calotype_server import __version__
+from calotype_server.metrics import Metrics
 from calotype_server.signals import Signals
 from calotype_server.telemetry import configure_logging
 from calotype_server.transport.certificates import upstream_credentials
 from calotype_server.transport.descriptors import reserve_descriptors
 from calotype_server.transport.doors import Doors
+from calotype_server.transport.exposition import serve_metrics
 from calotype_server.transport.forwarding import Forwarder
 from calotype_server.transport.upstreams import Upstreams
 from calotype_server.transport.web import WebServer
@@ -42,6 +45,7 @@ async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> No
     configure_logging(settings.log_level, settings.log_format)
     doors = Doors(settings, {"--web-address": settings.web_address})
     signals = Signals()
+    metrics = Metrics(__version__)
     reserve_descriptors(settings.max_connections)
 
     async def is_ready() -> bool:
@@ -57,14 +61,18 @@ async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> No
             allowed_origins=settings.allowed_origins,
             allowed_hosts=settings.allowed_hosts,
             limits=settings.port_limits,
+            transport="bridge",
+            observe=metrics.observe,
+            metrics=None if settings.metrics_address else metrics.render,
         )
         address = await web.start()
         try:
             doors.watch()
-            announce(address)
-            await signals.stopping()
-            _log.info("draining", grace=settings.drain_seconds)
-            await signals.unless_hurried(web.stop(settings.drain_seconds))
+            async with serve_metrics(settings.metrics_address, metrics.render):
+                announce(address)
+                await signals.stopping()
+                _log.info("draining", grace=settings.drain_seconds)
+                await signals.unless_hurried(web.stop(settings.drain_seconds))
         finally:
             await doors.close()
             await web.stop(0)

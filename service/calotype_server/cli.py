@@ -129,7 +129,7 @@ def _with_settings(command: Callable[[S], None], kind: type[S]) -> Callable[...,
 def _option(name: str, field: pydantic.fields.FieldInfo) -> Any:
     default = default_text(field)
     text = f"{field.description} Default: {default}." if default else field.description
-    if field.annotation is bool:
+    if field.annotation in (bool, bool | None):
         no = f"/--no-{name.replace('_', '-')}"
         return Annotated[bool | None, typer.Option(flag_text(name) + no, help=text, show_default=False)]
     # As text: pydantic does the parsing, for options and environment alike.

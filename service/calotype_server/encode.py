@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import io
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import ExifTags, Image, PngImagePlugin
 
+from calotype_server.observations import ImageEncoded, Observe, ignore
 from calotype_server.types import EncodedImage, OutputOptions, Pixels, PreviewOptions
 
 if TYPE_CHECKING:
@@ -25,21 +27,23 @@ class Encoder:
     """Encodes previews as JPEG and final images in the format asked for.
 
     Args:
-        on_preview: Told the seconds that encoding a preview took.
+        on_preview: Told the seconds of processor time that encoding a preview took.
+        observe: Told of each file.
     """
 
-    def __init__(self, on_preview: Callable[[float], None] | None = None) -> None:
+    def __init__(self, on_preview: Callable[[float], None] | None = None, observe: Observe = ignore) -> None:
         self._on_preview = on_preview
+        self._observe = observe
         # Two, so that a preview does not wait behind another generation's final image.
         self._threads = ThreadPoolExecutor(2, "calotype-encode")
 
     async def preview(self, pixels: Pixels, options: PreviewOptions) -> EncodedImage:
         """Returns a JPEG no larger than `options.max_edge`."""
-        return await self._run(self._timed_preview, pixels, options.max_edge, options.quality)
+        return await self._run("preview", self._timed_preview, pixels, options.max_edge, options.quality)
 
     async def final(self, pixels: Pixels, options: OutputOptions, parameters: str) -> EncodedImage:
         """Returns a file of the full size, with `parameters` inside where the options want metadata."""
-        return await self._run(encode_final, pixels, options, parameters)
+        return await self._run("final", encode_final, pixels, options, parameters)
 
     def close(self) -> None:
         """Ends the threads after what they are doing."""
@@ -52,8 +56,17 @@ class Encoder:
             self._on_preview(time.thread_time() - begun)
         return image
 
-    async def _run(self, function: Callable[..., EncodedImage], *arguments: object) -> EncodedImage:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+    async def _run(
+        self, kind: Literal["preview", "final"], function: Callable[..., EncodedImage], *arguments: object
+    ) -> EncodedImage:
+        def encode() -> EncodedImage:
+            begun = time.perf_counter()
+            image = function(*arguments)
+            self._observe(ImageEncoded(kind, image.format, time.perf_counter() - begun))
+            return image
+
+        # In the caller's context, so that lines logged on the way carry its ids.
+        return await asyncio.get_running_loop().run_in_executor(self._threads, contextvars.copy_context().run, encode)
 
 
 def encode_preview(pixels: Pixels, max_edge: int, quality: int) -> EncodedImage:

@@ -34,9 +34,11 @@ ServiceError                  has a status code, a reason and a sentence fit for
     ├── ContentWithheld       FAILED_PRECONDITION  the model's safety checker objects
     ├── NumericalFailure      INTERNAL
     ├── GenerationFailed      INTERNAL
-    └── EngineDead            INTERNAL             the engine does not go on
+    ├── EngineDead            INTERNAL             the engine does not go on
+    └── EngineStalled         INTERNAL             nor does it say so: the process ends
 StartupError                  for the operator: what is wrong and what to do about it
 ├── ModelUnavailable
+├── TracingUnavailable
 ├── StateUnusable
 ├── KeysUnusable
 ├── CertificatesUnusable
@@ -63,6 +65,7 @@ __all__ = [
     "ContentWithheld",
     "DeadlineTooShort",
     "EngineDead",
+    "EngineStalled",
     "Exposed",
     "GenerationError",
     "GenerationFailed",
@@ -95,6 +98,7 @@ __all__ = [
     "TooManyRequests",
     "TooManyStreams",
     "TooMuchWork",
+    "TracingUnavailable",
     "Unauthenticated",
     "UpstreamUnavailable",
     "Violation",
@@ -353,12 +357,22 @@ class EngineDead(GenerationError):
     reason = "ENGINE_DEAD"
 
 
+class EngineStalled(GenerationError):
+    """It made no progress for so long that the process is ended; the log says where its threads stand."""
+
+    reason = "ENGINE_STALLED"
+
+
 class StartupError(Exception):
     """The server cannot start; the text tells the operator why, and what to do."""
 
 
 class ModelUnavailable(StartupError):
     """The model is not there, not reachable, not complete, or not one that Calotype can drive."""
+
+
+class TracingUnavailable(StartupError):
+    """OpenTelemetry is not installed, or lacks the exporter that was asked for."""
 
 
 class StateUnusable(StartupError):

@@ -61,6 +61,11 @@ class Pace:
         # What was not measured is taken to share the device evenly; batching does better, and is seen soon.
         return known[nearest] * job.pixel_count * active / nearest
 
+    def usual_pause(self, job: Job, active: int = 1) -> float | None:
+        """Seconds that may pass between two events of `job`: a step, or what comes before the steps or after them."""
+        step = self.step_seconds(job, active)
+        return step if step is None or self._around is None else max(step, self._around * job.pixel_count)
+
     def total_seconds(self, job: Job, active: int = 1) -> float | None:
         """Seconds from the start of work to the final image."""
         return self.remaining_seconds(job, 0, job.step_count, active)

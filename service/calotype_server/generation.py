@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING
 
 from calotype_server import errors
 from calotype_server.engine.protocol import Stop
+from calotype_server.observations import (
+    FirstPreview,
+    Observe,
+    PhaseSpan,
+    PreviewReported,
+    PreviewsDropped,
+    SlotFreed,
+    ignore,
+)
 from calotype_server.replica import new_id
 from calotype_server.stream import EventLog, State, advance
 from calotype_server.types import (
@@ -19,6 +28,7 @@ from calotype_server.types import (
     EncodingPrompt,
     Event,
     Failed,
+    PreviewMethod,
     PreviewReady,
     Succeeded,
     Timings,
@@ -49,6 +59,7 @@ class Generation:
         replica: Tag of this server, which the id of a new one begins with.
         record: What was kept of it before a restart, or None for a new one.
         image: The final image that was kept.
+        observe: Told what there is to see of it.
 
     Attributes:
         id: Unguessable.
@@ -60,6 +71,8 @@ class Generation:
         readers: How many follow it now.
         told: Number of its newest event when that was last looked at.
         reaper: Cancels it when nobody has come back, or None.
+        working: Whether a thread of the engine is at it.
+        first_of_its_size: Whether no picture of its size had been finished when it was accepted.
         acceptance: Writes it to the disk, and gives the error that it met; None where nothing is written.
     """
 
@@ -71,6 +84,7 @@ class Generation:
         replica: str,
         record: Record | None = None,
         image: bytes | None = None,
+        observe: Observe = ignore,
     ) -> None:
         self.id = new_id(replica) if record is None else record.generation_id
         self.number = number
@@ -85,6 +99,10 @@ class Generation:
         self.readers = 0
         self.told = 0
         self.reaper: asyncio.TimerHandle | None = None
+        self.observe = observe
+        self.working = False
+        self.first_of_its_size = False
+        self._stopped_at: float | None = None
         self.acceptance: asyncio.Task[errors.ServiceError | None] | None = None
         self.previews: Counter[str] = Counter()
         """How many were drawn, by method."""
@@ -126,6 +144,7 @@ class Generation:
         if self.stop.is_set() or self.ended:
             return
         self.stop_error = error
+        self._stopped_at = time.monotonic()
         self.stop.set()
         if self.ticket is not None and not self.ticket.turn.done():
             self.ticket.turn.set_exception(error)
@@ -160,9 +179,14 @@ class Generation:
         assert ticket is not None
 
         def report(event: Event) -> None:
-            self.watch.note(event)
+            first = self.watch.note(event)
             if isinstance(event, PreviewReady):
                 self.previews[event.method.value] += 1
+                self.observe(PreviewReported(event.method, job.preview.method is PreviewMethod.AUTO))
+                if first:
+                    self.observe(FirstPreview(self.watch.total))
+            if isinstance(event, Denoising | PreviewReady) and event.skipped:
+                self.observe(PreviewsDropped("undrawn", event.skipped))
             match event:
                 case EncodingPrompt():
                     event = dataclasses.replace(event, estimated_remaining=pace.total_seconds(job, active()))
@@ -179,6 +203,12 @@ class Generation:
             self.log.publish(event)
 
         return report
+
+    def slot_freed(self) -> None:
+        """Notes that no thread is at it any more."""
+        self.working = False
+        if self._stopped_at is not None:
+            self.observe(SlotFreed(time.monotonic() - self._stopped_at))
 
     async def rendition(self, encoder: Encoder, preview: PreviewReady, options: PreviewOptions) -> EncodedImage:
         """Returns a preview as a file. Readers who want the same get the same: it is encoded once."""
@@ -220,11 +250,45 @@ class Stopwatch:
     def __init__(self) -> None:
         self._accepted = time.monotonic()
         self._reached: dict[type[Event], float] = {}
+        self._drawn: float | None = None
         self._step: tuple[int, float] | None = None
+        self.events = 0
+        """Noted so far: as long as it rises, there is progress."""
+        self.batch_rows = 0.0
+        """As the engine told."""
 
-    def note(self, event: Event) -> None:
-        """Notes that an event has happened."""
-        self._reached.setdefault(type(event), time.monotonic())
+    @property
+    def total(self) -> float:
+        """Seconds since it was accepted."""
+        return time.monotonic() - self._accepted
+
+    def note(self, event: Event) -> bool:
+        """Notes that an event has happened, and returns whether it is the first of its kind."""
+        self.events += 1
+        if isinstance(event, Decoding):
+            self.batch_rows = event.batch_rows
+        first = type(event) not in self._reached
+        if first:
+            self._reached[type(event)] = time.monotonic()
+        return first
+
+    def note_drawn(self) -> None:
+        """Notes that the pixels are there: all that is left is the file."""
+        self._drawn = time.monotonic()
+
+    def phases(self) -> tuple[PhaseSpan, ...]:
+        """Returns the phases that were reached, the last of them up to now."""
+        started, denoising, decoding = (self._reached.get(kind) for kind in (EncodingPrompt, Denoising, Decoding))
+        begins = {
+            "queue": self._accepted,
+            "encode_prompt": started,
+            "denoise": denoising,
+            "decode": decoding,
+            "encode_image": self._drawn,
+        }
+        known = [(name, begin) for name, begin in begins.items() if begin is not None]
+        ends = [*(begin for _, begin in known[1:]), time.monotonic()]
+        return tuple(PhaseSpan(name, begin, end) for (name, begin), end in zip(known, ends, strict=True))  # type: ignore[arg-type]
 
     def step_seconds(self, step: int) -> float | None:
         """Returns the seconds of a step since this was last asked; None the first time and when there was none."""

@@ -7,12 +7,13 @@ import contextvars
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from calotype_server import errors, metadata
 from calotype_server.generation import Generation
+from calotype_server.observations import Ended, Observe, PreviewsDropped, TurnCame, ignore
 from calotype_server.reader import Reader
 from calotype_server.registry import Registry
 from calotype_server.replica import new_tag, tag_of
@@ -30,7 +31,7 @@ from calotype_server.types import (
 from calotype_server.withholding import bind_texts
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Collection
 
     from calotype_server.access import Caller
     from calotype_server.admission import Admission, Ticket
@@ -70,6 +71,7 @@ class Generations:
         max_active: Threads to keep, as many as admission lets run at once.
         heartbeat: Seconds between two looks at whether there is news of a generation; where there is none, it says so.
         on_dead: Called once when the engine cannot go on.
+        observe: Told what there is to see, but for the warm-up.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Generations:
         max_active: int,
         heartbeat: float = 5.0,
         on_dead: Callable[[], None],
+        observe: Observe = ignore,
     ) -> None:
         self._engine = engine
         self._admission = admission
@@ -94,10 +97,14 @@ class Generations:
         self._heartbeat = heartbeat
         self._beating: asyncio.TimerHandle | None = None
         self._on_dead = on_dead
+        self._observe = observe
         self._threads = ThreadPoolExecutor(max_active, "calotype-generation")
         self._running: dict[Generation, asyncio.Task[None]] = {}
         self._numbers = itertools.count(1)
         self._retry_after: float | None = None
+        self._drawn_sizes: set[tuple[int, int]] = set()
+        self._given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when nobody shall wait for threads any more."""
         self._readers = 0
         self._unread = asyncio.Event()
         self._unread.set()
@@ -106,6 +113,16 @@ class Generations:
     def model(self) -> ModelInfo:
         """The engine's model."""
         return self._engine.model
+
+    @property
+    def readers(self) -> int:
+        """Streams that follow a generation."""
+        return self._readers
+
+    @property
+    def running(self) -> list[Generation]:
+        """Those that have been accepted and have not ended."""
+        return list(self._running)
 
     async def start(self, job: Job, terms: Terms, quota: Quota | None = None) -> Generation:
         """Accepts a job, or returns the generation that the same request has started before.
@@ -128,7 +145,7 @@ class Generations:
             return started
         if self._retry_after is not None:
             raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
-        generation = Generation(job, terms, next(self._numbers), self.replica)
+        generation = Generation(job, terms, next(self._numbers), self.replica, observe=self._observe)
         if quota is not None:
             quota.check(job, self._registry.active(terms.caller))
         self._begin(generation)
@@ -145,7 +162,8 @@ class Generations:
         async for record, image in self._registry.load():
             grace = max(record.terms.grace, _RETURN_SECONDS)
             terms = replace(record.terms, deadline=None, grace=grace)
-            generation = Generation(record.job, terms, next(self._numbers), self.replica, record, image)
+            number = next(self._numbers)
+            generation = Generation(record.job, terms, number, self.replica, record, image, self._observe)
             if generation.ended:
                 self._registry.end(generation)
                 continue
@@ -163,8 +181,9 @@ class Generations:
         def on_move(position: int, remaining: float | None) -> None:
             generation.log.publish(Queued(position, remaining))
 
-        terms = generation.terms
-        generation.ticket = self._admission.enter(generation.job, terms.caller, on_move, terms.deadline)
+        job, terms = generation.job, generation.terms
+        generation.first_of_its_size = (job.width, job.height) not in self._drawn_sizes
+        generation.ticket = self._admission.enter(job, terms.caller, on_move, terms.deadline)
         task = asyncio.create_task(self._run(generation, generation.ticket), name=f"generation-{generation.id}")
         self._running[generation] = task
         self._registry.add(generation)
@@ -203,7 +222,12 @@ class Generations:
         self, generation: Generation, after: int, preview: PreviewOptions | None
     ) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
         await generation.accepted()
+        unread = 0
         async for update in generation.log.follow(after, preview):
+            lost = update.previews_dropped - update.state.previews_skipped - unread
+            if lost:
+                unread += lost
+                generation.observe(PreviewsDropped("unread", lost))
             image = None
             if update.preview is not None:
                 options = preview or generation.job.preview
@@ -302,10 +326,26 @@ class Generations:
 
     async def end_all(self) -> None:
         """Ends what is left as UNAVAILABLE, and waits for it: at most one denoising step, or one decode."""
-        for generation in list(self._running):
-            generation.end_early(errors.Interrupted("The server is stopping.", retry_after=_RESTART_SECONDS))
+        self._interrupt()
         await self._all_ended()
         await self._registry.settle()
+
+    async def abandon(self, stalled: Collection[Generation]) -> None:
+        """Ends everything without waiting for threads, because those of `stalled` will not end.
+
+        The others end as when the server stops, and are begun again after it.
+        """
+        self.refuse(_RESTART_SECONDS)
+        for generation in stalled:
+            generation.end_early(errors.EngineStalled("The model has stopped answering; the server is started anew."))
+        self._interrupt()
+        self._given_up.set_result(None)
+        await self._all_ended()
+        await self._registry.settle()
+
+    def _interrupt(self) -> None:
+        for generation in self.running:
+            generation.end_early(errors.Interrupted("The server is stopping.", retry_after=_RESTART_SECONDS))
 
     async def _all_ended(self) -> None:
         while self._running:
@@ -355,6 +395,7 @@ class Generations:
         except Exception:
             _log.exception("generation failed")
             end = Failed(errors.GenerationFailed("The image could not be made."), generation.watch.timings())
+        phases = generation.watch.phases()
         await self._registry.keep_end(generation, end)
         generation.log.publish(end)
         generation.settle()
@@ -362,6 +403,8 @@ class Generations:
         self._registry.end(generation)
         outcome = "succeeded" if isinstance(end, Succeeded) else end.error.reason
         seconds = round(end.timings.total or 0.0, 3)
+        steps = generation.log.state.step
+        generation.observe(Ended(generation.id, generation.job, end, phases, steps, generation.watch.batch_rows))
         _log.info("generation ended", outcome=outcome, seconds=seconds, previews=dict(generation.previews))
         if isinstance(end, Failed) and isinstance(end.error, errors.EngineDead):
             self._on_dead()
@@ -369,15 +412,26 @@ class Generations:
     async def _make(self, generation: Generation, ticket: Ticket) -> EncodedImage:
         try:
             await ticket.turn
+            generation.observe(TurnCame(generation.watch.total))
             call = contextvars.copy_context().run
             report = generation.reporter(self._pace, lambda: self._admission.active)
             work = asyncio.get_running_loop().run_in_executor(
                 self._threads, call, self._engine.run, generation.job, report, generation.stop
             )
+            generation.working = True
             # The slot is free when the thread has ended, not before.
-            pixels = await asyncio.shield(work)
+            either: tuple[asyncio.Future[Any], ...] = work, self._given_up
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                assert generation.stop_error is not None
+                raise generation.stop_error
+            pixels = work.result()
+            generation.watch.note_drawn()
+            self._drawn_sizes.add((generation.job.width, generation.job.height))
         finally:
             self._admission.leave(ticket)
+            if generation.working:
+                generation.slot_freed()
         self._check(generation)
         state = generation.log.state
         parameters = metadata.describe(generation.job, self.model, state.step if state.finished_early else None)

@@ -30,6 +30,11 @@ class WebSettings(BaseSettings):
         description="Names under which browsers reach this server, besides localhost and IP addresses; '*' for all. "
         "Separated by commas.",
     )
+    metrics_address: str | None = Field(
+        None,
+        description="HOST:PORT of a port of its own for /metrics, for whoever reaches it. Default: on the web port, "
+        "for operators' keys, or without keys for readers on this machine.",
+    )
     max_request_bytes: int = Field(
         PORT_LIMITS.max_request_bytes, ge=1024, description="Largest request accepted, in bytes."
     )
@@ -124,6 +129,11 @@ class WebSettings(BaseSettings):
     def _web_address(cls, value: str) -> str:
         return _host_and_port(value)
 
+    @field_validator("metrics_address")
+    @classmethod
+    def _metrics_address(cls, value: str | None) -> str | None:
+        return None if value is None else _host_and_port(value)
+
     @model_validator(mode="after")
     def _certificate_with_key(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
@@ -203,6 +213,16 @@ class Settings(WebSettings):
         256 * 2**20, ge=0, description="Bytes of pictures kept at most, with the previews of running generations."
     )
     drain_seconds: float = Field(30.0, ge=0, description="Time to finish running generations after SIGTERM.")
+    watchdog_seconds: float = Field(
+        120.0,
+        ge=0,
+        description="Time without progress of a generation at work, or 20 of its usual steps, after which the process "
+        "ends with code 70; 0 for never.",
+    )
+    tracing: bool | None = Field(
+        None,
+        description="Send OpenTelemetry spans, as its own OTEL_... variables say. Default: if they name a destination.",
+    )
     cache_dir: Path = Field(
         Path("~/.cache/calotype"), description="Folder for what was measured of a model, such as its preview head."
     )

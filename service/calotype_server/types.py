@@ -335,10 +335,14 @@ class Withdrawn:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """The steps are done, all of them or as many as were wanted; the latents are being decoded."""
+    """The steps are done, all of them or as many as were wanted; the latents are being decoded.
+
+    `batch_rows` are the rows that the denoiser computed together in a step on average, 0 when unknown.
+    """
 
     finished_early: bool = False
     estimated_remaining: float | None = None
+    batch_rows: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

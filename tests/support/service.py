@@ -17,6 +17,7 @@ from calotype_server.api import Api
 from calotype_server.encode import Encoder
 from calotype_server.estimates import Pace
 from calotype_server.generations import Generations
+from calotype_server.observations import Observe, ignore
 from calotype_server.retention import Retention
 from calotype_server.transport.forwarding import Forwarder
 from calotype_server.transport.native import NativeServer
@@ -57,6 +58,7 @@ class Service:
     api: Api
     generations: Generations
     services: Services
+    admission: Admission
     dead: list[bool]
 
 
@@ -76,6 +78,7 @@ async def running(
     access: Access | None = None,
     authority: Authority | None = None,
     transport: str = "native",
+    observe: Observe = ignore,
     web: dict[str, Any] | None = None,
 ) -> AsyncIterator[Service]:
     """Serves `engine` while the block runs; in plaintext to everybody, unless `authority` and `access` say so.
@@ -85,7 +88,7 @@ async def running(
     access = access or Access()
     pace, dead = Pace(), []
     admission = Admission(pace, max_active=max_active, max_queue=max_queue)
-    encoder = Encoder()
+    encoder = Encoder(observe=observe)
     ended = Retention(seconds=600, count=retained, size=2**24)
     generations = Generations(
         engine,
@@ -97,6 +100,7 @@ async def running(
         max_active=max_active,
         heartbeat=heartbeat,
         on_dead=lambda: dead.append(True),
+        observe=observe,
     )
     api = Api(limits)
     await generations.restore()
@@ -105,10 +109,10 @@ async def running(
     services = Services(GenerationServicer(api, access))
     await services.set_serving(opened)
     try:
-        port = _port(services, api, access, authority, transport, ports, peers, web or {})
-        async with port as (address, channel, stub):
+        doors = access, authority, ports, peers
+        async with _port(services, api, *doors, transport, observe, web or {}) as (address, channel, stub):
             try:
-                yield Service(address, channel, stub, api, generations, services, dead)
+                yield Service(address, channel, stub, api, generations, services, admission, dead)
             finally:
                 engine.close()
                 await generations.end_all()
@@ -123,16 +127,17 @@ async def _port(
     api: Api,
     access: Access,
     authority: Authority | None,
-    transport: str,
     limits: PortLimits,
     peers: Peers | None,
+    transport: str,
+    observe: Observe,
     options: dict[str, Any],
 ) -> AsyncIterator[tuple[str, Any, Any]]:
     """Listens, and yields the address, a channel to it, over HTTP the server, and a stub."""
     certificates = authority and authority.certificates()
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
-            native = NativeServer(services, access, certificates, limits=limits, peers=peers)
+            native = NativeServer(services, access, certificates, limits=limits, peers=peers, observe=observe)
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
             connect = opener(authority)
@@ -149,6 +154,9 @@ async def _port(
                 certificates,
                 is_ready=services.is_serving,
                 limits=limits,
+                transport="bridge",
+                observe=observe,
+                metrics=options.get("metrics"),
             )
         else:
             web = WebServer(
@@ -160,6 +168,7 @@ async def _port(
                 api=api,
                 limits=limits,
                 peers=peers,
+                observe=observe,
                 **options,
             )
         address = await web.start()

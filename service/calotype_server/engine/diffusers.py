@@ -22,6 +22,7 @@ from calotype_server.engine.probe import pick_threads
 from calotype_server.engine.sharing import shared_components
 from calotype_server.engine.tap import Step, StepTap, Stopped
 from calotype_server.engine.view import make_scheduler, request_view
+from calotype_server.observations import BatchDone, Observe, ignore
 from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, Notice, Pixels, PreviewMethod, Withdrawn
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class DiffusersEngine:
         max_rows: Rows of latents that the denoiser computes together at most; None to measure what pays.
         deterministic: Whether a picture must be bitwise the same in any company.
         on_batch: Told of every call of a shared denoiser; it must not block.
+        observe: Told what there is to see.
     """
 
     def __init__(
@@ -71,7 +73,13 @@ class DiffusersEngine:
         max_rows: int | None = None,
         deterministic: bool = False,
         on_batch: Callable[[BatchRecord], None] | None = None,
+        observe: Observe = ignore,
     ) -> None:
+        def batch_done(record: BatchRecord) -> None:
+            observe(BatchDone(record.rows, record.seconds))
+            if on_batch is not None:
+                on_batch(record)
+
         model = describe(name, pipeline, defaults)
         self._denoiser = denoiser_name(pipeline)
         most_threads = threads or torch.get_num_threads()
@@ -107,7 +115,7 @@ class DiffusersEngine:
                 max_rows=plan.max_rows,
                 threads=plan.threads,
                 deterministic=deterministic and not plan.reason,
-                on_batch=on_batch,
+                on_batch=batch_done,
             )
             # For the previews, which may ask the denoiser too, about shapes.
             shared[self._denoiser] = self._batcher.stream().proxy()
@@ -122,6 +130,7 @@ class DiffusersEngine:
             allowed=preview_methods,
             budget=self._budget,
             tiny_vae=tiny_vae,
+            observe=observe,
             teachable=not deterministic,
         )
         own = {} if self._batcher is None else {self._denoiser: self._batcher.stream().proxy()}
@@ -177,9 +186,12 @@ class DiffusersEngine:
                 if stream is not None:
                     stream.expect_no_more()
                 decoding_since = time.perf_counter()
-                report(Decoding())
+                report(Decoding(batch_rows=rows()))
             elif stop.finishing and step.x0() is not None:
                 raise Stopped
+
+        def rows() -> float:
+            return 0.0 if stream is None else stream.mean_rows
 
         scheduler = make_scheduler(self._pipeline, job.scheduler)
         tap = StepTap(
@@ -215,6 +227,7 @@ class DiffusersEngine:
                 raise errors.Cancelled("The generation was cancelled.") from None
             if feed.broken or tap.last is None:
                 raise _numerical_failure() from None
+            report(Decoding(finished_early=True, batch_rows=rows()))
             return self._finish(job, tap.last, feed, report)
 
     def close(self) -> None:
@@ -225,7 +238,6 @@ class DiffusersEngine:
 
     def _finish(self, job: Job, step: Step, feed: PreviewFeed, report: Callable[[Event], None]) -> Pixels:
         """Decodes the predicted picture of a step as the final one."""
-        report(Decoding(finished_early=True))
         images = self._finisher.decode(step, job.width, job.height)
         feed.flush()
         if images is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 from typing import Any
+from urllib.parse import urlsplit
 
 from calotype_server.errors import AddressInUse
 
-__all__ = ["check_free", "in_use", "resolve"]
+__all__ = ["check_free", "in_use", "is_loopback", "resolve"]
 
 
 def resolve(address: str, option: str) -> list[tuple[socket.AddressFamily, Any]]:
@@ -23,6 +25,17 @@ def resolve(address: str, option: str) -> list[tuple[socket.AddressFamily, Any]]
     except OSError:
         raise in_use(address, option) from None
     return [(family, target) for family, _, _, _, target in found]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST or HOST:PORT stands for this machine alone, without asking a name server."""
+    try:
+        host = urlsplit(f"//{address}").hostname or ""
+        if host == "localhost" or host.endswith(".localhost"):
+            return True
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_free(address: str, option: str) -> None:

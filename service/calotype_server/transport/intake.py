@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from calotype_server.errors import InvalidRequest, RequestTooLate, ServiceError, Violation
+from calotype_server.observations import Observe, ignore
 from calotype_server.transport.interceptors import abort
 
 if TYPE_CHECKING:
@@ -32,9 +33,11 @@ class Intake(grpc.aio.ServerInterceptor):
     Args:
         peers: Counts.
         seconds: For the request to arrive.
+        observe: Told of refusals.
     """
 
-    def __init__(self, peers: Peers, seconds: float) -> None:
+    def __init__(self, peers: Peers, seconds: float, observe: Observe = ignore) -> None:
+        self._observe = observe
         self._peers = peers
         self._seconds = seconds
 
@@ -75,7 +78,7 @@ class Intake(grpc.aio.ServerInterceptor):
             with self._peers.admit(context.peer()):
                 yield requests if handler.request_streaming else await self._receive(context)
         except ServiceError as error:
-            await abort(context, error)
+            await abort(context, error, self._observe)
 
     async def _receive(self, context: Context) -> Any:
         try:

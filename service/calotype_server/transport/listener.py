@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Listener", "listen"]
 
-_OPTION = "--web-address"
-
 _TOO_LARGE = "The head of the request is too large."
 _TOO_MANY = b"The server has as many connections as it takes.\n"
 _REFUSAL = (
@@ -43,11 +41,17 @@ class Listener:
         application: The app.
         limits: What a peer may take.
         context: For TLS, or None for plaintext.
+        option: The flag that sets the address, for errors.
     """
 
     def __init__(
-        self, application: Any, limits: PortLimits = PORT_LIMITS, context: ssl.SSLContext | None = None
+        self,
+        application: Any,
+        limits: PortLimits = PORT_LIMITS,
+        context: ssl.SSLContext | None = None,
+        option: str = "--web-address",
     ) -> None:
+        self._option = option
         self._limits = limits
         plain = functools.partial(_Protocol, limits)
         self._handshakes = None if context is None else Handshakes(plain, context, limits)
@@ -79,7 +83,7 @@ class Listener:
         Raises:
             AddressInUse: The address is taken or not one of this machine's.
         """
-        sockets = listen(address, self._limits)
+        sockets = listen(address, self._limits, self._option)
         self._serving = asyncio.create_task(self._server.serve(sockets))
         await self._server.ready.wait()
         return f"{address.rpartition(':')[0]}:{sockets[0].getsockname()[1]}"
@@ -184,14 +188,14 @@ class _Protocol(HttpToolsProtocol):
             self._head_timer = None
 
 
-def listen(address: str, limits: PortLimits = PORT_LIMITS) -> list[socket.socket]:
+def listen(address: str, limits: PortLimits = PORT_LIMITS, option: str = "--web-address") -> list[socket.socket]:
     """Opens a socket for each address that HOST:PORT stands for, all with the same port.
 
     Raises:
         AddressInUse: One of them is taken, or not one of this machine's.
     """
     sockets: list[socket.socket] = []
-    for family, target in resolve(address, _OPTION):
+    for family, target in resolve(address, option):
         port = sockets[0].getsockname()[1] if sockets else target[1]
         listening = socket.socket(family, socket.SOCK_STREAM)
         sockets.append(listening)
@@ -208,7 +212,7 @@ def listen(address: str, limits: PortLimits = PORT_LIMITS) -> list[socket.socket
         except OSError:
             for each in sockets:
                 each.close()
-            raise in_use(address, _OPTION) from None
+            raise in_use(address, option) from None
     return sockets
 
 

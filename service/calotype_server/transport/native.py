@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_reflection.v1alpha import reflection
 
+from calotype_server.observations import Observe, ignore
 from calotype_server.transport.address import check_free, in_use
 from calotype_server.transport.intake import Intake
 from calotype_server.transport.interceptors import interceptors
@@ -32,6 +33,7 @@ class NativeServer:
         certificates: For TLS, or None for plaintext.
         limits: What a peer may take.
         peers: Counts the calls of all ports; None for a count of its own.
+        observe: Told of calls and messages.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class NativeServer:
         *,
         limits: PortLimits = PORT_LIMITS,
         peers: Peers | None = None,
+        observe: Observe = ignore,
     ) -> None:
         self._certificates = certificates
-        intake = Intake(peers or Peers(limits.max_calls_per_peer), limits.request_seconds)
+        intake = Intake(peers or Peers(limits.max_calls_per_peer), limits.request_seconds, observe)
         self._server = grpc.aio.server(
-            interceptors=(intake, *interceptors(access)),
+            interceptors=(intake, *interceptors(access, "native", observe)),
             options=_options(limits),
             # JPEG and PNG do not compress: gzip would only cost time.
             compression=grpc.Compression.NoCompression,

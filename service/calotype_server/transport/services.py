@@ -39,8 +39,13 @@ class Services:
         add_GenerationServiceServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
 
-    async def is_serving(self) -> bool:
+    @property
+    def serving(self) -> bool:
         """Whether calls are welcome, as `set_serving` said."""
+        return self._serving
+
+    async def is_serving(self) -> bool:
+        """Whether calls are welcome; as a question that may take time, which a bridge's does."""
         return self._serving
 
     async def set_serving(self, serving: bool) -> None:

@@ -10,6 +10,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
 
+from calotype_server.observations import Observe, ignore
+from calotype_server.transport.exposition import metrics_route
 from calotype_server.transport.grpcweb import GrpcWeb
 from calotype_server.transport.guard import Guard
 from calotype_server.transport.http import HttpApi
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from calotype_server.access import Access
     from calotype_server.api import Api
     from calotype_server.transport.certificates import Certificates
+    from calotype_server.transport.exposition import Render
 
 __all__ = ["PAGE", "WebServer"]
 
@@ -38,6 +41,7 @@ _CORS_REQUEST_HEADERS = (
     "content-type",
     "grpc-timeout",
     "last-event-id",
+    "traceparent",
     "x-grpc-web",
     "x-request-id",
     "x-user-agent",
@@ -61,6 +65,9 @@ class WebServer:
         page: Folder of the built page.
         limits: What a peer may take.
         peers: Counts the calls of all ports; None for a count of its own.
+        transport: Its name in the metrics.
+        observe: Told of calls and messages.
+        metrics: Makes the answer of `/metrics`; None for no such path.
     """
 
     def __init__(
@@ -77,11 +84,16 @@ class WebServer:
         page: Path = PAGE,
         limits: PortLimits = PORT_LIMITS,
         peers: Peers | None = None,
+        transport: str = "grpc-web",
+        observe: Observe = ignore,
+        metrics: Render | None = None,
     ) -> None:
         peers = peers or Peers(limits.max_calls_per_peer)
-        http = HttpApi(api, access, limits, peers).routes if api is not None else []
-        site = Starlette(routes=[*http, *_routes(is_ready, page)])
-        self._grpc_web = GrpcWeb(site, interceptors=interceptors(access), limits=limits, peers=peers)
+        http = HttpApi(api, access, limits, peers, observe).routes if api is not None else []
+        measured = [] if metrics is None else [metrics_route(metrics, access, address)]
+        site = Starlette(routes=[*http, *measured, *_routes(is_ready, page)])
+        around = interceptors(access, transport, observe)
+        self._grpc_web = GrpcWeb(site, interceptors=around, limits=limits, peers=peers, observe=observe)
         register(self._grpc_web)
         application = CORSMiddleware(
             self._grpc_web,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 
 import pytest
 import structlog
@@ -17,6 +18,7 @@ def restore():
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
     yield
+    logging.captureWarnings(False)
     root.handlers = handlers
     root.setLevel(level)
     logging.getLogger("calotype_server").setLevel(logging.NOTSET)
@@ -37,6 +39,18 @@ def test_tracebacks_are_logged_without_the_values_of_variables(shape: str, capsy
     assert "it failed" in logged
     assert "ValueError" in logged
     assert "unmistakable" not in logged
+
+
+def test_warnings_of_python_come_in_the_same_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    """Otherwise a library's warning would break whoever parses the log, and say nothing of whose call it was."""
+    configure_logging("info", "json")
+    structlog.contextvars.bind_contextvars(request="r1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("this kernel is slow", stacklevel=1)
+    [line] = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert "this kernel is slow" in line["event"]
+    assert line["request"] == "r1"
 
 
 def test_json_lines_carry_what_was_bound(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 import traceback
@@ -20,7 +21,6 @@ from calotype_server.engine.tap import Stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from concurrent.futures import Future
 
     from calotype_server.engine.batching.policy import Threads
 
@@ -67,6 +67,7 @@ class Stream:
         self._seat = Seat(number)
         self._ticket: Ticket | None = None
         self._cancelled = False
+        self._calls = self._rows = 0
 
     def __enter__(self) -> Self:
         return self
@@ -75,6 +76,11 @@ class Stream:
         self.expect_no_more()
         self._digests.clear()
         self._ticket = None
+
+    @property
+    def mean_rows(self) -> float:
+        """Rows that were computed together with a call of this request on average, its own included."""
+        return self._rows / self._calls if self._calls else 0.0
 
     def proxy(self) -> DenoiserProxy:
         """Returns what to put in the place of the denoiser."""
@@ -92,7 +98,11 @@ class Stream:
         if self._should_stop():
             raise Stopped
         call = self._batcher.collator.bind(args, kwargs, self._digests)
-        return self._batcher._park(self, call).result()
+        ticket = self._batcher._park(self, call)
+        answer = ticket.future.result()
+        self._calls += 1
+        self._rows += ticket.batch_rows
+        return answer
 
 
 class StepBatcher:
@@ -162,7 +172,7 @@ class StepBatcher:
 
     # Called by requests' threads, through their streams.
 
-    def _park(self, stream: Stream, call: Call) -> Future[Any]:
+    def _park(self, stream: Stream, call: Call) -> Ticket:
         with self._changed:
             if stream._cancelled:
                 raise Stopped
@@ -171,7 +181,7 @@ class StepBatcher:
             stream._ticket = ticket = Ticket(stream._seat, call, time.monotonic())
             self._rendezvous.arrive(ticket)
             self._changed.notify()
-        return ticket.future
+        return ticket
 
     def _excuse(self, stream: Stream) -> None:
         with self._changed:
@@ -204,7 +214,8 @@ class StepBatcher:
                 while self._run_next():
                     pass
         except BaseException as error:
-            _log.exception("the device failed")
+            context = self._running[0].context if self._running else contextvars.copy_context()
+            context.run(_log.exception, "the device failed")
             self._failure = error
         finally:
             with self._changed:
@@ -253,7 +264,7 @@ class StepBatcher:
             return
         del error
         if out_of_memory:
-            self._lower_max_rows(padded_rows // 2)
+            self._lower_max_rows(padded_rows // 2, tickets)
         if alone:
             self._run_together(tickets)
             return
@@ -269,11 +280,12 @@ class StepBatcher:
             torch.set_num_threads(self._threads.of(padded_rows))
         try:
             args, kwargs = self.collator.join(calls, padded_rows)
-            output = self.module(*args, **kwargs)
+            # What the denoiser logs carries the ids of the first of those that share it.
+            output = tickets[0].context.run(self.module, *args, **kwargs)
             parts = self.collator.split(output, calls, padded_rows)
         except BaseException as error:
             return error
-        self._answer(tickets, parts)
+        self._answer(tickets, parts, rows)
         self._run_ahead.follow()
         seconds = time.monotonic() - started
         with self._changed:
@@ -284,12 +296,13 @@ class StepBatcher:
             self._report(self._on_batch, BatchRecord(started, seconds, streams, rows, padded_rows))
         return None
 
-    def _answer(self, tickets: Sequence[Ticket], parts: Sequence[Any]) -> None:
+    def _answer(self, tickets: Sequence[Ticket], parts: Sequence[Any], rows: int) -> None:
         with self._changed:
             now = time.monotonic()
             for ticket, part in zip(tickets, parts, strict=True):
                 if not ticket.future.done():
                     self._rendezvous.expect(ticket.seat, now)
+                    ticket.batch_rows = rows
                     _give(ticket, part)
 
     def _report(self, on_batch: Callable[[BatchRecord], None], record: BatchRecord) -> None:
@@ -298,11 +311,12 @@ class StepBatcher:
         except Exception:
             _log.exception("a batch cannot be reported")
 
-    def _lower_max_rows(self, rows: int) -> None:
+    def _lower_max_rows(self, rows: int, tickets: Sequence[Ticket]) -> None:
         with self._changed:
             self._rendezvous.max_rows = max(1, rows)
             self._successes = 0
-        _log.warning("memory ran out", max_rows=self.max_rows)
+        for ticket in tickets:
+            ticket.context.run(_log.warning, "memory ran out", max_rows=self.max_rows)
 
     def _raise_max_rows(self) -> None:
         self._successes += 1

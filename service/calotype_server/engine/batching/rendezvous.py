@@ -11,6 +11,7 @@ a slow one costs the others `max_wait` once, not once a step.
 
 from __future__ import annotations
 
+import contextvars
 import math
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class Ticket:
         arrived: Since when, in seconds.
         offered: Since when the device could have run it.
         future: For whoever runs the call to answer it.
+        batch_rows: Rows that were computed together with it, its own included; known when it is answered.
+        context: Of whoever waits, so that lines logged for it carry its ids.
     """
 
     seat: Seat
@@ -64,6 +67,8 @@ class Ticket:
     arrived: float
     offered: float = math.inf
     future: Future[Any] = field(default_factory=Future)
+    batch_rows: int = 0
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
 
 
 class Rendezvous:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from calotype_server.cadence import Cadence
+from calotype_server.observations import Observe, StepDone, ignore
 from calotype_server.types import Denoising, PreviewMethod
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class PreviewFeed:
         lane: Where previews are computed.
         company: The feeds that are open, among which the denoiser's time is divided; this one joins them until `close`.
         ready: Told when the slot is filled.
+        observe: Told of each step.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class PreviewFeed:
         lane: Lane,
         company: set[PreviewFeed],
         ready: Callable[[PreviewFeed], None],
+        observe: Observe = ignore,
     ) -> None:
         self.job = job
         self.report = report
@@ -70,6 +73,7 @@ class PreviewFeed:
         self._lane = lane
         self._company = company
         self._ready = ready
+        self._observe = observe
         self._cadence = Cadence(job.preview)
         self._method: PreviewMethod | None = None
         self._offered_at: float | None = None
@@ -83,6 +87,7 @@ class PreviewFeed:
         """Hands over a step; returns at once."""
         now = time.monotonic()
         if self._offered_at is not None:
+            self._observe(StepDone(now - self._offered_at))
             # Others' previews have to be paid from their part of the step.
             part = (now - self._offered_at) / len(self._company)
             self._budget.observe_step(part, self.job.pixel_count)

@@ -14,6 +14,7 @@ from calotype_server.engine.preview.gate import SafetyGate
 from calotype_server.engine.preview.head import PreviewHead
 from calotype_server.engine.preview.lane import lane_for
 from calotype_server.engine.preview.renderer import PreviewRenderer
+from calotype_server.observations import Observe, ignore
 from calotype_server.types import PreviewMethod
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Previews:
         allowed: Methods that the operator allows.
         budget: Chooses among the methods.
         tiny_vae: A small VAE that fits the pipeline, or None.
+        observe: Told of steps and previews.
         teachable: Whether finished images teach the head; otherwise its previews depend on nothing that went before.
     """
 
@@ -54,6 +56,7 @@ class Previews:
         allowed: Collection[PreviewMethod],
         budget: PreviewBudget,
         tiny_vae: Any = None,
+        observe: Observe = ignore,
         teachable: bool = True,
     ) -> None:
         self._budget = budget
@@ -76,7 +79,7 @@ class Previews:
         self.methods = tuple(decoders)
         """What can draw."""
         gate = SafetyGate(pipeline, full) if SafetyGate.needed(pipeline) else None
-        self._renderer = PreviewRenderer(decoders, budget, self._lane, gate)
+        self._renderer = PreviewRenderer(decoders, budget, self._lane, gate, observe)
 
     def feed(self, job: Job, report: Callable[[Event], None]) -> PreviewFeed:
         """Opens a line for one generation; previews come out of `report`."""

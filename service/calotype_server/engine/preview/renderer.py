@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import math
 import threading
 from collections import deque
@@ -12,6 +14,7 @@ import torch
 
 from calotype_server.engine.preview.feed import PreviewFeed
 from calotype_server.engine.preview.gate import blurred
+from calotype_server.observations import Observe, PreviewDrawn, PreviewFailed, ignore
 from calotype_server.types import Denoising, Event, Pixels, PreviewReady
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class PreviewRenderer:
         budget: Learns how long decoders take.
         lane: Where previews are computed.
         gate: Asked before a preview is shown sharp; None where the pipeline has no safety checker.
+        observe: Told of steps and previews.
     """
 
     def __init__(
@@ -47,11 +51,13 @@ class PreviewRenderer:
         budget: PreviewBudget,
         lane: Lane,
         gate: SafetyGate | None = None,
+        observe: Observe = ignore,
     ) -> None:
         self._decoders = decoders
         self._budget = budget
         self._lane = lane
         self._gate = gate
+        self._observe = observe
         self._open: set[PreviewFeed] = set()
         self._changed = threading.Condition()
         self._due: deque[PreviewFeed] = deque()
@@ -70,13 +76,15 @@ class PreviewRenderer:
             lane=self._lane,
             company=self._open,
             ready=self._enqueue,
+            observe=self._observe,
         )
 
     def when_idle(self, chore: Callable[[], None]) -> None:
         """Runs `chore` on the preview thread when nothing is due; where too many wait already, it is forgotten."""
         with self._changed:
             if len(self._chores) < _MAX_CHORES:
-                self._chores.append(chore)
+                # In the caller's context, so that lines logged on the way carry its ids.
+                self._chores.append(functools.partial(contextvars.copy_context().run, chore))
                 self._changed.notify()
 
     def close(self) -> None:
@@ -119,7 +127,7 @@ class PreviewRenderer:
                 groups.setdefault(kind, []).append((feed, due))
         for group in groups.values():
             try:
-                self._render(group)
+                self._render_within(group)
             except BaseException as error:
                 if len(group) == 1:
                     self._give_up(*group[0], error)
@@ -127,9 +135,13 @@ class PreviewRenderer:
                 # Somebody's trouble; each for himself, so that it costs nobody else a preview.
                 for member in group:
                     try:
-                        self._render([member])
+                        self._render_within([member])
                     except BaseException as own:
                         self._give_up(*member, own)
+
+    def _render_within(self, group: Sequence[tuple[PreviewFeed, Due]]) -> None:
+        """Renders in the context of the first: lines that a decoder logs carry its ids."""
+        group[0][0].context.copy().run(self._render, group)
 
     def _render(self, group: Sequence[tuple[PreviewFeed, Due]]) -> None:
         """Draws and reports the steps of one kind. Raises before anything is reported, or not at all."""
@@ -148,6 +160,8 @@ class PreviewRenderer:
                 None if x0 is None else self._finish(feed, due, x0, next(drawn))
                 for (feed, due), x0 in zip(group, drawable, strict=True)
             ]
+        for _ in known:
+            self._observe(PreviewDrawn(method, spent.seconds / len(known)))
         if known and unchecked == sum(feed.passed is None for feed, _ in group):
             # Without the safety checker's time, which comes once in a generation.
             self._budget.observe_decode(method, spent.seconds / len(known), job.pixel_count)
@@ -171,6 +185,7 @@ class PreviewRenderer:
 
     def _give_up(self, feed: PreviewFeed, due: Due, error: BaseException) -> None:
         feed.context.run(_log.error, "preview failed", step=due.step.number, method=due.method, exc_info=error)
+        self._observe(PreviewFailed())
         feed.failed()
         _report(feed, due, None)
 

@@ -12,6 +12,7 @@ from starlette.responses import PlainTextResponse
 
 from calotype_server import codec
 from calotype_server.errors import NotReady, ServiceError
+from calotype_server.observations import CallRefused, Observe, ignore
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.call import Call
 from calotype_server.transport.grpcweb.framing import Status
@@ -39,6 +40,7 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
         interceptors: As those of a native server, the outermost first.
         limits: What a peer may take.
         peers: Counts the calls of all ports; None for a count of its own.
+        observe: Told of calls that are refused because there are too many.
     """
 
     def __init__(
@@ -48,11 +50,13 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         limits: PortLimits = PORT_LIMITS,
         peers: Peers | None = None,
+        observe: Observe = ignore,
     ) -> None:
         super().__init__(application, enable_cors=False)
         self._interceptors = tuple(interceptors)
         self._limits = limits
         self._peers = peers or Peers(limits.max_calls_per_peer)
+        self._observe = observe
         self._calls: set[Call] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -103,6 +107,7 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
                 try:
                     counted.enter_context(self._peers.admit(call.peer))
                 except ServiceError as error:
+                    self._observe(CallRefused(error.reason))
                     call.end(_status(error))
                 await call.run(self._resolve)
         finally:

@@ -9,6 +9,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Mount, Route
 
 from calotype_server import __version__
+from calotype_server.observations import Observe, ignore
 from calotype_server.transport.http.docs import STYLE, render
 from calotype_server.transport.http.edge import Edge
 from calotype_server.transport.http.native import native_routes
@@ -43,9 +44,10 @@ class HttpApi:
         access: Who may call. The document and its page are for everybody.
         limits: What a peer may take.
         peers: Counts what each has under way.
+        observe: Told of calls, refusals and messages.
     """
 
-    def __init__(self, api: Api, access: Access, limits: PortLimits, peers: Peers) -> None:
+    def __init__(self, api: Api, access: Access, limits: PortLimits, peers: Peers, observe: Observe = ignore) -> None:
         self._application = application = FastAPI(
             title="Calotype",
             version=__version__,
@@ -57,10 +59,10 @@ class HttpApi:
             redoc_url=None,
             responses=ERRORS,
         )
-        handle_errors(application)
-        for routes in (openai_routes(api), native_routes(api), socket_routes(api, peers)):
+        handle_errors(application, observe)
+        for routes in (openai_routes(api), native_routes(api), socket_routes(api, peers, observe)):
             application.include_router(routes)
-        self._edge = Edge(application, access, limits, peers)
+        self._edge = Edge(application, access, limits, peers, observe)
         self._page: str | None = None
 
     @property

@@ -9,13 +9,16 @@ import structlog
 from uvicorn.protocols.utils import ClientDisconnected
 
 from calotype_server.errors import RequestTooLarge, RequestTooLate, ServiceError
+from calotype_server.observations import CallEnded, CallRefused, MessageSent, Observe, ignore
 from calotype_server.transport.body import Gone, TooLarge, TooSlow, read_body
+from calotype_server.transport.call_ids import bind_call
 from calotype_server.transport.credentials import peer_of
 from calotype_server.transport.http.callers import admit
-from calotype_server.transport.http.problems import answer
-from calotype_server.transport.request_id import bind_request_id
+from calotype_server.transport.http.problems import answer, status_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from calotype_server.access import Access
     from calotype_server.transport.peers import Peers
     from calotype_server.types import PortLimits
@@ -33,18 +36,27 @@ class Edge:
         access: Who may call.
         limits: What a peer may take.
         peers: Counts what each has under way.
+        observe: Told of calls, refusals and messages.
     """
 
-    def __init__(self, application: Any, access: Access, limits: PortLimits, peers: Peers) -> None:
+    def __init__(
+        self, application: Any, access: Access, limits: PortLimits, peers: Peers, observe: Observe = ignore
+    ) -> None:
         self._application = application
         self._access = access
         self._limits = limits
         self._peers = peers
+        self._observe = observe
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Passes one request on."""
-        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), None)
-        exit_ = _Exit(send, self._limits.stall_seconds, bind_request_id(given))
+        transport = "websocket" if scope["type"] == "websocket" else "http"
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+        def count(size: int) -> None:
+            self._observe(MessageSent(transport, size))
+
+        exit_ = _Exit(send, self._limits.stall_seconds, bind_call(headers), count)
         try:
             admit(self._access, scope)
             with self._peers.admit(peer_of(scope)):
@@ -54,6 +66,7 @@ class Edge:
         except (Gone, ClientDisconnected):
             return
         except ServiceError as error:
+            self._observe(CallRefused(error.reason))
             await answer(error)(scope, receive, exit_.send)
             if scope["type"] == "websocket":
                 # It was answered, but uvicorn takes a return for an oversight and logs it as an error.
@@ -64,6 +77,9 @@ class Edge:
                 _log.warning("a reader stalled and was dropped", seconds=self._limits.stall_seconds)
             else:
                 _log.error("request failed", path=scope["path"], exc_info=error)
+        finally:
+            method = getattr(scope.get("endpoint"), "__name__", "other")
+            self._observe(CallEnded(transport, method, exit_.code))
 
     async def _with_body(self, scope: Any, receive: Any) -> Any:
         """Reads the body and returns a `receive` that hands it out, whole."""
@@ -91,22 +107,38 @@ class _Exit:
         send: Of ASGI.
         seconds: Time that a client may leave one piece unread.
         request_id: Told in the head of the answer.
+        count: Told the bytes of each piece.
+
+    Attributes:
+        code: Name of the gRPC status that the answer stands for; CANCELLED as long as it is not whole.
+        stalled: Whether the client took nothing for too long.
     """
 
-    def __init__(self, send: Any, seconds: float, request_id: str) -> None:
+    def __init__(self, send: Any, seconds: float, request_id: str, count: Callable[[int], None]) -> None:
         self._send = send
         self._seconds = seconds
         self._request_id = request_id
+        self._count = count
+        self._answered = "UNKNOWN"
+        self.code = "CANCELLED"
         self.stalled = False
 
     async def send(self, event: Any) -> None:
         """Sends one piece."""
+        if event["type"] in ("http.response.start", "websocket.http.response.start"):
+            self._answered = status_name(event["status"])
+        elif event["type"] == "websocket.accept":
+            self.code = "OK"
         if event["type"] == "http.response.start":
             named = (b"x-request-id", self._request_id.encode("ascii"))
             event = {**event, "headers": [*event.get("headers", ()), named]}
         try:
             async with asyncio.timeout(self._seconds):
                 await self._send(event)
+            if data := event.get("body") or event.get("bytes") or event.get("text"):
+                self._count(len(data))
+            if event["type"].endswith("response.body") and not event.get("more_body"):
+                self.code = self._answered
         except TimeoutError:
             self.stalled = True
             raise

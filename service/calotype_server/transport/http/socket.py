@@ -20,12 +20,14 @@ import contextlib
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, WebSocket
+import structlog
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import Field
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.access import bearer_in_subprotocols
-from calotype_server.errors import InvalidRequest, ServiceError, TooManyStreams, Violation
+from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, TooManyStreams, Violation
+from calotype_server.observations import CallRefused, Observe, ignore
 from calotype_server.transport.credentials import peer_of
 from calotype_server.transport.http.callers import caller_of
 from calotype_server.transport.http.events import event_name
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from calotype_server.transport.peers import Peers
 
 __all__ = ["MAX_STREAMS", "socket_routes"]
+
+_log = structlog.get_logger(__name__)
 
 MAX_STREAMS = 32
 """Generations that one WebSocket may carry at the same time."""
@@ -52,12 +56,13 @@ class _Command(Given):
     request: dict[str, Any] = Field(default_factory=dict)
 
 
-def socket_routes(api: Api, peers: Peers) -> APIRouter:
+def socket_routes(api: Api, peers: Peers, observe: Observe = ignore) -> APIRouter:
     """Returns the route.
 
     Args:
         api: Does what is asked for.
         peers: Counts what each has under way.
+        observe: Told of refusals.
     """
     routes = APIRouter()
 
@@ -66,7 +71,7 @@ def socket_routes(api: Api, peers: Peers) -> APIRouter:
         # One that carries a key must not be sent back.
         offered = (each for each in socket.scope["subprotocols"] if bearer_in_subprotocols([each]) is None)
         await socket.accept(next(offered, None))
-        await _Session(socket, api, peers).run()
+        await _Session(socket, api, peers, observe).run()
 
     return routes
 
@@ -78,13 +83,15 @@ class _Session:
         socket: Accepted.
         api: Does what is asked for.
         peers: Counts each generation that is followed as a call.
+        observe: Told of refusals.
     """
 
-    def __init__(self, socket: WebSocket, api: Api, peers: Peers) -> None:
+    def __init__(self, socket: WebSocket, api: Api, peers: Peers, observe: Observe) -> None:
         self._socket = socket
         self._api = api
         self._caller = caller_of(socket)
         self._peers = peers
+        self._observe = observe
         self._streams: dict[str, asyncio.Task[None]] = {}
         self._sending = asyncio.Lock()
 
@@ -109,7 +116,11 @@ class _Session:
             name = command.value.id
             await self._carry_out(command.value, command.violations)
         except ServiceError as error:
-            await self._send({"type": "error", "id": name, "error": describe(error)["error"]})
+            await self._refuse(name, error)
+
+    async def _refuse(self, name: str, error: ServiceError) -> None:
+        self._observe(CallRefused(error.reason))
+        await self._send({"type": "error", "id": name, "error": describe(error)["error"]})
 
     async def _carry_out(self, command: _Command, violations: list[Violation]) -> None:
         if not command.type and not any(each.field == "type" for each in violations):
@@ -148,7 +159,12 @@ class _Session:
                     async for message in following:
                         await self._tell(command.id, message)
         except ServiceError as error:
-            await self._send({"type": "error", "id": command.id, "error": describe(error)["error"]})
+            await self._refuse(command.id, error)
+        except WebSocketDisconnect:
+            raise
+        except Exception as error:
+            _log.error("request failed", exc_info=error)
+            await self._refuse(command.id, GenerationFailed("Internal error."))
         finally:
             del self._streams[command.id]
 

@@ -1,0 +1,184 @@
+"""Health from the first moment to the last, on both ports: the whole server in this process, around a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
+from calotype_server import app
+from calotype_server.errors import EngineDead
+from calotype_server.settings import Settings
+from support.fake_engine import MODEL, FakeEngine
+from support.grpcweb import Connection, WebChannel
+from support.metrics import Scrape
+from support.service import read_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+SERVICE = "calotype.v1.GenerationService"
+PROMPT = pb.GenerateRequest(prompt="a red apple")
+PATIENCE = 20
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Engine(FakeEngine):
+    """Takes two at a time."""
+
+    model = replace(MODEL, max_active=2)
+
+
+class Server:
+    """`app.serve` in a task, with an engine that is loaded when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.engine = Engine()
+        self.loaded = threading.Event()
+        self._addresses: dict[str, asyncio.Future[str]] = {}
+        monkeypatch.setattr(app, "_load_engine", self._load)
+        for kind in (app.NativeServer, app.WebServer):
+            monkeypatch.setattr(kind, "start", self._noting(kind))
+
+    def _load(self, *_: object) -> FakeEngine:
+        assert self.loaded.wait(PATIENCE)
+        return self.engine
+
+    def _noting(self, kind: type):
+        original, addresses = kind.start, self._addresses
+
+        async def start(server, *arguments: str) -> str:
+            address = await original(server, *arguments)
+            addresses[kind.__name__].set_result(address)
+            return address
+
+        return start
+
+    @contextlib.asynccontextmanager
+    async def running(self, **settings: object) -> AsyncIterator[None]:
+        """Serves while the block runs."""
+        self._addresses.update(
+            NativeServer=asyncio.get_running_loop().create_future(),
+            WebServer=asyncio.get_running_loop().create_future(),
+        )
+        announced = asyncio.Event()
+        given = Settings(grpc_address="127.0.0.1:0", web_address="127.0.0.1:0", **settings)
+        self.serving = asyncio.create_task(app.serve(given, lambda _: announced.set()))
+        self.ready = announced.wait
+        self.web_address = await self._addresses["WebServer"]
+        web = WebChannel(self.web_address)
+        async with grpc.aio.insecure_channel(await self._addresses["NativeServer"]) as native:
+            self.channels = native, web
+            self.stub = GenerationServiceStub(native)
+            try:
+                yield
+            finally:
+                self.loaded.set()
+                self.engine.close()
+                if not self.serving.done():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                await asyncio.wait_for(self.serving, PATIENCE)
+                web.close()
+
+    async def health(self) -> set[int]:
+        """What the health service says on both ports, of the service and of the whole server."""
+        answers = [
+            await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+            for channel in self.channels
+            for service in (SERVICE, "")
+        ]
+        return {answer.status for answer in answers}
+
+    async def get(self, path: str) -> tuple[int, str]:
+        """Status and body of a page of the web port."""
+        connection = await Connection.open(self.web_address)
+        try:
+            await connection.request("GET", path, {"host": self.web_address})
+            head, body = await connection.answer("GET")
+        finally:
+            connection.close()
+        return head.status_code, body.decode()
+
+    async def probes(self) -> tuple[set[int], int, int, float]:
+        """All that can be asked: gRPC health, `/healthz`, `/readyz`, the metric."""
+        serving = Scrape((await self.get("/metrics"))[1]).value("calotype_serving")
+        return await self.health(), (await self.get("/healthz"))[0], (await self.get("/readyz"))[0], serving
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch):
+    """Leaves logging and signals as they were."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield Server(monkeypatch)
+    root.handlers = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+    structlog.reset_defaults()
+
+
+async def test_loading_serving_and_draining(server: Server) -> None:
+    """Alive all along; ready only between the loading of the model and SIGTERM."""
+    async with server.running():
+        assert await server.probes() == ({NOT_SERVING}, 200, 503, 0)
+        server.loaded.set()
+        await asyncio.wait_for(server.ready(), PATIENCE)
+        assert await server.probes() == ({SERVING}, 200, 200, 1)
+        server.engine.hold()
+        running = server.stub.Generate(PROMPT)
+        await running.read()
+        watch = health_pb2_grpc.HealthStub(server.channels[0]).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert (await watch.read()).status == SERVING
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (await watch.read()).status == NOT_SERVING
+        assert await server.probes() == ({NOT_SERVING}, 200, 503, 0)
+        server.engine.allow()
+        await read_until(running, pb.PHASE_SUCCEEDED)
+        assert await asyncio.wait_for(server.serving, PATIENCE) == 0
+
+
+async def test_a_dead_device_ends_the_server(server: Server) -> None:
+    """NOT_SERVING as soon as one generation has died of it, while another is still on its way out; exit code 1."""
+    async with server.running():
+        server.loaded.set()
+        await asyncio.wait_for(server.ready(), PATIENCE)
+        server.engine.hold()
+        watch = health_pb2_grpc.HealthStub(server.channels[0]).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert (await watch.read()).status == SERVING
+        calls = [server.stub.Generate(PROMPT) for _ in range(2)]
+        for call in calls:
+            await call.read()
+        server.engine.failure = EngineDead("The device failed.")
+        server.engine.allow(1)
+        assert (await watch.read()).status == NOT_SERVING
+        assert await server.probes() == ({NOT_SERVING}, 200, 503, 0)
+        server.engine.allow()
+        for call in calls:
+            assert (await read_until(call, pb.PHASE_FAILED)).error.reason == "ENGINE_DEAD"
+        assert await asyncio.wait_for(server.serving, PATIENCE) == 1
+
+
+async def test_metrics_move_to_an_address_of_their_own(server: Server) -> None:
+    """Then the web port has none."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    async with server.running(metrics_address=address):
+        assert (await server.get("/metrics"))[0] == 404
+        server.web_address = address
+        status, body = await server.get("/metrics")
+        assert (status, Scrape(body).value("calotype_serving")) == (200, 0)
+        assert (await server.get("/healthz"))[0] == 404

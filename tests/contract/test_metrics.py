@@ -1,0 +1,306 @@
+"""`/metrics` of a real server: what it counts on each port, and who may read it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import grpc
+import promql_parser
+import pytest
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server.access import Access, Caller
+from calotype_server.errors import AddressInUse, GenerationFailed
+from calotype_server.metrics import ServerMetrics
+from calotype_server.transport.exposition import MetricsServer
+from calotype_server.transport.web import WebServer
+from support.fake_engine import FakeEngine
+from support.grpcweb import Connection, header_dict
+from support.keyring import Keyring
+from support.metrics import Scrape
+from support.service import GRPC_TRANSPORTS, read_until, running
+
+DASHBOARD = Path(__file__).parents[2] / "service" / "grafana.json"
+LABELS = {
+    "native": "native",
+    "grpc-web": "grpc-web",
+    "grpc-web-text": "grpc-web",
+    "bridge": "bridge",
+    "sse": "http",
+    "websocket": "websocket",
+}
+METHODS = {"sse": "generate", "websocket": "connect"}
+PROMPT = pb.GenerateRequest(prompt="unmistakable")
+
+
+@pytest.fixture
+def metrics() -> ServerMetrics:
+    """Of one server."""
+    return ServerMetrics("1")
+
+
+async def get(address: str, **headers: str) -> tuple[int, dict[str, str], str]:
+    """Reads `/metrics`."""
+    connection = await Connection.open(address)
+    try:
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        await connection.request("GET", "/metrics", {"host": address, **given})
+        head, body = await connection.answer("GET")
+    finally:
+        connection.close()
+    return head.status_code, header_dict(head), body.decode()
+
+
+def web_server(address: str, metrics: ServerMetrics, access: Access | None = None) -> WebServer:
+    """A web port without a service."""
+    return WebServer(
+        address,
+        lambda _: None,
+        access or Access(),
+        is_ready=lambda: asyncio.sleep(0, True),
+        allowed_hosts=["images.example"],
+        metrics=metrics.render,
+    )
+
+
+async def test_a_generation_leaves_its_traces(transport: str, metrics: ServerMetrics) -> None:
+    """Every message is counted on the port that it left by, and the phases, the method and the end once."""
+    port = LABELS[transport]
+    async with running(FakeEngine(), transport=transport, observe=metrics.observe) as service:
+        messages = [message async for message in service.stub.Generate(PROMPT)]
+    scrape = Scrape.of(metrics)
+    sent = sum(message.ByteSize() for message in messages)
+    if transport in GRPC_TRANSPORTS:
+        assert scrape.value("calotype_messages_sent_total", transport=port) == len(messages)
+        assert scrape.value("calotype_sent_bytes_total", transport=port) == sent
+    else:
+        # Pictures, JSON and what frames them are larger, and come in pieces.
+        assert scrape.value("calotype_messages_sent_total", transport=port) >= len(messages)
+        assert scrape.value("calotype_sent_bytes_total", transport=port) > sent
+    method = METHODS.get(transport, "Generate")
+    assert scrape.value("calotype_calls_total", transport=port, method=method, code="OK") == 1
+    for once in ("queue_wait_seconds", "first_preview_seconds"):
+        assert scrape.value(f"calotype_{once}_count") == 1
+    assert {labels["phase"] for labels in scrape.labels("calotype_phase_seconds_count")} == {
+        "queue",
+        "encode_prompt",
+        "denoise",
+        "decode",
+        "encode_image",
+    }
+    assert scrape.labels("calotype_previews_total") == [{"method": "head", "chosen_by": "auto"}]
+    assert scrape.value("calotype_generations_ended_total", outcome="succeeded") == 1
+    assert "unmistakable" not in metrics.render("")[0].decode()
+
+
+async def test_what_is_refused_and_what_fails_is_told_apart(transport: str, metrics: ServerMetrics) -> None:
+    """A wrong request is refused, with its status and reason; a generation that fails is an error of a phase."""
+    engine, port = FakeEngine(), LABELS[transport]
+    engine.failure = GenerationFailed("no")
+    async with running(engine, transport=transport, observe=metrics.observe) as service:
+        for request in (pb.GenerateRequest(prompt=""), PROMPT):
+            with pytest.raises(grpc.aio.AioRpcError):
+                _ = [message async for message in service.stub.Generate(request)]
+    scrape = Scrape.of(metrics)
+    if transport in GRPC_TRANSPORTS:
+        # Over HTTP the second is an answer that tells of a failure.
+        for code in ("INVALID_ARGUMENT", "INTERNAL"):
+            assert scrape.value("calotype_calls_total", transport=port, code=code) == 1
+    assert scrape.value("calotype_refused_total", reason="INVALID_REQUEST") == 1
+    assert scrape.value("calotype_errors_total", phase="denoise") == 1
+    assert scrape.value("calotype_generations_ended_total", outcome="failed", reason="GENERATION_FAILED") == 1
+
+
+async def test_a_cancel_is_timed_until_the_slot_is_free(transport: str, metrics: ServerMetrics) -> None:
+    """The one at work counts; the one in the queue had no slot to free."""
+    engine = FakeEngine()
+    engine.hold()
+    async with running(engine, transport=transport, observe=metrics.observe) as service:
+        metrics.read(active=lambda: service.admission.active, queued=lambda: service.admission.waiting)
+        calls, ids = [], []
+        for _ in range(2):
+            calls.append(service.stub.Generate(PROMPT))
+            ids.append((await calls[-1].read()).generation_id)
+        busy = Scrape.of(metrics)
+        assert busy.value("calotype_active_generations") == busy.value("calotype_queued_generations") == 1
+        for generation_id in reversed(ids):
+            await service.stub.Cancel(pb.CancelRequest(generation_id=generation_id))
+        await read_until(calls[1], pb.PHASE_CANCELLED)
+        assert Scrape.of(metrics).value("calotype_cancel_seconds_count") == 0
+        engine.allow()
+        await read_until(calls[0], pb.PHASE_CANCELLED)
+        await service.generations.idle()
+        idle = Scrape.of(metrics)
+    assert idle.value("calotype_cancel_seconds_count") == 1
+    assert idle.value("calotype_active_generations") == idle.value("calotype_queued_generations") == 0
+    assert idle.value("calotype_generations_ended_total", outcome="cancelled", reason="CANCELLED") == 2
+
+
+@pytest.mark.parametrize("transport", [*GRPC_TRANSPORTS, "sse"])
+async def test_a_caller_who_leaves_ends_a_call_as_cancelled(transport: str, metrics: ServerMetrics) -> None:
+    """On every port alike. A WebSocket carries many, and is there to be left."""
+    engine, over = FakeEngine(), asyncio.Event()
+    engine.hold()
+
+    def observe(observation) -> None:
+        metrics.observe(observation)
+        if Scrape.of(metrics).value("calotype_calls_total", transport=LABELS[transport], code="CANCELLED"):
+            over.set()
+
+    async with running(engine, transport=transport, observe=observe) as service:
+        call = service.stub.Generate(PROMPT)
+        await call.read()
+        call.cancel()
+        await asyncio.wait_for(over.wait(), 20)
+        engine.allow()
+
+
+async def test_unread_previews_are_counted(metrics: ServerMetrics) -> None:
+    """A reader who looks away misses what newer ones replaced; the metric says as many as the message does."""
+    engine = FakeEngine()
+    engine.hold()
+    async with running(engine, observe=metrics.observe) as service:
+        job_call = service.stub.Generate(PROMPT)
+        generation_id = (await job_call.read()).generation_id
+        updates = service.generations.follow(service.generations.find(generation_id, Caller("")))
+        await anext(updates)
+        engine.allow()
+        by_call = (await read_until(job_call, pb.PHASE_SUCCEEDED)).previews_dropped
+        async for update, _ in updates:
+            by_reader = update.previews_dropped
+    assert by_reader > 0
+    assert Scrape.of(metrics).value("calotype_previews_dropped_total", where="unread") == by_call + by_reader
+
+
+async def test_names_that_a_caller_invents_make_no_series(metrics: ServerMetrics) -> None:
+    """A bridge passes on every method; they are counted under one name, whatever they are."""
+    async with running(FakeEngine(), transport="bridge", observe=metrics.observe) as service:
+        for name in range(20):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await service.channel.unary_stream(f"/evil.v1.Service{name}/Method{name}")(b"").read()
+    labels = [each for each in Scrape.of(metrics).labels("calotype_calls_total") if each["transport"] == "bridge"]
+    assert labels == [{"transport": "bridge", "method": "other", "code": "UNIMPLEMENTED"}]
+
+
+async def test_metrics_are_read_on_loopback(metrics: ServerMetrics) -> None:
+    """In the text format, or as OpenMetrics for who prefers it, and never from a cache."""
+    async with running(FakeEngine(), transport="grpc-web", web={"metrics": metrics.render}) as service:
+        status, headers, body = await get(service.address)
+        assert (status, headers["cache-control"]) == (200, "no-store")
+        assert headers["content-type"].startswith("text/plain; version=")
+        assert Scrape(body).labels("calotype_build_info") == [{"version": "1"}]
+        _, headers, body = await get(service.address, accept="application/openmetrics-text; version=1.0.0")
+        assert headers["content-type"].startswith("application/openmetrics-text")
+        assert body.endswith("# EOF\n")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "images.example"},
+        {"x_forwarded_for": "203.0.113.5"},
+        {"x_real_ip": "203.0.113.5"},
+        {"forwarded": "for=203.0.113.5"},
+        {"via": "1.1 proxy"},
+        {"origin": "https://evil.example"},
+    ],
+)
+async def test_strangers_behind_a_proxy_or_a_page_do_not_read_them(metrics: ServerMetrics, headers) -> None:
+    """A proxy on this machine does not let the world in, nor does a page in a browser on it."""
+    server = web_server("127.0.0.1:0", metrics)
+    address = await server.start()
+    try:
+        status, _, body = await get(address, **headers)
+    finally:
+        await server.stop(0)
+    assert status == 403
+    assert "calotype_" not in body
+
+
+async def test_a_port_in_the_network_has_no_metrics_unless_told(metrics: ServerMetrics) -> None:
+    """Listening on all addresses, the web port refuses everybody; a port of its own serves it and nothing else."""
+    web, own = web_server("0.0.0.0:0", metrics), MetricsServer("0.0.0.0:0", metrics.render)
+    addresses = [(await server.start()).replace("0.0.0.0", "127.0.0.1") for server in (web, own)]
+    try:
+        status, _, body = await get(addresses[0])
+        assert (status, "calotype_" in body) == (403, False)
+        status, _, body = await get(addresses[1], host="calotype.monitoring.svc")
+        assert (status, "calotype_build_info" in body) == (200, True)
+        with pytest.raises(AddressInUse, match="--metrics-address"):
+            await MetricsServer(addresses[1], metrics.render).start()
+    finally:
+        await web.stop(0)
+        await own.stop()
+
+
+async def test_with_keys_operators_read_them_from_anywhere(metrics: ServerMetrics, tmp_path: Path) -> None:
+    """Users do not, and nobody does without a key: being on this machine is not enough any more."""
+    keyring = Keyring(tmp_path / "keys.toml")
+    keyring.add("alice")
+    keyring.add("root", role="operator")
+    web = web_server("0.0.0.0:0", metrics, keyring.access())
+    address = (await web.start()).replace("0.0.0.0", "127.0.0.1")
+    try:
+        seen = {}
+        for name in ("root", "alice"):
+            key = dict(keyring.metadata(name))["authorization"]
+            seen[name] = await get(address, authorization=key, host="images.example", x_forwarded_for="203.0.113.5")
+        nobody = await get(address)
+        wrong = await get(address, authorization="Bearer calotype_nobody_x")
+    finally:
+        await web.stop(0)
+    assert {name: status for name, (status, _, _) in seen.items()} == {"root": 200, "alice": 403}
+    assert "calotype_build_info" in seen["root"][2]
+    for status, headers, body in (nobody, wrong):
+        assert (status, headers["www-authenticate"]) == (401, "Bearer")
+        assert "calotype_build_info" not in body
+
+
+async def test_the_port_of_its_own_on_loopback_is_closed_to_pages(metrics: ServerMetrics) -> None:
+    """DNS rebinding does not reach it."""
+    own = MetricsServer("127.0.0.1:0", metrics.render)
+    address = await own.start()
+    try:
+        assert (await get(address))[0] == 200
+        assert (await get(address, host="evil.example"))[0] == 421
+    finally:
+        await own.stop()
+
+
+def expressions() -> list[tuple[str, str]]:
+    """The title and expression of every query of the dashboard."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return [(panel["title"], target["expr"]) for panel in panels for target in panel.get("targets", ())]
+
+
+async def test_the_dashboard_asks_only_for_what_is_there(metrics: ServerMetrics) -> None:
+    """Every metric of every expression is one that a real server exposes, every label one that it has."""
+    web = {"metrics": metrics.render}
+    async with running(FakeEngine(), transport="grpc-web", observe=metrics.observe, web=web) as service:
+        _ = [message async for message in service.stub.Generate(PROMPT)]
+        _, _, body = await get(service.address)
+    known = {}
+    for family in Scrape(body).families:
+        described = next((each for each in metrics.catalogue if each.name.startswith(family.name)), None)
+        suffixes = {"histogram": ("_bucket", "_sum", "_count"), "counter": ("_total",)}.get(family.type, ("",))
+        for suffix in suffixes:
+            own = set() if described is None else set(described.labels)
+            known[family.name + suffix] = own | ({"le"} if suffix == "_bucket" else set())
+    asked = set()
+    for title, expression in expressions():
+        names = re.findall(r"\b(?:calotype|process)_\w+", expression)
+        assert names, title
+        assert set(names) <= known.keys(), title
+        labels = {"instance", "job"}.union(*(known[name] for name in names))
+        used = re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", expression)
+        for group in re.findall(r"\bby \(([^)]*)\)", expression):
+            used += [label.strip() for label in group.split(",")]
+        assert set(used) <= labels, title
+        promql_parser.parse(expression.replace("$__rate_interval", "1m"))
+        asked |= set(names)
+    for alert in ("queue_wait_seconds_bucket", "first_preview_seconds_bucket", "previews_dropped_total"):
+        assert f"calotype_{alert}" in asked
+    assert {"calotype_generations_ended_total", "process_resident_memory_bytes"} <= asked

@@ -1,0 +1,164 @@
+"""Spans of real calls, kept in memory: their parents on every port, their times, and what they tell."""
+
+from __future__ import annotations
+
+import builtins
+
+import grpc
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server import tracing
+from calotype_server.errors import GenerationFailed, TracingUnavailable
+from calotype_server.tracing import Tracing
+from support.fake_engine import FakeEngine
+from support.service import read_until, running
+
+TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+PARENT = (("traceparent", f"00-{TRACE}-{CALLER}-01"),)
+PROMPT = pb.GenerateRequest(prompt="unmistakable", step_count=3)
+PHASES = ["queue", "encode_prompt", "denoise", "decode", "encode_image"]
+
+
+@pytest.fixture
+def exporter() -> InMemorySpanExporter:
+    """Keeps spans."""
+    return InMemorySpanExporter()
+
+
+@pytest.fixture
+def observe(exporter: InMemorySpanExporter):
+    """Makes them."""
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    yield Tracing(provider, "1").observe
+    provider.shutdown()
+
+
+async def test_a_generation_is_a_span_of_its_callers_trace(transport: str, exporter, observe) -> None:
+    """With one span for each phase, in their order, without gaps, and no word of the prompt."""
+    async with running(FakeEngine(), transport=transport, observe=observe) as service:
+        end = await read_until(service.stub.Generate(PROMPT, metadata=PARENT), pb.PHASE_SUCCEEDED)
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    whole = spans.pop("generation")
+    assert sorted(spans, key=PHASES.index) == PHASES
+    assert {f"{span.context.trace_id:032x}" for span in (whole, *spans.values())} == {TRACE}
+    assert f"{whole.parent.span_id:016x}" == CALLER
+    assert whole.kind is SpanKind.SERVER
+    assert {span.parent.span_id for span in spans.values()} == {whole.context.span_id}
+    bounds = [whole.start_time, *(spans[name].end_time for name in PHASES)]
+    assert [spans[name].start_time for name in PHASES] == bounds[:-1]
+    assert bounds == sorted(bounds)
+    assert whole.end_time == bounds[-1]
+    assert whole.attributes["calotype.generation_id"] == end.generation_id
+    assert spans["denoise"].attributes["calotype.step_count"] == 3
+    assert "unmistakable" not in str([span.to_json() for span in exporter.get_finished_spans()])
+
+
+@pytest.mark.parametrize("given", ["", "00-" + "0" * 32 + f"-{CALLER}-01", f"00-{TRACE}-{CALLER}", "nonsense"])
+async def test_without_a_valid_parent_a_trace_begins(given: str, exporter, observe) -> None:
+    """What is no trace context is nobody's parent, and harms nobody."""
+    async with running(FakeEngine(), observe=observe) as service:
+        metadata = (("traceparent", given),) if given else None
+        await read_until(service.stub.Generate(PROMPT, metadata=metadata), pb.PHASE_SUCCEEDED)
+    whole = next(span for span in exporter.get_finished_spans() if span.name == "generation")
+    assert whole.parent is None
+
+
+async def test_what_the_caller_does_not_sample_is_not_sampled(exporter, observe) -> None:
+    """The flag in the parent decides."""
+    async with running(FakeEngine(), observe=observe) as service:
+        metadata = (("traceparent", f"00-{TRACE}-{CALLER}-00"),)
+        await read_until(service.stub.Generate(PROMPT, metadata=metadata), pb.PHASE_SUCCEEDED)
+    assert not exporter.get_finished_spans()
+
+
+async def test_failures_are_marked_and_cancels_are_not(exporter, observe) -> None:
+    """An error belongs to the phase that it happened in; who cancels gets what they wanted."""
+    engine = FakeEngine()
+    engine.failure = GenerationFailed("secret")
+    async with running(engine, observe=observe) as service:
+        with pytest.raises(grpc.aio.AioRpcError):
+            _ = [message async for message in service.stub.Generate(PROMPT)]
+        failed = {span.name: span for span in exporter.get_finished_spans()}
+        exporter.clear()
+        engine.hold()
+        call = service.stub.Generate(PROMPT)
+        generation_id = (await call.read()).generation_id
+        await service.stub.Cancel(pb.CancelRequest(generation_id=generation_id))
+        engine.allow()
+        await read_until(call, pb.PHASE_CANCELLED)
+        await service.generations.idle()
+    cancelled = {span.name: span for span in exporter.get_finished_spans()}
+    assert failed["generation"].status.status_code is failed["denoise"].status.status_code is StatusCode.ERROR
+    assert failed["generation"].status.description == "GENERATION_FAILED"
+    assert failed["queue"].status.status_code is StatusCode.UNSET
+    assert cancelled["generation"].status.status_code is StatusCode.UNSET
+    assert cancelled["generation"].attributes["calotype.outcome"] == "CANCELLED"
+    assert "decode" not in cancelled
+
+
+@pytest.mark.parametrize(
+    ("environment", "wanted"),
+    [
+        ({}, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, True),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4318/v1/traces"}, True),
+        ({"OTEL_TRACES_EXPORTER": "console"}, True),
+        ({"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, False),
+        ({"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, False),
+        ({"OTEL_SERVICE_NAME": "images"}, False),
+    ],
+)
+def test_the_standard_variables_switch_it_on(environment: dict[str, str], wanted: bool) -> None:
+    """Those that name a destination, unless others say no."""
+    assert tracing.wanted(environment) is wanted
+
+
+@pytest.mark.parametrize(("protocol", "kind"), [("http/protobuf", "http"), ("grpc", "grpc")])
+def test_the_exporter_is_the_one_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, protocol: str, kind: str) -> None:
+    """OTLP over either protocol; a name that is not installed is explained."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
+    exporter = tracing._exporter()
+    assert f".proto.{kind}." in type(exporter).__module__
+    exporter.shutdown()
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "carrier-pigeon")
+    with pytest.raises(TracingUnavailable, match="carrier-pigeon"):
+        tracing._exporter()
+
+
+def test_who_has_not_installed_it_is_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error when it was asked for by flag, otherwise a warning and no tracing."""
+    original = builtins.__import__
+
+    def importing(name: str, *args, **kwargs):
+        if name.startswith("opentelemetry"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", importing)
+    with pytest.raises(TracingUnavailable, match=r"pip install 'calotype\[server,otel\]'"):
+        tracing.configured("1", required=True)
+    assert tracing.configured("1", required=False) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({}, "calotype"),
+        ({"OTEL_SERVICE_NAME": "images"}, "images"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=pictures,team=a"}, "pictures"),
+    ],
+)
+def test_the_service_is_named_as_the_operator_says(monkeypatch: pytest.MonkeyPatch, environment, name: str) -> None:
+    """Calotype, unless OpenTelemetry's variables know better."""
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    made = tracing.configured("1", required=True)
+    assert made._provider.resource.attributes["service.name"] == name
+    made.close()

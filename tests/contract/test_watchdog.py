@@ -1,0 +1,103 @@
+"""A model that hangs: what callers are told on every port before the process ends."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server.access import Caller
+from calotype_server.store import Store
+from calotype_server.types import Phase
+from calotype_server.watchdog import EXIT_STALLED, Watchdog, end_when_stalled
+from support.fake_engine import FakeEngine
+from support.service import read_until, running
+
+PROMPT = pb.GenerateRequest(prompt="a red apple")
+
+
+async def test_everybody_gets_a_typed_end_and_the_process_ends(transport: str) -> None:
+    """The one that hangs ENGINE_STALLED, the one that waits DRAINING with a retry time; health says NOT_SERVING."""
+    engine, left = FakeEngine(), []
+    async with running(engine, transport=transport) as service:
+        first = await read_until(service.stub.Generate(PROMPT), pb.PHASE_SUCCEEDED)
+        engine.hold()
+        stuck = service.stub.Generate(PROMPT)
+        await stuck.read()
+        waiting = service.stub.Generate(PROMPT)
+        await waiting.read()
+        # Its first picture took some of them.
+        for _ in range(5):
+            assert await asyncio.to_thread(engine.at_step.acquire, timeout=20)
+
+        async def farewell(stalls) -> None:
+            await service.services.set_serving(False)
+            await service.generations.abandon([stall.generation for stall in stalls])
+
+        watchdog = Watchdog(lambda: service.generations.running, lambda _: None, 120.0)
+        # Whoever looks without letting time pass sees no stall.
+        assert not watchdog.check(0) + watchdog.check(100)
+        watchdog.watch = lambda: asyncio.sleep(0, watchdog.check(21))
+        watching = asyncio.create_task(end_when_stalled(watchdog, farewell, left.append))
+        for call, reason, code in (
+            (stuck, "ENGINE_STALLED", grpc.StatusCode.INTERNAL),
+            (waiting, "DRAINING", grpc.StatusCode.UNAVAILABLE),
+        ):
+            end = await read_until(call, pb.PHASE_FAILED)
+            assert end.error.reason == reason
+            try:
+                await call.read()
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is code
+        await watching
+        assert left == [EXIT_STALLED]
+        answer = await health_pb2_grpc.HealthStub(service.channel).Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        kept = service.stub.Watch(pb.WatchRequest(generation_id=first.generation_id))
+        assert (await read_until(kept, pb.PHASE_SUCCEEDED)).image == first.image
+        engine.allow()
+
+
+async def test_what_hung_is_not_begun_again_after_the_restart_and_the_rest_is(tmp_path) -> None:
+    """Otherwise one poisonous request would stall every server that follows."""
+    engine, store = FakeEngine(), await Store.open(tmp_path)
+    engine.hold()
+    async with running(engine, store=store) as service:
+        ids = [await begun(service.stub.Generate(PROMPT)) for _ in range(2)]
+        assert await asyncio.to_thread(engine.at_step.acquire, timeout=20)
+        await service.generations.abandon([service.generations.find(ids[0], Caller(""))])
+        engine.allow()
+    await store.close()
+    store = await Store.open(tmp_path)
+    try:
+        async with running(FakeEngine(), store=store) as service:
+            ends = [await end_of(service, generation_id) for generation_id in ids]
+    finally:
+        await store.close()
+    assert ends == [Phase.FAILED, Phase.SUCCEEDED]
+
+
+async def begun(call) -> str:
+    """Returns the id of a generation once it has been accepted."""
+    return (await call.read()).generation_id
+
+
+async def end_of(service, generation_id: str) -> Phase:
+    """Waits for a generation's end."""
+    async for update, _ in service.generations.follow(service.generations.find(generation_id, Caller(""))):
+        phase = update.state.phase
+    return phase
+
+
+async def test_the_first_picture_of_a_size_is_known_as_such() -> None:
+    """The second of the same size is not, one of another size is."""
+    engine = FakeEngine()
+    async with running(engine) as service:
+        seen = []
+        for width in (64, 64, 72):
+            request = pb.GenerateRequest(prompt="a", width_px=width)
+            end = await read_until(service.stub.Generate(request), pb.PHASE_SUCCEEDED)
+            seen.append(service.generations.find(end.generation_id, Caller("")).first_of_its_size)
+    assert seen == [True, False, True]

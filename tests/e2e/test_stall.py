@@ -1,0 +1,60 @@
+"""A device thread that hangs for good, in a real process with the real model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+import calotype
+from calotype_server.watchdog import EXIT_STALLED
+from support.process import ServerProcess
+
+pytestmark = pytest.mark.e2e
+
+SCRIPT = Path(__file__).parents[1] / "support" / "hanging_server.py"
+PROMPT = "unmistakable apple"
+
+
+class HangingServer(ServerProcess):
+    """Runs `calotype serve` with a denoiser that can be made to hang."""
+
+    calotype: ClassVar = [sys.executable, str(SCRIPT)]
+
+
+def test_a_hung_device_ends_the_process_after_everybody_was_told(cache_dir: Path, tmp_path: Path) -> None:
+    """A typed end for whoever waits, stacks and ids in the log, no prompt, and an exit code for the supervisor."""
+    hang = tmp_path / "hang"
+    options = (
+        "--cache-dir",
+        str(cache_dir),
+        "--watchdog-seconds",
+        "2",
+        "--log-format",
+        "json",
+        "--state",
+        str(tmp_path),
+    )
+    with HangingServer(*options, HANG_WHEN=str(hang)) as server, calotype.Client(server.address, retries=0) as client:
+        first = client.generate(PROMPT, steps=4)
+        first.result()
+        hang.touch()
+        with pytest.raises(calotype.CalotypeError) as caught:
+            client.generate(PROMPT, steps=4).result()
+        assert caught.value.reason == "ENGINE_STALLED"
+        assert server.process.wait(30) == EXIT_STALLED
+        server._reader.join(10)
+        lines = [json.loads(line) for line in server.log]
+    assert PROMPT not in "".join(server.log)
+    [ending] = [line for line in lines if "stacks" in line]
+    assert any(frame.endswith(" _hanging_forward") for frame in ending["stacks"]["calotype-device"])
+    assert any(name.startswith("calotype-generation") for name in ending["stacks"])
+    [stalled] = [line for line in lines if line["event"] == "stalled"]
+    assert stalled["seconds"] >= 2
+    accepted = {line["generation"]: line["request"] for line in lines if line["event"] == "generation accepted"}
+    warnings = [line for line in lines if line["event"] == "a slow kernel"]
+    warned = {(line["generation"], line["request"]) for line in warnings if "request" in line}
+    assert warned == set(accepted.items())

@@ -1,0 +1,163 @@
+"""What the engine lets others see: each step, each batch, each preview; and whose log lines its threads write."""
+
+import contextvars
+import logging
+import threading
+
+import pytest
+import structlog
+import torch
+
+from calotype_server.budget import PreviewBudget
+from calotype_server.engine.capabilities import Defaults
+from calotype_server.engine.diffusers import DiffusersEngine
+from calotype_server.engine.preview.lane import CpuLane
+from calotype_server.engine.preview.renderer import PreviewRenderer
+from calotype_server.engine.tap import Step
+from calotype_server.observations import BatchDone, PreviewDrawn, PreviewFailed, StepDone
+from calotype_server.types import Decoding, Job, PreviewMethod, PreviewOptions
+from support import tiny
+from support.batching import Party
+from support.runs import PATIENCE, STEPS, Run
+
+LIBRARY = logging.getLogger("a.library")
+
+
+@pytest.fixture
+def entries():
+    """What is logged, ours and a library's, with what was bound, and by which thread."""
+    found = []
+
+    def keep(event, **others):
+        found.append({"event": event, "thread": threading.current_thread().name, **others})
+
+    def processor(_, __, entry):
+        keep(**entry)
+        raise structlog.DropEvent
+
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, processor], cache_logger_on_first_use=False
+    )
+    handler = logging.Handler()
+    handler.emit = lambda record: keep(record.getMessage(), **structlog.contextvars.get_contextvars())
+    LIBRARY.addHandler(handler)
+    yield found
+    LIBRARY.removeHandler(handler)
+    structlog.reset_defaults()
+
+
+def bound(**ids):
+    """A context of a call, as its thread has it."""
+    context = contextvars.copy_context()
+    context.run(structlog.contextvars.bind_contextvars, **ids)
+    return context
+
+
+def test_steps_batches_and_previews_are_told(tmp_path):
+    """One for each step but the first, before which nothing came; alone, the rows are the two of guidance."""
+    seen = []
+    pipeline = tiny.build("sd15")
+    engine = DiffusersEngine(
+        "tiny",
+        pipeline,
+        defaults=Defaults(),
+        cache_dir=tmp_path,
+        threads=1,
+        max_active=2,
+        max_rows=4,
+        observe=seen.append,
+    )
+    try:
+        run = Run(engine)
+        handle = run.wait_before_each_evaluation(pipeline.unet)
+        seen.clear()
+        run()
+        handle.remove()
+    finally:
+        engine.close()
+    steps = [each for each in seen if isinstance(each, StepDone)]
+    batches = [each for each in seen if isinstance(each, BatchDone)]
+    drawn = [each for each in seen if isinstance(each, PreviewDrawn)]
+    assert len(steps) == STEPS - 1
+    assert [batch.rows for batch in batches] == [2] * STEPS
+    assert [preview.method for preview in drawn] == [PreviewMethod.HEAD] * STEPS
+    assert all(each.seconds > 0 for each in (*steps, *batches, *drawn))
+    [decoding] = [event for event in run.events if isinstance(event, Decoding)]
+    assert decoding.batch_rows == 2
+
+
+def test_who_shares_batches_is_told_how_many_rows():
+    """The mean over a request's own calls, those of its company included."""
+    with Party() as party, party.batcher.stream() as stream:
+        assert stream.mean_rows == 0
+        party.step(stream, 1)
+        assert stream.mean_rows == 1
+        with party.held(2):
+            futures = [party.start(party.step, stream, 2), party.start(party.call, 3, 0, 2)]
+        for future in futures:
+            future.result(PATIENCE)
+        assert stream.mean_rows == (1 + 3) / 2
+
+
+def test_the_device_thread_logs_for_whom_it_works(entries):
+    """What the denoiser itself logs carries the request's and the generation's id."""
+
+    def act(rows):
+        LIBRARY.warning("a slow kernel")
+
+    with Party(act) as party:
+        bound(request="r1", generation="g1").run(party.call, 1)
+        bound(request="r2", generation="g2").run(party.call, 2)
+    lines = [(line["thread"], line["request"], line["generation"]) for line in entries]
+    assert lines == [("calotype-device", "r1", "g1"), ("calotype-device", "r2", "g2")]
+
+
+def test_memory_that_runs_out_is_logged_for_each_who_felt_it(entries):
+    """One line with the ids of each generation whose batch was halved."""
+
+    def act(rows):
+        if len(rows) > 1:
+            raise MemoryError
+
+    with Party(act) as party:
+        with party.held(2):
+            contexts = [bound(request=f"r{number}", generation=f"g{number}") for number in range(2)]
+            futures = [party.start(context.run, party.call, 1) for context in contexts]
+        for future in futures:
+            future.result(PATIENCE)
+    ids = {(line["request"], line["generation"]) for line in entries if line["event"] == "memory ran out"}
+    assert ids == {("r0", "g0"), ("r1", "g1")}
+    assert {line["thread"] for line in entries} == {"calotype-device"}
+
+
+def test_the_preview_thread_logs_for_whom_it_draws(entries):
+    """What a decoder logs, and that it failed, carry the ids of the generation whose preview it is."""
+    seen, told = [], threading.Semaphore(0)
+
+    class Decoder:
+        def decode(self, latents, width, height):
+            LIBRARY.warning("an odd colour")
+            raise ValueError("no")
+
+    renderer = PreviewRenderer({PreviewMethod.HEAD: Decoder()}, PreviewBudget(0.02), CpuLane(), observe=seen.append)
+    job = Job("p", None, 64, 32, 9, None, 0, "DDIMScheduler", PreviewOptions(method=PreviewMethod.HEAD))
+    ones = torch.ones(1, 4, 2, 2)
+    step = Step(1, 9, ones, ones, level=None, reported=ones, scheduler=None)
+    try:
+        feed = bound(request="r1", generation="g1").run(renderer.feed, job, lambda _: told.release())
+        feed.offer(step)
+        assert told.acquire(timeout=PATIENCE)
+        chored = threading.Event()
+
+        def chore():
+            LIBRARY.warning("an odd lesson")
+            chored.set()
+
+        bound(request="r2", generation="g2").run(renderer.when_idle, chore)
+        assert chored.wait(PATIENCE)
+    finally:
+        renderer.close()
+    lines = [(line["event"], line["request"], line["generation"]) for line in entries]
+    assert lines == [("an odd colour", "r1", "g1"), ("preview failed", "r1", "g1"), ("an odd lesson", "r2", "g2")]
+    assert {line["thread"] for line in entries} == {"calotype-preview"}
+    assert seen == [PreviewFailed()]

@@ -162,8 +162,7 @@ class Generations:
         async for record, image in self._registry.load():
             grace = max(record.terms.grace, _RETURN_SECONDS)
             terms = replace(record.terms, deadline=None, grace=grace)
-            number = next(self._numbers)
-            generation = Generation(record.job, terms, number, self.replica, record, image, self._observe)
+            generation = Generation(record.job, terms, next(self._numbers), self.replica, record, image, self._observe)
             if generation.ended:
                 self._registry.end(generation)
                 continue

@@ -79,7 +79,9 @@ class Metrics:
         threads = self._gauge("calotype_threads", "Threads of Python.")
         threads.set_function(threading.active_count)
         self._calls = self._counter(
-            "calotype_calls", "Calls that are over, by gRPC status.", ("transport", "method", "code")
+            "calotype_calls",
+            "Calls that are over, by gRPC status, or that of HTTP.",
+            ("transport", "method", "code"),
         )
         self._refused = self._counter("calotype_refused", "Calls that were refused, by reason.", ("reason",))
         self._messages = self._counter("calotype_messages_sent", "Messages handed to a transport.", ("transport",))

@@ -24,7 +24,7 @@ from support.metrics import Scrape
 from support.service import GRPC_TRANSPORTS, read_until, running
 
 DASHBOARD = Path(__file__).parents[2] / "service" / "grafana.json"
-LABELS = {
+PORTS = {
     "native": "native",
     "grpc-web": "grpc-web",
     "grpc-web-text": "grpc-web",
@@ -32,7 +32,9 @@ LABELS = {
     "sse": "http",
     "websocket": "websocket",
 }
-METHODS = {"sse": "generate", "websocket": "connect"}
+"""What each way to the service is called in the metrics."""
+CALLS = {"sse": ("generate", "200"), "websocket": ("connect", "101")}
+"""Method and code of a call that went well, where it is not that of gRPC."""
 PROMPT = pb.GenerateRequest(prompt="unmistakable")
 
 
@@ -42,12 +44,12 @@ def metrics() -> ServerMetrics:
     return ServerMetrics("1")
 
 
-async def get(address: str, **headers: str) -> tuple[int, dict[str, str], str]:
-    """Reads `/metrics`."""
+async def get(address: str, path: str = "/metrics", **headers: str) -> tuple[int, dict[str, str], str]:
+    """Reads what is there."""
     connection = await Connection.open(address)
     try:
         given = {name.replace("_", "-"): value for name, value in headers.items()}
-        await connection.request("GET", "/metrics", {"host": address, **given})
+        await connection.request("GET", path, {"host": address, **given})
         head, body = await connection.answer("GET")
     finally:
         connection.close()
@@ -68,20 +70,20 @@ def web_server(address: str, metrics: ServerMetrics, access: Access | None = Non
 
 async def test_a_generation_leaves_its_traces(transport: str, metrics: ServerMetrics) -> None:
     """Every message is counted on the port that it left by, and the phases, the method and the end once."""
-    port = LABELS[transport]
+    port = PORTS[transport]
     async with running(FakeEngine(), transport=transport, observe=metrics.observe) as service:
         messages = [message async for message in service.stub.Generate(PROMPT)]
     scrape = Scrape.of(metrics)
-    sent = sum(message.ByteSize() for message in messages)
+    count = scrape.value("calotype_messages_sent_total", transport=port)
+    size = scrape.value("calotype_sent_bytes_total", transport=port)
     if transport in GRPC_TRANSPORTS:
-        assert scrape.value("calotype_messages_sent_total", transport=port) == len(messages)
-        assert scrape.value("calotype_sent_bytes_total", transport=port) == sent
+        assert (count, size) == (len(messages), sum(message.ByteSize() for message in messages))
     else:
-        # Pictures, JSON and what frames them are larger, and come in pieces.
-        assert scrape.value("calotype_messages_sent_total", transport=port) >= len(messages)
-        assert scrape.value("calotype_sent_bytes_total", transport=port) > sent
-    method = METHODS.get(transport, "Generate")
-    assert scrape.value("calotype_calls_total", transport=port, method=method, code="OK") == 1
+        # In JSON, and pictures of a WebSocket on their own.
+        assert count >= len(messages)
+        assert size > sum(len(message.image) for message in messages)
+    method, code = CALLS.get(transport, ("Generate", "OK"))
+    assert scrape.value("calotype_calls_total", transport=port, method=method, code=code) == 1
     for once in ("queue_wait_seconds", "first_preview_seconds"):
         assert scrape.value(f"calotype_{once}_count") == 1
     assert {labels["phase"] for labels in scrape.labels("calotype_phase_seconds_count")} == {
@@ -98,17 +100,16 @@ async def test_a_generation_leaves_its_traces(transport: str, metrics: ServerMet
 
 async def test_what_is_refused_and_what_fails_is_told_apart(transport: str, metrics: ServerMetrics) -> None:
     """A wrong request is refused, with its status and reason; a generation that fails is an error of a phase."""
-    engine, port = FakeEngine(), LABELS[transport]
+    engine, port = FakeEngine(), PORTS[transport]
     engine.failure = GenerationFailed("no")
     async with running(engine, transport=transport, observe=metrics.observe) as service:
         for request in (pb.GenerateRequest(prompt=""), PROMPT):
             with pytest.raises(grpc.aio.AioRpcError):
                 _ = [message async for message in service.stub.Generate(request)]
     scrape = Scrape.of(metrics)
-    if transport in GRPC_TRANSPORTS:
-        # Over HTTP the second is an answer that tells of a failure.
-        for code in ("INVALID_ARGUMENT", "INTERNAL"):
-            assert scrape.value("calotype_calls_total", transport=port, code=code) == 1
+    codes = {"sse": ["400", "200"], "websocket": ["101", "101"]}.get(transport, ["INVALID_ARGUMENT", "INTERNAL"])
+    for code in codes:
+        assert scrape.value("calotype_calls_total", transport=port, code=code) == codes.count(code)
     assert scrape.value("calotype_refused_total", reason="INVALID_REQUEST") == 1
     assert scrape.value("calotype_errors_total", phase="denoise") == 1
     assert scrape.value("calotype_generations_ended_total", outcome="failed", reason="GENERATION_FAILED") == 1
@@ -139,18 +140,17 @@ async def test_a_cancel_is_timed_until_the_slot_is_free(transport: str, metrics:
     assert idle.value("calotype_generations_ended_total", outcome="cancelled", reason="CANCELLED") == 2
 
 
-@pytest.mark.parametrize("transport", [*GRPC_TRANSPORTS, "sse"])
-async def test_a_caller_who_leaves_ends_a_call_as_cancelled(transport: str, metrics: ServerMetrics) -> None:
-    """On every port alike. A WebSocket carries many, and is there to be left."""
+async def test_a_caller_who_leaves_ends_a_call_as_cancelled(grpc_transport: str, metrics: ServerMetrics) -> None:
+    """On every port of gRPC alike."""
     engine, over = FakeEngine(), asyncio.Event()
     engine.hold()
 
     def observe(observation) -> None:
         metrics.observe(observation)
-        if Scrape.of(metrics).value("calotype_calls_total", transport=LABELS[transport], code="CANCELLED"):
+        if Scrape.of(metrics).value("calotype_calls_total", transport=PORTS[grpc_transport], code="CANCELLED"):
             over.set()
 
-    async with running(engine, transport=transport, observe=observe) as service:
+    async with running(engine, transport=grpc_transport, observe=observe) as service:
         call = service.stub.Generate(PROMPT)
         await call.read()
         call.cancel()
@@ -185,9 +185,20 @@ async def test_names_that_a_caller_invents_make_no_series(metrics: ServerMetrics
     assert labels == [{"transport": "bridge", "method": "other", "code": "UNIMPLEMENTED"}]
 
 
+async def test_paths_that_a_caller_invents_make_no_series(metrics: ServerMetrics) -> None:
+    """Over HTTP what is counted by name is the functions that answer, whatever ids are in the path."""
+    async with running(FakeEngine(), transport="sse", observe=metrics.observe) as service:
+        for number in range(10):
+            for path in (f"/v1/evil{number}", f"/v1/generations/evil{number}"):
+                assert (await get(service.address, path))[0] == 404
+    labels = Scrape.of(metrics).labels("calotype_calls_total")
+    assert {each["method"] for each in labels} == {"other", "state"}
+    assert len(labels) == 2
+
+
 async def test_metrics_are_read_on_loopback(metrics: ServerMetrics) -> None:
     """In the text format, or as OpenMetrics for who prefers it, and never from a cache."""
-    async with running(FakeEngine(), transport="grpc-web", web={"metrics": metrics.render}) as service:
+    async with running(FakeEngine(), transport="grpc-web", metrics=metrics.render) as service:
         status, headers, body = await get(service.address)
         assert (status, headers["cache-control"]) == (200, "no-store")
         assert headers["content-type"].startswith("text/plain; version=")
@@ -278,8 +289,7 @@ def expressions() -> list[tuple[str, str]]:
 
 async def test_the_dashboard_asks_only_for_what_is_there(metrics: ServerMetrics) -> None:
     """Every metric of every expression is one that a real server exposes, every label one that it has."""
-    web = {"metrics": metrics.render}
-    async with running(FakeEngine(), transport="grpc-web", observe=metrics.observe, web=web) as service:
+    async with running(FakeEngine(), transport="grpc-web", observe=metrics.observe, metrics=metrics.render) as service:
         _ = [message async for message in service.stub.Generate(PROMPT)]
         _, _, body = await get(service.address)
     known = {}

@@ -16,7 +16,7 @@ from calotype_server import tracing
 from calotype_server.errors import GenerationFailed, TracingUnavailable
 from calotype_server.tracing import Tracing
 from support.fake_engine import FakeEngine
-from support.service import read_until, running
+from support.service import GRPC_TRANSPORTS, read_until, running
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = (("traceparent", f"00-{TRACE}-{CALLER}-01"),)
@@ -39,6 +39,7 @@ def observe(exporter: InMemorySpanExporter):
     provider.shutdown()
 
 
+@pytest.mark.parametrize("transport", [*GRPC_TRANSPORTS, "sse"])
 async def test_a_generation_is_a_span_of_its_callers_trace(transport: str, exporter, observe) -> None:
     """With one span for each phase, in their order, without gaps, and no word of the prompt."""
     async with running(FakeEngine(), transport=transport, observe=observe) as service:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from calotype_server.engine.protocol import Engine
     from calotype_server.store import Store
+    from calotype_server.transport.exposition import Render
     from calotype_server.transport.peers import Peers
     from support.authority import Authority
 
@@ -79,6 +80,7 @@ async def running(
     authority: Authority | None = None,
     transport: str = "native",
     observe: Observe = ignore,
+    metrics: Render | None = None,
     web: dict[str, Any] | None = None,
 ) -> AsyncIterator[Service]:
     """Serves `engine` while the block runs; in plaintext to everybody, unless `authority` and `access` say so.
@@ -109,8 +111,9 @@ async def running(
     services = Services(GenerationServicer(api, access))
     await services.set_serving(opened)
     try:
-        doors = access, authority, ports, peers
-        async with _port(services, api, *doors, transport, observe, web or {}) as (address, channel, stub):
+        options = {**(web or {}), "observe": observe, "metrics": metrics}
+        port = _port(services, api, access, authority, transport, ports, peers, options)
+        async with port as (address, channel, stub):
             try:
                 yield Service(address, channel, stub, api, generations, services, admission, dead)
             finally:
@@ -127,17 +130,18 @@ async def _port(
     api: Api,
     access: Access,
     authority: Authority | None,
+    transport: str,
     limits: PortLimits,
     peers: Peers | None,
-    transport: str,
-    observe: Observe,
     options: dict[str, Any],
 ) -> AsyncIterator[tuple[str, Any, Any]]:
     """Listens, and yields the address, a channel to it, over HTTP the server, and a stub."""
     certificates = authority and authority.certificates()
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
-            native = NativeServer(services, access, certificates, limits=limits, peers=peers, observe=observe)
+            native = NativeServer(
+                services, access, certificates, limits=limits, peers=peers, observe=options["observe"]
+            )
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
             connect = opener(authority)
@@ -155,8 +159,7 @@ async def _port(
                 is_ready=services.is_serving,
                 limits=limits,
                 transport="bridge",
-                observe=observe,
-                metrics=options.get("metrics"),
+                **options,
             )
         else:
             web = WebServer(
@@ -168,7 +171,6 @@ async def _port(
                 api=api,
                 limits=limits,
                 peers=peers,
-                observe=observe,
                 **options,
             )
         address = await web.start()

@@ -15,8 +15,8 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype_server import codec
 from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, Unauthenticated, Violation
 from calotype_server.observations import CallEnded, CallRefused, MessageSent, Observe, ignore
-from calotype_server.transport.call_ids import bind_call
 from calotype_server.transport.credentials import from_metadata
+from calotype_server.transport.request_id import bind_request_id, bind_traceparent
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -115,7 +115,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     @contextlib.contextmanager
     def _entered(self, context: Context, name: str) -> Iterator[None]:
         """Binds a call's ids, and counts it by its status."""
-        bind_call(dict(context.invocation_metadata() or ()))
+        metadata = dict(context.invocation_metadata() or ())
+        bind_request_id(metadata.get("x-request-id"))
+        bind_traceparent(metadata.get("traceparent"))
         code = "OK"
         try:
             yield

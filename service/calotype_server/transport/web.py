@@ -40,8 +40,8 @@ _CORS_REQUEST_HEADERS = (
     "authorization",
     "content-type",
     "grpc-timeout",
-    "last-event-id",
     "traceparent",
+    "last-event-id",
     "x-grpc-web",
     "x-request-id",
     "x-user-agent",
@@ -89,9 +89,9 @@ class WebServer:
         metrics: Render | None = None,
     ) -> None:
         peers = peers or Peers(limits.max_calls_per_peer)
-        http = HttpApi(api, access, limits, peers, observe).routes if api is not None else []
         measured = [] if metrics is None else [metrics_route(metrics, access, address)]
-        site = Starlette(routes=[*http, *measured, *_routes(is_ready, page)])
+        http = HttpApi(api, access, limits, peers, observe).routes if api is not None else []
+        site = Starlette(routes=[*measured, *http, *_routes(is_ready, page)])
         around = interceptors(access, transport, observe)
         self._grpc_web = GrpcWeb(site, interceptors=around, limits=limits, peers=peers, observe=observe)
         register(self._grpc_web)

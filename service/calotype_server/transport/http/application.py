@@ -44,7 +44,7 @@ class HttpApi:
         access: Who may call. The document and its page are for everybody.
         limits: What a peer may take.
         peers: Counts what each has under way.
-        observe: Told of calls, refusals and messages.
+        observe: Told of requests and of what is sent.
     """
 
     def __init__(self, api: Api, access: Access, limits: PortLimits, peers: Peers, observe: Observe = ignore) -> None:

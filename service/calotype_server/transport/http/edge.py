@@ -11,19 +11,19 @@ from uvicorn.protocols.utils import ClientDisconnected
 from calotype_server.errors import RequestTooLarge, RequestTooLate, ServiceError
 from calotype_server.observations import CallEnded, CallRefused, MessageSent, Observe, ignore
 from calotype_server.transport.body import Gone, TooLarge, TooSlow, read_body
-from calotype_server.transport.call_ids import bind_call
 from calotype_server.transport.credentials import peer_of
 from calotype_server.transport.http.callers import admit
-from calotype_server.transport.http.problems import answer, status_name
+from calotype_server.transport.http.problems import answer
+from calotype_server.transport.request_id import bind_request_id, bind_traceparent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from calotype_server.access import Access
     from calotype_server.transport.peers import Peers
     from calotype_server.types import PortLimits
 
 __all__ = ["Edge"]
+
+_READ = (b"traceparent", b"x-request-id")
 
 _log = structlog.get_logger(__name__)
 
@@ -36,7 +36,7 @@ class Edge:
         access: Who may call.
         limits: What a peer may take.
         peers: Counts what each has under way.
-        observe: Told of calls, refusals and messages.
+        observe: Told of requests and of what is sent.
     """
 
     def __init__(
@@ -50,13 +50,11 @@ class Edge:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Passes one request on."""
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in _READ}
+        bind_traceparent(headers.get(b"traceparent"))
         transport = "websocket" if scope["type"] == "websocket" else "http"
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-
-        def count(size: int) -> None:
-            self._observe(MessageSent(transport, size))
-
-        exit_ = _Exit(send, self._limits.stall_seconds, bind_call(headers), count)
+        request_id = bind_request_id(headers.get(b"x-request-id"))
+        exit_ = _Exit(send, self._limits.stall_seconds, request_id, transport, self._observe)
         try:
             admit(self._access, scope)
             with self._peers.admit(peer_of(scope)):
@@ -78,8 +76,9 @@ class Edge:
             else:
                 _log.error("request failed", path=scope["path"], exc_info=error)
         finally:
-            method = getattr(scope.get("endpoint"), "__name__", "other")
-            self._observe(CallEnded(transport, method, exit_.code))
+            # Set by the router; of the few functions that there are.
+            endpoint = getattr(scope.get("endpoint"), "__name__", "other")
+            self._observe(CallEnded(transport, endpoint, exit_.status))
 
     async def _with_body(self, scope: Any, receive: Any) -> Any:
         """Reads the body and returns a `receive` that hands it out, whole."""
@@ -107,38 +106,42 @@ class _Exit:
         send: Of ASGI.
         seconds: Time that a client may leave one piece unread.
         request_id: Told in the head of the answer.
-        count: Told the bytes of each piece.
+        transport: Its name in the metrics.
+        observe: Told of what is sent.
 
     Attributes:
-        code: Name of the gRPC status that the answer stands for; CANCELLED as long as it is not whole.
-        stalled: Whether the client took nothing for too long.
+        status: Number of the answer's status, as text; 499 while there is none, as for a client who has left.
     """
 
-    def __init__(self, send: Any, seconds: float, request_id: str, count: Callable[[int], None]) -> None:
+    def __init__(self, send: Any, seconds: float, request_id: str, transport: str, observe: Observe) -> None:
         self._send = send
         self._seconds = seconds
         self._request_id = request_id
-        self._count = count
-        self._answered = "UNKNOWN"
-        self.code = "CANCELLED"
+        self._transport = transport
+        self._observe = observe
+        self.status = "499"
         self.stalled = False
 
     async def send(self, event: Any) -> None:
         """Sends one piece."""
-        if event["type"] in ("http.response.start", "websocket.http.response.start"):
-            self._answered = status_name(event["status"])
-        elif event["type"] == "websocket.accept":
-            self.code = "OK"
         if event["type"] == "http.response.start":
             named = (b"x-request-id", self._request_id.encode("ascii"))
             event = {**event, "headers": [*event.get("headers", ()), named]}
+        self._count(event)
         try:
             async with asyncio.timeout(self._seconds):
                 await self._send(event)
-            if data := event.get("body") or event.get("bytes") or event.get("text"):
-                self._count(len(data))
-            if event["type"].endswith("response.body") and not event.get("more_body"):
-                self.code = self._answered
         except TimeoutError:
             self.stalled = True
             raise
+
+    def _count(self, event: Any) -> None:
+        match event["type"]:
+            case "http.response.start" | "websocket.http.response.start":
+                self.status = str(event["status"])
+            case "websocket.accept":
+                self.status = "101"
+            case _:
+                data = event.get("body") or event.get("bytes") or (event.get("text") or "").encode()
+                if data:
+                    self._observe(MessageSent(self._transport, len(data)))

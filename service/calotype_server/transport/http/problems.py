@@ -10,14 +10,14 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, Violation
+from calotype_server.errors import GenerationError, GenerationFailed, InvalidRequest, ServiceError, Violation
 from calotype_server.observations import CallRefused, Observe, ignore
 from calotype_server.transport.http.parsing import sentence
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
-__all__ = ["ERRORS", "answer", "describe", "handle_errors", "status_name"]
+__all__ = ["ERRORS", "answer", "describe", "handle_errors"]
 
 # As google.rpc.Code maps them, https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto
 _STATUSES = {
@@ -98,21 +98,14 @@ def answer(error: ServiceError) -> JSONResponse:
     return JSONResponse(describe(error), status, headers)
 
 
-def status_name(status: int) -> str:
-    """Returns the name of the gRPC status code that an HTTP status stands for."""
-    return "OK" if status < 400 else _NAMES.get(status, "UNKNOWN")
-
-
 def handle_errors(application: FastAPI, observe: Observe = ignore) -> None:
-    """Has every error of an application answered in this shape, and tells `observe` of refusals."""
-
-    def refuse(error: ServiceError) -> JSONResponse:
-        observe(CallRefused(error.reason))
-        return answer(error)
+    """Has every error of an application answered in this shape, and counted where it is a refusal."""
 
     async def known(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ServiceError)
-        return refuse(error)
+        if not isinstance(error, GenerationError):
+            observe(CallRefused(error.reason))
+        return answer(error)
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -120,7 +113,8 @@ def handle_errors(application: FastAPI, observe: Observe = ignore) -> None:
         for each in error.errors():
             path = [str(part) for part in each["loc"][1:] if not isinstance(part, int)]
             violations.append(Violation(".".join(path) or str(each["loc"][0]), sentence(each)))
-        return refuse(InvalidRequest(violations))
+        observe(CallRefused(InvalidRequest.reason))
+        return answer(InvalidRequest(violations))
 
     async def plain(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -131,7 +125,7 @@ def handle_errors(application: FastAPI, observe: Observe = ignore) -> None:
         return JSONResponse(body, status, {**(error.headers or {}), "x-should-retry": "false"})
 
     async def unexpected(_: Request, __: Exception) -> JSONResponse:
-        return refuse(GenerationFailed("Internal error."))
+        return answer(GenerationFailed("Internal error."))
 
     application.add_exception_handler(ServiceError, known)
     application.add_exception_handler(RequestValidationError, invalid)

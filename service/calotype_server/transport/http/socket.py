@@ -20,12 +20,13 @@ import contextlib
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import APIRouter, WebSocket
+import structlog
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import Field
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.access import bearer_in_subprotocols
-from calotype_server.errors import InvalidRequest, ServiceError, TooManyStreams, Violation
+from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, TooManyStreams, Violation
 from calotype_server.observations import CallRefused, Observe, ignore
 from calotype_server.transport.credentials import peer_of
 from calotype_server.transport.http.callers import caller_of
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from calotype_server.transport.peers import Peers
 
 __all__ = ["MAX_STREAMS", "socket_routes"]
+
+_log = structlog.get_logger(__name__)
 
 MAX_STREAMS = 32
 """Generations that one WebSocket may carry at the same time."""
@@ -115,6 +118,10 @@ class _Session:
         except ServiceError as error:
             await self._refuse(name, error)
 
+    async def _refuse(self, name: str, error: ServiceError) -> None:
+        self._observe(CallRefused(error.reason))
+        await self._send({"type": "error", "id": name, "error": describe(error)["error"]})
+
     async def _carry_out(self, command: _Command, violations: list[Violation]) -> None:
         if not command.type and not any(each.field == "type" for each in violations):
             violations.append(Violation("type", f"must be one of {', '.join(_KINDS)}"))
@@ -153,12 +160,13 @@ class _Session:
                         await self._tell(command.id, message)
         except ServiceError as error:
             await self._refuse(command.id, error)
+        except WebSocketDisconnect:
+            raise
+        except Exception as error:
+            _log.error("request failed", exc_info=error)
+            await self._refuse(command.id, GenerationFailed("Internal error."))
         finally:
             del self._streams[command.id]
-
-    async def _refuse(self, name: str, error: ServiceError) -> None:
-        self._observe(CallRefused(error.reason))
-        await self._send({"type": "error", "id": name, "error": describe(error)["error"]})
 
     async def _begin(self, command: _Command) -> Following:
         if command.type == "generate":

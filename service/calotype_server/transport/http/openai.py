@@ -56,7 +56,7 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
         "model": ImagesResponse,
         "description": "With `stream`: events `image_generation.partial_image` and `image_generation.completed`, or "
         "`error`, whose data are an `ImageEvent` or a `Problem` in JSON.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     }
 }
 

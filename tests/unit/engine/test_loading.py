@@ -20,6 +20,7 @@ from calotype_server.engine import loading
 from calotype_server.engine.capabilities import Defaults, describe, read_defaults
 from calotype_server.engine.loading import load_pipeline, load_tiny_vae, pick_device, pick_dtype
 from calotype_server.errors import ModelUnavailable
+from calotype_server.observations import ignore
 from calotype_server.settings import Settings
 from calotype_server.types import PreviewMethod
 from support import tiny
@@ -354,7 +355,7 @@ class TestServing:
     def engine(folder, tmp_path, **settings):
         """The engine that `calotype serve` would run."""
         chosen = Settings(model=str(folder), device="cpu", threads=1, cache_dir=tmp_path, **settings)
-        engine = app._load_engine(chosen, PreviewBudget(chosen.preview_budget))
+        engine = app._load_engine(chosen, PreviewBudget(chosen.preview_budget), ignore)
         engine.close()
         return engine.model.preview_methods
 

@@ -22,7 +22,7 @@ PROMPT = "unmistakable apple"
 class HangingServer(ServerProcess):
     """Runs `calotype serve` with a denoiser that can be made to hang."""
 
-    calotype: ClassVar = [sys.executable, str(SCRIPT)]
+    calotype: ClassVar = [sys.executable, "-P", str(SCRIPT)]
 
 
 def test_a_hung_device_ends_the_process_after_everybody_was_told(cache_dir: Path, tmp_path: Path) -> None:

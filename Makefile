@@ -5,6 +5,7 @@ PROTO_VENV := .venv-proto
 BIN := $(VENV)/bin
 PROOFS := $(CURDIR)/build/proofs
 READY := $(VENV)/.ready
+RAY_READY := $(VENV)/.ray-ready
 CLIENT_JS := client/typescript
 CLIENT_JS_READY := $(CLIENT_JS)/node_modules/.ready
 WEB_READY := web/node_modules/.ready
@@ -25,7 +26,7 @@ VITEST = npm test --silent -- --reporter=default --reporter=json --outputFile.js
 # What a change of the proto must not break: the last release, or before the first one the last commit.
 PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 .DEFAULT_GOAL := help
-.PHONY: help run generate test test-fast test-clients client-table client-table-check lint format type proto proto-check web web-check test-web settings bench soak contact-sheet timeline filmstrip evaluate-model clean
+.PHONY: help run generate test test-fast test-clients client-table client-table-check lint format type proto proto-check web web-check test-web settings bench soak ray-up ray-down test-ray bench-ray contact-sheet timeline filmstrip evaluate-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +38,11 @@ $(READY): pyproject.toml constraints.txt service/bundled_model/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable service/bundled_model --editable '.[server,cli,notebook,dev]'
+	@touch $@
+
+# Ray is 240 MB: only who runs it needs it.
+$(RAY_READY): $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
 	@touch $@
 
 $(PROTO_READY): protos/requirements.txt
@@ -127,6 +133,18 @@ bench: $(READY) ## measure; prints a table and writes build/bench.json
 
 soak: $(READY) ## every fate of requests, chaos, dead peers, malformed requests; SECONDS=120 (each of the first two) FUZZ=10000 SEED=0
 	FUZZ=$(or $(FUZZ),10000) SCHEMATHESIS=$(or $(SCHEMATHESIS),100) $(BIN)/pytest tests/soak tests/e2e/test_fuzz.py tests/contract/test_openapi.py -s $(ARGS)
+
+ray-up: $(RAY_READY) ## start the service on Ray, on this machine; CONFIG=service/ray.yaml
+	$(BIN)/python service/ray_local.py up $(if $(CONFIG),--config $(CONFIG))
+
+ray-down: $(READY) ## stop what ray-up has started
+	$(BIN)/python service/ray_local.py down
+
+test-ray: $(RAY_READY) ## test the service on Ray: two replicas, killed, frozen and updated; ARGS="-k name"
+	$(BIN)/pytest tests/cluster $(ARGS)
+
+bench-ray: $(RAY_READY) ## measure what Ray costs; prints a table and writes build/bench-ray.json
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench_ray
 
 evaluate-model: $(READY) ## measure the bundled model; writes build/model.json and build/names.png
 	$(BIN)/python service/bundled_model/recipe/evaluate.py --model service/bundled_model/calotype_bundled_model/model \

@@ -15,6 +15,7 @@ import typer
 
 from calotype_server import app as application
 from calotype_server import bridge
+from calotype_server.core import LOADING_THREAD
 from calotype_server.doctor import doctor
 from calotype_server.errors import StartupError
 from calotype_server.keys_cli import keys
@@ -43,7 +44,7 @@ def _serve(settings: Settings) -> None:
     except StartupError as error:
         typer.secho(f"calotype: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
-    if any(thread.name == application.LOADING_THREAD for thread in threading.enumerate()):
+    if any(thread.name == LOADING_THREAD for thread in threading.enumerate()):
         # Stopped while loading: torch aborts the process when the interpreter ends under it.
         os._exit(code)
     raise typer.Exit(code)

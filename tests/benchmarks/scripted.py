@@ -35,16 +35,28 @@ _IMAGE = bytes(MESSAGE_BYTES)
 class ScriptedServicer(GenerationServiceServicer):
     """Does what the request says."""
 
+    def __init__(self) -> None:
+        self._left = pb.ListGenerationsResponse()
+
     async def Generate(self, request: pb.GenerateRequest, context: object) -> AsyncGenerator[pb.Progress, None]:  # noqa: N802
         """Streams the script."""
         if not request.step_count:
             yield pb.Progress(phase=pb.PHASE_QUEUED)
             await asyncio.Event().wait()
         interval = request.preview.min_interval.ToNanoseconds() / 1e9
-        for _ in range(request.step_count):
-            if interval:
-                await asyncio.sleep(interval)
-            yield pb.Progress(phase=pb.PHASE_DENOISING, image=_IMAGE, sequence=time.monotonic_ns())
+        try:
+            for _ in range(request.step_count):
+                if interval:
+                    await asyncio.sleep(interval)
+                yield pb.Progress(phase=pb.PHASE_DENOISING, image=_IMAGE, sequence=time.monotonic_ns())
+        except (asyncio.CancelledError, GeneratorExit):
+            left = self._left.generations.add(request_id=request.request_id)
+            left.create_time.FromNanoseconds(time.monotonic_ns())
+            raise
+
+    async def ListGenerations(self, request: object, context: object) -> pb.ListGenerationsResponse:  # noqa: N802
+        """Tells when each caller left, on the monotonic clock."""
+        return self._left
 
 
 async def main() -> None:

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
-from calotype_server import app
+from calotype_server import app, core
 from calotype_server.errors import EngineDead
 from calotype_server.settings import Settings
 from support.fake_engine import MODEL, FakeEngine
@@ -49,7 +49,7 @@ class Server:
         self.engine = Engine()
         self.loaded = threading.Event()
         self._addresses: dict[str, asyncio.Future[str]] = {}
-        monkeypatch.setattr(app, "_load_engine", self._load)
+        monkeypatch.setattr(core, "_load_engine", self._load)
         for kind in (app.NativeServer, app.WebServer):
             monkeypatch.setattr(kind, "start", self._noting(kind))
 

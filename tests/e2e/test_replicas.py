@@ -14,6 +14,7 @@ import pytest
 import calotype
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
+from support.callers import STEPS, Job, until
 from support.grpcweb import WebChannel
 from support.process import BridgeProcess, ServerProcess, free_address
 
@@ -24,7 +25,6 @@ pytestmark = pytest.mark.e2e
 
 JOBS = 40
 PROMPTS = ("a red apple", "fox", "banana", "umbrella")
-STEPS = 4
 OPTIONS = (
     "--deterministic",
     "--max-batch-rows",
@@ -40,49 +40,11 @@ OPTIONS = (
 )
 
 
-def tag(generation_id: str) -> str:
-    """Of the server that has the generation."""
-    return generation_id.rpartition(".")[0]
-
-
-class Job:
-    """One caller, and what it was shown."""
-
-    def __init__(self, prompt: str) -> None:
-        self.prompt = prompt
-        self.seen: list[calotype.Progress] = []
-
-    async def run(self, client: calotype.AsyncClient, step: asyncio.Event, steps: int = STEPS) -> bytes:
-        """Follows a generation to its picture; sets `step` with each message."""
-        generation = client.generate(self.prompt, seed=5, steps=steps)
-        async for progress in generation:
-            self.seen.append(progress)
-            step.set()
-        return (await generation.result()).data
-
-    @property
-    def homes(self) -> list[str]:
-        """Tags of the servers that it was with, in order."""
-        return [home for home, _ in itertools.groupby(tag(progress.generation_id) for progress in self.seen)]
-
-    def is_halfway(self, home: str) -> bool:
-        """Whether it is in the midst of its steps on that server."""
-        last = self.seen[-1] if self.seen else None
-        return last is not None and tag(last.generation_id) == home and 1 <= last.step < last.total_steps
-
-
 async def started(processes: contextlib.ExitStack, cache_dir: Path, *addresses: str) -> list[ServerProcess]:
     """Starts servers at the same time, and waits for them."""
     options = ("--cache-dir", str(cache_dir), *OPTIONS)
     servers = [ServerProcess(*options, "--grpc-address", address) for address in addresses]
     return await asyncio.gather(*(asyncio.to_thread(processes.enter_context, server) for server in servers))
-
-
-async def until(condition, step: asyncio.Event) -> None:
-    """Waits for something that messages bring about."""
-    while not condition():
-        step.clear()
-        await step.wait()
 
 
 @pytest.mark.timeout(240)

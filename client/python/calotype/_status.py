@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from ._convert import optional_seconds
-from ._errors import BY_CODE, CalotypeError, InvalidRequest, UnknownError
+from ._errors import BY_CODE, CalotypeError, Cancelled, InvalidRequest, Unavailable, UnknownError
 from ._request import argument_name
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ _IN_PLAIN_WORDS = {
     "Locally cancelled by application!": "Cancelled by this client.",
 }
 
+_RESET = "RST_STREAM"
+"""A proxy resets a call whose server is gone, which gRPC takes for a cancel."""
+
 
 def from_rpc_error(error: grpc.RpcError) -> CalotypeError:
     """Makes the exception for a call that ended with a status other than OK.
@@ -42,6 +45,8 @@ def from_rpc_error(error: grpc.RpcError) -> CalotypeError:
 def from_status(code: grpc.StatusCode | None, text: str | None, metadata: Any) -> CalotypeError:
     """Makes the exception for the parts of a status."""
     kind = BY_CODE.get(code.value[0], UnknownError) if code is not None else UnknownError
+    if kind is Cancelled and _RESET in (text or ""):
+        kind, text = Unavailable, "The connection was lost."
     text = next((words for phrase, words in _IN_PLAIN_WORDS.items() if phrase in (text or "")), text or "")
     return _make(kind, text, _details(metadata))
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
-__all__ = ["Forwarder", "merge_pages"]
+__all__ = ["Forwarder", "fail", "merge_pages", "outgoing"]
 
 _METHOD = re.compile(r"/\w+(\.\w+)+/\w+")
 _SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
@@ -82,7 +82,7 @@ class Forwarder(grpc.GenericRpcHandler):
                         if _is_broken(error):
                             upstream.health = Health.LOST
                         if begun or not candidates or error.code() not in _ANOTHER_MAY:
-                            await _fail(error, context)
+                            await fail(error, context)
                     finally:
                         call.cancel()
 
@@ -92,7 +92,7 @@ class Forwarder(grpc.GenericRpcHandler):
     async def _candidates(self, path: str, request: bytes, context: Context) -> list[Upstream]:
         """Returns the servers that may answer, the likeliest first."""
         if path in _OF_ONE_GENERATION:
-            metadata = _outgoing(context.invocation_metadata())
+            metadata = outgoing(context.invocation_metadata())
             if (home := await self._upstreams.home(_generation_id(request), metadata)) is not None:
                 return [home]
         # Where it is gone, any server knows how to say so.
@@ -130,7 +130,7 @@ async def _list_all(upstreams: Sequence[Upstream], request: bytes, context: Cont
         failed = next((each for each in answers if isinstance(each, grpc.aio.AioRpcError)), None)
         if failed is None:
             raise _unavailable()
-        await _fail(failed, context)
+        await fail(failed, context)
     size, _ = validate_page(pb.ListGenerationsRequest.FromString(request))
     return merge_pages(pages, size).SerializeToString()
 
@@ -138,7 +138,7 @@ async def _list_all(upstreams: Sequence[Upstream], request: bytes, context: Cont
 def _call(channel: grpc.aio.Channel, path: str, request: bytes, context: Context, timeout: float | None = None) -> Any:
     method: Any = channel.unary_stream(path)
     timeout = context.time_remaining() if timeout is None else timeout
-    return method(request, timeout=timeout, metadata=_outgoing(context.invocation_metadata()))
+    return method(request, timeout=timeout, metadata=outgoing(context.invocation_metadata()))
 
 
 def _generation_id(request: bytes) -> str:
@@ -155,21 +155,25 @@ _ANOTHER_MAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 def _is_broken(error: grpc.aio.AioRpcError) -> bool:
     """Whether the connection failed, rather than the server having said so."""
     details = any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
-    return error.code() is grpc.StatusCode.UNAVAILABLE and not details
+    # A proxy resets a call whose server is gone, which gRPC takes for a cancel.
+    is_reset = error.code() is grpc.StatusCode.CANCELLED and "RST_STREAM" in (error.details() or "")
+    return is_reset or (error.code() is grpc.StatusCode.UNAVAILABLE and not details)
 
 
 def _unavailable() -> UpstreamUnavailable:
     return UpstreamUnavailable("The server behind this bridge cannot be reached.", retry_after=_RETRY_SECONDS)
 
 
-async def _fail(error: grpc.aio.AioRpcError, context: Context) -> None:
+async def fail(error: grpc.aio.AioRpcError, context: Context) -> None:
+    """Ends a call as the one that was made for it has ended."""
     if _is_broken(error):
         # gRPC's own words for a connection that failed: addresses and system errors, which are not the caller's.
         raise _unavailable() from None
-    await context.abort(error.code(), error.details() or "", _returning(error.trailing_metadata()))
+    await context.abort(error.code(), error.details() or "", tuple(_returning(error.trailing_metadata())))
 
 
-def _outgoing(metadata: Any) -> list[tuple[str, Any]]:
+def outgoing(metadata: Any) -> list[tuple[str, Any]]:
+    """Returns what of a call's metadata goes with the call that is made for it."""
     # gRPC names itself, and refuses to be named by others.
     return [(key, value) for key, value in metadata if key != "user-agent"]
 

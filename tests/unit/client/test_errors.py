@@ -127,3 +127,12 @@ def test_errors_survive_pickling():
     """An error that crosses a process keeps what it knows."""
     error = pickle.loads(pickle.dumps(InvalidRequest("no", reason="R", violations=[("steps", "too many")])))
     assert (error.message, error.reason, error.violations) == ("no", "R", (("steps", "too many"),))
+
+
+def test_a_call_that_a_proxy_resets_was_lost() -> None:
+    """To gRPC that is a cancel, which nobody has asked for: it is worth another try."""
+    reset = "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))"
+    assert isinstance(from_status(grpc.StatusCode.CANCELLED, reset, ()), calotype.Unavailable)
+    assert isinstance(
+        from_status(grpc.StatusCode.CANCELLED, "Locally cancelled by application!", ()), calotype.Cancelled
+    )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from calotype_server import app
+from calotype_server import core
 from calotype_server.budget import PreviewBudget
 from calotype_server.engine import loading
 from calotype_server.engine.capabilities import Defaults, describe, read_defaults
@@ -355,7 +355,7 @@ class TestServing:
     def engine(folder, tmp_path, **settings):
         """The engine that `calotype serve` would run."""
         chosen = Settings(model=str(folder), device="cpu", threads=1, cache_dir=tmp_path, **settings)
-        engine = app._load_engine(chosen, PreviewBudget(chosen.preview_budget), ignore)
+        engine = core._load_engine(chosen, PreviewBudget(chosen.preview_budget), ignore)
         engine.close()
         return engine.model.preview_methods
 

@@ -1,0 +1,141 @@
+"""Calotype on Ray Serve: in each replica the engine and the servicer of a plain server, behind the ingress of Serve.
+
+`service/ray.yaml` says how many, `service/ray.env` what Ray has to be started with, service/README.md what to know.
+Each replica reads its settings from CALOTYPE_... variables, as `calotype serve` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype.v1.calotype_pb2_grpc import add_GenerationServiceServicer_to_server
+from calotype_server.access import Access, Caller
+from calotype_server.core import LAST_WORDS_SECONDS, Core
+from calotype_server.errors import EngineDead, StartupError
+from calotype_server.settings import Settings
+from calotype_server.telemetry import configure_logging
+from calotype_server.transport.delegation import Delegate, Handlers, delegating
+from calotype_server.transport.interceptors import interceptors
+from calotype_server.transport.native import NativeServer
+from calotype_server.transport.servicer import GenerationServicer
+from calotype_server.transport.services import Services
+from calotype_server.transport.siblings import SharingServicer, Siblings
+from calotype_server.watching import Watched
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Mapping
+
+__all__ = ["Directory", "Replica", "app"]
+
+_MODE = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+"""Otherwise Ray loses cancels and statuses, and readers who stall do not slow anything down."""
+
+_FORGET_SECONDS = 60.0
+"""After which a replica that does not tell its address counts as gone."""
+
+
+class Directory:
+    """The address of each replica, for the others. An actor, in which nothing is that replicas would not tell again."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, tuple[str, float]] = {}
+
+    def tell(self, tag: str, address: str) -> dict[str, str]:
+        """Notes the address of one, and returns those of all by their tags."""
+        now = time.monotonic()
+        self._told[tag] = address, now
+        self._told = {tag: each for tag, each in self._told.items() if now - each[1] < _FORGET_SECONDS}
+        return {tag: address for tag, (address, _) in self._told.items()}
+
+
+class _SharedAccess(Access):
+    """Behind the ingress all calls come from one host: without a key, everybody is the same caller on each replica."""
+
+    def admit(self, authorization: str | None, peer: str) -> Caller:
+        """Returns whose call it is, see `Access.admit`."""
+        return super().admit(authorization, "ray:0")
+
+
+@delegating(pb.DESCRIPTOR.services_by_name["GenerationService"])
+class Replica(Delegate):
+    """One engine. Serve calls a method for each RPC, `check_health`, and `__del__` when it has drained the ingress.
+
+    Besides it has a native port, for the other replicas alone, see `transport.siblings`.
+    """
+
+    async def __init__(self) -> None:  # type: ignore[misc]  # which Serve awaits
+        wrong = {name for name, value in _MODE.items() if os.environ.get(name) != value}
+        if wrong:
+            raise StartupError(f"Start Ray with the variables of service/ray.env: {', '.join(sorted(wrong))}.")
+        given: dict[str, Any] = {}  # but for the environment
+        settings = Settings(**given)
+        configure_logging(settings.log_level, settings.log_format, prompts=settings.log_prompts)
+        access = _SharedAccess(settings.api_keys)
+        self._watched = Watched(access.files, access.reload)
+        self._core = core = Core(settings)
+        await core.load()
+        await core.warm_up()
+        servicer = GenerationServicer(core.api, access)
+        self._services = Services(servicer)
+        self._native = NativeServer(self._services, access, limits=settings.port_limits)
+        host: str = ray.util.get_node_ip_address()
+        address = await self._native.start(f"[{host}]:0" if ":" in host else f"{host}:0")
+        directory: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(Directory)
+        name = f"calotype-{serve.get_replica_context().app_name}"
+        self._directory = directory.options(
+            name=name, namespace="calotype", lifetime="detached", get_if_exists=True
+        ).remote()
+        tag = core.generations.replica
+
+        async def ask() -> Mapping[str, str]:
+            addresses: Mapping[str, str] = await self._directory.tell.remote(tag, address)
+            return addresses
+
+        self._siblings = Siblings(tag, ask)
+        self.handlers = Handlers(interceptors(access, "ray", core.observe))
+        registry: Any = self.handlers
+        add_GenerationServiceServicer_to_server(SharingServicer(servicer, self._siblings), registry)
+        core.watch(self._farewell)
+        await core.open()
+        self._watched.start()
+        await self._services.set_serving(True)
+        await self._siblings.refresh()
+
+    async def check_health(self) -> None:
+        """Raises when only a new process helps; Serve then replaces this one."""
+        if self._core.dead.is_set():
+            # The ingress likes best who has least to do.
+            self._core.generations.refuse(LAST_WORDS_SECONDS)
+            raise EngineDead("The engine cannot go on.")
+        await self._siblings.refresh()
+
+    async def _farewell(self, ending: Coroutine[object, object, None]) -> None:
+        """Lets readers hear of a stall, those at the ingress as well."""
+        await ending
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._core.generations.idle(), LAST_WORDS_SECONDS)
+
+    async def __del__(self) -> None:
+        """Ends what nobody reads through the ingress: generations that are kept, readers who come by way of others."""
+        await self._services.set_serving(False)
+        await self._core.drain(_patiently)
+        self._services.release_watchers()
+        await self._native.stop(LAST_WORDS_SECONDS)
+        await self._siblings.close()
+        await self._watched.stop()
+        await self._core.close()
+
+
+async def _patiently(work: Coroutine[object, object, None]) -> None:
+    await work
+
+
+app = serve.deployment(name="Calotype")(Replica).bind()

@@ -1,0 +1,277 @@
+"""Two replicas of the bundled model on Ray Serve, through its ingress: `make test-ray`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+
+import calotype
+from calotype.v1 import calotype_pb2 as pb
+from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
+from support.callers import STEPS, Job, until
+from support.grpcweb import WebChannel
+from support.process import BridgeProcess
+from support.ray_cluster import RayCluster
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+PROMPTS = ("a red apple", "fox", "banana", "umbrella")
+JOBS = 40
+LONG = 150
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """Started once."""
+    with RayCluster(tmp_path_factory.mktemp("ray")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def client(cluster: RayCluster) -> AsyncIterator[calotype.AsyncClient]:
+    """Resumes what is lost."""
+    async with calotype.AsyncClient(cluster.address, stall_timeout=2.0, retries=100) as client:
+        yield client
+
+
+@pytest.fixture
+async def stub(cluster: RayCluster) -> AsyncIterator[GenerationServiceStub]:
+    """Resumes nothing."""
+    async with grpc.aio.insecure_channel(cluster.address) as channel:
+        yield GenerationServiceStub(channel)
+
+
+async def all_ended(client: calotype.AsyncClient) -> list[calotype.GenerationSummary]:
+    """Waits until nothing runs, and returns what has."""
+    async with asyncio.timeout(60):
+        while True:
+            known = [each async for each in client.generations()]
+            if all(each.phase.ended for each in known):
+                return known
+            await asyncio.sleep(0.2)
+
+
+async def both_reachable(client: calotype.AsyncClient) -> None:
+    """Waits until the ingress has heard of both replicas: a little later than Ray says that they run."""
+    known = set()
+    while len(known) < 2:
+        known.add((await client.model()).replica)
+
+
+async def on_each(client: calotype.AsyncClient) -> dict[Job, asyncio.Task[bytes]]:
+    """Starts long generations; returns one of each replica with its caller."""
+    await both_reachable(client)
+    step = asyncio.Event()
+    jobs = [Job("fox") for _ in range(8)]
+    tasks = [asyncio.create_task(job.run(client, step, LONG)) for job in jobs]
+    await until(lambda: len({home for job in jobs for home in job.homes}) == 2 and all(job.seen for job in jobs), step)
+    found = {job.homes[0]: (job, task) for job, task in zip(jobs, tasks, strict=True)}
+    for task in set(tasks) - {task for _, task in found.values()}:
+        task.cancel()
+    return dict(found.values())
+
+
+async def test_a_picture_streams_with_its_previews(client: calotype.AsyncClient) -> None:
+    """Each step shows a preview, in order, and the end is the picture."""
+    generation = client.generate("a red apple", seed=5, steps=8)
+    seen = [progress async for progress in generation]
+    assert [progress.image_step for progress in seen if progress.preview] == sorted(
+        {progress.image_step for progress in seen if progress.preview}
+    )
+    assert sum(progress.preview is not None for progress in seen) >= 4
+    assert seen[-1].phase == "succeeded"
+    assert (await generation.result()).data.startswith(b"\x89PNG")
+
+
+async def test_violations_arrive_typed(client: calotype.AsyncClient) -> None:
+    """A refusal before the first message carries its code and details, all violations at once."""
+    with pytest.raises(calotype.InvalidRequest) as refused:
+        await client.generate("", width=7, steps=100_000).result()
+    assert {violation.field for violation in refused.value.violations} >= {"width", "steps"}
+
+
+@pytest.mark.parametrize("method", ["Cancel", "Finish", "Watch"])
+async def test_an_unknown_generation_is_not_found(stub: GenerationServiceStub, method: str) -> None:
+    """Whichever replica is asked, and whether or not the method streams: with a reason."""
+    request = getattr(pb, f"{method}Request")(generation_id="feedbeef.nobody")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        call = getattr(stub, method)(request)
+        await (call.read() if method == "Watch" else call)
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+    assert b"OTHER_REPLICA" in dict(refused.value.trailing_metadata())["grpc-status-details-bin"]
+
+
+async def test_every_replica_reaches_every_generation(client: calotype.AsyncClient) -> None:
+    """Watching, listing, finishing and cancelling find a generation, whichever replica the ingress asks."""
+    (one, finished), (other, cancelled) = (await on_each(client)).items()
+    to_finish, to_cancel = one.seen[0].generation_id, other.seen[0].generation_id
+    for _ in range(4):  # the ingress asks one or the other
+        for generation_id in (to_finish, to_cancel):
+            progress = await anext(aiter(client.watch(generation_id)))
+            assert progress.generation_id == generation_id
+        assert {to_finish, to_cancel} <= {each.generation_id async for each in client.generations()}
+    for _ in range(4):
+        await client.finish(to_finish)
+        await client.cancel(to_cancel)
+    assert await finished
+    assert one.seen[-1].finished_early
+    with pytest.raises(calotype.Cancelled):
+        await cancelled
+    await all_ended(client)
+
+
+async def test_a_call_that_is_cancelled_frees_its_slot(
+    client: calotype.AsyncClient, stub: GenerationServiceStub
+) -> None:
+    """Right after a message, 24 times, 8 at once: every generation ends, none goes on for nobody."""
+
+    async def cancel_one() -> str:
+        call = stub.Generate(pb.GenerateRequest(prompt="fox", step_count=LONG))
+        message = await call.read()
+        while not message.image:
+            message = await call.read()
+        call.cancel()
+        return message.generation_id
+
+    begun = {each for _ in range(3) for each in await asyncio.gather(*(cancel_one() for _ in range(8)))}
+    known = {each.generation_id: each.phase for each in await all_ended(client)}
+    assert [known[each] for each in begun] == ["cancelled"] * 24
+
+
+async def test_a_deadline_ends_the_generation(client: calotype.AsyncClient, stub: GenerationServiceStub) -> None:
+    """The caller hears DEADLINE_EXCEEDED, and the engine stops."""
+    call = stub.Generate(pb.GenerateRequest(prompt="fox", step_count=LONG), timeout=0.4)
+    message = await call.read()
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    known = {each.generation_id: each.phase for each in await all_ended(client)}
+    assert known[message.generation_id] == "cancelled"
+
+
+async def test_the_bridge_reaches_the_replicas(cluster: RayCluster) -> None:
+    """A browser's calls go through bridge and ingress: previews one by one, refusals with their details."""
+    with BridgeProcess("--upstream", cluster.address) as bridge:
+        channel = WebChannel(bridge.web_address)
+        stub = GenerationServiceStub(channel)
+        call, previews, last = stub.Generate(pb.GenerateRequest(prompt="fox", step_count=8)), 0, None
+        while (message := await call.read()) is not grpc.aio.EOF:
+            previews += message.image_kind == pb.IMAGE_KIND_PREDICTED
+            last = message
+        assert previews >= 4
+        assert last.phase == pb.PHASE_SUCCEEDED
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Generate(pb.GenerateRequest(prompt="", width_px=7)).read()
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        channel.close()
+
+
+async def test_the_bridge_tells_of_a_replica_that_died(cluster: RayCluster, client: calotype.AsyncClient) -> None:
+    """Its streams end UNAVAILABLE, after which a browser's client comes back; those of the other go on."""
+    victim = next(iter((await cluster.until_running()).values()))
+    await both_reachable(client)
+    with BridgeProcess("--upstream", cluster.address) as bridge:
+
+        async def follow(begun: asyncio.Event) -> grpc.StatusCode:
+            channel = WebChannel(bridge.web_address)
+            call = GenerationServiceStub(channel).Generate(pb.GenerateRequest(prompt="fox", step_count=LONG))
+            try:
+                while (message := await call.read()) is not grpc.aio.EOF:
+                    if message.phase == pb.PHASE_DENOISING:
+                        begun.set()
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+            finally:
+                channel.close()
+            return grpc.StatusCode.OK
+
+        begun = [asyncio.Event() for _ in range(6)]
+        calls = [asyncio.create_task(follow(each)) for each in begun]
+        await asyncio.gather(*(each.wait() for each in begun))
+        os.kill(victim, signal.SIGKILL)
+        codes = Counter(await asyncio.gather(*calls))
+    assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+    await cluster.until_running()
+
+
+async def test_forty_callers_outlive_a_frozen_and_a_killed_replica(
+    cluster: RayCluster, client: calotype.AsyncClient
+) -> None:
+    """SIGSTOP of one in mid-stream, SIGKILL of the other: every picture byte for byte, once, nothing left running."""
+    step = asyncio.Event()
+    before = await cluster.until_running()
+    await both_reachable(client)
+    undisturbed = {prompt: (await client.generate(prompt, seed=5, steps=STEPS).result()).data for prompt in PROMPTS}
+    jobs = [Job(prompt) for prompt, _ in zip(itertools.cycle(PROMPTS), range(JOBS), strict=False)]
+    running = [asyncio.create_task(job.run(client, step)) for job in jobs]
+
+    def halfway() -> set[str]:
+        return {job.homes[-1] for job in jobs if job.seen and job.is_halfway(job.homes[-1])}
+
+    frozen, killed = before.values()
+    await until(lambda: len(halfway()) == 2, step)
+    os.kill(frozen, signal.SIGSTOP)
+    await until(lambda: any(len(job.homes) > 1 for job in jobs), step)
+    os.kill(frozen, signal.SIGCONT)
+    await until(lambda: len(halfway()) == 2 or all(task.done() for task in running), step)
+    os.kill(killed, signal.SIGKILL)
+    pictures = await asyncio.gather(*running)
+    after = await cluster.until_running()
+    assert killed not in after.values()
+    made = Counter(each.request_id for each in await all_ended(client) if each.phase == "succeeded")
+    assert set(made.values()) == {1}
+    assert sum(len(job.homes) > 1 for job in jobs) >= 2
+    for job, picture in zip(jobs, pictures, strict=True):
+        assert picture == undisturbed[job.prompt]
+        assert [each.sequence for each in job.seen] == sorted({each.sequence for each in job.seen})
+        assert [each.step for each in job.seen] == sorted(each.step for each in job.seen)
+        assert [each.phase.ended for each in job.seen].count(True) == 1
+
+
+async def test_a_frozen_replica_is_replaced(cluster: RayCluster, client: calotype.AsyncClient) -> None:
+    """Ray notices one that does not answer, and the callers whom it had are served by another."""
+    before = await cluster.until_running()
+    name, pid = next(iter(before.items()))
+    both = await on_each(client)
+    os.kill(pid, signal.SIGSTOP)
+    assert all(await asyncio.gather(*both.values()))
+    await cluster.until_running(unlike={name: pid}, stopping=1)
+    # Ray would wait for it as long as for one that drains.
+    os.kill(pid, signal.SIGKILL)
+    await cluster.until_running()
+
+
+async def test_a_rolling_update_cuts_no_stream(cluster: RayCluster) -> None:
+    """Every replica is replaced under callers who resume nothing: all get every picture in one piece."""
+    before = await cluster.until_running()
+    updated = asyncio.Event()
+
+    async def call_on() -> int:
+        pictures = 0
+        async with grpc.aio.insecure_channel(cluster.address) as channel:
+            stub = GenerationServiceStub(channel)
+            while not updated.is_set():
+                phases = [
+                    message.phase async for message in stub.Generate(pb.GenerateRequest(prompt="fox", step_count=50))
+                ]
+                assert phases[-1] == pb.PHASE_SUCCEEDED
+                pictures += 1
+        return pictures
+
+    callers = [asyncio.create_task(call_on()) for _ in range(4)]
+    cluster.environment["CALOTYPE_RETAIN_COUNT"] = "255"
+    await cluster.apply()
+    await cluster.until_running(unlike=before)
+    updated.set()
+    assert all(await asyncio.gather(*callers))

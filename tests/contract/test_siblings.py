@@ -1,0 +1,88 @@
+"""Servers behind one address: whichever is asked, each generation is found where it is."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import pytest
+
+import calotype
+from calotype_server.access import Access
+from calotype_server.api import Api
+from calotype_server.transport.native import NativeServer
+from calotype_server.transport.servicer import GenerationServicer
+from calotype_server.transport.services import Services
+from calotype_server.transport.siblings import SharingServicer, Siblings
+from support.fake_engine import FakeEngine
+from support.service import LIMITS, running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@pytest.fixture
+async def shared() -> AsyncIterator[tuple[str, str, str, contextlib.AsyncExitStack]]:
+    """Addresses: of a server that passes on, of itself alone, of its sibling; and what stops the sibling."""
+    async with contextlib.AsyncExitStack() as stack:
+        own = await stack.enter_async_context(running(FakeEngine()))
+        sibling_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
+        sibling = await sibling_stack.enter_async_context(running(FakeEngine()))
+        addresses = {each.generations.replica: each.address for each in (own, sibling)}
+
+        async def ask() -> dict[str, str]:
+            return addresses
+
+        api = Api(LIMITS)
+        api.open(own.generations)
+        siblings = Siblings(own.generations.replica, ask)
+        stack.push_async_callback(siblings.close)
+        native = NativeServer(Services(SharingServicer(GenerationServicer(api, Access()), siblings)), Access())
+        address = await native.start("127.0.0.1:0")
+        stack.push_async_callback(native.stop, None)
+        yield address, own.address, sibling.address, sibling_stack
+
+
+async def begun(address: str, seed: int) -> str:
+    """The id of a generation that has been made there."""
+    async with calotype.AsyncClient(address) as client:
+        generation = client.generate("x", seed=seed)
+        seen = [progress async for progress in generation]
+        return seen[-1].generation_id
+
+
+async def test_every_generation_is_reached_through_one_server(shared) -> None:
+    """Its own and its sibling's: watched to the picture, listed newest first, cancelled and finished."""
+    address, *alone, _ = shared
+    ids = [await begun(each, seed) for seed, each in enumerate((*alone, *alone))]
+    async with calotype.AsyncClient(address) as client:
+        for generation_id in ids:
+            assert (await client.watch(generation_id).result()).data
+            assert await client.cancel(generation_id) == "succeeded"
+            assert await client.finish(generation_id) == "succeeded"
+        assert [each.generation_id async for each in client.generations(page_size=1)] == ids[::-1]
+
+
+async def test_a_refusal_of_the_sibling_keeps_its_reason(shared) -> None:
+    """What it does not know is not found, in its own words."""
+    address, _, sibling, _ = shared
+    tag = (await begun(sibling, 1)).partition(".")[0]
+    async with calotype.AsyncClient(address) as client:
+        with pytest.raises(calotype.NotFound) as refused:
+            await client.cancel(f"{tag}.nothing")
+        assert refused.value.reason == "GENERATION_NOT_FOUND"
+        with pytest.raises(calotype.NotFound) as refused:
+            await client.watch(f"{tag}.nothing").result()
+        assert refused.value.reason == "GENERATION_NOT_FOUND"
+
+
+async def test_what_a_lost_sibling_had_is_another_servers(shared) -> None:
+    """The reason tells clients to ask for it anew; lists are those of who is left."""
+    address, own, sibling, stop = shared
+    kept, lost = await begun(own, 1), await begun(sibling, 2)
+    await stop.aclose()
+    async with calotype.AsyncClient(address) as client:
+        with pytest.raises(calotype.NotFound) as refused:
+            await client.cancel(lost)
+        assert refused.value.reason == "OTHER_REPLICA"
+        assert [each.generation_id async for each in client.generations()] == [kept]

@@ -165,10 +165,8 @@ def test_what_selects_pods_finds_them() -> None:
     labels = [each["spec"]["template"]["metadata"]["labels"] for each in deployments()]
     for each in found:
         spec = each["spec"]
-        selector = {
-            "Service": lambda: spec["selector"],
-            "NetworkPolicy": lambda: spec["podSelector"]["matchLabels"],
-        }.get(each["kind"], lambda: spec["selector"]["matchLabels"])()
+        selector = spec.get("podSelector", spec.get("selector"))
+        selector = selector.get("matchLabels", selector)
         assert any(selector.items() <= pod.items() for pod in labels), each["metadata"]
     headless = {each["metadata"]["name"] for each in found if each["spec"].get("clusterIP") == "None"}
     bridge = next(each for each in deployments() if each["metadata"]["name"] == "calotype-bridge")
@@ -181,7 +179,7 @@ def test_what_selects_pods_finds_them() -> None:
 
 
 def test_ray_is_started_as_elsewhere() -> None:
-    """With the same configuration but for the size of a replica and where health checks come from, and the same mode."""
+    """With the same configuration, but for the size of a replica and the source of health checks, in the same mode."""
     if not (ROOT / "service" / "ray.yaml").exists():
         pytest.skip("service/ray.yaml is not here")
     here = yaml.safe_load(ray_service()["spec"]["serveConfigV2"])

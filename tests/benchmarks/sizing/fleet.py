@@ -128,7 +128,7 @@ class Request:
 
 
 class FairQueue:
-    """Start-time fair queueing, as in `calotype_server.admission`: the smallest tag is next, of equal ones the older."""
+    """Start-time fair queueing, as in `calotype_server.admission`: the smallest tag first, of equal ones the older."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[float, int, Any]] = []

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MAX_ACTIVE, MAX_ROWS = 8, 16
 OPTIONS = ("--threads", "1", "--max-active", str(MAX_ACTIVE), "--max-batch-rows", str(MAX_ROWS))
-"""One core computes steps, the other does all the rest. Nothing is left to what is measured when the model is loaded."""
+"""One core computes steps, the other does all the rest. Nothing is left to measurements at load."""
 
 _PROMPTS = ("a red apple", "fox", "banana", "umbrella", "cookie", "broken heart", "alien", "strawberry")
 _ROWS = 2

@@ -1,4 +1,4 @@
-"""`calotype serve` that writes down every call of the denoiser: run as a process, with a file's name before its options.
+"""`calotype serve` that writes down every call of the denoiser: run as a process, with a file's name first.
 
 A line for each call, in JSON: when it began and how long it took, in seconds, its rows, and the numbers of its streams.
 """

@@ -16,6 +16,7 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
 from calotype_server.access import Access
 from calotype_server.transport.native import NativeServer
+from calotype_server.transport.peers import Peers
 from calotype_server.transport.services import Services
 from calotype_server.transport.web import WebServer
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 MESSAGE_BYTES = 20_000
 """A little less than a message has."""
+
+_MOST_CALLS = 1000
+"""Of this machine, which is more peers than one here."""
 
 _IMAGE = bytes(MESSAGE_BYTES)
 
@@ -46,8 +50,9 @@ class ScriptedServicer(GenerationServiceServicer):
 async def main() -> None:
     """Serves until standard input is closed."""
     services = Services(ScriptedServicer())
-    native = NativeServer(services, Access())
-    web = WebServer("127.0.0.1:0", services.add_to, Access(), is_ready=services.is_serving)
+    peers = Peers(_MOST_CALLS)
+    native = NativeServer(services, Access(), peers=peers)
+    web = WebServer("127.0.0.1:0", services.add_to, Access(), is_ready=services.is_serving, peers=peers)
     print(await native.start("127.0.0.1:0"), await web.start(), flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await asyncio.gather(native.stop(0), web.stop(0))

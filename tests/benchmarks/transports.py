@@ -22,6 +22,7 @@ import psutil
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
+from calotype_server.access import Access
 from calotype_server.transport.native import NativeServer
 from calotype_server.types import Pixels
 from support.fake_engine import FakeEngine
@@ -131,7 +132,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
 async def main() -> None:
     """Serves until it is killed."""
     async with running(PacedEngine(), transport="sse") as service:
-        native = NativeServer(service.services)
+        native = NativeServer(service.services, Access())
         print(await native.start("127.0.0.1:0"), service.address, flush=True)
         await asyncio.Event().wait()
 

@@ -74,7 +74,7 @@ class Model:
         return quick + (slow - quick) * (rows - few) / (many - few)
 
     def capacity(self, max_active: int, max_rows: int) -> float:
-        """Returns the generations per second of a replica that always has enough to do."""
+        """Returns the generations per second of a replica that always has enough to do, within some per cent."""
         together = max(1, min(max_active, max_rows // self.rows))
         call = self.seconds(together * self.rows) + self.between * together
         around = self.encoding + self.decoding
@@ -125,6 +125,21 @@ class Request:
     refused: bool = False
     step: int = 0
     seat: Seat = field(default_factory=lambda: Seat(0), repr=False)
+
+
+def parse_step_ms(table: str) -> tuple[tuple[int, float], ...]:
+    """Takes `ROWS:MILLISECONDS,...`, rows rising, and returns seconds.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    pairs = [pair.split(":") for pair in table.split(",")]
+    made = tuple((int(rows), float(milliseconds) / 1e3) for rows, milliseconds in pairs)
+    if any(few >= many for (few, _), (many, _) in itertools.pairwise(made)) or min(made)[0] < 1:
+        raise ValueError(f"rows do not rise in {table!r}")
+    if any(seconds <= 0 for _, seconds in made):
+        raise ValueError(f"a step takes no time in {table!r}")
+    return made
 
 
 class FairQueue:

@@ -65,15 +65,15 @@ class RecordedServer:
 
 
 @contextlib.contextmanager
-def recorded_server() -> Iterator[RecordedServer]:
-    """Runs `recording`."""
+def recorded_server(pretend: str = "") -> Iterator[RecordedServer]:
+    """Runs `recording`, if wanted with a device that takes `pretend`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "calls")
 
         class Server(ServerProcess):
             calotype = (sys.executable, "-m", "benchmarks.sizing.recording", str(path))
 
-        with Server("--log-level", "warning", *OPTIONS) as server:
+        with Server("--log-level", "warning", *OPTIONS, PRETEND_STEP_MS=pretend) as server:
             yield RecordedServer(server.address, path)
 
 
@@ -114,7 +114,7 @@ async def generate(client: calotype.AsyncClient, number: int, due: float) -> See
             if progress.preview is not None and math.isnan(request.first_preview):
                 request.first_preview = now
         request.finished = now
-    except calotype.ResourceExhausted:
+    except calotype.Overloaded:
         request.refused = True
         return Seen(request, math.nan, math.nan)
     timings = generation.progress.timings

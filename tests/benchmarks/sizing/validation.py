@@ -16,9 +16,9 @@ from benchmarks.sizing.fleet import Fleet, Model, Request, poisson, simulate
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SHARES = (0.3, 0.5, 0.7, 0.9)
+SHARES = (0.4, 0.7, 0.9)
 """Of the capacity, that the arrivals ask for."""
-SECONDS = 60
+SECONDS = 50
 _FLEET = Fleet(1, live.MAX_ACTIVE, live.MAX_ROWS)
 
 
@@ -31,7 +31,7 @@ class Summary:
         first95: First preview, 95th percentile.
         total50: Picture, median.
         total95: Picture, 95th percentile.
-        throughput: Pictures per second, from the first arrival to the last end.
+        throughput: Pictures per second that were finished while others came.
         refused: Share that was refused.
     """
 
@@ -51,7 +51,7 @@ class Comparison:
         rate: Generations per second asked for.
         generations: That came.
         seen: By the callers.
-        predicted: From the step times measured when this run was not under way.
+        predicted: From the step times measured before, while it was kept busy.
         replayed: From the step times of this very run: what is left is the error of the policies.
         others: Cores that were busy with something else than the server and its callers.
     """
@@ -71,28 +71,32 @@ def summarize(requests: Sequence[Request], skip: int = 0) -> Summary:
         return Summary(*[math.nan] * 4, 0.0, 1.0)
     first = [request.first_preview - request.arrived for request in served]
     total = [request.finished - request.arrived for request in served]
-    span = max(request.finished for request in served) - served[0].arrived
+    begin, end = served[0].arrived, requests[-1].arrived
+    finished = sum(begin < request.finished <= end for request in requests)
     return Summary(
         *(_percentile(values, share) for values in (first, total) for share in (0.5, 0.95)),
-        throughput=len(served) / span,
+        throughput=finished / (end - begin),
         refused=1 - len(served) / len(requests[skip:]),
     )
 
 
-def validate() -> tuple[Model, list[Comparison]]:
-    """Measures the bundled model when it is busy, lets callers come by chance, and predicts what they saw."""
-    busy, runs = [], []
-    with live.recorded_server() as server:
+def validate(pretend: str = "") -> tuple[Model, list[Comparison]]:
+    """Measures the bundled model when it is busy, lets callers come by chance, and predicts what they saw.
+
+    Args:
+        pretend: Step times of a device to pretend, see `recording`; empty for the real one.
+    """
+    runs = []
+    with live.recorded_server(pretend) as server:
         server.calls()
+        seen = asyncio.run(live.busy(server.address))
+        model = live.model_of(server.calls(), seen)
         for number, share in enumerate(SHARES):
-            seen = asyncio.run(live.busy(server.address))
-            busy.append((server.calls(), seen))
-            rate = share * _model(busy).capacity(live.MAX_ACTIVE, live.MAX_ROWS)
+            rate = share * model.capacity(live.MAX_ACTIVE, live.MAX_ROWS)
             trace = (rate, round(rate * SECONDS), number)
             with _Others() as others:
                 seen = asyncio.run(live.by_chance(server.address, poisson(*trace)))
             runs.append((trace, seen, live.model_of(server.calls(), seen), others.cores))
-    model = _model(busy)
     return model, [
         Comparison(
             rate=trace[0],
@@ -104,11 +108,6 @@ def validate() -> tuple[Model, list[Comparison]]:
         )
         for trace, seen, own, cores in runs
     ]
-
-
-def _model(busy: Sequence[tuple[list[live.Call], list[live.Seen]]]) -> Model:
-    """From all that was measured while the server was kept busy."""
-    return live.model_of([call for calls, _ in busy for call in calls], [each for _, seen in busy for each in seen])
 
 
 def _predicted(model: Model, trace: tuple[float, int, int]) -> Summary:

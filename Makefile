@@ -26,7 +26,7 @@ VITEST = npm test --silent -- --reporter=default --reporter=json --outputFile.js
 # What a change of the proto must not break: the last release, or before the first one the last commit.
 PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 .DEFAULT_GOAL := help
-.PHONY: help run generate test test-fast test-clients client-table client-table-check lint format type proto proto-check web web-check test-web settings bench soak ray-up ray-down test-ray bench-ray contact-sheet timeline filmstrip evaluate-model clean
+.PHONY: help run generate test test-fast test-clients client-table client-table-check lint format type proto proto-check web web-check test-web settings bench soak ray-up ray-down test-ray bench-ray contact-sheet timeline filmstrip sizing evaluate-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -158,6 +158,9 @@ timeline: $(READY) ## draw eight overlapping generations
 
 filmstrip: $(READY) ## draw the README's picture
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.filmstrip
+
+sizing: $(READY) ## simulate fleets and draw service/sizing_*.png; ARGS=--measure measures first, ARGS="--step-ms 1:50,2:60,4:90" is another model
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.sizing $(ARGS)
 
 clean: ## remove what was built, but not the environments
 	rm -rf build dist $(CLIENT_JS)/dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import structlog
 import torch
 
 from calotype_server.engine.batching.collate import Call, Collator
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 __all__ = ["Knee", "Threads", "knee", "unbatchable", "verify"]
+
+_log = structlog.get_logger(__name__)
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _TF32_TOLERANCE = 2e-3
@@ -161,6 +164,9 @@ def knee(
                 break
     finally:
         torch.set_num_threads(before)
+    # As `make sizing` takes it.
+    table = ",".join(f"{count * bound.rows}:{1e3 * count / throughput:.3g}" for count, throughput in reached.items())
+    _log.info("knee", step_ms=table)
     enough = max(reached.values()) / _LEAST_GAIN
     count = next(count for count, throughput in reached.items() if throughput >= enough)
     return Knee(count * bound.rows, Threads(few, many, from_rows))

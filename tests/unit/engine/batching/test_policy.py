@@ -7,7 +7,9 @@ import accelerate.hooks
 import diffusers
 import pytest
 import torch
+from structlog.testing import capture_logs
 
+from benchmarks.sizing.fleet import parse_step_ms
 from calotype_server.engine.batching import policy
 from calotype_server.engine.batching.policy import Threads, knee, unbatchable, verify
 from support import tiny
@@ -140,6 +142,15 @@ class TestKnee:
         """The fewest rows from which more threads are quicker by a twentieth; a single request was tried before."""
         costs(lambda rows: 1.0 + rows, handing_out)
         assert knee(Denoiser(), calls(1)[0], threads=(1, 2)) == (16, Threads(1, 2, from_rows))
+
+    def test_what_was_measured_is_logged_as_the_simulation_takes_it(self, costs):
+        """Milliseconds of a call by its rows: for `make sizing`."""
+        costs(lambda rows: 0.1 + 0.01 * rows)
+        with capture_logs() as logs:
+            knee(Denoiser(), calls(1)[0], threads=(1, 1), requests=(1, 2, 4))
+        (line,) = (each for each in logs if each["event"] == "knee")
+        assert line["step_ms"] == "1:110,2:120,4:140"
+        assert parse_step_ms(line["step_ms"]) == ((1, 0.11), (2, 0.12), (4, 0.14))
 
     def test_threads_are_as_before(self):
         """What was tried is not left behind."""

@@ -1,0 +1,63 @@
+"""`calotype serve` that writes down every call of the denoiser: run as a process, with a file's name first.
+
+A line for each call, in JSON: when it began and how long it took, in seconds, its rows, and the numbers of its streams.
+With `PRETEND_STEP_MS=2:50,4:60` in the environment the denoiser does not compute, it sleeps for as long as a device
+would take for so many rows. All of the rest is the product's.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.sizing.fleet import Model, parse_step_ms
+
+if TYPE_CHECKING:
+    from calotype_server.engine.batching.batcher import BatchRecord
+
+
+def main() -> None:
+    """Serves."""
+    path = Path(sys.argv.pop(1))
+    # As the server does it, which imports torch later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from calotype.__main__ import main as calotype
+    from calotype_server.engine import diffusers
+
+    with path.open("a", buffering=1, encoding="utf-8") as lines:
+
+        def write(batch: BatchRecord) -> None:
+            print(json.dumps([batch.started, batch.seconds, batch.rows, batch.streams]), file=lines)
+
+        make, table = diffusers.DiffusersEngine, os.environ.get("PRETEND_STEP_MS")
+
+        def engine(name: str, pipeline: Any, **options: Any) -> Any:
+            if table:
+                _pretend(pipeline.unet, Model(parse_step_ms(table)))
+            return make(name, pipeline, on_batch=write, **options)
+
+        diffusers.DiffusersEngine = engine
+        calotype()
+
+
+def _pretend(unet: Any, model: Model) -> None:
+    import torch
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+    @functools.wraps(unet.forward)  # what can be joined is told by its signature
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        sample = kwargs["sample"] if "sample" in kwargs else args[0]
+        time.sleep(model.seconds(len(sample)))
+        answer = torch.zeros_like(sample)
+        return UNet2DConditionOutput(answer) if kwargs.get("return_dict", True) else (answer,)
+
+    unet.forward = forward
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What the bundled model takes on one core, in processor time: the same whatever else the machine is doing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks.runs import GUIDANCE, STEPS, bundled
+from benchmarks.sizing.fleet import Model
+from calotype_server.engine.batching.collate import Collator
+from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.probe import sample_calls
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_TOGETHER = (1, 2, 4, 8)
+_REPEATS = 9
+
+
+@torch.no_grad()
+def measure() -> Model:
+    """Times a call joined with itself, as `policy.knee` does when a model is loaded, and what surrounds the steps."""
+    pipeline, model = bundled()
+    torch.set_num_threads(1)
+    module = getattr(pipeline, denoiser_name(pipeline))
+    collator = Collator(module)
+    args, kwargs = sample_calls(pipeline, model)[0]
+    call = collator.bind(args, kwargs, {})
+    table = []
+    for count in _TOGETHER:
+        joined_args, joined_kwargs = collator.join([call] * count, call.rows * count)
+        table.append((call.rows * count, _seconds(lambda a=joined_args, k=joined_kwargs: module(*a, **k))))
+    latents = (*joined_args, joined_kwargs.get("sample"))[0][:1]
+    whole = _seconds(lambda: pipeline("a red apple", num_inference_steps=1, guidance_scale=GUIDANCE))
+    decoding = _seconds(lambda: pipeline.vae.decode(latents))
+    return Model(
+        tuple(table),
+        steps=STEPS,
+        rows=call.rows,
+        encoding=max(0.0, whole - decoding - table[0][1]),
+        decoding=decoding,
+        shared=False,
+    )
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    """Of this thread, the only one that computes; the median of some after one to warm up."""
+    function()
+    taken = []
+    for _ in range(_REPEATS):
+        begun = time.thread_time()
+        function()
+        taken.append(time.thread_time() - begun)
+    return statistics.median(taken)

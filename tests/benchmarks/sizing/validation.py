@@ -1,0 +1,150 @@
+"""The simulation beside the real server: the same arrivals, what callers saw and what was predicted."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+from benchmarks.sizing import live
+from benchmarks.sizing.fleet import Fleet, Model, Request, poisson, simulate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SHARES = (0.4, 0.7, 0.9)
+"""Of the capacity, that the arrivals ask for."""
+SECONDS = 50
+_FLEET = Fleet(1, live.MAX_ACTIVE, live.MAX_ROWS)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What callers saw: seconds to the first preview and to the picture, half and 95 of 100 of them sooner.
+
+    Attributes:
+        first50: First preview, median.
+        first95: First preview, 95th percentile.
+        total50: Picture, median.
+        total95: Picture, 95th percentile.
+        throughput: Pictures per second that were finished while others came.
+        refused: Share that was refused.
+    """
+
+    first50: float
+    first95: float
+    total50: float
+    total95: float
+    throughput: float
+    refused: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run.
+
+    Attributes:
+        rate: Generations per second asked for.
+        generations: That came.
+        seen: By the callers.
+        predicted: From the step times measured before, while it was kept busy.
+        replayed: From the step times of this very run: what is left is the error of the policies.
+        others: Cores that were busy with something else than the server and its callers.
+    """
+
+    rate: float
+    generations: int
+    seen: Summary
+    predicted: Summary
+    replayed: Summary
+    others: float
+
+
+def summarize(requests: Sequence[Request], skip: int = 0) -> Summary:
+    """Returns the percentiles, without the first `skip`, which found the servers empty."""
+    served = [request for request in requests[skip:] if not request.refused]
+    if not served:
+        return Summary(*[math.nan] * 4, 0.0, 1.0)
+    first = [request.first_preview - request.arrived for request in served]
+    total = [request.finished - request.arrived for request in served]
+    begin, end = served[0].arrived, requests[-1].arrived
+    finished = sum(begin < request.finished <= end for request in requests)
+    return Summary(
+        *(_percentile(values, share) for values in (first, total) for share in (0.5, 0.95)),
+        throughput=finished / (end - begin),
+        refused=1 - len(served) / len(requests[skip:]),
+    )
+
+
+def validate(pretend: str = "") -> tuple[Model, list[Comparison]]:
+    """Measures the bundled model when it is busy, lets callers come by chance, and predicts what they saw.
+
+    Args:
+        pretend: Step times of a device to pretend, see `recording`; empty for the real one.
+    """
+    runs = []
+    with live.recorded_server(pretend) as server:
+        server.calls()
+        seen = asyncio.run(live.busy(server.address))
+        model = live.model_of(server.calls(), seen)
+        for number, share in enumerate(SHARES):
+            rate = share * model.capacity(live.MAX_ACTIVE, live.MAX_ROWS)
+            trace = (rate, round(rate * SECONDS), number)
+            with _Others() as others:
+                seen = asyncio.run(live.by_chance(server.address, poisson(*trace)))
+            runs.append((trace, seen, live.model_of(server.calls(), seen), others.cores))
+    return model, [
+        Comparison(
+            rate=trace[0],
+            generations=len(seen),
+            seen=summarize([_on_trace(each.request, due) for each, due in zip(seen, poisson(*trace), strict=True)]),
+            predicted=_predicted(model, trace),
+            replayed=_predicted(own, trace),
+            others=cores,
+        )
+        for trace, seen, own, cores in runs
+    ]
+
+
+def _predicted(model: Model, trace: tuple[float, int, int]) -> Summary:
+    return summarize(simulate(model, _FLEET, poisson(*trace)).requests)
+
+
+def _on_trace(request: Request, due: Request) -> Request:
+    """The times of `request` count from when it was due."""
+    due.refused = request.refused
+    due.first_preview = due.arrived + request.first_preview
+    due.finished = due.arrived + request.finished
+    return due
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+class _Others:
+    """Cores that are busy with what neither this process nor one that it started does."""
+
+    cores = 0.0
+
+    def __enter__(self) -> _Others:
+        self._begun = time.monotonic(), self._all(), self._own()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        begun, busy, own = self._begun
+        self.cores = ((self._all() - busy) - (self._own() - own)) / (time.monotonic() - begun)
+
+    @staticmethod
+    def _all() -> float:
+        times = psutil.cpu_times()
+        return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
+
+    @staticmethod
+    def _own() -> float:
+        this = psutil.Process()
+        return sum(sum(process.cpu_times()[:2]) for process in (this, *this.children(recursive=True)))

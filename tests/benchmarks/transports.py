@@ -23,6 +23,7 @@ import psutil
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.access import Access
+from calotype_server.telemetry import configure_logging
 from calotype_server.transport.native import NativeServer
 from calotype_server.types import Pixels
 from support.fake_engine import FakeEngine
@@ -131,6 +132,8 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 async def main() -> None:
     """Serves until it is killed."""
+    # Standard output is the address; nobody reads more of it.
+    configure_logging("warning", "console")
     async with running(PacedEngine(), transport="sse") as service:
         native = NativeServer(service.services, Access())
         print(await native.start("127.0.0.1:0"), service.address, flush=True)

@@ -19,8 +19,6 @@ def _one_thread():
 @pytest.fixture
 def logs():
     """What the code under test logs."""
-    # Loggers that were used before keep their processors unless told not to.
-    structlog.configure(cache_logger_on_first_use=False)
     with structlog.testing.capture_logs() as entries:
         yield entries
 

@@ -35,9 +35,7 @@ def entries():
         keep(**entry)
         raise structlog.DropEvent
 
-    structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, processor], cache_logger_on_first_use=False
-    )
+    structlog.configure(processors=[structlog.contextvars.merge_contextvars, processor])
     handler = logging.Handler()
     handler.emit = lambda record: keep(record.getMessage(), **structlog.contextvars.get_contextvars())
     LIBRARY.addHandler(handler)

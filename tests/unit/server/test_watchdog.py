@@ -125,7 +125,6 @@ async def test_the_process_ends_after_everybody_was_told() -> None:
         raise ValueError("no")
 
     watchdog = SimpleNamespace(watch=lambda: asyncio.sleep(0, [SimpleNamespace(generation=Work(), seconds=101.0)]))
-    structlog.configure(cache_logger_on_first_use=False)
     with structlog.testing.capture_logs() as logged:
         await end_when_stalled(watchdog, farewell, done.append)
     assert done == ["g", EXIT_STALLED]

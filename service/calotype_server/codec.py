@@ -120,6 +120,7 @@ def encode_phase(phase: Phase) -> pb.Phase.ValueType:
 
 def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica: str) -> pb.Model:
     """The answer to `GetModel`."""
+    most_steps = model.max_steps(model.scheduler, limits)
     return pb.Model(
         name=model.name,
         pipeline=model.pipeline,
@@ -127,8 +128,8 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica:
         height_px=model.height,
         size_multiple_px=model.size_multiple,
         max_pixels=limits.max_pixels,
-        step_count=min(model.step_count, limits.max_step_count),
-        max_step_count=limits.max_step_count,
+        step_count=min(model.step_count, most_steps),
+        max_step_count=most_steps,
         guidance_scale=model.guidance_scale,
         takes_negative_prompt=model.takes_negative_prompt,
         scheduler=model.scheduler,

@@ -7,6 +7,8 @@ from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from calotype_server.errors import ServiceError
 
 __all__ = [
@@ -206,6 +208,7 @@ class ModelInfo:
         takes_negative_prompt: Whether the pipeline takes a negative prompt.
         scheduler: Class name of the model's own scheduler.
         schedulers: Class names that a request may name, sorted, the default among them.
+        max_step_counts: The largest number of steps of each scheduler that has one.
         max_prompt_tokens: Tokens that the model reads, special ones included; 0 when unknown.
         device: Such as "cpu" or "cuda:0".
         dtype: Such as "float32".
@@ -228,10 +231,15 @@ class ModelInfo:
     max_prompt_tokens: int
     device: str
     dtype: str
+    max_step_counts: Mapping[str, int] = field(default_factory=dict)
     preview_methods: tuple[PreviewMethod, ...] = ()
     max_active: int = 1
     max_batch_rows: int = 0
     unbatched_reason: str = ""
+
+    def max_steps(self, scheduler: str, limits: Limits) -> int:
+        """Returns the largest number of steps accepted with a scheduler."""
+        return min(limits.max_step_count, self.max_step_counts.get(scheduler, limits.max_step_count))
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,9 +105,11 @@ def validate(
     if width > 0 and height > 0 and width * height > limits.max_pixels:
         refuse("width_px", f"times height_px is {width * height} pixels, at most {limits.max_pixels} are accepted")
 
-    steps = request.step_count if request.HasField("step_count") else min(model.step_count, limits.max_step_count)
-    if not 1 <= steps <= limits.max_step_count:
-        refuse("step_count", f"is {steps}, must be 1 to {limits.max_step_count}")
+    scheduler = request.scheduler if request.HasField("scheduler") else model.scheduler
+    most = model.max_steps(scheduler, limits)
+    steps = request.step_count if request.HasField("step_count") else min(model.step_count, most)
+    if not 1 <= steps <= most:
+        refuse("step_count", f"is {steps}, must be 1 to {most}")
 
     guidance = model.guidance_scale
     if request.HasField("guidance_scale"):
@@ -121,7 +123,6 @@ def validate(
     if not 0 <= seed <= MAX_SEED:
         refuse("seed", f"is {seed}, must be 0 to {MAX_SEED}")
 
-    scheduler = request.scheduler if request.HasField("scheduler") else model.scheduler
     if scheduler not in model.schedulers:
         refuse("scheduler", f"{scheduler[:80]!r} is unknown, must be one of {', '.join(model.schedulers)}")
 

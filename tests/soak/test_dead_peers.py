@@ -1,4 +1,4 @@
-"""Clients that are frozen, or behind a cable that was pulled, are noticed on both ports: `make soak`.
+"""Peers that are frozen, or behind a cable that was pulled, are noticed on both ports: `make soak`.
 
 The pulled cable is a network namespace whose link goes down, for which root and iproute2 are needed.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import calotype
 from support.process import ServerProcess
 
 if TYPE_CHECKING:
@@ -114,6 +115,20 @@ def test_dead_peers_are_noticed(port: str, state: str, fate: str) -> None:
             begun = time.monotonic()
         server.wait_for_log(generation_id, "outcome=ABANDONED", timeout=120)
         print(f"\n{port}, {state}, {fate}: noticed after {time.monotonic() - begun:.1f} s")
+
+
+@pytest.mark.timeout(120)
+def test_a_frozen_server_is_noticed() -> None:
+    """Also by a client without a stall timeout: by the pings of the connection, before its deadline."""
+    with ServerProcess() as server, calotype.Client(server.address, retries=0, stall_timeout=None) as client:
+        generation = iter(client.generate("fox", steps=150, timeout=45))
+        next(generation)
+        server.process.send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
+        with pytest.raises(calotype.Unavailable):
+            list(generation)
+        print(f"\nserver frozen: noticed after {time.monotonic() - begun:.1f} s")
+        server.process.send_signal(signal.SIGCONT)
 
 
 def wait_for(client: subprocess.Popen[str], phase: str) -> str:

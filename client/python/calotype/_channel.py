@@ -20,6 +20,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     # A generation may wait in the queue for minutes without a byte: pings notice a dead link meanwhile.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # What a frozen process is given: the kernel acknowledges for it.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     # No longer than the client itself waits, see `_resume`: its attempts fail at once while the channel waits.
     ("grpc.initial_reconnect_backoff_ms", 250),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
@@ -17,6 +18,7 @@ from calotype_server.errors import ModelUnavailable
 from calotype_server.types import ModelInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 __all__ = ["Defaults", "denoiser_name", "describe", "read_defaults"]
@@ -89,6 +91,7 @@ def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
         # Qwen-Image's default is None: it has the parameter for models distilled on guidance only.
         if guidance is None and default is not None:
             guidance = float(default)
+    schedulers = _schedulers(pipeline)
     return ModelInfo(
         name=name,
         pipeline=type(pipeline).__name__,
@@ -99,7 +102,8 @@ def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
         guidance_scale=guidance,
         takes_negative_prompt="negative_prompt" in parameters,
         scheduler=type(pipeline.scheduler).__name__,
-        schedulers=_schedulers(pipeline),
+        schedulers=schedulers,
+        max_step_counts=_max_step_counts(pipeline, schedulers),
         max_prompt_tokens=max((limit for _, limit in tokenizers(pipeline)), default=0),
         device=str(denoiser.device),
         dtype=str(denoiser.dtype).removeprefix("torch."),
@@ -152,6 +156,21 @@ def _schedulers(pipeline: Any) -> tuple[str, ...]:
         if hasattr(diffusers, name) and kind is not None and _prediction_kind(pipeline, name) == kind:
             names.add(name)
     return tuple(sorted(names))
+
+
+def _max_step_counts(pipeline: Any, names: Iterable[str]) -> dict[str, int]:
+    """Those that were trained on a number of timesteps take no more steps; consistency models fewer than that."""
+    found = {}
+    for name in names:
+        scheduler = make_scheduler(pipeline, name)
+        for key in ("num_train_timesteps", "original_inference_steps"):
+            count = scheduler.config.get(key)
+            # Some do not say what they need beside a number, and take any.
+            with contextlib.suppress(Exception):
+                scheduler.set_timesteps(count)
+                found[name] = count
+                break
+    return found
 
 
 def _prediction_kind(pipeline: Any, name: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import time
 from dataclasses import replace
@@ -257,6 +258,13 @@ class DiffusersEngine:
             "generator": torch.Generator().manual_seed(job.seed),
             "output_type": "pt",
         }
+        if (
+            job.step_count != 2
+            and "intermediate_timesteps" in inspect.signature(type(self._pipeline).__call__).parameters
+        ):
+            # Sana-Sprint's default is the timestep between two steps, and with any other number of steps it insists on
+            # none.
+            arguments["intermediate_timesteps"] = None
         if job.negative_prompt is not None:
             arguments["negative_prompt"] = job.negative_prompt
         if job.guidance_scale is not None:

@@ -150,6 +150,16 @@ class TestSchedulers:
         """A flow model is offered flow matching, also where its scheduler needs to know the size of the picture."""
         assert model_of(tiny.shared(family)).schedulers == ("FlowMatchEulerDiscreteScheduler",)
 
+    def test_largest_numbers_of_steps(self, sd15):
+        """Each scheduler takes as many steps as is said of it, and no more."""
+        for pipeline, own in ((sd15, 1000), (tiny.shared("lcm"), 50)):
+            most = model_of(pipeline).max_step_counts
+            assert most[type(pipeline.scheduler).__name__] == own
+            for name, count in most.items():
+                make_scheduler(pipeline, name).set_timesteps(count)
+        with pytest.raises(ValueError, match="num_inference_steps"):
+            make_scheduler(tiny.shared("lcm"), "LCMScheduler").set_timesteps(51)
+
     def test_own_scheduler_is_always_offered(self):
         """A scheduler that nothing is known of is still the model's own."""
         assert model_of(tiny.shared("sana_sprint")).schedulers == ("SCMScheduler",)

@@ -66,8 +66,7 @@ def test_engine_drives_the_family(family, tmp_path, monkeypatch):
     pipeline = unbinned(tiny.prompted(family))
     engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
     assert engine.model.preview_methods == DRAWN
-    # Distilled to two.
-    steps = 2 if family == "sana_sprint" else 3
+    steps = 3
     guidance, scheduler = engine.model.guidance_scale, engine.model.scheduler
     pictures = {}
     for method in (*DRAWN, PreviewMethod.NONE):

@@ -77,6 +77,19 @@ def test_bad_values_are_refused_by_name(changes: dict, field: str) -> None:
     assert fields(pb.GenerateRequest(**{"prompt": "a cat", **changes})) == [field]
 
 
+def test_some_schedulers_take_fewer_steps() -> None:
+    """The ceiling is that of the scheduler where it is lower than the operator's, for the default as well."""
+    model = replace(MODEL, step_count=40, max_step_counts={"DDIMScheduler": 1000, "EulerDiscreteScheduler": 8})
+    named = pb.GenerateRequest(prompt="a cat", scheduler="EulerDiscreteScheduler")
+    assert validate(named, model, LIMITS)[0].step_count == 8
+    named.step_count = 9
+    assert fields(named, model) == ["step_count"]
+    named.scheduler = "DDIMScheduler"
+    assert validate(named, model, LIMITS)[0].step_count == 9
+    named.step_count = LIMITS.max_step_count + 1
+    assert fields(named, model) == ["step_count"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -966,7 +966,7 @@ class Model(_message.Message):
     step_count: _builtins.int
     """Default number of denoising steps, 1 to `max_step_count`."""
     max_step_count: _builtins.int
-    """Largest number of denoising steps accepted."""
+    """Largest number of denoising steps accepted with `scheduler`; another may take fewer or more."""
     guidance_scale: _builtins.float
     """Default guidance scale, 0 to 100. Absent when the model takes none."""
     takes_negative_prompt: _builtins.bool

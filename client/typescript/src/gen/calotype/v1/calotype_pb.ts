@@ -851,7 +851,7 @@ export type Model = Message<"calotype.v1.Model"> & {
   stepCount: number;
 
   /**
-   * Largest number of denoising steps accepted.
+   * Largest number of denoising steps accepted with `scheduler`; another may take fewer or more.
    *
    * @generated from field: int32 max_step_count = 8;
    */

@@ -140,7 +140,7 @@ ray-up: $(RAY_READY) ## start the service on Ray, on this machine; CONFIG=servic
 ray-down: $(READY) ## stop what ray-up has started
 	$(BIN)/python service/ray_local.py down
 
-test-ray: $(RAY_READY) ## test the service on Ray: two replicas, killed, frozen and updated; ARGS="-k name"
+test-ray: $(RAY_READY) $(CLIENT_JS_READY) $(WEB_READY) ## test the service on Ray: two replicas, killed, frozen and updated; ARGS="-k name"
 	$(BIN)/pytest tests/cluster $(ARGS)
 
 bench-ray: $(RAY_READY) ## measure what Ray costs; prints a table and writes build/bench-ray.json

@@ -6,7 +6,9 @@ import asyncio
 import itertools
 import os
 import signal
+import subprocess
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -28,6 +30,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 PROMPTS = ("a red apple", "fox", "banana", "umbrella")
 JOBS = 40
 LONG = 150
+WEB = Path(__file__).parents[2] / "web"
 
 
 @pytest.fixture(scope="session")
@@ -202,6 +205,20 @@ async def test_the_bridge_tells_of_a_replica_that_died(cluster: RayCluster, clie
         os.kill(victim, signal.SIGKILL)
         codes = Counter(await asyncio.gather(*calls))
     assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+    await cluster.until_running()
+
+
+async def test_a_page_outlives_a_replica_that_died(cluster: RayCluster, client: calotype.AsyncClient) -> None:
+    """In a real browser, through bridge and ingress: it shows the very pictures, each once."""
+    victim = next(iter((await cluster.until_running()).values()))
+    await both_reachable(client)
+    variables = {"CALOTYPE_RAY_ADDRESS": cluster.address, "CALOTYPE_RAY_VICTIM": str(victim)}
+    process = await asyncio.create_subprocess_exec(
+        *("npm", "test", "--", "ray"), cwd=WEB, env={**os.environ, **variables}, stdout=subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
+    assert b"1 passed" in output
     await cluster.until_running()
 
 

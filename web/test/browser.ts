@@ -98,6 +98,14 @@ export async function recorded(page: Page): Promise<Recorded> {
   return page.evaluate<Recorded>("window.recorded");
 }
 
+/** Waits until the page has finished as many pictures, and returns their fingerprints. */
+export async function finals(page: Page, count: number): Promise<number[]> {
+  const shown = async () => (await recorded(page)).shown.filter(({ kind }) => kind === "final");
+  await expect.poll(async () => page.getByText(/^Finished/).count(), { timeout: 120_000 }).toBe(count);
+  await expect.poll(async () => (await shown()).length).toBe(count);
+  return (await shown()).map((each) => each.fingerprint);
+}
+
 /** Types a prompt and develops it. */
 export async function develop(
   page: Page,

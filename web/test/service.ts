@@ -6,6 +6,7 @@ import { existsSync, mkdtempSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
+import { createClient, type GenerationSummary } from "calotype";
 
 const ROOT = new URL("../../", import.meta.url).pathname;
 const PYTHON = process.env.CALOTYPE_PYTHON ?? `${ROOT}.venv/bin/python`;
@@ -47,11 +48,8 @@ export class Service {
   }
 
   /** Starts a bridge to others. */
-  static async bridge(upstreams: readonly Service[]): Promise<Service> {
-    const bridge = new Service("bridge", "127.0.0.1:0", [
-      "--upstream",
-      upstreams.map(({ address }) => address).join(","),
-    ]);
+  static async bridge(upstreams: readonly string[]): Promise<Service> {
+    const bridge = new Service("bridge", "127.0.0.1:0", ["--upstream", upstreams.join(",")]);
     await bridge.#listen();
     return bridge;
   }
@@ -107,3 +105,27 @@ export class Service {
 }
 
 const WARM_UPS = 2;
+
+/** Of every picture that is compared. */
+export const PROMPT = "octopus";
+
+/** The fingerprint of the picture that a service makes undisturbed. */
+export async function picture(service: Service, seed: number, steps: number): Promise<number> {
+  return fingerprint((await createClient(service.url).generate(PROMPT, { seed, steps }).result()).data);
+}
+
+export async function list(service: Service): Promise<GenerationSummary[]> {
+  const summaries: GenerationSummary[] = [];
+  for await (const summary of createClient(service.url).generations()) summaries.push(summary);
+  return summaries;
+}
+
+/** Of the service that has a generation. */
+export function tag({ generationId }: { readonly generationId: string }): string {
+  return generationId.split(".")[0] ?? "";
+}
+
+/** As the recorder of browser.ts counts. */
+export function fingerprint(data: Uint8Array): number {
+  return data.reduce((hash, byte) => (hash * 31 + byte) >>> 0, 7);
+}

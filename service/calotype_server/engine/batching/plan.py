@@ -80,7 +80,7 @@ def make_plan(
         if deterministic:
             found = Knee(_DETERMINISTIC_REQUESTS * rows, Threads(threads[1], threads[1], math.inf))
         else:
-            found = knee(module, calls[0], threads=threads)
+            found = knee(module, calls[0], threads=threads, most=max_active or _MOST_ACTIVE)
         max_rows = max_rows or found.rows
         # The last bits depend on the number of threads.
         torch.set_num_threads(found.threads.of(max_rows))

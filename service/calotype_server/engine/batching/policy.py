@@ -26,10 +26,12 @@ _log = structlog.get_logger(__name__)
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _TF32_TOLERANCE = 2e-3
 """For float32 on CUDA, where convolutions round to ten bits unless told otherwise."""
-_REQUESTS = (1, 2, 4, 8, 16)
 _LEAST_GAIN = 1.05
 """Of throughput: less is not worth the longer wait for whoever comes or leaves while a batch runs."""
+_MOST_REQUESTS = 16
 _REPEATS = 5
+_ENOUGH_SECONDS = 0.2
+"""Of repeats: whoever starts the server waits for them."""
 _LONG_CALL_SECONDS = 0.5
 
 
@@ -122,7 +124,7 @@ def knee(
     call: tuple[tuple[Any, ...], dict[str, Any]],
     *,
     threads: tuple[int, int],
-    requests: Sequence[int] = _REQUESTS,
+    most: int = _MOST_REQUESTS,
 ) -> Knee:
     """Finds out how many rows at once pay, and what it takes to use more threads, by timing a call joined with itself.
 
@@ -134,7 +136,7 @@ def knee(
         module: The denoiser.
         call: Positional and keyword arguments of a real call.
         threads: What is quickest for one request, and how many there are.
-        requests: How many calls to join, rising; the first is taken for granted.
+        most: Requests that there may be at once; more than sixteen are not tried.
     """
     collator = Collator(module)
     bound = collator.bind(*call, {})
@@ -143,18 +145,18 @@ def knee(
     reached: dict[int, float] = {}
     before = torch.get_num_threads()
     try:
-        for count in requests:
+        for count in _doublings(min(most, _MOST_REQUESTS)):
             rows = bound.rows * count
             try:
                 joined = collator.join([bound] * count, rows)
                 seconds = _seconds(using, module, *joined)
-                if using < many and count > requests[0]:
+                if using < many and count > 1:
                     quicker = _seconds(many, module, *joined)
                     if quicker * _LEAST_GAIN < seconds:
                         # From here on there is no need to try fewer.
                         using, from_rows, seconds = many, rows, quicker
             except (torch.OutOfMemoryError, MemoryError, RuntimeError):
-                if count == requests[0]:
+                if count == 1:
                     raise
                 break
             best = max(reached.values(), default=0.0)
@@ -170,6 +172,14 @@ def knee(
     enough = max(reached.values()) / _LEAST_GAIN
     count = next(count for count, throughput in reached.items() if throughput >= enough)
     return Knee(count * bound.rows, Threads(few, many, from_rows))
+
+
+def _doublings(most: int) -> Iterator[int]:
+    count = 1
+    while count < most:
+        yield count
+        count *= 2
+    yield most
 
 
 def _answers(collator: Collator, module: Any, calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
@@ -220,17 +230,18 @@ def _tensors(answer: Any) -> Iterator[torch.Tensor]:
 
 
 def _seconds(threads: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Shortest of a few after one to warm up; of one where that takes long."""
+    """Shortest of a few after one to warm up; of fewer where that takes long."""
     torch.set_num_threads(threads)
-    best = math.inf
+    best, spent = math.inf, 0.0
     module(*args, **kwargs)
     for _ in range(_REPEATS):
         _synchronize()
         begun = time.perf_counter()
         module(*args, **kwargs)
         _synchronize()
-        best = min(best, time.perf_counter() - begun)
-        if best > _LONG_CALL_SECONDS:
+        seconds = time.perf_counter() - begun
+        best, spent = min(best, seconds), spent + seconds
+        if best > _LONG_CALL_SECONDS or spent > _ENOUGH_SECONDS:
             break
     return best
 

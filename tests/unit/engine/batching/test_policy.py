@@ -147,7 +147,7 @@ class TestKnee:
         """Milliseconds of a call by its rows: for `make sizing`."""
         costs(lambda rows: 0.1 + 0.01 * rows)
         with capture_logs() as logs:
-            knee(Denoiser(), calls(1)[0], threads=(1, 1), requests=(1, 2, 4))
+            knee(Denoiser(), calls(1)[0], threads=(1, 1), most=4)
         (line,) = (each for each in logs if each["event"] == "knee")
         assert line["step_ms"] == "1:110,2:120,4:140"
         assert parse_step_ms(line["step_ms"]) == ((1, 0.11), (2, 0.12), (4, 0.14))
@@ -155,13 +155,19 @@ class TestKnee:
     def test_threads_are_as_before(self):
         """What was tried is not left behind."""
         before = torch.get_num_threads()
-        knee(Denoiser(), calls(1)[0], threads=(before, before + 1), requests=(1, 2))
+        knee(Denoiser(), calls(1)[0], threads=(before, before + 1), most=2)
         assert torch.get_num_threads() == before
+
+    @pytest.mark.parametrize(("most", "rows"), [(1, 1), (6, 6), (100, 16)])
+    def test_tries_no_more_than_there_may_be(self, costs, most, rows):
+        """A server for six does not make its operator wait for more, and has a batch for all six."""
+        costs(lambda _: 1.0)
+        assert knee(Denoiser(), calls(1)[0], threads=(1, 1), most=most).rows == rows
 
     def test_counts_rows_not_requests(self, costs):
         """With guidance a request has two rows."""
         costs(lambda _: 1.0)
-        assert knee(Denoiser(), ((sample(1, 2), torch.tensor(0)), {}), threads=(1, 1), requests=(1, 2, 4)).rows == 8
+        assert knee(Denoiser(), ((sample(1, 2), torch.tensor(0)), {}), threads=(1, 1), most=4).rows == 8
 
     def test_stops_where_memory_ends(self):
         """What does not fit does not pay."""

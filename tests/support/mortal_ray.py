@@ -1,0 +1,32 @@
+"""The product on Ray with an engine that fails or hangs for good when a prompt says so."""
+
+import threading
+
+from ray import serve
+
+from calotype_server import core, ray_app
+from calotype_server.errors import EngineDead
+from support.fake_engine import FakeEngine
+
+DIE, HANG = "die", "hang"
+
+
+class MortalEngine(FakeEngine):
+    """Draws grey pictures, until it is told otherwise."""
+
+    def _run(self, job, report, stop):
+        if job.prompt == DIE:
+            raise EngineDead("The device failed.")
+        if job.prompt == HANG:
+            threading.Event().wait()
+        return super()._run(job, report, stop)
+
+
+core._load_engine = lambda *_: MortalEngine()
+
+
+class MortalReplica(ray_app.Replica):
+    """Of this module, so that Ray imports it in each replica."""
+
+
+app = serve.deployment(name="Calotype")(MortalReplica).bind()

@@ -104,6 +104,7 @@ class Replica(Delegate):
         registry: Any = self.handlers
         add_GenerationServiceServicer_to_server(SharingServicer(servicer, self._siblings), registry)
         core.watch(self._farewell)
+        self._dying = asyncio.create_task(self._refuse_when_dead())
         await core.open()
         self._watched.start()
         await self._services.set_serving(True)
@@ -112,10 +113,13 @@ class Replica(Delegate):
     async def check_health(self) -> None:
         """Raises when only a new process helps; Serve then replaces this one."""
         if self._core.dead.is_set():
-            # The ingress likes best who has least to do.
-            self._core.generations.refuse(LAST_WORDS_SECONDS)
             raise EngineDead("The engine cannot go on.")
         await self._siblings.refresh()
+
+    async def _refuse_when_dead(self) -> None:
+        """Leaves what comes until then to siblings: the ingress likes best who has least to do."""
+        await self._core.dead.wait()
+        self._core.generations.refuse(LAST_WORDS_SECONDS)
 
     async def _farewell(self, ending: Coroutine[object, object, None]) -> None:
         """Lets readers hear of a stall, those at the ingress as well."""
@@ -125,6 +129,7 @@ class Replica(Delegate):
 
     async def __del__(self) -> None:
         """Ends what nobody reads through the ingress: generations that are kept, readers who come by way of others."""
+        self._dying.cancel()
         await self._services.set_serving(False)
         await self._core.drain(_patiently)
         self._services.release_watchers()

@@ -30,13 +30,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 PROMPTS = ("a red apple", "fox", "banana", "umbrella")
 JOBS = 40
 LONG = 150
-WEB = Path(__file__).parents[2] / "web"
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     """Started once."""
-    with RayCluster(tmp_path_factory.mktemp("ray")) as cluster:
+    with RayCluster(tmp_path_factory.mktemp("ray"), PYTHONPATH=str(TESTS)) as cluster:
         yield cluster
 
 
@@ -214,7 +214,7 @@ async def test_a_page_outlives_a_replica_that_died(cluster: RayCluster, client: 
     await both_reachable(client)
     variables = {"CALOTYPE_RAY_ADDRESS": cluster.address, "CALOTYPE_RAY_VICTIM": str(victim)}
     process = await asyncio.create_subprocess_exec(
-        *("npm", "test", "--", "ray"), cwd=WEB, env={**os.environ, **variables}, stdout=subprocess.PIPE
+        *("npm", "test", "--", "ray"), cwd=TESTS.parent / "web", env={**os.environ, **variables}, stdout=subprocess.PIPE
     )
     output, _ = await process.communicate()
     assert process.returncode == 0, output.decode()
@@ -267,6 +267,40 @@ async def test_a_frozen_replica_is_replaced(cluster: RayCluster, client: calotyp
     # Ray would wait for it as long as for one that drains.
     os.kill(pid, signal.SIGKILL)
     await cluster.until_running()
+
+
+@pytest.fixture
+async def mortal(cluster: RayCluster) -> AsyncIterator[dict[str, int]]:
+    """Replicas whose engine fails or hangs when it is told to; afterwards the others again."""
+    config, environment = cluster.application, cluster.environment
+    before = await cluster.until_running()
+    path, variables = config["import_path"], dict(environment)
+    config["import_path"] = "support.mortal_ray:app"
+    environment["CALOTYPE_WATCHDOG_SECONDS"] = "2"
+    await cluster.apply()
+    mortals = await cluster.until_running(unlike=before)
+    yield mortals
+    config["import_path"] = path
+    environment.clear()
+    environment |= variables
+    before = await cluster.until_running()
+    await cluster.apply()
+    await cluster.until_running(unlike=before)
+
+
+@pytest.mark.parametrize(("prompt", "reason"), [("die", "ENGINE_DEAD"), ("hang", "ENGINE_STALLED")])
+async def test_a_replica_whose_engine_is_done_for_is_replaced(
+    cluster: RayCluster, mortal: dict[str, int], client: calotype.AsyncClient, prompt: str, reason: str
+) -> None:
+    """By its health check or its watchdog: the caller is told, and everybody else is served meanwhile and after."""
+    async with calotype.AsyncClient(cluster.address, retries=0) as plain:
+        with pytest.raises(calotype.CalotypeError) as told:
+            await plain.generate(prompt).result()
+    assert told.value.reason == reason
+    while mortal.keys() <= (await cluster.until_running()).keys():
+        await client.generate("fox").result()
+    await both_reachable(client)
+    await asyncio.gather(*(client.generate("fox").result() for _ in range(8)))
 
 
 async def test_a_rolling_update_cuts_no_stream(cluster: RayCluster) -> None:

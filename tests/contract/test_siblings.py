@@ -20,10 +20,12 @@ from support.service import LIMITS, running
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from calotype_server.generations import Generations
+
 
 @pytest.fixture
-async def shared() -> AsyncIterator[tuple[str, str, str, contextlib.AsyncExitStack]]:
-    """Addresses: of a server that passes on, of itself alone, of its sibling; and what stops the sibling."""
+async def shared() -> AsyncIterator[tuple[str, str, str, contextlib.AsyncExitStack, Generations]]:
+    """Addresses: of a server that passes on, of itself alone, of its sibling; what stops the sibling; and its own."""
     async with contextlib.AsyncExitStack() as stack:
         own = await stack.enter_async_context(running(FakeEngine()))
         sibling_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
@@ -40,7 +42,7 @@ async def shared() -> AsyncIterator[tuple[str, str, str, contextlib.AsyncExitSta
         native = NativeServer(Services(SharingServicer(GenerationServicer(api, Access()), siblings)), Access())
         address = await native.start("127.0.0.1:0")
         stack.push_async_callback(native.stop, None)
-        yield address, own.address, sibling.address, sibling_stack
+        yield address, own.address, sibling.address, sibling_stack, own.generations
 
 
 async def begun(address: str, seed: int) -> str:
@@ -53,7 +55,7 @@ async def begun(address: str, seed: int) -> str:
 
 async def test_every_generation_is_reached_through_one_server(shared) -> None:
     """Its own and its sibling's: watched to the picture, listed newest first, cancelled and finished."""
-    address, *alone, _ = shared
+    address, *alone, _, _ = shared
     ids = [await begun(each, seed) for seed, each in enumerate((*alone, *alone))]
     async with calotype.AsyncClient(address) as client:
         for generation_id in ids:
@@ -65,7 +67,7 @@ async def test_every_generation_is_reached_through_one_server(shared) -> None:
 
 async def test_a_refusal_of_the_sibling_keeps_its_reason(shared) -> None:
     """What it does not know is not found, in its own words."""
-    address, _, sibling, _ = shared
+    address, _, sibling, *_ = shared
     tag = (await begun(sibling, 1)).partition(".")[0]
     async with calotype.AsyncClient(address) as client:
         with pytest.raises(calotype.NotFound) as refused:
@@ -78,7 +80,7 @@ async def test_a_refusal_of_the_sibling_keeps_its_reason(shared) -> None:
 
 async def test_what_a_lost_sibling_had_is_another_servers(shared) -> None:
     """The reason tells clients to ask for it anew; lists are those of who is left."""
-    address, own, sibling, stop = shared
+    address, own, sibling, stop, _ = shared
     kept, lost = await begun(own, 1), await begun(sibling, 2)
     await stop.aclose()
     async with calotype.AsyncClient(address) as client:
@@ -86,3 +88,19 @@ async def test_what_a_lost_sibling_had_is_another_servers(shared) -> None:
             await client.cancel(lost)
         assert refused.value.reason == "OTHER_REPLICA"
         assert [each.generation_id async for each in client.generations()] == [kept]
+
+
+async def test_who_takes_no_more_passes_on(shared) -> None:
+    """New work is begun by a sibling, and what has been accepted is followed here; alone, it is a refusal."""
+    address, own, sibling, stop, generations = shared
+    kept = await begun(own, 1)
+    generations.refuse(retry_after=2.0)
+    async with calotype.AsyncClient(address, retries=0) as client:
+        passed_on = await begun(address, 2)
+        assert passed_on.partition(".")[0] == (await begun(sibling, 3)).partition(".")[0]
+        assert (await client.watch(passed_on).result()).data
+        assert (await client.watch(kept).result()).data
+        await stop.aclose()
+        with pytest.raises(calotype.Unavailable) as refused:
+            await client.generate("x").result()
+        assert refused.value.retry_after == 2.0

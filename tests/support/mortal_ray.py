@@ -8,16 +8,14 @@ from calotype_server import core, ray_app
 from calotype_server.errors import EngineDead
 from support.fake_engine import FakeEngine
 
-DIE, HANG = "die", "hang"
-
 
 class MortalEngine(FakeEngine):
     """Draws grey pictures, until it is told otherwise."""
 
     def _run(self, job, report, stop):
-        if job.prompt == DIE:
+        if job.prompt == "die":
             raise EngineDead("The device failed.")
-        if job.prompt == HANG:
+        if job.prompt == "hang":
             threading.Event().wait()
         return super()._run(job, report, stop)
 

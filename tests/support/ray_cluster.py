@@ -92,8 +92,10 @@ class RayCluster:
     def _look(self) -> dict[str, tuple[str, int]]:
         with urllib.request.urlopen("http://127.0.0.1:8265/api/serve/applications/", timeout=10) as answer:
             (application,) = json.load(answer)["applications"].values()
-        (deployment,) = application["deployments"].values()
-        return {each["replica_id"]: (each["state"], each.get("pid", 0)) for each in deployment["replicas"]}
+        assert application["status"] != "DEPLOY_FAILED", application["message"]
+        # None while an application is built.
+        replicas = [each for deployment in application["deployments"].values() for each in deployment["replicas"]]
+        return {each["replica_id"]: (each["state"], each.get("pid", 0)) for each in replicas}
 
     def _write(self) -> None:
         self._path.write_text(yaml.safe_dump(self._config))

@@ -1,7 +1,7 @@
 """Several servers behind one address that tells nobody which of them answers: they pass calls on among themselves.
 
 `Watch`, `Cancel` and `Finish` are for the server that has begun the generation, which its id names; a list is that of
-all. Everything else is answered here.
+all. Everything else is answered here; but when this server takes no more, others begin what is asked of it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer, GenerationServiceStub
+from calotype_server.errors import NotReady
 from calotype_server.replica import tag_of
 from calotype_server.transport.forwarding import fail, merge_pages, outgoing
 from calotype_server.transport.upstreams import CHANNEL_OPTIONS, Health, Upstream
@@ -91,8 +92,18 @@ class SharingServicer(GenerationServiceServicer):
     async def Generate(  # noqa: N802 - the name in the proto
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.Progress, None]:
-        """Starts a generation here; see the proto."""
-        async with contextlib.aclosing(self._own.Generate(request, context)) as messages:
+        """Starts a generation; see the proto. Here, but for a server that stops, or whose engine is dead."""
+        try:
+            async with contextlib.aclosing(self._own.Generate(request, context)) as messages:
+                async for message in messages:
+                    yield message
+            return
+        except NotReady:
+            others = await self._siblings.all()
+            if not others:
+                raise
+        home = min(others, key=lambda each: each.streams)
+        async with contextlib.aclosing(_passed_on("Generate", request, home, context)) as messages:
             async for message in messages:
                 yield message
 
@@ -107,18 +118,10 @@ class SharingServicer(GenerationServiceServicer):
     ) -> AsyncGenerator[pb.Progress, None]:
         """Streams a generation that was started before; see the proto."""
         home = await self._siblings.home(request.generation_id)
-        if home is None:
-            async with contextlib.aclosing(self._own.Watch(request, context)) as messages:
-                async for message in messages:
-                    yield message
-            return
-        async with _at(home, context) as stub:
-            call = stub.Watch(request, metadata=outgoing(context.invocation_metadata()))
-            try:
-                async for message in call:
-                    yield message
-            finally:
-                call.cancel()
+        stream = self._own.Watch(request, context) if home is None else _passed_on("Watch", request, home, context)
+        async with contextlib.aclosing(stream) as messages:
+            async for message in messages:
+                yield message
 
     async def Cancel(  # noqa: N802
         self, request: pb.CancelRequest, context: Context
@@ -155,6 +158,18 @@ class SharingServicer(GenerationServiceServicer):
         async with _at(home, context) as stub:
             how = {"timeout": _ANSWER_SECONDS, "metadata": outgoing(context.invocation_metadata())}
             return await getattr(stub, method)(request, **how)
+
+
+async def _passed_on(
+    method: str, request: Any, sibling: Upstream, context: Context
+) -> AsyncGenerator[pb.Progress, None]:
+    async with _at(sibling, context) as stub:
+        call = getattr(stub, method)(request, metadata=outgoing(context.invocation_metadata()))
+        try:
+            async for message in call:
+                yield message
+        finally:
+            call.cancel()
 
 
 @contextlib.asynccontextmanager

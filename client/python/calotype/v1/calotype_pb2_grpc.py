@@ -130,7 +130,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListGenerations(self, request, context):
-        """Lists the caller's own generations that run or have not been forgotten yet, the newest first.
+        """Lists the caller's own generations that run or have not been forgotten yet, the newest first;
+        an operator's key lists everybody's.
 
         Errors: INVALID_ARGUMENT (page size or token).
         """

@@ -77,7 +77,8 @@ class GenerationServiceStub:
     Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
     """
     ListGenerations: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.ListGenerationsRequest, _calotype_pb2.ListGenerationsResponse]
-    """Lists the caller's own generations that run or have not been forgotten yet, the newest first.
+    """Lists the caller's own generations that run or have not been forgotten yet, the newest first;
+    an operator's key lists everybody's.
 
     Errors: INVALID_ARGUMENT (page size or token).
     """
@@ -132,7 +133,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
     """
     ListGenerations: _aio.UnaryUnaryMultiCallable[_calotype_pb2.ListGenerationsRequest, _calotype_pb2.ListGenerationsResponse]  # type: ignore[assignment]
-    """Lists the caller's own generations that run or have not been forgotten yet, the newest first.
+    """Lists the caller's own generations that run or have not been forgotten yet, the newest first;
+    an operator's key lists everybody's.
 
     Errors: INVALID_ARGUMENT (page size or token).
     """
@@ -214,7 +216,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _calotype_pb2.ListGenerationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_calotype_pb2.ListGenerationsResponse, _abc.Awaitable[_calotype_pb2.ListGenerationsResponse]]:
-        """Lists the caller's own generations that run or have not been forgotten yet, the newest first.
+        """Lists the caller's own generations that run or have not been forgotten yet, the newest first;
+        an operator's key lists everybody's.
 
         Errors: INVALID_ARGUMENT (page size or token).
         """

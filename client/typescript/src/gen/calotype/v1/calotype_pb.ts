@@ -1327,7 +1327,8 @@ export const GenerationService: GenService<{
     output: typeof FinishResponseSchema;
   },
   /**
-   * Lists the caller's own generations that run or have not been forgotten yet, the newest first.
+   * Lists the caller's own generations that run or have not been forgotten yet, the newest first;
+   * an operator's key lists everybody's.
    *
    * Errors: INVALID_ARGUMENT (page size or token).
    *

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import requests
 import schemathesis
+import schemathesis.specs.openapi.schemas  # else imported late, while other threads are at work
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error

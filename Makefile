@@ -132,7 +132,7 @@ bench: $(READY) ## measure; prints a table and writes build/bench.json
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench
 
 soak: $(READY) ## every fate of requests, chaos, dead peers, malformed requests; SECONDS=120 (each of the first two) FUZZ=10000 SEED=0
-	FUZZ=$(or $(FUZZ),10000) SCHEMATHESIS=$(or $(SCHEMATHESIS),100) $(BIN)/pytest tests/soak tests/e2e/test_fuzz.py tests/contract/test_openapi.py -s $(ARGS)
+	FUZZ=$(or $(FUZZ),10000) SCHEMATHESIS=$(or $(SCHEMATHESIS),100) $(BIN)/pytest tests/soak tests/e2e/test_fuzz.py tests/contract/http/test_openapi.py -s $(ARGS)
 
 ray-up: $(RAY_READY) ## start the service on Ray, on this machine; CONFIG=service/ray.yaml
 	$(BIN)/python service/ray_local.py up $(if $(CONFIG),--config $(CONFIG))

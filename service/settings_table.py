@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from calotype_server.cli import default_text, flag_text
+from calotype_server.cli.main import default_text, flag_text
 from calotype_server.settings import BridgeSettings, Settings
 
 if TYPE_CHECKING:

@@ -10,14 +10,14 @@ ServiceError                  has a status code, a reason and a sentence fit for
 │   ├── KeyRequired
 │   ├── KeyInvalid
 │   └── KeyExpired
-├── PermissionDenied          PERMISSION_DENIED    a good key, but not for this
+├── RoleRequired          PERMISSION_DENIED    a good key, but not for this
 ├── QueueFull                 RESOURCE_EXHAUSTED
 ├── TooManyCalls              RESOURCE_EXHAUSTED   of one peer at once
 ├── RequestTooLate            DEADLINE_EXCEEDED    the call began, and its message did not come
 ├── RateLimited               RESOURCE_EXHAUSTED   the key's own limits
-│   ├── TooManyRequests
-│   ├── TooMuchWork
-│   └── TooManyAtOnce
+│   ├── RequestsPerMinute
+│   ├── PixelStepsPerMinute
+│   └── ConcurrentGenerations
 ├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
 ├── GenerationNotFound        NOT_FOUND
 │   └── OtherReplica                               its id is of another server
@@ -25,11 +25,11 @@ ServiceError                  has a status code, a reason and a sentence fit for
 ├── RequestIdTaken            ALREADY_EXISTS       used for another request before
 ├── RequestTooLarge           RESOURCE_EXHAUSTED   its bytes, over HTTP
 ├── TooManyStreams            RESOURCE_EXHAUSTED   on one WebSocket
-├── MethodUnavailable         FAILED_PRECONDITION  a preview method that this server lacks or forbids
+├── PreviewMethodUnavailable         FAILED_PRECONDITION  a preview method that this server lacks or forbids
 └── GenerationError           one generation ended; the engine goes on
     ├── Cancelled             CANCELLED
     │   └── Abandoned                          nobody has read it for too long
-    ├── Interrupted           UNAVAILABLE          the server is stopping
+    ├── Draining           UNAVAILABLE          the server is stopping
     ├── OutOfMemory           RESOURCE_EXHAUSTED
     ├── ContentWithheld       FAILED_PRECONDITION  the model's safety checker objects
     ├── NumericalFailure      INTERNAL
@@ -62,8 +62,10 @@ __all__ = [
     "AddressInUse",
     "Cancelled",
     "CertificatesUnusable",
+    "ConcurrentGenerations",
     "ContentWithheld",
     "DeadlineTooShort",
+    "Draining",
     "EngineDead",
     "EngineStalled",
     "Exposed",
@@ -71,33 +73,31 @@ __all__ = [
     "GenerationFailed",
     "GenerationNotFound",
     "ImageNotFound",
-    "Interrupted",
     "InvalidRequest",
     "KeyExpired",
     "KeyInvalid",
     "KeyRequired",
     "KeysUnusable",
-    "MethodUnavailable",
     "ModelUnavailable",
     "NotReady",
     "NumericalFailure",
     "OtherReplica",
     "OutOfMemory",
-    "PermissionDenied",
+    "PixelStepsPerMinute",
+    "PreviewMethodUnavailable",
     "QueueFull",
     "RateLimited",
     "RequestIdTaken",
     "RequestTooLarge",
     "RequestTooLate",
+    "RequestsPerMinute",
+    "RoleRequired",
     "ServiceError",
     "StartupError",
     "StateUnavailable",
     "StateUnusable",
-    "TooManyAtOnce",
     "TooManyCalls",
-    "TooManyRequests",
     "TooManyStreams",
-    "TooMuchWork",
     "TracingUnavailable",
     "Unauthenticated",
     "UpstreamUnavailable",
@@ -193,7 +193,7 @@ class KeyExpired(Unauthenticated):
     reason = "KEY_EXPIRED"
 
 
-class PermissionDenied(ServiceError):
+class RoleRequired(ServiceError):
     """The caller is known, and may not do this."""
 
     code = "PERMISSION_DENIED"
@@ -228,19 +228,19 @@ class RateLimited(ServiceError):
     reason = "RATE_LIMITED"
 
 
-class TooManyRequests(RateLimited):
+class RequestsPerMinute(RateLimited):
     """It has begun too many generations in the last minute."""
 
     reason = "REQUESTS_PER_MINUTE"
 
 
-class TooMuchWork(RateLimited):
+class PixelStepsPerMinute(RateLimited):
     """Its generations of the last minute have too many pixels and steps."""
 
     reason = "PIXEL_STEPS_PER_MINUTE"
 
 
-class TooManyAtOnce(RateLimited):
+class ConcurrentGenerations(RateLimited):
     """Too many of its generations wait or run."""
 
     reason = "CONCURRENT_GENERATIONS"
@@ -294,7 +294,7 @@ class TooManyStreams(ServiceError):
     reason = "TOO_MANY_STREAMS"
 
 
-class MethodUnavailable(ServiceError):
+class PreviewMethodUnavailable(ServiceError):
     """The preview method is not there, or the operator does not allow it."""
 
     code = "FAILED_PRECONDITION"
@@ -318,7 +318,7 @@ class Abandoned(Cancelled):
     reason = "ABANDONED"
 
 
-class Interrupted(GenerationError):
+class Draining(GenerationError):
     """The server is stopping and could not wait for it."""
 
     code = "UNAVAILABLE"

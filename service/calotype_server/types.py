@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PORT_LIMITS",
     "Decoding",
+    "DeliveryOptions",
     "Denoising",
     "DisconnectPolicy",
     "EncodedImage",
@@ -35,7 +36,6 @@ __all__ = [
     "Queued",
     "StillAlive",
     "Succeeded",
-    "Terms",
     "Timings",
     "Withdrawn",
 ]
@@ -141,7 +141,7 @@ class DisconnectPolicy(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class DeliveryOptions:
     """What a caller wants besides the picture.
 
     Attributes:

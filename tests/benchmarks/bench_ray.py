@@ -23,7 +23,7 @@ import psutil
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
-from support.ray_cluster import ROOT, RayCluster
+from support.ray.cluster import ROOT, RayCluster
 
 if TYPE_CHECKING:
     from collections.abc import Callable

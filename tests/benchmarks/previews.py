@@ -12,10 +12,10 @@ import PIL.Image
 import torch
 
 from benchmarks.runs import STEPS, bundled, tiny_vae, watched
-from calotype_server.encode import encode_preview
 from calotype_server.engine.preview.calibrate import calibrate
 from calotype_server.engine.preview.decoders import Decoder, HeadDecoder, VaeDecoder
 from calotype_server.engine.preview.head import PreviewHead
+from calotype_server.images.encoder import encode_preview
 from calotype_server.types import Pixels, PreviewOptions
 
 if TYPE_CHECKING:

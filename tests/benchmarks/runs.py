@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calotype_server.engine import capabilities, loading, probe
-from calotype_server.engine.diffusers import DiffusersEngine
+from calotype_server.engine import capabilities, loading, sample_calls
+from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.tap import Step, StepTap
-from calotype_server.engine.view import make_scheduler, request_view
 
 if TYPE_CHECKING:
     from calotype_server.types import ModelInfo
@@ -26,7 +26,7 @@ def bundled() -> tuple[Any, ModelInfo]:
     )
     pipeline.set_progress_bar_config(disable=True)
     model = capabilities.describe("bundled", pipeline, capabilities.Defaults(STEPS, GUIDANCE))
-    torch.set_num_threads(probe.pick_threads(pipeline, model))
+    torch.set_num_threads(sample_calls.pick_threads(pipeline, model))
     return pipeline, model
 
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
-from calotype_server.access import Access
-from calotype_server.transport.native import NativeServer
-from calotype_server.transport.peers import Peers
-from calotype_server.transport.services import Services
-from calotype_server.transport.web import WebServer
+from calotype_server.auth.access import Access
+from calotype_server.transport.grpc.server import NativeServer
+from calotype_server.transport.grpc.services import Services
+from calotype_server.transport.net.call_limits import CallLimiter
+from calotype_server.transport.web.server import WebServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -62,7 +62,7 @@ class ScriptedServicer(GenerationServiceServicer):
 async def main() -> None:
     """Serves until standard input is closed."""
     services = Services(ScriptedServicer())
-    peers = Peers(_MOST_CALLS)
+    peers = CallLimiter(_MOST_CALLS)
     native = NativeServer(services, Access(), peers=peers)
     web = WebServer("127.0.0.1:0", services.add_to, Access(), is_ready=services.is_serving, peers=peers)
     print(await native.start("127.0.0.1:0"), await web.start(), flush=True)

@@ -5,17 +5,17 @@ from ray import serve
 from benchmarks.scripted import ScriptedServicer
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import add_GenerationServiceServicer_to_server
-from calotype_server.access import Access
-from calotype_server.transport.delegation import Delegate, Handlers, delegating
-from calotype_server.transport.interceptors import interceptors
+from calotype_server.auth.access import Access
+from calotype_server.transport.cluster.ray_adapter import HandlerRegistry, RayServicer, rpc_methods
+from calotype_server.transport.grpc.interceptors import interceptors
 
 
-@delegating(pb.DESCRIPTOR.services_by_name["GenerationService"])
-class Scripted(Delegate):
+@rpc_methods(pb.DESCRIPTOR.services_by_name["GenerationService"])
+class Scripted(RayServicer):
     """Does what the request says."""
 
     def __init__(self) -> None:
-        self.handlers = Handlers(interceptors(Access()))
+        self.handlers = HandlerRegistry(interceptors(Access()))
         add_GenerationServiceServicer_to_server(ScriptedServicer(), self.handlers)
 
 

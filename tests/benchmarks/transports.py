@@ -22,11 +22,11 @@ import psutil
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
-from calotype_server.access import Access
-from calotype_server.telemetry import configure_logging
-from calotype_server.transport.native import NativeServer
+from calotype_server.auth.access import Access
+from calotype_server.observability.logs import configure_logging
+from calotype_server.transport.grpc.server import NativeServer
 from calotype_server.types import Pixels
-from support.fake_engine import FakeEngine
+from support.engine.fake_engine import FakeEngine
 from support.grpcweb import WebChannel
 from support.http import EventStub, SocketStub
 from support.proxy import Link

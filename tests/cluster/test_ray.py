@@ -20,7 +20,7 @@ from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from support.callers import STEPS, Job, until
 from support.grpcweb import WebChannel
 from support.process import BridgeProcess
-from support.ray_cluster import RayCluster
+from support.ray.cluster import RayCluster
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -275,7 +275,7 @@ async def mortal(cluster: RayCluster) -> AsyncIterator[dict[str, int]]:
     config, environment = cluster.application, cluster.environment
     before = await cluster.until_running()
     path, variables = config["import_path"], dict(environment)
-    config["import_path"] = "support.mortal_ray:app"
+    config["import_path"] = "support.ray.mortal:app"
     environment["CALOTYPE_WATCHDOG_SECONDS"] = "2"
     await cluster.apply()
     mortals = await cluster.until_running(unlike=before)

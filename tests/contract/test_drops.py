@@ -9,8 +9,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.access import Caller
-from support.fake_engine import FakeEngine
+from calotype_server.auth.access import Caller
+from support.engine.fake_engine import FakeEngine
 from support.service import read_until, running
 
 if TYPE_CHECKING:

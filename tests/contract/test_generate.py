@@ -12,10 +12,11 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server import codec, errors
-from calotype_server.stream import State, Update
-from calotype_server.types import EncodedImage, Phase, Succeeded, Terms, Timings
-from support.fake_engine import FakeEngine
+from calotype_server import errors
+from calotype_server.api import encoding
+from calotype_server.generations.event_log import State, Update
+from calotype_server.types import DeliveryOptions, EncodedImage, Phase, Succeeded, Timings
+from support.engine.fake_engine import FakeEngine
 from support.service import read_until, running
 
 if TYPE_CHECKING:
@@ -291,7 +292,7 @@ async def test_a_deadline_that_passes_stops_the_work(service: Service, engine: F
 async def test_a_reader_who_sleeps_loses_previews_but_never_the_end(engine: FakeEngine) -> None:
     """Nothing is read until the work is over; the end is there, and what was not sent is counted."""
     async with running(engine) as service:
-        generation = await service.generations.start(await _job(service), Terms())
+        generation = await service.generations.start(await _job(service), DeliveryOptions())
         updates = service.generations.follow(generation)
         await anext(updates)
         async for _ in generation.log.follow():
@@ -302,7 +303,7 @@ async def test_a_reader_who_sleeps_loses_previews_but_never_the_end(engine: Fake
 
 
 async def _job(service: Service):
-    from calotype_server.validation import validate
+    from calotype_server.api.validation import validate
     from support.service import LIMITS
 
     return validate(RED_APPLE, service.generations.model, LIMITS)[0]
@@ -312,7 +313,7 @@ def test_a_large_final_image_comes_in_chunks_below_the_default_limit() -> None:
     """7 MiB come as three consecutive messages under 4 MiB that join to the file."""
     data = bytes(range(256)) * (7 * 1024 * 4)
     state = State(sequence=9, phase=Phase.SUCCEEDED, end=Succeeded(EncodedImage("png", 4, 4, data), Timings()))
-    chunks = list(codec.encode_update("id", 1, Update(state, None, 0), None))
+    chunks = list(encoding.encode_update("id", 1, Update(state, None, 0), None))
     assert [(chunk.chunk_index, chunk.chunk_count) for chunk in chunks] == [(0, 3), (1, 3), (2, 3)]
     assert all(chunk.ByteSize() < 4 * 1024 * 1024 for chunk in chunks)
     assert all(chunk.phase == pb.PHASE_SUCCEEDED for chunk in chunks)

@@ -19,10 +19,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
-from calotype_server import app, core
+from calotype_server.apps import runtime
+from calotype_server.apps import server as app
 from calotype_server.errors import EngineDead
 from calotype_server.settings import Settings
-from support.fake_engine import MODEL, FakeEngine
+from support.engine.fake_engine import MODEL, FakeEngine
 from support.grpcweb import Connection, WebChannel
 from support.metrics import Scrape
 from support.service import read_until
@@ -49,7 +50,7 @@ class Server:
         self.engine = Engine()
         self.loaded = threading.Event()
         self._addresses: dict[str, asyncio.Future[str]] = {}
-        monkeypatch.setattr(core, "_load_engine", self._load)
+        monkeypatch.setattr(runtime, "_load_engine", self._load)
         for kind in (app.NativeServer, app.WebServer):
             monkeypatch.setattr(kind, "start", self._noting(kind))
 

@@ -14,9 +14,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.store import Store
-from calotype_server.watching import Watched
-from support.fake_engine import FakeEngine
+from calotype_server.file_watcher import FileWatcher
+from calotype_server.generations.store import Store
+from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection, frame, read_answer
 from support.keyring import Keyring
 from support.service import read_until, running
@@ -206,7 +206,7 @@ async def test_a_key_that_is_taken_out_opens_nothing_more(transport: str, keyrin
     engine.hold()
     access = keyring.access()
     async with running(engine, access=access, transport=transport) as service:
-        watched = Watched(access.files, access.reload)
+        watched = FileWatcher(access.files, access.reload)
         call = service.stub.Generate(CAT, metadata=keyring.metadata("alice"))
         assert (await call.read()).phase == pb.PHASE_QUEUED
         keyring.path.write_text("")

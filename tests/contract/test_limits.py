@@ -13,13 +13,13 @@ import pytest
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
-from calotype_server.access import Access, Caller
-from calotype_server.transport.descriptors import reserve_descriptors
-from calotype_server.transport.peers import Peers
-from calotype_server.transport.web import WebServer
+from calotype_server.auth.access import Access, Caller
+from calotype_server.transport.net.call_limits import CallLimiter
+from calotype_server.transport.net.open_files import reserve_descriptors
+from calotype_server.transport.web.server import WebServer
 from calotype_server.types import PortLimits
 from support.authority import Authority
-from support.fake_engine import FakeEngine
+from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection, WebChannel, frame, header_dict
 from support.lab import PATIENCE, until
 from support.service import Service, read_until, running
@@ -137,7 +137,7 @@ async def test_both_ports_count_together() -> None:
     """A host has its calls once, not once a port."""
     engine = FakeEngine()
     engine.hold()
-    peers = Peers(1)
+    peers = CallLimiter(1)
     async with running(engine, peers=peers) as service:
         web = WebServer(
             "127.0.0.1:0", service.services.add_to, Access(), is_ready=service.services.is_serving, peers=peers

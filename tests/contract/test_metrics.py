@@ -12,12 +12,12 @@ import promql_parser
 import pytest
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.access import Access, Caller
+from calotype_server.auth.access import Access, Caller
 from calotype_server.errors import AddressInUse, GenerationFailed
-from calotype_server.metrics import ServerMetrics
-from calotype_server.transport.exposition import MetricsServer
-from calotype_server.transport.web import WebServer
-from support.fake_engine import FakeEngine
+from calotype_server.observability.metrics import ServerMetrics
+from calotype_server.transport.web.metrics_endpoint import MetricsServer
+from calotype_server.transport.web.server import WebServer
+from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection, header_dict
 from support.keyring import Keyring
 from support.metrics import Scrape

@@ -16,11 +16,11 @@ from PIL import Image
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers import DiffusersEngine
+from calotype_server.engine.diffusers_engine import DiffusersEngine
 from calotype_server.types import Limits, Pixels, PreviewMethod
-from support import tiny
 from support.checker import guarded
-from support.fake_engine import FakeEngine
+from support.engine import tiny
+from support.engine.fake_engine import FakeEngine
 from support.service import LIMITS, running
 
 if TYPE_CHECKING:

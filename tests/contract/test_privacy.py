@@ -10,9 +10,10 @@ import pytest
 import structlog
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server import api, errors
-from calotype_server.telemetry import configure_logging
-from support.fake_engine import FakeEngine
+from calotype_server import errors
+from calotype_server.api import service as api
+from calotype_server.observability.logs import configure_logging
+from support.engine.fake_engine import FakeEngine
 from support.service import running
 
 if TYPE_CHECKING:

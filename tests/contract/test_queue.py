@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from calotype.v1 import calotype_pb2 as pb
-from support.fake_engine import FakeEngine
+from support.engine.fake_engine import FakeEngine
 from support.service import read_until, running
 
 

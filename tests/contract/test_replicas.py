@@ -15,12 +15,12 @@ from grpc_status import rpc_status
 import calotype
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
-from calotype_server.access import Access
-from calotype_server.store import Store
-from calotype_server.transport.forwarding import Forwarder
-from calotype_server.transport.upstreams import Upstream, Upstreams
-from calotype_server.transport.web import WebServer
-from support.fake_engine import FakeEngine
+from calotype_server.auth.access import Access
+from calotype_server.generations.store import Store
+from calotype_server.transport.cluster.forwarder import Forwarder
+from calotype_server.transport.cluster.upstreams import Upstream, Upstreams
+from calotype_server.transport.web.server import WebServer
+from support.engine.fake_engine import FakeEngine
 from support.grpcweb import WebChannel
 from support.keyring import Keyring
 from support.lab import NAME, handlers, until

@@ -6,8 +6,8 @@ import grpc
 import pytest
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.store import Store
-from support.fake_engine import FakeEngine
+from calotype_server.generations.store import Store
+from support.engine.fake_engine import FakeEngine
 from support.service import read_until, running
 
 KEEP = pb.DISCONNECT_POLICY_KEEP

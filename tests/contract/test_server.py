@@ -12,14 +12,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.access import Access
-from calotype_server.api import Api
+from calotype_server.api.service import Api
+from calotype_server.auth.access import Access
 from calotype_server.errors import AddressInUse
-from calotype_server.transport.native import NativeServer
-from calotype_server.transport.servicer import GenerationServicer
-from calotype_server.transport.services import Services
+from calotype_server.transport.grpc.server import NativeServer
+from calotype_server.transport.grpc.servicer import GenerationServicer
+from calotype_server.transport.grpc.services import Services
 from calotype_server.types import PreviewMethod, PreviewOptions
-from support.fake_engine import MODEL, FakeEngine
+from support.engine.fake_engine import MODEL, FakeEngine
 from support.service import LIMITS, read_until, running
 
 SERVICE = "calotype.v1.GenerationService"

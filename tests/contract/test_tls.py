@@ -14,10 +14,10 @@ import pytest
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.errors import CertificatesUnusable
+from calotype_server.file_watcher import FileWatcher
 from calotype_server.types import PortLimits
-from calotype_server.watching import Watched
 from support.authority import Authority
-from support.fake_engine import FakeEngine
+from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection, WebChannel, header_dict
 from support.service import open_channel, running
 
@@ -86,7 +86,7 @@ async def test_a_new_certificate_counts_for_new_connections(grpc_transport: str,
     certificates = authority.certificates()
     authority.certificates = lambda: certificates
     async with running(engine, authority=authority, transport=grpc_transport) as service:
-        watched = Watched(certificates.files, certificates.reload)
+        watched = FileWatcher(certificates.files, certificates.reload)
         call = service.stub.Generate(pb.GenerateRequest(prompt="a cat"))
         assert (await call.read()).phase == pb.PHASE_QUEUED
         authority.renew()
@@ -105,7 +105,7 @@ async def test_a_swap_that_is_half_done_leaves_the_old_certificate(grpc_transpor
     certificates = authority.certificates()
     authority.certificates = lambda: certificates
     async with running(FakeEngine(), authority=authority, transport=grpc_transport) as service:
-        watched = Watched(certificates.files, certificates.reload)
+        watched = FileWatcher(certificates.files, certificates.reload)
         whole = authority.certificate.read_bytes()
         for broken in (b"", b"no certificate", whole[:200]):
             authority.certificate.write_bytes(broken)

@@ -12,10 +12,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server import tracing
 from calotype_server.errors import GenerationFailed, TracingUnavailable
-from calotype_server.tracing import Tracing
-from support.fake_engine import FakeEngine
+from calotype_server.observability import tracing
+from calotype_server.observability.tracing import Tracing
+from support.engine.fake_engine import FakeEngine
 from support.service import GRPC_TRANSPORTS, read_until, running
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -7,11 +7,11 @@ import asyncio
 import grpc
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.access import Caller
-from calotype_server.store import Store
+from calotype_server.auth.access import Caller
+from calotype_server.generations.store import Store
+from calotype_server.generations.watchdog import EXIT_STALLED, Watchdog, end_when_stalled
 from calotype_server.types import Phase
-from calotype_server.watchdog import EXIT_STALLED, Watchdog, end_when_stalled
-from support.fake_engine import FakeEngine
+from support.engine.fake_engine import FakeEngine
 from support.service import read_until, running
 
 PROMPT = pb.GenerateRequest(prompt="a red apple")

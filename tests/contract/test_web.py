@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from calotype_server.access import Access
+from calotype_server.auth.access import Access
 from calotype_server.errors import AddressInUse
-from calotype_server.transport import listener
-from calotype_server.transport.web import WebServer
+from calotype_server.transport.web import uvicorn_server
+from calotype_server.transport.web.server import WebServer
 from calotype_server.types import PortLimits
 from support.grpcweb import Connection, frame
 from support.lab import NAME, PATIENCE, lab
@@ -207,7 +207,7 @@ async def test_a_connection_that_says_nothing_is_closed() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other options")
 def test_accepted_connections_notice_dead_peers_and_buffer_little() -> None:
     """The options of the listening socket are theirs, too."""
-    [listening] = listener.listen("127.0.0.1:0")
+    [listening] = uvicorn_server.listen("127.0.0.1:0")
     with listening:
         listening.listen()
         with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:

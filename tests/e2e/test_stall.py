@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 
 import calotype
-from calotype_server.watchdog import EXIT_STALLED
+from calotype_server.generations.watchdog import EXIT_STALLED
 from support.process import ServerProcess
 
 pytestmark = pytest.mark.e2e

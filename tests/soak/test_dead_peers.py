@@ -1,4 +1,4 @@
-"""Peers that are frozen, or behind a cable that was pulled, are noticed on both ports: `make soak`.
+"""CallLimiter that are frozen, or behind a cable that was pulled, are noticed on both ports: `make soak`.
 
 The pulled cable is a network namespace whose link goes down, for which root and iproute2 are needed.
 """

@@ -9,7 +9,7 @@ import grpc
 import trustme
 
 from calotype import TLS
-from calotype_server.transport.certificates import Certificates
+from calotype_server.transport.net.certificates import Certificates
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from support import tiny
+from support.engine import tiny
 
 __all__ = ["StubChecker", "guarded"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from calotype_server import keys
-from calotype_server.access import Access
-from calotype_server.keys import KeyRecord
+from calotype_server.auth import keys
+from calotype_server.auth.access import Access
+from calotype_server.auth.keys import KeyRecord
 
 if TYPE_CHECKING:
     from pathlib import Path

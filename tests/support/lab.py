@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from calotype_server.access import Access
-from calotype_server.transport.forwarding import Forwarder
-from calotype_server.transport.interceptors import interceptors
-from calotype_server.transport.upstreams import Upstreams
-from calotype_server.transport.web import WebServer
+from calotype_server.auth.access import Access
+from calotype_server.transport.cluster.forwarder import Forwarder
+from calotype_server.transport.cluster.upstreams import Upstreams
+from calotype_server.transport.grpc.interceptors import interceptors
+from calotype_server.transport.web.server import WebServer
 from support.grpcweb import Connection, WebChannel, frame, read_answer
 from support.service import open_channel, opener
 
@@ -89,7 +89,7 @@ async def lab(transport: str = "grpc-web", methods: dict[str, Any] | None = None
 
     Args:
         transport: One of `support.service.GRPC_TRANSPORTS`.
-        methods: Handlers by name.
+        methods: HandlerRegistry by name.
         options: Of `WebServer`.
     """
     generic = handlers(methods or {})

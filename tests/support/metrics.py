@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
-    from calotype_server.metrics import Metrics
+    from calotype_server.observability.metrics import Metrics
 
 
 class Scrape:

@@ -11,20 +11,20 @@ import httpx
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
-from calotype_server.access import Access
-from calotype_server.admission import Admission
-from calotype_server.api import Api
-from calotype_server.encode import Encoder
-from calotype_server.estimates import Pace
-from calotype_server.generations import Generations
-from calotype_server.observations import Observe, ignore
-from calotype_server.retention import Retention
-from calotype_server.transport.forwarding import Forwarder
-from calotype_server.transport.native import NativeServer
-from calotype_server.transport.servicer import GenerationServicer
-from calotype_server.transport.services import Services
-from calotype_server.transport.upstreams import CHANNEL_OPTIONS, Upstreams
-from calotype_server.transport.web import WebServer
+from calotype_server.api.service import Api
+from calotype_server.auth.access import Access
+from calotype_server.generations.admission import Admission
+from calotype_server.generations.estimates import StepTimeEstimator
+from calotype_server.generations.lifecycle import Generations
+from calotype_server.generations.retention import Retention
+from calotype_server.images.encoder import Encoder
+from calotype_server.observability.events import Observe, ignore
+from calotype_server.transport.cluster.forwarder import Forwarder
+from calotype_server.transport.cluster.upstreams import CHANNEL_OPTIONS, Upstreams
+from calotype_server.transport.grpc.server import NativeServer
+from calotype_server.transport.grpc.servicer import GenerationServicer
+from calotype_server.transport.grpc.services import Services
+from calotype_server.transport.web.server import WebServer
 from calotype_server.types import PORT_LIMITS, Limits, PortLimits
 from support.grpcweb import WebChannel
 from support.http import EventStub, SocketStub
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from calotype_server.engine.protocol import Engine
-    from calotype_server.store import Store
-    from calotype_server.transport.exposition import Render
-    from calotype_server.transport.peers import Peers
+    from calotype_server.generations.store import Store
+    from calotype_server.transport.net.call_limits import CallLimiter
+    from calotype_server.transport.web.metrics_endpoint import Render
     from support.authority import Authority
 
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
@@ -75,7 +75,7 @@ async def running(
     heartbeat: float = 5.0,
     limits: Limits = LIMITS,
     ports: PortLimits = PORT_LIMITS,
-    peers: Peers | None = None,
+    peers: CallLimiter | None = None,
     access: Access | None = None,
     authority: Authority | None = None,
     transport: str = "native",
@@ -88,7 +88,7 @@ async def running(
     `web` are further options of the web port.
     """
     access = access or Access()
-    pace, dead = Pace(), []
+    pace, dead = StepTimeEstimator(), []
     admission = Admission(pace, max_active=max_active, max_queue=max_queue)
     encoder = Encoder(observe=observe)
     ended = Retention(seconds=600, count=retained, size=2**24)
@@ -132,7 +132,7 @@ async def _port(
     authority: Authority | None,
     transport: str,
     limits: PortLimits,
-    peers: Peers | None,
+    peers: CallLimiter | None,
     options: dict[str, Any],
 ) -> AsyncIterator[tuple[str, Any, Any]]:
     """Listens, and yields the address, a channel to it, over HTTP the server, and a stub."""

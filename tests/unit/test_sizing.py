@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.sizing.fleet import FairQueue, Fleet, Model, Request, Routing, poisson, simulate
-from calotype_server.admission import Admission
-from calotype_server.engine.batching.rendezvous import Seat
-from calotype_server.estimates import Pace
+from calotype_server.engine.batching.scheduler import RequestSlot
+from calotype_server.generations.admission import Admission
+from calotype_server.generations.estimates import StepTimeEstimator
 from calotype_server.types import Job
 
 SERVICE = 0.5
@@ -61,7 +61,7 @@ def test_a_device_that_gains_nothing_from_batches_is_shared_evenly(load: float) 
 def test_a_replica_that_is_never_idle_makes_as_many_as_its_capacity(max_active: int, shared: bool) -> None:
     """What `Model.capacity` says, within 6 %: at most, as a batch is not always full."""
     model = Model(((2, 0.05), (16, 0.16)), encoding=0.02, decoding=0.05, shared=shared)
-    requests = [Request(0.0, number, seat=Seat(number)) for number in range(400)]
+    requests = [Request(0.0, number, seat=RequestSlot(number)) for number in range(400)]
     done = simulate(model, Fleet(1, max_active, 16, math.inf), requests)
     capacity = model.capacity(max_active, 16)
     assert 0.94 * capacity < len(requests) / done.seconds <= 1.001 * capacity
@@ -122,7 +122,7 @@ def test_more_load_means_a_longer_wait_and_better_routing_a_shorter_one() -> Non
 async def test_who_is_next_is_as_in_the_product(callers: list[tuple[int, int]], slots: int) -> None:
     """All come, and each slot that is given back goes to the same one in both."""
     job = Job("a cat", None, 1, 1, 1, 3.0, 0, "DDIMScheduler")
-    admission = Admission(Pace(), max_active=slots, max_queue=100)
+    admission = Admission(StepTimeEstimator(), max_active=slots, max_queue=100)
     queue = FairQueue()
     tickets = []
     active: list[int] = []

@@ -14,7 +14,7 @@ Usage::
 `calotype.notebook.show` displays a generation in a notebook, and `calotype.v1` is the wire.
 """
 
-from ._aio import AsyncClient
+from ._async_client import AsyncClient
 from ._channel import TLS
 from ._client import Client
 from ._errors import (
@@ -40,9 +40,9 @@ from ._errors import (
     UnknownError,
     Violation,
 )
+from ._generation import AsyncGeneration, Generation
 from ._image import Image
 from ._options import DisconnectPolicy, Output, PreviewMethod, Previews, Priority
-from ._stream import AsyncGeneration, Generation
 from ._types import GenerationSummary, Model, Notice, Phase, Progress, Timings
 from ._version import __version__
 

@@ -14,10 +14,10 @@ def main() -> None:
         sys.stderr.write("The command line needs an extra: pip install 'calotype[cli]'\n")
         raise SystemExit(2)
 
-    from .cli import app, register_missing_server
+    from ._cli.main import app, register_missing_server
 
     try:
-        from calotype_server.cli import register
+        from calotype_server.cli.main import register
     except ImportError as error:
         register_missing_server(str(error))
     else:

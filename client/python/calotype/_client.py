@@ -14,13 +14,13 @@ import grpc
 from ._channel import TLS, call_metadata, channel_credentials, parse_address
 from ._convert import model_from_proto, phase_from_proto, summary_from_proto
 from ._errors import Cancelled, ClientClosed
-from ._farewell import Farewells
+from ._generation import Generation
 from ._replicas import Replicas, is_balanced, options
 from ._request import CONTROL_TIMEOUT, build, build_request, resolve_retries, resolve_stall, resolve_timeout
-from ._resume import RETRIES, Resumption, RetryPolicy, make_resumable
-from ._silence import STALL_TIMEOUT, Watchdog
+from ._resume.cancel_on_leave import PendingCancels
+from ._resume.policy import RETRIES, Resumption, RetryPolicy, make_resumable
+from ._resume.stall_timeout import STALL_TIMEOUT, Watchdog
 from ._status import from_rpc_error
-from ._stream import Generation
 from .v1 import calotype_pb2 as v1
 from .v1.calotype_pb2_grpc import GenerationServiceStub
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ._errors import CalotypeError
+    from ._generation import SyncCall
     from ._options import DisconnectPolicy, DisconnectPolicyName, Output, Previews, Priority, PriorityName
-    from ._stream import SyncCall
     from ._types import GenerationSummary, Model, Phase
 
 __all__ = ["Client"]
@@ -98,7 +98,7 @@ class Client:
         metadata = call_metadata(api_key)
         self._how: dict[str, Any] = {"wait_for_ready": wait_for_ready, "metadata": metadata}
         self._retry = RetryPolicy(resolve_retries(retries), is_balanced=is_balanced(target), notify=on_reconnect)
-        self._farewells = Farewells(metadata)
+        self._farewells = PendingCancels(metadata)
         self._running: WeakSet[Generation] = WeakSet()
         self._closed = False
         self._lock = threading.Lock()

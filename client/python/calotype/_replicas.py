@@ -75,7 +75,7 @@ def resolve(target: str) -> list[tuple[str, str]]:
     return [(f"ipv6:[{ip}]:{port}" if ":" in ip else f"ipv4:{ip}:{port}", authority) for ip in addresses]
 
 
-class _Places:
+class _ChannelPool:
     """Channels to single servers, made when they are first needed."""
 
     def __init__(self, target: str, connect: Callable[[str, Any], Any], metadata: Metadata = ()) -> None:
@@ -102,7 +102,7 @@ class _Places:
             return list(self._channels.values())
 
 
-class Replicas(_Places):
+class Replicas(_ChannelPool):
     """The servers behind a balanced target.
 
     Args:
@@ -134,7 +134,7 @@ class Replicas(_Places):
             channel.close()
 
 
-class AsyncReplicas(_Places):
+class AsyncReplicas(_ChannelPool):
     """The servers behind a balanced target, see `Replicas`."""
 
     async def ask(self) -> AsyncIterator[tuple[str, GenerationServiceAsyncStub]]:

@@ -20,8 +20,8 @@ except ImportError:
     raise ImportError("calotype.notebook needs an extra: pip install 'calotype[notebook]'") from None
 
 if TYPE_CHECKING:
+    from ._generation import AsyncGeneration, Generation
     from ._image import Image
-    from ._stream import AsyncGeneration, Generation
     from ._types import Notice, Progress
 
 __all__ = ["ashow", "show"]

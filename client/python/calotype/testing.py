@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 
-from ._fake import Doorkeeper, FakeGeneration, Script, Servicer
 from ._options import PreviewMethod, Previews
+from ._testing.servicer import FakeGeneration, KeyCheckInterceptor, Script, Servicer
 from ._types import Model, Notice
 from .v1 import calotype_pb2 as v1
 from .v1.calotype_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -156,7 +156,7 @@ class FakeServer:
         """Starts to serve on a free port of 127.0.0.1."""
         # The interval lets clients ping as often as `Client` does.
         options = (("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),)
-        keeper: list[grpc.ServerInterceptor] = [] if self._api_key is None else [Doorkeeper(self._api_key)]
+        keeper: list[grpc.ServerInterceptor] = [] if self._api_key is None else [KeyCheckInterceptor(self._api_key)]
         server = grpc.server(ThreadPoolExecutor(16, "fake-calotype"), interceptors=keeper, options=options)
         add_GenerationServiceServicer_to_server(Servicer(self), server)
         self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")

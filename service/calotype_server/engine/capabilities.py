@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 
-from calotype_server.engine.denoised import noise_level
-from calotype_server.engine.view import make_scheduler
+from calotype_server.engine.predicted_x0 import noise_level
+from calotype_server.engine.request_view import make_scheduler
 from calotype_server.errors import ModelUnavailable
 from calotype_server.types import ModelInfo
 

@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from calotype_server.engine.denoised import NoiseLevel, noise_level, predict_x0
+from calotype_server.engine.predicted_x0 import NoiseLevel, noise_level, predict_x0
 
 if TYPE_CHECKING:
     from collections.abc import Callable

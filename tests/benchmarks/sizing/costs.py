@@ -20,10 +20,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks import transports, web
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.admission import Admission
-from calotype_server.encode import encode_preview
-from calotype_server.estimates import Pace
-from calotype_server.transport.upstreams import Upstreams
+from calotype_server.generations.admission import Admission
+from calotype_server.generations.estimates import StepTimeEstimator
+from calotype_server.images.encoder import encode_preview
+from calotype_server.transport.cluster.upstreams import Upstreams
 from calotype_server.types import Job, Pixels, Timings
 from support.process import BridgeProcess
 
@@ -143,7 +143,7 @@ async def admissions() -> dict[str, float]:
     """Milliseconds of the event loop for one who comes and one who leaves while so many wait."""
     results = {}
     for waiting in _QUEUES:
-        pace = Pace()
+        pace = StepTimeEstimator()
         pace.observe_step(_JOB, 0.1, 1)
         pace.observe_end(_JOB, Timings(encoding_prompt=0.1, decoding=0.1))
         admission = Admission(pace, max_active=8, max_queue=2 * waiting)

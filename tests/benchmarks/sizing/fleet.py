@@ -1,6 +1,6 @@
 """A fleet of replicas in SimPy: the product's policies, on a clock that costs nothing.
 
-Which calls are joined is decided by the product's own `Rendezvous`. Who starts next is decided by the rules of
+Which calls are joined is decided by the product's own `BatchScheduler`. Who starts next is decided by the rules of
 `Admission`, whose futures and estimates a simulation has no use for; the tests compare the two.
 """
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import simpy
 
-from calotype_server.engine.batching.rendezvous import Rendezvous, Seat, Ticket
+from calotype_server.engine.batching.scheduler import BatchScheduler, PendingCall, RequestSlot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -124,7 +124,7 @@ class Request:
     finished: float = math.nan
     refused: bool = False
     step: int = 0
-    seat: Seat = field(default_factory=lambda: Seat(0), repr=False)
+    seat: RequestSlot = field(default_factory=lambda: RequestSlot(0), repr=False)
 
 
 def parse_step_ms(table: str) -> tuple[tuple[int, float], ...]:
@@ -143,7 +143,7 @@ def parse_step_ms(table: str) -> tuple[tuple[int, float], ...]:
 
 
 class FairQueue:
-    """Start-time fair queueing, as in `calotype_server.admission`: the smallest tag first, of equal ones the older."""
+    """Start-time fair queueing, as in `generations.admission`: the smallest tag first, of equal ones the older."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[float, int, Any]] = []
@@ -181,9 +181,9 @@ class Replica:
         self._on_left = on_left
         self._active = 0
         self._queue = FairQueue()
-        self._rendezvous = Rendezvous(fleet.max_rows)
+        self._rendezvous = BatchScheduler(fleet.max_rows)
         self._call: Any = SimpleNamespace(signature=_SIGNATURE, rows=model.rows)
-        self._tickets: dict[Seat, Request] = {}
+        self._tickets: dict[RequestSlot, Request] = {}
         self._chores: deque[tuple[float, Callable[[], None]]] = deque()
         """Encodings and decodings that wait for the device."""
         self._woken = env.event()
@@ -224,7 +224,7 @@ class Replica:
         for request in requests:
             if request.step < self._model.steps:
                 self._tickets[request.seat] = request
-                self._rendezvous.arrive(Ticket(request.seat, self._call, self._env.now))
+                self._rendezvous.arrive(PendingCall(request.seat, self._call, self._env.now))
             else:
                 self._rendezvous.excuse(request.seat)
                 self._spend(self._model.decoding, lambda request=request: self._leave(request))
@@ -263,7 +263,7 @@ class Replica:
             else:
                 yield self._woken | env.timeout(max(0.0, deadline - env.now) + 1e-9)
 
-    def _answer(self, seats: Sequence[Seat]) -> None:
+    def _answer(self, seats: Sequence[RequestSlot]) -> None:
         requests = [self._tickets.pop(seat) for seat in seats]
         for request in requests:
             self._rendezvous.expect(request.seat, self._env.now)
@@ -328,7 +328,7 @@ def poisson(rate: float, count: int, seed: int, callers: int = 1_000_000) -> lis
     """
     chance = random.Random(seed)
     times = itertools.accumulate(chance.expovariate(rate) for _ in range(count))
-    return [Request(time, chance.randrange(callers), seat=Seat(number)) for number, time in enumerate(times)]
+    return [Request(time, chance.randrange(callers), seat=RequestSlot(number)) for number, time in enumerate(times)]
 
 
 def simulate(model: Model, fleet: Fleet, requests: Sequence[Request], *, seed: int = 0) -> Outcome:

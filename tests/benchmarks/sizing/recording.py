@@ -27,21 +27,21 @@ def main() -> None:
     # As the server does it, which imports torch later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from calotype.__main__ import main as calotype
-    from calotype_server.engine import diffusers
+    from calotype_server.engine import diffusers_engine
 
     with path.open("a", buffering=1, encoding="utf-8") as lines:
 
         def write(batch: BatchRecord) -> None:
             print(json.dumps([batch.started, batch.seconds, batch.rows, batch.streams]), file=lines)
 
-        make, table = diffusers.DiffusersEngine, os.environ.get("PRETEND_STEP_MS")
+        make, table = diffusers_engine.DiffusersEngine, os.environ.get("PRETEND_STEP_MS")
 
         def engine(name: str, pipeline: Any, **options: Any) -> Any:
             if table:
                 _pretend(pipeline.unet, Model(parse_step_ms(table)))
             return make(name, pipeline, on_batch=write, **options)
 
-        diffusers.DiffusersEngine = engine
+        diffusers_engine.DiffusersEngine = engine
         calotype()
 
 

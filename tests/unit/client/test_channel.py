@@ -9,7 +9,7 @@ import pytest
 
 from calotype import TLS, AsyncClient, Client, Unavailable
 from calotype._channel import parse_address
-from calotype._fake import Servicer
+from calotype._testing.servicer import Servicer
 from calotype.testing import FakeServer
 
 

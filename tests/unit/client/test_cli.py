@@ -10,9 +10,9 @@ import typer
 from typer.testing import CliRunner
 
 from calotype import Client, FailedPrecondition, InternalError, InvalidRequest, Notice, Overloaded, Unavailable
+from calotype._cli.main import OPTIONS, app
 from calotype._options import Output, Previews
 from calotype._request import build_request
-from calotype.cli import OPTIONS, app
 from calotype.testing import FakeServer
 
 

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from calotype import AsyncClient, Cancelled, Client, Unauthenticated
-from calotype.cli import app
+from calotype._cli.main import app
 from calotype.testing import FakeServer
 
 KEY = "calotype_alice_secret"

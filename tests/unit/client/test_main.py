@@ -30,7 +30,7 @@ def test_missing_cli_extra(missing):
 @pytest.mark.parametrize("command", ["serve", "bridge", "doctor"])
 def test_missing_server_extra(command):
     """Without the server's extra its commands say what to install, whatever their options."""
-    result = run(command, "--model", "bundled", missing=["calotype_server.cli"])
+    result = run(command, "--model", "bundled", missing=["calotype_server.cli.main"])
     assert result.returncode == 2
     assert f"`calotype {command}` needs an extra: pip install 'calotype[server]'" in result.stderr
     assert "Traceback" not in result.stderr
@@ -38,7 +38,7 @@ def test_missing_server_extra(command):
 
 def test_help_names_every_command():
     """The help lists the commands, those included that need another extra."""
-    result = run("--help", missing=["calotype_server.cli"])
+    result = run("--help", missing=["calotype_server.cli.main"])
     assert result.returncode == 0
     for name in ("generate", "cancel", "model", "serve", "bridge", "doctor"):
         assert f" {name} " in result.stdout
@@ -46,10 +46,11 @@ def test_help_names_every_command():
 
 def test_server_adds_its_commands(tmp_path):
     """What the server registers becomes part of the script."""
-    package = tmp_path / "calotype_server"
-    package.mkdir()
+    package = tmp_path / "calotype_server" / "cli"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
     (package / "__init__.py").touch()
-    (package / "cli.py").write_text(
+    (package / "main.py").write_text(
         "def register(app):\n    @app.command()\n    def serve():\n        print('serving')\n"
     )
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom calotype.__main__ import main\nmain()"

@@ -18,8 +18,8 @@ from calotype import (
     Unavailable,
 )
 from calotype._assembler import Assembler, incomplete
-from calotype._resume import DISCONNECT_GRACE, Resumption, RetryPolicy, make_resumable
-from calotype._seam import Seam
+from calotype._resume.continuity import Continuity
+from calotype._resume.policy import DISCONNECT_GRACE, Resumption, RetryPolicy, make_resumable
 from calotype.v1 import calotype_pb2 as v1
 
 LOST = Unavailable("Socket closed")
@@ -333,7 +333,7 @@ def test_no_retries_means_none():
 
 def test_what_was_withdrawn_stays_withdrawn():
     """Previews that were taken away do not come back with a generation that begins anew."""
-    seam = Seam()
+    seam = Continuity()
     seam.join(progress(sequence=9, step=4, previews_withdrawn=True, previews_dropped=3))
     seam.cut()
     assert seam.join(progress(generation_id="h", sequence=1, step=3, image=b"p", image_step=3)) is None
@@ -343,7 +343,7 @@ def test_what_was_withdrawn_stays_withdrawn():
 
 def test_places_in_the_queue_are_news():
     """A generation that begins anew in the queue says where, as long as it was not further."""
-    seam = Seam()
+    seam = Continuity()
     seam.join(progress(phase=v1.PHASE_QUEUED, sequence=1, queue_position=1))
     seam.cut()
     again = progress(generation_id="h", phase=v1.PHASE_QUEUED, sequence=1, queue_position=4)
@@ -352,7 +352,7 @@ def test_places_in_the_queue_are_news():
 
 def test_end_of_a_log_that_begins_anew_under_the_same_id_comes_last():
     """A server that has kept the id but not the log may end with a lower number than was shown; chunks share theirs."""
-    seam = Seam()
+    seam = Continuity()
     seam.join(progress(sequence=17, step=4))
     seam.cut()
     assert seam.join(progress(sequence=9, step=5)) is None
@@ -365,7 +365,7 @@ def test_end_of_a_log_that_begins_anew_under_the_same_id_comes_last():
 
 def test_end_never_shows_a_lower_step():
     """A generation that begins anew and fails early does not take steps back."""
-    seam = Seam()
+    seam = Continuity()
     seam.join(progress(sequence=9, step=4))
     seam.cut()
     assert seam.join(progress(generation_id="h", phase=v1.PHASE_FAILED, sequence=3, step=1)).step == 4

@@ -12,7 +12,7 @@ import pytest
 
 from calotype import Image, Phase, PreviewMethod
 from calotype._convert import model_from_proto, phase_from_proto, progress_from_proto
-from calotype._samples import make_image, make_png, sample_jpeg
+from calotype._testing.images import make_image, make_png, sample_jpeg
 from calotype.v1 import calotype_pb2 as v1
 
 

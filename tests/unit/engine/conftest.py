@@ -4,7 +4,7 @@ import pytest
 import structlog
 import torch
 
-from support import tiny
+from support.engine import tiny
 
 
 @pytest.fixture(scope="session", autouse=True)

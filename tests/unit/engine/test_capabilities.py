@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from calotype_server.engine.capabilities import Defaults, describe, read_defaults, tokenizers
-from calotype_server.engine.view import make_scheduler, request_view
+from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.errors import ModelUnavailable
-from support import tiny
-from support.tiny_inputs import arguments
+from support.engine import tiny
+from support.engine.tiny_inputs import arguments
 
 # Native side, size multiple, guidance by default, negative prompt, steps by default.
 # Pipelines whose config holds no size have a native one of 1024 in their own code.

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from calotype_server import errors
-from calotype_server.engine import diffusers as engine_module
+from calotype_server.engine import diffusers_engine as engine_module
 from calotype_server.engine.batching import plan as plan_module
+from calotype_server.engine.batching.measure import Knee, Threads
 from calotype_server.engine.batching.plan import Plan, make_plan
-from calotype_server.engine.batching.policy import Knee, Threads
 from calotype_server.engine.capabilities import Defaults, describe
-from calotype_server.engine.diffusers import DiffusersEngine
+from calotype_server.engine.diffusers_engine import DiffusersEngine
 from calotype_server.engine.protocol import Stop
 from calotype_server.types import Denoising, PreviewMethod, PreviewOptions, PreviewReady
-from support import tiny
+from support.engine import tiny
 from support.runs import JOB, PATIENCE, Run
 
 JOBS = [

@@ -7,10 +7,10 @@ import threading
 
 import pytest
 
-from calotype_server.engine import diffusers as engine_module
+from calotype_server.engine import diffusers_engine as engine_module
 from calotype_server.engine.capabilities import Defaults, denoiser_name
-from calotype_server.engine.diffusers import DiffusersEngine
-from calotype_server.engine.preview import previews as previews_module
+from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.preview import pipeline_previews as previews_module
 from calotype_server.types import (
     Decoding,
     Denoising,
@@ -20,7 +20,7 @@ from calotype_server.types import (
     PreviewOptions,
     PreviewReady,
 )
-from support import tiny
+from support.engine import tiny
 from support.runs import Run
 
 DRAWN = (PreviewMethod.HEAD, PreviewMethod.FULL_VAE)

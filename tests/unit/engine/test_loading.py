@@ -14,18 +14,18 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from calotype_server import core
-from calotype_server.budget import PreviewBudget
+from calotype_server.apps import runtime
 from calotype_server.engine import loading
 from calotype_server.engine.capabilities import Defaults, describe, read_defaults
 from calotype_server.engine.loading import load_pipeline, load_tiny_vae, pick_device, pick_dtype
+from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.errors import ModelUnavailable
-from calotype_server.observations import ignore
+from calotype_server.observability.events import ignore
 from calotype_server.settings import Settings
 from calotype_server.types import PreviewMethod
-from support import tiny
-from support.tiny_inputs import arguments
-from support.tiny_unets import tiny_vae
+from support.engine import tiny
+from support.engine.tiny_inputs import arguments
+from support.engine.tiny_unets import tiny_vae
 
 CPU = torch.device("cpu")
 
@@ -355,7 +355,7 @@ class TestServing:
     def engine(folder, tmp_path, **settings):
         """The engine that `calotype serve` would run."""
         chosen = Settings(model=str(folder), device="cpu", threads=1, cache_dir=tmp_path, **settings)
-        engine = core._load_engine(chosen, PreviewBudget(chosen.preview_budget), ignore)
+        engine = runtime._load_engine(chosen, PreviewBudget(chosen.preview_budget), ignore)
         engine.close()
         return engine.model.preview_methods
 

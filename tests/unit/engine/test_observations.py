@@ -8,16 +8,16 @@ import pytest
 import structlog
 import torch
 
-from calotype_server.budget import PreviewBudget
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers import DiffusersEngine
-from calotype_server.engine.preview.lane import CpuLane
+from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.preview.budget import PreviewBudget
+from calotype_server.engine.preview.device_stream import CpuLane
 from calotype_server.engine.preview.renderer import PreviewRenderer
 from calotype_server.engine.tap import Step
-from calotype_server.observations import BatchDone, PreviewDrawn, PreviewFailed, StepDone
+from calotype_server.observability.events import BatchDone, PreviewFailed, PreviewRendered, StepDone
 from calotype_server.types import Decoding, Job, PreviewMethod, PreviewOptions
-from support import tiny
-from support.batching import Party
+from support.engine import tiny
+from support.engine.batching import Party
 from support.runs import PATIENCE, STEPS, Run
 
 LIBRARY = logging.getLogger("a.library")
@@ -75,7 +75,7 @@ def test_steps_batches_and_previews_are_told(tmp_path):
         engine.close()
     steps = [each for each in seen if isinstance(each, StepDone)]
     batches = [each for each in seen if isinstance(each, BatchDone)]
-    drawn = [each for each in seen if isinstance(each, PreviewDrawn)]
+    drawn = [each for each in seen if isinstance(each, PreviewRendered)]
     assert len(steps) == STEPS - 1
     assert [batch.rows for batch in batches] == [2] * STEPS
     assert [preview.method for preview in drawn] == [PreviewMethod.HEAD] * STEPS

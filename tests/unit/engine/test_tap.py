@@ -10,10 +10,10 @@ import torch
 
 from calotype_server.engine.batching.proxy import DenoiserProxy
 from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.tap import StepTap, Stopped
-from calotype_server.engine.view import make_scheduler, request_view
-from support import tiny
-from support.tiny_inputs import arguments
+from support.engine import tiny
+from support.engine.tiny_inputs import arguments
 
 
 class Recorder:

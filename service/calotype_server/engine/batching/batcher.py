@@ -15,16 +15,16 @@ import torch
 from calotype_server import errors
 from calotype_server.engine.batching.collate import Call, Collator, Digests
 from calotype_server.engine.batching.proxy import DenoiserProxy
-from calotype_server.engine.batching.rendezvous import Rendezvous, Seat, Ticket
 from calotype_server.engine.batching.run_ahead import RunAhead
+from calotype_server.engine.batching.scheduler import BatchScheduler, PendingCall, RequestSlot
 from calotype_server.engine.tap import Stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from calotype_server.engine.batching.policy import Threads
+    from calotype_server.engine.batching.measure import Threads
 
-__all__ = ["BatchRecord", "StepBatcher", "Stream", "is_out_of_memory"]
+__all__ = ["BatchRecord", "DenoiserSession", "StepBatcher", "is_out_of_memory"]
 
 _log = structlog.get_logger(__name__)
 
@@ -50,7 +50,7 @@ class BatchRecord:
     padded_rows: int
 
 
-class Stream:
+class DenoiserSession:
     """One request's access to the denoiser; leave it, as a context manager, when the request has ended.
 
     `cancel` may be called by any thread, everything else by the request's.
@@ -64,8 +64,8 @@ class Stream:
         self._batcher = batcher
         self._should_stop = should_stop
         self._digests: Digests = {}
-        self._seat = Seat(number)
-        self._ticket: Ticket | None = None
+        self._seat = RequestSlot(number)
+        self._ticket: PendingCall | None = None
         self._cancelled = False
         self._calls = self._rows = 0
 
@@ -132,7 +132,7 @@ class StepBatcher:
     ) -> None:
         self.module = module
         self.collator = Collator(module, exact=deterministic)
-        self._rendezvous = Rendezvous(max_rows)
+        self._rendezvous = BatchScheduler(max_rows)
         self._most_rows = max_rows
         self._threads = threads
         self._deterministic = deterministic
@@ -142,7 +142,7 @@ class StepBatcher:
         self._successes = 0
         self._changed = threading.Condition()
         """Guards everything below, the rendezvous, and the tickets and seats of all streams."""
-        self._running: list[Ticket] = []
+        self._running: list[PendingCall] = []
         self._closing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="calotype-device", daemon=True)
@@ -153,7 +153,7 @@ class StepBatcher:
         """Rows that run at once: as asked for, or fewer since memory ran out."""
         return self._rendezvous.max_rows
 
-    def stream(self, *, should_stop: Callable[[], bool] = lambda: False) -> Stream:
+    def stream(self, *, should_stop: Callable[[], bool] = lambda: False) -> DenoiserSession:
         """Opens a stream for one request.
 
         Args:
@@ -161,10 +161,10 @@ class StepBatcher:
         """
         with self._changed:
             number, self._opened = self._opened, self._opened + 1
-        return Stream(self, number, should_stop)
+        return DenoiserSession(self, number, should_stop)
 
     def close(self) -> None:
-        """Ends the device thread after the batch that it runs; calls that wait, and later ones, raise `Interrupted`."""
+        """Ends the device thread after the batch that it runs; calls that wait, and later ones, raise `Draining`."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -172,26 +172,26 @@ class StepBatcher:
 
     # Called by requests' threads, through their streams.
 
-    def _park(self, stream: Stream, call: Call) -> Ticket:
+    def _park(self, stream: DenoiserSession, call: Call) -> PendingCall:
         with self._changed:
             if stream._cancelled:
                 raise Stopped
             if self._closing or self._failure is not None:
                 raise self._refusal()
-            stream._ticket = ticket = Ticket(stream._seat, call, time.monotonic())
+            stream._ticket = ticket = PendingCall(stream._seat, call, time.monotonic())
             self._rendezvous.arrive(ticket)
             self._changed.notify()
         return ticket
 
-    def _excuse(self, stream: Stream) -> None:
+    def _excuse(self, stream: DenoiserSession) -> None:
         with self._changed:
-            self._rendezvous.excuse(stream._seat)
+            self._rendezvous.stop_waiting_for(stream._seat)
             self._changed.notify()
 
-    def _cancel(self, stream: Stream) -> None:
+    def _cancel(self, stream: DenoiserSession) -> None:
         with self._changed:
             stream._cancelled = True
-            self._rendezvous.excuse(stream._seat)
+            self._rendezvous.stop_waiting_for(stream._seat)
             if stream._ticket is not None:
                 self._rendezvous.withdraw(stream._ticket)
                 _give(stream._ticket, Stopped())
@@ -199,7 +199,7 @@ class StepBatcher:
 
     def _refusal(self) -> errors.GenerationError:
         if self._failure is None:
-            return errors.Interrupted("The server is stopping.")
+            return errors.Draining("The server is stopping.")
         dead = errors.EngineDead("The device failed.")
         dead.__cause__ = self._failure
         return dead
@@ -240,7 +240,7 @@ class StepBatcher:
         self._running = []
         return True
 
-    def _run_together(self, tickets: list[Ticket]) -> None:
+    def _run_together(self, tickets: list[PendingCall]) -> None:
         """Answers all tickets, together if that succeeds."""
         tickets = [ticket for ticket in tickets if not ticket.future.done()]  # cancelled meanwhile
         if not tickets:
@@ -272,7 +272,7 @@ class StepBatcher:
         self._run_together(tickets[:half])
         self._run_together(tickets[half:])
 
-    def _try_together(self, tickets: list[Ticket], rows: int, padded_rows: int) -> BaseException | None:
+    def _try_together(self, tickets: list[PendingCall], rows: int, padded_rows: int) -> BaseException | None:
         calls = [ticket.call for ticket in tickets]
         started = time.monotonic()
         if self._threads is not None:
@@ -296,7 +296,7 @@ class StepBatcher:
             self._report(self._on_batch, BatchRecord(started, seconds, streams, rows, padded_rows))
         return None
 
-    def _answer(self, tickets: Sequence[Ticket], parts: Sequence[Any], rows: int) -> None:
+    def _answer(self, tickets: Sequence[PendingCall], parts: Sequence[Any], rows: int) -> None:
         with self._changed:
             now = time.monotonic()
             for ticket, part in zip(tickets, parts, strict=True):
@@ -311,7 +311,7 @@ class StepBatcher:
         except Exception:
             _log.exception("a batch cannot be reported")
 
-    def _lower_max_rows(self, rows: int, tickets: Sequence[Ticket]) -> None:
+    def _lower_max_rows(self, rows: int, tickets: Sequence[PendingCall]) -> None:
         with self._changed:
             self._rendezvous.max_rows = max(1, rows)
             self._successes = 0
@@ -330,7 +330,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def _give(ticket: Ticket, value: Any) -> None:
+def _give(ticket: PendingCall, value: Any) -> None:
     """Answers a ticket with a value or an exception, unless it has been. Needs the batcher's lock."""
     if ticket.future.done():
         return

@@ -10,9 +10,9 @@ import structlog
 import torch
 
 from calotype_server.engine.batching.collate import Collator
-from calotype_server.engine.batching.policy import Knee, Threads, knee, unbatchable, verify
+from calotype_server.engine.batching.measure import Knee, Threads, knee, unbatchable, verify
 from calotype_server.engine.capabilities import denoiser_name
-from calotype_server.engine.probe import sample_calls
+from calotype_server.engine.sample_calls import sample_calls
 
 if TYPE_CHECKING:
     from calotype_server.types import ModelInfo

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from calotype_server.engine.preview.head import PreviewHead, to_grid
-from calotype_server.engine.preview.tail import Tail
+from calotype_server.engine.preview.pipeline_tail import PipelineTail
 
 if TYPE_CHECKING:
     from calotype_server.engine.preview.head import HeadStatistics
@@ -43,7 +43,7 @@ def calibrate(pipeline: Any, model: ModelInfo, *, seed: int = 0, budget: float =
     """
     deadline = time.monotonic() + budget
     edge = min(model.width, model.size_multiple * _MAX_CELLS)
-    tail = Tail(pipeline)
+    tail = PipelineTail(pipeline)
     shape = tail.shape(edge, edge)
     generator = torch.Generator().manual_seed(seed)
     statistics: HeadStatistics | None = None

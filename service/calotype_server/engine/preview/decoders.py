@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from calotype_server.engine.preview.tail import Tail
+from calotype_server.engine.preview.pipeline_tail import PipelineTail
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class VaeDecoder:
     """
 
     def __init__(self, pipeline: Any, vae: Any) -> None:
-        self._tail = Tail(pipeline, vae=vae)
+        self._tail = PipelineTail(pipeline, vae=vae)
 
     def shape(self, width: int, height: int) -> tuple[int, ...]:
         """Returns the shape of the latents of a picture of that size in pixels."""

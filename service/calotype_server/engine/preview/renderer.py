@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 import structlog
 import torch
 
-from calotype_server.engine.preview.feed import PreviewFeed
-from calotype_server.engine.preview.gate import blurred
-from calotype_server.observations import Observe, PreviewDrawn, PreviewFailed, ignore
+from calotype_server.engine.preview.queue import PreviewQueue
+from calotype_server.engine.preview.safety_gate import blurred
+from calotype_server.observability.events import Observe, PreviewFailed, PreviewRendered, ignore
 from calotype_server.types import Denoising, Event, Pixels, PreviewReady
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from calotype_server.budget import PreviewBudget
+    from calotype_server.engine.preview.budget import PreviewBudget
     from calotype_server.engine.preview.decoders import Decoder
-    from calotype_server.engine.preview.feed import Due
-    from calotype_server.engine.preview.gate import SafetyGate
-    from calotype_server.engine.preview.lane import Lane
+    from calotype_server.engine.preview.device_stream import DeviceStream
+    from calotype_server.engine.preview.queue import PendingPreview
+    from calotype_server.engine.preview.safety_gate import SafetyGate
     from calotype_server.types import Job, PreviewMethod
 
 __all__ = ["PreviewRenderer"]
@@ -49,7 +49,7 @@ class PreviewRenderer:
         self,
         decoders: Mapping[PreviewMethod, Decoder],
         budget: PreviewBudget,
-        lane: Lane,
+        lane: DeviceStream,
         gate: SafetyGate | None = None,
         observe: Observe = ignore,
     ) -> None:
@@ -58,17 +58,17 @@ class PreviewRenderer:
         self._lane = lane
         self._gate = gate
         self._observe = observe
-        self._open: set[PreviewFeed] = set()
+        self._open: set[PreviewQueue] = set()
         self._changed = threading.Condition()
-        self._due: deque[PreviewFeed] = deque()
+        self._due: deque[PreviewQueue] = deque()
         self._chores: deque[Callable[[], None]] = deque()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="calotype-preview", daemon=True)
         self._thread.start()
 
-    def feed(self, job: Job, report: Callable[[Event], None]) -> PreviewFeed:
+    def feed(self, job: Job, report: Callable[[Event], None]) -> PreviewQueue:
         """Opens a line for one generation; previews come out of `report`."""
-        return PreviewFeed(
+        return PreviewQueue(
             job,
             report,
             methods=self._decoders.keys(),
@@ -94,7 +94,7 @@ class PreviewRenderer:
             self._changed.notify()
         self._thread.join()
 
-    def _enqueue(self, feed: PreviewFeed) -> None:
+    def _enqueue(self, feed: PreviewQueue) -> None:
         with self._changed:
             self._due.append(feed)
             self._changed.notify()
@@ -118,8 +118,8 @@ class PreviewRenderer:
             else:
                 return
 
-    def _serve(self, feeds: Sequence[PreviewFeed]) -> None:
-        groups: dict[tuple[object, ...], list[tuple[PreviewFeed, Due]]] = {}
+    def _serve(self, feeds: Sequence[PreviewQueue]) -> None:
+        groups: dict[tuple[object, ...], list[tuple[PreviewQueue, PendingPreview]]] = {}
         for feed in feeds:
             due = feed.take()
             if due is not None:
@@ -139,11 +139,11 @@ class PreviewRenderer:
                     except BaseException as own:
                         self._give_up(*member, own)
 
-    def _render_within(self, group: Sequence[tuple[PreviewFeed, Due]]) -> None:
+    def _render_within(self, group: Sequence[tuple[PreviewQueue, PendingPreview]]) -> None:
         """Renders in the context of the first: lines that a decoder logs carry its ids."""
         group[0][0].context.copy().run(self._render, group)
 
-    def _render(self, group: Sequence[tuple[PreviewFeed, Due]]) -> None:
+    def _render(self, group: Sequence[tuple[PreviewQueue, PendingPreview]]) -> None:
         """Draws and reports the steps of one kind. Raises before anything is reported, or not at all."""
         method, job = group[0][1].method, group[0][0].job
         unchecked = sum(feed.passed is None for feed, _ in group)
@@ -161,7 +161,7 @@ class PreviewRenderer:
                 for (feed, due), x0 in zip(group, drawable, strict=True)
             ]
         for _ in known:
-            self._observe(PreviewDrawn(method, spent.seconds / len(known)))
+            self._observe(PreviewRendered(method, spent.seconds / len(known)))
         if known and unchecked == sum(feed.passed is None for feed, _ in group):
             # Without the safety checker's time, which comes once in a generation.
             self._budget.observe_decode(method, spent.seconds / len(known), job.pixel_count)
@@ -170,7 +170,9 @@ class PreviewRenderer:
                 feed.failed()
             _report(feed, due, image)
 
-    def _finish(self, feed: PreviewFeed, due: Due, x0: torch.Tensor, picture: torch.Tensor) -> Pixels | None:
+    def _finish(
+        self, feed: PreviewQueue, due: PendingPreview, x0: torch.Tensor, picture: torch.Tensor
+    ) -> Pixels | None:
         if not _all_finite(picture):
             return None
         if self._gate is not None:
@@ -183,14 +185,14 @@ class PreviewRenderer:
         height, width, _ = pixels.shape
         return Pixels(width, height, pixels.numpy().tobytes())
 
-    def _give_up(self, feed: PreviewFeed, due: Due, error: BaseException) -> None:
+    def _give_up(self, feed: PreviewQueue, due: PendingPreview, error: BaseException) -> None:
         feed.context.run(_log.error, "preview failed", step=due.step.number, method=due.method, exc_info=error)
         self._observe(PreviewFailed())
         feed.failed()
         _report(feed, due, None)
 
 
-def _is_finite(feed: PreviewFeed, due: Due, x0: torch.Tensor) -> bool:
+def _is_finite(feed: PreviewQueue, due: PendingPreview, x0: torch.Tensor) -> bool:
     if _all_finite(x0):
         return True
     # At zero signal, x0 of an epsilon model may be infinite; the latents themselves must not be.
@@ -203,7 +205,7 @@ def _all_finite(numbers: torch.Tensor) -> bool:
     return math.isfinite(float(numbers.sum(dtype=torch.float32)))
 
 
-def _report(feed: PreviewFeed, due: Due, image: Pixels | None) -> None:
+def _report(feed: PreviewQueue, due: PendingPreview, image: Pixels | None) -> None:
     step, lost = due.step, feed.lost()
     try:
         if image is None:

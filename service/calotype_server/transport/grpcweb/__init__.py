@@ -1,8 +1,8 @@
 """grpc-web over ASGI: sonora's server and registry, with the path of a request rewritten.
 
-sonora 0.2.3 loses messages, statuses, errors and cancels; `tests/contract/test_grpcweb.py` has a case for each. What is
-kept of it: that it is a `grpc.Server`, which generated `add_..._to_server` functions fill, its registry, and its
-framing. One call runs through these modules:
+sonora 0.2.3 loses messages, statuses, errors and cancels; `tests/contract/grpcweb/test_calls.py` has a case for each.
+What is kept of it: that it is a `grpc.Server`, which generated `add_..._to_server` functions fill, its registry, and
+its framing. One call runs through these modules:
 
 | module | what it owns |
 |---|---|

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 
-from calotype_server.transport.body import Gone, TooLarge, TooSlow, read_body
-from calotype_server.transport.credentials import peer_of
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.context import Context
 from calotype_server.transport.grpcweb.framing import Refused, Status
 from calotype_server.transport.grpcweb.response import Response, Stalled
+from calotype_server.transport.net.body import Gone, TooLarge, TooSlow, read_body
+from calotype_server.transport.net.credentials import peer_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -10,13 +10,13 @@ from grpc_status import rpc_status
 from sonora.asgi import grpcASGI
 from starlette.responses import PlainTextResponse
 
-from calotype_server import codec
+from calotype_server.api import encoding
 from calotype_server.errors import NotReady, ServiceError
-from calotype_server.observations import CallRefused, Observe, ignore
+from calotype_server.observability.events import CallRefused, Observe, ignore
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.call import Call
 from calotype_server.transport.grpcweb.framing import Status
-from calotype_server.transport.peers import Peers
+from calotype_server.transport.net.call_limits import CallLimiter
 from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
@@ -49,13 +49,13 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
         *,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         limits: PortLimits = PORT_LIMITS,
-        peers: Peers | None = None,
+        peers: CallLimiter | None = None,
         observe: Observe = ignore,
     ) -> None:
         super().__init__(application, enable_cors=False)
         self._interceptors = tuple(interceptors)
         self._limits = limits
-        self._peers = peers or Peers(limits.max_calls_per_peer)
+        self._peers = peers or CallLimiter(limits.max_calls_per_peer)
         self._observe = observe
         self._calls: set[Call] = set()
         self._idle = asyncio.Event()
@@ -132,4 +132,4 @@ def _stopping() -> Status:
 
 
 def _status(error: ServiceError) -> Status:
-    return Status(*rpc_status.to_status(codec.encode_error(error)))
+    return Status(*rpc_status.to_status(encoding.encode_error(error)))

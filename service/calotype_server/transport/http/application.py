@@ -9,23 +9,23 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Mount, Route
 
 from calotype_server import __version__
-from calotype_server.observations import Observe, ignore
+from calotype_server.observability.events import Observe, ignore
+from calotype_server.transport.http.calotype_routes import native_routes
 from calotype_server.transport.http.docs import STYLE, render
-from calotype_server.transport.http.edge import Edge
-from calotype_server.transport.http.native import native_routes
-from calotype_server.transport.http.openai import openai_routes
+from calotype_server.transport.http.middleware import HttpMiddleware
 from calotype_server.transport.http.openai_models import ImageEvent
+from calotype_server.transport.http.openai_routes import openai_routes
+from calotype_server.transport.http.page import HEADERS
 from calotype_server.transport.http.problems import ERRORS, handle_errors
-from calotype_server.transport.http.socket import socket_routes
-from calotype_server.transport.page import HEADERS
+from calotype_server.transport.http.websocket import socket_routes
 
 if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.routing import BaseRoute
 
-    from calotype_server.access import Access
-    from calotype_server.api import Api
-    from calotype_server.transport.peers import Peers
+    from calotype_server.api.service import Api
+    from calotype_server.auth.access import Access
+    from calotype_server.transport.net.call_limits import CallLimiter
     from calotype_server.types import PortLimits
 
 __all__ = ["HttpApi"]
@@ -47,7 +47,9 @@ class HttpApi:
         observe: Told of requests and of what is sent.
     """
 
-    def __init__(self, api: Api, access: Access, limits: PortLimits, peers: Peers, observe: Observe = ignore) -> None:
+    def __init__(
+        self, api: Api, access: Access, limits: PortLimits, peers: CallLimiter, observe: Observe = ignore
+    ) -> None:
         self._application = application = FastAPI(
             title="Calotype",
             version=__version__,
@@ -62,7 +64,7 @@ class HttpApi:
         handle_errors(application, observe)
         for routes in (openai_routes(api), native_routes(api), socket_routes(api, peers, observe)):
             application.include_router(routes)
-        self._edge = Edge(application, access, limits, peers, observe)
+        self._edge = HttpMiddleware(application, access, limits, peers, observe)
         self._page: str | None = None
 
     @property

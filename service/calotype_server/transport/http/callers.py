@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
-from calotype_server.access import Caller
-from calotype_server.transport.credentials import from_scope, peer_of
+from calotype_server.auth.access import Caller
+from calotype_server.transport.net.credentials import from_scope, peer_of
 
 if TYPE_CHECKING:
     from starlette.requests import HTTPConnection
 
-    from calotype_server.access import Access
+    from calotype_server.auth.access import Access
 
 __all__ = ["admit", "caller_of"]
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from calotype_server.errors import GenerationError, GenerationFailed, InvalidRequest, ServiceError, Violation
-from calotype_server.observations import CallRefused, Observe, ignore
+from calotype_server.observability.events import CallRefused, Observe, ignore
 from calotype_server.transport.http.parsing import sentence
 
 if TYPE_CHECKING:

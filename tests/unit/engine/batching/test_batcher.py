@@ -8,9 +8,9 @@ import torch
 
 from calotype_server import errors
 from calotype_server.engine.batching.batcher import StepBatcher
-from calotype_server.engine.batching.policy import Threads
+from calotype_server.engine.batching.measure import Threads
 from calotype_server.engine.tap import Stopped
-from support.batching import Party, answer_to, sample
+from support.engine.batching import Party, answer_to, sample
 from support.runs import PATIENCE
 
 
@@ -180,8 +180,8 @@ class TestClose:
                 assert party.batcher._changed.wait_for(lambda: party.batcher._closing, PATIENCE)
         closing.result(PATIENCE)
         for future in futures:
-            assert isinstance(future.exception(PATIENCE), errors.Interrupted)
-        with pytest.raises(errors.Interrupted):
+            assert isinstance(future.exception(PATIENCE), errors.Draining)
+        with pytest.raises(errors.Draining):
             party.call(3)
 
     def test_twice_is_harmless(self, party):

@@ -7,7 +7,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from calotype_server.engine.batching.collate import Collator
-from support import tiny
+from support.engine import tiny
 
 
 class Module(torch.nn.Module):

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from calotype_server.engine.batching.batcher import StepBatcher
-from calotype_server.engine.batching.policy import Threads, unbatchable, verify
+from calotype_server.engine.batching.measure import Threads, unbatchable, verify
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
-from calotype_server.engine.probe import sample_calls
-from calotype_server.engine.sharing import shared_components
+from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.sample_calls import sample_calls
+from calotype_server.engine.shared_components import shared_components
 from calotype_server.engine.tap import StepTap
-from calotype_server.engine.view import make_scheduler, request_view
-from support import tiny, tiny_inputs
+from support.engine import tiny, tiny_inputs
 from support.runs import PATIENCE
 
 MAX_ROWS = 8

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from calotype_server import errors
-from support.batching import Party, answer_to
+from support.engine.batching import Party, answer_to
 from support.runs import PATIENCE
 
 POISON = 13

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calotype_server.engine.tap import Stopped
-from support.batching import Party, answer_to
+from support.engine.batching import Party, answer_to
 from support.runs import PATIENCE
 
 MAX_ROWS = 5

@@ -1,0 +1,36 @@
+"""Composes previews and the final image in one row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import PIL.Image
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .._image import Image
+
+__all__ = ["compose", "pick_evenly"]
+
+_MAX_EDGE = 256
+_GAP = 8
+
+
+def pick_evenly(frames: Sequence[Image], count: int = 8) -> list[Image]:
+    """Picks up to `count` frames at even distances, the first and the last included."""
+    if len(frames) <= count:
+        return list(frames)
+    return [frames[round(index * (len(frames) - 1) / (count - 1))] for index in range(count)]
+
+
+def compose(frames: Sequence[Image]) -> PIL.Image.Image:
+    """Puts frames side by side, each as large as the last one, at most 256 pixels high and wide."""
+    pictures = [frame.to_pil().convert("RGB") for frame in frames]
+    width, height = pictures[-1].size
+    scale = min(1.0, _MAX_EDGE / max(width, height))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    strip = PIL.Image.new("RGBA", (len(pictures) * (size[0] + _GAP) - _GAP, size[1]))
+    for index, picture in enumerate(pictures):
+        strip.paste(picture.resize(size, PIL.Image.Resampling.LANCZOS), (index * (size[0] + _GAP), 0))
+    return strip

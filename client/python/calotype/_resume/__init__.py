@@ -1,0 +1,1 @@
+"""How a generation survives lost connections."""

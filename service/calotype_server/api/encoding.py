@@ -1,0 +1,196 @@
+"""From events and errors to messages on the wire. With validation, the only module that sees protobuf messages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.code_pb2 import Code
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server.errors import InvalidRequest, ServiceError
+from calotype_server.types import EncodedImage, Failed, Phase, Succeeded, Timings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from calotype_server.generations.event_log import Update
+    from calotype_server.generations.generation import Generation
+    from calotype_server.types import Limits, ModelInfo, PreviewMethod
+
+__all__ = ["DOMAIN", "encode_error", "encode_model", "encode_page", "encode_phase", "encode_update"]
+
+DOMAIN = "calotype"
+"""`google.rpc.ErrorInfo.domain` of every error."""
+
+_CHUNK_BYTES = 3 * 1024 * 1024
+"""Of a final image in one message: well under the 4 MiB that every gRPC client accepts by default."""
+
+_FORMATS = {"jpeg": pb.IMAGE_FORMAT_JPEG, "png": pb.IMAGE_FORMAT_PNG, "webp": pb.IMAGE_FORMAT_WEBP}
+
+
+def encode_update(
+    generation_id: str, seed: int, update: Update, image: EncodedImage | None, *, whole: bool = False
+) -> Iterator[pb.Progress]:
+    """Yields the message for an update; more than one where the final image needs several chunks.
+
+    Args:
+        generation_id: Whose update it is.
+        seed: In use.
+        update: What there is to tell.
+        image: Its preview as a file, or None.
+        whole: Whether the final image comes in one message, however large it is.
+    """
+    state = update.state
+    progress = pb.Progress(
+        generation_id=generation_id,
+        sequence=state.sequence,
+        phase=encode_phase(state.phase),
+        step=state.step,
+        total_steps=state.total_steps,
+        queue_position=state.queue_position,
+        estimated_remaining=_duration(state.estimated_remaining),
+        previews_dropped=update.previews_dropped,
+        seed=seed,
+        previews_withdrawn=state.withdrawn,
+        finished_early=state.finished_early and state.phase is Phase.SUCCEEDED,
+        warnings=[pb.Warning(reason=notice.reason, message=notice.message) for notice in state.notices],
+    )
+    match state.end:
+        case None:
+            if image is not None and update.preview is not None:
+                _describe_image(progress, image, pb.IMAGE_KIND_PREDICTED, update.preview.step)
+                progress.preview_method = _method(update.preview.method)
+                progress.image = image.data
+            yield progress
+        case Failed(error, timings):
+            progress.timings.CopyFrom(_timings(timings))
+            progress.error.CopyFrom(
+                pb.Error(
+                    code=Code.Value(error.code),
+                    reason=error.reason,
+                    message=error.message,
+                    retry_delay=_duration(error.retry_after),
+                )
+            )
+            yield progress
+        case Succeeded(final, timings):
+            progress.timings.CopyFrom(_timings(timings))
+            _describe_image(progress, final, pb.IMAGE_KIND_FINAL, state.step)
+            size = len(final.data) if whole else _CHUNK_BYTES
+            progress.chunk_count = -(-len(final.data) // size)
+            for index in range(progress.chunk_count):
+                data = final.data[index * size : (index + 1) * size]
+                chunk = pb.Progress(chunk_index=index, image=data)
+                chunk.MergeFrom(progress)
+                yield chunk
+
+
+def encode_page(generations: Sequence[Generation], size: int) -> pb.ListGenerationsResponse:
+    """The first `size` of a list whose newest comes first, and where the next page begins."""
+    page = pb.ListGenerationsResponse(generations=[_summary(each) for each in generations[:size]])
+    if len(generations) > size:
+        page.next_page_token = str(generations[size - 1].created_ns)
+    return page
+
+
+def _summary(generation: Generation) -> pb.GenerationSummary:
+    state = generation.log.state
+    summary = pb.GenerationSummary(
+        generation_id=generation.id,
+        request_id=generation.terms.request_id,
+        prompt=generation.job.prompt,
+        phase=encode_phase(state.phase),
+        step=state.step,
+        total_steps=state.total_steps,
+        seed=generation.job.seed,
+    )
+    summary.create_time.FromNanoseconds(generation.created_ns)
+    return summary
+
+
+def encode_phase(phase: Phase) -> pb.Phase.ValueType:
+    """The wire's phase."""
+    return pb.Phase.Value(f"PHASE_{phase.name}")
+
+
+def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica: str) -> pb.Model:
+    """The answer to `GetModel`."""
+    most_steps = model.max_steps(model.scheduler, limits)
+    return pb.Model(
+        name=model.name,
+        pipeline=model.pipeline,
+        width_px=model.width,
+        height_px=model.height,
+        size_multiple_px=model.size_multiple,
+        max_pixels=limits.max_pixels,
+        step_count=min(model.step_count, most_steps),
+        max_step_count=most_steps,
+        guidance_scale=model.guidance_scale,
+        takes_negative_prompt=model.takes_negative_prompt,
+        scheduler=model.scheduler,
+        schedulers=model.schedulers,
+        max_prompt_chars=limits.max_prompt_chars,
+        max_prompt_tokens=model.max_prompt_tokens,
+        device=model.device,
+        dtype=model.dtype,
+        server_version=server_version,
+        preview_methods=[_method(each) for each in model.preview_methods if each in limits.preview_methods],
+        preview=pb.PreviewOptions(
+            every_steps=limits.preview.every_steps,
+            min_interval=_duration(limits.preview.min_interval),
+            max_edge_px=limits.preview.max_edge,
+            quality=limits.preview.quality,
+            method=_method(limits.preview.method),
+        ),
+        max_preview_edge_px=limits.max_preview_edge,
+        max_preview_quality=limits.max_preview_quality,
+        max_active=model.max_active,
+        max_batch_rows=model.max_batch_rows,
+        unbatched_reason=model.unbatched_reason,
+        replica=replica,
+    )
+
+
+def encode_error(error: ServiceError) -> Status:
+    """The status of a call that ended with `error`: always with `ErrorInfo`, and what else helps the caller."""
+    details = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)]
+    if isinstance(error, InvalidRequest):
+        fields = [BadRequest.FieldViolation(field=v.field, description=v.description) for v in error.violations]
+        details.append(BadRequest(field_violations=fields))
+    if error.retry_after is not None:
+        details.append(RetryInfo(retry_delay=_duration(error.retry_after)))
+    status = Status(code=Code.Value(error.code), message=error.message)
+    for detail in details:
+        packed = Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def _describe_image(progress: pb.Progress, image: EncodedImage, kind: pb.ImageKind.ValueType, step: int) -> None:
+    progress.image_format = _FORMATS[image.format]
+    progress.image_kind = kind
+    progress.image_step = step
+    progress.width_px = image.width
+    progress.height_px = image.height
+
+
+def _method(method: PreviewMethod) -> pb.PreviewMethod.ValueType:
+    return pb.PreviewMethod.Value(f"PREVIEW_METHOD_{method.name}")
+
+
+def _timings(timings: Timings) -> pb.Timings:
+    return pb.Timings(**{f.name: _duration(getattr(timings, f.name)) for f in dataclasses.fields(timings)})
+
+
+def _duration(seconds: float | None) -> Duration | None:
+    if seconds is None:
+        return None
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

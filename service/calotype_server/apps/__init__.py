@@ -1,0 +1,1 @@
+"""Composition roots: each wires settings, engine and transports to a running process."""

@@ -1,0 +1,86 @@
+"""The standalone bridge: browsers on one side, Calotype servers elsewhere on the other. Needs no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import grpc
+import structlog
+
+from calotype_server import __version__
+from calotype_server.apps.signals import Signals
+from calotype_server.observability.logs import configure_logging
+from calotype_server.observability.metrics import Metrics
+from calotype_server.transport.cluster.forwarder import Forwarder
+from calotype_server.transport.cluster.upstreams import Upstreams
+from calotype_server.transport.net.certificates import upstream_credentials
+from calotype_server.transport.net.exposure import Exposure
+from calotype_server.transport.net.open_files import reserve_descriptors
+from calotype_server.transport.web.metrics_endpoint import serve_metrics
+from calotype_server.transport.web.server import WebServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from calotype_server.settings import BridgeSettings
+    from calotype_server.transport.cluster.upstreams import Connect
+
+__all__ = ["serve"]
+
+_log = structlog.get_logger(__name__)
+
+
+async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then lets running calls end; a second signal hurries.
+
+    It starts whether or not there is any upstream, and finds each whenever it comes.
+
+    Args:
+        settings: What the operator wants.
+        announce: Called once with the web address, when requests are welcome.
+
+    Raises:
+        StartupError: The address is taken, strangers could reach it, or a file cannot be used.
+    """
+    configure_logging(settings.log_level, settings.log_format)
+    doors = Exposure(settings, {"--web-address": settings.web_address})
+    signals = Signals()
+    metrics = Metrics(__version__)
+    reserve_descriptors(settings.max_connections)
+
+    async def is_ready() -> bool:
+        return not signals.stopped and await upstreams.is_serving()
+
+    async with Upstreams(settings.upstream, _connector(settings)) as upstreams:
+        web = WebServer(
+            settings.web_address,
+            lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
+            doors.access,
+            doors.certificates,
+            is_ready=is_ready,
+            allowed_origins=settings.allowed_origins,
+            allowed_hosts=settings.allowed_hosts,
+            limits=settings.port_limits,
+            transport="bridge",
+            observe=metrics.observe,
+            metrics=None if settings.metrics_address else metrics.render,
+        )
+        address = await web.start()
+        try:
+            doors.watch()
+            async with serve_metrics(settings.metrics_address, metrics.render):
+                announce(address)
+                await signals.stopping()
+                _log.info("draining", grace=settings.drain_seconds)
+                await signals.unless_hurried(web.stop(settings.drain_seconds))
+        finally:
+            await doors.close()
+            await web.stop(0)
+
+
+def _connector(settings: BridgeSettings) -> Connect:
+    """Returns what makes a channel to an upstream."""
+    if not settings.encrypts_upstream:
+        return lambda target, options: grpc.aio.insecure_channel(target, options)
+    credentials = upstream_credentials(settings.upstream_ca, settings.upstream_certificate, settings.upstream_key)
+    return lambda target, options: grpc.aio.secure_channel(target, credentials, options)

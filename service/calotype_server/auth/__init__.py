@@ -1,0 +1,1 @@
+"""API keys, callers, roles and quotas."""

@@ -1,0 +1,104 @@
+"""`calotype doctor`: what is installed, what would happen, and what to do about it.
+
+It changes nothing and downloads nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+import typer
+
+from calotype_server.errors import StartupError
+from calotype_server.transport.net.address import check_free
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from calotype_server.settings import Settings
+
+__all__ = ["Finding", "doctor", "examine"]
+
+_PACKAGES = ("calotype", "grpcio", "protobuf", "torch", "diffusers", "transformers", "pillow")
+_EXTRAS = {"live pictures in the terminal": "textual_image", "notebooks": "IPython"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report; `advice` tells what to do when `ok` is false."""
+
+    ok: bool
+    subject: str
+    result: str
+    advice: str = ""
+
+
+def doctor(settings: Settings) -> None:
+    """Check this machine: packages, device, model, port. Takes the options of `serve`."""
+    sick = False
+    for finding in examine(settings):
+        mark = typer.style("ok  ", fg="green") if finding.ok else typer.style("FAIL", fg="red")
+        typer.echo(f"{mark} {finding.subject:12} {finding.result}")
+        if not finding.ok:
+            sick = True
+            typer.echo(f"     {'':12} {finding.advice}")
+    raise typer.Exit(1 if sick else 0)
+
+
+def examine(settings: Settings) -> Iterator[Finding]:
+    """Yields what was found, in the order in which a start would stumble over it."""
+    yield Finding(True, "python", f"{platform.python_version()} on {platform.platform()}")
+    for package in _PACKAGES:
+        try:
+            yield Finding(True, package, version(package))
+        except PackageNotFoundError:
+            yield Finding(False, package, "not installed", f"pip install '{package}', or 'calotype[server]' for all")
+    for purpose, module in _EXTRAS.items():
+        if importlib.util.find_spec(module) is None:
+            yield Finding(True, "extra", f"not installed: {purpose}")
+    yield _port(settings.grpc_address, "--grpc-address")
+    yield _port(settings.web_address, "--web-address")
+    yield from _model(settings)
+
+
+def _port(address: str, option: str) -> Finding:
+    try:
+        check_free(address, option)
+    except StartupError as error:
+        return Finding(False, "port", f"cannot listen on {address}", str(error))
+    return Finding(True, "port", f"{address} is free")
+
+
+def _model(settings: Settings) -> Iterator[Finding]:
+    try:
+        from calotype_server.engine import capabilities, loading
+
+        device = loading.pick_device(settings.device)
+        dtype = loading.pick_dtype(settings.dtype, device)
+        yield Finding(True, "device", f"{device}, {str(dtype).removeprefix('torch.')}")
+        source = loading.locate(settings.model)
+        try:
+            pipeline = loading.load_pipeline(
+                settings.model,
+                revision=settings.revision,
+                variant=settings.variant,
+                device=device,
+                dtype=dtype,
+                download=False,
+            )
+        except StartupError:
+            if not isinstance(source, str):
+                raise
+            yield Finding(True, "model", f"{settings.model} is not in the local cache: serve will try to download it")
+            return
+        model = capabilities.describe(settings.model, pipeline, capabilities.read_defaults(source))
+    except StartupError as error:
+        yield Finding(False, "model", f"{settings.model} cannot be used", str(error))
+    except ImportError as error:
+        yield Finding(False, "model", f"cannot import {error.name}", "pip install 'calotype[server]'")
+    else:
+        yield Finding(True, "model", f"{model.name}: {model.pipeline}, {model.width}x{model.height}")

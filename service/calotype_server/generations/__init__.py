@@ -1,0 +1,1 @@
+"""Generations: their queue, life cycle, event log and storage."""

@@ -1,0 +1,1 @@
+"""Image files: encoders and the metadata written into them."""

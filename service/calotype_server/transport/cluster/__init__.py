@@ -1,0 +1,1 @@
+"""Several servers: forwarding calls to upstreams and to other replicas."""

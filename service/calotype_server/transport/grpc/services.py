@@ -1,0 +1,76 @@
+"""What every gRPC port offers: the service and its health."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype.v1.calotype_pb2_grpc import add_GenerationServiceServicer_to_server
+
+if TYPE_CHECKING:
+    import grpc
+
+    from calotype_server.transport.grpc.servicer import GenerationServicer
+
+__all__ = ["Services"]
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+
+class Services:
+    """The servicers that all ports share, so that a change of health is seen on each.
+
+    Args:
+        servicer: Answers the calls.
+    """
+
+    names = (_SERVICE, health.SERVICE_NAME)
+
+    def __init__(self, servicer: GenerationServicer) -> None:
+        self._servicer = servicer
+        self._health = _Health()
+        self._serving = False
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers everything on a server."""
+        add_GenerationServiceServicer_to_server(self._servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+
+    @property
+    def serving(self) -> bool:
+        """Whether calls are welcome, as `set_serving` said."""
+        return self._serving
+
+    async def is_serving(self) -> bool:
+        """Whether calls are welcome; as a question that may take time, which a bridge's does."""
+        return self._serving
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tells health checks, of the service and of the whole server, whether calls are welcome."""
+        self._serving = serving
+        response = health_pb2.HealthCheckResponse
+        for service in (_SERVICE, ""):
+            await self._health.set(service, response.SERVING if serving else response.NOT_SERVING)
+
+    def release_watchers(self) -> None:
+        """Ends the calls of those who watch the health: a server that stops would wait for them in vain."""
+        self._health.stopping.set()
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.stopping = asyncio.Event()
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - the name in the proto
+        """Tells the health whenever it changes."""
+        watching = asyncio.ensure_future(super().Watch(request, context))
+        stopping = asyncio.ensure_future(self.stopping.wait())
+        try:
+            await asyncio.wait({watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watching.cancel()
+            stopping.cancel()

@@ -1,0 +1,1 @@
+"""What all ports share: addresses, certificates, credentials and limits."""

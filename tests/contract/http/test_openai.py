@@ -1,0 +1,207 @@
+"""OpenAI's own SDK for Python, unchanged, as a client; and what its users' other clients may send."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import TYPE_CHECKING
+
+import openai
+import pytest
+
+from calotype_server import errors
+from calotype_server.api import service as api
+from support.engine.fake_engine import FakeEngine
+from support.service import running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import httpx2
+
+    from support.service import Service
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    """One that runs freely unless told to hold."""
+    return FakeEngine()
+
+
+@pytest.fixture
+async def service(engine: FakeEngine) -> AsyncIterator[Service]:
+    """A server around it."""
+    async with running(engine, transport="sse") as service:
+        yield service
+
+
+@pytest.fixture
+async def sdk(service: Service) -> AsyncIterator[openai.AsyncOpenAI]:
+    """The SDK, told only where the server is and some key."""
+    async with openai.AsyncOpenAI(base_url=f"http://{service.address}/v1", api_key="any", max_retries=0) as sdk:
+        yield sdk
+
+
+async def test_an_image_is_made(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    """The answer has the fields of the SDK's types, and the file in the format and of the size asked for."""
+    answer = await sdk.images.generate(
+        prompt="a red apple",
+        model="fake",
+        size="128x64",
+        quality="high",
+        output_format="webp",
+        output_compression=80,
+        user="somebody",
+        extra_body={"seed": 7, "negative_prompt": "worms", "guidance_scale": 2.5},
+    )
+    assert (answer.size, answer.output_format, answer.quality, answer.background) == (
+        "128x64",
+        "webp",
+        "high",
+        "opaque",
+    )
+    assert answer.created > 1_700_000_000
+    assert answer.usage.total_tokens == 0
+    [image] = answer.data
+    assert base64.b64decode(image.b64_json)[8:12] == b"WEBP"
+    [job] = engine.jobs
+    assert (job.seed, job.negative_prompt, job.guidance_scale, job.step_count) == (7, "worms", 2.5, 8)
+    assert (job.width, job.height, job.output.quality, job.preview.method) == (128, 64, 80, "none")
+
+
+async def test_several_images_have_seeds_of_their_own(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    """`n` images come in the order of their seeds."""
+    answer = await sdk.images.generate(prompt="a red apple", n=3, extra_body={"seed": 7})
+    assert [image.seed for image in answer.data] == [7, 8, 9]
+    assert sorted(job.seed for job in engine.jobs) == [7, 8, 9]
+    assert len({image.b64_json for image in answer.data}) == 3
+
+
+@pytest.mark.proves("openai", "streams")
+@pytest.mark.parametrize("count", [0, 1, 3])
+async def test_a_stream_shows_partial_images(sdk: openai.AsyncOpenAI, engine: FakeEngine, count: int) -> None:
+    """As many as were asked for, evenly over the steps, and the completed image."""
+    engine.hold()
+    stream = await sdk.images.generate(
+        prompt="a red apple", stream=True, partial_images=count, extra_body={"step_count": 8}
+    )
+    told = []
+
+    async def read() -> None:
+        async for event in stream:
+            told.append(event)
+            if event.type == "image_generation.partial_image":
+                engine.allow(1)
+
+    reading = asyncio.create_task(read())
+    # The reader lets the steps go on: one that keeps up loses none.
+    engine.allow(8 // (count + 1))
+    while not reading.done():
+        engine.allow(1)
+        await asyncio.wait([reading], timeout=0.02)
+    await reading
+    *partial, completed = told
+    assert [event.type for event in partial] == ["image_generation.partial_image"] * len(partial)
+    assert len(partial) == count
+    assert [event.partial_image_index for event in partial] == list(range(len(partial)))
+    assert all(base64.b64decode(event.b64_json).startswith(b"\xff\xd8") for event in partial)
+    assert all(event.output_format == "jpeg" for event in partial)
+    assert completed.type == "image_generation.completed"
+    assert base64.b64decode(completed.b64_json).startswith(b"\x89PNG")
+    assert (completed.size, completed.quality, completed.output_format) == ("64x64", "medium", "png")
+    assert completed.usage.input_tokens_details.text_tokens == 0
+
+
+@pytest.mark.proves("openai", "cancels")
+async def test_leaving_a_stream_cancels(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    """Closing the SDK's stream frees the engine."""
+    engine.hold()
+    stream = await sdk.images.generate(prompt="a red apple", stream=True, partial_images=1)
+    assert await asyncio.to_thread(engine.at_step.acquire, timeout=20)
+    await stream.close()
+    assert await asyncio.to_thread(engine.stops[0].wait, 20)
+    engine.allow()
+
+
+async def test_leaving_without_a_stream_cancels_all(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    """The one that runs and those that wait."""
+    engine.hold()
+    asking = asyncio.create_task(sdk.images.generate(prompt="a red apple", n=3))
+    assert await asyncio.to_thread(engine.at_step.acquire, timeout=20)
+    asking.cancel()
+    assert await asyncio.to_thread(engine.stops[0].wait, 20)
+    engine.allow()
+    assert (await sdk.images.generate(prompt="next")).data
+    assert [job.prompt for job in engine.jobs] == ["a red apple", "next"]
+
+
+@pytest.mark.proves("openai", "errors")
+async def test_everything_that_is_wrong_is_named(sdk: openai.AsyncOpenAI) -> None:
+    """The SDK's BadRequestError: values that make no sense here, unknown fields, and what the model cannot do."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        await sdk.images.generate(
+            prompt="",
+            model="dall-e-3",
+            n=99,
+            size="63x64",
+            background="transparent",
+            output_compression=50,
+            response_format="url",
+            partial_images=2,
+            extra_body={"seed": -1, "strength": 0.3},
+        )
+    error = caught.value
+    assert (error.type, error.code, error.param) == ("invalid_request_error", "INVALID_REQUEST", "n")
+    named = {each["field"] for each in error.body["violations"]}
+    wrong = {"prompt", "model", "n", "size", "background", "output_compression", "response_format", "seed", "strength"}
+    assert named == wrong | {"partial_images"}
+
+
+async def test_errors_are_the_sdks_own(sdk: openai.AsyncOpenAI, service: Service, engine: FakeEngine) -> None:
+    """Full queue, failed generation, unknown model, draining: each has its class, its code, and says when to retry."""
+    engine.failure = errors.NumericalFailure("Numbers.")
+    with pytest.raises(openai.InternalServerError) as caught:
+        await sdk.images.generate(prompt="a red apple")
+    assert (caught.value.code, caught.value.response.headers["x-should-retry"]) == ("NUMERICAL_FAILURE", "false")
+    with pytest.raises(openai.APIError, match="Numbers"):
+        async for _ in await sdk.images.generate(prompt="a red apple", stream=True):
+            pass
+    engine.failure = None
+    engine.hold()
+    with pytest.raises(openai.RateLimitError) as full:
+        await sdk.images.generate(prompt="a red apple", n=9)
+    assert full.value.code == "QUEUE_FULL"
+    assert int(full.value.response.headers["retry-after"]) >= 1
+    with pytest.raises(openai.NotFoundError, match="'fake'"):
+        await sdk.models.retrieve("gpt-image-1")
+    service.generations.refuse(retry_after=5.0)
+    with pytest.raises(openai.InternalServerError) as draining:
+        await sdk.images.generate(prompt="a red apple")
+    assert (draining.value.status_code, draining.value.response.headers["retry-after"]) == (503, "5")
+    engine.allow()
+
+
+async def test_the_sdk_retries_by_itself(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the model is loading it asks again, after the time that it is told."""
+    monkeypatch.setattr(api, "_LOADING_RETRY_SECONDS", 0.01)
+    async with (
+        running(engine, transport="sse", opened=False) as service,
+        openai.AsyncOpenAI(base_url=f"http://{service.address}/v1", api_key="any", max_retries=1) as sdk,
+    ):
+        refused = asyncio.Event()
+
+        async def note(response: httpx2.Response) -> None:
+            if response.status_code == 503:
+                service.api.open(service.generations)
+                refused.set()
+
+        sdk._client.event_hooks["response"].append(note)
+        assert (await sdk.images.generate(prompt="a red apple")).data
+        assert refused.is_set()
+
+
+async def test_models_are_listed(sdk: openai.AsyncOpenAI) -> None:
+    """The one that is loaded."""
+    models = [model async for model in await sdk.models.list()]
+    assert [(model.id, model.owned_by) for model in models] == [("fake", "calotype")]
+    assert (await sdk.models.retrieve("fake")).created == models[0].created

@@ -1,0 +1,132 @@
+"""The OpenAPI document: that it is one, that it is true, and that whatever fits or breaks it does no harm."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import threading
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import requests
+import schemathesis
+import schemathesis.specs.openapi.schemas  # else imported late, while other threads are at work
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from calotype.v1 import calotype_pb2 as pb
+from support.engine.fake_engine import FakeEngine
+from support.service import running
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EXAMPLES = int(os.environ.get("SCHEMATHESIS", "10"))
+"""For each operation and mode."""
+
+CHECKS = {
+    # Some do not even reach the API: paths that no route matches.
+    GenerationMode.NEGATIVE: [not_a_server_error, unsupported_method],
+    GenerationMode.POSITIVE: [
+        not_a_server_error,
+        unsupported_method,
+        status_code_conformance,
+        content_type_conformance,
+        response_schema_conformance,
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A server in a thread of its own, for clients that block."""
+    ready = threading.Event()
+    found: dict[str, Any] = {}
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        async with running(FakeEngine(), transport="sse") as service:
+            found.update(url=f"http://{service.address}", loop=asyncio.get_running_loop(), stop=stop)
+            ready.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    assert ready.wait(30)
+    yield found["url"]
+    found["loop"].call_soon_threadsafe(found["stop"].set)
+    thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def document(url: str) -> dict[str, Any]:
+    """The document as it is served."""
+    return httpx.get(f"{url}/openapi.json").json()
+
+
+@pytest.fixture
+def session() -> Iterator[requests.Session]:
+    """Connections that are closed in the end."""
+    with requests.Session() as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def described(url: str) -> Any:
+    """The same for schemathesis."""
+    return schemathesis.openapi.from_url(f"{url}/openapi.json")
+
+
+@pytest.mark.timeout(120 * EXAMPLES)
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_no_request_breaks_the_server_or_the_description(
+    described: Any, session: requests.Session, mode: GenerationMode
+) -> None:
+    """Requests that fit the document and requests that do not: no 5xx, and every answer is one that is described."""
+    for operation in (found.ok() for found in described.get_all_operations()):
+        if mode is GenerationMode.NEGATIVE and operation.path in ("/model", "/models"):
+            continue  # nothing can be wrong with what takes nothing
+
+        @given(operation.as_strategy(generation_mode=mode))
+        @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+        def ask(case: Any) -> None:
+            # Not by schemathesis' own client, which cannot read events with the urllib3 that sonora asks for.
+            response = session.request(**case.as_transport_kwargs(), timeout=20)
+            case.validate_response(response, checks=CHECKS[mode])
+
+        ask()
+
+
+def test_the_document_describes_the_proto(document: dict[str, Any]) -> None:
+    """OpenAPI 3.1 whose schemas have every field of the messages, with the proto's comments."""
+    assert document["openapi"].startswith("3.1")
+    for message in (pb.GenerateRequest, pb.Progress, pb.Model, pb.GenerationSummary):
+        described = document["components"]["schemas"][message.DESCRIPTOR.name]["properties"]
+        assert {field.name for field in message.DESCRIPTOR.fields} <= set(described)
+        assert all("description" in each for each in described.values())
+    seed = document["components"]["schemas"]["GenerateRequest"]["properties"]["seed"]
+    assert seed["description"].startswith("Seed of the initial noise, 0 to 9007199254740991")
+
+
+def test_every_reference_leads_somewhere(document: dict[str, Any], url: str) -> None:
+    """Also those on the page, which needs nothing from elsewhere and no script."""
+    schemas = document["components"]["schemas"]
+    assert set(re.findall(r'"#/components/schemas/([^"]+)"', httpx.get(f"{url}/openapi.json").text)) <= set(schemas)
+    page = httpx.get(f"{url}/docs")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert set(re.findall(r'href="#([^"]+)"', page.text)) <= set(re.findall(r'id="([^"]+)"', page.text))
+    assert set(re.findall(r'(?:src|href)="([^#"][^"]*)"', page.text)) == {"/docs.css", "/openapi.json"}
+    assert "<script" not in page.text
+    assert httpx.get(f"{url}/docs.css").headers["content-type"].startswith("text/css")
+    for path, methods in document["paths"].items():
+        for method in methods:
+            assert f"{method.upper()} /v1{path}" in page.text

@@ -1,0 +1,202 @@
+"""What HTTP requests are held to: their form, size and time, who may send them, and how they are refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from calotype_server.api.service import Api
+from calotype_server.types import PortLimits
+from support.engine.fake_engine import FakeEngine
+from support.grpcweb import Connection
+from support.service import running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import httpx
+
+    from support.service import Service
+
+APPLE = {"prompt": "a red apple"}
+APP = "https://app.example"
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    """A server that lets pages of one other site in."""
+    ports = PortLimits(request_seconds=0.2)
+    async with running(FakeEngine(), transport="sse", ports=ports, web={"allowed_origins": [APP]}) as service:
+        yield service
+
+
+@pytest.fixture
+def client(service: Service) -> httpx.AsyncClient:
+    """One of HTTP."""
+    return service.stub.client
+
+
+def fields(response: httpx.Response) -> list[str]:
+    """What is named as wrong."""
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == error["violations"][0]["field"]
+    return [each["field"] for each in error["violations"]]
+
+
+@pytest.mark.proves("sse", "errors")
+async def test_wrong_types_and_broken_rules_are_named_together(client: httpx.AsyncClient) -> None:
+    """What cannot be read does not hide what is out of range, and is not told twice."""
+    body = {
+        "prompt": 5,
+        "width_px": 63,
+        "step_count": "many",
+        "seed": "-1",
+        "preview": {"quality": 1000, "every_steps": [], "odd": 1},
+        "on_disconnect": "KEEP",
+        "disconnect_grace": "ten seconds",
+        "odd": None,
+        "strange": 1,
+    }
+    named = fields(await client.post("/generate", json=body))
+    unread = [
+        "prompt",
+        "step_count",
+        "preview.every_steps",
+        "preview.odd",
+        "on_disconnect",
+        "disconnect_grace",
+        "strange",
+    ]
+    assert named == [*unread, "width_px", "seed", "preview.quality"]
+    query = {"width_px": "63", "seed": "x", "preview.quality": "1000", "preview.odd": "1", "odd": "1"}
+    assert fields(await client.get("/generate", params=query)) == [
+        *("seed", "preview.odd", "odd", "prompt", "width_px", "preview.quality")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"{", "application/json"),
+        (b"[1]", "application/json"),
+        (b"", "application/json"),
+        (b'{"prompt": "a"}', "text/plain"),
+        (b"prompt=a", "application/x-www-form-urlencoded"),
+        (b"[" * 5000, "application/json"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "application/json"),
+        (b'{"prompt": "\\ud800"}', "application/json"),
+        (b'{"\\ud800": 1}', "application/json"),
+        (b"\xff\xfe", "application/json"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/generate", "/images/generations"])
+async def test_what_is_no_request_is_refused(client: httpx.AsyncClient, path: str, content: bytes, kind: str) -> None:
+    """In the same shape, with 400."""
+    response = await client.post(path, content=content, headers={"content-type": kind})
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_numbers_and_names_are_as_protojson_has_them(client: httpx.AsyncClient) -> None:
+    """64-bit integers as strings or numbers, null as if left out, enums by name, durations in seconds."""
+    for seed in (7, "7"):
+        body = {
+            **APPLE,
+            "seed": seed,
+            "negative_prompt": None,
+            "disconnect_grace": "1.5s",
+            "output": {"metadata": False},
+        }
+        told = (await client.post("/generate", json=body)).text
+        assert '"seed":"7"' in told
+
+
+async def test_a_request_has_a_size_and_a_time(service: Service, client: httpx.AsyncClient) -> None:
+    """413 for too many bytes, announced or not, and 408 for a body that does not come."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b" " * 1024
+
+    large = await client.post("/generate", json={"prompt": "x" * 70_000})
+    unannounced = await client.post("/generate", content=pieces(), headers={"content-type": "application/json"})
+    for response in (large, unannounced):
+        assert (response.status_code, response.json()["error"]["code"]) == (413, "REQUEST_TOO_LARGE")
+    connection = await Connection.open(service.address)
+    await connection.request("POST", "/v1/generate", {"host": service.address, "content-length": "10"})
+    head, body = await connection.answer()
+    connection.close()
+    assert (head.status_code, json.loads(body)["error"]["code"]) == (408, "REQUEST_TOO_LATE")
+
+
+async def test_only_pages_that_may_call_start_anything(client: httpx.AsyncClient) -> None:
+    """A foreign page gets 403, also for an `<img>`, which tells no origin; one on the list may read the answer."""
+    assert (await client.post("/generate", json=APPLE, headers={"origin": "https://evil.example"})).status_code == 403
+    for site in ("cross-site", "same-site"):
+        image = await client.get("/generate", params=APPLE, headers={"sec-fetch-site": site})
+        assert (image.status_code, image.json()["error"]["type"]) == (403, "permission_error")
+    allowed = await client.get("/generate", params=APPLE, headers={"sec-fetch-site": "cross-site", "origin": APP})
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == APP
+    asked = {"origin": APP, "access-control-request-method": "GET", "access-control-request-headers": "last-event-id"}
+    assert (await client.options("/generate", headers=asked)).status_code == 200
+    for site in ("none", "same-origin"):
+        assert (await client.get("/generate", params=APPLE, headers={"sec-fetch-site": site})).status_code == 200
+
+
+async def test_what_is_not_there_and_what_is_not_allowed(client: httpx.AsyncClient) -> None:
+    """404 and 405 in the same shape; the id of a request comes back, one that is not fit for a header does not."""
+    for method, path, status in (("GET", "/nothing", 404), ("DELETE", "/generate", 405), ("POST", "/models", 405)):
+        response = await client.request(method, path, headers={"x-request-id": "mine"})
+        assert (response.status_code, response.json()["error"]["type"]) == (status, "invalid_request_error")
+        assert response.headers["x-request-id"] == "mine"
+    odd = await client.get("/model", headers=[(b"x-request-id", b"\xe4\xf6")])
+    assert odd.headers["x-request-id"].isascii()
+
+
+async def test_loading_is_told_with_a_time_to_come_back() -> None:
+    """503 for everything, before the model is there."""
+    async with running(FakeEngine(), transport="sse", opened=False) as service:
+        for method, path, options in (
+            ("POST", "/generate", {"json": APPLE}),
+            ("POST", "/images/generations", {"json": APPLE}),
+            ("GET", "/models", {}),
+            ("GET", "/generations", {}),
+        ):
+            response = await service.stub.client.request(method, path, **options)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "NOT_READY")
+            assert response.headers["retry-after"] == "2"
+
+
+async def test_an_unexpected_exception_stays_inside(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """500 without its text, and the next request is answered."""
+
+    def broken(*_: object) -> None:
+        raise ValueError("secret")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Api, "model", broken)
+        response = await client.get("/model")
+        assert response.status_code == 500
+        assert "secret" not in response.text
+        assert response.json()["error"]["type"] == "server_error"
+    assert (await client.get("/model")).status_code == 200
+
+
+async def test_a_failed_generation_has_the_status_of_its_error(client: httpx.AsyncClient, service: Service) -> None:
+    """Where no stream tells it: here, of one that somebody else cancels."""
+    engine = service.generations._engine
+    engine.hold()
+    asking = asyncio.create_task(client.post("/images/generations", json=APPLE))
+    assert await asyncio.to_thread(engine.at_step.acquire, timeout=20)
+    [listed] = (await client.get("/generations")).json()["generations"]
+    await client.post(f"/generations/{listed['generation_id']}/cancel")
+    engine.allow()
+    response = await asking
+    assert (response.status_code, response.json()["error"]["code"]) == (499, "CANCELLED")
+    answer: dict[str, Any] = (await client.post(f"/generations/{listed['generation_id']}/cancel")).json()
+    assert answer == {"phase": "PHASE_CANCELLED"}

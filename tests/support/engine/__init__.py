@@ -1,0 +1,1 @@
+"""Tiny models and a fake engine."""

@@ -1,0 +1,82 @@
+"""Tiny pipelines of many families, randomly initialised: every layer of the real thing, a few thousand weights each.
+
+Nothing is downloaded. All weights are seeded, so two builds of a family are equal.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from support.engine import tiny_transformers, tiny_unets
+from support.engine.tiny_inputs import embeddings
+from support.engine.tiny_unets import sd15
+
+__all__ = ["FAMILIES", "build", "prompted", "sd15", "shared"]
+
+# The libraries give advice on unusually small configurations, and draw progress bars.
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+_BUILDERS = {
+    "aura_flow": tiny_transformers.aura_flow,
+    "chroma": tiny_transformers.chroma,
+    "cogview4": tiny_transformers.cogview4,
+    "flux": tiny_transformers.flux,
+    "flux2_klein": tiny_transformers.flux2,
+    "lcm": tiny_unets.lcm,
+    "lumina2": tiny_transformers.lumina2,
+    "pixart_sigma": tiny_transformers.pixart_sigma,
+    "qwen_image": tiny_transformers.qwen_image,
+    "sana": tiny_transformers.sana,
+    "sana_sprint": tiny_transformers.sana_sprint,
+    "sd15": sd15,
+    "sd3": tiny_transformers.sd3,
+    "sdxl": tiny_unets.sdxl,
+    "z_image": tiny_transformers.z_image,
+}
+
+FAMILIES = tuple(_BUILDERS)
+
+
+def build(family: str, **arguments: Any) -> Any:
+    """Builds a new pipeline of a family; leaves the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = _BUILDERS[family](**arguments)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@functools.cache
+def shared(family: str) -> Any:
+    """The process's one pipeline of a family, which no test may change."""
+    return build(family)
+
+
+def prompted(family: str) -> Any:
+    """A pipeline that takes prompts: those without a text encoder answer every prompt with the same embeddings."""
+    pipeline = build(family)
+    if pipeline.components.get("text_encoder") is not None:
+        return pipeline
+    encode_prompt = pipeline.encode_prompt
+    signature = inspect.signature(encode_prompt)
+    known = {name: value for name, value in embeddings(family).items() if name in signature.parameters}
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments.update(known)
+        return encode_prompt(*bound.args, **bound.kwargs)
+
+    pipeline.encode_prompt = encode
+    return pipeline

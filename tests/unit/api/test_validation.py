@@ -1,0 +1,414 @@
+"""From the wire to a job, or all that is wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server.api.validation import validate, validate_page, validate_watch, watched_previews
+from calotype_server.errors import InvalidRequest, PreviewMethodUnavailable
+from calotype_server.types import (
+    DeliveryOptions,
+    DisconnectPolicy,
+    Job,
+    Limits,
+    OutputOptions,
+    PreviewMethod,
+    PreviewOptions,
+)
+from support.engine.fake_engine import MODEL
+from support.service import LIMITS
+
+
+def fields(request: pb.GenerateRequest, model=MODEL) -> list[str]:
+    """The fields that are refused."""
+    with pytest.raises(InvalidRequest) as caught:
+        validate(request, model, LIMITS)
+    return [violation.field for violation in caught.value.violations]
+
+
+def test_defaults_come_from_the_model() -> None:
+    """A prompt alone is enough; the seed is drawn and in range."""
+    job, _ = validate(pb.GenerateRequest(prompt="a cat"), MODEL, LIMITS)
+    assert job == Job("a cat", None, 64, 64, 4, 3.0, job.seed, "DDIMScheduler")
+    assert 0 <= job.seed < 2**32
+    assert validate(pb.GenerateRequest(prompt="a cat"), MODEL, LIMITS)[0].seed != job.seed
+
+
+def test_every_violation_is_named_at_once() -> None:
+    """Whatever is wrong is told in one answer, in the order of the proto's messages."""
+    request = pb.GenerateRequest(
+        prompt="  ",
+        negative_prompt="n" * 201,
+        width_px=9,
+        height_px=-8,
+        step_count=51,
+        guidance_scale=float("nan"),
+        seed=2**53,
+        scheduler="NoScheduler",
+        preview=pb.PreviewOptions(
+            every_steps=0, min_interval=Duration(seconds=-1), max_edge_px=15, quality=96, method=77
+        ),
+        output=pb.OutputOptions(format=77, quality=101),
+    )
+    assert fields(request) == [
+        "prompt", "negative_prompt", "width_px", "height_px", "step_count", "guidance_scale", "seed", "scheduler",
+        "preview.every_steps", "preview.max_edge_px", "preview.quality", "preview.min_interval", "preview.method",
+        "output.format", "output.quality",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "x" * 201}, "prompt"),
+        ({"width_px": 0}, "width_px"),
+        ({"height_px": 12}, "height_px"),
+        ({"width_px": 264, "height_px": 256}, "width_px"),
+        ({"step_count": 0}, "step_count"),
+        ({"step_count": -1}, "step_count"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"guidance_scale": -0.1}, "guidance_scale"),
+        ({"guidance_scale": 100.1}, "guidance_scale"),
+        ({"seed": -1}, "seed"),
+        ({"scheduler": ""}, "scheduler"),
+    ],
+)
+def test_bad_values_are_refused_by_name(changes: dict, field: str) -> None:
+    """Each value out of range is refused under its own name."""
+    assert fields(pb.GenerateRequest(**{"prompt": "a cat", **changes})) == [field]
+
+
+def test_some_schedulers_take_fewer_steps() -> None:
+    """The ceiling is that of the scheduler where it is lower than the operator's, for the default as well."""
+    model = replace(MODEL, step_count=40, max_step_counts={"DDIMScheduler": 1000, "EulerDiscreteScheduler": 8})
+    named = pb.GenerateRequest(prompt="a cat", scheduler="EulerDiscreteScheduler")
+    assert validate(named, model, LIMITS)[0].step_count == 8
+    named.step_count = 9
+    assert fields(named, model) == ["step_count"]
+    named.scheduler = "DDIMScheduler"
+    assert validate(named, model, LIMITS)[0].step_count == 9
+    named.step_count = LIMITS.max_step_count + 1
+    assert fields(named, model) == ["step_count"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"width_px": 256, "height_px": 256},
+        {"width_px": 8, "height_px": 8},
+        {"step_count": 1},
+        {"step_count": 50},
+        {"guidance_scale": 0.0},
+        {"guidance_scale": 100.0},
+        {"seed": 0},
+        {"seed": 2**53 - 1},
+        {"scheduler": "EulerDiscreteScheduler"},
+        {"negative_prompt": "blur"},
+    ],
+)
+def test_the_ends_of_ranges_are_accepted(changes: dict) -> None:
+    """Ranges are inclusive, and zero is a value, not a default."""
+    job, _ = validate(pb.GenerateRequest(prompt="a cat", **changes), MODEL, LIMITS)
+    names = {"width_px": "width", "height_px": "height"}
+    assert {name: getattr(job, names.get(name, name)) for name in changes} == changes
+
+
+def test_parameters_that_the_pipeline_lacks_are_refused_not_ignored() -> None:
+    """A model without guidance and negative prompt says so."""
+    bare = replace(MODEL, guidance_scale=None, takes_negative_prompt=False)
+    assert fields(pb.GenerateRequest(prompt="a", guidance_scale=1, negative_prompt="b"), bare) == [
+        "negative_prompt", "guidance_scale"
+    ]  # fmt: skip
+    assert validate(pb.GenerateRequest(prompt="a"), bare, LIMITS)[0].guidance_scale is None
+
+
+def job(preview: dict | None = None, output: dict | None = None, limits: Limits = LIMITS, model=MODEL) -> Job:
+    """The job of a request with these options."""
+    request = pb.GenerateRequest(prompt="a cat")
+    if preview is not None:
+        request.preview.CopyFrom(pb.PreviewOptions(**preview))
+    if output is not None:
+        request.output.CopyFrom(pb.OutputOptions(**output))
+    return validate(request, model, limits)[0]
+
+
+@pytest.mark.parametrize(
+    ("preview", "field", "range_"),
+    [
+        ({"every_steps": 0}, "preview.every_steps", "1 to 1000"),
+        ({"every_steps": -1}, "preview.every_steps", "1 to 1000"),
+        ({"every_steps": 1001}, "preview.every_steps", "1 to 1000"),
+        ({"min_interval": Duration(nanos=-1)}, "preview.min_interval", "0 to 60 s"),
+        ({"min_interval": Duration(seconds=60, nanos=1)}, "preview.min_interval", "0 to 60 s"),
+        ({"min_interval": Duration(seconds=2**62)}, "preview.min_interval", "0 to 60 s"),
+        ({"max_edge_px": 15}, "preview.max_edge_px", "16 to 1024"),
+        ({"max_edge_px": 1025}, "preview.max_edge_px", "16 to 1024"),
+        ({"quality": 0}, "preview.quality", "1 to 95"),
+        ({"quality": 96}, "preview.quality", "1 to 95"),
+        ({"method": 99}, "preview.method", "unknown"),
+    ],
+)
+def test_bad_preview_options_are_refused_with_their_range(preview: dict, field: str, range_: str) -> None:
+    """Each option out of range is refused by its full name, and the sentence says what would do."""
+    with pytest.raises(InvalidRequest) as caught:
+        job(preview)
+    (violation,) = caught.value.violations
+    assert violation.field == field
+    assert range_ in violation.description
+
+
+@pytest.mark.parametrize(
+    ("output", "field", "words"),
+    [
+        ({"format": 99}, "output.format", "unknown"),
+        ({"quality": 90}, "output.quality", "PNG has none"),
+        ({"format": pb.IMAGE_FORMAT_PNG, "quality": 90}, "output.quality", "PNG has none"),
+        ({"format": pb.IMAGE_FORMAT_JPEG, "quality": 0}, "output.quality", "1 to 95"),
+        ({"format": pb.IMAGE_FORMAT_JPEG, "quality": 96}, "output.quality", "1 to 95"),
+        ({"format": pb.IMAGE_FORMAT_WEBP, "quality": 0}, "output.quality", "1 to 100"),
+        ({"format": pb.IMAGE_FORMAT_WEBP, "quality": 101}, "output.quality", "1 to 100"),
+    ],
+)
+def test_bad_output_options_are_refused(output: dict, field: str, words: str) -> None:
+    """Each format has its own range of qualities, and PNG none at all."""
+    with pytest.raises(InvalidRequest) as caught:
+        job(output=output)
+    (violation,) = caught.value.violations
+    assert violation.field == field
+    assert words in violation.description
+
+
+@pytest.mark.parametrize(
+    ("format", "edge", "longest"), [(pb.IMAGE_FORMAT_WEBP, 16384, 16383), (pb.IMAGE_FORMAT_JPEG, 65504, 65500)]
+)
+def test_a_format_that_cannot_hold_the_picture_is_refused(
+    format: pb.ImageFormat.ValueType,  # noqa: A002
+    edge: int,
+    longest: int,
+) -> None:
+    """Before the work, not after it; PNG holds any size, and so does the format up to its limit."""
+    limits = replace(LIMITS, max_pixels=2048 * 2048)
+
+    def wanted(size: dict, format: pb.ImageFormat.ValueType) -> pb.GenerateRequest:  # noqa: A002
+        return pb.GenerateRequest(prompt="a cat", output=pb.OutputOptions(format=format), **size)
+
+    for size in ({"width_px": edge, "height_px": 8}, {"width_px": 8, "height_px": edge}):
+        with pytest.raises(InvalidRequest) as caught:
+            validate(wanted(size, format), MODEL, limits)
+        assert [violation.field for violation in caught.value.violations] == ["output.format"]
+        assert str(longest) in caught.value.violations[0].description
+        validate(wanted(size, pb.IMAGE_FORMAT_PNG), MODEL, limits)
+    validate(wanted({"width_px": longest // 8 * 8, "height_px": 8}, format), MODEL, limits)
+
+
+@pytest.mark.parametrize(
+    ("preview", "expected"),
+    [
+        ({"every_steps": 1}, {"every_steps": 1}),
+        ({"every_steps": 1000}, {"every_steps": 1000}),
+        ({"min_interval": Duration()}, {"min_interval": 0.0}),
+        ({"min_interval": Duration(seconds=60)}, {"min_interval": 60.0}),
+        ({"min_interval": Duration(nanos=250_000_000)}, {"min_interval": 0.25}),
+        ({"max_edge_px": 16}, {"max_edge": 16}),
+        ({"max_edge_px": 1024}, {"max_edge": 1024}),
+        ({"quality": 1}, {"quality": 1}),
+        ({"quality": 95}, {"quality": 95}),
+        ({"method": pb.PREVIEW_METHOD_AUTO}, {"method": PreviewMethod.AUTO}),
+        ({"method": pb.PREVIEW_METHOD_HEAD}, {"method": PreviewMethod.HEAD}),
+        ({"method": pb.PREVIEW_METHOD_FULL_VAE}, {"method": PreviewMethod.FULL_VAE}),
+        ({"method": pb.PREVIEW_METHOD_NONE}, {"method": PreviewMethod.NONE}),
+    ],
+)
+def test_preview_options_arrive(preview: dict, expected: dict) -> None:
+    """The ends of the ranges are accepted, and what is not named stays as the operator has it."""
+    assert job(preview).preview == replace(LIMITS.preview, **expected)
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (None, OutputOptions("png", 90, True)),
+        ({}, OutputOptions("png", 90, True)),
+        ({"metadata": False}, OutputOptions("png", 90, False)),
+        ({"metadata": True}, OutputOptions("png", 90, True)),
+        ({"format": pb.IMAGE_FORMAT_JPEG}, OutputOptions("jpeg", 90, True)),
+        ({"format": pb.IMAGE_FORMAT_JPEG, "quality": 1}, OutputOptions("jpeg", 1, True)),
+        ({"format": pb.IMAGE_FORMAT_JPEG, "quality": 95}, OutputOptions("jpeg", 95, True)),
+        ({"format": pb.IMAGE_FORMAT_WEBP, "quality": 100}, OutputOptions("webp", 100, True)),
+    ],
+)
+def test_output_options_arrive(output: dict, expected: OutputOptions) -> None:
+    """A PNG with metadata unless the request says otherwise."""
+    assert job(output=output).output == expected
+
+
+OPERATORS = Limits(
+    max_pixels=256 * 256,
+    max_step_count=50,
+    max_prompt_chars=200,
+    max_preview_edge=128,
+    max_preview_quality=60,
+    preview=PreviewOptions(every_steps=4, min_interval=0.5, max_edge=96, quality=50, method=PreviewMethod.NONE),
+    preview_methods=frozenset({PreviewMethod.HEAD, PreviewMethod.TINY_VAE}),
+)
+
+
+def test_the_operators_defaults_hold_for_what_is_left_out() -> None:
+    """No preview options, empty ones, and a single one: the others are the operator's."""
+    assert job(None, limits=OPERATORS).preview == OPERATORS.preview
+    assert job({}, limits=OPERATORS).preview == OPERATORS.preview
+    assert job({"quality": 10}, limits=OPERATORS).preview == replace(OPERATORS.preview, quality=10)
+
+
+def test_the_operators_ceilings_hold() -> None:
+    """What is fine elsewhere is refused here, with the operator's number."""
+    assert job({"max_edge_px": 128, "quality": 60}, limits=OPERATORS).preview.max_edge == 128
+    with pytest.raises(InvalidRequest) as caught:
+        job({"max_edge_px": 129, "quality": 61}, limits=OPERATORS)
+    assert [(v.field, v.description[-3:]) for v in caught.value.violations] == [
+        ("preview.max_edge_px", "128"), ("preview.quality", " 60")
+    ]  # fmt: skip
+
+
+def test_a_forbidden_method_is_unavailable() -> None:
+    """FULL_VAE is there, but the operator does not want it: not the request's fault, and no other method instead."""
+    with pytest.raises(PreviewMethodUnavailable, match="does not allow previews by FULL_VAE") as caught:
+        job({"method": pb.PREVIEW_METHOD_FULL_VAE}, limits=OPERATORS)
+    assert (caught.value.code, caught.value.metadata) == ("FAILED_PRECONDITION", {"method": "FULL_VAE"})
+
+
+def test_a_method_that_is_not_configured_is_unavailable_and_says_how_to() -> None:
+    """TINY_VAE is allowed, but there is none: the sentence names the flag."""
+    with pytest.raises(PreviewMethodUnavailable, match=r"operator can name one .* calotype serve --tiny-vae") as caught:
+        job({"method": pb.PREVIEW_METHOD_TINY_VAE})
+    assert (caught.value.code, caught.value.metadata) == ("FAILED_PRECONDITION", {"method": "TINY_VAE"})
+    configured = replace(MODEL, preview_methods=(*MODEL.preview_methods, PreviewMethod.TINY_VAE))
+    assert job({"method": pb.PREVIEW_METHOD_TINY_VAE}, model=configured).preview.method is PreviewMethod.TINY_VAE
+
+
+def test_a_method_that_does_not_suit_the_model_is_unavailable() -> None:
+    """A pipeline whose head could not be calibrated has none."""
+    bare = replace(MODEL, preview_methods=())
+    with pytest.raises(PreviewMethodUnavailable, match="no previews by HEAD of this model"):
+        job({"method": pb.PREVIEW_METHOD_HEAD}, model=bare)
+    assert job({"method": pb.PREVIEW_METHOD_AUTO}, model=bare).preview.method is PreviewMethod.AUTO
+    assert job({"method": pb.PREVIEW_METHOD_NONE}, model=bare).preview.method is PreviewMethod.NONE
+
+
+def test_violations_come_before_an_unavailable_method() -> None:
+    """What the caller can mend is told first."""
+    with pytest.raises(InvalidRequest) as caught:
+        job({"method": pb.PREVIEW_METHOD_TINY_VAE, "quality": 0})
+    assert [violation.field for violation in caught.value.violations] == ["preview.quality"]
+
+
+int32s = st.none() | st.integers(-(2**31), 2**31 - 1)
+
+
+@given(
+    st.builds(
+        pb.GenerateRequest,
+        prompt=st.text(),
+        negative_prompt=st.none() | st.text(),
+        width_px=int32s,
+        height_px=int32s,
+        step_count=int32s,
+        guidance_scale=st.none() | st.floats(width=32),
+        seed=st.none() | st.integers(-(2**63), 2**63 - 1),
+        scheduler=st.none() | st.text(),
+        preview=st.builds(
+            pb.PreviewOptions,
+            every_steps=int32s,
+            min_interval=st.none() | st.builds(Duration, seconds=st.integers(-(2**63), 2**63 - 1), nanos=int32s),
+            max_edge_px=int32s,
+            quality=int32s,
+            method=st.integers(-9, 9),
+        ),
+        output=st.builds(pb.OutputOptions, format=st.integers(-9, 9), quality=int32s),
+    )
+)
+def test_anything_gives_a_job_within_limits_or_violations(request: pb.GenerateRequest) -> None:
+    """No request, however odd, raises anything else, and no job exceeds a limit."""
+    try:
+        job, _ = validate(request, MODEL, LIMITS)
+    except InvalidRequest as error:
+        assert error.violations
+    except PreviewMethodUnavailable as error:
+        assert error.metadata["method"] == "TINY_VAE"
+    else:
+        assert 1 <= job.preview.every_steps <= 1000
+        assert 0 <= job.preview.min_interval <= 60
+        assert 16 <= job.preview.max_edge <= LIMITS.max_preview_edge
+        assert 1 <= job.preview.quality <= LIMITS.max_preview_quality
+        assert 1 <= job.output.quality <= 100
+        assert job.pixel_count <= LIMITS.max_pixels
+        assert 1 <= job.step_count <= LIMITS.max_step_count
+
+
+def test_terms_are_read_and_default_to_cancel_at_once() -> None:
+    """What is left out means: cancel when the last reader leaves, no name, and a seed of the server's choice."""
+    _, terms = validate(pb.GenerateRequest(prompt="a"), MODEL, LIMITS)
+    assert terms == DeliveryOptions(seed_was_drawn=True)
+    request = pb.GenerateRequest(
+        prompt="a",
+        seed=1,
+        on_disconnect=pb.DISCONNECT_POLICY_KEEP,
+        disconnect_grace=Duration(seconds=2, nanos=500_000_000),
+        request_id="mine",
+    )
+    _, terms = validate(request, MODEL, LIMITS)
+    assert terms == DeliveryOptions(on_disconnect=DisconnectPolicy.KEEP, grace=2.5, request_id="mine")
+
+
+def test_terms_that_cannot_be_are_named_together() -> None:
+    """An unknown policy, a grace of more than an hour, and a name that is not printable."""
+    request = pb.GenerateRequest(
+        prompt="a", on_disconnect=7, disconnect_grace=Duration(seconds=3601), request_id="a\nb"
+    )
+    with pytest.raises(InvalidRequest) as caught:
+        validate(request, MODEL, LIMITS)
+    assert [violation.field for violation in caught.value.violations] == [
+        "on_disconnect",
+        "disconnect_grace",
+        "request_id",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("request_", "fields"),
+    [
+        (pb.WatchRequest(), ["generation_id"]),
+        (pb.WatchRequest(generation_id="a", after_sequence=-1), ["after_sequence"]),
+        (pb.WatchRequest(generation_id="a", preview=pb.PreviewOptions(quality=0)), ["preview.quality"]),
+    ],
+)
+def test_a_watch_that_cannot_be_is_refused(request_: pb.WatchRequest, fields: list[str]) -> None:
+    """What is wrong is named, as for a request to generate."""
+    with pytest.raises(InvalidRequest) as caught:
+        validate_watch(request_, LIMITS)
+    assert [violation.field for violation in caught.value.violations] == fields
+
+
+def test_watching_changes_only_the_options_that_are_given() -> None:
+    """The rest is as the generation was asked for."""
+    job, _ = validate(pb.GenerateRequest(prompt="a", preview=pb.PreviewOptions(quality=11)), MODEL, LIMITS)
+    request = pb.WatchRequest(generation_id="a", preview=pb.PreviewOptions(max_edge_px=64))
+    validate_watch(request, LIMITS)
+    assert watched_previews(request, LIMITS, job) == replace(job.preview, max_edge=64)
+    assert watched_previews(pb.WatchRequest(generation_id="a"), LIMITS, job) is None
+
+
+@pytest.mark.parametrize("wrong", [{"page_size": 0}, {"page_size": 101}, {"page_token": "x"}, {"page_token": "-1"}])
+def test_a_page_that_cannot_be_is_refused(wrong: dict) -> None:
+    """Sizes are 1 to 100, and tokens are those that were given out."""
+    with pytest.raises(InvalidRequest):
+        validate_page(pb.ListGenerationsRequest(**wrong))
+    assert validate_page(pb.ListGenerationsRequest()) == (50, None)
+    assert validate_page(pb.ListGenerationsRequest(page_size=100, page_token="17")) == (100, 17)

@@ -1,0 +1,101 @@
+"""What one caller may start in a while."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calotype_server.auth.quotas import Bucket, Quota, QuotaLimits
+from calotype_server.errors import ConcurrentGenerations, PixelStepsPerMinute, RequestsPerMinute
+from calotype_server.types import Job
+
+JOB = Job("a cat", None, 64, 64, 10, 3.0, 0, "DDIMScheduler")
+COST = 64 * 64 * 10
+
+
+class Clock:
+    """Stands still unless a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@given(
+    st.floats(0.5, 1000),
+    st.lists(st.tuples(st.floats(0, 90), st.floats(0.1, 3000)), max_size=60),
+)
+def test_a_bucket_never_gives_more_than_its_rate(per_minute: float, asked: list[tuple[float, float]]) -> None:
+    """In any span, what is taken is at most one full bucket, the rate times the span, and one debt for the last."""
+    bucket, now = Bucket(per_minute, 0.0), 0.0
+    taken: list[tuple[float, float]] = []
+    for pause, cost in asked:
+        now += pause
+        if bucket.wait(cost, now) == 0:
+            bucket.take(cost)
+            taken.append((now, cost))
+    for first in range(len(taken)):
+        for last in range(first, len(taken)):
+            span = taken[last][0] - taken[first][0]
+            amount = sum(cost for _, cost in taken[first:last])
+            assert amount <= per_minute + span * per_minute / 60 + 1e-4 * per_minute
+
+
+@given(st.floats(0.5, 1000), st.lists(st.floats(0.1, 3000), min_size=1, max_size=20))
+def test_whoever_waits_as_long_as_told_is_let_in(per_minute: float, costs: list[float]) -> None:
+    """The wait is enough, and also for what is larger than the bucket; a moment less is not enough."""
+    bucket, now = Bucket(per_minute, 0.0), 0.0
+    for cost in costs:
+        wait = bucket.wait(cost, now)
+        if wait > 0.2:
+            assert bucket.wait(cost, now + wait * 0.99) > 0
+        now += wait
+        assert bucket.wait(cost, now) == 0
+        bucket.take(cost)
+
+
+@pytest.mark.parametrize(
+    ("limits", "error", "wait"),
+    [
+        (QuotaLimits(requests_per_minute=2), RequestsPerMinute, 30.0),
+        (QuotaLimits(pixel_steps_per_minute=2 * COST), PixelStepsPerMinute, 30.0),
+        (QuotaLimits(concurrent=2), ConcurrentGenerations, 2.0),
+    ],
+)
+def test_each_limit_refuses_by_name_and_recovers(limits: QuotaLimits, error: type, wait: float) -> None:
+    """Two are let in, the third is refused with the time to wait, and let in after that."""
+    clock = Clock()
+    quota = Quota(limits, clock)
+    for running in range(2):
+        quota.check(JOB, running)
+        quota.charge(JOB)
+    with pytest.raises(error) as caught:
+        quota.check(JOB, 2)
+    assert caught.value.retry_after == pytest.approx(wait)
+    assert caught.value.code == "RESOURCE_EXHAUSTED"
+    clock.now += wait
+    quota.check(JOB, 1)
+
+
+def test_what_is_larger_than_the_bucket_waits_for_a_full_one_and_leaves_a_debt() -> None:
+    """A job of three minutes' worth runs at once when nothing ran before, and the next waits for three minutes."""
+    clock = Clock()
+    quota = Quota(QuotaLimits(pixel_steps_per_minute=COST / 3), clock)
+    quota.check(JOB, 0)
+    quota.charge(JOB)
+    with pytest.raises(PixelStepsPerMinute) as caught:
+        quota.check(JOB, 0)
+    assert caught.value.retry_after == pytest.approx(180)
+
+
+def test_a_check_takes_nothing() -> None:
+    """Who is refused elsewhere, as by a full queue, has used nothing up."""
+    quota = Quota(QuotaLimits(requests_per_minute=1), Clock())
+    quota.check(JOB, 0)
+    quota.check(JOB, 0)
+    quota.charge(JOB)
+    with pytest.raises(RequestsPerMinute):
+        quota.check(JOB, 0)

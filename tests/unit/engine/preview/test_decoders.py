@@ -1,0 +1,138 @@
+"""What draws previews draws what the pipeline would: the full VAE to the last bit, a tiny one in its place."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from calotype_server.engine.capabilities import Defaults
+from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.preview.decoders import VaeDecoder
+from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.tap import StepTap
+from calotype_server.types import PreviewMethod, PreviewOptions, PreviewReady
+from support.engine import tiny
+from support.engine.tiny_unets import tiny_vae
+from support.runs import JOB, STEPS, Run
+
+
+def seeded_tiny_vae(channels=4):
+    """The same small decoder each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tiny_vae(channels).eval()
+
+
+def predictions(pipeline, job):
+    """The predicted x0 of each step of a job."""
+    scheduler = make_scheduler(pipeline, job.scheduler)
+    found = []
+    StepTap(
+        scheduler,
+        on_start=[].append,
+        on_step=lambda step: found.append(step.x0()),
+        should_stop=lambda: False,
+    )
+    request_view(pipeline, scheduler)(
+        prompt=job.prompt,
+        width=job.width,
+        height=job.height,
+        num_inference_steps=job.step_count,
+        guidance_scale=job.guidance_scale,
+        generator=torch.Generator().manual_seed(job.seed),
+        output_type="latent",
+    )
+    return found
+
+
+def drawn(engine, job):
+    """The pixels of each preview by its step; at least the last one is there."""
+    run = Run(engine)
+    run(job)
+    shown = {event.step: event for event in run.events if isinstance(event, PreviewReady)}
+    assert {event.method for event in shown.values()} == {job.preview.method}
+    assert max(shown) == STEPS
+    return {step: event.pixels for step, event in shown.items()}
+
+
+def as_bytes(picture):
+    """Of one picture (3, height, width) from -1 to 1, as diffusers rounds it."""
+    return (
+        ((picture / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy().tobytes()
+    )
+
+
+def job_of(pipeline, method):
+    """A job whose previews are all by one method."""
+    return dataclasses.replace(
+        JOB,
+        width=64,
+        height=64,
+        scheduler=type(pipeline.scheduler).__name__,
+        preview=PreviewOptions(method=method),
+    )
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+@torch.no_grad()
+def test_the_full_vae_shows_what_the_pipeline_would_decode(family, tmp_path):
+    """Each preview is the pipeline's own decoding of that step's predicted x0."""
+    pipeline = tiny.prompted(family)
+    engine = DiffusersEngine(
+        "tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1, preview_methods={PreviewMethod.FULL_VAE}
+    )
+    job = job_of(pipeline, PreviewMethod.FULL_VAE)
+    config = pipeline.vae.config
+    truth = predictions(pipeline, job)
+    for step, pixels in drawn(engine, job).items():
+        latents = truth[step - 1] / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        assert pixels.data == as_bytes(pipeline.vae.decode(latents).sample[0])
+    engine.close()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
+@torch.no_grad()
+def test_a_tiny_vae_draws_in_place_of_the_full_one(family, tmp_path):
+    """Each preview is the small decoder's own picture of x0 in the denoiser's scale."""
+    pipeline, vae = tiny.prompted(family), seeded_tiny_vae()
+    engine = DiffusersEngine(
+        "tiny",
+        pipeline,
+        defaults=Defaults(),
+        cache_dir=tmp_path,
+        threads=1,
+        preview_methods={PreviewMethod.TINY_VAE},
+        tiny_vae=vae,
+    )
+    assert engine.model.preview_methods == (PreviewMethod.TINY_VAE,)
+    job = job_of(pipeline, PreviewMethod.TINY_VAE)
+    truth = predictions(pipeline, job)
+    for step, pixels in drawn(engine, job).items():
+        assert pixels.data == as_bytes(vae.decode(truth[step - 1]).sample[0])
+    engine.close()
+
+
+def test_a_tiny_vae_that_does_not_fit_is_not_offered(tmp_path, logs):
+    """One that raises when it is tried at load is left out, with a line in the log; the others draw."""
+    engine = DiffusersEngine(
+        "tiny",
+        tiny.build("sd15"),
+        defaults=Defaults(),
+        cache_dir=tmp_path,
+        threads=1,
+        preview_methods={PreviewMethod.TINY_VAE, PreviewMethod.FULL_VAE},
+        tiny_vae=seeded_tiny_vae(channels=16),
+    )
+    engine.close()
+    assert engine.model.preview_methods == (PreviewMethod.FULL_VAE,)
+    assert [entry["method"] for entry in logs if entry["log_level"] == "error"] == [PreviewMethod.TINY_VAE]
+
+
+def test_pictures_of_a_batch_are_in_order(sd15):
+    """Several generations' latents come back as their pictures."""
+    decoder = VaeDecoder(sd15, seeded_tiny_vae())
+    latents = torch.randn(3, 4, 4, 8, generator=torch.Generator().manual_seed(1))
+    assert decoder.shape(64, 32) == (1, 4, 4, 8)
+    together = decoder.decode(latents, 64, 32)
+    for picture, one in zip(together, latents.split(1), strict=True):
+        torch.testing.assert_close(picture, decoder.decode(one, 64, 32)[0], rtol=0, atol=1e-5)

@@ -1,0 +1,378 @@
+"""The engine as the rest of the server sees it: a job goes in, events and a picture come out."""
+
+import dataclasses
+import functools
+import threading
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from calotype_server import errors
+from calotype_server.engine.capabilities import Defaults
+from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.preview import pipeline_previews as previews_module
+from calotype_server.engine.protocol import Stop
+from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.types import (
+    Decoding,
+    Denoising,
+    EncodingPrompt,
+    Pixels,
+    PreviewMethod,
+    PreviewOptions,
+    PreviewReady,
+)
+from support.engine import tiny
+from support.runs import JOB, STEPS, Run
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """A cache in which the tiny SD1.5 is calibrated once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def pipeline():
+    """A pipeline that a test may do to what it likes."""
+    return tiny.build("sd15")
+
+
+@pytest.fixture
+def engine(pipeline, heads):
+    """An engine over that pipeline."""
+    engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def run(engine):
+    """Runs a job on that engine."""
+    return Run(engine)
+
+
+def bare(job=JOB, **arguments):
+    """What the untouched pipeline draws for a job, through its own conversion to a picture."""
+    shared = tiny.shared("sd15")
+    view = request_view(shared, make_scheduler(shared, job.scheduler))
+    image = view(
+        prompt=job.prompt,
+        width=job.width,
+        height=job.height,
+        num_inference_steps=job.step_count,
+        generator=torch.Generator().manual_seed(job.seed),
+        **arguments,
+    ).images[0]
+    return Pixels(image.width, image.height, np.asarray(image).tobytes())
+
+
+def on_evaluation(pipeline, act):
+    """Calls `act` with the number of the evaluation, from 1, before each call of the denoiser."""
+    numbers = iter(range(1, 1_000_000))
+    return pipeline.unet.register_forward_pre_hook(lambda *_: act(next(numbers)))
+
+
+def poison(module, inputs, output):
+    """Makes NaN of whatever a module returns."""
+    return tuple(torch.full_like(part, float("nan")) for part in output)
+
+
+class TestPicture:
+    """The engine draws what the pipeline draws."""
+
+    def test_picture_is_the_pipelines_own(self, run):
+        """The picture is that of the bare pipeline with the same seed, byte for byte."""
+        picture = run()
+        assert (picture.width, picture.height) == (64, 48)
+        assert picture == bare(guidance_scale=5.0)
+
+    def test_seed_decides(self, run):
+        """The same job gives the same picture again, another seed another one."""
+        first = run()
+        assert run() == first
+        assert run(dataclasses.replace(JOB, seed=8)) != first
+
+    def test_negative_prompt_and_guidance_arrive(self, run):
+        """What the model takes is passed to it."""
+        job = dataclasses.replace(JOB, negative_prompt="pears", guidance_scale=2.5)
+        assert run(job) == bare(job, negative_prompt="pears", guidance_scale=2.5)
+        assert run(job) != run(dataclasses.replace(JOB, guidance_scale=2.5))
+
+    def test_absent_parameters_are_not_passed(self, pipeline, heads):
+        """What the model does not take, or the job does not say, is left to the pipeline."""
+        calls = []
+
+        class Recording(diffusers.StableDiffusionPipeline):
+            @functools.wraps(diffusers.StableDiffusionPipeline.__call__)
+            def __call__(self, **arguments):
+                calls.append(arguments)
+                return super().__call__(**arguments)
+
+        pipeline.__class__ = Recording
+        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+        calls.clear()
+        Run(engine)(dataclasses.replace(JOB, negative_prompt=None, guidance_scale=None))
+        Run(engine)(dataclasses.replace(JOB, negative_prompt="", guidance_scale=0.0))
+        engine.close()
+        assert not {"negative_prompt", "guidance_scale"} & set(calls[0])
+        assert (calls[1]["negative_prompt"], calls[1]["guidance_scale"]) == ("", 0.0)
+
+    @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler"])
+    def test_scheduler_by_name(self, run, name):
+        """A job is denoised by the scheduler that it names, and the shared pipeline keeps its own."""
+        job = dataclasses.replace(JOB, scheduler=name)
+        assert run(job) == bare(job, guidance_scale=5.0)
+        assert run() == bare(guidance_scale=5.0)
+
+    def test_previews_change_no_bit_with_any_scheduler(self, engine, run):
+        """Every scheduler that is offered gives the picture of the bare pipeline, with cheap previews and full ones."""
+        assert len(engine.model.schedulers) >= 12
+        for name in engine.model.schedulers:
+            if name in ("LMSDiscreteScheduler", "DPMSolverSDEScheduler"):
+                continue  # They need packages that may not be there.
+            expected = bare(dataclasses.replace(JOB, scheduler=name), guidance_scale=5.0)
+            for method in (PreviewMethod.HEAD, PreviewMethod.FULL_VAE):
+                options = PreviewOptions(method=method)
+                assert run(dataclasses.replace(JOB, scheduler=name, preview=options)) == expected, (name, method)
+
+    def test_model_is_described(self, engine):
+        """The engine says what it has loaded."""
+        assert (engine.model.name, engine.model.pipeline) == ("tiny", "StableDiffusionPipeline")
+        assert engine.model.scheduler == "DDIMScheduler"
+
+    def test_threads_are_set_for_each_run(self, run, monkeypatch):
+        """Torch keeps the number of threads by thread, so each run sets it anew."""
+        asked = []
+        monkeypatch.setattr(torch, "set_num_threads", asked.append)
+        run()
+        assert 1 in asked
+
+
+class TestEvents:
+    """What happens is told in order."""
+
+    def test_each_step_has_its_picture(self, pipeline, run):
+        """With time enough for the preview thread every step comes with a picture, and decoding follows the last."""
+        on_evaluation(pipeline, lambda number: run.wait_for_step(number - 1))
+        run(dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.HEAD)))
+        previews = [event for event in run.events if isinstance(event, PreviewReady)]
+        assert [(event.step, event.total_steps, event.skipped) for event in previews] == [
+            (number, STEPS, 0) for number in range(1, STEPS + 1)
+        ]
+        assert all((event.pixels.width, event.pixels.height) == (64, 48) for event in previews)
+        assert all(len(event.pixels.data) == 64 * 48 * 3 for event in previews)
+        assert len({event.pixels.data for event in previews}) == STEPS
+        others = [event for event in run.events if not isinstance(event, PreviewReady)]
+        assert others == [EncodingPrompt(), Denoising(0, STEPS), Decoding()]
+        assert run.events[:2] == others[:2]
+        assert run.events.index(others[2]) >= 2 + STEPS - 1
+
+    def test_busy_preview_thread_costs_no_steps(self, run):
+        """Without waiting, steps are told in rising order, and those replaced are counted as skipped."""
+        run()
+        told = [event for event in run.events if isinstance(event, PreviewReady)]
+        assert [event.step for event in told] == sorted({event.step for event in told})
+        assert all(event.step <= STEPS for event in told)
+        before_last = [event for event in told if event.step < STEPS]
+        assert sum(1 + event.skipped for event in before_last) <= STEPS
+        assert run.kinds.count(Decoding) == 1
+
+    def test_evaluations_are_counted(self, run):
+        """A scheduler that evaluates twice a step has as many steps as it evaluates."""
+        run(dataclasses.replace(JOB, scheduler="HeunDiscreteScheduler"))
+        assert run.events[1] == Denoising(0, 2 * STEPS - 1)
+        assert run.kinds.count(Decoding) == 1
+
+    @pytest.mark.parametrize("others", [set(), {PreviewMethod.FULL_VAE}])
+    def test_without_a_head_there_is_progress(self, pipeline, tmp_path, monkeypatch, logs, others):
+        """A pipeline that cannot be calibrated draws its picture all the same, and previews by what else there is."""
+
+        def fail(*args):
+            raise ValueError("no tail to plant in")
+
+        monkeypatch.setattr(previews_module, "calibrate", fail)
+        engine = DiffusersEngine(
+            "tiny",
+            pipeline,
+            defaults=Defaults(),
+            cache_dir=tmp_path,
+            threads=1,
+            preview_methods={PreviewMethod.HEAD, *others},
+        )
+        assert "error" in [entry["log_level"] for entry in logs]
+        assert set(engine.model.preview_methods) == others
+        run = Run(engine)
+        assert run() == bare(guidance_scale=5.0)
+        engine.close()
+        drawn = {event.method for event in run.events if isinstance(event, PreviewReady)}
+        assert drawn == others
+        if not others:
+            steps = [Denoising(number, STEPS) for number in range(STEPS + 1)]
+            assert run.events == [EncodingPrompt(), *steps, Decoding()]
+
+    def test_head_comes_from_the_cache(self, pipeline, heads, engine, monkeypatch):
+        """The next start with the same decoder calibrates nothing, and still has pictures."""
+
+        def fail(*args):
+            raise AssertionError("calibrated again")
+
+        monkeypatch.setattr(previews_module, "calibrate", fail)
+        second = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+        run = Run(second)
+        on_evaluation(pipeline, lambda number: run.wait_for_step(number - 1))
+        run()
+        second.close()
+        assert PreviewReady in run.kinds
+
+    def test_closing_ends_the_preview_thread(self, pipeline, heads):
+        """A closed engine leaves no thread behind."""
+        before = set(threading.enumerate())
+        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+        (thread,) = (each for each in set(threading.enumerate()) - before if each.name == "calotype-preview")
+        engine.close()
+        assert not thread.is_alive()
+
+
+class TestPromptLength:
+    """A prompt that the model reads in part only is reported."""
+
+    @pytest.mark.parametrize(("length", "truncated"), [(75, False), (76, True), (200, True)])
+    def test_truncation_is_told(self, run, length, truncated):
+        """Beyond 75 tokens of its own, and the two special ones, a prompt is cut, and the first event says so."""
+        run(dataclasses.replace(JOB, prompt="x" * length))
+        notices = run.events[0].notices
+        assert [notice.reason for notice in notices] == ["PROMPT_TRUNCATED"] * truncated
+        if truncated:
+            assert str(length + 2) in notices[0].message
+            assert "77" in notices[0].message
+
+
+class TestStopping:
+    """A stop ends the work within one step."""
+
+    def test_stop_before_the_start(self, pipeline, run):
+        """A job that is stopped before it begins takes no step, reads no prompt and gives no picture."""
+        evaluations = []
+        on_evaluation(pipeline, evaluations.append)
+        pipeline.text_encoder.register_forward_pre_hook(lambda *_: evaluations.append("text"))
+        run.stop.set()
+        with pytest.raises(errors.Cancelled):
+            run()
+        assert evaluations == []
+        assert not {PreviewReady, Decoding} & set(run.kinds)
+
+    def test_stop_while_denoising(self, pipeline, run):
+        """A stop during the second evaluation ends the job there; the engine goes on."""
+        evaluations = []
+
+        def stop_at_two(number):
+            evaluations.append(number)
+            if number == 2:
+                run.stop.set()
+
+        hook = on_evaluation(pipeline, stop_at_two)
+        with pytest.raises(errors.Cancelled):
+            run(dataclasses.replace(JOB, step_count=8))
+        assert evaluations == [1, 2]
+        assert Decoding not in run.kinds
+        hook.remove()
+        assert Run(run.engine)() == bare(guidance_scale=5.0)
+
+
+class TestFailure:
+    """Each way to fail has a name, and the next job works."""
+
+    def failing(self, run, error):
+        """Runs a job that must fail with `error`, and returns what the caller may be told."""
+        with pytest.raises(error) as caught:
+            run()
+        return str(caught.value)
+
+    def next_works(self, run):
+        assert Run(run.engine)() == bare(guidance_scale=5.0)
+
+    def test_nan_ends_the_job_early(self, pipeline, run):
+        """NaN from the denoiser is seen by the preview thread and ends the job before its last step."""
+        evaluations = []
+
+        def wait(number):
+            evaluations.append(number)
+            run.wait_for_step(number - 1)
+
+        hooks = [on_evaluation(pipeline, wait), pipeline.unet.register_forward_hook(poison)]
+        text = self.failing(run, errors.NumericalFailure)
+        assert "invalid numbers" in text
+        assert len(evaluations) < STEPS
+        assert PreviewReady not in run.kinds
+        for hook in hooks:
+            hook.remove()
+        self.next_works(run)
+
+    def test_nan_weights(self, pipeline, run):
+        """Weights of NaN give a numerical failure rather than a black picture."""
+        with torch.no_grad():
+            bias = pipeline.unet.conv_out.bias.clone()
+            pipeline.unet.conv_out.bias.fill_(float("nan"))
+        self.failing(run, errors.NumericalFailure)
+        with torch.no_grad():
+            pipeline.unet.conv_out.bias.copy_(bias)
+        self.next_works(run)
+
+    def test_nan_from_the_decoder(self, pipeline, run):
+        """NaN that only the decoder makes is noticed as well."""
+        hook = pipeline.vae.decoder.register_forward_hook(lambda *args: torch.full_like(args[2], float("nan")))
+        self.failing(run, errors.NumericalFailure)
+        hook.remove()
+        self.next_works(run)
+
+    @pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
+    def test_pipeline_raises(self, pipeline, run, logs, kind):
+        """An exception of the pipeline, whatever its kind, is told in our words, and logged in its own."""
+
+        def fail(number):
+            if number == 2:
+                raise kind("secret: /home/someone/weights")
+
+        hook = on_evaluation(pipeline, fail)
+        text = self.failing(run, errors.GenerationFailed)
+        assert "secret" not in text
+        assert [entry["log_level"] for entry in logs] == ["error"]
+        hook.remove()
+        self.next_works(run)
+
+    def test_out_of_memory(self, pipeline, run):
+        """A device out of memory is told as that, with what may help."""
+
+        def fail(number):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
+
+        hook = on_evaluation(pipeline, fail)
+        text = self.failing(run, errors.OutOfMemory)
+        assert "smaller picture" in text
+        assert "40 GiB" not in text
+        hook.remove()
+        self.next_works(run)
+
+    def test_dead_device(self, pipeline, run, logs):
+        """A device that has failed for good is not taken for a failed picture."""
+
+        def fail(number):
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+        on_evaluation(pipeline, fail)
+        text = self.failing(run, errors.EngineDead)
+        assert "assert" not in text
+        assert [entry["log_level"] for entry in logs] == ["error"]
+
+    def test_failure_in_report(self, run):
+        """A reporter that raises ends its own job only."""
+
+        def report(event):
+            raise KeyError("reporter")
+
+        with pytest.raises(errors.GenerationFailed):
+            run.engine.run(JOB, report, Stop())
+        self.next_works(run)

@@ -1,0 +1,118 @@
+"""Good enough: the predicted picture of the step under way becomes the final one."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from calotype_server import errors
+from calotype_server.engine.capabilities import Defaults
+from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.preview.decoders import VaeDecoder
+from calotype_server.types import Decoding, Denoising, Withdrawn
+from support.checker import guarded
+from support.engine import tiny
+from support.runs import JOB, Run
+
+
+@pytest.fixture
+def open_engine(tmp_path):
+    """Makes engines over tiny pipelines, which are closed in the end."""
+    opened = []
+
+    def open_one(pipeline, **options):
+        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1, **options)
+        opened.append(engine)
+        return engine
+
+    yield open_one
+    for engine in opened:
+        engine.close()
+
+
+def finishing_at(engine, moment, job=JOB):
+    """Runs a job and asks for the picture when a certain event is reported; returns the run and the picture."""
+    run = Run(engine)
+    report = run.report
+
+    def watch(event):
+        report(event)
+        if event == moment:
+            run.stop.finish()
+
+    run.report = watch
+    return run, run(job)
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux", "lcm", "sd3"])
+def test_the_picture_is_the_full_decode_of_the_predicted_x0(open_engine, family, monkeypatch):
+    """After the first step, by the pipeline's own tail, whatever the layout; no further step is taken."""
+    pipeline = tiny.prompted(family)
+    engine = open_engine(pipeline)
+    width = height = 4 * engine.model.size_multiple
+    job = dataclasses.replace(
+        JOB, width=width, height=height, scheduler=engine.model.scheduler, guidance_scale=engine.model.guidance_scale
+    )
+    steps = []
+    decode = engine._finisher.decode
+    monkeypatch.setattr(engine._finisher, "decode", lambda step, *size: steps.append(step) or decode(step, *size))
+    run, picture = finishing_at(engine, Denoising(0, job.step_count), job)
+    (step,) = steps
+    assert step.number == 1
+    exact = VaeDecoder(pipeline, pipeline.vae).decode(step.x0(), width, height)
+    expected = (exact[0] * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy().tobytes()
+    assert (picture.width, picture.height) == (exact.shape[-1], exact.shape[-2])
+    assert picture.data == expected
+    assert Decoding(finished_early=True) in run.events
+
+
+def test_asking_too_late_changes_nothing(open_engine):
+    """All steps are done by then: the picture is the whole one, and does not say that it was finished early."""
+    engine = open_engine(tiny.build("sd15"))
+    whole = Run(engine)()
+    run, picture = finishing_at(engine, Decoding())
+    assert picture == whole
+    assert Decoding(finished_early=True) not in run.events
+
+
+def test_a_cancel_wins_over_a_finish(open_engine):
+    """Whoever cancels wants no picture."""
+    engine = open_engine(tiny.build("sd15"))
+    run = Run(engine)
+    run.stop.finish()
+    run.stop.set()
+    with pytest.raises(errors.Cancelled):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "expected"),
+    [
+        (torch.OutOfMemoryError(), errors.OutOfMemory),
+        (torch.AcceleratorError("an illegal memory access"), errors.EngineDead),
+        (ValueError("own words"), errors.GenerationFailed),
+    ],
+)
+def test_trouble_while_finishing_has_a_name(open_engine, monkeypatch, trouble, expected):
+    """The decode at the early end fails as the one at the end does, and says nothing of the cause."""
+    engine = open_engine(tiny.build("sd15"))
+
+    def fail(*_):
+        raise trouble
+
+    monkeypatch.setattr(engine._finisher, "decode", fail)
+    run = Run(engine)
+    run.stop.finish()
+    with pytest.raises(expected) as caught:
+        run()
+    assert "own words" not in str(caught.value)
+
+
+def test_the_safety_checker_is_asked_here_too(open_engine):
+    """What it objects to is withheld, although the pipeline's own end was not reached."""
+    engine = open_engine(guarded(*[True] * 9))
+    run = Run(engine)
+    run.stop.finish()
+    with pytest.raises(errors.ContentWithheld):
+        run()
+    assert Withdrawn() in run.events

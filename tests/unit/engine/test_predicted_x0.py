@@ -1,0 +1,351 @@
+"""The predicted x0 is right for every scheduler, by an oracle that knows the truth."""
+
+import copy
+import inspect
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+
+from calotype_server.engine.predicted_x0 import NoiseLevel, noise_level, predict_x0
+from calotype_server.engine.tap import StepTap
+
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_STEPS = 6
+_SHAPE = (1, 4, 6, 6)
+
+_DISCRETE = {
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
+    "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}),
+    "deis": (diffusers.DEISMultistepScheduler, {}),
+    "dpm": (
+        diffusers.DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+    ),
+    "dpm++2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpm++2m-karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpm++2m-sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++2s": (diffusers.DPMSolverSinglestepScheduler, {}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler-ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "euler-karras": (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "kdpm2": (diffusers.KDPM2DiscreteScheduler, {}),
+    "kdpm2-ancestral": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
+    "lcm": (diffusers.LCMScheduler, {"clip_sample": False}),
+    "pndm-plms": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+    "pndm-prk": (diffusers.PNDMScheduler, {}),
+    "sa-solver": (diffusers.SASolverScheduler, {}),
+    "tcd": (diffusers.TCDScheduler, {"clip_sample": False}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+}
+_KINDS = ("epsilon", "v_prediction", "sample")
+# Their own `step` knows no prediction of the sample.
+_NO_SAMPLE = {"euler-ancestral", "kdpm2", "kdpm2-ancestral", "pndm-plms", "pndm-prk"}
+
+# These give a `pred_original_sample` with every step.
+_REPORTING = {
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+}
+
+_FLOW = {
+    "flow-euler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow-euler-stochastic": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True),
+    "flow-heun": diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
+    "flow-lcm": diffusers.FlowMatchLCMScheduler(shift=3.0),
+    "flow-dpm++2m": diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ),
+    "flow-unipc": diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ),
+}
+_EDM = {
+    "edm-euler": diffusers.EDMEulerScheduler(),
+    "edm-dpm++2m": diffusers.EDMDPMSolverMultistepScheduler(),
+}
+
+
+def schedulers():
+    """Yields every configuration, with the prediction type that its oracle speaks."""
+    for name, (kind_of_scheduler, config) in _DISCRETE.items():
+        for kind in _KINDS:
+            if kind != "sample" or name not in _NO_SAMPLE:
+                scheduler = kind_of_scheduler(**_BETAS, **config, prediction_type=kind)
+                yield pytest.param(scheduler, kind, id=f"{name}-{kind}")
+    for name, scheduler in _FLOW.items():
+        yield pytest.param(scheduler, "flow_prediction", id=name)
+    for name, scheduler in _EDM.items():
+        yield pytest.param(scheduler, "edm", id=name)
+
+
+def own_noise_level(scheduler, timestep):
+    """Alpha and sigma at the next evaluation, as the scheduler's own forward process mixes picture and noise."""
+    probe = copy.deepcopy(scheduler)
+    if getattr(probe, "step_index", None) is not None and hasattr(probe, "set_begin_index"):
+        # With a begin index set, the forward process looks at the step index, which tells equal timesteps apart.
+        probe.set_begin_index(0)
+    if getattr(probe, "state_in_first_order", True) is False and hasattr(probe, "sigmas_interpol"):
+        # KDPM2's forward process knows nothing of its second stage, halfway to the next sigma, but its scaling of the
+        # model's input does: it divides by sqrt(sigma^2 + 1).
+        scaled = float(probe.scale_model_input(torch.ones(1, dtype=torch.float64), timestep))
+        return 1.0, (scaled**-2 - 1) ** 0.5
+    one, zero, when = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.as_tensor(timestep).reshape(1)
+    if hasattr(probe, "scale_noise"):
+        return float(probe.scale_noise(one, when, zero)), float(probe.scale_noise(zero, when, one))
+    return float(probe.add_noise(one, zero, when)), float(probe.add_noise(zero, one, when))
+
+
+def oracle(kind, alpha, sigma, x0, sample, data_sigma):
+    """What a perfect model answers, from the definitions of the prediction types."""
+    noise = (sample - alpha * x0) / sigma
+    norm = (alpha**2 + sigma**2) ** 0.5
+    match kind:
+        case "epsilon":
+            return noise
+        case "sample":
+            return x0
+        case "v_prediction":
+            return (alpha * noise - sigma * x0) / norm
+        case "flow_prediction":
+            return noise - x0
+        case "edm":
+            # Karras et al. 2022, eq. 7 and table 1: D = c_skip x + c_out F, and D shall be the truth.
+            total = sigma**2 + data_sigma**2
+            return (x0 - data_sigma**2 / total * sample) * total**0.5 / (sigma * data_sigma)
+    raise AssertionError(kind)
+
+
+def walk(scheduler, kind):
+    """Runs a scheduler on the oracle; yields x0, what we predict, and what the scheduler's step returned."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(_STEPS)
+    random = torch.Generator().manual_seed(0)
+    x0 = 0.7 * torch.randn(_SHAPE, generator=random)
+    sample = torch.randn(_SHAPE, generator=random) * getattr(scheduler, "init_noise_sigma", 1.0)
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    for number, timestep in enumerate(scheduler.timesteps):
+        if hasattr(scheduler, "scale_model_input"):
+            scheduler.scale_model_input(sample, timestep)
+        alpha, sigma = own_noise_level(scheduler, timestep)
+        if sigma < 1e-4:
+            # Nothing is left to predict, and the oracle would divide by zero.
+            break
+        output = oracle(kind, alpha, sigma, x0, sample, scheduler.config.get("sigma_data"))
+        predicted = predict_x0(scheduler, noise_level(scheduler, number, timestep), sample, output)
+        stepped = scheduler.step(output, timestep, sample, **({"generator": random} if takes_generator else {}))
+        # Rounding of the sample grows with the noise that is divided out of it; flow divides by nothing.
+        yield x0, predicted, stepped, 1.0 if kind == "flow_prediction" else max(1.0, sigma / alpha)
+        sample = stepped.prev_sample
+
+
+@pytest.mark.parametrize(("scheduler", "kind"), list(schedulers()))
+def test_x0_is_the_truth(scheduler, kind):
+    """With a model that is always right, the predicted x0 is the true one at every step."""
+    evaluations = 0
+    for x0, predicted, _, scale in walk(scheduler, kind):
+        assert predicted.shape == x0.shape
+        torch.testing.assert_close(predicted, x0, rtol=0, atol=1e-5 * scale)
+        evaluations += 1
+    assert evaluations >= _STEPS - 1
+
+
+@pytest.mark.parametrize(("scheduler", "kind"), list(schedulers()))
+def test_asking_for_x0_changes_no_bit(scheduler, kind):
+    """A walk whose every step is asked for its x0 ends where one ends that nobody looks at."""
+    ends = []
+    for watched in (False, True):
+        mine, random, seen = copy.deepcopy(scheduler), torch.Generator().manual_seed(0), []
+        if watched:
+            StepTap(
+                mine,
+                on_start=seen.append,
+                on_step=lambda step, seen=seen: seen.append(step.x0()),
+                should_stop=lambda: False,
+            )
+        mine.set_timesteps(_STEPS)
+        sample = torch.randn(_SHAPE, generator=random) * getattr(mine, "init_noise_sigma", 1.0)
+        random_too = {"generator": random} if "generator" in inspect.signature(mine.step).parameters else {}
+        for timestep in mine.timesteps:
+            scaled = mine.scale_model_input(sample, timestep) if hasattr(mine, "scale_model_input") else sample
+            sample = mine.step(torch.sin(scaled), timestep, sample, **random_too).prev_sample
+        ends.append(sample)
+    assert len(seen) == 1 + len(mine.timesteps)
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize(("scheduler", "kind"), list(schedulers()))
+def test_x0_agrees_with_the_scheduler(scheduler, kind):
+    """Where a scheduler reports an x0 of its own, it is the predicted one."""
+    compared = 0
+    for _, predicted, stepped, scale in walk(scheduler, kind):
+        reported = getattr(stepped, "pred_original_sample", None)
+        if reported is not None:
+            torch.testing.assert_close(predicted, reported, rtol=0, atol=1e-5 * scale)
+            compared += 1
+    assert (compared > 0) == (type(scheduler).__name__ in _REPORTING)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DPMSolverMultistepScheduler(**_BETAS),
+        diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+        diffusers.DPMSolverSinglestepScheduler(**_BETAS),
+        diffusers.UniPCMultistepScheduler(**_BETAS, prediction_type="v_prediction"),
+        diffusers.DEISMultistepScheduler(**_BETAS, prediction_type="sample"),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_x0_agrees_with_a_multistep_history(scheduler):
+    """Multistep solvers keep the x0 of earlier steps and extrapolate from it; on any model's answer it is ours."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(_STEPS)
+    random = torch.Generator().manual_seed(0)
+    sample = torch.randn(_SHAPE, generator=random)
+    for number, timestep in enumerate(scheduler.timesteps):
+        output = torch.randn(_SHAPE, generator=random)
+        level = noise_level(scheduler, number, timestep)
+        predicted = predict_x0(scheduler, level, sample, output)
+        following = scheduler.step(output, timestep, sample).prev_sample
+        kept = scheduler.model_outputs[-1]
+        if isinstance(scheduler, diffusers.DEISMultistepScheduler):
+            # DEIS keeps the noise that belongs to it.
+            kept = (sample - level.sigma * kept) / level.alpha
+        torch.testing.assert_close(predicted, kept, rtol=1e-4, atol=1e-5)
+        sample = following
+
+
+def test_kdpm2_second_stage_is_between_two_sigmas():
+    """KDPM2 evaluates the model twice a step, the second time at an interpolated sigma, and reports x0 of its own."""
+    scheduler = diffusers.KDPM2DiscreteScheduler(**_BETAS)
+    scheduler.set_timesteps(4)
+    sample, output = torch.full(_SHAPE, 3.0), torch.full(_SHAPE, 0.1)
+    scheduler.scale_model_input(sample, scheduler.timesteps[0])
+    first = scheduler.step(output, scheduler.timesteps[0], sample)
+    scheduler.scale_model_input(first.prev_sample, scheduler.timesteps[1])
+    level = noise_level(scheduler, 1, scheduler.timesteps[1])
+    # The list of sigmas holds each one twice, for the two stages.
+    above, below = float(scheduler.sigmas[0]), float(scheduler.sigmas[2])
+    assert below < float(level.sigma) < above
+    predicted = predict_x0(scheduler, level, first.prev_sample, output)
+    second = scheduler.step(output, scheduler.timesteps[1], first.prev_sample)
+    torch.testing.assert_close(predicted, second.pred_original_sample)
+
+
+def test_tcd_second_result_is_not_x0():
+    """TCD's `step` gives a noisy sample where others give x0; the tap does not fall for it."""
+    scheduler = diffusers.TCDScheduler(**_BETAS, clip_sample=False)
+    steps = []
+    StepTap(scheduler, on_start=lambda _: None, on_step=steps.append, should_stop=lambda: False)
+    scheduler.set_timesteps(4)
+    random = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(_SHAPE, generator=random), torch.randn(_SHAPE, generator=random)
+    timestep = scheduler.timesteps[1]
+    sample = scheduler.add_noise(x0, noise, timestep.reshape(1))
+    output = scheduler.step(noise, timestep, sample, return_dict=False, generator=random)
+    torch.testing.assert_close(steps[0].x0(), x0, rtol=0, atol=1e-5)
+    assert not torch.allclose(output[1], x0, atol=1e-2)
+
+
+def test_lcm_shows_its_consistency_output():
+    """LCM reports `denoised`, which skips ahead to the picture; it is shown in place of the plain x0."""
+    # The scaling makes the two differ by more than rounding.
+    scheduler = diffusers.LCMScheduler(**_BETAS, clip_sample=False, timestep_scaling=0.01)
+    steps = []
+    StepTap(scheduler, on_start=lambda _: None, on_step=steps.append, should_stop=lambda: False)
+    scheduler.set_timesteps(2)
+    random = torch.Generator().manual_seed(0)
+    sample, output = torch.randn(_SHAPE, generator=random), torch.randn(_SHAPE, generator=random)
+    stepped = scheduler.step(output, scheduler.timesteps[0], sample, generator=random)
+    assert torch.equal(steps[0].x0(), stepped.denoised)
+    assert not torch.allclose(predict_x0(scheduler, steps[0].level, sample, output), stepped.denoised, atol=1e-3)
+
+
+def test_scm_shows_what_it_reports():
+    """SCM (Sana-Sprint) has no noise level of ours; it reports x0 = cos(t) x - sin(t) m, scaled by the data's sigma."""
+    scheduler = diffusers.SCMScheduler()
+    steps = []
+    StepTap(scheduler, on_start=lambda _: None, on_step=steps.append, should_stop=lambda: False)
+    scheduler.set_timesteps(2)
+    random = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(_SHAPE, generator=random), torch.randn(_SHAPE, generator=random)
+    angle = scheduler.timesteps[1]
+    # The trigonometric flow's own forward process and velocity, Lu & Song 2024 (arXiv 2410.11081).
+    sample = angle.cos() * x0 + angle.sin() * noise
+    velocity = angle.cos() * noise - angle.sin() * x0
+    scheduler.step(velocity, angle, sample, generator=random)
+    assert steps[0].level is None
+    torch.testing.assert_close(steps[0].x0(), x0, rtol=0, atol=1e-5)
+
+
+def test_learned_variance_is_cut_off():
+    """A model that predicts a variance too has twice the channels; only the first half says what the noise is."""
+    scheduler = diffusers.DDPMScheduler(**_BETAS, clip_sample=False, variance_type="learned_range")
+    scheduler.set_timesteps(4)
+    random = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(_SHAPE, generator=random), torch.randn(_SHAPE, generator=random)
+    timestep = scheduler.timesteps[1]
+    sample = scheduler.add_noise(x0, noise, timestep.reshape(1))
+    output = torch.cat([noise, torch.full_like(noise, 9.0)], dim=1)
+    predicted = predict_x0(scheduler, noise_level(scheduler, 1, timestep), sample, output)
+    torch.testing.assert_close(predicted, x0, rtol=0, atol=1e-5)
+
+
+def test_packed_tokens_work_as_well():
+    """The formulas are the same for packed tokens, (batch, tokens, channels)."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(4)
+    random = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(1, 9, 16, generator=random), torch.randn(1, 9, 16, generator=random)
+    timestep = scheduler.timesteps[2]
+    sample = scheduler.scale_noise(x0, timestep.reshape(1), noise)
+    predicted = predict_x0(scheduler, noise_level(scheduler, 2, timestep), sample, noise - x0)
+    torch.testing.assert_close(predicted, x0, rtol=0, atol=1e-5)
+
+
+class UnknownScheduler:
+    """Has a config and steps, and nothing that tells its noise levels."""
+
+    def __init__(self, **config):
+        self.config = config
+
+    def set_timesteps(self, steps):
+        self.timesteps = torch.arange(steps).flip(0)
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        return SimpleNamespace(prev_sample=sample - model_output)
+
+
+@pytest.mark.parametrize("config", [{}, {"prediction_type": "epsilon"}, {"num_train_timesteps": 1000}])
+def test_unknown_scheduler_has_no_noise_level(config):
+    """A scheduler that is not understood gives None, never a guess."""
+    scheduler = UnknownScheduler(**config)
+    scheduler.set_timesteps(4)
+    assert noise_level(scheduler, 0, scheduler.timesteps[0]) is None
+
+
+def test_unknown_scheduler_gives_steps_without_x0():
+    """With an unknown scheduler the tap still reports every step; it only has no x0 to show."""
+    scheduler, steps = UnknownScheduler(), []
+    StepTap(scheduler, on_start=lambda _: None, on_step=steps.append, should_stop=lambda: False)
+    scheduler.set_timesteps(2)
+    sample = torch.ones(_SHAPE)
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(sample, timestep, sample).prev_sample
+    assert [step.number for step in steps] == [1, 2]
+    assert [step.x0() for step in steps] == [None, None]
+
+
+def test_unknown_prediction_type_gives_none():
+    """A prediction type from the future gives None, never a guess."""
+    level = NoiseLevel("telepathy", 0.5, 0.5)
+    assert predict_x0(None, level, torch.ones(_SHAPE), torch.ones(_SHAPE)) is None

@@ -1,0 +1,146 @@
+"""Components that several requests use at once do not mix them up."""
+
+import concurrent.futures
+import sys
+import threading
+import time
+import types
+
+import pytest
+import torch
+
+from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.shared_components import Locked, shared_components
+from support.engine import tiny, tiny_inputs
+from support.runs import PATIENCE
+
+THREADS = 8
+
+
+@pytest.fixture
+def _hasty():
+    """Threads change as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def in_threads(function, count=THREADS):
+    """Results of a function called with 0, 1, ... by threads that begin together."""
+    start = threading.Barrier(count)
+
+    def run(number):
+        torch.set_num_threads(1)
+        start.wait(PATIENCE)
+        return function(number)
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return [future.result(PATIENCE) for future in [pool.submit(run, number) for number in range(count)]]
+
+
+@pytest.mark.usefixtures("_hasty")
+class TestRaces:
+    """Each of these mixes requests up when its component is shared as it is."""
+
+    def test_tokenizers(self):
+        """Calls that fill up and cut, and calls that do neither, do not see each other's settings."""
+        pipeline = tiny.shared("sd15")
+        tokenizer = shared_components(pipeline)["tokenizer"]
+        text = "a prompt that is longer than ten tokens"
+
+        def use(number):
+            lengths = set()
+            for _ in range(200):
+                if number % 2:
+                    lengths.add(len(tokenizer.tokenize(text)))
+                else:
+                    encoded = tokenizer(text, padding="max_length", truncation=True, max_length=10 + number)
+                    lengths.add(len(encoded["input_ids"]))
+            return lengths
+
+        plain = len(pipeline.tokenizer.tokenize(text))
+        assert in_threads(use) == [{plain} if number % 2 else {10 + number} for number in range(THREADS)]
+
+    def test_stateful_vae(self):
+        """Qwen-Image's autoencoder keeps the features of a decode on itself."""
+        pipeline = tiny.shared("qwen_image")
+        latents = [
+            torch.randn(1, pipeline.vae.config.z_dim, 1, 8, 8, generator=torch.Generator().manual_seed(number))
+            for number in range(THREADS)
+        ]
+        vae = shared_components(pipeline)["vae"]
+        with torch.no_grad():
+            expected = [pipeline.vae.decode(each).sample for each in latents]
+
+        @torch.no_grad()
+        def decode(number):
+            return [vae.decode(latents[number]).sample for _ in range(3)]
+
+        for number, decoded in enumerate(in_threads(decode)):
+            assert all(torch.allclose(each, expected[number], atol=1e-5) for each in decoded)
+
+    def test_one_at_a_time(self):
+        """No two threads are inside a component at once, whichever of its methods they call."""
+        inside = []
+
+        def work(*_):
+            inside.append(None)
+            time.sleep(0)
+            alone = len(inside) == 1
+            inside.pop()
+            return alone
+
+        component = Locked(types.SimpleNamespace(decode=work, encode=work), threading.Lock())
+        use = [component.decode, component.encode]
+        assert all(in_threads(lambda number: all(use[number % 2]() for _ in range(100))))
+
+
+def test_all_tokenizers_have_one_lock():
+    """SDXL's two and its VAE are guarded, and the view works with them as the pipeline does."""
+    pipeline = tiny.shared("sdxl")
+    shared = shared_components(pipeline)
+    assert shared["tokenizer"]._lock is shared["tokenizer_2"]._lock is not shared["vae"]._lock
+    scheduler = type(pipeline.scheduler).__name__
+    call = {"output_type": "pt", "steps": 2}
+    picture = request_view(pipeline, make_scheduler(pipeline, scheduler), **shared)(
+        **tiny_inputs.arguments("sdxl", **call)
+    )[0]
+    expected = request_view(pipeline, make_scheduler(pipeline, scheduler))(**tiny_inputs.arguments("sdxl", **call))[0]
+    assert torch.equal(picture, expected)
+
+
+def test_components_pass_for_what_they_are():
+    """Types, lengths and attributes are the component's; attributes that are set arrive there."""
+    pipeline = tiny.build("sd15")
+    shared = shared_components(pipeline)
+    tokenizer = shared["tokenizer"]
+    assert isinstance(tokenizer, type(pipeline.tokenizer))
+    assert isinstance(shared["vae"], torch.nn.Module)
+    assert (len(tokenizer), tokenizer.model_max_length) == (len(pipeline.tokenizer), 77)
+    tokenizer.model_max_length = 50
+    assert pipeline.tokenizer.model_max_length == 50
+    assert tokenizer("a")["input_ids"] == pipeline.tokenizer("a")["input_ids"]
+
+
+def test_the_end_of_one_request_does_not_offload_the_others(monkeypatch):
+    """`maybe_free_model_hooks` finds no hooks in a view."""
+    pipeline = tiny.build("sd15")
+    pipeline._all_hooks = [object()]
+    monkeypatch.setattr(type(pipeline), "enable_model_cpu_offload", lambda *_, **__: pytest.fail("offloaded"))
+    view = request_view(pipeline, make_scheduler(pipeline, "DDIMScheduler"), **shared_components(pipeline))
+    view.maybe_free_model_hooks()
+
+
+def test_a_vae_that_overflows_is_raised_once():
+    """A float16 VAE that must be upcast is so from the start, in a copy: no request changes it under another."""
+    pipeline = tiny.build("sdxl")
+    pipeline.vae.register_to_config(force_upcast=True)
+    pipeline.vae.to(torch.float16)
+    vae = shared_components(pipeline)["vae"]
+    assert (vae.dtype, pipeline.vae.dtype) == (torch.float32, torch.float16)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    with torch.no_grad():
+        decoded = vae.decode(latents, return_dict=False)[0]
+        expected = pipeline.vae.to(torch.float32).decode(latents.float(), return_dict=False)[0]
+    assert torch.equal(decoded, expected)

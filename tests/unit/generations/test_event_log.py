@@ -1,0 +1,267 @@
+"""The event log: what a subscriber may rely on, whatever happens in whatever order."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calotype_server import errors
+from calotype_server.generations.event_log import EventLog, State, Update, advance
+from calotype_server.types import (
+    Decoding,
+    Denoising,
+    EncodedImage,
+    EncodingPrompt,
+    Failed,
+    Phase,
+    PreviewMethod,
+    PreviewReady,
+    Queued,
+    Succeeded,
+    Timings,
+    Withdrawn,
+)
+from support.engine.fake_engine import flat_pixels
+
+PIXELS = flat_pixels(1, 1, 0)
+IMAGE = EncodedImage("png", 1, 1, b"png")
+
+
+def preview(step: int, total: int = 5, skipped: int = 0) -> PreviewReady:
+    """A picture of a step."""
+    return PreviewReady(step, total, PIXELS, PreviewMethod.HEAD, skipped)
+
+
+steps = st.integers(0, 5)
+progress_events = st.one_of(
+    st.builds(Queued, st.integers(1, 9)),
+    st.just(EncodingPrompt()),
+    st.builds(Denoising, steps, st.just(5), st.integers(0, 2)),
+    st.builds(preview, steps, st.just(5), st.integers(0, 2)),
+    st.just(Withdrawn()),
+    st.just(Decoding()),
+)
+ends = st.one_of(
+    st.just(Succeeded(IMAGE, Timings())),
+    st.builds(
+        Failed,
+        st.sampled_from([errors.Cancelled("gone"), errors.GenerationFailed("broken")]),
+        st.just(Timings()),
+    ),
+)
+
+
+@given(st.lists(st.one_of(progress_events, ends)))
+def test_state_only_moves_forward(events: list) -> None:
+    """Phase, step and sequence never fall, a changed state has a new number, and nothing changes after the end."""
+    state = State()
+    for event in events:
+        later = advance(state, event)
+        assert (later is state) or later.sequence == state.sequence + 1
+        assert later.phase >= state.phase
+        assert later.step >= state.step
+        assert later.withdrawn >= state.withdrawn
+        lost = getattr(event, "skipped", 0) if state.end is None else 0
+        assert later.previews_skipped == state.previews_skipped + lost
+        assert later.phase.is_end == (later.end is not None)
+        if state.end is not None:
+            assert later is state
+        state = later
+
+
+@given(st.lists(st.one_of(progress_events, st.just("read")), max_size=30), ends)
+def test_a_reader_of_any_speed_gets_the_newest_and_always_the_end(script: list, end) -> None:
+    """However reads fall between events, numbers rise, a preview comes once or is counted, and the end comes."""
+
+    async def scenario() -> tuple[list[Update], int]:
+        log = EventLog()
+        updates: list[Update] = []
+        follower = log.follow()
+        published = 0
+        for action in [*script, end]:
+            if action == "read":
+                if log.state.sequence > (updates[-1].state.sequence if updates else 0):
+                    updates.append(await anext(follower))
+                continue
+            before = log.state
+            log.publish(action)
+            published += isinstance(action, PreviewReady) and log.state is not before
+        updates.extend([update async for update in follower])
+        return updates, published
+
+    updates, previews_published = asyncio.run(scenario())
+    sequences = [update.state.sequence for update in updates]
+    assert sequences == sorted(set(sequences))
+    assert updates[-1].state.end == end
+    assert sum(update.state.end is not None for update in updates) == 1
+    delivered = [update.preview for update in updates if update.preview is not None]
+    # A preview before anybody subscribed is nobody's loss; `follow` subscribes at its first read.
+    assert len(delivered) + updates[-1].previews_dropped - updates[-1].state.previews_skipped <= previews_published
+    assert len({id(preview) for preview in delivered}) == len(delivered)
+
+
+async def test_an_unread_preview_is_replaced_and_counted() -> None:
+    """A reader that sleeps through three previews gets the last one and learns that two were dropped."""
+    log = EventLog()
+    log.publish(Queued(1))
+    follower = log.follow()
+    assert (await anext(follower)).state.queue_position == 1
+    for step in (1, 2, 3):
+        log.publish(preview(step))
+    update = await anext(follower)
+    assert update.preview is not None
+    assert (update.preview.step, update.previews_dropped, update.state.step) == (3, 2, 3)
+    log.publish(Succeeded(IMAGE, Timings()))
+    assert [update.state.phase async for update in follower] == [Phase.SUCCEEDED]
+
+
+async def test_a_late_preview_does_not_turn_back_the_phase() -> None:
+    """The picture of the last step may arrive while decoding; it is shown, and the phase stays."""
+    log = EventLog()
+    log.publish(Denoising(4, 5))
+    log.publish(Decoding())
+    log.publish(preview(5))
+    assert (log.state.phase, log.state.step) == (Phase.DECODING, 5)
+
+
+@pytest.mark.parametrize("late", [preview(3, skipped=2), Denoising(3, 5, 2)])
+def test_a_late_event_changes_nothing_but_what_it_counts(late) -> None:
+    """A preview that was overtaken by the next steps leaves step and phase; what was lost before it is added."""
+    state = advance(advance(State(), Denoising(5, 5, 1)), Decoding())
+    later = advance(state, late)
+    assert (later.phase, later.step, later.previews_skipped) == (Phase.DECODING, 5, 3)
+    assert later.sequence == state.sequence + 1
+    assert advance(state, Denoising(3, 5)) is state
+
+
+def test_a_withdrawal_is_told_once() -> None:
+    """It does not move the phase, and nothing takes it back."""
+    state = advance(advance(State(), Denoising(5, 5)), Withdrawn())
+    assert (state.withdrawn, state.phase, state.sequence) == (True, Phase.DENOISING, 2)
+    assert advance(state, Withdrawn()) is state
+    ended = advance(state, Failed(errors.ContentWithheld("No."), Timings()))
+    assert ended.withdrawn
+    assert advance(ended, Withdrawn()) is ended
+
+
+async def test_a_withdrawn_preview_never_reaches_a_reader() -> None:
+    """What waits in the slot when the checker objects is counted as dropped, not sent."""
+    log = EventLog()
+    log.publish(Denoising(0, 5))
+    follower = log.follow()
+    await anext(follower)
+    log.publish(preview(4))
+    log.publish(Withdrawn())
+    update = await anext(follower)
+    assert (update.state.withdrawn, update.preview, update.previews_dropped) == (True, None, 1)
+    log.publish(preview(5))
+    assert (await anext(follower)).preview is None
+    log.publish(Failed(errors.ContentWithheld("No."), Timings()))
+    assert [update.previews_dropped async for update in follower] == [2]
+
+
+async def test_what_was_never_drawn_is_counted_with_what_was_not_read() -> None:
+    """Losses of the preview thread and of a slow reader add up to one number."""
+    log = EventLog()
+    follower = log.follow()
+    log.publish(Queued(1))
+    await anext(follower)
+    log.publish(preview(2, skipped=1))
+    log.publish(preview(4, skipped=1))
+    log.publish(Denoising(5, 5, skipped=1))
+    update = await anext(follower)
+    assert (update.preview.step, update.state.step, update.previews_dropped) == (4, 5, 4)
+    log.publish(Succeeded(IMAGE, Timings()))
+    assert [update.state.phase async for update in follower] == [Phase.SUCCEEDED]
+
+
+async def test_events_from_threads_reach_a_waiting_reader_in_order() -> None:
+    """Two threads publish while the reader waits in the loop; it sees rising numbers and the end."""
+    log = EventLog()
+
+    def publish(end: bool) -> None:
+        for step in range(200):
+            log.publish(Denoising(step, 200))
+        if end:
+            log.publish(Succeeded(IMAGE, Timings()))
+
+    first = threading.Thread(target=publish, args=(False,))
+    first.start()
+    threading.Thread(target=lambda: (first.join(), publish(True))).start()
+    sequences = [update.state.sequence async for update in log.follow()]
+    assert sequences == sorted(set(sequences))
+    assert log.state.phase is Phase.SUCCEEDED
+
+
+async def test_every_follower_has_a_slot_of_its_own() -> None:
+    """A slow follower loses nothing but its own previews."""
+    log = EventLog()
+    log.publish(Queued(1))
+    quick, slow = log.follow(), log.follow()
+    await anext(quick)
+    await anext(slow)
+    for step in (1, 2):
+        log.publish(preview(step, 2))
+        assert (await anext(quick)).previews_dropped == 0
+    assert (await anext(slow)).previews_dropped == 1
+    log.publish(Failed(errors.Cancelled("gone"), Timings()))
+    assert [u.state.phase async for u in quick] == [u.state.phase async for u in slow] == [Phase.CANCELLED]
+
+
+def test_publishing_after_the_loop_is_gone_is_harmless() -> None:
+    """A preview thread that finishes after the loop closed must not die of it."""
+
+    async def make() -> EventLog:
+        return EventLog()
+
+    log = asyncio.run(make())
+    log.publish(Queued(1))
+    assert log.state.queue_position == 1
+
+
+async def test_many_readers_are_woken_in_rounds() -> None:
+    """The more read, the fewer rounds: each reader then gets the newest preview, counts the others, and has the end."""
+
+    class Clock:
+        now, due = 100.0, ()
+
+        def __init__(self, loop) -> None:
+            self.call_soon_threadsafe = loop.call_soon_threadsafe
+
+        def time(self) -> float:
+            return self.now
+
+        def call_at(self, when: float, callback):
+            self.due = (when, callback)
+            return asyncio.get_running_loop().call_later(1e9, callback)
+
+    async def settle() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def read(seen: list) -> None:
+        async for update in log.follow():
+            seen.append(update)
+
+    log = EventLog()
+    log._loop = clock = Clock(asyncio.get_running_loop())
+    all_seen = [[] for _ in range(40)]
+    readers = [asyncio.create_task(read(seen)) for seen in all_seen]
+    await settle()
+    for step in (1, 2, 3):
+        log.publish(preview(step))
+        await settle()
+    assert all(seen[-1].preview.step == 1 for seen in all_seen)
+    clock.now, wake = clock.due
+    assert clock.now > 100
+    wake()
+    await settle()
+    assert all((seen[-1].preview.step, seen[-1].previews_dropped) == (3, 1) for seen in all_seen)
+    log.publish(preview(4))
+    log.publish(Succeeded(IMAGE, Timings()))
+    await asyncio.gather(*readers)
+    assert all(seen[-1].state.end is not None for seen in all_seen)

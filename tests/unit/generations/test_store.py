@@ -1,0 +1,325 @@
+"""What was acknowledged is there after a restart, however the server ended; what cannot be used says what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import resource
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from calotype_server import errors
+from calotype_server.generations.records import ImageFacts, Record
+from calotype_server.generations.store import Store
+from calotype_server.types import (
+    DeliveryOptions,
+    DisconnectPolicy,
+    EncodedImage,
+    Failed,
+    Job,
+    OutputOptions,
+    Phase,
+    PreviewMethod,
+    PreviewOptions,
+    Priority,
+    Succeeded,
+    Timings,
+)
+
+JOB = Job("a red apple", "pears", 64, 48, 20, 7.5, 123, "DDIMScheduler")
+IMAGE = EncodedImage("png", 64, 48, b"a picture")
+FILE = "calotype.sqlite3"
+
+texts = st.text(max_size=20)
+seconds = st.floats(0, 1e9)
+numbers = st.integers(0, 2**53 - 1)
+maybe_seconds = st.none() | seconds
+jobs = st.builds(
+    Job,
+    prompt=texts,
+    negative_prompt=st.none() | texts,
+    width=numbers,
+    height=numbers,
+    step_count=numbers,
+    guidance_scale=maybe_seconds,
+    seed=numbers,
+    scheduler=texts,
+    preview=st.builds(PreviewOptions, numbers, seconds, numbers, numbers, st.sampled_from(PreviewMethod)),
+    output=st.builds(OutputOptions, st.sampled_from(["jpeg", "png", "webp"]), numbers, st.booleans()),
+    priority=st.sampled_from(Priority),
+)
+terms = st.builds(
+    DeliveryOptions, texts, maybe_seconds, st.sampled_from(DisconnectPolicy), seconds, texts, st.booleans()
+)
+timings = st.builds(Timings, *[maybe_seconds] * 6)
+images = st.builds(EncodedImage, st.sampled_from(["jpeg", "png", "webp"]), numbers, numbers, st.binary(max_size=99))
+failures = st.builds(
+    lambda kind, message, retry_after, metadata: kind(message, retry_after=retry_after, metadata=metadata),
+    st.sampled_from([errors.Cancelled, errors.Draining, errors.OutOfMemory, errors.DeadlineTooShort]),
+    texts,
+    maybe_seconds,
+    st.dictionaries(texts, texts, max_size=2),
+)
+ends = st.builds(Succeeded, images, timings, st.booleans()) | st.builds(Failed, failures, timings)
+
+
+@contextlib.asynccontextmanager
+async def opened(folder: Path):
+    """A store, closed at the end."""
+    store = await Store.open(folder)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def record(generation_id: str, **changes) -> Record:
+    """An accepted generation."""
+    return replace(Record(generation_id, JOB, DeliveryOptions("somebody"), 1.5), **changes)
+
+
+@settings(max_examples=50, deadline=None)
+@given(jobs, terms, seconds, st.none() | ends, numbers)
+def test_everything_comes_back(job, terms, created, end, step) -> None:
+    """Whatever was kept of a generation is read after reopening, equal in every field."""
+
+    async def scenario(folder: Path) -> None:
+        async with opened(folder) as store:
+            await store.accept(Record("id", job, terms, created))
+            if end is not None:
+                await store.end("id", end, step=step, total_steps=step + 1)
+        async with opened(folder) as store:
+            (kept,) = await store.load()
+            assert replace(kept, end=None) == Record("id", job, terms, created)
+            assert (kept.end is None) == (end is None)
+            image = getattr(end, "image", None)
+            assert await store.image("id") == (image and image.data)
+        if end is None:
+            return
+        assert (kept.end.step, kept.end.total_steps, kept.end.timings) == (step, step + 1, end.timings)
+        if image is not None:
+            assert kept.end.phase is Phase.SUCCEEDED
+            assert kept.end.finished_early == end.finished_early
+            assert kept.end.image == ImageFacts(image.format, image.width, image.height, len(image.data))
+            return
+        assert kept.end.image is None
+        assert kept.end.phase is (Phase.CANCELLED if isinstance(end.error, errors.Cancelled) else Phase.FAILED)
+        assert type(kept.end.error) is type(end.error)
+        assert vars(kept.end.error) == vars(end.error)
+
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(scenario(Path(folder) / "new" / "folder"))
+
+
+async def test_the_oldest_comes_first_and_the_forgotten_not_at_all(tmp_path: Path) -> None:
+    """The order is that of acceptance, whatever ended when; forgetting drops the picture too."""
+    async with opened(tmp_path) as store:
+        for name in "dbca":
+            await store.accept(record(name))
+        await store.end("c", Succeeded(IMAGE, Timings()), step=3, total_steps=3)
+        await store.end("d", Succeeded(IMAGE, Timings()), step=3, total_steps=3)
+        await store.forget(["c", "b", "never there"])
+    async with opened(tmp_path) as store:
+        assert [(kept.generation_id, kept.end is None) for kept in await store.load()] == [("d", False), ("a", True)]
+        assert await store.image("d") == IMAGE.data
+        assert await store.image("c") is None
+
+
+async def test_the_first_end_counts(tmp_path: Path) -> None:
+    """A generation ends once, also here; ending one that is not kept makes no record."""
+    async with opened(tmp_path) as store:
+        await store.accept(record("a"))
+        await store.end("a", Failed(errors.Cancelled("gone"), Timings()), step=1, total_steps=3)
+        await store.end("a", Succeeded(IMAGE, Timings()), step=3, total_steps=3)
+        await store.end("b", Succeeded(IMAGE, Timings()), step=3, total_steps=3)
+        (kept,) = await store.load()
+        assert kept.end.phase is Phase.CANCELLED
+        assert await store.image("a") is None
+
+
+# Accepts and ends generations with pictures of up to a megabyte, and says so when it is done with each.
+WRITER = """
+import asyncio, random, sys
+from pathlib import Path
+from calotype_server.generations.records import Record
+from calotype_server.generations.store import Store
+from calotype_server.types import EncodedImage, Job, Succeeded, DeliveryOptions, Timings
+
+async def main():
+    store = await Store.open(Path(sys.argv[1]))
+    for number in range(int(sys.argv[2]), 1_000_000):
+        job = Job("a red apple", None, 64, 48, 20, 7.5, number, "DDIMScheduler")
+        await store.accept(Record(f"g{number}", job, DeliveryOptions(), number))
+        print("accepted", number, flush=True)
+        draw = random.Random(number)
+        image = EncodedImage("png", 64, 48, draw.randbytes(draw.randrange(1_000_000)))
+        await store.end(f"g{number}", Succeeded(image, Timings()), step=20, total_steps=20)
+        print("ended", number, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def killed_writer(folder: Path, begin: int, lines: int) -> list[list[str]]:
+    """What a writer told, from number `begin` on, that was killed after so many lines, in the middle of the next."""
+    command = [sys.executable, "-c", WRITER, str(folder), str(begin)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        told = [writer.stdout.readline() for _ in range(lines)]
+        writer.kill()
+        told += writer.stdout.readlines()
+    return [line.split() for line in told]
+
+
+async def test_kill_9_in_mid_write_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    """Killed anywhere, again and again on one file: all that was told is there, whole, and at most one thing more."""
+    accepted, ended = set(), set()
+    for lines in random.sample(range(1, 13), 4):
+        for word, number in killed_writer(tmp_path, len(accepted), lines):
+            (accepted if word == "accepted" else ended).add(int(number))
+        async with opened(tmp_path) as store:
+            kept = await store.load()
+            there = {int(each.generation_id[1:]) for each in kept}
+            whole = {each.job.seed for each in kept if each.end is not None}
+            assert accepted <= there
+            assert ended <= whole
+            assert len(there - accepted) + len(whole - ended) <= 1
+            for number in whole:
+                expected = random.Random(number)
+                assert await store.image(f"g{number}") == expected.randbytes(expected.randrange(1_000_000))
+        with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database:
+            assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        accepted, ended = there, whole
+
+
+async def test_only_one_server_at_a_time(tmp_path: Path) -> None:
+    """A second one is told so, and gets in when the first has closed."""
+    async with opened(tmp_path):
+        with pytest.raises(errors.StateUnusable, match=r"in use by another server.*a folder of its own"):
+            await Store.open(tmp_path)
+        command = [sys.executable, "-c", WRITER, str(tmp_path), "0"]
+        other = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+        assert "in use by another server" in other.stderr
+    async with opened(tmp_path) as store:
+        assert await store.load() == []
+
+
+async def test_a_newer_file_is_left_alone(tmp_path: Path) -> None:
+    """Nothing is changed in a file of a later version."""
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database:
+        database.execute("PRAGMA user_version = 2")
+    before = (tmp_path / FILE).read_bytes()
+    with pytest.raises(errors.StateUnusable, match="written by a newer Calotype"):
+        await Store.open(tmp_path)
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"not a database " * 1000, b"SQLite format 3\0" + bytes(range(256)) * 64])
+async def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    """It is named, with what to do, and stays as it is."""
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(errors.StateUnusable, match=r"calotype\.sqlite3 is damaged, or .* Move it away"):
+        await Store.open(tmp_path)
+    assert (tmp_path / FILE).read_bytes() == content
+
+
+async def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    """The text has the path and the system's reason."""
+    (tmp_path / "file").touch()
+    with pytest.raises(errors.StateUnusable, match=r"file/state.* cannot be opened \(Not a directory\).*Name a folder"):
+        await Store.open(tmp_path / "file" / "state")
+
+
+async def test_nobody_else_may_read_it(tmp_path: Path) -> None:
+    """Prompts and pictures are readable for the owner only."""
+    async with opened(tmp_path / "state") as store:
+        await store.accept(record("a"))
+        files = [tmp_path / "state", *(tmp_path / "state").iterdir()]
+        assert len(files) > 1
+        assert all(file.stat().st_mode & 0o077 == 0 for file in files)
+
+
+@contextlib.contextmanager
+def full_disk(size: int):
+    """No file can grow over `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+async def test_a_full_disk_is_told_and_gets_over(tmp_path: Path) -> None:
+    """What could not be written is an error without a path in it, changes nothing, and can be tried again."""
+    large = Succeeded(EncodedImage("png", 64, 48, bytes(1_000_000)), Timings())
+    async with opened(tmp_path) as store:
+        await store.accept(record("a"))
+        with full_disk(500_000), capture_logs() as logs, pytest.raises(errors.StateUnavailable) as caught:
+            await store.end("a", large, step=1, total_steps=1)
+        assert caught.value.retry_after is not None
+        assert str(tmp_path) not in str(caught.value)
+        assert [line["log_level"] for line in logs] == ["error"]
+        assert (await store.load())[0].end is None
+        await store.end("a", large, step=1, total_steps=1)
+    async with opened(tmp_path) as store:
+        assert await store.image("a") == large.image.data
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("record", "{"),
+        ("record", "null"),
+        ("record", b"\xff\xfe"),
+        ("record", '{"generation_id": "b"}'),
+        ("ended", '{"at": 1, "step": 1, "total_steps": 1, "timings": {}, "error": {}}'),
+        ("ended", '{"at": "yesterday"}'),
+    ],
+)
+async def test_a_damaged_record_is_left_out(tmp_path: Path, column: str, value: object) -> None:
+    """The others are there, and the log names the one that is not."""
+    async with opened(tmp_path) as store:
+        for name in "abc":
+            await store.accept(record(name))
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database, database:
+        database.execute(f"UPDATE generations SET {column} = CAST(? AS TEXT) WHERE generation_id = 'b'", (value,))
+    async with opened(tmp_path) as store:
+        with capture_logs() as logs:
+            assert [kept.generation_id for kept in await store.load()] == ["a", "c"]
+    assert [(line["log_level"], line["generation"]) for line in logs] == [("warning", "b")]
+
+
+async def test_a_later_version_may_add_fields_and_reasons(tmp_path: Path) -> None:
+    """Unknown fields are ignored, missing ones have their defaults, an unknown reason is a failed generation."""
+    async with opened(tmp_path) as store:
+        await store.accept(record("a"))
+        await store.end("a", Failed(errors.Cancelled("gone"), Timings()), step=1, total_steps=3)
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database, database:
+        for change in (
+            "record = json_set(record, '$.job.upscale', 2, '$.mood', 'blue')",
+            "record = json_remove(record, '$.terms.grace')",
+            "ended = json_set(ended, '$.error.reason', 'MELTED', '$.error.colour', 'red')",
+        ):
+            database.execute(f"UPDATE generations SET {change}")
+    async with opened(tmp_path) as store:
+        (kept,) = await store.load()
+    assert replace(kept, end=None) == record("a")
+    assert type(kept.end.error) is errors.GenerationFailed
+    assert kept.end.error.message == "gone"
+
+
+def test_neither_torch_nor_protobuf_is_needed() -> None:
+    """Importing the module stays light."""
+    heavy = "{'torch', 'google.protobuf', 'grpc'}"
+    code = f"import sys, calotype_server.generations.store; sys.exit(bool({heavy} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,153 @@
+"""What counts as a stall, and what happens then. Time is what the test says it is."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calotype_server.generations.watchdog import EXIT_STALLED, Watchdog, end_when_stalled, stacks
+from calotype_server.types import Job, Phase
+
+JOB = Job("unmistakable", None, 16, 16, 3, 3.0, 0, "DDIMScheduler")
+PATIENCE = 100.0
+
+
+class Work:
+    """As much of a generation as the watchdog looks at; compared by identity, as generations are."""
+
+    def __init__(self, *, working: bool = True, first: bool = False) -> None:
+        self.id = "g"
+        self.job = JOB
+        self.working = working
+        self.first_of_its_size = first
+        self.watch = SimpleNamespace(events=0)
+        self.log = SimpleNamespace(state=SimpleNamespace(phase=Phase.DENOISING, step=2))
+
+    def progress(self) -> None:
+        """Something happens."""
+        self.watch.events += 1
+
+
+def watchdog_of(*works: Work, usual: float | None = 1.0) -> Watchdog:
+    """Watches these."""
+    return Watchdog(lambda: works, lambda _: usual, PATIENCE)
+
+
+def test_work_that_goes_on_is_never_stalled() -> None:
+    """However long it takes in all."""
+    work = Work()
+    watchdog = watchdog_of(work)
+    for _ in range(50):
+        work.progress()
+        assert not watchdog.check(PATIENCE - 1)
+
+
+def test_a_pause_is_a_stall_when_it_is_longer_than_patience() -> None:
+    """Counted over checks, from the last event on; the longest is known all along."""
+    work, other = Work(), Work()
+    watchdog = watchdog_of(work, other)
+    watchdog.check(0)
+    assert not watchdog.check(60)
+    other.progress()
+    assert not watchdog.check(40)
+    assert watchdog.longest_pause == PATIENCE
+    [stall] = watchdog.check(1)
+    assert (stall.generation, stall.seconds) == (work, 101.0)
+
+
+def test_who_is_not_at_work_cannot_stall() -> None:
+    """A generation in the queue, or one whose file is being written, waits for as long as it takes."""
+    work = Work(working=False)
+    watchdog = watchdog_of(work)
+    for _ in range(5):
+        assert not watchdog.check(PATIENCE)
+    work.working = True
+    assert not watchdog.check(PATIENCE)
+    assert not watchdog.check(PATIENCE)
+    assert watchdog.check(1)
+
+
+def test_slow_models_have_more_time() -> None:
+    """Twenty of their usual steps, when that is longer."""
+    watchdog = watchdog_of(Work(), usual=60.0)
+    watchdog.check(0)
+    assert not watchdog.check(20 * 60)
+    assert watchdog.check(1)
+
+
+def test_the_first_picture_of_a_size_has_ten_times_as_long() -> None:
+    """Kernels may have to be compiled for it; before anything was measured, too."""
+    watchdog = watchdog_of(Work(first=True), usual=None)
+    watchdog.check(0)
+    assert not watchdog.check(10 * PATIENCE)
+    assert watchdog.check(1)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(0, 2 * PATIENCE)), max_size=30))
+def test_stalled_is_who_made_no_progress_for_longer_than_patience(checks) -> None:
+    """For any sequence of progress and checks, by a sum that is kept beside."""
+    work = Work()
+    watchdog, silent = watchdog_of(work), 0.0
+    watchdog.check(0)
+    for moves, elapsed in checks:
+        if moves:
+            work.progress()
+        silent = 0.0 if moves else silent + elapsed
+        assert bool(watchdog.check(elapsed)) == (silent > PATIENCE)
+
+
+async def test_a_process_that_was_stopped_is_not_stalled() -> None:
+    """After SIGSTOP and SIGCONT the clock jumps; the watchdog comes late itself, and counts little of it."""
+    watchdog, now, naps = watchdog_of(Work()), 0.0, []
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        naps.append(seconds)
+        now += 10_000 if len(naps) == 2 else seconds
+
+    stalls = await asyncio.wait_for(watchdog.watch(lambda: now, sleep), 20)
+    assert stalls[0].seconds <= PATIENCE + 2 * max(naps)
+    assert len(naps) > 10
+
+
+async def test_the_process_ends_after_everybody_was_told() -> None:
+    """First the log with the stacks, then the farewell, then the exit with its code, also when the farewell fails."""
+    done = []
+
+    async def farewell(stalls) -> None:
+        done.append(stalls[0].generation.id)
+        raise ValueError("no")
+
+    watchdog = SimpleNamespace(watch=lambda: asyncio.sleep(0, [SimpleNamespace(generation=Work(), seconds=101.0)]))
+    with structlog.testing.capture_logs() as logged:
+        await end_when_stalled(watchdog, farewell, done.append)
+    assert done == ["g", EXIT_STALLED]
+    assert (logged[0]["event"], logged[0]["generation"]) == ("stalled", "g")
+    assert isinstance(logged[1]["stacks"], dict)
+    assert "unmistakable" not in str(logged)
+
+
+async def test_stacks_tell_where_our_threads_stand_and_no_values() -> None:
+    """Files, lines and functions of threads with our names, and of no others."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def stuck_here(prompt: str) -> None:
+        entered.set()
+        leave.wait(20)
+
+    with ThreadPoolExecutor(1, "calotype-generation") as ours, ThreadPoolExecutor(1, "other") as others:
+        ours.submit(stuck_here, "unmistakable")
+        assert entered.wait(20)
+        others.submit(leave.wait, 20)
+        found = stacks()
+        leave.set()
+    assert "calotype-generation_0" in found
+    assert all(name.startswith("calotype-") for name in found)
+    assert any(line.endswith(" stuck_here") for line in found["calotype-generation_0"])
+    assert "unmistakable" not in str(found)

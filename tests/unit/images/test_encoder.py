@@ -1,0 +1,175 @@
+"""Image files: previews within their edge, finals with all their pixels and what they were made with."""
+
+from __future__ import annotations
+
+import io
+import random
+from dataclasses import replace
+
+import pytest
+from PIL import ExifTags, Image
+
+from calotype_server import __version__
+from calotype_server.images.encoder import Encoder, encode_final, encode_preview
+from calotype_server.images.metadata import describe
+from calotype_server.types import Job, OutputOptions, Pixels, PreviewOptions
+from support.engine.fake_engine import MODEL, flat_pixels
+
+FORMATS = ("jpeg", "png", "webp")
+NOISE = Pixels(96, 64, random.Random(0).randbytes(96 * 64 * 3))
+JOB = Job("a red apple", "pears", 64, 48, 20, 7.5, 123, "DDIMScheduler")
+
+
+def opened(data: bytes) -> Image.Image:
+    """The picture, read by Pillow to its last byte."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+def parameters(data: bytes) -> str | None:
+    """What tools find in a file, wherever its format keeps it."""
+    image = opened(data)
+    if image.format == "PNG":
+        return image.text.get("parameters")
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if comment is None:
+        return None
+    assert comment[:8] == b"UNICODE\0"
+    return comment[8:].decode("utf-16-be")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_finals_are_what_was_asked_for(format: str) -> None:  # noqa: A002
+    """The file is of the format, of the full size, and says so."""
+    image = encode_final(NOISE, OutputOptions(format), "text")
+    assert opened(image.data).format == format.upper()
+    assert (image.format, image.width, image.height) == (format, 96, 64)
+    assert opened(image.data).size == (96, 64)
+
+
+def test_png_loses_nothing() -> None:
+    """Every byte of the pixels comes back."""
+    assert opened(encode_final(NOISE, OutputOptions("png"), "").data).tobytes() == NOISE.data
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_quality_is_honoured(format: str) -> None:  # noqa: A002
+    """More quality takes more bytes and is nearer to the pixels."""
+    sizes, distances = [], []
+    for quality in (10, 50, 95):
+        data = encode_final(NOISE, OutputOptions(format, quality), "").data
+        sizes.append(len(data))
+        pairs = zip(opened(data).convert("RGB").tobytes(), NOISE.data, strict=True)
+        distances.append(sum(abs(a - b) for a, b in pairs))
+    assert sizes == sorted(set(sizes))
+    assert distances == sorted(set(distances), reverse=True)
+
+
+def test_jpeg_finals_keep_their_colours() -> None:
+    """No chroma subsampling in the keeper; previews have it."""
+    layers = {
+        "final": opened(encode_final(NOISE, OutputOptions("jpeg"), "").data).layer,
+        "preview": opened(encode_preview(NOISE, 512, 75).data).layer,
+    }
+    assert {kind: each[0][1:3] for kind, each in layers.items()} == {"final": (1, 1), "preview": (2, 2)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red apple\nSteps: 20, Seed: 1",
+        "ein grüner Ärmel, 日本の庭, яблоко, 🍎",
+        'quotes " and, commas: {braces} \\ back',
+        "\x00 zero and \x07 bell",
+        "x" * 8000,
+        "🍎" * 8000,
+    ],
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_parameters_come_back(format: str, text: str) -> None:  # noqa: A002
+    """Whatever language a prompt is in, and however long it may be, the file gives it back unchanged."""
+    assert parameters(encode_final(NOISE, OutputOptions(format), text).data) == text
+
+
+@pytest.mark.parametrize("text", ["x" * 500_000, "🍎" * 200_000, "x" + "🍎" * 200_000])
+@pytest.mark.parametrize("format", FORMATS)
+def test_parameters_too_long_for_the_format_are_cut_not_refused(format: str, text: str) -> None:  # noqa: A002
+    """An EXIF block has its limit; the picture is worth more than the end of its prompt."""
+    found = parameters(encode_final(NOISE, OutputOptions(format), text).data)
+    assert text.startswith(found)
+    assert len(found) >= (len(text) if format == "png" else 14_000)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_metadata_off_leaves_none(format: str) -> None:  # noqa: A002
+    """The prompt is private: not one byte of it is in the file."""
+    data = encode_final(NOISE, OutputOptions(format, metadata=False), "a secret prompt").data
+    assert parameters(data) is None
+    assert not opened(data).getexif()
+    for spelt in ("secret", "prompt"):
+        assert spelt.encode() not in data
+        assert spelt.encode("utf-16-be") not in data
+
+
+def test_metadata_changes_no_pixel() -> None:
+    """With and without, the picture is the same."""
+    for format in FORMATS:  # noqa: A001
+        files = [encode_final(NOISE, OutputOptions(format, metadata=each), "text").data for each in (True, False)]
+        assert opened(files[0]).tobytes() == opened(files[1]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("size", "edge", "expected"),
+    [((96, 64), 48, (48, 32)), ((64, 96), 48, (32, 48)), ((96, 64), 96, (96, 64)), ((8, 8), 512, (8, 8))],
+)
+def test_previews_fit_their_edge_and_are_never_enlarged(size: tuple, edge: int, expected: tuple) -> None:
+    """The longer edge is reduced to the limit, in proportion; what is smaller stays."""
+    preview = encode_preview(flat_pixels(*size, 9), edge, 75)
+    assert preview.format == "jpeg"
+    assert (preview.width, preview.height) == opened(preview.data).size == expected
+
+
+def test_previews_carry_nothing_of_the_prompt() -> None:
+    """A preview is pixels only."""
+    assert not opened(encode_preview(NOISE, 512, 75).data).getexif()
+
+
+async def test_the_encoder_works_as_asked_and_tells_what_previews_took() -> None:
+    """The options arrive; only previews count for their budget, finals do not."""
+    told: list[float] = []
+    encoder = Encoder(told.append)
+    try:
+        preview = await encoder.preview(NOISE, PreviewOptions(max_edge=32, quality=20))
+        assert preview == encode_preview(NOISE, 32, 20)
+        final = await encoder.final(NOISE, OutputOptions("webp", 50), "text")
+        assert final == encode_final(NOISE, OutputOptions("webp", 50), "text")
+    finally:
+        encoder.close()
+    assert len(told) == 1
+    assert told[0] >= 0
+
+
+class TestDescribe:
+    """The text in the form that other tools read."""
+
+    def test_everything_is_in_it(self) -> None:
+        """Prompt, negative prompt, and one line with all that is needed to make the picture again."""
+        assert describe(JOB, MODEL).splitlines() == [
+            "a red apple",
+            "Negative prompt: pears",
+            "Steps: 20, Sampler: DDIMScheduler, CFG scale: 7.5, Seed: 123, Size: 64x48, Model: fake, "
+            f"Version: Calotype {__version__}",
+        ]
+
+    def test_what_was_not_given_is_left_out(self) -> None:
+        """No empty negative prompt, no guidance of a model that takes none."""
+        text = describe(Job("a cat", None, 8, 8, 1, None, 0, "DDIMScheduler"), MODEL)
+        assert "Negative" not in text
+        assert "CFG" not in text
+        assert "Seed: 0" in text
+
+    def test_a_name_with_separators_is_quoted(self) -> None:
+        """A folder may be called anything."""
+        text = describe(JOB, replace(MODEL, name='a, "b": c'))
+        assert 'Model: "a, \\"b\\": c", Version' in text

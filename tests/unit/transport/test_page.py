@@ -1,0 +1,91 @@
+"""The page, as the web port hands it out."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from calotype_server.auth.access import Access
+from calotype_server.transport.web.server import PAGE, WebServer
+from support.grpcweb import Connection
+
+
+@pytest.fixture
+async def address():
+    """A web port with the built page and no service behind it."""
+
+    async def ready() -> bool:
+        return True
+
+    server = WebServer("127.0.0.1:0", lambda _: None, Access(), is_ready=ready)
+    yield await server.start()
+    await server.stop(0)
+
+
+async def get(address: str, path: str):
+    """Returns status, headers and body."""
+    connection = await Connection.open(address)
+    try:
+        await connection.request("GET", path, {"host": address})
+        response, body = await connection.answer("GET")
+    finally:
+        connection.close()
+    return response.status_code, {name.decode(): value.decode() for name, value in response.headers}, body
+
+
+def linked(html: str) -> list[str]:
+    """Returns the addresses that a document loads from."""
+    found = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            found.extend(value for name, value in attrs if name in ("src", "href"))
+
+    Parser().feed(html)
+    return found
+
+
+async def test_the_page_and_all_that_it_loads_are_there(address):
+    """Everything that the document names is served from beside it, and nothing comes from elsewhere."""
+    status, headers, body = await get(address, "/")
+    assert status == 200
+    assert headers["content-type"].startswith("text/html")
+    links = linked(body.decode())
+    assert len(links) >= 3
+    for link in links:
+        assert link.startswith("./")
+        assert (await get(address, link[1:]))[0] == 200
+    for sheet in PAGE.glob("assets/*.css"):
+        assert "//" not in re.sub(r"/\*.*?\*/", "", sheet.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+async def test_the_page_needs_no_inline_script_or_style(address):
+    """Its content security policy allows neither, and the document has none."""
+    _, headers, body = await get(address, "/")
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert headers["x-content-type-options"] == "nosniff"
+    assert not re.search(rb"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=", body)
+
+
+async def test_only_files_named_for_their_content_are_kept(address):
+    """Browsers ask again for the document, never for what it loads, and an error is not kept."""
+    _, document, body = await get(address, "/")
+    assert document["cache-control"] == "no-cache"
+    asset = next(link for link in linked(body.decode()) if link.startswith("./assets/"))
+    assert "immutable" in (await get(address, asset[1:]))[1]["cache-control"]
+    status, missing, _ = await get(address, "/assets/missing.js")
+    assert status == 404
+    assert "immutable" not in missing.get("cache-control", "")
+
+
+@pytest.mark.parametrize("path", ["/../pyproject.toml", "/%2e%2e/settings.py", "/assets/%2e%2e/%2e%2e/settings.py"])
+async def test_nothing_outside_the_page_is_served(address, path):
+    """A path cannot climb out of the folder."""
+    status, _, body = await get(address, path)
+    assert status in (400, 404)
+    assert b"CALOTYPE_" not in body

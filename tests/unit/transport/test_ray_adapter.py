@@ -1,0 +1,127 @@
+"""A servicer as a class with a method for each RPC, as Ray Serve calls it."""
+
+from __future__ import annotations
+
+import pickle
+
+import grpc
+import pytest
+from google.rpc import status_pb2
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer, add_GenerationServiceServicer_to_server
+from calotype_server.auth.access import Access
+from calotype_server.errors import GenerationNotFound
+from calotype_server.transport.cluster.ray_adapter import HandlerRegistry, RayServicer, rpc_methods
+from calotype_server.transport.grpc.interceptors import interceptors
+
+
+class ServeContext:
+    """What Serve gives: it can be told a status, and told from."""
+
+    def __init__(self) -> None:
+        self.status, self.trailing = (grpc.StatusCode.OK, ""), []
+
+    def invocation_metadata(self):
+        return [("x-request-id", "r1")]
+
+    def peer(self):
+        return "ipv4:127.0.0.1:1"
+
+    def code(self):
+        return self.status[0]
+
+    def set_code(self, code):
+        self.status = code, self.status[1]
+
+    def set_details(self, details):
+        self.status = self.status[0], details
+
+    def set_trailing_metadata(self, metadata):
+        self.trailing = metadata
+
+
+class Servicer(GenerationServiceServicer):
+    """Two messages and an error; an answer or an error."""
+
+    closed = False
+
+    async def Generate(self, request, context):  # noqa: N802
+        try:
+            yield pb.Progress(sequence=1, seed=int(context.time_remaining() is None))
+            yield pb.Progress(sequence=2)
+            raise GenerationNotFound("Gone.")
+        finally:
+            self.closed = True
+
+    async def Cancel(self, request, context):  # noqa: N802
+        if not request.generation_id:
+            raise ValueError("a secret")
+        return pb.CancelResponse(phase=pb.PHASE_QUEUED)
+
+
+@rpc_methods(pb.DESCRIPTOR.services_by_name["GenerationService"])
+class Replica(RayServicer):
+    """As in `ray_app`."""
+
+    def __init__(self) -> None:
+        self.handlers = HandlerRegistry(interceptors(Access()))
+        self.servicer = Servicer()
+        add_GenerationServiceServicer_to_server(self.servicer, self.handlers)
+
+
+def details(context: ServeContext) -> status_pb2.Status:
+    """The rich status that goes with the code."""
+    return status_pb2.Status.FromString(dict(context.trailing)["grpc-status-details-bin"])
+
+
+async def test_messages_pass_and_an_error_becomes_the_status() -> None:
+    """A stream returns with its status set, since what is raised would lose the details."""
+    context = ServeContext()
+    seen = [message async for message in Replica().Generate(pb.GenerateRequest(), context)]
+    assert [(message.sequence, message.seed) for message in seen] == [(1, 1), (2, 0)]
+    assert context.status == (grpc.StatusCode.NOT_FOUND, "Gone.")
+    assert details(context).code == grpc.StatusCode.NOT_FOUND.value[0]
+
+
+async def test_leaving_a_stream_closes_the_servicer() -> None:
+    """As soon as Serve closes the generator."""
+    replica = Replica()
+    stream = replica.Generate(pb.GenerateRequest(), ServeContext())
+    await anext(stream)
+    assert not replica.servicer.closed
+    await stream.aclose()
+    assert replica.servicer.closed
+
+
+async def test_single_answers_pass_and_exceptions_are_hidden() -> None:
+    """An answer is returned; a bug is INTERNAL without its text."""
+    context = ServeContext()
+    answer = await Replica().Cancel(pb.CancelRequest(generation_id="x"), context)
+    assert answer.phase == pb.PHASE_QUEUED
+    assert context.status == (grpc.StatusCode.OK, "")
+    refused = await Replica().Cancel(pb.CancelRequest(), context)
+    assert refused.SerializeToString() == b""
+    assert context.status[0] is grpc.StatusCode.INTERNAL
+    assert "secret" not in context.status[1]
+
+
+@pytest.mark.parametrize("method", ["Generate", "Cancel"])
+async def test_a_call_without_a_key_is_refused(tmp_path, method: str) -> None:
+    """Interceptors surround every method, streaming or not."""
+    keys = tmp_path / "keys"
+    keys.write_text("")
+    replica, context = Replica(), ServeContext()
+    replica.handlers = HandlerRegistry(interceptors(Access(keys)))
+    add_GenerationServiceServicer_to_server(replica.servicer, replica.handlers)
+    call = getattr(replica, method)(getattr(pb, f"{method}Request")(), context)
+    if method == "Generate":
+        assert [message async for message in call] == []
+    else:
+        await call
+    assert context.status[0] is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_the_class_can_be_pickled() -> None:
+    """Ray sends it to other processes by reference, or by value where it is not importable."""
+    assert pickle.loads(pickle.dumps(Replica)) is Replica

@@ -272,7 +272,7 @@ async def test_a_dead_engine_is_reported_to_whoever_runs_the_server(service: Ser
     """The generation fails, and the server learns that it should stop."""
     engine.failure = errors.EngineDead("The device failed.")
     await read_until(service.stub.Generate(RED_APPLE), pb.PHASE_FAILED)
-    assert service.dead == [True]
+    assert service.runtime.dead.is_set()
 
 
 async def test_a_deadline_that_passes_stops_the_work(service: Service, engine: FakeEngine) -> None:
@@ -291,13 +291,15 @@ async def test_a_deadline_that_passes_stops_the_work(service: Service, engine: F
 
 async def test_a_reader_who_sleeps_loses_previews_but_never_the_end(engine: FakeEngine) -> None:
     """Nothing is read until the work is over; the end is there, and what was not sent is counted."""
-    async with running(engine) as service:
-        generation = await service.generations.start(await _job(service), DeliveryOptions())
-        updates = service.generations.follow(generation)
-        await anext(updates)
-        async for _ in generation.log.follow():
-            pass
-        rest = [update async for update, _ in updates]
+    async with (
+        running(engine) as service,
+        service.generations.start(await _job(service), DeliveryOptions()) as reader,
+    ):
+        await anext(reader)
+        with reader.generation.events.subscribe() as subscription:
+            async for _ in subscription:
+                pass
+        rest = [update async for update, _ in reader]
     assert [update.state.phase for update in rest] == [Phase.SUCCEEDED]
     assert rest[0].previews_dropped == 4
 

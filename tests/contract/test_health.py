@@ -19,7 +19,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
-from calotype_server.apps import runtime
 from calotype_server.apps import server as app
 from calotype_server.errors import EngineDead
 from calotype_server.settings import Settings
@@ -50,12 +49,11 @@ class Server:
         self.engine = Engine()
         self.loaded = threading.Event()
         self._addresses: dict[str, asyncio.Future[str]] = {}
-        monkeypatch.setattr(runtime, "_load_engine", self._load)
         for kind in (app.NativeServer, app.WebServer):
             monkeypatch.setattr(kind, "start", self._noting(kind))
 
-    def _load(self, *_: object) -> FakeEngine:
-        assert self.loaded.wait(PATIENCE)
+    async def _load(self, *_: object) -> FakeEngine:
+        assert await asyncio.to_thread(self.loaded.wait, PATIENCE)
         return self.engine
 
     def _noting(self, kind: type):
@@ -77,7 +75,7 @@ class Server:
         )
         announced = asyncio.Event()
         given = Settings(grpc_address="127.0.0.1:0", web_address="127.0.0.1:0", **settings)
-        self.serving = asyncio.create_task(app.serve(given, lambda _: announced.set()))
+        self.serving = asyncio.create_task(app.serve(given, lambda _: announced.set(), self._load))
         self.ready = announced.wait
         self.web_address = await self._addresses["WebServer"]
         web = WebChannel(self.web_address)

@@ -209,7 +209,7 @@ async def test_a_request_id_with_other_parameters_is_refused(service: Service, e
     first = service.stub.Generate(request(request_id="mine"))
     await read_until(first, pb.PHASE_DENOISING)
     other = pb.GenerateRequest(prompt="a green apple", seed=8, step_count=STEPS, request_id="mine")
-    with pytest.raises(grpc.aio.AioRpcError, match="another prompt, seed") as caught:
+    with pytest.raises(grpc.aio.AioRpcError, match="a different prompt, seed") as caught:
         await finished(service.stub.Generate(other))
     assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
     engine.allow()

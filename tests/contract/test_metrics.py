@@ -165,12 +165,13 @@ async def test_unread_previews_are_counted(metrics: ServerMetrics) -> None:
     async with running(engine, observe=metrics.observe) as service:
         job_call = service.stub.Generate(PROMPT)
         generation_id = (await job_call.read()).generation_id
-        updates = service.generations.follow(service.generations.find(generation_id, Caller("")))
-        await anext(updates)
-        engine.allow()
-        by_call = (await read_until(job_call, pb.PHASE_SUCCEEDED)).previews_dropped
-        async for update, _ in updates:
-            by_reader = update.previews_dropped
+        generation = service.generations.find(generation_id, Caller(""))
+        async with service.generations.follow(generation) as reader:
+            await anext(reader)
+            engine.allow()
+            by_call = (await read_until(job_call, pb.PHASE_SUCCEEDED)).previews_dropped
+            async for update, _ in reader:
+                by_reader = update.previews_dropped
     assert by_reader > 0
     assert Scrape.of(metrics).value("calotype_previews_dropped_total", where="unread") == by_call + by_reader
 

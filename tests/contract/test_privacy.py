@@ -72,17 +72,13 @@ async def every_path(monkeypatch, transport: str) -> set[grpc.StatusCode]:
             engine.failure = failure
             codes.add(await outcome(service, ask()))
         engine.failure = None
-        monkeypatch.setattr(service.generations, "start", lambda *_: _fail(quoting(RuntimeError)))
+        monkeypatch.setattr(service.generations, "start", lambda *_: _raise(quoting(RuntimeError)))
         codes.add(await outcome(service, ask()))
         monkeypatch.undo()
         monkeypatch.setattr(api, "validate", lambda request, *_: _raise(TypeError(f"what is {request}")))
         codes.add(await outcome(service, ask()))
         monkeypatch.undo()
     return codes
-
-
-async def _fail(error: Exception) -> None:
-    raise error
 
 
 def _raise(error: Exception) -> None:

@@ -197,7 +197,7 @@ async def test_a_server_that_is_about_to_stop_gets_no_new_generations_and_keeps_
         old = await stopping.stub.Generate(kept(7)).read()
         for engine in servers.engines:
             engine.allow()
-        stopping.generations.refuse(retry_after=60)
+        stopping.generations.reject_new(retry_after=60)
         assert all([await make(seed) for seed in (1, 2, 3)])
         await stopping.services.set_serving(False)
         assert all([await make(seed) for seed in (4, 5, 6)])

@@ -94,7 +94,7 @@ async def test_who_takes_no_more_passes_on(shared) -> None:
     """New work is begun by a sibling, and what has been accepted is followed here; alone, it is a refusal."""
     address, own, sibling, stop, generations = shared
     kept = await begun(own, 1)
-    generations.refuse(retry_after=2.0)
+    generations.reject_new(retry_after=2.0)
     async with calotype.AsyncClient(address, retries=0) as client:
         passed_on = await begun(address, 2)
         assert passed_on.partition(".")[0] == (await begun(sibling, 3)).partition(".")[0]

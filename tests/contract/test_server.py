@@ -112,7 +112,7 @@ async def test_draining_finishes_what_was_accepted_and_refuses_the_rest(transpor
     async with running(engine, transport=transport) as service:
         accepted = service.stub.Generate(PROMPT)
         await accepted.read()
-        service.generations.refuse(retry_after=5.0)
+        service.generations.reject_new(retry_after=5.0)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await service.stub.Generate(PROMPT).read()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -130,8 +130,8 @@ async def test_what_cannot_be_finished_in_time_ends_unavailable(transport: str) 
         for _ in range(2):
             calls.append(service.stub.Generate(PROMPT))
             await calls[-1].read()
-        service.generations.refuse(retry_after=5.0)
-        ending = asyncio.create_task(service.generations.end_all())
+        service.generations.reject_new(retry_after=5.0)
+        ending = asyncio.create_task(service.generations.abort_all())
         # The queued one, last in, ends at once; the running one when its step is over.
         for call in reversed(calls):
             end = await read_until(call, pb.PHASE_FAILED)

@@ -31,15 +31,15 @@ async def test_everybody_gets_a_typed_end_and_the_process_ends(transport: str) -
         for _ in range(5):
             assert await asyncio.to_thread(engine.at_step.acquire, timeout=20)
 
-        async def farewell(stalls) -> None:
+        async def end_orderly(stalls) -> None:
             await service.services.set_serving(False)
-            await service.generations.abandon([stall.generation for stall in stalls])
+            await service.generations.abort_stalled([stall.generation for stall in stalls])
 
         watchdog = Watchdog(lambda: service.generations.running, lambda _: None, 120.0)
         # Whoever looks without letting time pass sees no stall.
         assert not watchdog.check(0) + watchdog.check(100)
         watchdog.watch = lambda: asyncio.sleep(0, watchdog.check(21))
-        watching = asyncio.create_task(end_when_stalled(watchdog, farewell, left.append))
+        watching = asyncio.create_task(end_when_stalled(watchdog, end_orderly, left.append))
         for call, reason, code in (
             (stuck, "ENGINE_STALLED", grpc.StatusCode.INTERNAL),
             (waiting, "DRAINING", grpc.StatusCode.UNAVAILABLE),
@@ -65,7 +65,7 @@ async def test_what_hung_is_not_begun_again_after_the_restart_and_the_rest_is(tm
     async with running(engine, store=store) as service:
         ids = [await begun(service.stub.Generate(PROMPT)) for _ in range(2)]
         assert await asyncio.to_thread(engine.at_step.acquire, timeout=20)
-        await service.generations.abandon([service.generations.find(ids[0], Caller(""))])
+        await service.generations.abort_stalled([service.generations.find(ids[0], Caller(""))])
         engine.allow()
     await store.close()
     store = await Store.open(tmp_path)
@@ -84,8 +84,10 @@ async def begun(call) -> str:
 
 async def end_of(service, generation_id: str) -> Phase:
     """Waits for a generation's end."""
-    async for update, _ in service.generations.follow(service.generations.find(generation_id, Caller(""))):
-        phase = update.state.phase
+    generation = service.generations.find(generation_id, Caller(""))
+    async with service.generations.follow(generation) as reader:
+        async for update, _ in reader:
+            phase = update.state.phase
     return phase
 
 

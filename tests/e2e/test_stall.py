@@ -52,7 +52,7 @@ def test_a_hung_device_ends_the_process_after_everybody_was_told(cache_dir: Path
     [ending] = [line for line in lines if "stacks" in line]
     assert any(frame.endswith(" _hanging_forward") for frame in ending["stacks"]["calotype-device"])
     assert any(name.startswith("calotype-generation") for name in ending["stacks"])
-    [stalled] = [line for line in lines if line["event"] == "stalled"]
+    [stalled] = [line for line in lines if line["event"] == "generation stalled"]
     assert stalled["seconds"] >= 2
     accepted = {line["generation"]: line["request"] for line in lines if line["event"] == "generation accepted"}
     warnings = [line for line in lines if line["event"] == "a slow kernel"]

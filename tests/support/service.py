@@ -13,11 +13,6 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.api.service import Api
 from calotype_server.auth.access import Access
-from calotype_server.generations.admission import Admission
-from calotype_server.generations.estimates import StepTimeEstimator
-from calotype_server.generations.lifecycle import Generations
-from calotype_server.generations.retention import Retention
-from calotype_server.images.encoder import Encoder
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.transport.cluster.forwarder import Forwarder
 from calotype_server.transport.cluster.upstreams import CHANNEL_OPTIONS, Upstreams
@@ -28,11 +23,15 @@ from calotype_server.transport.web.server import WebServer
 from calotype_server.types import PORT_LIMITS, Limits, PortLimits
 from support.grpcweb import WebChannel
 from support.http import EventStub, SocketStub
+from support.runtime import running_runtime
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from calotype_server.apps.runtime import Runtime
     from calotype_server.engine.protocol import Engine
+    from calotype_server.generations.admission import Admission
+    from calotype_server.generations.lifecycle import Generations
     from calotype_server.generations.store import Store
     from calotype_server.transport.net.call_limits import CallLimiter
     from calotype_server.transport.web.metrics_endpoint import Render
@@ -41,26 +40,36 @@ if TYPE_CHECKING:
 LIMITS = Limits(max_pixels=256 * 256, max_step_count=50, max_prompt_chars=200)
 
 GRPC_TRANSPORTS = ("native", "grpc-web", "grpc-web-text", "bridge")
-"""Ways to the same servicer; "bridge" is grpc-web that is passed on to the native port."""
+"""Transports to the same servicer; "bridge" is grpc-web that is forwarded to the native port."""
 
 TRANSPORTS = (*GRPC_TRANSPORTS, "sse", "websocket")
-"""Ways to the same generations."""
+"""Transports to the same generations."""
 
 
 @dataclass
 class Service:
-    """What a test may look at or pull."""
+    """A running server under test. `address` is that of the port under test.
+
+    `channel` is a gRPC channel; for HTTP transports it is the `WebServer`.
+    """
 
     address: str
-    """Of the port under test."""
     channel: Any
-    """Of gRPC; over HTTP the `WebServer`."""
     stub: Any
     api: Api
-    generations: Generations
     services: Services
-    admission: Admission
-    dead: list[bool]
+    runtime: Runtime
+    engine: Any
+
+    @property
+    def generations(self) -> Generations:
+        """All generations."""
+        return self.runtime.generations
+
+    @property
+    def admission(self) -> Admission:
+        """The queue."""
+        return self.runtime.admission
 
 
 @contextlib.asynccontextmanager
@@ -83,45 +92,46 @@ async def running(
     metrics: Render | None = None,
     web: dict[str, Any] | None = None,
 ) -> AsyncIterator[Service]:
-    """Serves `engine` while the block runs; in plaintext to everybody, unless `authority` and `access` say so.
+    """Serves `engine` during the block: in plaintext and without keys, unless `authority` and `access` are given.
 
-    `web` are further options of the web port.
+    Args:
+        engine: The engine; its model then has `max_active` slots.
+        max_queue: Places in the queue.
+        max_active: Slots.
+        retained: Number of ended generations to retain.
+        store: Keeps generations across restarts.
+        opened: Whether the service accepts requests; otherwise it answers as if the model were still loading.
+        heartbeat: Seconds between heartbeats.
+        limits: Limits for requests.
+        ports: Limits for connections and calls.
+        peers: Counts calls by host.
+        access: Identifies callers.
+        authority: Issues the certificates for TLS.
+        transport: One of `TRANSPORTS`.
+        observe: Receives all events.
+        metrics: Renders `/metrics`.
+        web: Further arguments of `WebServer`.
     """
     access = access or Access()
-    pace, dead = StepTimeEstimator(), []
-    admission = Admission(pace, max_active=max_active, max_queue=max_queue)
-    encoder = Encoder(observe=observe)
-    ended = Retention(seconds=600, count=retained, size=2**24)
-    generations = Generations(
-        engine,
-        admission,
-        pace,
-        encoder,
-        ended,
-        store,
-        max_active=max_active,
-        heartbeat=heartbeat,
-        on_dead=lambda: dead.append(True),
-        observe=observe,
-    )
     api = Api(limits)
-    await generations.restore()
-    if opened:
-        api.open(generations)
     services = Services(GenerationServicer(api, access))
-    await services.set_serving(opened)
-    try:
-        options = {**(web or {}), "observe": observe, "metrics": metrics}
-        port = _port(services, api, access, authority, transport, ports, peers, options)
-        async with port as (address, channel, stub):
-            try:
-                yield Service(address, channel, stub, api, generations, services, admission, dead)
-            finally:
-                engine.close()
-                await generations.end_all()
-    finally:
-        generations.close()
-        encoder.close()
+    options = {**(web or {}), "observe": observe, "metrics": metrics}
+    async with (
+        _port(services, api, access, authority, transport, ports, peers, options) as (address, channel, stub),
+        running_runtime(
+            engine,
+            service=api if opened else None,
+            store=store,
+            observe=observe,
+            max_active=max_active,
+            max_queue=max_queue,
+            retain_count=retained,
+            retain_bytes=2**24,
+            heartbeat_seconds=heartbeat,
+        ) as runtime,
+    ):
+        await services.set_serving(opened)
+        yield Service(address, channel, stub, api, services, runtime, engine)
 
 
 @contextlib.asynccontextmanager
@@ -135,7 +145,7 @@ async def _port(
     peers: CallLimiter | None,
     options: dict[str, Any],
 ) -> AsyncIterator[tuple[str, Any, Any]]:
-    """Listens, and yields the address, a channel to it, over HTTP the server, and a stub."""
+    """Opens the port; yields its address, a channel to it (the server for HTTP transports), and a stub."""
     certificates = authority and authority.certificates()
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
@@ -146,7 +156,7 @@ async def _port(
             stack.push_async_callback(native.stop, None)
             connect = opener(authority)
             if transport == "native":
-                # Those of the bridge are those of a client, too.
+                # The bridge and clients use the same options.
                 channel = await stack.enter_async_context(connect(address, CHANNEL_OPTIONS))
                 yield address, channel, GenerationServiceStub(channel)
                 return
@@ -189,7 +199,7 @@ async def _port(
 
 
 def opener(authority: Authority | None = None, *, shown: bool = True) -> Callable[[str, Any], grpc.aio.Channel]:
-    """Makes native channels; `shown` is whether they show a certificate where one is asked for."""
+    """Returns a function that opens native channels. With `shown`, they present a certificate if asked for one."""
     if authority is None:
         return lambda target, options: grpc.aio.insecure_channel(target, options)
     credentials = authority.credentials(shown=shown)
@@ -197,12 +207,12 @@ def opener(authority: Authority | None = None, *, shown: bool = True) -> Callabl
 
 
 def open_channel(address: str, authority: Authority | None = None, *, shown: bool = True) -> grpc.aio.Channel:
-    """One of them."""
+    """Opens a native channel."""
     return opener(authority, shown=shown)(address, CHANNEL_OPTIONS)
 
 
 async def read_until(call, phase: pb.Phase.ValueType) -> pb.Progress:
-    """Reads messages up to the first in `phase`."""
+    """Reads messages until one is in `phase`, and returns it."""
     while (message := await call.read()) is not grpc.aio.EOF:
         if message.phase == phase:
             return message

@@ -99,10 +99,10 @@ def encode_page(generations: Sequence[Generation], size: int) -> pb.ListGenerati
 
 
 def _summary(generation: Generation) -> pb.GenerationSummary:
-    state = generation.log.state
+    state = generation.events.state
     summary = pb.GenerationSummary(
         generation_id=generation.id,
-        request_id=generation.terms.request_id,
+        request_id=generation.delivery.request_id,
         prompt=generation.job.prompt,
         phase=encode_phase(state.phase),
         step=state.step,

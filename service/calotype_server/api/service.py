@@ -1,7 +1,8 @@
-"""What every transport offers: messages of the proto in, messages of the proto out, errors as `ServiceError`."""
+"""The use cases in terms of the proto, for every transport: messages in, messages out, errors as `ServiceError`."""
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,98 +11,43 @@ import structlog
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server import __version__, errors
 from calotype_server.api import encoding
+from calotype_server.api.progress_stream import ProgressStream
 from calotype_server.api.validation import validate, validate_id, validate_page, validate_watch, watched_previews
 from calotype_server.generations.event_log import Update
 from calotype_server.observability.redaction import redact_in_logs
 from calotype_server.types import Failed, Succeeded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncIterator, Sequence
 
     from calotype_server.auth.access import Caller
-    from calotype_server.errors import ServiceError, Violation
-    from calotype_server.generations.generation import Generation
+    from calotype_server.errors import Violation
     from calotype_server.generations.lifecycle import Generations
-    from calotype_server.generations.tracked_reader import Reader
     from calotype_server.types import EncodedImage, Limits
 
-__all__ = ["Api", "Following"]
+__all__ = ["Api"]
 
 _log = structlog.get_logger(__name__)
 
 _LOADING_RETRY_SECONDS = 2.0
 
 
-class Following:
-    """A reader of one generation: iterate over its messages, up to the end, and close it.
-
-    Args:
-        generation: What is read.
-        updates: What there is to tell of it.
-        whole: Whether the final image comes in one message, however large it is.
-
-    Attributes:
-        generation: What is read.
-    """
-
-    def __init__(
-        self, generation: Generation, updates: Reader[tuple[Update, EncodedImage | None]], *, whole: bool
-    ) -> None:
-        self.generation = generation
-        self._updates = updates
-        self._messages = self._encoded(whole)
-        self._first: pb.Progress | None = None
-
-    @property
-    def failure(self) -> ServiceError | None:
-        """Why the generation ended without its image, once it has."""
-        end = self.generation.log.state.end
-        return end.error if isinstance(end, Failed) else None
-
-    def __aiter__(self) -> Following:
-        return self
-
-    async def __anext__(self) -> pb.Progress:
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
-        return await anext(self._messages)
-
-    async def read_ahead(self) -> None:
-        """Reads the first message now, so that it tells of the beginning however late it is asked for.
-
-        Raises:
-            StateUnavailable: The generation cannot be kept, and is given up.
-        """
-        self._first = await anext(self._messages)
-
-    async def aclose(self) -> None:
-        """Leaves. What that does to the generation is its caller's choice."""
-        await self._messages.aclose()
-        await self._updates.aclose()
-
-    async def _encoded(self, whole: bool) -> AsyncGenerator[pb.Progress, None]:
-        seed = self.generation.job.seed
-        async for update, image in self._updates:
-            for message in encoding.encode_update(self.generation.id, seed, update, image, whole=whole):
-                yield message
-
-
 class Api:
     """The use cases in terms of the proto. Every method raises `NotReady` until `open` is called.
 
     Args:
-        limits: The operator's ceilings.
+        limits: The operator's limits for requests.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._opened: Generations | None = None
+        self._generations: Generations | None = None
 
     def open(self, generations: Generations) -> None:
-        """Begins to take requests, now that the model is loaded."""
-        self._opened = generations
+        """Accepts requests from now on."""
+        self._generations = generations
 
+    @contextlib.asynccontextmanager
     async def generate(
         self,
         request: pb.GenerateRequest,
@@ -110,46 +56,49 @@ class Api:
         deadline: float | None = None,
         whole: bool = False,
         violations: Sequence[Violation] = (),
-    ) -> Following:
-        """Starts a generation, or finds the one that the same request has started, and follows it.
+    ) -> AsyncIterator[ProgressStream]:
+        """Starts a generation, or finds the one that the same request started earlier, and streams it in the block.
+
+        Leaving the block disconnects the reader; the request's `on_disconnect` decides what happens to the generation.
 
         Args:
-            request: What to make.
-            caller: Whose it is.
-            deadline: Seconds that the caller waits at most; None for ever.
-            whole: Whether the final image comes in one message, however large it is.
-            violations: What was found wrong with the request when it was decoded.
+            request: The image to generate.
+            caller: The caller that owns the generation.
+            deadline: Seconds in which the caller needs the final image; None for no limit.
+            whole: Whether the final image is sent in one message, whatever its size.
+            violations: Violations found when the request was decoded.
 
         Raises:
-            ServiceError: It is refused.
+            ServiceError: The request is rejected.
         """
         redact_in_logs(request.prompt, request.negative_prompt)
-        job, terms = validate(request, self.generations.model, self._limits, violations)
-        terms = replace(terms, caller=caller.id, deadline=deadline)
-        generation = await self.generations.start(job, terms, caller.quota)
-        structlog.contextvars.bind_contextvars(generation=generation.id)
-        _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count, prompt=job.prompt)
-        following = Following(generation, self.generations.follow(generation), whole=whole)
-        await following.read_ahead()
-        return following
+        job, delivery = validate(request, self.generations.model, self._limits, violations)
+        delivery = replace(delivery, caller=caller.id, deadline=deadline)
+        async with self.generations.start(job, delivery, caller.quota) as reader:
+            structlog.contextvars.bind_contextvars(generation=reader.generation.id)
+            _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count, prompt=job.prompt)
+            stream = ProgressStream(reader, whole=whole)
+            await stream.prefetch()
+            yield stream
 
-    def watch(
+    @contextlib.asynccontextmanager
+    async def watch(
         self, request: pb.WatchRequest, caller: Caller, *, whole: bool = False, violations: Sequence[Violation] = ()
-    ) -> Following:
-        """Follows a generation that was started before; arguments as for `generate`.
+    ) -> AsyncIterator[ProgressStream]:
+        """Streams a generation that was started earlier; arguments as for `generate`.
 
         Raises:
-            ServiceError: There is no such generation, or the request makes no sense.
+            ServiceError: There is no such generation, or the request is invalid.
         """
         validate_watch(request, self._limits, violations)
         generation = self.generations.find(request.generation_id, caller)
         structlog.contextvars.bind_contextvars(generation=generation.id)
         preview = watched_previews(request, self._limits, generation.job)
-        updates = self.generations.follow(generation, request.after_sequence, preview)
-        return Following(generation, updates, whole=whole)
+        async with self.generations.follow(generation, request.after_sequence, preview) as reader:
+            yield ProgressStream(reader, whole=whole)
 
     def cancel(self, request: pb.CancelRequest, caller: Caller) -> pb.CancelResponse:
-        """Cancels by id.
+        """Cancels a generation by id.
 
         Raises:
             ServiceError: There is no such generation.
@@ -159,7 +108,7 @@ class Api:
         return pb.CancelResponse(phase=encoding.encode_phase(phase))
 
     def finish(self, request: pb.FinishRequest, caller: Caller) -> pb.FinishResponse:
-        """Ends early by id.
+        """Finishes a generation early, by id.
 
         Raises:
             ServiceError: There is no such generation.
@@ -169,25 +118,25 @@ class Api:
         return pb.FinishResponse(phase=encoding.encode_phase(phase))
 
     def state(self, generation_id: str, caller: Caller) -> pb.Progress:
-        """Returns where a generation stands, without a picture.
+        """Returns the state of a generation, without an image.
 
         Raises:
             ServiceError: There is no such generation.
         """
         generation = self.generations.find(generation_id, caller)
-        update = Update(generation.log.state, None, generation.log.state.previews_skipped)
+        update = Update(generation.events.state, None, generation.events.state.previews_skipped)
         (message,) = encoding.encode_update(generation.id, generation.job.seed, update, None, whole=True)
         return message
 
     async def preview(self, generation_id: str, sequence: int, caller: Caller) -> EncodedImage:
-        """Returns the newest preview of a generation; when it has ended, its image.
+        """Returns the newest preview of a generation, or its image once it has ended.
 
         Raises:
-            ServiceError: There is no such generation, no picture of it now, or message `sequence` is still to come.
+            ServiceError: There is no such generation, it has no image now, or it has not reached message `sequence`.
         """
         generation = self.generations.find(generation_id, caller)
-        if sequence > generation.log.state.sequence:
-            raise errors.ImageNotFound("There is no message of that number yet.", retry_after=1.0)
+        if sequence > generation.events.state.sequence:
+            raise errors.ImageNotFound("There is no message with this number yet.", retry_after=1.0)
         image = await self.generations.newest_preview(generation)
         return image or self.image(generation_id, caller)
 
@@ -195,24 +144,24 @@ class Api:
         """Returns the final image of a generation.
 
         Raises:
-            ServiceError: There is no such generation, or it has none, or not yet.
+            ServiceError: There is no such generation, or it has no image (yet).
         """
-        state = self.generations.find(generation_id, caller).log.state
+        state = self.generations.find(generation_id, caller).events.state
         match state.end:
             case Succeeded(image):
                 return image
             case Failed(error):
                 raise errors.ImageNotFound(f"The generation has no image: {error.message}")
             case None:
-                raise errors.ImageNotFound("There is no picture yet.", retry_after=state.estimated_remaining or 1.0)
+                raise errors.ImageNotFound("There is no image yet.", retry_after=state.estimated_remaining or 1.0)
 
     def list_generations(
         self, request: pb.ListGenerationsRequest, caller: Caller, violations: Sequence[Violation] = ()
     ) -> pb.ListGenerationsResponse:
-        """Lists what the caller may see.
+        """Lists the generations that the caller may see.
 
         Raises:
-            ServiceError: The request makes no sense.
+            ServiceError: The request is invalid.
         """
         size, before = validate_page(request, violations)
         return encoding.encode_page(self.generations.newest(caller, before), size)
@@ -223,7 +172,7 @@ class Api:
 
     @property
     def generations(self) -> Generations:
-        """What it works on."""
-        if self._opened is None:
+        """All generations."""
+        if self._generations is None:
             raise errors.NotReady("The model is still loading.", retry_after=_LOADING_RETRY_SECONDS)
-        return self._opened
+        return self._generations

@@ -1,4 +1,4 @@
-"""The standalone bridge: browsers on one side, Calotype servers elsewhere on the other. Needs no torch."""
+"""`calotype bridge`: the web port alone, in front of Calotype servers on other machines. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from calotype_server.transport.cluster.forwarder import Forwarder
 from calotype_server.transport.cluster.upstreams import Upstreams
 from calotype_server.transport.net.certificates import upstream_credentials
 from calotype_server.transport.net.exposure import Exposure
-from calotype_server.transport.net.open_files import reserve_descriptors
+from calotype_server.transport.net.open_files import raise_open_file_limit
 from calotype_server.transport.web.metrics_endpoint import serve_metrics
 from calotype_server.transport.web.server import WebServer
 
@@ -31,22 +31,22 @@ _log = structlog.get_logger(__name__)
 
 
 async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> None:
-    """Serves until SIGTERM or SIGINT, then lets running calls end; a second signal hurries.
+    """Serves until SIGTERM or SIGINT, then lets running calls end; a second signal ends them.
 
-    It starts whether or not there is any upstream, and finds each whenever it comes.
+    The bridge starts without its upstreams, and finds each one when it becomes available.
 
     Args:
-        settings: What the operator wants.
-        announce: Called once with the web address, when requests are welcome.
+        settings: The operator's settings.
+        announce: Called once with the web address, when the bridge accepts requests.
 
     Raises:
-        StartupError: The address is taken, strangers could reach it, or a file cannot be used.
+        StartupError: The address is in use or exposed without protection, or a file cannot be used.
     """
     configure_logging(settings.log_level, settings.log_format)
-    doors = Exposure(settings, {"--web-address": settings.web_address})
+    exposure = Exposure(settings, {"--web-address": settings.web_address})
     signals = Signals()
     metrics = Metrics(__version__)
-    reserve_descriptors(settings.max_connections)
+    raise_open_file_limit(settings.max_connections)
 
     async def is_ready() -> bool:
         return not signals.stopped and await upstreams.is_serving()
@@ -55,8 +55,8 @@ async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> No
         web = WebServer(
             settings.web_address,
             lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
-            doors.access,
-            doors.certificates,
+            exposure.access,
+            exposure.certificates,
             is_ready=is_ready,
             allowed_origins=settings.allowed_origins,
             allowed_hosts=settings.allowed_hosts,
@@ -67,19 +67,19 @@ async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> No
         )
         address = await web.start()
         try:
-            doors.watch()
+            exposure.watch()
             async with serve_metrics(settings.metrics_address, metrics.render):
                 announce(address)
                 await signals.stopping()
                 _log.info("draining", grace=settings.drain_seconds)
                 await signals.unless_hurried(web.stop(settings.drain_seconds))
         finally:
-            await doors.close()
+            await exposure.close()
             await web.stop(0)
 
 
 def _connector(settings: BridgeSettings) -> Connect:
-    """Returns what makes a channel to an upstream."""
+    """Returns a function that opens a channel to an upstream."""
     if not settings.encrypts_upstream:
         return lambda target, options: grpc.aio.insecure_channel(target, options)
     credentials = upstream_credentials(settings.upstream_ca, settings.upstream_certificate, settings.upstream_key)

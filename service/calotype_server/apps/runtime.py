@@ -1,270 +1,197 @@
-"""A server but for its ports: the engine, its generations, who observes them, and their orderly end."""
+"""Everything of a server but its ports: the generations around an engine, and their orderly end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import structlog
 
-from calotype_server import __version__, errors
-from calotype_server.api.service import Api
-from calotype_server.engine.preview.budget import PreviewBudget
+from calotype_server import errors
 from calotype_server.generations.admission import Admission
 from calotype_server.generations.estimates import StepTimeEstimator
+from calotype_server.generations.index import GenerationIndex
 from calotype_server.generations.lifecycle import Generations
-from calotype_server.generations.retention import Retention
-from calotype_server.generations.store import Store
+from calotype_server.generations.retention import RetentionLimits
+from calotype_server.generations.runner import Runner
 from calotype_server.generations.watchdog import Watchdog, end_when_stalled
 from calotype_server.images.encoder import Encoder
-from calotype_server.observability import tracing
-from calotype_server.observability.events import Observe, to_all
-from calotype_server.observability.metrics import ServerMetrics
-from calotype_server.types import PreviewMethod
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
+    from types import TracebackType
 
+    from calotype_server.api.service import Api
+    from calotype_server.apps.instruments import Instruments
     from calotype_server.engine.protocol import Engine
-    from calotype_server.generations.generation import Generation
+    from calotype_server.generations.store import Store
     from calotype_server.generations.watchdog import Stall
     from calotype_server.settings import Settings
-    from calotype_server.types import ModelInfo
 
-__all__ = ["FINAL_MESSAGE_GRACE_SECONDS", "LOADING_THREAD", "Core"]
-
-LOADING_THREAD = "calotype-load"
+__all__ = ["FINAL_MESSAGE_GRACE_SECONDS", "Runtime"]
 
 FINAL_MESSAGE_GRACE_SECONDS = 2.0
-"""For streams to deliver their end after everything has ended."""
+"""Time for streams to deliver their last message after every generation has ended."""
 
 _log = structlog.get_logger(__name__)
 
 
-class Core:
-    """Call `load`, `warm_up`, `watch` and `open` in this order, then `drain`, and `close` in any case.
+class Runtime:
+    """Runs the generations of one engine for the duration of an `async with` block.
+
+    Usage::
+
+        async with Runtime(settings, engine, service=service, instruments=instruments) as runtime:
+            await runtime.dead.wait()
+
+    Entering warms up the engine, starts the watchdog, restores stored generations and opens the service. Leaving
+    drains: new work is rejected, running generations get `settings.drain_seconds` to end, the rest is aborted, and the
+    engine is closed. The service still answers requests for ended generations afterwards.
 
     Args:
-        settings: What the operator wants.
+        settings: The operator's settings.
+        engine: A loaded engine. The runtime closes it.
+        service: Answers requests with `NotReady` until the block is entered.
+        instruments: Counts and traces.
+        store: Keeps generations across restarts, or None.
+        hurry: Setting this event ends a drain early.
+        on_stall: Called when a generation hangs, just before the process exits. Must await the function that it
+            receives, which ends all generations, and then give readers time to receive their last message.
+        warm_up: Whether to generate two small images first.
 
     Attributes:
-        api: Answers from the beginning, with `NotReady` until it is open.
-        metrics: What there is to count.
-        observe: Told what there is to see.
-        dead: Set when the engine cannot go on.
-        generations: What has been accepted, once the model is loaded.
+        dead: Set when the engine cannot continue.
+        admission: The queue.
+        generations: All generations.
+
+    Raises:
+        ModelUnavailable: The model cannot generate an image.
+        StateUnusable: The stored generations cannot be read.
     """
 
+    admission: Admission
     generations: Generations
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self.api = Api(settings.limits)
-        self.metrics = ServerMetrics(__version__)
-        self._tracer = _tracing(settings)
-        counted = self.metrics.observe
-        self.observe: Observe = counted if self._tracer is None else to_all(counted, self._tracer.observe)
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        *,
+        service: Api,
+        instruments: Instruments,
+        store: Store | None = None,
+        hurry: asyncio.Event | None = None,
+        on_stall: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]] | None = None,
+        warm_up: bool = True,
+    ) -> None:
         self.dead = asyncio.Event()
-        self._budget = PreviewBudget(settings.preview_budget)
-        self._encoder = Encoder(self._budget.observe_encode, self.observe)
-        self._pace = StepTimeEstimator()
-        self._engine: Engine | None = None
-        self._store: Store | None = None
-        self._watching: asyncio.Task[None] | None = None
-        self._drained = False
-
-    async def load(self) -> ModelInfo:
-        """Loads the model, and describes it. Can be cancelled; the thread that loads then goes on for nobody.
-
-        Raises:
-            StartupError: The model or the state folder cannot be used.
-        """
-        settings = self._settings
-        if settings.state is not None:
-            self._store = await Store.open(settings.state.expanduser())
-        engine = await _in_daemon_thread(lambda: _load_engine(settings, self._budget, self.observe))
+        self._settings = settings
         self._engine = engine
-        self.metrics.describe(engine.model)
-        max_active = engine.model.max_active
-        self._admission = admission = Admission(
-            self._pace,
-            max_active=max_active,
+        self._service = service
+        self._instruments = instruments
+        self._store = store
+        self._hurry = hurry or asyncio.Event()
+        self._on_stall = on_stall
+        self._warm_up = warm_up
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as stack:
+            await self._enter(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _enter(self, stack: contextlib.AsyncExitStack) -> None:
+        """Starts everything, and registers on `stack` how each part ends, in reverse order."""
+        settings, engine = self._settings, self._engine
+        estimator = StepTimeEstimator()
+        self.admission = Admission(
+            estimator,
+            max_active=engine.model.max_active,
             max_queue=settings.max_queue,
             max_queue_per_caller=settings.max_queue_per_caller,
         )
-        ended: Retention[Generation] = Retention(
-            seconds=settings.retain_seconds, count=settings.retain_count, size=settings.retain_bytes
-        )
-        self.generations = generations = Generations(
-            engine,
-            admission,
-            self._pace,
-            self._encoder,
-            ended,
-            self._store,
-            max_active=max_active,
-            heartbeat=settings.heartbeat_seconds,
+        stack.callback(engine.close)
+        encoder = Encoder(engine.note_preview_encoding, self._instruments.observe)
+        stack.callback(encoder.close)
+        runner = Runner(engine, self.admission, estimator, encoder)
+        stack.callback(runner.close)
+        if self._warm_up:
+            await self._warm_up_engine(runner)
+        limits = RetentionLimits(settings.retain_seconds, settings.retain_count, settings.retain_bytes)
+        self.generations = Generations(
+            runner,
+            self.admission,
+            GenerationIndex(limits, self._store),
+            heartbeat_seconds=settings.heartbeat_seconds,
             on_dead=self.dead.set,
-            observe=self.observe,
+            observe=self._instruments.observe,
         )
-        self.metrics.read(
+        stack.callback(self.generations.close)
+        self._report_metrics()
+        if settings.watchdog_seconds:
+            # Not earlier: everything in the warm-up happens for the first time, and nobody knows how long that takes.
+            watching = asyncio.create_task(self._watch(estimator))
+            stack.callback(watching.cancel)
+        stack.push_async_callback(self._drain)
+        await self.generations.restore()
+        self._service.open(self.generations)
+
+    async def _warm_up_engine(self, runner: Runner) -> None:
+        try:
+            await runner.warm_up()
+        except errors.ServiceError as error:
+            name = self._settings.model
+            raise errors.ModelUnavailable(f"The model {name!r} cannot generate an image: {error}") from error
+
+    def _report_metrics(self) -> None:
+        metrics, generations, admission = self._instruments.metrics, self.generations, self.admission
+        metrics.describe(self._engine.model)
+        metrics.read(
             active=lambda: admission.active,
             queued=lambda: admission.waiting,
             readers=lambda: generations.readers,
             log_bytes=lambda: sum(generation.size for generation in generations.running),
-            retained=lambda: len(ended),
-            retained_bytes=lambda: ended.size,
+            retained=lambda: len(generations.retained),
+            retained_bytes=lambda: generations.retained.size,
         )
-        return engine.model
 
-    async def warm_up(self) -> None:
-        """Makes the first pictures.
-
-        Raises:
-            ModelUnavailable: The model cannot make any.
-        """
-        try:
-            await self.generations.warm_up()
-        except errors.ServiceError as error:
-            model = self._settings.model
-            raise errors.ModelUnavailable(f"The model {model!r} cannot make a picture: {error}") from error
-
-    def watch(self, farewell: Callable[[Coroutine[object, object, None]], Awaitable[None]]) -> None:
-        """Ends the process when the engine stalls from now on, where the operator wants that.
-
-        What came before was done for the first time, and nobody can say how long that takes.
-
-        Args:
-            farewell: Is to await what it is given, which ends all generations, and to let readers hear of it.
-        """
-        if not self._settings.watchdog_seconds:
-            return
+    async def _watch(self, estimator: StepTimeEstimator) -> None:
+        """Ends the process when a generation hangs."""
         watchdog = Watchdog(
             lambda: self.generations.running,
-            lambda job: self._pace.usual_pause(job, self._admission.active),
+            lambda job: estimator.usual_pause(job, self.admission.active),
             self._settings.watchdog_seconds,
         )
+        self._instruments.metrics.read(longest_pause=lambda: watchdog.longest_pause)
 
-        async def leave(stalls: Sequence[Stall]) -> None:
-            await farewell(self.generations.abandon([stall.generation for stall in stalls]))
+        async def end_orderly(stalls: Sequence[Stall]) -> None:
+            async def end_generations() -> None:
+                await self.generations.abort_stalled([stall.generation for stall in stalls])
+
+            if self._on_stall is None:
+                await end_generations()
+            else:
+                await self._on_stall(end_generations)
             if self._store is not None:
                 await self._store.close()
 
-        self.metrics.read(longest_pause=lambda: watchdog.longest_pause)
-        self._watching = asyncio.create_task(end_when_stalled(watchdog, leave))
+        await end_when_stalled(watchdog, end_orderly)
 
-    async def open(self) -> None:
-        """Takes up what the store has kept, and from now on requests."""
-        await self.generations.restore()
-        self.api.open(self.generations)
-
-    async def drain(self, patiently: Callable[[Coroutine[object, object, None]], Awaitable[object]]) -> None:
-        """Refuses what is new, and ends what is still there when `drain_seconds` have passed.
-
-        Args:
-            patiently: Waits for what it is given, but no longer than it has patience.
-        """
+    async def _drain(self) -> None:
         grace = self._settings.drain_seconds
         _log.info("draining", grace=grace)
-        self.generations.refuse(retry_after=grace + FINAL_MESSAGE_GRACE_SECONDS)
-        with contextlib.suppress(TimeoutError):
-            await patiently(asyncio.wait_for(self.generations.idle(), grace))
-        await self.generations.end_all()
-        self._drained = True
-
-    async def close(self) -> None:
-        """Frees the state folder and, after a drain, the threads."""
-        if self._watching is not None:
-            self._watching.cancel()
-        if self._drained and self._engine is not None:
-            self.generations.close()
-            self._encoder.close()
-            self._engine.close()
-        if self._store is not None:
-            await self._store.close()
-        if self._tracer is not None:
-            await asyncio.to_thread(self._tracer.close)
-
-
-def _tracing(settings: Settings) -> tracing.Tracing | None:
-    if settings.tracing is None and not tracing.wanted():
-        return None
-    return None if settings.tracing is False else tracing.configured(__version__, required=bool(settings.tracing))
-
-
-def _load_engine(settings: Settings, budget: PreviewBudget, observe: Observe) -> Engine:
-    # OpenMP's threads spin while they wait for each other. A server shares its cores, with its own event loop at least,
-    # and spinning against it was measured to cost up to twenty times the time of a step. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Here, so that a wrong address or flag is told before torch has been imported for seconds.
-    from calotype_server.engine import capabilities, diffusers_engine, loading
-
-    device = loading.pick_device(settings.device)
-    pipeline = loading.load_pipeline(
-        settings.model,
-        revision=settings.revision,
-        variant=settings.variant,
-        device=device,
-        dtype=loading.pick_dtype(settings.dtype, device),
-    )
-    try:
-        given = capabilities.Defaults(settings.step_count, settings.guidance_scale, settings.tiny_vae)
-        defaults = given.or_else(capabilities.read_defaults(loading.locate(settings.model)))
-        tiny_vae = loading.load_tiny_vae(defaults.tiny_vae, like=pipeline.vae) if defaults.tiny_vae else None
-        engine = diffusers_engine.DiffusersEngine(
-            loading.display_name(settings.model),
-            pipeline,
-            defaults=defaults,
-            cache_dir=settings.cache_dir,
-            threads=settings.threads,
-            budget=budget,
-            preview_methods=settings.allowed_methods,
-            tiny_vae=tiny_vae,
-            max_active=settings.max_active,
-            max_rows=settings.max_batch_rows,
-            deterministic=settings.deterministic,
-            observe=observe,
-        )
-        _check_default_method(settings, engine.model)
-        return engine
-    except errors.StartupError:
-        raise
-    except Exception as error:
-        _log.exception("the pipeline cannot be driven")
-        kind = type(pipeline).__name__
-        raise errors.ModelUnavailable(f"{settings.model!r} is a {kind}, which Calotype cannot drive.") from error
-
-
-def _check_default_method(settings: Settings, model: ModelInfo) -> None:
-    """Otherwise every request that leaves the method open would be refused."""
-    method = settings.preview_method
-    if method in (PreviewMethod.AUTO, PreviewMethod.NONE) or method in model.preview_methods:
-        return
-    others = ", ".join((PreviewMethod.AUTO, *model.preview_methods, PreviewMethod.NONE))
-    hint = " Name one that fits the model with --tiny-vae, or" if method is PreviewMethod.TINY_VAE else " Please"
-    raise errors.ModelUnavailable(
-        f"--preview-method is {method}, by which no previews of {settings.model!r} can be drawn."
-        f"{hint} choose another method: {others}."
-    )
-
-
-async def _in_daemon_thread(function: Callable[[], Engine]) -> Engine:
-    """Loading cannot be interrupted; in a daemon thread it does not hold up an exit either."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[Engine] = loop.create_future()
-
-    def settle(setter: Callable[[object], None], value: object) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(lambda: None if result.done() else setter(value))
-
-    def run() -> None:
+        self.generations.reject_new(retry_after=grace + FINAL_MESSAGE_GRACE_SECONDS)
+        waiting = {asyncio.ensure_future(self.generations.idle()), asyncio.ensure_future(self._hurry.wait())}
         try:
-            settle(result.set_result, function())  # type: ignore[arg-type]
-        except BaseException as error:
-            settle(result.set_exception, error)  # type: ignore[arg-type]
-
-    threading.Thread(target=run, name=LOADING_THREAD, daemon=True).start()
-    return await result
+            await asyncio.wait(waiting, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waiting:
+                each.cancel()
+            await self.generations.abort_all()

@@ -1,4 +1,4 @@
-"""The server as a process of its own: settings in, ports around the core, and an orderly end."""
+"""`calotype serve`: opens the ports, loads the engine, serves, and drains on SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,23 +6,30 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from calotype_server.apps.runtime import FINAL_MESSAGE_GRACE_SECONDS, Core
+from calotype_server.api.service import Api
+from calotype_server.apps.instruments import Instruments
+from calotype_server.apps.loading import load_engine
+from calotype_server.apps.runtime import FINAL_MESSAGE_GRACE_SECONDS, Runtime
 from calotype_server.apps.signals import Signals
+from calotype_server.generations.store import Store
 from calotype_server.observability.logs import configure_logging
 from calotype_server.transport.grpc.server import NativeServer
 from calotype_server.transport.grpc.servicer import GenerationServicer
 from calotype_server.transport.grpc.services import Services
 from calotype_server.transport.net.call_limits import CallLimiter
 from calotype_server.transport.net.exposure import Exposure
-from calotype_server.transport.net.open_files import reserve_descriptors
+from calotype_server.transport.net.open_files import raise_open_file_limit
 from calotype_server.transport.web.metrics_endpoint import serve_metrics
 from calotype_server.transport.web.server import WebServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
+    from types import TracebackType
 
+    from calotype_server.engine.protocol import Engine
+    from calotype_server.observability.events import Observe
     from calotype_server.settings import Settings
     from calotype_server.types import ModelInfo
 
@@ -31,7 +38,7 @@ __all__ = ["Ready", "serve"]
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """What there is to tell when the server takes requests."""
+    """Describes a server that accepts requests. `load_seconds` is the time since the start of the process's server."""
 
     address: str
     web_address: str
@@ -39,72 +46,123 @@ class Ready:
     load_seconds: float
 
 
-async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal hurries. Returns the exit code.
+async def serve(
+    settings: Settings,
+    announce: Callable[[Ready], None],
+    load: Callable[[Settings, Observe], Coroutine[object, object, Engine]] = load_engine,
+) -> int:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain early. Returns the exit code.
 
     Args:
-        settings: What the operator wants.
-        announce: Called once, when requests are welcome.
+        settings: The operator's settings.
+        announce: Called once, when the server accepts requests.
+        load: Loads the engine.
 
     Raises:
-        StartupError: An address is taken, or the model cannot be used.
+        StartupError: An address is in use, or the model, the state or a file cannot be used.
     """
     configure_logging(settings.log_level, settings.log_format, prompts=settings.log_prompts)
-    begun = time.monotonic()
+    started = time.monotonic()
     signals = Signals()
-    doors = Exposure(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
-    core = Core(settings)
-    services = Services(GenerationServicer(core.api, doors.access))
-    await services.set_serving(False)
-    limits = settings.port_limits
-    reserve_descriptors(2 * limits.max_connections)
-    peers = CallLimiter(limits.max_calls_per_peer)
-    metrics, observe = core.metrics, core.observe
-    metrics.read(serving=lambda: services.serving)
-    native = NativeServer(services, doors.access, doors.certificates, limits=limits, peers=peers, observe=observe)
-    web = WebServer(
-        settings.web_address,
-        services.add_to,
-        doors.access,
-        doors.certificates,
-        is_ready=services.is_serving,
-        api=core.api,
-        allowed_origins=settings.allowed_origins,
-        allowed_hosts=settings.allowed_hosts,
-        limits=limits,
-        peers=peers,
-        observe=observe,
-        metrics=None if settings.metrics_address else metrics.render,
-    )
-    address = await native.start(settings.grpc_address)
-    opened = contextlib.AsyncExitStack()
-    try:
-        doors.watch()
-        web_address = await web.start()
-        await opened.enter_async_context(serve_metrics(settings.metrics_address, metrics.render))
-        model = await signals.unless_stopped(core.load())
-        if model is None:
+    exposure = Exposure(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
+    service = Api(settings.limits)
+    async with (
+        Instruments(settings.tracing) as instruments,
+        Store.opened(settings.state and settings.state.expanduser()) as store,
+        _Ports(settings, service, exposure, instruments) as ports,
+        contextlib.AsyncExitStack() as running,
+    ):
+        engine = await signals.unless_stopped(load(settings, instruments.observe))
+        if engine is None:
             return 0
-        await signals.unless_stopped(core.warm_up())
+        runtime = Runtime(
+            settings,
+            engine,
+            service=service,
+            instruments=instruments,
+            store=store,
+            hurry=signals.hurry,
+            on_stall=ports.end_stalled,
+        )
+        if await signals.unless_stopped(running.enter_async_context(runtime)) is None:
+            return 0
+        await ports.set_serving(True)
+        announce(Ready(ports.grpc_address, ports.web_address, engine.model, time.monotonic() - started))
+        await signals.unless_stopped(runtime.dead.wait())
+        await ports.set_serving(False)
+        await running.aclose()
+        await ports.stop(FINAL_MESSAGE_GRACE_SECONDS)
+        return 1 if runtime.dead.is_set() else 0
 
-        async def farewell(ending: Coroutine[object, object, None]) -> None:
-            await services.set_serving(False)
-            await ending
-            await asyncio.gather(native.stop(FINAL_MESSAGE_GRACE_SECONDS), web.stop(FINAL_MESSAGE_GRACE_SECONDS))
 
-        core.watch(farewell)
-        if not signals.stopped:
-            await core.open()
-            await services.set_serving(True)
-            announce(Ready(address, web_address, model, time.monotonic() - begun))
-            await signals.unless_stopped(core.dead.wait())
-        await services.set_serving(False)
-        await core.drain(signals.unless_hurried)
-        services.release_watchers()
-        await asyncio.gather(native.stop(FINAL_MESSAGE_GRACE_SECONDS), web.stop(FINAL_MESSAGE_GRACE_SECONDS))
-        return 1 if core.dead.is_set() else 0
-    finally:
-        await doors.close()
-        await asyncio.gather(native.stop(0), web.stop(0))
-        await opened.aclose()
-        await core.close()
+class _Ports:
+    """The gRPC port, the web port and, if configured, the metrics port. They are open during the `async with` block.
+
+    Attributes:
+        grpc_address: HOST:PORT of the gRPC port.
+        web_address: HOST:PORT of the web port.
+    """
+
+    grpc_address: str
+    web_address: str
+
+    def __init__(self, settings: Settings, service: Api, exposure: Exposure, instruments: Instruments) -> None:
+        limits, metrics, observe = settings.port_limits, instruments.metrics, instruments.observe
+        peers = CallLimiter(limits.max_calls_per_peer)
+        self._settings = settings
+        self._exposure = exposure
+        self._metrics = metrics
+        self._services = services = Services(GenerationServicer(service, exposure.access))
+        metrics.read(serving=lambda: services.serving)
+        self._native = NativeServer(
+            services, exposure.access, exposure.certificates, limits=limits, peers=peers, observe=observe
+        )
+        self._web = WebServer(
+            settings.web_address,
+            services.add_to,
+            exposure.access,
+            exposure.certificates,
+            is_ready=services.is_serving,
+            api=service,
+            allowed_origins=settings.allowed_origins,
+            allowed_hosts=settings.allowed_hosts,
+            limits=limits,
+            peers=peers,
+            observe=observe,
+            metrics=None if settings.metrics_address else metrics.render,
+        )
+        self._stack = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with contextlib.AsyncExitStack() as stack:
+            raise_open_file_limit(2 * self._settings.port_limits.max_connections)
+            await self.set_serving(False)
+            stack.push_async_callback(self._native.stop, 0)
+            self.grpc_address = await self._native.start(self._settings.grpc_address)
+            self._exposure.watch()
+            stack.push_async_callback(self._exposure.close)
+            stack.push_async_callback(self._web.stop, 0)
+            self.web_address = await self._web.start()
+            await stack.enter_async_context(serve_metrics(self._settings.metrics_address, self._metrics.render))
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def set_serving(self, serving: bool) -> None:
+        """Sets the result of health checks."""
+        await self._services.set_serving(serving)
+
+    async def stop(self, grace: float) -> None:
+        """Closes the ports; calls get `grace` seconds to deliver their last message."""
+        self._services.release_watchers()
+        await asyncio.gather(self._native.stop(grace), self._web.stop(grace))
+
+    async def end_stalled(self, end_generations: Callable[[], Awaitable[None]]) -> None:
+        """Fails health checks, ends all generations, and gives readers time to receive their last message."""
+        await self.set_serving(False)
+        await end_generations()
+        await self.stop(FINAL_MESSAGE_GRACE_SECONDS)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as events of the loop."""
+"""SIGTERM and SIGINT as events of the event loop."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ T = TypeVar("T")
 
 
 class Signals:
-    """The first SIGTERM or SIGINT asks to stop, the second to hurry."""
+    """Handles SIGTERM and SIGINT: the first signal asks to stop, the second to hurry.
+
+    Attributes:
+        hurry: Set by the second signal.
+    """
 
     def __init__(self) -> None:
+        self.hurry = asyncio.Event()
         self._stop = asyncio.Event()
-        self._hurry = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._receive)
 
     def _receive(self) -> None:
-        (self._hurry if self._stop.is_set() else self._stop).set()
+        (self.hurry if self._stop.is_set() else self._stop).set()
 
     @property
     def stopped(self) -> bool:
-        """Whether the first signal has come."""
+        """Whether the first signal has arrived."""
         return self._stop.is_set()
 
     async def stopping(self) -> None:
@@ -36,22 +40,20 @@ class Signals:
         await self._stop.wait()
 
     async def unless_stopped(self, work: Coroutine[object, object, T]) -> T | None:
-        """Returns what `work` returns, or None when the first signal comes before."""
+        """Returns the result of `work`; cancels it and returns None if the first signal arrives before it is done."""
         return await _unless(self._stop, work)
 
     async def unless_hurried(self, work: Coroutine[object, object, T]) -> T | None:
-        """Returns what `work` returns, or None when the second signal comes before."""
-        return await _unless(self._hurry, work)
+        """Returns the result of `work`; cancels it and returns None if the second signal arrives before it is done."""
+        return await _unless(self.hurry, work)
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[object, object, T]) -> T | None:
-    """Awaits `work`, but gives up and returns None as soon as `event` is set."""
     task, waiter = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
     try:
         await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            return None
-        return task.result()
+        return task.result() if task.done() else None
     finally:
-        task.cancel()
         waiter.cancel()
+        if task.cancel():
+            await asyncio.wait({task})

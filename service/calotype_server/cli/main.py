@@ -15,7 +15,7 @@ import typer
 
 from calotype_server.apps import bridge
 from calotype_server.apps import server as application
-from calotype_server.apps.runtime import LOADING_THREAD
+from calotype_server.apps.loading import LOADING_THREAD
 from calotype_server.cli.doctor import doctor
 from calotype_server.cli.keys import keys
 from calotype_server.errors import StartupError

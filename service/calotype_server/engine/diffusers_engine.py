@@ -231,6 +231,10 @@ class DiffusersEngine:
             report(Decoding(finished_early=True, batch_rows=rows()))
             return self._finish(job, tap.last, feed, report)
 
+    def note_preview_encoding(self, seconds: float) -> None:
+        """Charges the preview budget."""
+        self._budget.observe_encode(seconds)
+
     def close(self) -> None:
         """Ends the preview thread and the device thread."""
         self._previews.close()

@@ -1,4 +1,4 @@
-"""What the server asks of an engine. Everything heavy depends on this, never the reverse."""
+"""The interface between the server and an engine. It imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["Engine", "Stop"]
 
 
 class Stop:
-    """Asks a run to end. From any thread, and once for all."""
+    """Tells a run to stop or to finish early. Thread-safe; a stop cannot be taken back."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
         self._set = False
         self.finishing = False
-        """Whether the run shall end with the picture as it is after the step under way."""
+        """Whether the run should end successfully after the current step, with its prediction as the image."""
 
     def finish(self) -> None:
-        """Asks for the picture as it is."""
+        """Requests an early finish."""
         self.finishing = True
 
     def set(self) -> None:
-        """Asks."""
+        """Requests a stop, and calls the callbacks."""
         with self._lock:
             self._set = True
             callbacks, self._callbacks = self._callbacks, []
@@ -36,11 +36,11 @@ class Stop:
             callback()
 
     def is_set(self) -> bool:
-        """Whether the run shall end."""
+        """Whether a stop was requested."""
         return self._set
 
     def call(self, callback: Callable[[], None]) -> None:
-        """Has `callback` called when the run shall end: at once if that is so already. It must not block or raise."""
+        """Registers a callback for a stop; calls it at once if a stop was already requested. It must not block or raise."""
         with self._lock:
             if not self._set:
                 self._callbacks.append(callback)
@@ -53,25 +53,29 @@ class Engine(Protocol):
 
     @property
     def model(self) -> ModelInfo:
-        """What the model can do and does by default."""
+        """Capabilities and defaults of the model."""
         ...
 
     def run(self, job: Job, report: Callable[[Event], None], stop: Stop) -> Pixels:
-        """Generates one picture; blocks the calling thread until the device is free of it.
+        """Generates one image. Blocks the calling thread until the device no longer works on it.
 
         Args:
-            job: What to generate.
-            report: Takes `EncodingPrompt`, `Denoising`, `PreviewReady` and `Decoding` as they happen; called from this
-                and other threads, and it must not block.
-            stop: When set, the work ends before the next denoising step; a wait for the device ends at once. When it is
-                `finishing`, the predicted picture of the step under way is decoded and returned.
+            job: The image to generate.
+            report: Called with `EncodingPrompt`, `Denoising`, `PreviewReady` and `Decoding` as they happen, from this
+                and other threads. Does not block.
+            stop: When set, the run ends before the next denoising step, and a wait for the device ends at once. When
+                `finishing`, the prediction of the current step is decoded and returned.
 
         Raises:
             Cancelled: `stop` was set.
-            GenerationError: Any other way to fail; `EngineDead` when no further call can succeed.
+            GenerationError: Any other failure; `EngineDead` when no further call can succeed.
         """
         ...
 
     def close(self) -> None:
-        """Frees threads; no `run` may be under way."""
+        """Ends the engine's threads. All runs must have ended."""
+        ...
+
+    def note_preview_encoding(self, seconds: float) -> None:
+        """Charges the preview budget with processor time that encoding a preview took, in seconds. Thread-safe."""
         ...

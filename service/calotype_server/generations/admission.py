@@ -1,11 +1,11 @@
-"""Who may start, and when: a bounded, fair queue that refuses overload and hopeless deadlines at once.
+"""A bounded, fair queue that rejects overload and impossible deadlines at once.
 
-The order is that of start-time fair queueing (Goyal, Vin & Cheng 1996, "Start-time Fair Queuing"): each caller has a
-line of their own whose jobs are tagged with the work that went before them, and the smallest tag is next. So a caller
-who queues a hundred pictures delays another's first by one, and alone has the whole server. Within that, INTERACTIVE
-goes before BATCH, and of several slots one is never given to BATCH.
+The order is that of start-time fair queueing (Goyal, Vin & Cheng 1996, "Start-time Fair Queuing"): every job is tagged
+with the work that its caller queued before it, and the smallest tag is next. So a caller that queues a hundred images
+delays another caller's first image by one, and a single caller can use the whole server. INTERACTIVE jobs run before
+BATCH jobs, and with several slots, one is never given to BATCH.
 
-Lives in the event loop; nothing here is thread-safe, and nothing needs to be.
+Lives in the event loop; not thread-safe.
 """
 
 from __future__ import annotations
@@ -29,21 +29,20 @@ __all__ = ["Admission", "QueueTicket"]
 
 
 _REFRESH_SECONDS = 10.0
-"""Between two estimates for those who wait, at most. Time passes also where nothing moves, and proxies cut a stream
-that is silent for a minute."""
+"""Longest time between two estimates for waiting jobs. Proxies close a stream without a message for a minute."""
 
 
 @dataclass(eq=False)
 class QueueTicket:
-    """A place in the queue and, after its turn came, a slot. Leave it exactly when the work has truly ended.
+    """A place in the queue, and a slot once its turn has come. Give it back with `Admission.leave` when the work ends.
 
     Attributes:
         job: The work.
-        caller: Whose it is.
-        on_move: Told the position and the estimate.
-        order: What the queue is sorted by: priority, tag, arrival.
+        caller: Id of the caller.
+        on_move: Called with the position and the estimated seconds to the final image.
+        order: Sort key of the queue: priority, tag, arrival.
         turn: Done when the work may start.
-        left: Share of the work that is left, 0 to 1; whoever does it keeps it up to date.
+        left: Share of the work that is left, 0 to 1.
     """
 
     job: Job
@@ -53,21 +52,25 @@ class QueueTicket:
     turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     left: float = 1.0
 
+    def note_left(self, share: float) -> None:
+        """Records progress: the share of the work that is left, 0 to 1. It never rises. Thread-safe."""
+        self.left = min(self.left, share)
+
 
 class Admission:
     """A fair queue in front of `max_active` slots.
 
     Args:
-        pace: Estimates, for waits and deadlines.
-        max_active: Generations at work at once, from 1.
-        max_queue: Generations waiting at most, from 0.
-        max_queue_per_caller: Generations of one caller waiting at most; None for no limit but `max_queue`.
+        estimator: Estimates waits, for positions and deadlines.
+        max_active: Number of slots: generations that run at once, at least 1.
+        max_queue: Largest number of waiting generations, at least 0.
+        max_queue_per_caller: Largest number of waiting generations of one caller; None for `max_queue`.
     """
 
     def __init__(
-        self, pace: StepTimeEstimator, *, max_active: int, max_queue: int, max_queue_per_caller: int | None = None
+        self, estimator: StepTimeEstimator, *, max_active: int, max_queue: int, max_queue_per_caller: int | None = None
     ) -> None:
-        self._pace = pace
+        self._estimator = estimator
         self._max_active = max_active
         self._max_queue = max_queue
         self._max_queue_per_caller = max_queue if max_queue_per_caller is None else max_queue_per_caller
@@ -76,59 +79,59 @@ class Admission:
         self._arrivals = itertools.count()
         self._virtual_time = 0.0
         self._tags: dict[str, float] = {}
-        """Tag that the next job of a caller gets at least; only of callers who are ahead of the virtual time."""
+        """Least tag of a caller's next job, for callers that are ahead of the virtual time."""
         self._refresh: asyncio.TimerHandle | None = None
 
     @property
     def active(self) -> int:
-        """Generations at work."""
+        """Number of running generations."""
         return len(self._active)
 
     @property
     def waiting(self) -> int:
-        """Generations that wait for their turn."""
+        """Number of waiting generations."""
         return len(self._waiting)
 
     def enter(
         self, job: Job, caller: str, on_move: Callable[[int, float | None], None], deadline: float | None = None
     ) -> QueueTicket:
-        """Takes a place, or refuses at once.
+        """Takes a place in the queue.
 
         Args:
             job: The work.
-            caller: Whose it is; callers share the server evenly.
-            on_move: Called with the position (1 is the next to start) and the estimated seconds to the final image,
-                now, whenever they change and every few seconds, until the turn comes.
-            deadline: Seconds that the caller is willing to wait for the final image; None for ever.
+            caller: Id of the caller; callers share the server evenly.
+            on_move: Called with the position (1 is next) and the estimated seconds to the final image: now, whenever
+                they change, and every 10 s until the turn comes.
+            deadline: Seconds in which the caller needs the final image; None for no limit.
 
         Raises:
-            QueueFull: All slots are busy, and the queue or the caller's share of it is full; `retry_after` says when a
-                place is likely.
-            DeadlineTooShort: The picture cannot be there in time, as far as measured.
+            QueueFull: All slots are busy, and the queue or the caller's share of it is full; `retry_after` estimates
+                when a place becomes free.
+            DeadlineTooShort: The estimated time exceeds the deadline.
         """
         tag = max(self._virtual_time, self._tags.get(caller, 0.0))
         ticket = QueueTicket(job, caller, on_move, (job.priority, tag, next(self._arrivals)))
         waiting = sorted([*self._waiting, ticket], key=lambda each: each.order)
         if waiting[0] is not ticket or len(self._active) >= self._slots(job):
-            self._refuse_overload(job, caller)
+            self._reject_overload(job, caller)
         needed = self._estimates(waiting)[waiting.index(ticket)]
         if deadline is not None and needed is not None and needed > deadline:
             if not self._active:
-                self._pace.doubt()
+                self._estimator.lower()
             raise errors.DeadlineTooShort(
-                f"The picture needs about {needed:.1f} s, the deadline is in {deadline:.1f} s.",
+                f"The image takes about {needed:.1f} s, but the deadline is in {deadline:.1f} s.",
                 metadata={"estimated_seconds": f"{needed:.3f}"},
             )
         self._tags[caller] = tag + job.pixel_count * job.step_count
         self._waiting = waiting
         self._fill()
-        self._tell()
+        self._report_positions()
         if ticket in self._active:
             on_move(1, needed)
         return ticket
 
     def leave(self, ticket: QueueTicket) -> None:
-        """Gives the place or the slot back. Idempotent."""
+        """Gives the place or the slot back. A second call does nothing."""
         if ticket in self._active:
             self._active.remove(ticket)
         elif ticket in self._waiting:
@@ -136,23 +139,25 @@ class Admission:
         else:
             return
         self._fill()
-        self._tell()
+        self._report_positions()
 
-    def _refuse_overload(self, job: Job, caller: str) -> None:
+    def _reject_overload(self, job: Job, caller: str) -> None:
         own = sum(ticket.caller == caller for ticket in self._waiting)
         if len(self._waiting) >= self._max_queue:
-            message, limit = f"The queue is full: {len(self._waiting)} are waiting.", self._max_queue
+            message, limit = f"The queue is full: {len(self._waiting)} generations are waiting.", self._max_queue
         elif own >= self._max_queue_per_caller:
-            message, limit = f"You have {own} waiting already.", self._max_queue_per_caller
+            message, limit = f"You already have {own} waiting generations.", self._max_queue_per_caller
         else:
             return
-        times = finish_times(self._pace, [Work(each.job, each.left) for each in self._active], [job], self._max_active)
-        own_seconds = self._pace.total_seconds(job) or 0.0
+        times = finish_times(
+            self._estimator, [Work(each.job, each.left) for each in self._active], [job], self._max_active
+        )
+        own_seconds = self._estimator.total_seconds(job) or 0.0
         retry_after = max(1.0, times[0] - own_seconds) if times else 1.0
         raise errors.QueueFull(message, retry_after=retry_after, metadata={"max_queue": str(limit)})
 
     def _slots(self, job: Job) -> int:
-        """Slots that a job may take: of several, one is kept for whoever waits in person."""
+        """Number of slots that a job may use: with several, one is reserved for INTERACTIVE jobs."""
         return self._max_active - (job.priority is Priority.BATCH and self._max_active > 1)
 
     def _fill(self) -> None:
@@ -164,17 +169,17 @@ class Admission:
             if not ticket.turn.done():
                 ticket.turn.set_result(None)
 
-    def _tell(self) -> None:
+    def _report_positions(self) -> None:
         if self._refresh is not None:
             self._refresh.cancel()
             self._refresh = None
         if self._waiting:
-            self._refresh = asyncio.get_running_loop().call_later(_REFRESH_SECONDS, self._tell)
+            self._refresh = asyncio.get_running_loop().call_later(_REFRESH_SECONDS, self._report_positions)
         for index, (ticket, needed) in enumerate(zip(self._waiting, self._estimates(self._waiting), strict=True)):
             ticket.on_move(index + 1, needed)
 
     def _estimates(self, waiting: list[QueueTicket]) -> list[float] | list[None]:
-        """Seconds to the final image of each that waits."""
+        """Estimated seconds to the final image of each waiting job."""
         running = [Work(ticket.job, ticket.left) for ticket in self._active]
-        times = finish_times(self._pace, running, [ticket.job for ticket in waiting], self._max_active)
+        times = finish_times(self._estimator, running, [ticket.job for ticket in waiting], self._max_active)
         return [None] * len(waiting) if times is None else times

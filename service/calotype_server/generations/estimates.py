@@ -1,4 +1,4 @@
-"""How long generations will take, from how long earlier ones took and from who is at work beside them."""
+"""Estimates how long generations take, from measured steps and from how many run at once."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 __all__ = ["StepTimeEstimator", "Work", "finish_times"]
 
 _NEWEST_WEIGHT = 0.2
-"""Weight of the newest observation in the moving averages: a busy minute is forgotten after a few generations."""
+"""Weight of the newest measurement in the moving averages: a busy minute loses its effect after a few generations."""
 
-_DOUBT = 0.9
+_LOWERED = 0.9
+"""Factor by which `StepTimeEstimator.lower` reduces the estimates."""
 
 
 class StepTimeEstimator:
-    """Moving averages of seconds per step, for each number of generations at work, and of the time around the steps.
+    """Moving averages of the seconds per step, by number of running generations, and of the time around the steps.
 
-    Both are per pixel: work grows about linearly with the number of pixels, exactly so in convolutions, a little faster
-    in attention.
+    Both are per pixel: the work of convolutions grows linearly with the number of pixels, that of attention a little
+    faster.
     """
 
     def __init__(self) -> None:
@@ -31,47 +32,47 @@ class StepTimeEstimator:
         self._around: float | None = None
 
     def observe_step(self, job: Job, seconds: float, active: int) -> None:
-        """Learns from a step that took `seconds` while `active` generations were at work, itself included."""
+        """Learns from a step that took `seconds` while `active` generations ran, its own included."""
         mixed = _mix(self._step.get(active), seconds / job.pixel_count)
-        # Replaced, not changed: generations' threads write while the event loop reads.
+        # Replaced instead of modified: generation threads write while the event loop reads.
         self._step = {**self._step, active: mixed}
 
     def observe_end(self, job: Job, timings: Timings) -> None:
-        """Learns from a generation that went through all its phases."""
+        """Learns from a generation that completed all phases."""
         if timings.encoding_prompt is not None and timings.decoding is not None:
             self._around = _mix(self._around, (timings.encoding_prompt + timings.decoding) / job.pixel_count)
 
-    def doubt(self) -> None:
-        """Lowers the estimates a little: work was refused because of them, so nothing else would ever correct them."""
-        self._step = {active: seconds * _DOUBT for active, seconds in self._step.items()}
+    def lower(self) -> None:
+        """Lowers the estimates by 10 %. Work that is rejected because of them cannot correct them otherwise."""
+        self._step = {active: seconds * _LOWERED for active, seconds in self._step.items()}
         if self._around is not None:
-            self._around *= _DOUBT
+            self._around *= _LOWERED
 
     def forget(self) -> None:
-        """Starts anew."""
+        """Discards all measurements."""
         self._step = {}
         self._around = None
 
     def step_seconds(self, job: Job, active: int = 1) -> float | None:
-        """Seconds of a step of `job` while `active` generations are at work; None when no step was measured yet."""
+        """Seconds per step of `job` while `active` generations run; None before the first measurement."""
         known = self._step
         if not known:
             return None
         nearest = min(known, key=lambda count: (abs(count - active), -count))
-        # What was not measured is taken to share the device evenly; batching does better, and is seen soon.
+        # An unmeasured number is assumed to share the device evenly. Batching does better, and is measured soon.
         return known[nearest] * job.pixel_count * active / nearest
 
     def usual_pause(self, job: Job, active: int = 1) -> float | None:
-        """Seconds that may pass between two events of `job`: a step, or what comes before the steps or after them."""
+        """Usual seconds between two events of `job`: a step, or the work before or after the steps."""
         step = self.step_seconds(job, active)
         return step if step is None or self._around is None else max(step, self._around * job.pixel_count)
 
     def total_seconds(self, job: Job, active: int = 1) -> float | None:
-        """Seconds from the start of work to the final image."""
+        """Seconds from leaving the queue to the final image."""
         return self.remaining_seconds(job, 0, job.step_count, active)
 
     def remaining_seconds(self, job: Job, step: int, total_steps: int, active: int = 1) -> float | None:
-        """Seconds to the final image when `step` of `total_steps` are done."""
+        """Seconds to the final image after `step` of `total_steps` steps."""
         step_seconds = self.step_seconds(job, active)
         if step_seconds is None or self._around is None:
             return None
@@ -81,29 +82,30 @@ class StepTimeEstimator:
 
 @dataclass(slots=True)
 class Work:
-    """A job, and the share of its work that is left, 0 to 1."""
+    """A running job and the share of its work that is left, 0 to 1."""
 
     job: Job
     left: float = 1.0
 
 
 def finish_times(
-    pace: StepTimeEstimator, running: Sequence[Work], waiting: Sequence[Job], slots: int
+    estimator: StepTimeEstimator, running: Sequence[Work], waiting: Sequence[Job], slots: int
 ) -> list[float] | None:
-    """Plays the future: who finishes when, if nobody else comes.
+    """Simulates the queue: when does each waiting job finish if no other job arrives?
 
-    All who run progress together, each at the pace of that many; who waits starts in order when a slot is free.
+    All running jobs progress together at the speed measured for their number. Waiting jobs start in order when a slot
+    becomes free.
 
     Args:
-        pace: How long things take.
-        running: What is at work.
-        waiting: What waits, the next first.
-        slots: How much is at work at once.
+        estimator: The measured durations.
+        running: Running jobs.
+        waiting: Waiting jobs, the next one first.
+        slots: Number of jobs that run at once.
 
     Returns:
-        Seconds from now to the final image of each that waits; None while nothing was measured.
+        Seconds from now to the final image of each waiting job; None before the first measurement.
     """
-    if waiting and pace.total_seconds(waiting[0]) is None:
+    if waiting and estimator.total_seconds(waiting[0]) is None:
         return None
     pending = deque(_Place(job, 1.0, index) for index, job in enumerate(waiting))
     active = [_Place(work.job, work.left, None) for work in running]
@@ -112,7 +114,7 @@ def finish_times(
     while unfinished:
         while pending and len(active) < slots:
             active.append(pending.popleft())
-        durations = [pace.total_seconds(place.job, len(active)) or 0.0 for place in active]
+        durations = [estimator.total_seconds(place.job, len(active)) or 0.0 for place in active]
         lefts = [place.left * duration for place, duration in zip(active, durations, strict=True)]
         passed = min(lefts)
         now += passed
@@ -130,7 +132,7 @@ class _Place:
     job: Job
     left: float
     index: int | None
-    """In the queue; None for who runs already."""
+    """Index in the queue; None for a job that already runs."""
 
 
 def _mix(old: float | None, new: float) -> float:

@@ -1,15 +1,17 @@
-"""The event log of one generation: events come from any thread, subscribers read in the event loop.
+"""The event log of one generation: any thread publishes events, subscribers read them in the event loop.
 
-A subscriber has one slot for the newest preview and otherwise sees the newest state, so that a slow reader costs one
-preview of memory, loses previews (counted), and never loses the end. Modelled on vLLM's `RequestOutputCollector`.
+A subscriber holds the newest unread preview and otherwise sees only the newest state. So a slow reader costs the memory
+of one preview, loses previews (which are counted), and never loses the end. Modelled on vLLM's
+`RequestOutputCollector`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from calotype_server import errors
 from calotype_server.engine.preview.cadence import PreviewSchedule
@@ -31,23 +33,23 @@ from calotype_server.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["EventLog", "State", "Update", "advance"]
+__all__ = ["EventLog", "State", "Subscription", "Update", "advance"]
 
 _READER_SECONDS = 0.001
-"""Time between two rounds of waking the readers, for each of them. A message takes about 0.1 ms of the event loop,
-which shares Python's lock with the denoiser: so many readers get fewer previews before they slow it down."""
+"""Least time between two wake-ups, per reader. A message takes about 0.1 ms of the event loop, which shares Python's
+lock with the denoiser; so many readers get fewer previews instead of slowing it down."""
 
 _FEW_READERS = 8
-"""Up to which nobody waits."""
+"""Up to this number of readers, wake-ups are not delayed."""
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """All events so far, folded into one.
+    """The result of all events so far.
 
-    `sequence` counts the events that changed something; `end` is the last of them, once it came.
+    `sequence` counts the events that changed something. `end` is the last of them, or None before the end.
     """
 
     sequence: int = 0
@@ -65,7 +67,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a subscriber reads: the newest state, the newest preview not read yet, and how many were not sent."""
+    """What a subscriber reads: the newest state, the newest unread preview, and the number of previews not sent."""
 
     state: State
     preview: PreviewReady | None
@@ -73,7 +75,7 @@ class Update:
 
 
 def advance(state: State, event: Event) -> State:
-    """Returns the state after `event`, or `state` itself when the event comes too late to matter."""
+    """Returns the state after `event`, or `state` itself if the event is too late to change anything."""
     if state.phase.is_end:
         return state
     later = replace(state, sequence=state.sequence + 1, queue_position=0)
@@ -92,7 +94,7 @@ def advance(state: State, event: Event) -> State:
             return replace(later, previews_skipped=state.previews_skipped + skipped)
         case PreviewReady(step, total, skipped=skipped, estimated_remaining=remaining):
             reached = advance(state, Denoising(step, total, skipped, remaining))
-            # A preview that comes after the next step was told changes nothing in the state but its number.
+            # A preview that arrives after the next step was reported changes only the sequence number.
             return replace(reached, sequence=later.sequence)
         case Withdrawn() if not state.withdrawn:
             return replace(later, withdrawn=True)
@@ -120,19 +122,19 @@ def advance(state: State, event: Event) -> State:
 
 
 class EventLog:
-    """Hands the events of one generation from the threads that publish to the subscribers in the event loop.
+    """Passes the events of one generation from the publishing threads to subscribers in the event loop.
 
     Args:
-        state: What is known already.
+        state: The initial state.
     """
 
     def __init__(self, state: State = State()) -> None:
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._state = state
-        self._subscriptions: set[_Subscription] = set()
+        self._subscriptions: set[Subscription] = set()
         self._newest: tuple[int, PreviewReady] | None = None
-        """The newest preview and the number of its event, for readers who come later."""
+        """The newest preview and the sequence number of its event, for new subscribers."""
         self._next_round = 0.0
         self._round: asyncio.TimerHandle | None = None
 
@@ -143,13 +145,13 @@ class EventLog:
 
     @property
     def newest_preview(self) -> tuple[int, PreviewReady] | None:
-        """The newest preview and the number of its event; None before the first, after the end, and when withdrawn."""
+        """The newest preview and its sequence number; None before the first, after the end, and when withdrawn."""
         with self._lock:
             return self._newest
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the previews that are kept for readers, each counted once."""
+        """Bytes of the previews held for readers. Each preview counts once."""
         with self._lock:
             held = [each.unread for each in self._subscriptions]
             if self._newest is not None:
@@ -157,7 +159,7 @@ class EventLog:
         return sum({id(each): len(each.pixels.data) for each in held if each is not None}.values())
 
     def publish(self, event: Event) -> None:
-        """Adds an event; from any thread. Events after the end, or overtaken by later ones, are ignored."""
+        """Adds an event. Thread-safe. Ignores events after the end and events that are older than the state."""
         with self._lock:
             state = advance(self._state, event)
             if state is self._state:
@@ -172,11 +174,11 @@ class EventLog:
         try:
             self._loop.call_soon_threadsafe(self._wake)
         except RuntimeError:
-            # The loop is closed: the process is ending and nobody reads any more.
+            # The loop is closed: the process is ending and there are no readers.
             return
 
     def _wake(self) -> None:
-        """Wakes the readers, when there are many of them not more often than the event loop can bear."""
+        """Wakes the readers. With many readers, wake-ups are spaced out to protect the event loop."""
         now, readers = self._loop.time(), len(self._subscriptions)
         if readers > _FEW_READERS and self._state.end is None and now < self._next_round:
             if self._round is None:
@@ -189,69 +191,93 @@ class EventLog:
         for subscription in self._subscriptions:
             subscription.woken.set()
 
-    async def follow(self, after: int = 0, options: PreviewOptions | None = None) -> AsyncIterator[Update]:
-        """Yields the newest state whenever it changed, from the current one to the end, which is always yielded.
+    @contextlib.contextmanager
+    def subscribe(self, after: int = 0, options: PreviewOptions | None = None) -> Iterator[Subscription]:
+        """Subscribes a reader for the duration of the block.
 
         Args:
-            after: Number of the last event that the reader knows; the newest preview comes again if it is younger.
-            options: Which previews this reader wants of those that are made; None for all.
+            after: Sequence number of the last event that the reader knows. The newest preview is delivered if it is
+                newer than that.
+            options: Which previews the reader wants; None for all.
         """
         with self._lock:
-            # A number that this log has not reached is from another one, which is lost.
+            # A number that this log has not reached comes from another log, which was lost.
             known = after if after <= self._state.sequence and self._state.end is None else 0
-            subscription = _Subscription(known, options)
+            subscription = Subscription(self._take, known, options)
             if self._newest is not None and self._newest[0] > known:
                 subscription.put(self._newest[1])
             self._subscriptions.add(subscription)
         try:
-            while True:
-                with self._lock:
-                    update = subscription.take(self._state)
-                if update is None:
-                    await subscription.woken.wait()
-                    continue
-                yield update
-                if update.state.end is not None:
-                    return
+            yield subscription
         finally:
             with self._lock:
                 self._subscriptions.discard(subscription)
 
+    def _take(self, subscription: Subscription) -> Update | None:
+        with self._lock:
+            return subscription.take(self._state)
 
-class _Subscription:
-    """One reader's place: how far it has read, and its slot. Guarded by the log's lock, except `woken`."""
 
-    def __init__(self, sequence: int, options: PreviewOptions | None) -> None:
+class Subscription:
+    """One reader's position in an event log. Iterate over it for the newest state whenever it changed, up to the end.
+
+    The end is always delivered. Everything but iterating is guarded by the log's lock.
+
+    Args:
+        read: Returns what is new for this subscription, or None after clearing `woken`.
+        sequence: Sequence number of the last event that the reader knows.
+        options: Which previews the reader wants; None for all.
+
+    Attributes:
+        woken: Set when the log has changed.
+    """
+
+    def __init__(
+        self, read: Callable[[Subscription], Update | None], sequence: int, options: PreviewOptions | None
+    ) -> None:
         self.woken = asyncio.Event()
+        self._read = read
+        self._ended = False
         self._sequence = sequence
-        self._cadence = None if options is None else PreviewSchedule(options)
+        self._schedule = None if options is None else PreviewSchedule(options)
         self._wanted = options is None or options.method is not PreviewMethod.NONE
         self._slot: PreviewReady | None = None
         self._dropped = 0
 
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Update:
+        if self._ended:
+            raise StopAsyncIteration
+        while (update := self._read(self)) is None:
+            await self.woken.wait()
+        self._ended = update.state.end is not None
+        return update
+
     @property
     def unread(self) -> PreviewReady | None:
-        """The preview in the slot."""
+        """The preview that the reader has not read yet."""
         return self._slot
 
     def put(self, preview: PreviewReady) -> None:
-        """Replaces an unread preview, if this one is wanted."""
+        """Stores a preview for the reader if it is wanted, and drops an unread older one."""
         if not self._wanted:
             return
-        if self._cadence is not None and not self._cadence.due(preview.step, preview.total_steps, 1):
+        if self._schedule is not None and not self._schedule.due(preview.step, preview.total_steps, 1):
             return
         self._dropped += self._slot is not None
         self._slot = preview
 
     def take(self, state: State) -> Update | None:
-        """Returns what is new, or None after arming `woken`."""
+        """Returns what is new, or None after clearing `woken`."""
         if state.sequence == self._sequence:
             self.woken.clear()
             return None
         self._sequence = state.sequence
         preview, self._slot = self._slot, None
         if preview is not None and (state.end is not None or state.withdrawn):
-            # The final image supersedes it, and an error needs no picture.
+            # The final image replaces the preview, and an error needs none.
             self._dropped += 1
             preview = None
         return Update(state, preview, self._dropped + state.previews_skipped)

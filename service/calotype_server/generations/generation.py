@@ -1,8 +1,9 @@
-"""One accepted job on its way to its end, and what is known of it."""
+"""One accepted generation: its events, its readers, its disconnect timer and its abort signal."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections import Counter, OrderedDict
@@ -12,117 +13,131 @@ from calotype_server import errors
 from calotype_server.engine.protocol import Stop
 from calotype_server.generations.event_log import EventLog, State, advance
 from calotype_server.generations.ids import new_id
+from calotype_server.generations.stopwatch import Stopwatch
 from calotype_server.observability.events import (
     CancelCompleted,
     FirstPreview,
     Observe,
-    PhaseSpan,
     PreviewPublished,
     PreviewsDropped,
     ignore,
 )
 from calotype_server.types import (
-    Decoding,
     Denoising,
+    DisconnectPolicy,
     EncodedImage,
-    EncodingPrompt,
     Event,
     Failed,
     PreviewMethod,
     PreviewReady,
+    StillAlive,
     Succeeded,
-    Timings,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Coroutine, Iterator
 
-    from calotype_server.generations.admission import QueueTicket
-    from calotype_server.generations.estimates import StepTimeEstimator
+    from calotype_server.generations.event_log import Subscription
     from calotype_server.generations.records import Record
     from calotype_server.images.encoder import Encoder
     from calotype_server.types import DeliveryOptions, Job, PreviewOptions
 
-__all__ = ["Generation", "Stopwatch"]
+__all__ = ["Generation"]
 
 _MAX_RENDITIONS = 8
-"""Newest previews kept as files, one for each size and quality that readers want at the same time."""
+"""Encoded previews kept: the newest one for each size and quality that current readers ask for."""
 
 
 class Generation:
-    """One accepted job.
+    """One accepted job. Lives in the event loop; only `publish` may be called from other threads.
 
     Args:
-        job: What to make.
-        terms: What else the caller wants.
-        number: Rises from one generation to the next.
-        replica: Tag of this server, which the id of a new one begins with.
-        record: What was kept of it before a restart, or None for a new one.
-        image: The final image that was kept.
-        observe: Told what there is to see of it.
+        job: The image to generate.
+        delivery: How the caller wants it delivered, and who the caller is.
+        number: Rises with every generation of this process.
+        replica: Tag of this server; the id of a new generation begins with it.
+        record: The stored record of a generation that is restored after a restart; None for a new one.
+        image: The stored final image, if there is one.
+        first_of_its_size: Whether this server has not finished an image of this size before.
+        observe: Receives events about the generation for metrics and traces.
 
     Attributes:
         id: Unguessable.
-        number: Rises from one generation to the next.
-        job: What to make.
-        terms: What else the caller wants.
-        created: When it was accepted, in seconds of the system's clock.
-        log: Its events.
-        readers: How many follow it now.
-        told: Number of its newest event when that was last looked at.
-        reaper: Cancels it when nobody has come back, or None.
-        working: Whether a thread of the engine is at it.
-        first_of_its_size: Whether no picture of its size had been finished when it was accepted.
-        acceptance: Writes it to the disk, and gives the error that it met; None where nothing is written.
+        number: Rises with every generation of this process.
+        job: The image to generate.
+        delivery: How the caller wants it delivered, and who the caller is.
+        created: Time of acceptance, in Unix seconds.
+        events: The event log.
+        stopwatch: Durations of the phases.
+        stop: Tells the engine to stop or to finish early.
+        first_of_its_size: Whether this server had not finished an image of this size before.
+        observe: Receives events about the generation for metrics and traces.
+        previews: Number of previews published, by method.
     """
 
     def __init__(
         self,
         job: Job,
-        terms: DeliveryOptions,
+        delivery: DeliveryOptions,
         number: int,
         replica: str,
+        *,
         record: Record | None = None,
         image: bytes | None = None,
+        first_of_its_size: bool = False,
         observe: Observe = ignore,
     ) -> None:
         self.id = new_id(replica) if record is None else record.generation_id
         self.number = number
         self.job = job
-        self.terms = terms
+        self.delivery = delivery
         self.created = time.time() if record is None else record.created
-        self.log = EventLog() if record is None else EventLog(_restored(record, image))
+        self.events = EventLog() if record is None else EventLog(_restored(record, image))
+        self.stopwatch = Stopwatch()
         self.stop = Stop()
-        self.stop_error: errors.ServiceError | None = None
-        self.ticket: QueueTicket | None = None
-        self.watch = Stopwatch()
-        self.readers = 0
-        self.told = 0
-        self.reaper: asyncio.TimerHandle | None = None
+        self.first_of_its_size = first_of_its_size
         self.observe = observe
-        self.working = False
-        self.first_of_its_size = False
-        self._stopped_at: float | None = None
-        self.acceptance: asyncio.Task[errors.ServiceError | None] | None = None
         self.previews: Counter[str] = Counter()
-        """How many were drawn, by method."""
+        self._readers = 0
+        self._disconnect_timer: asyncio.TimerHandle | None = None
+        self._last_heartbeat_sequence = 0
+        self._on_engine = False
+        self._aborted: asyncio.Future[errors.ServiceError] = asyncio.get_running_loop().create_future()
+        self._aborted_at = 0.0
+        self._persisting: asyncio.Task[errors.ServiceError | None] | None = None
+        self._run: asyncio.Task[None] | None = None
         self._renditions: OrderedDict[tuple[int, int], tuple[PreviewReady, asyncio.Future[EncodedImage]]]
         self._renditions = OrderedDict()
 
     @property
     def ended(self) -> bool:
-        """Whether its end has been published."""
-        return self.log.state.phase.is_end
+        """Whether the end has been published."""
+        return self.events.state.phase.is_end
+
+    @property
+    def readers(self) -> int:
+        """Number of callers that follow it."""
+        return self._readers
+
+    @property
+    def on_engine(self) -> bool:
+        """Whether an engine thread is working on it."""
+        return self._on_engine
+
+    @property
+    def abort_error(self) -> errors.ServiceError | None:
+        """The error it was aborted with, or None."""
+        return self._aborted.result() if self._aborted.done() else None
 
     @property
     def created_ns(self) -> int:
-        """`created` in nanoseconds, by which lists are cut into pages: it means the same on every server."""
+        """`created` in nanoseconds. Lists are paged by it, because it means the same on every server."""
         return round(self.created * 1e9)
 
     @property
     def size(self) -> int:
-        """Bytes that are worth counting: those of its image, or before its end those of its previews."""
-        end = self.log.state.end
+        """Memory in bytes that counts against the limits: the final image, or the previews while it runs."""
+        end = self.events.state.end
         if end is not None:
             return len(end.image.data) if isinstance(end, Succeeded) else 0
         files = (
@@ -130,88 +145,152 @@ class Generation:
             for _, file in self._renditions.values()
             if file.done() and not file.cancelled() and not file.exception()
         )
-        return self.log.held_bytes + sum(len(file.result().data) for file in files)
+        return self.events.held_bytes + sum(len(file.result().data) for file in files)
 
     @property
-    def is_void(self) -> bool:
-        """Whether it comes to nothing for want of a reader, server or disk, so that the same request begins anew."""
-        end = self.log.state.end
-        error = self.stop_error if end is None else getattr(end, "error", None)
+    def is_replaceable(self) -> bool:
+        """Whether it fails because a reader, the server or the disk was lost; the same request then starts a new one."""
+        end = self.events.state.end
+        error = self.abort_error if end is None else getattr(end, "error", None)
         return isinstance(error, errors.Abandoned | errors.Draining | errors.StateUnavailable)
 
-    def end_early(self, error: errors.ServiceError) -> None:
-        """Asks it to end with `error`: at once while queued, before the next denoising step while running."""
-        if self.stop.is_set() or self.ended:
-            return
-        self.stop_error = error
-        self._stopped_at = time.monotonic()
-        self.stop.set()
-        if self.ticket is not None and not self.ticket.turn.done():
-            self.ticket.turn.set_exception(error)
-
-    async def accepted(self) -> None:
-        """Waits until it is on disk, where it is to be kept: nobody is told of it before.
-
-        Raises:
-            StateUnavailable: It cannot be kept, and is given up.
-        """
-        if self.acceptance is None:
-            return
-        # One reader who leaves must not cancel it for the others.
-        unkept = await asyncio.shield(self.acceptance)
-        if unkept is not None:
-            raise unkept
-
-    def differing(self, job: Job, terms: DeliveryOptions) -> list[str]:
-        """Returns the names of what another request wants otherwise; a seed that is left to the server is the same."""
-        same = dataclasses.replace(job, seed=self.job.seed) if terms.seed_was_drawn else job
+    def differences(self, job: Job, delivery: DeliveryOptions) -> list[str]:
+        """Returns the names of the fields in which another request differs, except a seed drawn by the server."""
+        same = dataclasses.replace(job, seed=self.job.seed) if delivery.seed_was_drawn else job
         names = (field.name for field in dataclasses.fields(job))
         return [name for name in names if getattr(same, name) != getattr(self.job, name)]
 
-    def reporter(self, pace: StepTimeEstimator, active: Callable[[], int]) -> Callable[[Event], None]:
-        """Returns the engine's `report`: notes the time, adds the estimate, publishes. Runs in the engine's threads.
+    # Running
+
+    def begin(self, run: Coroutine[object, object, None]) -> None:
+        """Runs the generation in a task of its own."""
+        self._run = asyncio.create_task(run, name=f"generation-{self.id}")
+
+    async def finished(self) -> None:
+        """Waits until the run has ended."""
+        if self._run is not None:
+            await asyncio.wait({self._run})
+
+    def abort(self, error: errors.ServiceError) -> None:
+        """Ends it with `error`: at once while queued, before the next denoising step while running.
+
+        The first call counts. Later calls, and calls after the end, do nothing.
+        """
+        if self._aborted.done() or self.ended:
+            return
+        self._aborted_at = time.monotonic()
+        self._aborted.set_result(error)
+        self.stop.set()
+
+    async def unless_aborted(self, turn: asyncio.Future[None]) -> None:
+        """Waits for `turn`.
+
+        Raises:
+            ServiceError: The generation was aborted first.
+        """
+        await asyncio.wait((turn, self._aborted), return_when=asyncio.FIRST_COMPLETED)
+        if self._aborted.done():
+            raise self._aborted.result()
+
+    @contextlib.contextmanager
+    def running_on_engine(self) -> Iterator[None]:
+        """Marks the time in which an engine thread works on it."""
+        self._on_engine = True
+        try:
+            yield
+        finally:
+            self._on_engine = False
+            if self._aborted.done():
+                self.observe(CancelCompleted(time.monotonic() - self._aborted_at))
+
+    def publish(self, event: Event) -> None:
+        """Records an event of the engine and publishes it to all readers. Thread-safe; does not block."""
+        first = self.stopwatch.note(event)
+        if isinstance(event, PreviewReady):
+            self.previews[event.method.value] += 1
+            self.observe(PreviewPublished(event.method, self.job.preview.method is PreviewMethod.AUTO))
+            if first:
+                self.observe(FirstPreview(self.stopwatch.total))
+        if isinstance(event, Denoising | PreviewReady) and event.skipped:
+            self.observe(PreviewsDropped("undrawn", event.skipped))
+        self.events.publish(event)
+
+    def heartbeat(self, interval: float) -> None:
+        """Publishes `StillAlive` if nothing else was published in the last `interval` seconds."""
+        if self.events.state.sequence == self._last_heartbeat_sequence:
+            self.events.publish(StillAlive(interval))
+        self._last_heartbeat_sequence = self.events.state.sequence
+
+    def end(self, end: Succeeded | Failed) -> None:
+        """Publishes the end and frees everything that only a running generation needs."""
+        self.events.publish(end)
+        self._cancel_disconnect_timer()
+        self._renditions.clear()
+
+    # Persistence
+
+    def persist(self, write: Coroutine[object, object, None]) -> None:
+        """Starts to write the generation to disk; it is aborted if that fails. `persisted` waits for it."""
+
+        async def persist() -> errors.ServiceError | None:
+            try:
+                await write
+            except errors.ServiceError as error:
+                self.abort(error)
+                return error
+            return None
+
+        self._persisting = asyncio.create_task(persist())
+
+    async def persisted(self) -> None:
+        """Waits until the generation is on disk. No caller hears of it before that. Returns at once without a store.
+
+        Raises:
+            StateUnavailable: It could not be written, and is aborted.
+        """
+        if self._persisting is None:
+            return
+        # Shielded: a reader that leaves must not cancel the write for the others.
+        error = await asyncio.shield(self._persisting)
+        if error is not None:
+            raise error
+
+    # Reading
+
+    @contextlib.contextmanager
+    def read(self, after: int = 0, preview: PreviewOptions | None = None) -> Iterator[Subscription]:
+        """Subscribes a reader for the duration of the block.
+
+        When the last reader leaves before the end, `DeliveryOptions.on_disconnect` decides: the generation is kept, or
+        aborted after the grace period.
 
         Args:
-            pace: Estimates, and learns from each step.
-            active: Tells how many generations are at work.
+            after: Sequence number of the last event that the reader knows.
+            preview: Which previews the reader wants; None for all.
         """
-        job, ticket = self.job, self.ticket
-        assert ticket is not None
+        self._readers += 1
+        self._cancel_disconnect_timer()
+        try:
+            with self.events.subscribe(after, preview) as subscription:
+                yield subscription
+        finally:
+            self._readers -= 1
+            if not self._readers:
+                self.expect_reader()
 
-        def report(event: Event) -> None:
-            first = self.watch.note(event)
-            if isinstance(event, PreviewReady):
-                self.previews[event.method.value] += 1
-                self.observe(PreviewPublished(event.method, job.preview.method is PreviewMethod.AUTO))
-                if first:
-                    self.observe(FirstPreview(self.watch.total))
-            if isinstance(event, Denoising | PreviewReady) and event.skipped:
-                self.observe(PreviewsDropped("undrawn", event.skipped))
-            match event:
-                case EncodingPrompt():
-                    event = dataclasses.replace(event, estimated_remaining=pace.total_seconds(job, active()))
-                case Denoising(step, total) | PreviewReady(step, total):
-                    if seconds := self.watch.step_seconds(step):
-                        pace.observe_step(job, seconds * total / job.step_count, active())
-                    left = pace.remaining_seconds(job, step, total, active())
-                    event = dataclasses.replace(event, estimated_remaining=left)
-                    if left is not None and (whole := pace.total_seconds(job, active())):
-                        ticket.left = min(ticket.left, left / whole)
-                case Decoding():
-                    left = pace.remaining_seconds(job, 1, 1, active())
-                    event = dataclasses.replace(event, estimated_remaining=left)
-            self.log.publish(event)
+    def expect_reader(self) -> None:
+        """Aborts the generation after its grace period unless a reader comes, if its caller wants that."""
+        if self.ended or self.delivery.on_disconnect is DisconnectPolicy.KEEP:
+            return
+        error = errors.Abandoned("The caller disconnected.")
+        if not self.delivery.grace:
+            self.abort(error)
+            return
+        loop = asyncio.get_running_loop()
+        self._disconnect_timer = loop.call_later(self.delivery.grace, self.abort, error)
 
-        return report
-
-    def slot_freed(self) -> None:
-        """Notes that no thread is at it any more."""
-        self.working = False
-        if self._stopped_at is not None:
-            self.observe(CancelCompleted(time.monotonic() - self._stopped_at))
-
-    async def rendition(self, encoder: Encoder, preview: PreviewReady, options: PreviewOptions) -> EncodedImage:
-        """Returns a preview as a file. Readers who want the same get the same: it is encoded once."""
+    async def encoded_preview(self, encoder: Encoder, preview: PreviewReady, options: PreviewOptions) -> EncodedImage:
+        """Returns a preview as a JPEG. It is encoded once for all readers that want the same size and quality."""
         key = (options.max_edge, options.quality)
         held = self._renditions.get(key)
         if held is None or held[0] is not preview:
@@ -219,100 +298,24 @@ class Generation:
             self._renditions[key] = held
             while len(self._renditions) > _MAX_RENDITIONS:
                 self._renditions.popitem(last=False)
-        # One reader who leaves must not cancel it for the others.
+        # Shielded: a reader that leaves must not cancel the encoding for the others.
         return await asyncio.shield(held[1])
 
-    def settle(self) -> None:
-        """Frees what only running generations need."""
-        if self.reaper is not None:
-            self.reaper.cancel()
-            self.reaper = None
-        self._renditions.clear()
+    def _cancel_disconnect_timer(self) -> None:
+        if self._disconnect_timer is not None:
+            self._disconnect_timer.cancel()
+            self._disconnect_timer = None
 
 
 def _restored(record: Record, image: bytes | None) -> State:
-    """The state in which a restart leaves a generation: its end, or its beginning."""
+    """Returns the state after a restart: the end, or the beginning if the generation had not ended."""
     if record.end is None:
         return State()
-    told = record.end
+    stored = record.end
     end: Succeeded | Failed
-    if told.image is not None and image is not None:
-        file = EncodedImage(told.image.format, told.image.width, told.image.height, image)
-        end = Succeeded(file, told.timings, told.finished_early)
+    if stored.image is not None and image is not None:
+        file = EncodedImage(stored.image.format, stored.image.width, stored.image.height, image)
+        end = Succeeded(file, stored.timings, stored.finished_early)
     else:
-        end = Failed(told.error or errors.GenerationFailed("The image was lost."), told.timings)
-    return advance(State(step=told.step, total_steps=told.total_steps), end)
-
-
-class Stopwatch:
-    """Notes when each phase was first reached, in seconds of the monotonic clock."""
-
-    def __init__(self) -> None:
-        self._accepted = time.monotonic()
-        self._reached: dict[type[Event], float] = {}
-        self._drawn: float | None = None
-        self._step: tuple[int, float] | None = None
-        self.events = 0
-        """Noted so far: as long as it rises, there is progress."""
-        self.batch_rows = 0.0
-        """As the engine told."""
-
-    @property
-    def total(self) -> float:
-        """Seconds since it was accepted."""
-        return time.monotonic() - self._accepted
-
-    def note(self, event: Event) -> bool:
-        """Notes that an event has happened, and returns whether it is the first of its kind."""
-        self.events += 1
-        if isinstance(event, Decoding):
-            self.batch_rows = event.batch_rows
-        first = type(event) not in self._reached
-        if first:
-            self._reached[type(event)] = time.monotonic()
-        return first
-
-    def note_drawn(self) -> None:
-        """Notes that the pixels are there: all that is left is the file."""
-        self._drawn = time.monotonic()
-
-    def phases(self) -> tuple[PhaseSpan, ...]:
-        """Returns the phases that were reached, the last of them up to now."""
-        started, denoising, decoding = (self._reached.get(kind) for kind in (EncodingPrompt, Denoising, Decoding))
-        begins = {
-            "queue": self._accepted,
-            "encode_prompt": started,
-            "denoise": denoising,
-            "decode": decoding,
-            "encode_image": self._drawn,
-        }
-        known = [(name, begin) for name, begin in begins.items() if begin is not None]
-        ends = [*(begin for _, begin in known[1:]), time.monotonic()]
-        return tuple(PhaseSpan(name, begin, end) for (name, begin), end in zip(known, ends, strict=True))  # type: ignore[arg-type]
-
-    def step_seconds(self, step: int) -> float | None:
-        """Returns the seconds of a step since this was last asked; None the first time and when there was none."""
-        before, now = self._step, time.monotonic()
-        if before is not None and step <= before[0]:
-            return None
-        self._step = step, now
-        return None if before is None else (now - before[1]) / (step - before[0])
-
-    def timings(self) -> Timings:
-        """Returns the durations as of now."""
-        now = time.monotonic()
-        started, denoising, decoding, preview = (
-            self._reached.get(kind) for kind in (EncodingPrompt, Denoising, Decoding, PreviewReady)
-        )
-        return Timings(
-            queued=_span(self._accepted, started or now),
-            encoding_prompt=_span(started, denoising or now),
-            denoising=_span(denoising, decoding or now),
-            decoding=_span(decoding, now),
-            first_preview=_span(self._accepted, preview),
-            total=now - self._accepted,
-        )
-
-
-def _span(begin: float | None, end: float | None) -> float | None:
-    return None if begin is None or end is None else end - begin
+        end = Failed(stored.error or errors.GenerationFailed("The image was lost."), stored.timings)
+    return advance(State(step=stored.step, total_steps=stored.total_steps), end)

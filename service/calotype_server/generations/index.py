@@ -1,4 +1,4 @@
-"""Which generations there are: those that run, and those that have ended, for a while; on disk too, if wanted."""
+"""Finds generations: the running ones, and the ended ones that are retained in memory or stored on disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import structlog
 
 from calotype_server import errors
+from calotype_server.generations.ids import new_tag
 from calotype_server.generations.records import Record
+from calotype_server.generations.retention import Retention
 from calotype_server.types import Failed, Succeeded
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from calotype_server.auth.access import Caller
     from calotype_server.generations.generation import Generation
-    from calotype_server.generations.retention import Retention
+    from calotype_server.generations.retention import RetentionLimits
     from calotype_server.generations.store import Store
     from calotype_server.types import DeliveryOptions, Job
 
@@ -27,151 +29,149 @@ _log = structlog.get_logger(__name__)
 
 
 class GenerationIndex:
-    """Finds generations by their id, by their request's, and by their caller. Lives in the event loop.
+    """Finds generations by id, by request id and by caller. Lives in the event loop.
 
     Args:
-        ended: Keeps what has ended for a while.
-        store: Keeps all of it on disk, or None.
+        limits: Bounds for ended generations.
+        store: Keeps all generations on disk, or None.
+
+    Attributes:
+        replica: Tag of this server: the store's, or a new one.
+        retained: The ended generations.
     """
 
-    def __init__(self, ended: Retention[Generation], store: Store | None = None) -> None:
-        self._ended = ended
-        ended.on_forget = self._forget
-        ended.reserved = lambda: sum(generation.size for generation in self._running.values())
+    def __init__(self, limits: RetentionLimits, store: Store | None = None) -> None:
+        self.replica = new_tag() if store is None else store.replica
+        self.retained: Retention[Generation] = Retention(limits, on_drop=self._forget, reserved=self._running_bytes)
         self._store = store
         self._running: dict[str, Generation] = {}
         self._requests: dict[tuple[str, str], Generation] = {}
-        """By caller and request id; of those that run or are kept."""
+        """Running and retained generations by caller and request id."""
         self._expiry: asyncio.TimerHandle | None = None
-        self._chores: set[asyncio.Task[None]] = set()
+        self._writes: set[asyncio.Task[None]] = set()
 
     def add(self, generation: Generation) -> None:
-        """Notes one that runs from now on."""
+        """Adds a generation that runs."""
         self._running[generation.id] = generation
-        self._name(generation)
+        self._add_request(generation)
 
     def end(self, generation: Generation) -> None:
-        """Notes that one has ended; it is kept within the bounds of the retention, and no longer."""
+        """Retains a generation that has ended, within the limits."""
         self._running.pop(generation.id, None)
-        self._name(generation)
-        self._ended.add(generation.id, generation, generation.size)
+        self._add_request(generation)
+        self.retained.add(generation.id, generation, generation.size)
         self._expire()
 
     def find(self, generation_id: str) -> Generation | None:
-        """Returns one that runs or is kept, or None."""
-        return self._running.get(generation_id) or self._ended.get(generation_id)
+        """Returns a generation that runs or is retained, or None."""
+        return self._running.get(generation_id) or self.retained.get(generation_id)
 
-    def same(self, job: Job, terms: DeliveryOptions) -> Generation | None:
-        """Returns what the same request has started before, or None.
+    def same(self, job: Job, delivery: DeliveryOptions) -> Generation | None:
+        """Returns the generation that an earlier identical request started, or None.
 
         Raises:
             RequestIdTaken: The request id was used with other parameters.
         """
-        self._ended.expire()
-        earlier = self._requests.get((terms.caller, terms.request_id)) if terms.request_id else None
-        if earlier is None or earlier.is_void:
+        self.retained.expire()
+        earlier = self._requests.get((delivery.caller, delivery.request_id)) if delivery.request_id else None
+        if earlier is None or earlier.is_replaceable:
             return None
-        if differing := earlier.differing(job, terms):
+        if differences := earlier.differences(job, delivery):
             raise errors.RequestIdTaken(
-                f"The request id was used before, with another {', '.join(differing)}.",
+                f"The request id was already used with a different {', '.join(differences)}.",
                 metadata={"generation_id": earlier.id},
             )
         return earlier
 
-    def active(self, owner: str) -> int:
-        """Returns how many of a caller's generations wait or run."""
-        return sum(each.terms.caller == owner for each in self._running.values())
+    def active(self, caller: str) -> int:
+        """Returns the number of a caller's generations that wait or run."""
+        return sum(each.delivery.caller == caller for each in self._running.values())
 
     def newest(self, caller: Caller, before: int | None = None) -> list[Generation]:
-        """Returns the generations that a caller may list and that run or are kept, the newest first.
+        """Returns the generations that a caller may list, newest first.
 
         Args:
-            caller: Who asks.
-            before: Only those accepted before, in nanoseconds of the system's clock; None for all.
+            caller: The caller that lists.
+            before: Only generations accepted before this time, in Unix nanoseconds; None for all.
         """
-        known = [*self._running.values(), *self._ended]
-        own = (each for each in known if caller.lists(each.terms.caller))
+        known = [*self._running.values(), *self.retained]
+        own = (each for each in known if caller.lists(each.delivery.caller))
         earlier = (each for each in own if before is None or each.created_ns < before)
         return sorted(earlier, key=lambda each: (-each.created_ns, -each.number))
 
     def accept(self, generation: Generation) -> None:
-        """Begins to keep a new one on disk, which `Generation.accepted` waits for."""
+        """Starts to write a new generation to disk, if there is a store. `Generation.persisted` waits for it."""
         if self._store is not None:
-            generation.acceptance = asyncio.create_task(self._accept(self._store, generation))
+            record = Record(generation.id, generation.job, generation.delivery, generation.created)
+            generation.persist(self._store.accept(record))
 
-    async def keep_end(self, generation: Generation, end: Succeeded | Failed) -> None:
-        """On disk before anybody is told: who has read the end can rely on it."""
+    async def persist_end(self, generation: Generation, end: Succeeded | Failed) -> None:
+        """Writes an end to disk, if there is a store. A failed write is logged."""
         if self._store is None or (isinstance(end, Failed) and isinstance(end.error, errors.Draining)):
-            # What the server's own stop interrupts is begun again after the restart.
+            # A generation that the server's own stop aborted runs again after the restart.
             return
-        state = generation.log.state
+        state = generation.events.state
         early = isinstance(end, Succeeded) and end.finished_early
         step = state.total_steps if isinstance(end, Succeeded) and not early else state.step
         try:
             await self._store.end(generation.id, end, step=step, total_steps=state.total_steps)
         except errors.ServiceError:
-            _log.exception("the end of a generation is not kept")
+            _log.exception("the end of a generation could not be stored")
 
     async def load(self) -> AsyncIterator[tuple[Record, bytes | None]]:
-        """Yields what the disk has kept, the oldest first, each with its final image if there is one."""
+        """Yields the stored records, oldest first, each with its final image if there is one."""
         if self._store is None:
             return
         for record in await self._store.load():
             image = None
             if record.end is not None:
-                # Said in the log; one picture that cannot be read is no reason not to start.
+                # The store logs it. One unreadable image must not prevent the start.
                 with contextlib.suppress(errors.StateUnavailable):
                     image = await self._store.image(record.generation_id)
             yield record, image
 
     def drop(self, generation: Generation) -> None:
-        """Takes one off the disk without waiting for it: what fails now is done after the next start."""
+        """Removes a generation from disk without waiting. If that fails, the next start removes it."""
         if self._store is not None:
-            self._later(self._store.forget([generation.id]))
+            self._write(self._store.forget([generation.id]))
 
     async def settle(self) -> None:
-        """Waits for what is still being written, and forgets nothing more by itself."""
+        """Waits for pending writes, and stops expiring generations."""
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
-        while self._chores:
-            await asyncio.wait(self._chores)
+        while self._writes:
+            await asyncio.wait(self._writes)
 
-    async def _accept(self, store: Store, generation: Generation) -> errors.ServiceError | None:
-        record = Record(generation.id, generation.job, generation.terms, generation.created)
-        try:
-            await store.accept(record)
-        except errors.ServiceError as error:
-            generation.end_early(error)
-            return error
-        return None
+    def _running_bytes(self) -> int:
+        return sum(generation.size for generation in self._running.values())
 
-    def _name(self, generation: Generation) -> None:
-        """Lets its request id lead to a generation, unless it leads to a newer one that replaced it."""
-        key = generation.terms.caller, generation.terms.request_id
+    def _add_request(self, generation: Generation) -> None:
+        """Makes the request id find this generation, unless it finds a newer one that replaced it."""
+        key = generation.delivery.caller, generation.delivery.request_id
         held = self._requests.get(key)
-        if generation.terms.request_id and (held is None or held.number < generation.number):
+        if generation.delivery.request_id and (held is None or held.number < generation.number):
             self._requests[key] = generation
 
     def _expire(self) -> None:
-        """Forgets in time also while nobody asks for anything."""
+        """Drops expired generations, and sets a timer for the next one, so that memory is freed without any request."""
         if self._expiry is not None:
             self._expiry.cancel()
-        left = self._ended.expire()
+        left = self.retained.expire()
         self._expiry = None if left is None else asyncio.get_running_loop().call_later(left, self._expire)
 
     def _forget(self, generation: Generation) -> None:
-        """Lets the request id of a generation that is no longer kept be used again."""
-        key = generation.terms.caller, generation.terms.request_id
+        """Frees the request id of a generation that is no longer retained, and removes it from disk."""
+        key = generation.delivery.caller, generation.delivery.request_id
         if self._requests.get(key) is generation:
             del self._requests[key]
         self.drop(generation)
 
-    def _later(self, work: Coroutine[object, object, None]) -> None:
-        async def carefully() -> None:
+    def _write(self, work: Coroutine[object, object, None]) -> None:
+        async def write() -> None:
             with contextlib.suppress(errors.ServiceError):
                 await work
 
-        task = asyncio.create_task(carefully())
-        self._chores.add(task)
-        task.add_done_callback(self._chores.discard)
+        task = asyncio.create_task(write())
+        self._writes.add(task)
+        task.add_done_callback(self._writes.discard)

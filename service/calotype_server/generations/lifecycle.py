@@ -1,448 +1,335 @@
-"""The use case: start a generation, follow it from anywhere, end it, and see every one to its end."""
+"""All generations of one engine: start, follow, cancel, finish, restore, and end them all."""
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
+import contextlib
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
 from calotype_server import errors
 from calotype_server.generations.generation import Generation
-from calotype_server.generations.ids import new_tag, tag_of
-from calotype_server.generations.index import GenerationIndex
-from calotype_server.generations.tracked_reader import Reader
-from calotype_server.images import metadata
-from calotype_server.observability.events import GenerationEnded, LeftQueue, Observe, PreviewsDropped, ignore
+from calotype_server.generations.ids import tag_of
+from calotype_server.generations.reader import Reader
+from calotype_server.observability.events import GenerationEnded, Observe, ignore
 from calotype_server.observability.redaction import redact_in_logs
-from calotype_server.types import (
-    DeliveryOptions,
-    DisconnectPolicy,
-    EncodedImage,
-    Failed,
-    Job,
-    Phase,
-    Queued,
-    StillAlive,
-    Succeeded,
-)
+from calotype_server.types import Failed, Job, Phase, Queued, Succeeded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Collection
+    from collections.abc import AsyncIterator, Callable, Collection, Iterator
 
     from calotype_server.auth.access import Caller
     from calotype_server.auth.quotas import Quota
-    from calotype_server.engine.protocol import Engine
     from calotype_server.generations.admission import Admission, QueueTicket
-    from calotype_server.generations.estimates import StepTimeEstimator
-    from calotype_server.generations.event_log import Update
+    from calotype_server.generations.index import GenerationIndex
+    from calotype_server.generations.records import Record
     from calotype_server.generations.retention import Retention
-    from calotype_server.generations.store import Store
-    from calotype_server.images.encoder import Encoder
-    from calotype_server.types import ModelInfo, PreviewOptions
+    from calotype_server.generations.runner import Runner
+    from calotype_server.observability.events import PhaseSpan
+    from calotype_server.types import DeliveryOptions, EncodedImage, ModelInfo, PreviewOptions
 
 __all__ = ["Generations"]
 
 _log = structlog.get_logger(__name__)
 
-_WARM_UP_STEPS = 3
-
-_RETURN_SECONDS = 60.0
-"""For callers to come back after a restart before their generations are cancelled."""
-
+_RESTORED_GRACE_SECONDS = 60.0
+"""Least time for callers to reconnect after a restart before their generations are aborted."""
 
 _RESTART_SECONDS = 2.0
-"""From the end of this server until there is another, at least: there is no sense in asking sooner."""
+"""Least time from the end of this process until its successor serves: callers should not retry earlier."""
 
 
 class Generations:
-    """All generations of one engine.
+    """The collection of all generations. Lives in the event loop.
 
     Args:
-        engine: Does the work.
-        admission: Decides who works when.
-        pace: Learns from every generation that succeeds.
-        encoder: Makes image files.
-        ended: Keeps what has ended for a while.
-        store: Keeps all of it on disk, or None.
-        max_active: Threads to keep, as many as admission lets run at once.
-        heartbeat: Seconds between two looks at whether there is news of a generation; where there is none, it says so.
-        on_dead: Called once when the engine cannot go on.
-        observe: Told what there is to see, but for the warm-up.
+        runner: Runs the generations.
+        admission: The queue in front of the engine.
+        index: Finds generations, retains ended ones, and stores all of them if there is a store.
+        heartbeat_seconds: Interval after which a generation without an event publishes a heartbeat.
+        on_dead: Called when the engine cannot continue.
+        observe: Receives events for metrics and traces.
+
+    Attributes:
+        model: The engine's model.
+        replica: Tag of this server, which begins the id of each of its generations.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        runner: Runner,
         admission: Admission,
-        pace: StepTimeEstimator,
-        encoder: Encoder,
-        ended: Retention[Generation],
-        store: Store | None = None,
+        index: GenerationIndex,
         *,
-        max_active: int,
-        heartbeat: float = 5.0,
+        heartbeat_seconds: float = 5.0,
         on_dead: Callable[[], None],
         observe: Observe = ignore,
     ) -> None:
-        self._engine = engine
+        self.model: ModelInfo = runner.model
+        self.replica: str = index.replica
+        self._runner = runner
         self._admission = admission
-        self._pace = pace
-        self._encoder = encoder
-        self._registry = GenerationIndex(ended, store)
-        self.replica = new_tag() if store is None else store.replica
-        self._heartbeat = heartbeat
-        self._beating: asyncio.TimerHandle | None = None
+        self._index = index
+        self._heartbeat_seconds = heartbeat_seconds
+        self._heartbeat: asyncio.TimerHandle | None = None
         self._on_dead = on_dead
         self._observe = observe
-        self._threads = ThreadPoolExecutor(max_active, "calotype-generation")
-        self._running: dict[Generation, asyncio.Task[None]] = {}
+        self._running: set[Generation] = set()
         self._numbers = itertools.count(1)
         self._retry_after: float | None = None
-        self._drawn_sizes: set[tuple[int, int]] = set()
-        self._given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when nobody shall wait for threads any more."""
         self._readers = 0
-        self._unread = asyncio.Event()
-        self._unread.set()
-
-    @property
-    def model(self) -> ModelInfo:
-        """The engine's model."""
-        return self._engine.model
+        self._all_read = asyncio.Event()
+        self._all_read.set()
 
     @property
     def readers(self) -> int:
-        """Streams that follow a generation."""
+        """Number of open readers of all generations."""
         return self._readers
 
     @property
+    def retained(self) -> Retention[Generation]:
+        """The ended generations."""
+        return self._index.retained
+
+    @property
     def running(self) -> list[Generation]:
-        """Those that have been accepted and have not ended."""
-        return list(self._running)
+        """Generations that were accepted and have not ended, in order of acceptance."""
+        return sorted(self._running, key=lambda each: each.number)
 
-    async def start(self, job: Job, terms: DeliveryOptions, quota: Quota | None = None) -> Generation:
-        """Accepts a job, or returns the generation that the same request has started before.
+    @contextlib.asynccontextmanager
+    async def start(self, job: Job, delivery: DeliveryOptions, quota: Quota | None = None) -> AsyncIterator[Reader]:
+        """Accepts a job and opens a reader; an identical request id opens a reader of the earlier generation.
 
-        Follow it without waiting for anything else in between, or nobody may be left to end it.
+        Leaving the block closes the reader. With a store, the generation is on disk before the block is entered.
 
         Args:
-            job: What to make.
-            terms: What else the caller wants, and who it is.
-            quota: What the caller may start; only new generations count.
+            job: The image to generate.
+            delivery: How the caller wants it delivered, and who the caller is.
+            quota: Limits of the caller; only new generations count.
 
         Raises:
             NotReady: The server is draining.
             RequestIdTaken: The request id was used with other parameters.
-            RateLimited: The quota is used up for now.
-            QueueFull: No place in the queue.
-            DeadlineTooShort: Hopeless from the start.
+            RateLimited: The quota is exhausted for now.
+            QueueFull: The queue has no free place.
+            DeadlineTooShort: The image cannot be ready before the deadline.
+            StateUnavailable: The generation could not be written to disk.
         """
-        if (started := self._registry.same(job, terms)) is not None:
-            return started
-        if self._retry_after is not None:
-            raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
-        generation = Generation(job, terms, next(self._numbers), self.replica, observe=self._observe)
-        if quota is not None:
-            quota.check(job, self._registry.active(terms.caller))
-        self._begin(generation)
-        if quota is not None:
-            quota.charge(job)
-        self._registry.accept(generation)
-        return generation
+        generation = self._index.same(job, delivery) or self._accept(job, delivery, quota)
+        with self._read(generation) as reader:
+            await generation.persisted()
+            yield reader
 
-    async def restore(self) -> None:
-        """Takes up what the store has kept: what has ended can be watched again, the rest is begun again.
-
-        Whoever wanted a cancel when they leave gets some time to come back.
-        """
-        async for record, image in self._registry.load():
-            grace = max(record.terms.grace, _RETURN_SECONDS)
-            terms = replace(record.terms, deadline=None, grace=grace)
-            generation = Generation(record.job, terms, next(self._numbers), self.replica, record, image, self._observe)
-            if generation.ended:
-                self._registry.end(generation)
-                continue
-            try:
-                self._begin(generation)
-            except errors.ServiceError as error:
-                # Not for the next start either: whoever still wants it asks again, and then there would be two.
-                _log.warning("not begun again", generation=generation.id, reason=error.reason)
-                self._registry.drop(generation)
-                continue
-            self._enter(generation)
-            self._leave(generation)
-
-    def _begin(self, generation: Generation) -> None:
-        def on_move(position: int, remaining: float | None) -> None:
-            generation.log.publish(Queued(position, remaining))
-
-        job, terms = generation.job, generation.terms
-        generation.first_of_its_size = (job.width, job.height) not in self._drawn_sizes
-        generation.ticket = self._admission.enter(job, terms.caller, on_move, terms.deadline)
-        task = asyncio.create_task(self._run(generation, generation.ticket), name=f"generation-{generation.id}")
-        self._running[generation] = task
-        self._registry.add(generation)
-        if self._beating is None:
-            self._beating = asyncio.get_running_loop().call_later(self._heartbeat, self._beat)
-
-    def _beat(self) -> None:
-        """Tells readers who have heard nothing since the last time that all is well."""
-        for generation in self._running:
-            if generation.log.state.sequence == generation.told:
-                generation.log.publish(StillAlive(self._heartbeat))
-            generation.told = generation.log.state.sequence
-        loop = asyncio.get_running_loop()
-        self._beating = loop.call_later(self._heartbeat, self._beat) if self._running else None
-
-    def follow(
+    @contextlib.asynccontextmanager
+    async def follow(
         self, generation: Generation, after: int = 0, preview: PreviewOptions | None = None
-    ) -> Reader[tuple[Update, EncodedImage | None]]:
-        """Returns a reader of updates with their preview encoded, up to the end.
-
-        With a store, what has been told survives a restart. When the last reader leaves before the end, the
-        generation's terms say what follows.
+    ) -> AsyncIterator[Reader]:
+        """Opens a reader of a generation that runs or is retained. Leaving the block closes it.
 
         Args:
-            generation: Running or ended.
-            after: Number of the last event that the reader knows.
-            preview: What this reader wants of the previews that are made; None for what the generation was asked for.
+            generation: As returned by `find`.
+            after: Sequence number of the last event that the reader knows.
+            preview: Which previews the reader wants; None for those of the request.
 
         Raises:
-            StateUnavailable: The generation cannot be kept, and is given up.
+            StateUnavailable: The generation could not be written to disk.
         """
-        self._enter(generation)
-        return Reader(self._updates(generation, after, preview), lambda: self._leave(generation))
-
-    async def _updates(
-        self, generation: Generation, after: int, preview: PreviewOptions | None
-    ) -> AsyncGenerator[tuple[Update, EncodedImage | None], None]:
-        await generation.accepted()
-        unread = 0
-        async for update in generation.log.follow(after, preview):
-            lost = update.previews_dropped - update.state.previews_skipped - unread
-            if lost:
-                unread += lost
-                generation.observe(PreviewsDropped("unread", lost))
-            image = None
-            if update.preview is not None:
-                options = preview or generation.job.preview
-                image = await generation.rendition(self._encoder, update.preview, options)
-            yield update, image
-
-    async def newest_preview(self, generation: Generation) -> EncodedImage | None:
-        """Returns the newest preview as the generation was asked for them, or None where there is none now."""
-        newest = generation.log.newest_preview
-        if newest is None:
-            return None
-        return await generation.rendition(self._encoder, newest[1], generation.job.preview)
+        with self._read(generation, after, preview) as reader:
+            await generation.persisted()
+            yield reader
 
     def find(self, generation_id: str, caller: Caller) -> Generation:
-        """Returns a generation that runs or is kept.
+        """Returns a generation that runs or is retained.
 
         Raises:
-            GenerationNotFound: No such generation, or it ended long ago, or it is out of this caller's reach.
-            OtherReplica: It is one of another server, which alone knows it.
+            GenerationNotFound: There is no such generation, it is no longer retained, or the caller may not see it.
+            OtherReplica: The id belongs to another server.
         """
-        found = self._registry.find(generation_id)
+        found = self._index.find(generation_id)
         if found is None and tag_of(generation_id) not in ("", self.replica):
             raise errors.OtherReplica(
-                "That generation belongs to another server, or to one that is gone.",
+                "The generation belongs to another server, or to one that no longer runs.",
                 metadata={"replica": self.replica},
             )
-        if found is None or not caller.reaches(found.terms.caller):
-            raise errors.GenerationNotFound("No generation of that id is known.")
+        if found is None or not caller.reaches(found.delivery.caller):
+            raise errors.GenerationNotFound("There is no generation with this id.")
         return found
 
     def cancel(self, generation_id: str, caller: Caller) -> Phase:
-        """Cancels a generation and returns the phase it was in; an end means there was nothing to cancel.
+        """Cancels a generation and returns the phase it was in. One that has ended does not change.
 
         Raises:
-            GenerationNotFound: As `find`.
+            GenerationNotFound: As for `find`.
         """
         generation = self.find(generation_id, caller)
-        phase = generation.log.state.phase
-        generation.end_early(errors.Cancelled("The generation was cancelled."))
+        phase = generation.events.state.phase
+        generation.abort(errors.Cancelled("The generation was cancelled."))
         return phase
 
     def finish(self, generation_id: str, caller: Caller) -> Phase:
-        """Has a generation end with the picture as it is, and returns the phase it was in.
+        """Makes a generation end successfully with its current prediction, and returns the phase it was in.
 
         Raises:
-            GenerationNotFound: As `find`.
+            GenerationNotFound: As for `find`.
         """
         generation = self.find(generation_id, caller)
-        phase = generation.log.state.phase
+        phase = generation.events.state.phase
         generation.stop.finish()
         return phase
 
+    async def newest_preview(self, generation: Generation) -> EncodedImage | None:
+        """Returns the newest preview, encoded as the request asked; None when there is none."""
+        newest = generation.events.newest_preview
+        if newest is None:
+            return None
+        return await generation.encoded_preview(self._runner.encoder, newest[1], generation.job.preview)
+
     def newest(self, caller: Caller, before: int | None = None) -> list[Generation]:
-        """Returns the generations that a caller may list and that run or are kept, the newest first.
+        """Returns the generations that a caller may list, newest first.
 
         Args:
-            caller: Who asks.
-            before: Only those accepted before, in nanoseconds of the system's clock; None for all.
+            caller: The caller that lists.
+            before: Only generations accepted before this time, in Unix nanoseconds; None for all.
         """
-        return self._registry.newest(caller, before)
+        return self._index.newest(caller, before)
 
-    async def warm_up(self) -> None:
-        """Makes two quick pictures: the first caller finds warm caches, and the estimates have something to go by.
+    async def restore(self) -> None:
+        """Loads the stored generations: ended ones can be watched again, the others run again.
 
-        Raises:
-            ServiceError: The model cannot make a picture.
+        Callers that want a cancel on disconnect get time to reconnect first.
         """
-        model = self.model
-        job = Job(
-            prompt="warm-up",
-            negative_prompt=None,
-            width=model.width,
-            height=model.height,
-            step_count=min(model.step_count, _WARM_UP_STEPS),
-            guidance_scale=model.guidance_scale,
-            seed=0,
-            scheduler=model.scheduler,
-        )
-        for _ in range(2):
-            # What the first one takes is not typical: everything is done for the first time.
-            self._pace.forget()
-            generation = Generation(job, DeliveryOptions(), next(self._numbers), self.replica)
-            self._begin(generation)
-            await self.idle()
-            if isinstance(generation.log.state.end, Failed):
-                raise generation.log.state.end.error
+        async for record, image in self._index.load():
+            grace = max(record.delivery.grace, _RESTORED_GRACE_SECONDS)
+            delivery = replace(record.delivery, deadline=None, grace=grace)
+            generation = self._create(record.job, delivery, record=record, image=image)
+            if generation.ended:
+                self._index.end(generation)
+                continue
+            try:
+                self._run(generation)
+            except errors.ServiceError as error:
+                # Remove it from disk too: a caller that retries would otherwise get a second copy after a restart.
+                _log.warning("stored generation not restarted", generation=generation.id, reason=error.reason)
+                self._index.drop(generation)
+                continue
+            generation.expect_reader()
 
-    def refuse(self, retry_after: float) -> None:
-        """Takes no more work from now on; `retry_after` is what callers are told, in seconds."""
+    def reject_new(self, retry_after: float) -> None:
+        """Rejects new generations from now on; rejected callers may retry after `retry_after` seconds."""
         self._retry_after = retry_after
 
     async def idle(self) -> None:
-        """Returns when every accepted generation has ended, and whoever follows one has read its end."""
+        """Returns when every generation has ended and every reader has been closed."""
         await self._all_ended()
-        await self._unread.wait()
+        await self._all_read.wait()
 
-    async def end_all(self) -> None:
-        """Ends what is left as UNAVAILABLE, and waits for it: at most one denoising step, or one decode."""
-        self._interrupt()
-        await self._all_ended()
-        await self._registry.settle()
-
-    async def abandon(self, stalled: Collection[Generation]) -> None:
-        """Ends everything without waiting for threads, because those of `stalled` will not end.
-
-        The others end as when the server stops, and are begun again after it.
-        """
-        self.refuse(_RESTART_SECONDS)
-        for generation in stalled:
-            generation.end_early(errors.EngineStalled("The model has stopped answering; the server is started anew."))
-        self._interrupt()
-        self._given_up.set_result(None)
-        await self._all_ended()
-        await self._registry.settle()
-
-    def _interrupt(self) -> None:
+    async def abort_all(self) -> None:
+        """Ends all generations with `Draining` and waits: at most one denoising step, or one decode."""
         for generation in self.running:
-            generation.end_early(errors.Draining("The server is stopping.", retry_after=_RESTART_SECONDS))
+            generation.abort(errors.Draining("The server is stopping.", retry_after=_RESTART_SECONDS))
+        await self._all_ended()
+        await self._index.settle()
 
-    async def _all_ended(self) -> None:
-        while self._running:
-            await asyncio.wait(self._running.values())
+    async def abort_stalled(self, stalled: Collection[Generation]) -> None:
+        """Ends all generations without waiting for threads, because those of `stalled` hang.
+
+        The stalled ones fail with `EngineStalled`. The others end as when the server stops, and run again after it
+        restarts.
+        """
+        self.reject_new(_RESTART_SECONDS)
+        for generation in stalled:
+            generation.abort(errors.EngineStalled("The model stopped responding; the server restarts."))
+        self._runner.detach_threads()
+        await self.abort_all()
 
     def close(self) -> None:
-        """Frees the threads; everything must have ended."""
-        if self._beating is not None:
-            self._beating.cancel()
-        self._threads.shutdown()
+        """Stops the heartbeats. All generations must have ended."""
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
 
-    def _enter(self, generation: Generation) -> None:
-        generation.readers += 1
-        if generation.reaper is not None:
-            generation.reaper.cancel()
-            generation.reaper = None
-        self._readers += 1
-        self._unread.clear()
+    def _accept(self, job: Job, delivery: DeliveryOptions, quota: Quota | None) -> Generation:
+        if self._retry_after is not None:
+            raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
+        if quota is not None:
+            quota.check(job, self._index.active(delivery.caller))
+        generation = self._create(job, delivery)
+        self._run(generation)
+        if quota is not None:
+            quota.charge(job)
+        self._index.accept(generation)
+        return generation
 
-    def _leave(self, generation: Generation) -> None:
-        self._readers -= 1
-        if not self._readers:
-            self._unread.set()
-        generation.readers -= 1
-        if generation.readers or generation.ended or generation.terms.on_disconnect is DisconnectPolicy.KEEP:
-            return
-        left = errors.Abandoned("The caller left.")
-        if not generation.terms.grace:
-            generation.end_early(left)
-            return
-        loop = asyncio.get_running_loop()
-        generation.reaper = loop.call_later(generation.terms.grace, generation.end_early, left)
+    def _create(
+        self, job: Job, delivery: DeliveryOptions, record: Record | None = None, image: bytes | None = None
+    ) -> Generation:
+        return Generation(
+            job,
+            delivery,
+            next(self._numbers),
+            self.replica,
+            record=record,
+            image=image,
+            first_of_its_size=not self._runner.has_drawn(job),
+            observe=self._observe,
+        )
 
-    async def _run(self, generation: Generation, ticket: QueueTicket) -> None:
+    def _run(self, generation: Generation) -> None:
+        """Puts a generation in the queue and runs it from there in a task of its own."""
+
+        def on_move(position: int, remaining: float | None) -> None:
+            generation.events.publish(Queued(position, remaining))
+
+        delivery = generation.delivery
+        ticket = self._admission.enter(generation.job, delivery.caller, on_move, delivery.deadline)
+        generation.begin(self._run_to_end(generation, ticket))
+        self._running.add(generation)
+        self._index.add(generation)
+        if self._heartbeat is None:
+            self._heartbeat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._beat)
+
+    async def _run_to_end(self, generation: Generation, ticket: QueueTicket) -> None:
         structlog.contextvars.bind_contextvars(generation=generation.id)
         redact_in_logs(generation.job.prompt, generation.job.negative_prompt)
-        end: Succeeded | Failed
-        try:
-            image = await self._make(generation, ticket)
-            early = generation.log.state.finished_early
-            end = Succeeded(image, generation.watch.timings(), early)
-            if not early:
-                self._pace.observe_end(generation.job, end.timings)
-        except errors.ServiceError as error:
-            cause = generation.stop_error if isinstance(error, errors.Cancelled) else None
-            end = Failed(cause or error, generation.watch.timings())
-        except Exception:
-            _log.exception("generation failed")
-            end = Failed(errors.GenerationFailed("The image could not be made."), generation.watch.timings())
-        phases = generation.watch.phases()
-        await self._registry.keep_end(generation, end)
-        generation.log.publish(end)
-        generation.settle()
-        del self._running[generation]
-        self._registry.end(generation)
-        outcome = "succeeded" if isinstance(end, Succeeded) else end.error.reason
-        seconds = round(end.timings.total or 0.0, 3)
-        steps = generation.log.state.step
-        generation.observe(
-            GenerationEnded(generation.id, generation.job, end, phases, steps, generation.watch.batch_rows)
-        )
-        _log.info("generation ended", outcome=outcome, seconds=seconds, previews=dict(generation.previews))
+        end = await self._runner.run(generation, ticket)
+        phases = generation.stopwatch.phases()
+        # On disk before any reader sees it, so that readers can rely on it.
+        await self._index.persist_end(generation, end)
+        generation.end(end)
+        self._running.discard(generation)
+        self._index.end(generation)
+        self._report_end(generation, end, phases)
         if isinstance(end, Failed) and isinstance(end.error, errors.EngineDead):
             self._on_dead()
 
-    async def _make(self, generation: Generation, ticket: QueueTicket) -> EncodedImage:
-        try:
-            await ticket.turn
-            generation.observe(LeftQueue(generation.watch.total))
-            call = contextvars.copy_context().run
-            report = generation.reporter(self._pace, lambda: self._admission.active)
-            work = asyncio.get_running_loop().run_in_executor(
-                self._threads, call, self._engine.run, generation.job, report, generation.stop
-            )
-            generation.working = True
-            # The slot is free when the thread has ended, not before.
-            either: tuple[asyncio.Future[Any], ...] = work, self._given_up
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                assert generation.stop_error is not None
-                raise generation.stop_error
-            pixels = work.result()
-            generation.watch.note_drawn()
-            self._drawn_sizes.add((generation.job.width, generation.job.height))
-        finally:
-            self._admission.leave(ticket)
-            if generation.working:
-                generation.slot_freed()
-        self._check(generation)
-        state = generation.log.state
-        parameters = metadata.describe(generation.job, self.model, state.step if state.finished_early else None)
-        image = await self._encoder.final(pixels, generation.job.output, parameters)
-        self._check(generation)
-        return image
-
     @staticmethod
-    def _check(generation: Generation) -> None:
-        """Sees to a cancel that came while the picture was decoded or encoded, which cannot be interrupted."""
-        if isinstance(generation.stop_error, errors.Cancelled):
-            raise generation.stop_error
+    def _report_end(generation: Generation, end: Succeeded | Failed, phases: tuple[PhaseSpan, ...]) -> None:
+        steps, rows = generation.events.state.step, generation.stopwatch.batch_rows
+        generation.observe(GenerationEnded(generation.id, generation.job, end, phases, steps, rows))
+        outcome = "succeeded" if isinstance(end, Succeeded) else end.error.reason
+        seconds = round(end.timings.total or 0.0, 3)
+        _log.info("generation ended", outcome=outcome, seconds=seconds, previews=dict(generation.previews))
+
+    def _beat(self) -> None:
+        for generation in self._running:
+            generation.heartbeat(self._heartbeat_seconds)
+        loop = asyncio.get_running_loop()
+        self._heartbeat = loop.call_later(self._heartbeat_seconds, self._beat) if self._running else None
+
+    @contextlib.contextmanager
+    def _read(self, generation: Generation, after: int = 0, preview: PreviewOptions | None = None) -> Iterator[Reader]:
+        self._readers += 1
+        self._all_read.clear()
+        try:
+            with generation.read(after, preview) as subscription:
+                yield Reader(generation, subscription, self._runner.encoder, preview)
+        finally:
+            self._readers -= 1
+            if not self._readers:
+                self._all_read.set()
+
+    async def _all_ended(self) -> None:
+        while self._running:
+            await asyncio.gather(*(each.finished() for each in self._running))

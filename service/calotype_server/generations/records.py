@@ -1,6 +1,7 @@
-"""What is kept of a generation beyond the server's life, and its JSON.
+"""The stored record of a generation, and its JSON.
 
-Unknown fields are ignored and missing ones take their defaults: documents are read across versions that added some.
+Unknown fields are ignored and missing ones take their defaults, so that versions which differ in fields can read each
+other's records.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["End", "ImageFacts", "Record", "dump_end", "dump_record", "parse"]
 
 
 def _revive(document: Any) -> errors.ServiceError:
-    """Returns the error as it was; one whose reason is not known any more is a failed generation."""
+    """Returns the stored error. An unknown reason becomes `GenerationFailed`."""
     match document:
         case {"reason": str(reason), "message": str(message)}:
             kind = _KINDS.get(reason, errors.GenerationFailed)
@@ -44,13 +45,13 @@ def _kinds(base: type[errors.ServiceError]) -> Iterator[type[errors.ServiceError
         yield from _kinds(kind)
 
 
-# Violations are told before there is a generation, and never kept.
+# Violations are reported before a generation exists, so they are never stored.
 _KINDS = {kind.reason: kind for kind in _kinds(errors.ServiceError) if kind is not errors.InvalidRequest}
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """What is known of a final image without reading it; `size` is in bytes."""
+    """Properties of a final image that can be read without it. `width` and `height` in pixels, `size` in bytes."""
 
     format: Literal["jpeg", "png", "webp"]
     width: int
@@ -63,13 +64,13 @@ class End:
     """How a generation ended.
 
     Attributes:
-        at: When, in Unix seconds.
-        step: Denoising steps done.
-        total_steps: Denoising steps in all; 0 when that never became known.
-        timings: Where the time went.
-        finished_early: Whether the image is the estimate of `step`.
-        image: Of the final image, or None when there is an error.
-        error: Why there is no image, or None.
+        at: Time of the end, in Unix seconds.
+        step: Number of completed denoising steps.
+        total_steps: Number of denoising steps in all; 0 if it never became known.
+        timings: Durations of the phases.
+        finished_early: Whether the image is the prediction after `step`.
+        image: Properties of the final image; None if there is an error.
+        error: Why there is no image; None if there is one.
     """
 
     at: float
@@ -82,7 +83,7 @@ class End:
 
     @property
     def phase(self) -> Phase:
-        """One of the three ends."""
+        """SUCCEEDED, CANCELLED or FAILED."""
         if self.error is None:
             return Phase.SUCCEEDED
         return Phase.CANCELLED if isinstance(self.error, errors.Cancelled) else Phase.FAILED
@@ -93,16 +94,16 @@ class Record:
     """An accepted generation.
 
     Attributes:
-        generation_id: Its id.
-        job: What was asked for, the seed among it.
-        terms: What the caller wanted besides.
-        created: When it was accepted, in Unix seconds.
-        end: How it ended, or None when it had not.
+        generation_id: The generation's id.
+        job: The image to generate, with its seed.
+        delivery: How the caller wants it delivered, and who the caller is.
+        created: Time of acceptance, in Unix seconds.
+        end: How it ended; None if it has not.
     """
 
     generation_id: str
     job: Job
-    terms: DeliveryOptions
+    delivery: DeliveryOptions
     created: float
     end: End | None = None
 
@@ -112,19 +113,23 @@ _end = TypeAdapter(End)
 
 
 def dump_record(record: Record) -> str:
-    """Returns all but the end, in JSON."""
+    """Returns a record without its end, as JSON."""
     return _record.dump_json(record, exclude={"end"}).decode()
 
 
 def dump_end(end: End) -> str:
-    """Returns an end in JSON."""
+    """Returns an end as JSON."""
     return _end.dump_json(end).decode()
 
 
 def parse(record: bytes, end: bytes | None) -> Record:
     """Returns a record with its end, if it has one.
 
+    Args:
+        record: JSON from `dump_record`.
+        end: JSON from `dump_end`, or None.
+
     Raises:
-        ValueError: One of them is not what `dump_record` and `dump_end` return.
+        ValueError: The JSON is invalid.
     """
     return replace(_record.validate_json(record), end=None if end is None else _end.validate_json(end))

@@ -1,77 +1,92 @@
-"""What has ended is kept for a while, bounded in time, number and bytes: a reload or a dropped link loses nothing."""
+"""Retains ended generations for a while, bounded in time, number and bytes, so that callers can come back to them."""
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Retention"]
+__all__ = ["Retention", "RetentionLimits"]
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class RetentionLimits:
+    """Bounds of what is retained.
+
+    Attributes:
+        seconds: Longest time that an item is retained.
+        count: Largest number of items.
+        size: Largest total size in bytes, including what else is reserved.
+    """
+
+    seconds: float
+    count: int
+    size: int
+
+
 class Retention(Generic[T]):
-    """Keeps the youngest, and forgets the oldest when there are too many, too large or too old. Not thread-safe.
+    """Retains the newest items and drops the oldest when there are too many, too large or too old. Not thread-safe.
 
     Args:
-        seconds: How long something is kept at most.
-        count: How many are kept at most.
-        size: Bytes that are kept at most in all.
-        clock: Seconds that only rise.
+        limits: Bounds of what is retained.
+        on_drop: Called with each item that is dropped.
+        reserved: Returns the bytes of `limits.size` that something else uses.
+        clock: A monotonic clock, in seconds.
+
+    Attributes:
+        size: Total size of the retained items, in bytes.
     """
 
     def __init__(
         self,
+        limits: RetentionLimits,
         *,
-        seconds: float,
-        count: int,
-        size: int,
+        on_drop: Callable[[T], None] = lambda _: None,
+        reserved: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._seconds = seconds
-        self._count = count
-        self._size = size
-        self.on_forget: Callable[[T], None] = lambda _: None
-        """Told of whatever is forgotten."""
-        self.reserved: Callable[[], int] = lambda: 0
-        """Tells the bytes that something else takes of `size`."""
+        self._limits = limits
+        self._on_drop = on_drop
+        self._reserved = reserved
         self._clock = clock
-        self._kept: OrderedDict[str, tuple[float, int, T]] = OrderedDict()
+        self._items: OrderedDict[str, tuple[float, int, T]] = OrderedDict()
         self.size = 0
-        """Bytes kept now."""
 
     def add(self, key: str, value: T, size: int) -> None:
-        """Keeps something of `size` bytes from now on. What is too large by itself is forgotten at once."""
-        self._kept[key] = self._clock() + self._seconds, size, value
+        """Retains an item of `size` bytes. An item that is larger than the limit is dropped at once."""
+        self._items[key] = self._clock() + self._limits.seconds, size, value
         self.size += size
         self.expire()
 
     def get(self, key: str) -> T | None:
-        """Returns what is kept under a key, or None."""
+        """Returns the item with this key, or None."""
         self.expire()
-        found = self._kept.get(key)
+        found = self._items.get(key)
         return None if found is None else found[2]
 
     def expire(self) -> float | None:
-        """Forgets what is to be forgotten; returns the seconds until there will be more, or None."""
+        """Drops items that exceed a limit. Returns the seconds until the next one expires; None if none is left."""
         now = self._clock()
-        while self._kept:
-            key, (until, size, value) = next(iter(self._kept.items()))
-            if until > now and len(self._kept) <= self._count and self.size + self.reserved() <= self._size:
+        while self._items:
+            key, (until, size, value) = next(iter(self._items.items()))
+            fits = len(self._items) <= self._limits.count and self.size + self._reserved() <= self._limits.size
+            if until > now and fits:
                 return until - now
-            del self._kept[key]
+            del self._items[key]
             self.size -= size
-            self.on_forget(value)
+            self._on_drop(value)
         return None
 
     def __iter__(self) -> Iterator[T]:
-        """The youngest first."""
+        """Iterates over the items, newest first."""
         self.expire()
-        return (value for _, _, value in reversed(list(self._kept.values())))
+        return (value for _, _, value in reversed(list(self._items.values())))
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._items)

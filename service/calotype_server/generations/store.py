@@ -1,7 +1,7 @@
-"""What survives a restart: every accepted generation, and how it ended. One SQLite file; optional.
+"""Stores every accepted generation and its end in one SQLite file, so that they survive a restart. Optional.
 
-What a method has returned for is on disk, whatever happens then: the file is written ahead (WAL) and synced with each
-change (`synchronous=FULL`), and each change is one transaction.
+When a method returns, its change is durable: each change is one transaction, in a write-ahead log that is synced with
+each commit (`synchronous=FULL`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from calotype_server.generations.records import End, ImageFacts, Record, dump_en
 from calotype_server.types import Failed, Succeeded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
     from pathlib import Path
 
 __all__ = ["Store"]
@@ -31,7 +31,7 @@ _log = structlog.get_logger(__name__)
 _FILE = "calotype.sqlite3"
 
 _VERSION = 1
-"""Of the tables and of what the documents in them mean. Fields may be added to the documents without a new one."""
+"""Version of the tables and of the meaning of the documents. Adding a field to a document does not change it."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS generations (
@@ -44,7 +44,7 @@ CREATE TABLE IF NOT EXISTS generations (
 """
 
 _REPLICA = "CREATE TABLE IF NOT EXISTS replica (tag TEXT NOT NULL)"
-"""Of one row: who restores the generations is known under the same tag as who has begun them."""
+"""Has one row: a restarted server keeps the tag that begins the ids of its generations."""
 
 _RETRY_SECONDS = 5.0
 
@@ -52,13 +52,13 @@ T = TypeVar("T")
 
 
 class Store:
-    """Keeps generations in a folder; made by `open`.
+    """Stores generations in a folder; create it with `open` or `opened`.
 
-    All methods are for the event loop: a thread of the store's own does the work, one call after another. A call that
-    is cancelled may have been carried out or not.
+    All methods are for the event loop. A single thread does the work, one call after another. A call that is cancelled
+    may or may not take effect.
 
     Attributes:
-        replica: Tag of the server whose generations these are.
+        replica: Tag of the server that owns these generations.
     """
 
     replica: str
@@ -66,14 +66,15 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, "calotype-store")
+        self._closed = False
         self._database: sqlite3.Connection
 
     @classmethod
     async def open(cls, folder: Path) -> Store:
-        """Opens the state in `folder`, which is made if need be. Nobody else can open it until `close`, or our death.
+        """Opens the state in `folder`, and creates it if needed. Holds an exclusive lock until `close` or process exit.
 
         Raises:
-            StateUnusable: It cannot be used; the text says why and what to do.
+            StateUnusable: The state cannot be used; the message says why and what to do.
         """
         store = cls(folder)
         try:
@@ -83,8 +84,25 @@ class Store:
             raise
         return store
 
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def opened(cls, folder: Path | None) -> AsyncIterator[Store | None]:
+        """Opens the state in `folder` for the duration of the block; yields None without a folder.
+
+        Raises:
+            StateUnusable: As for `open`.
+        """
+        if folder is None:
+            yield None
+            return
+        store = await cls.open(folder)
+        try:
+            yield store
+        finally:
+            await store.close()
+
     async def accept(self, record: Record) -> None:
-        """Keeps an accepted generation, which must be new.
+        """Stores a new generation.
 
         Raises:
             StateUnavailable: It could not be written.
@@ -95,13 +113,13 @@ class Store:
         )
 
     async def end(self, generation_id: str, end: Succeeded | Failed, *, step: int, total_steps: int) -> None:
-        """Keeps how a generation ended, with its image. The first end counts; an id that is not kept is ignored.
+        """Stores how a generation ended, with its image. The first end counts; an unknown id is ignored.
 
         Raises:
             StateUnavailable: It could not be written.
         """
         image = end.image if isinstance(end, Succeeded) else None
-        told = End(
+        stored = End(
             at=time.time(),
             step=step,
             total_steps=total_steps,
@@ -112,11 +130,11 @@ class Store:
         )
         await self._write(
             "UPDATE generations SET ended = ?, image = ? WHERE generation_id = ? AND ended IS NULL",
-            lambda: [(dump_end(told), image and image.data, generation_id)],
+            lambda: [(dump_end(stored), image and image.data, generation_id)],
         )
 
     async def forget(self, generation_ids: Iterable[str]) -> None:
-        """Drops generations; ids that are not kept are ignored.
+        """Removes generations; unknown ids are ignored.
 
         Raises:
             StateUnavailable: It could not be written.
@@ -125,7 +143,7 @@ class Store:
         await self._write("DELETE FROM generations WHERE generation_id = ?", lambda: ids)
 
     async def load(self) -> list[Record]:
-        """Returns all that is kept, the oldest first, without the images. What cannot be read is left out, and logged.
+        """Returns all records, oldest first, without images. Unreadable records are logged and left out.
 
         Raises:
             StateUnusable: The file is damaged.
@@ -133,7 +151,7 @@ class Store:
         return await self._run(self._load)
 
     async def image(self, generation_id: str) -> bytes | None:
-        """Returns the final image, or None when none is kept.
+        """Returns the final image, or None if there is none.
 
         Raises:
             StateUnavailable: It could not be read.
@@ -141,14 +159,17 @@ class Store:
 
         def read() -> bytes | None:
             query = "SELECT image FROM generations WHERE generation_id = ?"
-            with _told():
+            with _database_errors():
                 found: tuple[bytes | None] | None = self._database.execute(query, (generation_id,)).fetchone()
             return None if found is None else found[0]
 
         return await self._run(read)
 
     async def close(self) -> None:
-        """Closes the file after what is under way; others can open it then."""
+        """Closes the file after pending calls and releases the lock. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         await self._run(self._database.close)
         self._thread.shutdown()
 
@@ -157,7 +178,7 @@ class Store:
 
     async def _write(self, statement: str, rows: Callable[[], list[tuple[Any, ...]]]) -> None:
         def write() -> None:
-            with _told(), self._database:
+            with _database_errors(), self._database:
                 self._database.executemany(statement, rows())
 
         await self._run(write)
@@ -165,11 +186,11 @@ class Store:
     def _open(self) -> None:
         path = self._folder / _FILE
         try:
-            # Prompts and pictures are their owner's business.
+            # Only the owner may read prompts and images.
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.touch(mode=0o600)
             self._database = sqlite3.connect(path, timeout=0)
-            # Text that is not UTF-8 is damage to one record.
+            # Bytes, so that text that is not UTF-8 damages only one record.
             self._database.text_factory = bytes
         except (OSError, sqlite3.Error) as error:
             raise _unusable(path, error) from None
@@ -183,12 +204,12 @@ class Store:
             raise
 
     def _prepare(self, path: Path) -> None:
-        # Before the first access: the lock is then kept until the connection is closed, or the process is gone.
+        # Before the first access, so that the lock is held until the connection is closed or the process exits.
         self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
         (version,) = self._database.execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
             raise errors.StateUnusable(
-                f"--state: {path} was written by a newer Calotype. Update this one, or name another folder."
+                f"--state: {path} was written by a newer Calotype. Update this server, or choose another folder."
             )
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")
@@ -210,34 +231,34 @@ class Store:
                 try:
                     records.append(parse(record, ended))
                 except ValueError:
-                    # Why is not told: it would quote the prompt.
-                    _log.warning("unreadable record left out", generation=generation_id.decode(errors="replace"))
+                    # Without the reason, which would quote the prompt.
+                    _log.warning("unreadable record ignored", generation=generation_id.decode(errors="replace"))
         except sqlite3.Error as error:
             raise _unusable(self._folder / _FILE, error) from None
         return records
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """The operator is told what happened, the caller that something did."""
+def _database_errors() -> Iterator[None]:
+    """Logs a database error for the operator, and raises one without details for the caller."""
     try:
         yield
     except sqlite3.Error as error:
-        _log.error("the state cannot be accessed", error=str(error))
+        _log.error("cannot access the state", error=str(error))
         raise errors.StateUnavailable(
-            "The server cannot access its state at the moment.", retry_after=_RETRY_SECONDS
+            "The server cannot access its state right now.", retry_after=_RETRY_SECONDS
         ) from None
 
 
 def _unusable(path: Path, error: OSError | sqlite3.Error) -> errors.StateUnusable:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code; the other bits are details
     if code == sqlite3.SQLITE_BUSY:
-        return errors.StateUnusable(f"--state: {path} is in use by another server. Give each a folder of its own.")
+        return errors.StateUnusable(f"--state: {path} is in use by another server. Each server needs its own folder.")
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
         return errors.StateUnusable(
-            f"--state: {path} is damaged, or no state of Calotype. Move it away to begin anew, or name another folder."
+            f"--state: {path} is damaged or was not written by Calotype. Move it away, or choose another folder."
         )
     return errors.StateUnusable(
         f"--state: {path} cannot be opened ({getattr(error, 'strerror', None) or error})."
-        " Name a folder on a disk with space that this user may write to."
+        " Choose a folder that this user may write to, on a disk with free space."
     )

@@ -1,7 +1,7 @@
-"""Notices work that has stopped for good, and ends the process, so that a supervisor starts a new one.
+"""Detects generations that hang, and ends the process so that a supervisor restarts it.
 
-A thread that hangs in a driver or a lock can be neither joined nor killed. What can be done is done first: health
-checks fail, everybody gets a typed end, the log says where each thread stands, and what is kept on disk is closed.
+A thread that hangs in a driver or a lock can be neither joined nor killed. Before the process ends, health checks fail,
+every generation gets a typed end, the log shows where each thread hangs, and the state on disk is closed.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ EXIT_STALLED = 70
 """Exit code: EX_SOFTWARE of sysexits.h."""
 
 _USUAL_TIMES = 20
-"""A pause is suspicious from so many times the usual one."""
+"""A pause of this many usual pauses is suspicious."""
 
 _FIRST_TIMES = 10
-"""So much longer may the first picture of a size take: kernels are compiled and chosen, memory is found."""
+"""The first image of a size may take this many times longer: kernels are compiled and selected, memory is allocated."""
 
 _THREADS = "calotype-"
 _LONGEST_INTERVAL = 5.0
-_FAREWELL_SECONDS = 10.0
+_ORDERLY_END_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +50,16 @@ class Stall:
 
 
 class Watchdog:
-    """Watches generations at work; lives in the event loop.
+    """Watches running generations. Lives in the event loop.
 
-    Any event of a generation is progress: a step, a preview, a phase. One without is stalled after the longest of
-    `watchdog_seconds` and twenty of its usual steps; ten times later when it is the first of its size.
+    Every event of a generation is progress: a step, a preview, a phase. A generation is stalled after
+    `watchdog_seconds` without progress, or after 20 of its usual steps if that is longer; ten times later if it is the
+    first of its size.
 
     Args:
         running: Returns the generations that have not ended.
-        usual_pause: Returns the seconds that usually pass between two events of such a job, or None.
-        watchdog_seconds: Least time without progress that counts, above 0.
+        usual_pause: Returns the usual seconds between two events of a job, or None if unknown.
+        watchdog_seconds: Least time without progress that counts as a stall, in seconds, above 0.
     """
 
     def __init__(
@@ -71,23 +72,23 @@ class Watchdog:
         self._usual_pause = usual_pause
         self._watchdog_seconds = watchdog_seconds
         self._pauses: dict[Generation, tuple[int, float]] = {}
-        """Events so far, and seconds since the last."""
+        """Number of events, and seconds since the last one."""
 
     @property
     def longest_pause(self) -> float:
-        """Seconds since the last progress of whoever waits for longest, as of the last check."""
+        """Longest time without progress of any running generation, in seconds, as of the last check."""
         return max((seconds for _, seconds in self._pauses.values()), default=0.0)
 
     def check(self, elapsed: float) -> list[Stall]:
-        """Returns what is stalled, after another `elapsed` seconds."""
+        """Returns the stalled generations, after another `elapsed` seconds."""
         before, self._pauses = self._pauses, {}
         stalls = []
         for generation in self._running():
-            if not generation.working:
+            if not generation.on_engine:
                 continue
             events, seconds = before.get(generation, (-1, 0.0))
-            seconds = seconds + elapsed if events == generation.watch.events else 0.0
-            self._pauses[generation] = generation.watch.events, seconds
+            seconds = seconds + elapsed if events == generation.stopwatch.events else 0.0
+            self._pauses[generation] = generation.stopwatch.events, seconds
             if seconds > self._patience(generation):
                 stalls.append(Stall(generation, seconds))
         return stalls
@@ -97,18 +98,18 @@ class Watchdog:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> list[Stall]:
-        """Returns as soon as something is stalled.
+        """Waits until a generation is stalled, and returns all stalled ones.
 
         Args:
-            clock: Seconds that only rise.
-            sleep: Waits for so many seconds.
+            clock: A monotonic clock, in seconds.
+            sleep: Sleeps for a number of seconds.
         """
         interval = min(self._watchdog_seconds / 4, _LONGEST_INTERVAL)
         before = clock()
         while True:
             await sleep(interval)
             now = clock()
-            # When this very task comes late, the process was stopped, or starved; that is nobody's stall.
+            # If this task itself is late, the process was stopped or starved; that is not a stall.
             if stalls := self.check(min(now - before, 2 * interval)):
                 return stalls
             before = now
@@ -121,34 +122,36 @@ class Watchdog:
 
 async def end_when_stalled(
     watchdog: Watchdog,
-    farewell: Callable[[Sequence[Stall]], Awaitable[None]],
-    leave: Callable[[int], object] = os._exit,
+    end_orderly: Callable[[Sequence[Stall]], Awaitable[None]],
+    exit_process: Callable[[int], object] = os._exit,
 ) -> None:
-    """Ends the process when something is stalled, and nothing happens otherwise.
+    """Ends the process when a generation is stalled.
 
     Args:
-        watchdog: Tells.
-        farewell: Does what can still be done; it has ten seconds.
-        leave: Ends the process without joining threads.
+        watchdog: Detects stalls.
+        end_orderly: Ends all generations and delivers their ends; it has 10 seconds.
+        exit_process: Ends the process without joining threads.
     """
     stalls = await watchdog.watch()
     for stall in stalls:
         generation = stall.generation
-        phase, step = generation.log.state.phase, generation.log.state.step
-        _log.error("stalled", generation=generation.id, phase=phase.name, step=step, seconds=round(stall.seconds, 1))
-    _log.error("ending the process, which a supervisor should start anew", code=EXIT_STALLED, stacks=stacks())
+        phase, step = generation.events.state.phase, generation.events.state.step
+        _log.error(
+            "generation stalled", generation=generation.id, phase=phase.name, step=step, seconds=round(stall.seconds, 1)
+        )
+    _log.error("the process exits; a supervisor should restart it", code=EXIT_STALLED, stacks=stacks())
     try:
-        await asyncio.wait_for(farewell(stalls), _FAREWELL_SECONDS)
+        await asyncio.wait_for(end_orderly(stalls), _ORDERLY_END_SECONDS)
     except Exception:
-        _log.exception("not everything could be ended in order")
+        _log.exception("the orderly end failed")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        leave(EXIT_STALLED)
+        exit_process(EXIT_STALLED)
 
 
 def stacks() -> dict[str, list[str]]:
-    """Returns where our threads stand, the innermost call last: files, lines and functions, and no values."""
+    """Returns the stacks of Calotype's threads, innermost call last: file, line and function, without values."""
     names = {thread.ident: thread.name for thread in threading.enumerate() if thread.name.startswith(_THREADS)}
     return {
         names[ident]: [f"{each.filename}:{each.lineno} {each.name}" for each in traceback.extract_stack(frame)]

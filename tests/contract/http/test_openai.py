@@ -174,7 +174,7 @@ async def test_errors_are_the_sdks_own(sdk: openai.AsyncOpenAI, service: Service
     assert int(full.value.response.headers["retry-after"]) >= 1
     with pytest.raises(openai.NotFoundError, match="'fake'"):
         await sdk.models.retrieve("gpt-image-1")
-    service.generations.refuse(retry_after=5.0)
+    service.generations.reject_new(retry_after=5.0)
     with pytest.raises(openai.InternalServerError) as draining:
         await sdk.images.generate(prompt="a red apple")
     assert (draining.value.status_code, draining.value.response.headers["retry-after"]) == (503, "5")

@@ -189,7 +189,7 @@ async def test_an_unexpected_exception_stays_inside(client: httpx.AsyncClient, m
 
 async def test_a_failed_generation_has_the_status_of_its_error(client: httpx.AsyncClient, service: Service) -> None:
     """Where no stream tells it: here, of one that somebody else cancels."""
-    engine = service.generations._engine
+    engine = service.engine
     engine.hold()
     asking = asyncio.create_task(client.post("/images/generations", json=APPLE))
     assert await asyncio.to_thread(engine.at_step.acquire, timeout=20)

@@ -203,11 +203,11 @@ async def test_a_server_that_stops_says_so(service: Service, socket, engine: Fak
     """What runs gets its typed end, then the connection is closed with 1012, service restart."""
     await send(socket, "generate", request=APPLE)
     await read_until(socket, lambda told: told["progress"].phase == pb.PHASE_DENOISING)
-    service.generations.refuse(retry_after=5.0)
+    service.generations.reject_new(retry_after=5.0)
     await send(socket, "generate", "b", request=APPLE)
     refused = await read_until(socket, lambda told: told["id"] == "b")
     assert (refused["error"]["code"], refused["error"]["retry_after"]) == ("NOT_READY", 5.0)
-    ending = asyncio.create_task(service.generations.end_all())
+    ending = asyncio.create_task(service.generations.abort_all())
     await asyncio.sleep(0)
     engine.allow()
     await ending

@@ -116,8 +116,11 @@ class FakeEngine:
         self.decoding.wait()
         return flat_pixels(job.width, job.height, job.seed)
 
+    def note_preview_encoding(self, seconds: float) -> None:
+        """Ignores it: there is no budget."""
+
     def close(self) -> None:
-        """Lets whatever is held go."""
+        """Releases all held steps."""
         self.decoding.set()
         if self._permits is not None:
             self.allow()

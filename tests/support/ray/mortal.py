@@ -4,7 +4,7 @@ import threading
 
 from ray import serve
 
-from calotype_server.apps import ray, runtime
+from calotype_server.apps import ray
 from calotype_server.errors import EngineDead
 from support.engine.fake_engine import FakeEngine
 
@@ -20,11 +20,13 @@ class MortalEngine(FakeEngine):
         return super()._run(job, report, stop)
 
 
-runtime._load_engine = lambda *_: MortalEngine()
-
-
 class MortalReplica(ray.Replica):
-    """Of this module, so that Ray imports it in each replica."""
+    """Ray imports this module in each replica, because the class is defined here."""
+
+    @staticmethod
+    async def load(*_: object) -> MortalEngine:
+        """Returns the mortal engine instead of loading a model."""
+        return MortalEngine()
 
 
 app = serve.deployment(name="Calotype")(MortalReplica).bind()

@@ -152,7 +152,7 @@ async def test_a_caller_may_be_held_to_a_share_of_the_queue() -> None:
     admission = Admission(StepTimeEstimator(), max_active=1, max_queue=3, max_queue_per_caller=1)
     for caller in ("a", "a"):
         admission.enter(JOB, caller, Mover())
-    with pytest.raises(errors.QueueFull, match="You have 1 waiting"):
+    with pytest.raises(errors.QueueFull, match="You already have 1 waiting"):
         admission.enter(JOB, "a", Mover())
     assert not admission.enter(JOB, "b", Mover()).turn.done()
 

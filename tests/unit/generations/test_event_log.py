@@ -1,8 +1,9 @@
-"""The event log: what a subscriber may rely on, whatever happens in whatever order."""
+"""The event log: what a subscriber can rely on, for any order of events."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 
 import pytest
@@ -31,8 +32,15 @@ PIXELS = flat_pixels(1, 1, 0)
 IMAGE = EncodedImage("png", 1, 1, b"png")
 
 
+@pytest.fixture
+def subscribe():
+    """Subscribes to a log until the end of the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda log: stack.enter_context(log.subscribe())
+
+
 def preview(step: int, total: int = 5, skipped: int = 0) -> PreviewReady:
-    """A picture of a step."""
+    """Returns a preview of a step."""
     return PreviewReady(step, total, PIXELS, PreviewMethod.HEAD, skipped)
 
 
@@ -57,7 +65,7 @@ ends = st.one_of(
 
 @given(st.lists(st.one_of(progress_events, ends)))
 def test_state_only_moves_forward(events: list) -> None:
-    """Phase, step and sequence never fall, a changed state has a new number, and nothing changes after the end."""
+    """Phase, step and sequence never decrease, each change increments the sequence, and the end is final."""
     state = State()
     for event in events:
         later = advance(state, event)
@@ -75,22 +83,22 @@ def test_state_only_moves_forward(events: list) -> None:
 
 @given(st.lists(st.one_of(progress_events, st.just("read")), max_size=30), ends)
 def test_a_reader_of_any_speed_gets_the_newest_and_always_the_end(script: list, end) -> None:
-    """However reads fall between events, numbers rise, a preview comes once or is counted, and the end comes."""
+    """Sequences rise, each preview is delivered once or counted as dropped, and the end arrives."""
 
     async def scenario() -> tuple[list[Update], int]:
         log = EventLog()
         updates: list[Update] = []
-        follower = log.follow()
         published = 0
-        for action in [*script, end]:
-            if action == "read":
-                if log.state.sequence > (updates[-1].state.sequence if updates else 0):
-                    updates.append(await anext(follower))
-                continue
-            before = log.state
-            log.publish(action)
-            published += isinstance(action, PreviewReady) and log.state is not before
-        updates.extend([update async for update in follower])
+        with log.subscribe() as subscription:
+            for action in [*script, end]:
+                if action == "read":
+                    if log.state.sequence > (updates[-1].state.sequence if updates else 0):
+                        updates.append(await anext(subscription))
+                    continue
+                before = log.state
+                log.publish(action)
+                published += isinstance(action, PreviewReady) and log.state is not before
+            updates.extend([update async for update in subscription])
         return updates, published
 
     updates, previews_published = asyncio.run(scenario())
@@ -99,28 +107,27 @@ def test_a_reader_of_any_speed_gets_the_newest_and_always_the_end(script: list, 
     assert updates[-1].state.end == end
     assert sum(update.state.end is not None for update in updates) == 1
     delivered = [update.preview for update in updates if update.preview is not None]
-    # A preview before anybody subscribed is nobody's loss; `follow` subscribes at its first read.
-    assert len(delivered) + updates[-1].previews_dropped - updates[-1].state.previews_skipped <= previews_published
+    assert len(delivered) + updates[-1].previews_dropped - updates[-1].state.previews_skipped == previews_published
     assert len({id(preview) for preview in delivered}) == len(delivered)
 
 
-async def test_an_unread_preview_is_replaced_and_counted() -> None:
-    """A reader that sleeps through three previews gets the last one and learns that two were dropped."""
+async def test_an_unread_preview_is_replaced_and_counted(subscribe) -> None:
+    """A reader that misses three previews gets the last one and the number of dropped ones, 2."""
     log = EventLog()
     log.publish(Queued(1))
-    follower = log.follow()
-    assert (await anext(follower)).state.queue_position == 1
+    subscription = subscribe(log)
+    assert (await anext(subscription)).state.queue_position == 1
     for step in (1, 2, 3):
         log.publish(preview(step))
-    update = await anext(follower)
+    update = await anext(subscription)
     assert update.preview is not None
     assert (update.preview.step, update.previews_dropped, update.state.step) == (3, 2, 3)
     log.publish(Succeeded(IMAGE, Timings()))
-    assert [update.state.phase async for update in follower] == [Phase.SUCCEEDED]
+    assert [update.state.phase async for update in subscription] == [Phase.SUCCEEDED]
 
 
-async def test_a_late_preview_does_not_turn_back_the_phase() -> None:
-    """The picture of the last step may arrive while decoding; it is shown, and the phase stays."""
+async def test_a_late_preview_does_not_change_the_phase() -> None:
+    """The preview of the last step may arrive during decoding; the phase does not change."""
     log = EventLog()
     log.publish(Denoising(4, 5))
     log.publish(Decoding())
@@ -129,8 +136,8 @@ async def test_a_late_preview_does_not_turn_back_the_phase() -> None:
 
 
 @pytest.mark.parametrize("late", [preview(3, skipped=2), Denoising(3, 5, 2)])
-def test_a_late_event_changes_nothing_but_what_it_counts(late) -> None:
-    """A preview that was overtaken by the next steps leaves step and phase; what was lost before it is added."""
+def test_a_late_event_only_adds_its_dropped_previews(late) -> None:
+    """A preview that arrives after later steps changes neither step nor phase; its skipped previews are added."""
     state = advance(advance(State(), Denoising(5, 5, 1)), Decoding())
     later = advance(state, late)
     assert (later.phase, later.step, later.previews_skipped) == (Phase.DECODING, 5, 3)
@@ -138,8 +145,8 @@ def test_a_late_event_changes_nothing_but_what_it_counts(late) -> None:
     assert advance(state, Denoising(3, 5)) is state
 
 
-def test_a_withdrawal_is_told_once() -> None:
-    """It does not move the phase, and nothing takes it back."""
+def test_a_withdrawal_is_reported_once() -> None:
+    """It does not change the phase, and nothing reverts it."""
     state = advance(advance(State(), Denoising(5, 5)), Withdrawn())
     assert (state.withdrawn, state.phase, state.sequence) == (True, Phase.DENOISING, 2)
     assert advance(state, Withdrawn()) is state
@@ -148,39 +155,39 @@ def test_a_withdrawal_is_told_once() -> None:
     assert advance(ended, Withdrawn()) is ended
 
 
-async def test_a_withdrawn_preview_never_reaches_a_reader() -> None:
-    """What waits in the slot when the checker objects is counted as dropped, not sent."""
+async def test_a_withdrawn_preview_never_reaches_a_reader(subscribe) -> None:
+    """A preview that is unread when the safety checker objects is counted as dropped, and not sent."""
     log = EventLog()
     log.publish(Denoising(0, 5))
-    follower = log.follow()
-    await anext(follower)
+    subscription = subscribe(log)
+    await anext(subscription)
     log.publish(preview(4))
     log.publish(Withdrawn())
-    update = await anext(follower)
+    update = await anext(subscription)
     assert (update.state.withdrawn, update.preview, update.previews_dropped) == (True, None, 1)
     log.publish(preview(5))
-    assert (await anext(follower)).preview is None
+    assert (await anext(subscription)).preview is None
     log.publish(Failed(errors.ContentWithheld("No."), Timings()))
-    assert [update.previews_dropped async for update in follower] == [2]
+    assert [update.previews_dropped async for update in subscription] == [2]
 
 
-async def test_what_was_never_drawn_is_counted_with_what_was_not_read() -> None:
-    """Losses of the preview thread and of a slow reader add up to one number."""
+async def test_skipped_and_unread_previews_are_counted_together(subscribe) -> None:
+    """Previews dropped by the preview thread and by a slow reader add up to one number."""
     log = EventLog()
-    follower = log.follow()
+    subscription = subscribe(log)
     log.publish(Queued(1))
-    await anext(follower)
+    await anext(subscription)
     log.publish(preview(2, skipped=1))
     log.publish(preview(4, skipped=1))
     log.publish(Denoising(5, 5, skipped=1))
-    update = await anext(follower)
+    update = await anext(subscription)
     assert (update.preview.step, update.state.step, update.previews_dropped) == (4, 5, 4)
     log.publish(Succeeded(IMAGE, Timings()))
-    assert [update.state.phase async for update in follower] == [Phase.SUCCEEDED]
+    assert [update.state.phase async for update in subscription] == [Phase.SUCCEEDED]
 
 
-async def test_events_from_threads_reach_a_waiting_reader_in_order() -> None:
-    """Two threads publish while the reader waits in the loop; it sees rising numbers and the end."""
+async def test_events_from_threads_reach_a_waiting_reader_in_order(subscribe) -> None:
+    """Two threads publish while the reader waits in the event loop; it sees rising sequence numbers and the end."""
     log = EventLog()
 
     def publish(end: bool) -> None:
@@ -192,16 +199,16 @@ async def test_events_from_threads_reach_a_waiting_reader_in_order() -> None:
     first = threading.Thread(target=publish, args=(False,))
     first.start()
     threading.Thread(target=lambda: (first.join(), publish(True))).start()
-    sequences = [update.state.sequence async for update in log.follow()]
+    sequences = [update.state.sequence async for update in subscribe(log)]
     assert sequences == sorted(set(sequences))
     assert log.state.phase is Phase.SUCCEEDED
 
 
-async def test_every_follower_has_a_slot_of_its_own() -> None:
-    """A slow follower loses nothing but its own previews."""
+async def test_every_subscription_has_its_own_slot(subscribe) -> None:
+    """A slow subscriber loses only its own previews."""
     log = EventLog()
     log.publish(Queued(1))
-    quick, slow = log.follow(), log.follow()
+    quick, slow = subscribe(log), subscribe(log)
     await anext(quick)
     await anext(slow)
     for step in (1, 2):
@@ -212,8 +219,8 @@ async def test_every_follower_has_a_slot_of_its_own() -> None:
     assert [u.state.phase async for u in quick] == [u.state.phase async for u in slow] == [Phase.CANCELLED]
 
 
-def test_publishing_after_the_loop_is_gone_is_harmless() -> None:
-    """A preview thread that finishes after the loop closed must not die of it."""
+def test_publishing_after_the_loop_is_closed_does_nothing() -> None:
+    """A preview thread that finishes after the event loop was closed must not fail."""
 
     async def make() -> EventLog:
         return EventLog()
@@ -223,8 +230,8 @@ def test_publishing_after_the_loop_is_gone_is_harmless() -> None:
     assert log.state.queue_position == 1
 
 
-async def test_many_readers_are_woken_in_rounds() -> None:
-    """The more read, the fewer rounds: each reader then gets the newest preview, counts the others, and has the end."""
+async def test_many_readers_are_woken_in_rounds(subscribe) -> None:
+    """More readers mean fewer wake-ups: each gets the newest preview, the number of dropped ones, and the end."""
 
     class Clock:
         now, due = 100.0, ()
@@ -244,7 +251,7 @@ async def test_many_readers_are_woken_in_rounds() -> None:
             await asyncio.sleep(0)
 
     async def read(seen: list) -> None:
-        async for update in log.follow():
+        async for update in subscribe(log):
             seen.append(update)
 
     log = EventLog()

@@ -1,23 +1,18 @@
-"""What is known of generations, and for how long: while it is being written, after its end, across a restart."""
+"""Which generations can be found, and for how long: while they are written, after their end, after a restart."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
 
 from calotype_server import errors
 from calotype_server.auth.access import Caller
-from calotype_server.generations.admission import Admission
-from calotype_server.generations.estimates import StepTimeEstimator
-from calotype_server.generations.lifecycle import Generations
-from calotype_server.generations.retention import Retention
 from calotype_server.generations.store import Store
-from calotype_server.images.encoder import Encoder
 from calotype_server.types import DeliveryOptions, DisconnectPolicy, Job, Phase
 from support.engine.fake_engine import FakeEngine
+from support.runtime import running_runtime
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +22,7 @@ NAMED = DeliveryOptions(request_id="mine")
 
 
 class SlowStore(Store):
-    """One whose disk writes a new generation when the test says so, or fails to."""
+    """A store that writes a new generation when the test allows it, or fails."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -36,7 +31,7 @@ class SlowStore(Store):
         self.full = False
 
     async def accept(self, record) -> None:
-        """Waits, and then writes."""
+        """Waits for the test, then writes."""
         self.writing.set()
         await self.writes.wait()
         if self.full:
@@ -44,152 +39,147 @@ class SlowStore(Store):
         await super().accept(record)
 
     async def image(self, generation_id: str) -> bytes | None:
-        """Fails like a disk with a bad sector, while it is `full`."""
+        """Fails like a disk with a bad sector while `full` is set."""
         if self.full:
             raise errors.StateUnavailable("bad sector")
         return await super().image(generation_id)
 
 
-@contextlib.asynccontextmanager
-async def generations(engine: FakeEngine, store: Store | None = None, *, seconds: float = 600, max_queue: int = 3):
-    """All generations of an engine, which are ended with the block."""
-    pace, encoder = StepTimeEstimator(), Encoder()
-    ended: Retention = Retention(seconds=seconds, count=9, size=2**20)
-    admission = Admission(pace, max_active=1, max_queue=max_queue)
-    made = Generations(engine, admission, pace, encoder, ended, store, max_active=1, on_dead=lambda: None)
-    try:
-        yield made
-    finally:
-        engine.close()
-        await made.end_all()
-        made.close()
-        encoder.close()
+async def first_of(reading) -> tuple:
+    """Returns the first update of `Generations.start` or `Generations.follow`, and the generation."""
+    async with reading as reader:
+        return (await anext(reader))[0], reader.generation
 
 
-async def first_of(made: Generations, generation):
-    """The first thing that a reader is told."""
-    async with contextlib.aclosing(made.follow(generation)) as updates:
-        return (await anext(updates))[0]
-
-
-async def to_end(made: Generations, generation) -> Phase:
-    """Reads to the end, and returns which it was."""
-    async for update, _ in made.follow(generation):
-        phase = update.state.phase
+async def to_end(reading) -> Phase:
+    """Reads to the end and returns its phase."""
+    async with reading as reader:
+        async for update, _ in reader:
+            phase = update.state.phase
     return phase
 
 
 async def leave(reader: asyncio.Task) -> None:
-    """As a caller whose connection drops."""
+    """Cancels a reader, as a lost connection does."""
     reader.cancel()
     await asyncio.wait({reader})
 
 
 class TestWhileItIsWritten:
-    """Nobody is told of a generation before it is on disk, and whoever leaves meanwhile is one who leaves."""
+    """No caller hears of a generation before it is on disk, and a reader that leaves in the meantime has left."""
 
-    async def test_the_same_request_waits_too_and_is_not_harmed_by_the_first_who_leaves(self, tmp_path: Path) -> None:
-        """A caller whose connection dropped comes back before the server has noticed."""
+    async def test_a_second_identical_request_waits_for_the_write(self, tmp_path: Path) -> None:
+        """The first reader leaves during the write; the second one still gets the image."""
         store = await SlowStore.open(tmp_path)
-        async with generations(FakeEngine(), store) as made:
-            first = asyncio.create_task(to_end(made, await made.start(JOB, NAMED)))
+        async with running_runtime(FakeEngine(), store=store) as runtime:
+            start = runtime.generations.start
+            first = asyncio.create_task(to_end(start(JOB, NAMED)))
             await store.writing.wait()
-            second = asyncio.create_task(to_end(made, await made.start(JOB, NAMED)))
-            told, _ = await asyncio.wait({first, second}, timeout=0.05)
-            assert not told
+            second = asyncio.create_task(to_end(start(JOB, NAMED)))
+            done, _ = await asyncio.wait({first, second}, timeout=0.05)
+            assert not done
             await leave(first)
             store.writes.set()
             assert await second is Phase.SUCCEEDED
-            assert [each.generation_id for each in await store.load()] == [(await made.start(JOB, NAMED)).id]
+            async with start(JOB, NAMED) as reader:
+                assert [each.generation_id for each in await store.load()] == [reader.generation.id]
         await store.close()
 
-    async def test_what_is_to_be_kept_is_kept(self, tmp_path: Path) -> None:
-        """KEEP: the caller has gone before the disk was done."""
+    async def test_keep_survives_a_disconnect_during_the_write(self, tmp_path: Path) -> None:
+        """With KEEP, the generation runs although its caller left before it was written."""
         store = await SlowStore.open(tmp_path)
-        async with generations(FakeEngine(), store) as made:
-            generation = await made.start(JOB, DeliveryOptions(on_disconnect=DisconnectPolicy.KEEP))
-            reader = asyncio.create_task(first_of(made, generation))
+        async with running_runtime(FakeEngine(), store=store) as runtime:
+            options = DeliveryOptions(on_disconnect=DisconnectPolicy.KEEP)
+            reader = asyncio.create_task(first_of(runtime.generations.start(JOB, options)))
             await store.writing.wait()
+            [generation] = runtime.generations.running
             await leave(reader)
             store.writes.set()
-            await made.idle()
-            assert generation.log.state.phase is Phase.SUCCEEDED
+            await runtime.generations.idle()
+            assert generation.events.state.phase is Phase.SUCCEEDED
         await store.close()
 
-    async def test_what_nobody_waits_for_is_cancelled(self, tmp_path: Path) -> None:
-        """CANCEL: the only caller has gone, and the same request begins anew."""
+    async def test_a_disconnect_during_the_write_cancels(self, tmp_path: Path) -> None:
+        """With CANCEL, the only caller left, and the same request starts a new generation."""
         store, engine = await SlowStore.open(tmp_path), FakeEngine()
         engine.hold()
-        async with generations(engine, store) as made:
-            generation = await made.start(JOB, NAMED)
-            reader = asyncio.create_task(first_of(made, generation))
+        async with running_runtime(engine, store=store, max_queue=3) as runtime:
+            start = runtime.generations.start
+            reader = asyncio.create_task(first_of(start(JOB, NAMED)))
             await store.writing.wait()
+            [generation] = runtime.generations.running
             await leave(reader)
             store.writes.set()
             engine.allow()
-            assert await to_end(made, await made.start(JOB, NAMED)) is Phase.SUCCEEDED
-            assert generation.log.state.phase is Phase.CANCELLED
+            assert await to_end(start(JOB, NAMED)) is Phase.SUCCEEDED
+            assert generation.events.state.phase is Phase.CANCELLED
         await store.close()
 
-    async def test_what_cannot_be_kept_is_given_up_and_can_be_asked_for_again(self, tmp_path: Path) -> None:
-        """A full disk: UNAVAILABLE, and no work for nobody; once there is room, the same request is as good as new."""
+    async def test_a_failed_write_aborts_and_can_be_repeated(self, tmp_path: Path) -> None:
+        """With a full disk, the call fails with UNAVAILABLE; once there is room, the same request succeeds."""
         store, engine = await SlowStore.open(tmp_path), FakeEngine()
         engine.hold()
         store.writes.set()
-        async with generations(engine, store) as made:
+        async with running_runtime(engine, store=store, max_queue=3) as runtime:
+            start = runtime.generations.start
             store.full = True
-            given_up = await made.start(JOB, NAMED)
             with pytest.raises(errors.StateUnavailable):
-                await first_of(made, given_up)
+                await first_of(start(JOB, NAMED))
+            [aborted] = runtime.generations.running
             store.full = False
             engine.allow()
-            again = await made.start(JOB, NAMED)
-            assert again is not given_up
-            assert await to_end(made, again) is Phase.SUCCEEDED
-            assert given_up.ended
+            async with start(JOB, NAMED) as again:
+                assert again.generation is not aborted
+            assert await to_end(start(JOB, NAMED)) is Phase.SUCCEEDED
+            assert aborted.ended
         await store.close()
 
 
-async def test_what_has_ended_is_forgotten_in_time_though_nobody_asks(tmp_path: Path) -> None:
-    """In memory and on disk: an idle server keeps no prompt and no picture longer than it says."""
+async def test_ended_generations_expire_without_any_request(tmp_path: Path) -> None:
+    """An idle server keeps no prompt and no image longer than configured, in memory and on disk."""
     store = await Store.open(tmp_path)
-    async with generations(FakeEngine(), store, seconds=0.05) as made:
-        generation = await made.start(JOB, DeliveryOptions())
-        assert await to_end(made, generation) is Phase.SUCCEEDED
+    async with running_runtime(FakeEngine(), store=store, retain_seconds=0.05) as runtime:
+        assert await to_end(runtime.generations.start(JOB, DeliveryOptions())) is Phase.SUCCEEDED
         async with asyncio.timeout(20):
-            while await store.load():  # noqa: ASYNC110 - nothing tells
+            while await store.load():  # noqa: ASYNC110 - there is no event to wait for
                 await asyncio.sleep(0.01)
     await store.close()
 
 
 class TestAfterARestart:
-    """What the disk kept is there, as far as it can be."""
+    """Stored generations are restored as far as possible."""
 
-    async def test_what_finds_no_place_is_not_begun_by_a_later_start(self, tmp_path: Path) -> None:
-        """Its caller has asked again by then, and must not get a second one."""
+    async def test_a_generation_without_a_place_is_removed_from_disk(self, tmp_path: Path) -> None:
+        """A later restart does not run it: its caller has retried by then, and must not get a second copy."""
         store, engine = await Store.open(tmp_path), FakeEngine()
         engine.hold()
-        async with generations(engine, store) as made:
+        options = DeliveryOptions(on_disconnect=DisconnectPolicy.KEEP)
+        async with running_runtime(engine, store=store, max_queue=3) as runtime:
             for _ in range(3):
-                await first_of(made, await made.start(JOB, DeliveryOptions(on_disconnect=DisconnectPolicy.KEEP)))
+                await first_of(runtime.generations.start(JOB, options))
         assert len(await store.load()) == 3
         engine = FakeEngine()
         engine.hold()
-        async with generations(engine, store, max_queue=1) as made:
-            await made.restore()
-            assert len(made.newest(Caller(""))) == 2
+        async with running_runtime(engine, store=store, max_queue=1) as runtime:
+            assert len(runtime.generations.newest(Caller(""))) == 2
         assert len(await store.load()) == 2
         await store.close()
 
-    async def test_a_picture_that_cannot_be_read_is_no_reason_not_to_start(self, tmp_path: Path) -> None:
-        """Its end says that it is lost; the others are there."""
+    async def test_an_unreadable_image_does_not_prevent_the_start(self, tmp_path: Path) -> None:
+        """The generation ends as failed; the others are restored."""
         store = await SlowStore.open(tmp_path)
         store.writes.set()
-        async with generations(FakeEngine(), store) as made:
-            generation = await made.start(JOB, DeliveryOptions())
-            assert await to_end(made, generation) is Phase.SUCCEEDED
+        async with running_runtime(FakeEngine(), store=store) as runtime:
+            generation_id = await self._generate(runtime.generations)
         store.full = True
-        async with generations(FakeEngine(), store) as made:
-            await made.restore()
-            assert await to_end(made, made.find(generation.id, Caller(""))) is Phase.FAILED
+        async with running_runtime(FakeEngine(), store=store) as runtime:
+            found = runtime.generations.find(generation_id, Caller(""))
+            assert await to_end(runtime.generations.follow(found)) is Phase.FAILED
         await store.close()
+
+    @staticmethod
+    async def _generate(generations) -> str:
+        async with generations.start(JOB, DeliveryOptions()) as reader:
+            async for _ in reader:
+                pass
+        return reader.generation.id

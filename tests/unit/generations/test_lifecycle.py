@@ -1,8 +1,9 @@
-"""The use case as a whole: whatever callers do in whatever order, what they may rely on holds."""
+"""Generations as a whole: whatever callers do in whatever order, the guarantees hold."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 from hypothesis import given, settings
@@ -10,13 +11,10 @@ from hypothesis import strategies as st
 
 from calotype_server import errors
 from calotype_server.auth.access import Caller
-from calotype_server.generations.admission import Admission
-from calotype_server.generations.estimates import StepTimeEstimator
-from calotype_server.generations.lifecycle import Generations
-from calotype_server.generations.retention import Retention
 from calotype_server.images.encoder import Encoder
 from calotype_server.types import DeliveryOptions, DisconnectPolicy, Job, Phase
 from support.engine.fake_engine import FakeEngine
+from support.runtime import running_runtime
 
 JOB = Job("a cat", None, 16, 16, 3, 3.0, 0, "DDIMScheduler")
 
@@ -29,122 +27,134 @@ actions = st.lists(
 )
 
 
-class Reader:
-    """One subscriber, who reads when told to, and notes what it saw."""
+class ScriptedReader:
+    """One reader that reads when the script says so, and records what it saw."""
 
-    def __init__(self, generations: Generations, generation) -> None:
-        self.updates = generations.follow(generation)
+    def __init__(self) -> None:
         self.sequences: list[int] = []
         self.ends = 0
         self.left = False
+        self._stack = contextlib.AsyncExitStack()
+
+    async def open(self, opening) -> ScriptedReader:
+        """Enters `Generations.start` or `Generations.follow`."""
+        self._updates = await self._stack.enter_async_context(opening)
+        return self
+
+    @property
+    def generation(self):
+        """The generation it reads."""
+        return self._updates.generation
 
     async def read(self, patience: float) -> None:
-        """Reads one update, if there is one in time."""
+        """Reads one update if there is one within `patience` seconds; leaves otherwise."""
         if self.left or self.ends:
             return
-        task = asyncio.ensure_future(anext(self.updates))
-        done, _ = await asyncio.wait({task}, timeout=patience)
-        if not done:
-            # Cancelling a generator ends it, as a call that is cancelled does.
-            task.cancel()
-            await asyncio.wait({task})
-            self.left = True
+        try:
+            update, _ = await asyncio.wait_for(anext(self._updates), patience)
+        except TimeoutError:
+            await self.leave()
             return
-        update, _ = task.result()
         self.sequences.append(update.state.sequence)
         self.ends += update.state.end is not None
         if self.ends:
             with pytest.raises(StopAsyncIteration):
-                await anext(self.updates)
+                await anext(self._updates)
 
     async def leave(self) -> None:
-        """Goes away."""
+        """Leaves its block."""
         self.left = True
-        await self.updates.aclose()
+        await self._stack.aclose()
 
 
 @given(actions)
 @settings(max_examples=40, deadline=None)
-def test_any_interleaving_keeps_what_callers_rely_on(script: list) -> None:
-    """Sequences rise, everybody who stays gets exactly one end, and every slot is returned."""
+def test_any_interleaving_keeps_the_guarantees(script: list) -> None:
+    """Sequence numbers rise, every reader that stays gets exactly one end, and every slot is returned."""
     asyncio.run(play(script))
 
 
-def test_a_cancel_that_comes_while_the_file_is_encoded_counts() -> None:
-    """Whoever was told that there was something to cancel gets no success."""
+async def test_a_cancel_during_encoding_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a successful cancel, the generation does not end as succeeded."""
 
-    async def cancel_late() -> None:
-        class Late(Encoder):
-            async def final(self, *arguments):
-                assert generations.cancel(generation.id, Caller("")) is Phase.DECODING
-                return await super().final(*arguments)
+    async def cancel_then_encode(encoder: Encoder, *arguments):
+        assert generations.cancel(generation.id, Caller("")) is Phase.DECODING
+        return await encode(encoder, *arguments)
 
-        engine, pace, encoder = FakeEngine(), StepTimeEstimator(), Late()
-        ended: Retention = Retention(seconds=600, count=3, size=2**20)
-        generations = Generations(
-            engine, Admission(pace, max_active=1, max_queue=1), pace, encoder, ended, max_active=1, on_dead=lambda: None
-        )
-        generation = await generations.start(JOB, DeliveryOptions())
-        await generations.idle()
-        generations.close()
-        encoder.close()
-        assert generation.log.state.phase is Phase.CANCELLED
+    encode = Encoder.final
+    monkeypatch.setattr(Encoder, "final", cancel_then_encode)
+    async with running_runtime(FakeEngine()) as runtime:
+        generations = runtime.generations
+        async with generations.start(JOB, DeliveryOptions()) as reader:
+            generation = reader.generation
+            async for _ in reader:
+                pass
+    assert generation.events.state.phase is Phase.CANCELLED
 
-    asyncio.run(cancel_late())
+
+async def test_a_start_that_is_cancelled_leaves_no_reader() -> None:
+    """Cancelling the task inside the block disconnects its reader, and the generation is aborted."""
+    engine = FakeEngine()
+    engine.hold()
+    async with running_runtime(engine) as runtime:
+        generations, entered = runtime.generations, asyncio.Event()
+
+        async def read_forever() -> None:
+            async with generations.start(JOB, DeliveryOptions()):
+                entered.set()
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(read_forever())
+        await entered.wait()
+        [generation] = generations.running
+        task.cancel()
+        await asyncio.wait({task})
+        assert (generation.readers, generations.readers) == (0, 0)
+        assert isinstance(generation.abort_error, errors.Abandoned)
 
 
 async def play(script: list) -> None:
     """Carries out a script, then lets everything end."""
-    engine, pace, encoder = FakeEngine(), StepTimeEstimator(), Encoder()
+    engine = FakeEngine()
     engine.hold()
-    admission = Admission(pace, max_active=2, max_queue=3)
-    ended: Retention = Retention(seconds=600, count=3, size=2**20)
-    generations = Generations(engine, admission, pace, encoder, ended, max_active=2, on_dead=lambda: None)
-    started, readers = [], []
-    try:
+    readers: list[ScriptedReader] = []
+    async with running_runtime(engine, max_active=2, max_queue=3, retain_count=3, retain_bytes=2**20) as runtime:
+        generations = runtime.generations
         for action, which in script:
-            generation = started[which % len(started)] if started else None
             reader = readers[which % len(readers)] if readers else None
             match action:
                 case "start" | "keep":
                     policy = DisconnectPolicy.KEEP if action == "keep" else DisconnectPolicy.CANCEL
-                    try:
-                        started.append(await generations.start(JOB, DeliveryOptions(on_disconnect=policy)))
-                    except errors.QueueFull:
-                        continue
-                    readers.append(Reader(generations, started[-1]))
-                case "watch" if generation is not None:
-                    readers.append(Reader(generations, generation))
+                    opening = generations.start(JOB, DeliveryOptions(on_disconnect=policy))
+                    with contextlib.suppress(errors.QueueFull):
+                        readers.append(await ScriptedReader().open(opening))
+                case "watch" if reader is not None:
+                    readers.append(await ScriptedReader().open(generations.follow(reader.generation)))
                 case "read" if reader is not None:
                     await reader.read(0.02)
                 case "step":
                     engine.allow(1)
                 case "leave" if reader is not None:
                     await reader.leave()
-                case "cancel" | "finish" if generation is not None:
+                case "cancel" | "finish" if reader is not None:
                     try:
-                        getattr(generations, action)(generation.id, Caller(""))
+                        getattr(generations, action)(reader.generation.id, Caller(""))
                     except errors.GenerationNotFound:
-                        assert generation.ended
+                        assert reader.generation.ended
                 case "expire":
-                    ended.expire()
+                    generations.retained.expire()
         engine.allow()
         for reader in readers:
             while not reader.left and not reader.ends:
                 await reader.read(20)
-        for generation in started:
-            generation.end_early(errors.Cancelled("the script is over"))
+        for reader in readers:
+            reader.generation.abort(errors.Cancelled("The script is over."))
+            await reader.leave()
         await asyncio.wait_for(generations.idle(), 20)
-    finally:
-        engine.close()
-        await generations.end_all()
-        generations.close()
-        encoder.close()
-    assert admission.active == 0
-    assert len(ended) <= 3
-    for generation in started:
-        assert generation.log.state.phase in (Phase.SUCCEEDED, Phase.CANCELLED)
-        assert generation.readers == 0
+        assert runtime.admission.active == 0
+        assert len(generations.retained) <= 3
     for reader in readers:
+        assert reader.generation.events.state.phase in (Phase.SUCCEEDED, Phase.CANCELLED)
+        assert reader.generation.readers == 0
         assert reader.sequences == sorted(set(reader.sequences))
-        assert reader.left or reader.ends == 1
+        assert reader.ends <= 1

@@ -1,15 +1,15 @@
-"""What has ended is kept, within bounds of time, number and bytes."""
+"""Ended generations are retained within bounds of time, number and bytes."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calotype_server.generations.retention import Retention
+from calotype_server.generations.retention import Retention, RetentionLimits
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -18,28 +18,27 @@ class Clock:
         return self.now
 
 
-def test_time_passes() -> None:
-    """Something is there until its time is over, and whoever asks is told when the next one goes."""
-    clock, forgotten = Clock(), []
-    kept: Retention[str] = Retention(seconds=10, count=9, size=9, clock=clock)
-    kept.on_forget = forgotten.append
-    kept.add("a", "A", 1)
+def test_items_expire() -> None:
+    """An item is there until its time is over, and `expire` returns the seconds until the next one expires."""
+    clock, dropped = Clock(), []
+    items: Retention[str] = Retention(RetentionLimits(10, 9, 9), on_drop=dropped.append, clock=clock)
+    items.add("a", "A", 1)
     clock.now = 4
-    kept.add("b", "B", 1)
-    assert kept.expire() == 6
+    items.add("b", "B", 1)
+    assert items.expire() == 6
     clock.now = 10
-    assert kept.get("a") is None
-    assert kept.get("b") == "B"
-    assert forgotten == ["A"]
+    assert items.get("a") is None
+    assert items.get("b") == "B"
+    assert dropped == ["A"]
 
 
-def test_what_is_too_large_is_not_kept() -> None:
-    """One picture larger than all room is forgotten at once, and so is everything before it."""
-    kept: Retention[str] = Retention(seconds=10, count=9, size=5)
-    kept.add("small", "s", 5)
-    kept.add("large", "l", 6)
-    assert list(kept) == []
-    assert kept.size == 0
+def test_an_item_larger_than_the_limit_is_dropped() -> None:
+    """It is dropped at once, together with everything older."""
+    items: Retention[str] = Retention(RetentionLimits(10, 9, 5))
+    items.add("small", "s", 5)
+    items.add("large", "l", 6)
+    assert list(items) == []
+    assert items.size == 0
 
 
 @given(
@@ -47,33 +46,32 @@ def test_what_is_too_large_is_not_kept() -> None:
     st.integers(0, 4),
     st.integers(0, 10),
 )
-def test_bounds_hold_whatever_comes(additions: list, count: int, size: int) -> None:
-    """Never too many, too large or too old; the youngest first; everything is kept or was told to be forgotten."""
-    clock, forgotten = Clock(), []
-    kept: Retention[int] = Retention(seconds=7, count=count, size=size, clock=clock)
-    kept.on_forget = forgotten.append
+def test_bounds_hold_for_any_sequence(additions: list, count: int, size: int) -> None:
+    """There are never too many, too large or too old items; every item is either retained or was dropped once."""
+    clock, dropped = Clock(), []
+    items: Retention[int] = Retention(RetentionLimits(7, count, size), on_drop=dropped.append, clock=clock)
     sizes, added = [], []
     for number, (bytes_, seconds) in enumerate(additions):
         clock.now += seconds
-        kept.add(str(number), number, bytes_)
+        items.add(str(number), number, bytes_)
         sizes.append(bytes_)
         added.append(clock.now)
-        held = list(kept)
-        assert held == sorted(held, reverse=True)
-        assert len(held) <= count
-        assert kept.size == sum(sizes[each] for each in held) <= size
-        assert all(clock.now - added[each] < 7 for each in held)
-        assert sorted([*held, *forgotten]) == list(range(number + 1))
+        retained = list(items)
+        assert retained == sorted(retained, reverse=True)
+        assert len(retained) <= count
+        assert items.size == sum(sizes[each] for each in retained) <= size
+        assert all(clock.now - added[each] < 7 for each in retained)
+        assert sorted([*retained, *dropped]) == list(range(number + 1))
 
 
-def test_what_others_need_is_not_there() -> None:
-    """The oldest make room as soon as anything is looked at, and come back for nobody."""
-    kept, others = Retention[str](seconds=10, count=9, size=10), [0]
-    kept.reserved = lambda: others[0]
+def test_reserved_bytes_displace_the_oldest_items() -> None:
+    """Dropped items do not return when the reserved bytes are freed."""
+    reserved = [0]
+    items: Retention[str] = Retention(RetentionLimits(10, 9, 10), reserved=lambda: reserved[0])
     for name in "abc":
-        kept.add(name, name, 3)
-    others[0] = 5
-    assert kept.get("c") == "c"
-    assert list(kept) == ["c"]
-    others[0] = 0
-    assert list(kept) == ["c"]
+        items.add(name, name, 3)
+    reserved[0] = 5
+    assert items.get("c") == "c"
+    assert list(items) == ["c"]
+    reserved[0] = 0
+    assert list(items) == ["c"]

@@ -204,7 +204,7 @@ async def test_kill_9_in_mid_write_loses_nothing_acknowledged(tmp_path: Path) ->
 async def test_only_one_server_at_a_time(tmp_path: Path) -> None:
     """A second one is told so, and gets in when the first has closed."""
     async with opened(tmp_path):
-        with pytest.raises(errors.StateUnusable, match=r"in use by another server.*a folder of its own"):
+        with pytest.raises(errors.StateUnusable, match=r"in use by another server.*its own folder"):
             await Store.open(tmp_path)
         command = [sys.executable, "-c", WRITER, str(tmp_path), "0"]
         other = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
@@ -227,7 +227,7 @@ async def test_a_newer_file_is_left_alone(tmp_path: Path) -> None:
 async def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes) -> None:
     """It is named, with what to do, and stays as it is."""
     (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(errors.StateUnusable, match=r"calotype\.sqlite3 is damaged, or .* Move it away"):
+    with pytest.raises(errors.StateUnusable, match=r"calotype\.sqlite3 is damaged or .* Move it away"):
         await Store.open(tmp_path)
     assert (tmp_path / FILE).read_bytes() == content
 
@@ -235,7 +235,9 @@ async def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: b
 async def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     """The text has the path and the system's reason."""
     (tmp_path / "file").touch()
-    with pytest.raises(errors.StateUnusable, match=r"file/state.* cannot be opened \(Not a directory\).*Name a folder"):
+    with pytest.raises(
+        errors.StateUnusable, match=r"file/state.* cannot be opened \(Not a directory\).*Choose a folder"
+    ):
         await Store.open(tmp_path / "file" / "state")
 
 
@@ -307,7 +309,7 @@ async def test_a_later_version_may_add_fields_and_reasons(tmp_path: Path) -> Non
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database, database:
         for change in (
             "record = json_set(record, '$.job.upscale', 2, '$.mood', 'blue')",
-            "record = json_remove(record, '$.terms.grace')",
+            "record = json_remove(record, '$.delivery.grace')",
             "ended = json_set(ended, '$.error.reason', 'MELTED', '$.error.colour', 'red')",
         ):
             database.execute(f"UPDATE generations SET {change}")

@@ -21,17 +21,17 @@ PATIENCE = 100.0
 class Work:
     """As much of a generation as the watchdog looks at; compared by identity, as generations are."""
 
-    def __init__(self, *, working: bool = True, first: bool = False) -> None:
+    def __init__(self, *, on_engine: bool = True, first: bool = False) -> None:
         self.id = "g"
         self.job = JOB
-        self.working = working
+        self.on_engine = on_engine
         self.first_of_its_size = first
-        self.watch = SimpleNamespace(events=0)
-        self.log = SimpleNamespace(state=SimpleNamespace(phase=Phase.DENOISING, step=2))
+        self.stopwatch = SimpleNamespace(events=0)
+        self.events = SimpleNamespace(state=SimpleNamespace(phase=Phase.DENOISING, step=2))
 
     def progress(self) -> None:
         """Something happens."""
-        self.watch.events += 1
+        self.stopwatch.events += 1
 
 
 def watchdog_of(*works: Work, usual: float | None = 1.0) -> Watchdog:
@@ -63,11 +63,11 @@ def test_a_pause_is_a_stall_when_it_is_longer_than_patience() -> None:
 
 def test_who_is_not_at_work_cannot_stall() -> None:
     """A generation in the queue, or one whose file is being written, waits for as long as it takes."""
-    work = Work(working=False)
+    work = Work(on_engine=False)
     watchdog = watchdog_of(work)
     for _ in range(5):
         assert not watchdog.check(PATIENCE)
-    work.working = True
+    work.on_engine = True
     assert not watchdog.check(PATIENCE)
     assert not watchdog.check(PATIENCE)
     assert watchdog.check(1)
@@ -128,7 +128,7 @@ async def test_the_process_ends_after_everybody_was_told() -> None:
     with structlog.testing.capture_logs() as logged:
         await end_when_stalled(watchdog, farewell, done.append)
     assert done == ["g", EXIT_STALLED]
-    assert (logged[0]["event"], logged[0]["generation"]) == ("stalled", "g")
+    assert (logged[0]["event"], logged[0]["generation"]) == ("generation stalled", "g")
     assert isinstance(logged[1]["stacks"], dict)
     assert "unmistakable" not in str(logged)
 

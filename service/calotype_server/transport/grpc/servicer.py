@@ -1,8 +1,7 @@
-"""The one servicer object behind every gRPC port."""
+"""The servicer behind every gRPC port."""
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -18,8 +17,9 @@ if TYPE_CHECKING:
     import grpc.aio
 
     from calotype.v1 import calotype_pb2 as pb
-    from calotype_server.api.service import Api, Following
+    from calotype_server.api.service import Api
     from calotype_server.auth.access import Access, Caller
+    from calotype_server.errors import ServiceError
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -30,8 +30,8 @@ class GenerationServicer(GenerationServiceServicer):
     """`calotype.v1.GenerationService`.
 
     Args:
-        api: Does what is asked for.
-        access: Who may call.
+        api: Carries out the calls.
+        access: Identifies the caller.
     """
 
     def __init__(self, api: Api, access: Access) -> None:
@@ -42,36 +42,37 @@ class GenerationServicer(GenerationServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.Progress, None]:
         """Starts a generation and streams it; see the proto."""
-        following = await self._api.generate(request, self._caller(context), deadline=context.time_remaining())
-        async with contextlib.aclosing(_told(following, context)) as messages:
-            async for message in messages:
+        deadline = context.time_remaining()
+        async with self._api.generate(request, self._caller(context), deadline=deadline) as stream:
+            async for message in stream:
                 yield message
+        await _set_status(context, stream.failure)
 
     async def Watch(  # noqa: N802
         self, request: pb.WatchRequest, context: Context
     ) -> AsyncGenerator[pb.Progress, None]:
-        """Streams a generation that was started before; see the proto."""
-        following = self._api.watch(request, self._caller(context))
-        async with contextlib.aclosing(_told(following, context)) as messages:
-            async for message in messages:
+        """Streams a generation that was started earlier; see the proto."""
+        async with self._api.watch(request, self._caller(context)) as stream:
+            async for message in stream:
                 yield message
+        await _set_status(context, stream.failure)
 
     async def Cancel(  # noqa: N802
         self, request: pb.CancelRequest, context: Context
     ) -> pb.CancelResponse:
-        """Cancels by id; see the proto."""
+        """Cancels a generation; see the proto."""
         return self._api.cancel(request, self._caller(context))
 
     async def Finish(  # noqa: N802
         self, request: pb.FinishRequest, context: Context
     ) -> pb.FinishResponse:
-        """Ends early by id; see the proto."""
+        """Finishes a generation early; see the proto."""
         return self._api.finish(request, self._caller(context))
 
     async def ListGenerations(  # noqa: N802
         self, request: pb.ListGenerationsRequest, context: Context
     ) -> pb.ListGenerationsResponse:
-        """Lists what the caller may see; see the proto."""
+        """Lists generations; see the proto."""
         return self._api.list_generations(request, self._caller(context))
 
     async def GetModel(  # noqa: N802
@@ -86,11 +87,7 @@ class GenerationServicer(GenerationServiceServicer):
         return caller
 
 
-async def _told(following: Following, context: Context) -> AsyncGenerator[pb.Progress, None]:
-    """Yields the messages, and repeats an error at the end as the status of the call."""
-    async with contextlib.aclosing(following):
-        async for message in following:
-            yield message
-    if following.failure is not None:
-        # Said in the last message already; repeated for clients that look only at the status.
-        await context.abort_with_status(rpc_status.to_status(encoding.encode_error(following.failure)))
+async def _set_status(context: Context, failure: ServiceError | None) -> None:
+    """Repeats the error of the last message as the status, for clients that only look at the status."""
+    if failure is not None:
+        await context.abort_with_status(rpc_status.to_status(encoding.encode_error(failure)))

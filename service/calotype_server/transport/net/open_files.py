@@ -6,7 +6,7 @@ import resource
 
 import structlog
 
-__all__ = ["reserve_descriptors"]
+__all__ = ["raise_open_file_limit"]
 
 _log = structlog.get_logger(__name__)
 
@@ -14,7 +14,7 @@ _OTHERS = 128
 """For files, threads' pipes, and connections that are about to be refused."""
 
 
-def reserve_descriptors(connections: int) -> None:
+def raise_open_file_limit(connections: int) -> None:
     """Lets this process open as many sockets, as far as the system allows; a warning says when that is too few.
 
     Args:

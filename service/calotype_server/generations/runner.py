@@ -1,0 +1,196 @@
+"""Takes a generation through queue, engine and image encoder, and turns every outcome into a typed end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from calotype_server import errors
+from calotype_server.generations.generation import Generation
+from calotype_server.images import metadata
+from calotype_server.observability.events import LeftQueue
+from calotype_server.types import (
+    Decoding,
+    DeliveryOptions,
+    Denoising,
+    EncodingPrompt,
+    Event,
+    Failed,
+    Job,
+    PreviewReady,
+    Succeeded,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from calotype_server.engine.protocol import Engine
+    from calotype_server.generations.admission import Admission, QueueTicket
+    from calotype_server.generations.estimates import StepTimeEstimator
+    from calotype_server.images.encoder import Encoder
+    from calotype_server.types import EncodedImage, ModelInfo, Pixels
+
+__all__ = ["Runner"]
+
+_log = structlog.get_logger(__name__)
+
+_WARM_UP_IMAGES = 2
+_WARM_UP_STEPS = 3
+
+
+class Runner:
+    """Runs generations on one engine, each in a thread of its own.
+
+    Args:
+        engine: Generates the images.
+        admission: The queue in front of the engine.
+        estimator: Learns from every step and every generation that succeeds.
+        encoder: Makes the image files.
+
+    Attributes:
+        encoder: Makes the image files.
+    """
+
+    def __init__(self, engine: Engine, admission: Admission, estimator: StepTimeEstimator, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._engine = engine
+        self._admission = admission
+        self._estimator = estimator
+        self._threads = ThreadPoolExecutor(engine.model.max_active, "calotype-generation")
+        self._drawn_sizes: set[tuple[int, int]] = set()
+        self._detached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def model(self) -> ModelInfo:
+        """The engine's model."""
+        return self._engine.model
+
+    def has_drawn(self, job: Job) -> bool:
+        """Whether an image of the job's size was finished before."""
+        return (job.width, job.height) in self._drawn_sizes
+
+    async def warm_up(self) -> None:
+        """Generates two quick images, so that the first caller finds warm caches and the estimates have a basis.
+
+        Raises:
+            ServiceError: The model cannot generate an image.
+        """
+        model = self.model
+        job = Job(
+            prompt="warm-up",
+            negative_prompt=None,
+            width=model.width,
+            height=model.height,
+            step_count=min(model.step_count, _WARM_UP_STEPS),
+            guidance_scale=model.guidance_scale,
+            seed=0,
+            scheduler=model.scheduler,
+        )
+        for number in range(_WARM_UP_IMAGES):
+            # The first image does many things for the first time, so its duration is not typical.
+            self._estimator.forget()
+            generation = Generation(job, DeliveryOptions(), number, "warm-up")
+            try:
+                end = await self.run(generation, self._admission.enter(job, "", lambda *_: None))
+            finally:
+                # If the warm-up is cancelled, its thread ends before the next step.
+                generation.stop.set()
+            if isinstance(end, Failed):
+                raise end.error
+
+    async def run(self, generation: Generation, ticket: QueueTicket) -> Succeeded | Failed:
+        """Waits for the turn, generates the image and encodes it. Returns the end; does not publish it.
+
+        Args:
+            generation: The generation to run.
+            ticket: Its place in the queue, which is given back in any case.
+        """
+        try:
+            image = await self._make(generation, ticket)
+        except errors.ServiceError as error:
+            cause = generation.abort_error if isinstance(error, errors.Cancelled) else None
+            return Failed(cause or error, generation.stopwatch.timings())
+        except Exception:
+            _log.exception("generation failed")
+            return Failed(errors.GenerationFailed("The image could not be generated."), generation.stopwatch.timings())
+        early = generation.events.state.finished_early
+        end = Succeeded(image, generation.stopwatch.timings(), early)
+        if not early:
+            self._estimator.observe_end(generation.job, end.timings)
+        return end
+
+    def detach_threads(self) -> None:
+        """Stops waiting for the engine's threads: aborted generations end now, even if their thread hangs."""
+        if not self._detached.done():
+            self._detached.set_result(None)
+
+    def close(self) -> None:
+        """Joins the threads. All generations must have ended."""
+        self._threads.shutdown()
+
+    async def _make(self, generation: Generation, ticket: QueueTicket) -> EncodedImage:
+        try:
+            await generation.unless_aborted(ticket.turn)
+            generation.observe(LeftQueue(generation.stopwatch.total))
+            with generation.running_on_engine():
+                pixels = await self._draw(generation, ticket)
+            generation.stopwatch.note_drawn()
+            self._drawn_sizes.add((generation.job.width, generation.job.height))
+        finally:
+            # The slot is free when the engine's thread has ended, not before.
+            self._admission.leave(ticket)
+        _check_cancelled(generation)
+        state = generation.events.state
+        parameters = metadata.describe(generation.job, self.model, state.step if state.finished_early else None)
+        image = await self.encoder.final(pixels, generation.job.output, parameters)
+        _check_cancelled(generation)
+        return image
+
+    async def _draw(self, generation: Generation, ticket: QueueTicket) -> Pixels:
+        """Runs the engine in a thread, in the context of this task so that its log lines carry the same ids."""
+        report = self._reporter(generation, ticket)
+        work = asyncio.get_running_loop().run_in_executor(
+            self._threads, contextvars.copy_context().run, self._engine.run, generation.job, report, generation.stop
+        )
+        either: tuple[asyncio.Future[Any], ...] = work, self._detached
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            assert generation.abort_error is not None
+            raise generation.abort_error
+        return work.result()
+
+    def _reporter(self, generation: Generation, ticket: QueueTicket) -> Callable[[Event], None]:
+        """Returns the engine's `report`: learns from an event, adds the estimated time left, and publishes it.
+
+        The engine calls it from its threads.
+        """
+
+        def report(event: Event) -> None:
+            job, active = generation.job, self._admission.active
+            match event:
+                case EncodingPrompt():
+                    event = replace(event, estimated_remaining=self._estimator.total_seconds(job, active))
+                case Denoising(step, total) | PreviewReady(step, total):
+                    if seconds := generation.stopwatch.step_seconds(step):
+                        self._estimator.observe_step(job, seconds * total / job.step_count, active)
+                    left = self._estimator.remaining_seconds(job, step, total, active)
+                    event = replace(event, estimated_remaining=left)
+                    if left is not None and (whole := self._estimator.total_seconds(job, active)):
+                        ticket.note_left(left / whole)
+                case Decoding():
+                    left = self._estimator.remaining_seconds(job, 1, 1, active)
+                    event = replace(event, estimated_remaining=left)
+            generation.publish(event)
+
+        return report
+
+
+def _check_cancelled(generation: Generation) -> None:
+    """Raises the error of a cancel that arrived during decoding or encoding, which cannot be interrupted."""
+    if isinstance(generation.abort_error, errors.Cancelled):
+        raise generation.abort_error

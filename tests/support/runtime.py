@@ -1,0 +1,86 @@
+"""The product's runtime around any engine, with the settings that a test needs."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from calotype_server import errors
+from calotype_server.api.service import Api
+from calotype_server.apps.instruments import Instruments
+from calotype_server.apps.runtime import Runtime
+from calotype_server.observability.events import Observe, ignore, to_all
+from calotype_server.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from calotype_server.engine.protocol import Engine, Stop
+    from calotype_server.generations.store import Store
+    from calotype_server.types import Event, Job, Pixels
+
+
+class WithSlots:
+    """An engine whose model has another number of slots.
+
+    Args:
+        engine: Does the work.
+        max_active: Number of slots.
+    """
+
+    def __init__(self, engine: Engine, max_active: int) -> None:
+        self.engine = engine
+        self.model = replace(engine.model, max_active=max_active)
+
+    def run(self, job: Job, report: Callable[[Event], None], stop: Stop) -> Pixels:
+        """Delegates."""
+        return self.engine.run(job, report, stop)
+
+    def note_preview_encoding(self, seconds: float) -> None:
+        """Delegates."""
+        self.engine.note_preview_encoding(seconds)
+
+    def close(self) -> None:
+        """Delegates."""
+        self.engine.close()
+
+
+@contextlib.asynccontextmanager
+async def running_runtime(
+    engine: Engine,
+    *,
+    service: Api | None = None,
+    store: Store | None = None,
+    observe: Observe = ignore,
+    max_active: int = 1,
+    **settings: Any,
+) -> AsyncIterator[Runtime]:
+    """Runs a runtime without warm-up, watchdog or drain for the duration of the block.
+
+    Args:
+        engine: The engine; its model gets `max_active` slots.
+        service: Opened when the runtime runs.
+        store: Keeps generations across restarts.
+        observe: Receives all events.
+        max_active: Number of slots.
+        settings: Further fields of `Settings`.
+    """
+    given = {"drain_seconds": 0, "watchdog_seconds": 0, **settings}
+    instruments = Instruments(tracing_wanted=False)
+    instruments.observe = to_all(instruments.observe, observe)
+    async with Runtime(
+        Settings(**given),
+        WithSlots(engine, max_active),
+        service=service or Api(Settings().limits),
+        instruments=instruments,
+        store=store,
+        warm_up=False,
+    ) as runtime:
+        try:
+            yield runtime
+        finally:
+            # Abort first, then release the steps that the test still holds: none of them may end as succeeded.
+            for generation in runtime.generations.running:
+                generation.abort(errors.Draining("The test is over."))
+            engine.close()

@@ -18,6 +18,7 @@ from calotype_server.generations.estimates import StepTimeEstimator
 from calotype_server.generations.lifecycle import Generations
 from calotype_server.generations.retention import Retention
 from calotype_server.images.encoder import Encoder
+from calotype_server.limits import PORT_LIMITS, Limits, PortLimits
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.transport.cluster.forwarder import Forwarder
 from calotype_server.transport.cluster.upstreams import CHANNEL_OPTIONS, Upstreams
@@ -25,7 +26,6 @@ from calotype_server.transport.grpc.server import NativeServer
 from calotype_server.transport.grpc.servicer import GenerationServicer
 from calotype_server.transport.grpc.services import Services
 from calotype_server.transport.web.server import WebServer
-from calotype_server.types import PORT_LIMITS, Limits, PortLimits
 from support.grpcweb import WebChannel
 from support.http import EventStub, SocketStub
 

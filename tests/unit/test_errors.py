@@ -59,5 +59,7 @@ def test_the_tree_in_the_documentation_is_complete() -> None:
 
 def test_every_error_is_exported() -> None:
     """`__all__` lists every class of the module."""
-    names = {name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__}
+    names = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and value.__module__ == errors.__name__
+    }
     assert names == set(errors.__all__)

@@ -24,10 +24,10 @@ from calotype_server.types import (
     DisconnectPolicy,
     EncodedImage,
     Failed,
+    Heartbeat,
     Job,
     Phase,
     Queued,
-    StillAlive,
     Succeeded,
 )
 
@@ -194,7 +194,7 @@ class Generations:
         """Tells readers who have heard nothing since the last time that all is well."""
         for generation in self._running:
             if generation.log.state.sequence == generation.told:
-                generation.log.publish(StillAlive(self._heartbeat))
+                generation.log.publish(Heartbeat(self._heartbeat))
             generation.told = generation.log.state.sequence
         loop = asyncio.get_running_loop()
         self._beating = loop.call_later(self._heartbeat, self._beat) if self._running else None

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.validation import validate, validate_page, validate_watch, watched_previews
 from calotype_server.errors import InvalidRequest, PreviewMethodUnavailable
+from calotype_server.limits import Limits
 from calotype_server.types import (
     DeliveryOptions,
     DisconnectPolicy,
     Job,
-    Limits,
     OutputOptions,
     PreviewMethod,
     PreviewOptions,
@@ -168,8 +168,8 @@ def test_bad_preview_options_are_refused_with_their_range(preview: dict, field: 
     ("output", "field", "words"),
     [
         ({"format": 99}, "output.format", "unknown"),
-        ({"quality": 90}, "output.quality", "PNG has none"),
-        ({"format": pb.IMAGE_FORMAT_PNG, "quality": 90}, "output.quality", "PNG has none"),
+        ({"quality": 90}, "output.quality", "does not apply to PNG"),
+        ({"format": pb.IMAGE_FORMAT_PNG, "quality": 90}, "output.quality", "does not apply to PNG"),
         ({"format": pb.IMAGE_FORMAT_JPEG, "quality": 0}, "output.quality", "1 to 95"),
         ({"format": pb.IMAGE_FORMAT_JPEG, "quality": 96}, "output.quality", "1 to 95"),
         ({"format": pb.IMAGE_FORMAT_WEBP, "quality": 0}, "output.quality", "1 to 100"),
@@ -279,14 +279,16 @@ def test_the_operators_ceilings_hold() -> None:
 
 def test_a_forbidden_method_is_unavailable() -> None:
     """FULL_VAE is there, but the operator does not want it: not the request's fault, and no other method instead."""
-    with pytest.raises(PreviewMethodUnavailable, match="does not allow previews by FULL_VAE") as caught:
+    with pytest.raises(PreviewMethodUnavailable, match="does not allow FULL_VAE previews") as caught:
         job({"method": pb.PREVIEW_METHOD_FULL_VAE}, limits=OPERATORS)
     assert (caught.value.code, caught.value.metadata) == ("FAILED_PRECONDITION", {"method": "FULL_VAE"})
 
 
 def test_a_method_that_is_not_configured_is_unavailable_and_says_how_to() -> None:
     """TINY_VAE is allowed, but there is none: the sentence names the flag."""
-    with pytest.raises(PreviewMethodUnavailable, match=r"operator can name one .* calotype serve --tiny-vae") as caught:
+    with pytest.raises(
+        PreviewMethodUnavailable, match=r"operator can configure one: calotype serve --tiny-vae"
+    ) as caught:
         job({"method": pb.PREVIEW_METHOD_TINY_VAE})
     assert (caught.value.code, caught.value.metadata) == ("FAILED_PRECONDITION", {"method": "TINY_VAE"})
     configured = replace(MODEL, preview_methods=(*MODEL.preview_methods, PreviewMethod.TINY_VAE))
@@ -296,7 +298,7 @@ def test_a_method_that_is_not_configured_is_unavailable_and_says_how_to() -> Non
 def test_a_method_that_does_not_suit_the_model_is_unavailable() -> None:
     """A pipeline whose head could not be calibrated has none."""
     bare = replace(MODEL, preview_methods=())
-    with pytest.raises(PreviewMethodUnavailable, match="no previews by HEAD of this model"):
+    with pytest.raises(PreviewMethodUnavailable, match="has no HEAD previews"):
         job({"method": pb.PREVIEW_METHOD_HEAD}, model=bare)
     assert job({"method": pb.PREVIEW_METHOD_AUTO}, model=bare).preview.method is PreviewMethod.AUTO
     assert job({"method": pb.PREVIEW_METHOD_NONE}, model=bare).preview.method is PreviewMethod.NONE

@@ -120,7 +120,7 @@ async def test_a_cancel_is_timed_until_the_slot_is_free(transport: str, metrics:
     engine = FakeEngine()
     engine.hold()
     async with running(engine, transport=transport, observe=metrics.observe) as service:
-        metrics.read(active=lambda: service.admission.active, queued=lambda: service.admission.waiting)
+        metrics.bind_gauges(active=lambda: service.admission.active, queued=lambda: service.admission.waiting)
         calls, ids = [], []
         for _ in range(2):
             calls.append(service.stub.Generate(PROMPT))

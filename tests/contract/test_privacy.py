@@ -97,7 +97,7 @@ async def test_no_path_logs_a_prompt(shape: str, transport: str, monkeypatch, ca
     logged = capsys.readouterr().err
     assert codes == {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL}
     assert logged.count("generation accepted") >= 4
-    assert logged.count("cannot draw [withheld] without [withheld]") >= 2
+    assert logged.count("cannot draw [redacted] without [redacted]") >= 2
     assert "generation failed" in logged
     assert "call failed" in logged or "request failed" in logged
     assert not [word for word in WORDS if word in logged]

@@ -117,7 +117,7 @@ async def test_failures_are_marked_and_cancels_are_not(exporter, observe) -> Non
 )
 def test_the_standard_variables_switch_it_on(environment: dict[str, str], wanted: bool) -> None:
     """Those that name a destination, unless others say no."""
-    assert tracing.wanted(environment) is wanted
+    assert tracing.is_configured(environment) is wanted
 
 
 @pytest.mark.parametrize(("protocol", "kind"), [("http/protobuf", "http"), ("grpc", "grpc")])
@@ -143,8 +143,8 @@ def test_who_has_not_installed_it_is_told_how(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(builtins, "__import__", importing)
     with pytest.raises(TracingUnavailable, match=r"pip install 'calotype\[server,otel\]'"):
-        tracing.configured("1", required=True)
-    assert tracing.configured("1", required=False) is None
+        tracing.from_environment("1", required=True)
+    assert tracing.from_environment("1", required=False) is None
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,6 @@ def test_the_service_is_named_as_the_operator_says(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    made = tracing.configured("1", required=True)
+    made = tracing.from_environment("1", required=True)
     assert made._provider.resource.attributes["service.name"] == name
     made.close()

@@ -59,9 +59,9 @@ class Directory:
 class _SharedAccess(Access):
     """Behind the ingress all calls come from one host: without a key, everybody is the same caller on each replica."""
 
-    def admit(self, authorization: str | None, peer: str) -> Caller:
+    def authenticate(self, authorization: str | None, peer: str) -> Caller:
         """Returns whose call it is, see `Access.admit`."""
-        return super().admit(authorization, "ray:0")
+        return super().authenticate(authorization, "ray:0")
 
 
 @rpc_methods(pb.DESCRIPTOR.services_by_name["GenerationService"])

@@ -87,7 +87,7 @@ class Core:
             self._store = await Store.open(settings.state.expanduser())
         engine = await _in_daemon_thread(lambda: _load_engine(settings, self._budget, self.observe))
         self._engine = engine
-        self.metrics.describe(engine.model)
+        self.metrics.set_model(engine.model)
         max_active = engine.model.max_active
         self._admission = admission = Admission(
             self._pace,
@@ -110,7 +110,7 @@ class Core:
             on_dead=self.dead.set,
             observe=self.observe,
         )
-        self.metrics.read(
+        self.metrics.bind_gauges(
             active=lambda: admission.active,
             queued=lambda: admission.waiting,
             readers=lambda: generations.readers,
@@ -153,7 +153,7 @@ class Core:
             if self._store is not None:
                 await self._store.close()
 
-        self.metrics.read(longest_pause=lambda: watchdog.longest_pause)
+        self.metrics.bind_gauges(longest_pause=lambda: watchdog.longest_pause)
         self._watching = asyncio.create_task(end_when_stalled(watchdog, leave))
 
     async def open(self) -> None:
@@ -190,9 +190,9 @@ class Core:
 
 
 def _tracing(settings: Settings) -> tracing.Tracing | None:
-    if settings.tracing is None and not tracing.wanted():
+    if settings.tracing is None and not tracing.is_configured():
         return None
-    return None if settings.tracing is False else tracing.configured(__version__, required=bool(settings.tracing))
+    return None if settings.tracing is False else tracing.from_environment(__version__, required=bool(settings.tracing))
 
 
 def _load_engine(settings: Settings, budget: PreviewBudget, observe: Observe) -> Engine:

@@ -60,7 +60,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     reserve_descriptors(2 * limits.max_connections)
     peers = CallLimiter(limits.max_calls_per_peer)
     metrics, observe = core.metrics, core.observe
-    metrics.read(serving=lambda: services.serving)
+    metrics.bind_gauges(serving=lambda: services.serving)
     native = NativeServer(services, doors.access, doors.certificates, limits=limits, peers=peers, observe=observe)
     web = WebServer(
         settings.web_address,

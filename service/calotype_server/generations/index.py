@@ -90,7 +90,7 @@ class GenerationIndex:
             before: Only those accepted before, in nanoseconds of the system's clock; None for all.
         """
         known = [*self._running.values(), *self._ended]
-        own = (each for each in known if caller.lists(each.terms.caller))
+        own = (each for each in known if caller.can_list(each.terms.caller))
         earlier = (each for each in own if before is None or each.created_ns < before)
         return sorted(earlier, key=lambda each: (-each.created_ns, -each.number))
 

@@ -254,7 +254,7 @@ class Generations:
                 "That generation belongs to another server, or to one that is gone.",
                 metadata={"replica": self.replica},
             )
-        if found is None or not caller.reaches(found.terms.caller):
+        if found is None or not caller.can_access(found.terms.caller):
             raise errors.GenerationNotFound("No generation of that id is known.")
         return found
 

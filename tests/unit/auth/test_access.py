@@ -35,10 +35,10 @@ def keyring(tmp_path: Path) -> Keyring:
 
 def test_without_a_file_everybody_is_their_host() -> None:
     """Connections of one host are one caller, whatever it sends."""
-    callers = [Access().admit(header, f"ipv4:10.0.0.7:{port}") for header, port in ((None, 1), ("Bearer x", 2))]
+    callers = [Access().authenticate(header, f"ipv4:10.0.0.7:{port}") for header, port in ((None, 1), ("Bearer x", 2))]
     assert callers == [Caller("ipv4:10.0.0.7")] * 2
-    assert callers[0].reaches("anybody's")
-    assert not callers[0].lists("anybody's")
+    assert callers[0].can_access("anybody's")
+    assert not callers[0].can_list("anybody's")
 
 
 def test_a_key_opens_and_names_its_bearer(keyring: Keyring) -> None:
@@ -46,8 +46,8 @@ def test_a_key_opens_and_names_its_bearer(keyring: Keyring) -> None:
     alice, root = keyring.add("alice"), keyring.add("root", role="operator")
     access = keyring.access()
     for header in (f"Bearer {alice}", f"bearer {alice}", f"BEARER  {alice} "):
-        assert access.admit(header, PEER) == Caller("key:alice", has_key=True)
-    assert access.admit(f"Bearer {root}", PEER).role is Role.OPERATOR
+        assert access.authenticate(header, PEER) == Caller("key:alice", has_key=True)
+    assert access.authenticate(f"Bearer {root}", PEER).role is Role.OPERATOR
 
 
 def test_whoever_has_no_good_key_is_told_nothing_else(keyring: Keyring) -> None:
@@ -72,11 +72,11 @@ def test_whoever_has_no_good_key_is_told_nothing_else(keyring: Keyring) -> None:
         "Bearer \x00\xff\ud800",
     ):
         with pytest.raises(KeyInvalid) as caught:
-            access.admit(header, PEER)
+            access.authenticate(header, PEER)
         answers.add((str(caught.value), caught.value.reason, str(caught.value.metadata)))
     assert len(answers) == 1
     with pytest.raises(KeyRequired):
-        access.admit(None, PEER)
+        access.authenticate(None, PEER)
 
 
 @given(st.text(max_size=200))
@@ -86,27 +86,27 @@ def test_no_text_is_a_key_by_chance(header: str) -> None:
     access = Access()
     access._path = object()
     with pytest.raises(KeyInvalid):
-        access.admit(header, PEER)
+        access.authenticate(header, PEER)
 
 
 def test_an_expired_key_says_so_to_whoever_has_it(keyring: Keyring) -> None:
     """Before its time it opens; from then on it is told apart from a wrong one, but only with the right secret."""
     alice = keyring.add("alice", expires=datetime.fromtimestamp(keyring.time + 60, UTC))
     access = keyring.access()
-    access.admit(f"Bearer {alice}", PEER)
+    access.authenticate(f"Bearer {alice}", PEER)
     keyring.time += 60
     with pytest.raises(KeyExpired):
-        access.admit(f"Bearer {alice}", PEER)
+        access.authenticate(f"Bearer {alice}", PEER)
     with pytest.raises(KeyInvalid):
-        access.admit(f"Bearer {keys.make('alice')}", PEER)
+        access.authenticate(f"Bearer {keys.make('alice')}", PEER)
 
 
 def test_users_see_their_own_and_operators_everything() -> None:
     """With keys, an id alone is not enough."""
     user, operator = Caller("key:a", has_key=True), Caller("key:b", Role.OPERATOR, has_key=True)
-    assert [user.reaches("key:a"), user.reaches("key:b"), user.lists("key:b")] == [True, False, False]
-    assert operator.reaches("key:a")
-    assert operator.lists("key:a")
+    assert [user.can_access("key:a"), user.can_access("key:b"), user.can_list("key:b")] == [True, False, False]
+    assert operator.can_access("key:a")
+    assert operator.can_list("key:a")
     operator.require(Role.OPERATOR)
     Caller("ipv4:127.0.0.1").require(Role.OPERATOR)
     with pytest.raises(RoleRequired):
@@ -120,15 +120,15 @@ def test_an_edit_counts_without_a_restart(keyring: Keyring) -> None:
     watched = FileWatcher(access.files, access.reload)
     bob = keyring.add("bob")
     with pytest.raises(KeyInvalid):
-        access.admit(f"Bearer {bob}", PEER)
+        access.authenticate(f"Bearer {bob}", PEER)
     watched.check()
-    access.admit(f"Bearer {bob}", PEER)
+    access.authenticate(f"Bearer {bob}", PEER)
     records = keyring.path.read_text().split("[[key]]")
     keyring.path.write_text("[[key]]" + records[2])
     watched.check()
-    access.admit(f"Bearer {bob}", PEER)
+    access.authenticate(f"Bearer {bob}", PEER)
     with pytest.raises(KeyInvalid):
-        access.admit(f"Bearer {alice}", PEER)
+        access.authenticate(f"Bearer {alice}", PEER)
 
 
 @pytest.mark.parametrize("edit", ["[[key]", "[[key]]\nid = 'x'\n", "\xff", None])
@@ -142,7 +142,7 @@ def test_a_broken_edit_leaves_the_old_keys(edit: str | None, keyring: Keyring, m
     keyring.path.unlink() if edit is None else keyring.path.write_text(edit, encoding="latin-1")
     watched.check()
     watched.check()
-    access.admit(f"Bearer {alice}", PEER)
+    access.authenticate(f"Bearer {alice}", PEER)
     assert [call.method_name for call in log.calls] == ["warning"]
 
 
@@ -150,13 +150,13 @@ def test_what_was_used_up_still_counts_after_an_edit(keyring: Keyring) -> None:
     """Otherwise touching the file would fill every bucket; a limit that was changed begins anew."""
     alice = keyring.add("alice", requests_per_minute=1)
     access = keyring.access()
-    access.admit(f"Bearer {alice}", PEER).quota.charge(JOB)
+    access.authenticate(f"Bearer {alice}", PEER).quota.charge(JOB)
     access.reload()
     with pytest.raises(RequestsPerMinute):
-        access.admit(f"Bearer {alice}", PEER).quota.check(JOB, 0)
+        access.authenticate(f"Bearer {alice}", PEER).quota.check(JOB, 0)
     keyring.path.write_text(keyring.path.read_text().replace("requests_per_minute = 1.0", "requests_per_minute = 2.0"))
     access.reload()
-    access.admit(f"Bearer {alice}", PEER).quota.check(JOB, 0)
+    access.authenticate(f"Bearer {alice}", PEER).quota.check(JOB, 0)
 
 
 def test_the_file_holds_no_key(keyring: Keyring) -> None:
@@ -204,5 +204,5 @@ def test_a_websocket_carries_its_key_as_a_subprotocol(keyring: Keyring) -> None:
     """What is offered beside it does not matter; without it there is no key."""
     alice = keyring.add("alice")
     header = bearer_in_subprotocols(["calotype.v1", f"calotype.bearer.{alice}"])
-    assert keyring.access().admit(header, PEER).id == "key:alice"
+    assert keyring.access().authenticate(header, PEER).id == "key:alice"
     assert bearer_in_subprotocols(["calotype.v1"]) is None

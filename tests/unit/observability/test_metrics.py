@@ -136,7 +136,7 @@ def test_the_documentation_lists_every_metric() -> None:
 def test_gauges_are_read_when_somebody_asks() -> None:
     """Not before: what they tell costs nothing while nobody looks."""
     metrics, queued = ServerMetrics("1"), [3]
-    metrics.read(queued=lambda: queued[0])
+    metrics.bind_gauges(queued=lambda: queued[0])
     assert Scrape.of(metrics).value("calotype_queued_generations") == 3
     queued[0] = 5
     assert Scrape.of(metrics).value("calotype_queued_generations") == 5

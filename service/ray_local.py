@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 STATE = HERE.parent / "build" / "ray"
 HOST = "127.0.0.1"
 GCS_PORT, DASHBOARD_PORT = 6385, 8265
-# Ports that Ray uses besides those of the application, and which other program is likely to use them.
+# Ports that Ray itself uses, and the other program that is likely to use each.
 PORTS = {GCS_PORT: "another Ray", DASHBOARD_PORT: "another Ray", 8404: "another HAProxy", 9101: "another HAProxy"}
 START_SECONDS = 300.0
 STOP_SECONDS = 30.0

@@ -365,7 +365,7 @@ class EngineStalled(GenerationError):
 
 
 class StartupError(Exception):
-    """The server cannot start. The message tells the operator why, and how to fix it."""
+    """The server cannot start. The message explains to the operator why, and how to fix it."""
 
 
 class ModelUnavailable(StartupError):

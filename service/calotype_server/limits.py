@@ -60,7 +60,7 @@ class Limits:
         max_preview_edge: Longer edge of a preview, in pixels.
         max_preview_quality: JPEG quality of a preview, up to 95.
         preview: Options of requests that set none.
-        preview_methods: Methods that requests may choose, besides AUTO and NONE.
+        preview_methods: Methods that requests may choose. AUTO and NONE are always allowed.
     """
 
     max_pixels: int = 2048 * 2048

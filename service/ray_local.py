@@ -40,8 +40,8 @@ def environment() -> dict[str, str]:
     """Returns this process's environment and the variables of ray.env; the environment has precedence."""
     lines = (HERE / "ray.env").read_text().splitlines()
     pairs = (line.partition("=") for line in lines if line and not line.startswith("#"))
-    ours = {"RAY_ADDRESS": f"{HOST}:{GCS_PORT}", "RAY_DASHBOARD_ADDRESS": f"http://{HOST}:{DASHBOARD_PORT}"}
-    return {**{name: value for name, _, value in pairs}, **ours, **os.environ}
+    addresses = {"RAY_ADDRESS": f"{HOST}:{GCS_PORT}", "RAY_DASHBOARD_ADDRESS": f"http://{HOST}:{DASHBOARD_PORT}"}
+    return {**{name: value for name, _, value in pairs}, **addresses, **os.environ}
 
 
 def up(config: Path) -> int:
@@ -160,7 +160,7 @@ def _pid() -> int | None:
 
 
 def _descendants(pid: int) -> list[int]:
-    """Returns all descendants of a process. Some of them would survive its end."""
+    """Returns the children of a process, their children and so on, because some of them survive its end."""
     found = []
     for path in Path("/proc").glob("[0-9]*/task/*/children"):
         if path.parts[2] == str(pid):

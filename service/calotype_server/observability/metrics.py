@@ -70,7 +70,7 @@ class Metrics:
     """
 
     def __init__(self, version: str) -> None:
-        # The `_created` series would double the number of series of counters and add nothing to the dashboard.
+        # They are one additional series per counter and histogram, which no panel of the dashboard uses.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.catalogue: list[Description] = []
         self._registry = CollectorRegistry()
@@ -147,8 +147,8 @@ class ServerMetrics(Metrics):
             "log_bytes": self._gauge(
                 "calotype_event_log_bytes", "Bytes of previews, raw and encoded, kept for running generations."
             ),
-            "retained": self._gauge("calotype_retained_generations", "Ended generations in memory."),
-            "retained_bytes": self._gauge("calotype_retained_bytes", "Bytes of images of ended generations in memory."),
+            "retained": self._gauge("calotype_retained_generations", "Ended generations that can still be watched."),
+            "retained_bytes": self._gauge("calotype_retained_bytes", "Bytes of images of these generations."),
             "longest_pause": self._gauge(
                 "calotype_longest_pause_seconds",
                 "Time since the last progress of the running generation that made none for longest.",

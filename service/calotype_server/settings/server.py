@@ -124,8 +124,8 @@ class Settings(WebSettings):
     )
     state: Path | None = Field(
         None,
-        description="Folder to keep generations in, so that they survive a restart. Default: generations are kept in "
-        "memory only.",
+        description="Folder in which generations are stored, so that they survive a restart. Default: they are kept "
+        "in memory only.",
     )
     heartbeat_seconds: float = Field(
         5.0, gt=0, le=5, description="Time without events after which readers get a heartbeat, in seconds."
@@ -133,11 +133,11 @@ class Settings(WebSettings):
     retain_seconds: float = Field(
         600.0, ge=0, description="Time for which ended generations can still be watched, in seconds."
     )
-    retain_count: int = Field(256, ge=0, description="Maximum number of ended generations to keep in memory.")
+    retain_count: int = Field(256, ge=0, description="Maximum number of ended generations to keep.")
     retain_bytes: int = Field(
         256 * 2**20,
         ge=0,
-        description="Maximum size of the images kept in memory, including previews of running generations, in bytes.",
+        description="Maximum size of the images to keep, including previews of running generations, in bytes.",
     )
     drain_seconds: float = Field(
         30.0, ge=0, description="Time for running generations to finish after SIGTERM, in seconds."
@@ -146,7 +146,8 @@ class Settings(WebSettings):
         120.0,
         ge=0,
         description="Time without progress of a running generation after which the process exits with code 70, in "
-        "seconds. If 20 of its usual steps take longer, that time counts instead. 0 turns the watchdog off.",
+        "seconds. If 20 of its usual steps take longer, that time counts instead. The first generation of each size "
+        "gets ten times as long. 0 turns the watchdog off.",
     )
     tracing: bool | None = Field(
         None,

@@ -95,13 +95,15 @@ web-check: ## fail when the built page is not what its sources give
 	@$(MAKE) --no-print-directory web PAGE=build/page-check >build/page-check.log 2>&1 || { cat build/page-check.log; exit 1; }
 	diff -rq build/page-check $(PAGE)
 
-lint: $(READY) ## style, layers, proto
+lint: $(READY) ## check style, layers, protos, spelling and plain English
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/buf lint protos
 	$(BIN)/buf format --diff --exit-code protos
 	$(BIN)/buf breaking protos --against '.git#ref=$(PUBLISHED),subdir=protos'
+	git ls-files -z | xargs -0 $(BIN)/codespell
+	PYTHONPATH=tests $(BIN)/python -m support.plain_english
 
 format: $(READY) ## format the code
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format . ; $(BIN)/buf format --write protos

@@ -1,10 +1,10 @@
-"""Prints SETTINGS.md from the settings themselves: `make settings`."""
+"""Prints SETTINGS.md, generated from the settings: `make settings`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from calotype_server.cli.main import default_text, flag_text
+from calotype_server.cli.options import default_text, flag_text, help_text
 from calotype_server.settings import BridgeSettings, Settings
 
 if TYPE_CHECKING:
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 HEAD = """# Settings
 
-<!-- Written by `make settings` from calotype_server/settings.py. -->
+<!-- Written by `make settings` from calotype_server/settings. -->
 
-`calotype serve --help` lists the same. Each option has a variable: `--max-queue` is `CALOTYPE_MAX_QUEUE`. Options win.
-Times are in seconds, sizes in bytes. What is marked with * is also an option of `calotype bridge`.
+`calotype serve --help` prints the same list. Each option has an environment variable: `--max-queue` is
+`CALOTYPE_MAX_QUEUE`. Options override variables. Options marked with * also exist in `calotype bridge`.
 
-| option | default | |
+| option | default | meaning |
 |---|---|---|"""
 
 BRIDGE = """
-Only `calotype bridge` has:
+Options of `calotype bridge` only:
 
-| option | default | |
+| option | default | meaning |
 |---|---|---|"""
 
 
@@ -40,7 +40,7 @@ def main() -> None:
 
 def _row(name: str, field: FieldInfo, *, shared: bool = False) -> str:
     default = default_text(field)
-    return f"| `{flag_text(name)}`{'*' * shared} | {f'`{default}`' if default else ''} | {field.description} |"
+    return f"| `{flag_text(name)}`{'*' * shared} | {f'`{default}`' if default else ''} | {help_text(field)} |"
 
 
 if __name__ == "__main__":

@@ -1,42 +1,42 @@
-"""Every error that the server knows by name.
+"""Every error that callers or operators see.
 
 ```
-ServiceError                  has a status code, a reason and a sentence fit for a stranger
-├── InvalidRequest            INVALID_ARGUMENT     with all violations
-├── NotReady                  UNAVAILABLE          loading or draining
-├── UpstreamUnavailable       UNAVAILABLE          of the bridge: no server behind it
-├── StateUnavailable          UNAVAILABLE          what was to be kept could not be written
-├── Unauthenticated           UNAUTHENTICATED      no key, a wrong one, one that was good once
+ServiceError                      a status code, a reason and a message that is safe to show to any caller
+├── InvalidRequest                INVALID_ARGUMENT     lists every violation
+├── NotReady                      UNAVAILABLE
+├── UpstreamUnavailable           UNAVAILABLE          sent by the bridge
+├── StateUnavailable              UNAVAILABLE
+├── Unauthenticated               UNAUTHENTICATED
 │   ├── KeyRequired
 │   ├── KeyInvalid
 │   └── KeyExpired
-├── RoleRequired          PERMISSION_DENIED    a good key, but not for this
-├── QueueFull                 RESOURCE_EXHAUSTED
-├── TooManyCalls              RESOURCE_EXHAUSTED   of one peer at once
-├── RequestTooLate            DEADLINE_EXCEEDED    the call began, and its message did not come
-├── RateLimited               RESOURCE_EXHAUSTED   the key's own limits
+├── RoleRequired                  PERMISSION_DENIED
+├── QueueFull                     RESOURCE_EXHAUSTED
+├── TooManyCalls                  RESOURCE_EXHAUSTED   limit per host
+├── RequestTooLate                DEADLINE_EXCEEDED
+├── RateLimited                   RESOURCE_EXHAUSTED   limits of one key
 │   ├── RequestsPerMinute
 │   ├── PixelStepsPerMinute
 │   └── ConcurrentGenerations
-├── DeadlineTooShort          DEADLINE_EXCEEDED    refused before any work
-├── GenerationNotFound        NOT_FOUND
-│   └── OtherReplica                               its id is of another server
-├── ImageNotFound             NOT_FOUND            of a generation that runs, or has none
-├── RequestIdTaken            ALREADY_EXISTS       used for another request before
-├── RequestTooLarge           RESOURCE_EXHAUSTED   its bytes, over HTTP
-├── TooManyStreams            RESOURCE_EXHAUSTED   on one WebSocket
-├── PreviewMethodUnavailable         FAILED_PRECONDITION  a preview method that this server lacks or forbids
-└── GenerationError           one generation ended; the engine goes on
-    ├── Cancelled             CANCELLED
-    │   └── Abandoned                          nobody has read it for too long
-    ├── Draining           UNAVAILABLE          the server is stopping
-    ├── OutOfMemory           RESOURCE_EXHAUSTED
-    ├── ContentWithheld       FAILED_PRECONDITION  the model's safety checker objects
-    ├── NumericalFailure      INTERNAL
-    ├── GenerationFailed      INTERNAL
-    ├── EngineDead            INTERNAL             the engine does not go on
-    └── EngineStalled         INTERNAL             nor does it say so: the process ends
-StartupError                  for the operator: what is wrong and what to do about it
+├── DeadlineTooShort              DEADLINE_EXCEEDED
+├── GenerationNotFound            NOT_FOUND
+│   └── OtherReplica
+├── ImageNotFound                 NOT_FOUND
+├── RequestIdTaken                ALREADY_EXISTS
+├── RequestTooLarge               RESOURCE_EXHAUSTED   HTTP only
+├── TooManyStreams                RESOURCE_EXHAUSTED   WebSocket only
+├── PreviewMethodUnavailable      FAILED_PRECONDITION
+└── GenerationError               one generation ended without an image
+    ├── Cancelled                 CANCELLED
+    │   └── Abandoned
+    ├── Draining                  UNAVAILABLE
+    ├── OutOfMemory               RESOURCE_EXHAUSTED
+    ├── ContentWithheld           FAILED_PRECONDITION
+    ├── NumericalFailure          INTERNAL
+    ├── GenerationFailed          INTERNAL
+    ├── EngineDead                INTERNAL             the server needs a restart
+    └── EngineStalled             INTERNAL             the server restarts itself
+StartupError                      for operators: what is wrong and how to fix it
 ├── ModelUnavailable
 ├── TracingUnavailable
 ├── StateUnusable
@@ -46,7 +46,8 @@ StartupError                  for the operator: what is wrong and what to do abo
 └── AddressInUse
 ```
 
-`str(error)` of a `ServiceError` may reach any caller, so it never holds the text of another exception.
+Each class is named after its reason: `QueueFull` has the reason `QUEUE_FULL`. The message of a `ServiceError` can reach
+any caller, so it never contains the text of another exception.
 """
 
 from __future__ import annotations
@@ -106,14 +107,14 @@ __all__ = [
 
 
 class ServiceError(Exception):
-    """Base of what a caller may be told.
+    """Base of every error that a call can end with.
 
     Attributes:
         code: Name of the gRPC status code.
-        reason: Machine-readable, in UPPER_SNAKE_CASE.
+        reason: `google.rpc.ErrorInfo.reason`, the class name in UPPER_SNAKE_CASE.
         message: One sentence for people.
-        retry_after: Seconds after which trying again makes sense, or None.
-        metadata: Facts for programs, such as a limit that was exceeded.
+        retry_after: Seconds to wait before a retry can succeed; None when unknown or when no retry helps.
+        metadata: `google.rpc.ErrorInfo.metadata`, such as the limit that was exceeded.
     """
 
     code: ClassVar[str] = "INTERNAL"
@@ -130,14 +131,14 @@ class ServiceError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One thing wrong with a request: the field's name in the proto, and what it should be."""
+    """One invalid field of a request: its name in the proto and what is wrong with it."""
 
     field: str
     description: str
 
 
 class InvalidRequest(ServiceError):
-    """The request cannot be carried out as it stands."""
+    """The request is malformed or asks for something outside the limits. Lists every violation at once."""
 
     code = "INVALID_ARGUMENT"
     reason = "INVALID_REQUEST"
@@ -148,192 +149,192 @@ class InvalidRequest(ServiceError):
 
 
 class NotReady(ServiceError):
-    """The server does not take work now: it is loading its model, or it is about to stop."""
+    """The server accepts no new work because it is loading its model or shutting down."""
 
     code = "UNAVAILABLE"
     reason = "NOT_READY"
 
 
 class UpstreamUnavailable(ServiceError):
-    """The server behind a bridge cannot be reached."""
+    """The bridge cannot reach any server behind it."""
 
     code = "UNAVAILABLE"
     reason = "UPSTREAM_UNAVAILABLE"
 
 
 class StateUnavailable(ServiceError):
-    """The state folder cannot be written or read; the log says why."""
+    """The server cannot read or write its state folder at the moment. The log has the cause."""
 
     code = "UNAVAILABLE"
     reason = "STATE_UNAVAILABLE"
 
 
 class Unauthenticated(ServiceError):
-    """The server does not know who calls."""
+    """Base of the errors of callers that the server cannot identify."""
 
     code = "UNAUTHENTICATED"
     reason = "UNAUTHENTICATED"
 
 
 class KeyRequired(Unauthenticated):
-    """The call came without an API key."""
+    """The server requires an API key and the call has none."""
 
     reason = "KEY_REQUIRED"
 
 
 class KeyInvalid(Unauthenticated):
-    """The call came with something that is no key of this server. What is wrong with it is not told."""
+    """The call has an API key that the server does not know. The message does not say which part is wrong."""
 
     reason = "KEY_INVALID"
 
 
 class KeyExpired(Unauthenticated):
-    """The key is right, but its time is over."""
+    """The API key is correct but has expired."""
 
     reason = "KEY_EXPIRED"
 
 
 class RoleRequired(ServiceError):
-    """The caller is known, and may not do this."""
+    """The key is valid but lacks the role that the method requires."""
 
     code = "PERMISSION_DENIED"
     reason = "ROLE_REQUIRED"
 
 
 class QueueFull(ServiceError):
-    """The queue has no place left."""
+    """The queue, or the caller's share of it, is full."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "QUEUE_FULL"
 
 
 class TooManyCalls(ServiceError):
-    """The peer has as many calls under way as one may have."""
+    """The caller's host already has the maximum number of open calls."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "TOO_MANY_CALLS"
 
 
 class RequestTooLate(ServiceError):
-    """A call has begun, and its request has not arrived."""
+    """The client opened a call but did not send its request in time."""
 
     code = "DEADLINE_EXCEEDED"
     reason = "REQUEST_TOO_LATE"
 
 
 class RateLimited(ServiceError):
-    """The caller has used up what its key allows for now; the reason names the limit."""
+    """Base of the errors of callers that exceed a limit of their key. The reason names the limit."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "RATE_LIMITED"
 
 
 class RequestsPerMinute(RateLimited):
-    """It has begun too many generations in the last minute."""
+    """The key started too many generations in the last minute."""
 
     reason = "REQUESTS_PER_MINUTE"
 
 
 class PixelStepsPerMinute(RateLimited):
-    """Its generations of the last minute have too many pixels and steps."""
+    """The key's generations of the last minute used too many pixel steps (width times height times steps)."""
 
     reason = "PIXEL_STEPS_PER_MINUTE"
 
 
 class ConcurrentGenerations(RateLimited):
-    """Too many of its generations wait or run."""
+    """The key already has the maximum number of queued and running generations."""
 
     reason = "CONCURRENT_GENERATIONS"
 
 
 class DeadlineTooShort(ServiceError):
-    """The caller's deadline would pass before the picture is there."""
+    """The server rejects the request at once because the call's deadline would pass before the image is finished."""
 
     code = "DEADLINE_EXCEEDED"
     reason = "DEADLINE_TOO_SHORT"
 
 
 class GenerationNotFound(ServiceError):
-    """No generation of that id is known."""
+    """No generation with this id exists, or it belongs to another caller."""
 
     code = "NOT_FOUND"
     reason = "GENERATION_NOT_FOUND"
 
 
 class OtherReplica(GenerationNotFound):
-    """The generation belongs to another server, or to one that is gone."""
+    """The generation belongs to another server, which may be gone."""
 
     reason = "OTHER_REPLICA"
 
 
 class ImageNotFound(ServiceError):
-    """The generation is known, but the image that was asked for is not there: not yet, not any more, or never."""
+    """The generation exists, but the requested image does not exist yet, was discarded, or was never made."""
 
     code = "NOT_FOUND"
     reason = "IMAGE_NOT_FOUND"
 
 
 class RequestIdTaken(ServiceError):
-    """The caller has used that request id for another request."""
+    """The caller already used this request id with different parameters."""
 
     code = "ALREADY_EXISTS"
     reason = "REQUEST_ID_TAKEN"
 
 
 class RequestTooLarge(ServiceError):
-    """The request has more bytes than are read."""
+    """The HTTP request body is larger than the limit."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "REQUEST_TOO_LARGE"
 
 
 class TooManyStreams(ServiceError):
-    """The WebSocket carries as many generations as it may."""
+    """The WebSocket already carries the maximum number of generations."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "TOO_MANY_STREAMS"
 
 
 class PreviewMethodUnavailable(ServiceError):
-    """The preview method is not there, or the operator does not allow it."""
+    """The server does not have the requested preview method, or the operator does not allow it."""
 
     code = "FAILED_PRECONDITION"
     reason = "PREVIEW_METHOD_UNAVAILABLE"
 
 
 class GenerationError(ServiceError):
-    """One generation ended without its image."""
+    """Base of the errors that end one generation without an image."""
 
 
 class Cancelled(GenerationError):
-    """The caller cancelled it."""
+    """The caller cancelled the generation."""
 
     code = "CANCELLED"
     reason = "CANCELLED"
 
 
 class Abandoned(Cancelled):
-    """Its last reader left and did not come back in time. Who asks for the same again gets a new generation."""
+    """The last reader disconnected and did not return in time. A retry of the same request starts a new generation."""
 
     reason = "ABANDONED"
 
 
 class Draining(GenerationError):
-    """The server is stopping and could not wait for it."""
+    """The server shut down before the generation finished."""
 
     code = "UNAVAILABLE"
     reason = "DRAINING"
 
 
 class OutOfMemory(GenerationError):
-    """The device's memory was not enough."""
+    """The device, or the host, ran out of memory."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "OUT_OF_MEMORY"
 
 
 class ContentWithheld(GenerationError):
-    """The model's safety checker objects to the picture."""
+    """The model's safety checker rejected the image."""
 
     code = "FAILED_PRECONDITION"
     reason = "CONTENT_WITHHELD"
@@ -346,50 +347,50 @@ class NumericalFailure(GenerationError):
 
 
 class GenerationFailed(GenerationError):
-    """The pipeline raised; the log says what."""
+    """The pipeline raised an unexpected exception. The log has it."""
 
     reason = "GENERATION_FAILED"
 
 
 class EngineDead(GenerationError):
-    """The device is in a state that only a new process cures."""
+    """The device is in a state that only a new process can fix."""
 
     reason = "ENGINE_DEAD"
 
 
 class EngineStalled(GenerationError):
-    """It made no progress for so long that the process is ended; the log says where its threads stand."""
+    """The generation made no progress for so long that the process exits. The log has the stack of every thread."""
 
     reason = "ENGINE_STALLED"
 
 
 class StartupError(Exception):
-    """The server cannot start; the text tells the operator why, and what to do."""
+    """The server cannot start. The message explains to the operator why, and how to fix it."""
 
 
 class ModelUnavailable(StartupError):
-    """The model is not there, not reachable, not complete, or not one that Calotype can drive."""
+    """The model is missing, unreachable, incomplete, or of a kind that Calotype does not support."""
 
 
 class TracingUnavailable(StartupError):
-    """OpenTelemetry is not installed, or lacks the exporter that was asked for."""
+    """OpenTelemetry, or the exporter that the operator chose, is not installed."""
 
 
 class StateUnusable(StartupError):
-    """The state folder cannot be used: no permission, another server, a newer version, a damaged file."""
+    """The state folder cannot be used: missing permission, used by another server, newer version, or damaged."""
 
 
 class KeysUnusable(StartupError):
-    """The file of API keys cannot be read, or a record in it is wrong."""
+    """The file of API keys cannot be read, or contains an invalid record."""
 
 
 class CertificatesUnusable(StartupError):
-    """A certificate, its key or an authority cannot be read, or they do not belong together."""
+    """A certificate, its key or a CA cannot be read, or the key does not belong to the certificate."""
 
 
 class Exposed(StartupError):
-    """Strangers could reach the server: it would listen beyond this machine without TLS or without keys."""
+    """The server would listen on a public address without TLS or without API keys."""
 
 
 class AddressInUse(StartupError):
-    """The address to listen on is taken."""
+    """The address to listen on is already in use."""

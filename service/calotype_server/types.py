@@ -1,10 +1,10 @@
-"""What flows through the server, left to right: a `Job` goes in, events come out. Standard library only."""
+"""The values that flow through the server: a `Job` goes in, events come out. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from calotype_server.errors import ServiceError
 
 __all__ = [
-    "PORT_LIMITS",
+    "RENDERED_PREVIEW_METHODS",
     "Decoding",
     "DeliveryOptions",
     "Denoising",
@@ -21,40 +21,42 @@ __all__ = [
     "EncodingPrompt",
     "Event",
     "Failed",
+    "Heartbeat",
+    "ImageFormat",
     "Job",
-    "Limits",
     "ModelInfo",
     "Notice",
     "OutputOptions",
     "Phase",
     "Pixels",
-    "PortLimits",
     "PreviewMethod",
     "PreviewOptions",
     "PreviewReady",
     "Priority",
     "Queued",
-    "StillAlive",
     "Succeeded",
     "Timings",
     "Withdrawn",
 ]
 
+ImageFormat: TypeAlias = Literal["jpeg", "png", "webp"]
+"""File format of an image."""
+
 
 class Priority(IntEnum):
-    """Who goes first; the smaller number."""
+    """Rank in the queue: smaller numbers start first."""
 
     INTERACTIVE = 1
     BATCH = 2
 
 
 class PreviewMethod(StrEnum):
-    """What draws previews."""
+    """How previews are rendered."""
 
     AUTO = "auto"
-    """The best that stays within the budget."""
+    """The best method that stays within the preview budget."""
     HEAD = "head"
-    """The fitted linear map, see `engine.preview.head`."""
+    """A linear map fitted to the model at load, see `engine.preview.head`."""
     TINY_VAE = "tiny_vae"
     """A small decoder that the operator configured."""
     FULL_VAE = "full_vae"
@@ -63,16 +65,20 @@ class PreviewMethod(StrEnum):
     """No previews."""
 
 
+RENDERED_PREVIEW_METHODS = (PreviewMethod.HEAD, PreviewMethod.TINY_VAE, PreviewMethod.FULL_VAE)
+"""The methods that render, cheapest first; AUTO chooses one of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class PreviewOptions:
-    """How previews look and how often they come.
+    """Size and frequency of previews.
 
     Attributes:
-        every_steps: Shows every nth step at most, from 1. The last step is always shown.
-        min_interval: Least seconds between two previews, from 0.
-        max_edge: Longer edge at most, in pixels.
+        every_steps: Steps between two previews, 1 to 1000. The last step always has one.
+        min_interval: Minimum seconds between two previews, 0 to 60.
+        max_edge: Maximum length of the longer edge, in pixels, at least 16.
         quality: JPEG quality, 1 to 95.
-        method: What draws them.
+        method: How previews are rendered.
     """
 
     every_steps: int = 1
@@ -84,35 +90,35 @@ class PreviewOptions:
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """How the final image is written.
+    """File format of the final image.
 
     Attributes:
         format: File format.
-        quality: Of JPEG, 1 to 95, and WebP, 1 to 100; PNG has none.
-        metadata: Whether the parameters are written into the file.
+        quality: 1 to 95 for JPEG, 1 to 100 for WebP; ignored for PNG.
+        metadata: Whether the file contains the parameters of the generation.
     """
 
-    format: Literal["jpeg", "png", "webp"] = "png"
+    format: ImageFormat = "png"
     quality: int = 90
     metadata: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A validated request: validation makes it, and only a `Job` enters the queue.
+    """A validated request. Only validation creates jobs, and only jobs enter the queue.
 
     Attributes:
-        prompt: What to show; not empty.
-        negative_prompt: What not to show, or None where the model takes none.
-        width: Pixels, a multiple of the model's.
-        height: Pixels, likewise.
-        step_count: Denoising steps asked of the scheduler, from 1.
-        guidance_scale: Classifier-free guidance, or None where the model takes none.
-        seed: Of the initial noise, 0 to 2**53 - 1.
-        scheduler: Class name of the scheduler, one that the model offers.
-        preview: What the caller wants to see on the way.
-        output: What the caller wants in the end.
-        priority: Its rank in the queue.
+        prompt: Text to draw; not empty.
+        negative_prompt: Text to avoid, or None when absent or when the model does not support it.
+        width: Pixels, a multiple of `ModelInfo.size_multiple`.
+        height: Pixels, a multiple of `ModelInfo.size_multiple`.
+        step_count: Denoising steps, at least 1.
+        guidance_scale: Classifier-free guidance, 0 to 100, or None when the model does not support it.
+        seed: Seed of the initial noise, 0 to 2**53 - 1.
+        scheduler: Class name of the scheduler, one of `ModelInfo.schedulers`.
+        preview: Options of the previews.
+        output: Options of the final image.
+        priority: Rank in the queue.
     """
 
     prompt: str
@@ -134,7 +140,7 @@ class Job:
 
 
 class DisconnectPolicy(IntEnum):
-    """What happens to a generation when its last reader leaves before the end."""
+    """What happens to a generation when its last reader disconnects before the end."""
 
     CANCEL = 1
     KEEP = 2
@@ -142,15 +148,15 @@ class DisconnectPolicy(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class DeliveryOptions:
-    """What a caller wants besides the picture.
+    """Everything in a request that does not affect the image.
 
     Attributes:
-        caller: Whose it is; callers share the server evenly.
-        deadline: Seconds that the caller waits for the final image at most; None for ever.
-        on_disconnect: What happens when the last reader leaves.
-        grace: Seconds until a cancel, in which a reader may come back.
-        request_id: The caller's name for the request, or "": the same name never starts twice.
-        seed_was_drawn: Whether the job's seed is the server's choice.
+        caller: Id of the owner, see `auth.access.Caller.id`. Callers share the server evenly.
+        deadline: Maximum seconds until the final image; None for no deadline.
+        on_disconnect: What happens when the last reader disconnects.
+        grace: Seconds, 0 to 3600, between the last disconnect and the cancel. A reader that returns stops the timer.
+        request_id: The caller's own id of the request, or "". The same id never starts two generations.
+        seed_was_drawn: Whether the server chose the seed.
     """
 
     caller: str = ""
@@ -162,60 +168,28 @@ class DeliveryOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What the operator sets: ceilings, all inclusive; the defaults of previews; and what may draw them."""
-
-    max_pixels: int
-    max_step_count: int
-    max_prompt_chars: int
-    max_preview_edge: int = 1024
-    max_preview_quality: int = 95
-    preview: PreviewOptions = PreviewOptions()
-    preview_methods: frozenset[PreviewMethod] = frozenset(PreviewMethod)
-
-
-@dataclass(frozen=True, slots=True)
-class PortLimits:
-    """What a peer may take of a port. Described, one by one, in `settings`."""
-
-    max_request_bytes: int = 64 * 1024
-    max_metadata_bytes: int = 16 * 1024
-    max_connections: int = 1000
-    max_calls_per_peer: int = 256
-    request_seconds: float = 10.0
-    stall_seconds: float = 20.0
-    idle_seconds: float = 300.0
-    keepalive_seconds: float = 20.0
-    keepalive_timeout_seconds: float = 10.0
-
-
-PORT_LIMITS = PortLimits()
-"""The defaults."""
-
-
-@dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the loaded model can do and does by default, read from its pipeline.
+    """Abilities and defaults of the loaded model, read from its pipeline.
 
     Attributes:
-        name: As the operator gave it.
+        name: The value of `--model`.
         pipeline: Class name of the diffusers pipeline.
         width: Native width in pixels.
         height: Native height in pixels.
-        size_multiple: Both sides are multiples of this many pixels.
-        step_count: Default denoising steps.
-        guidance_scale: Default guidance, or None where the pipeline takes none.
-        takes_negative_prompt: Whether the pipeline takes a negative prompt.
-        scheduler: Class name of the model's own scheduler.
-        schedulers: Class names that a request may name, sorted, the default among them.
-        max_step_counts: The largest number of steps of each scheduler that has one.
-        max_prompt_tokens: Tokens that the model reads, special ones included; 0 when unknown.
-        device: Such as "cpu" or "cuda:0".
-        dtype: Such as "float32".
-        preview_methods: What can draw previews of this model.
-        max_active: Generations at work at once.
-        max_batch_rows: Rows of latents that the denoiser computes together at most; 0 when calls are not joined.
-        unbatched_reason: Why calls are not joined, one sentence; empty when they are.
+        size_multiple: Width and height must be multiples of this number of pixels.
+        step_count: Default number of denoising steps.
+        guidance_scale: Default guidance, or None when the pipeline does not support it.
+        takes_negative_prompt: Whether the pipeline supports a negative prompt.
+        scheduler: Class name of the default scheduler.
+        schedulers: Class names that requests may choose, sorted; they include the default.
+        max_step_counts: Maximum number of steps, for each scheduler that has one.
+        max_prompt_tokens: Tokens that the text encoder reads, including special ones; 0 when unknown.
+        device: Torch device, such as "cpu" or "cuda:0".
+        dtype: Number format of the weights, such as "float32".
+        preview_methods: Methods that can render previews of this model.
+        max_active: Generations that run at the same time.
+        max_batch_rows: Maximum rows of latents in one call of the denoiser; 0 when it does not batch requests.
+        unbatched_reason: One sentence why the denoiser does not batch requests; empty when it does.
     """
 
     name: str
@@ -237,14 +211,14 @@ class ModelInfo:
     max_batch_rows: int = 0
     unbatched_reason: str = ""
 
-    def max_steps(self, scheduler: str, limits: Limits) -> int:
-        """Returns the largest number of steps accepted with a scheduler."""
-        return min(limits.max_step_count, self.max_step_counts.get(scheduler, limits.max_step_count))
+    def max_steps(self, scheduler: str, ceiling: int) -> int:
+        """Returns the maximum number of steps with this scheduler, at most `ceiling`."""
+        return min(ceiling, self.max_step_counts.get(scheduler, ceiling))
 
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """An uncompressed picture: `height` rows of `width` RGB pixels, one byte a channel."""
+    """An uncompressed image: `height` rows of `width` RGB pixels, one byte per channel."""
 
     width: int
     height: int
@@ -253,9 +227,9 @@ class Pixels:
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """A complete image file."""
+    """A complete image file; width and height are in pixels."""
 
-    format: Literal["jpeg", "png", "webp"]
+    format: ImageFormat
     width: int
     height: int
     data: bytes = field(repr=False)
@@ -263,7 +237,7 @@ class EncodedImage:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something the caller should know although the generation goes on."""
+    """A warning for the caller that does not end the generation; `reason` is in UPPER_SNAKE_CASE."""
 
     reason: str
     message: str
@@ -271,7 +245,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds that each phase took; None for a phase that was not reached."""
+    """Seconds that each phase took; None for a phase that the generation did not reach."""
 
     queued: float | None = None
     encoding_prompt: float | None = None
@@ -282,7 +256,7 @@ class Timings:
 
 
 class Phase(IntEnum):
-    """Where a generation stands. It only moves forward; the last three are ends."""
+    """Progress of a generation. Phases only move forward; the last three are ends."""
 
     QUEUED = 1
     ENCODING_PROMPT = 2
@@ -294,13 +268,16 @@ class Phase(IntEnum):
 
     @property
     def is_end(self) -> bool:
-        """Whether nothing follows."""
+        """Whether this is the last phase of a generation."""
         return self >= Phase.SUCCEEDED
+
+
+# Every `estimated_remaining` below is in seconds until the final image, None when unknown.
 
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """Waits for its turn; position 1 is the next to start. Estimates are seconds to the final image."""
+    """The generation waits in the queue. The generation at position 1 starts next."""
 
     position: int
     estimated_remaining: float | None = None
@@ -308,7 +285,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class EncodingPrompt:
-    """Work has begun."""
+    """The generation left the queue and encodes its prompt."""
 
     notices: tuple[Notice, ...] = ()
     estimated_remaining: float | None = None
@@ -316,7 +293,7 @@ class EncodingPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Denoising:
-    """`step` of `total_steps` are done, 0 at the start; `skipped` previews were due since the last and are lost."""
+    """`step` of `total_steps` steps are done, 0 at the start; `skipped` previews since the last event are lost."""
 
     step: int
     total_steps: int
@@ -326,7 +303,7 @@ class Denoising:
 
 @dataclass(frozen=True, slots=True)
 class PreviewReady:
-    """A picture of the predicted x0 of `step`; `skipped` other previews were due since the last and are lost."""
+    """A preview of `step`, showing the predicted x0; `skipped` previews since the last event are lost."""
 
     step: int
     total_steps: int
@@ -338,14 +315,14 @@ class PreviewReady:
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """The safety checker objects to the picture: what was shown of it must be taken off every screen."""
+    """The safety checker rejected the image. Clients must remove the previews that they show."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """The steps are done, all of them or as many as were wanted; the latents are being decoded.
+    """Denoising is complete, or was finished early, and the VAE decodes the latents.
 
-    `batch_rows` are the rows that the denoiser computed together in a step on average, 0 when unknown.
+    `batch_rows` is the mean number of rows that the denoiser computed together in a step, 0 when unknown.
     """
 
     finished_early: bool = False
@@ -355,7 +332,7 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """The end, with the final image."""
+    """The end of a generation that has a final image."""
 
     image: EncodedImage
     timings: Timings
@@ -364,18 +341,18 @@ class Succeeded:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The end without an image; a cancelled generation is one whose error is `errors.Cancelled`."""
+    """The end of a generation without an image. A cancelled generation has an `errors.Cancelled`."""
 
     error: ServiceError
     timings: Timings
 
 
 @dataclass(frozen=True, slots=True)
-class StillAlive:
-    """Nothing has happened for so many seconds. Readers are told, who could not tell it from a lost server."""
+class Heartbeat:
+    """No event for `seconds`. Lets readers tell a quiet server from a dead one."""
 
     seconds: float
 
 
-Event = Queued | EncodingPrompt | Denoising | PreviewReady | Withdrawn | Decoding | StillAlive | Succeeded | Failed
+Event = Queued | EncodingPrompt | Denoising | PreviewReady | Withdrawn | Decoding | Heartbeat | Succeeded | Failed
 """Everything that can happen to a generation. `Succeeded` and `Failed` end it."""

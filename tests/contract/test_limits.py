@@ -14,10 +14,10 @@ import pytest
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.auth.access import Access, Caller
+from calotype_server.limits import PortLimits
 from calotype_server.transport.net.call_limits import CallLimiter
 from calotype_server.transport.net.open_files import raise_open_file_limit
 from calotype_server.transport.web.server import WebServer
-from calotype_server.types import PortLimits
 from support.authority import Authority
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection, WebChannel, frame, header_dict

@@ -1,4 +1,4 @@
-"""`/metrics` of a real server: what it counts on each port, and who may read it."""
+"""`/metrics` of a real server: counters of each port, and access to them."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ PORTS = {
     "sse": "http",
     "websocket": "websocket",
 }
-"""What each way to the service is called in the metrics."""
+"""The label of each transport in the metrics."""
 CALLS = {"sse": ("generate", "200"), "websocket": ("connect", "101")}
-"""Method and code of a call that went well, where it is not that of gRPC."""
+"""Method and code of a successful call over HTTP."""
 PROMPT = pb.GenerateRequest(prompt="unmistakable")
 
 
 @pytest.fixture
 def metrics() -> ServerMetrics:
-    """Of one server."""
+    """The metrics of one server."""
     return ServerMetrics("1")
 
 
 async def get(address: str, path: str = "/metrics", **headers: str) -> tuple[int, dict[str, str], str]:
-    """Reads what is there."""
+    """Sends a GET request and returns status, headers and body."""
     connection = await Connection.open(address)
     try:
         given = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -57,7 +57,7 @@ async def get(address: str, path: str = "/metrics", **headers: str) -> tuple[int
 
 
 def web_server(address: str, metrics: ServerMetrics, access: Access | None = None) -> WebServer:
-    """A web port without a service."""
+    """Returns a web server without a gRPC service."""
     return WebServer(
         address,
         lambda _: None,
@@ -68,8 +68,8 @@ def web_server(address: str, metrics: ServerMetrics, access: Access | None = Non
     )
 
 
-async def test_a_generation_leaves_its_traces(transport: str, metrics: ServerMetrics) -> None:
-    """Every message is counted on the port that it left by, and the phases, the method and the end once."""
+async def test_a_generation_updates_the_metrics(transport: str, metrics: ServerMetrics) -> None:
+    """Messages are counted for their transport; phases, preview method and end are counted once."""
     port = PORTS[transport]
     async with running(FakeEngine(), transport=transport, observe=metrics.observe) as service:
         messages = [message async for message in service.stub.Generate(PROMPT)]
@@ -79,7 +79,7 @@ async def test_a_generation_leaves_its_traces(transport: str, metrics: ServerMet
     if transport in GRPC_TRANSPORTS:
         assert (count, size) == (len(messages), sum(message.ByteSize() for message in messages))
     else:
-        # In JSON, and pictures of a WebSocket on their own.
+        # Messages are JSON, and a WebSocket sends images separately.
         assert count >= len(messages)
         assert size > sum(len(message.image) for message in messages)
     method, code = CALLS.get(transport, ("Generate", "OK"))
@@ -98,8 +98,10 @@ async def test_a_generation_leaves_its_traces(transport: str, metrics: ServerMet
     assert "unmistakable" not in metrics.render("")[0].decode()
 
 
-async def test_what_is_refused_and_what_fails_is_told_apart(transport: str, metrics: ServerMetrics) -> None:
-    """A wrong request is refused, with its status and reason; a generation that fails is an error of a phase."""
+async def test_rejected_calls_and_failed_generations_are_counted_separately(
+    transport: str, metrics: ServerMetrics
+) -> None:
+    """An invalid request counts as rejected, with its reason; a failed generation counts as an error of its phase."""
     engine, port = FakeEngine(), PORTS[transport]
     engine.failure = GenerationFailed("no")
     async with running(engine, transport=transport, observe=metrics.observe) as service:
@@ -116,11 +118,11 @@ async def test_what_is_refused_and_what_fails_is_told_apart(transport: str, metr
 
 
 async def test_a_cancel_is_timed_until_the_slot_is_free(transport: str, metrics: ServerMetrics) -> None:
-    """The one at work counts; the one in the queue had no slot to free."""
+    """Cancelling a running generation is timed; cancelling a queued one is not, because it has no slot."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine, transport=transport, observe=metrics.observe) as service:
-        metrics.read(active=lambda: service.admission.active, queued=lambda: service.admission.waiting)
+        metrics.bind_gauges(active=lambda: service.admission.active, queued=lambda: service.admission.waiting)
         calls, ids = [], []
         for _ in range(2):
             calls.append(service.stub.Generate(PROMPT))
@@ -140,26 +142,26 @@ async def test_a_cancel_is_timed_until_the_slot_is_free(transport: str, metrics:
     assert idle.value("calotype_generations_ended_total", outcome="cancelled", reason="CANCELLED") == 2
 
 
-async def test_a_caller_who_leaves_ends_a_call_as_cancelled(grpc_transport: str, metrics: ServerMetrics) -> None:
-    """On every port of gRPC alike."""
-    engine, over = FakeEngine(), asyncio.Event()
+async def test_a_disconnected_call_counts_as_cancelled(grpc_transport: str, metrics: ServerMetrics) -> None:
+    """This holds for every gRPC transport."""
+    engine, counted = FakeEngine(), asyncio.Event()
     engine.hold()
 
     def observe(observation) -> None:
         metrics.observe(observation)
         if Scrape.of(metrics).value("calotype_calls_total", transport=PORTS[grpc_transport], code="CANCELLED"):
-            over.set()
+            counted.set()
 
     async with running(engine, transport=grpc_transport, observe=observe) as service:
         call = service.stub.Generate(PROMPT)
         await call.read()
         call.cancel()
-        await asyncio.wait_for(over.wait(), 20)
+        await asyncio.wait_for(counted.wait(), 20)
         engine.allow()
 
 
 async def test_unread_previews_are_counted(metrics: ServerMetrics) -> None:
-    """A reader who looks away misses what newer ones replaced; the metric says as many as the message does."""
+    """The metric counts as many unread previews as the messages report to slow readers."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine, observe=metrics.observe) as service:
@@ -176,8 +178,8 @@ async def test_unread_previews_are_counted(metrics: ServerMetrics) -> None:
     assert Scrape.of(metrics).value("calotype_previews_dropped_total", where="unread") == by_call + by_reader
 
 
-async def test_names_that_a_caller_invents_make_no_series(metrics: ServerMetrics) -> None:
-    """A bridge passes on every method; they are counted under one name, whatever they are."""
+async def test_unknown_methods_share_one_series(metrics: ServerMetrics) -> None:
+    """A bridge forwards any method, and counts all unknown ones as "other"."""
     async with running(FakeEngine(), transport="bridge", observe=metrics.observe) as service:
         for name in range(20):
             with pytest.raises(grpc.aio.AioRpcError):
@@ -186,8 +188,8 @@ async def test_names_that_a_caller_invents_make_no_series(metrics: ServerMetrics
     assert labels == [{"transport": "bridge", "method": "other", "code": "UNIMPLEMENTED"}]
 
 
-async def test_paths_that_a_caller_invents_make_no_series(metrics: ServerMetrics) -> None:
-    """Over HTTP what is counted by name is the functions that answer, whatever ids are in the path."""
+async def test_unknown_paths_share_one_series(metrics: ServerMetrics) -> None:
+    """HTTP calls are counted by route, not by path, so ids and unknown paths create no series."""
     async with running(FakeEngine(), transport="sse", observe=metrics.observe) as service:
         for number in range(10):
             for path in (f"/v1/evil{number}", f"/v1/generations/evil{number}"):
@@ -197,8 +199,8 @@ async def test_paths_that_a_caller_invents_make_no_series(metrics: ServerMetrics
     assert len(labels) == 2
 
 
-async def test_metrics_are_read_on_loopback(metrics: ServerMetrics) -> None:
-    """In the text format, or as OpenMetrics for who prefers it, and never from a cache."""
+async def test_metrics_are_readable_on_loopback(metrics: ServerMetrics) -> None:
+    """The format is text or OpenMetrics, as the Accept header asks, and responses are not cached."""
     async with running(FakeEngine(), transport="grpc-web", metrics=metrics.render) as service:
         status, headers, body = await get(service.address)
         assert (status, headers["cache-control"]) == (200, "no-store")
@@ -220,8 +222,8 @@ async def test_metrics_are_read_on_loopback(metrics: ServerMetrics) -> None:
         {"origin": "https://evil.example"},
     ],
 )
-async def test_strangers_behind_a_proxy_or_a_page_do_not_read_them(metrics: ServerMetrics, headers) -> None:
-    """A proxy on this machine does not let the world in, nor does a page in a browser on it."""
+async def test_proxied_and_cross_origin_requests_are_rejected(metrics: ServerMetrics, headers) -> None:
+    """Neither a proxy nor a web page on this machine gives others access to the metrics."""
     server = web_server("127.0.0.1:0", metrics)
     address = await server.start()
     try:
@@ -232,8 +234,8 @@ async def test_strangers_behind_a_proxy_or_a_page_do_not_read_them(metrics: Serv
     assert "calotype_" not in body
 
 
-async def test_a_port_in_the_network_has_no_metrics_unless_told(metrics: ServerMetrics) -> None:
-    """Listening on all addresses, the web port refuses everybody; a port of its own serves it and nothing else."""
+async def test_a_public_web_port_serves_no_metrics(metrics: ServerMetrics) -> None:
+    """A web port on all addresses rejects every client; the separate metrics port accepts every client."""
     web, own = web_server("0.0.0.0:0", metrics), MetricsServer("0.0.0.0:0", metrics.render)
     addresses = [(await server.start()).replace("0.0.0.0", "127.0.0.1") for server in (web, own)]
     try:
@@ -248,8 +250,8 @@ async def test_a_port_in_the_network_has_no_metrics_unless_told(metrics: ServerM
         await own.stop()
 
 
-async def test_with_keys_operators_read_them_from_anywhere(metrics: ServerMetrics, tmp_path: Path) -> None:
-    """Users do not, and nobody does without a key: being on this machine is not enough any more."""
+async def test_with_keys_only_operators_read_metrics(metrics: ServerMetrics, tmp_path: Path) -> None:
+    """Operators read metrics from any host; users and callers without a key do not, even on this machine."""
     keyring = Keyring(tmp_path / "keys.toml")
     keyring.add("alice")
     keyring.add("root", role="operator")
@@ -260,19 +262,19 @@ async def test_with_keys_operators_read_them_from_anywhere(metrics: ServerMetric
         for name in ("root", "alice"):
             key = dict(keyring.metadata(name))["authorization"]
             seen[name] = await get(address, authorization=key, host="images.example", x_forwarded_for="203.0.113.5")
-        nobody = await get(address)
+        no_key = await get(address)
         wrong = await get(address, authorization="Bearer calotype_nobody_x")
     finally:
         await web.stop(0)
     assert {name: status for name, (status, _, _) in seen.items()} == {"root": 200, "alice": 403}
     assert "calotype_build_info" in seen["root"][2]
-    for status, headers, body in (nobody, wrong):
+    for status, headers, body in (no_key, wrong):
         assert (status, headers["www-authenticate"]) == (401, "Bearer")
         assert "calotype_build_info" not in body
 
 
-async def test_the_port_of_its_own_on_loopback_is_closed_to_pages(metrics: ServerMetrics) -> None:
-    """DNS rebinding does not reach it."""
+async def test_the_metrics_port_on_loopback_is_closed_to_pages(metrics: ServerMetrics) -> None:
+    """The port is safe from DNS rebinding: it rejects other host names."""
     own = MetricsServer("127.0.0.1:0", metrics.render)
     address = await own.start()
     try:
@@ -283,13 +285,13 @@ async def test_the_port_of_its_own_on_loopback_is_closed_to_pages(metrics: Serve
 
 
 def expressions() -> list[tuple[str, str]]:
-    """The title and expression of every query of the dashboard."""
+    """Returns the title and expression of every query of the dashboard."""
     panels = json.loads(DASHBOARD.read_text())["panels"]
     return [(panel["title"], target["expr"]) for panel in panels for target in panel.get("targets", ())]
 
 
-async def test_the_dashboard_asks_only_for_what_is_there(metrics: ServerMetrics) -> None:
-    """Every metric of every expression is one that a real server exposes, every label one that it has."""
+async def test_the_dashboard_uses_only_existing_metrics(metrics: ServerMetrics) -> None:
+    """A real server exposes every metric and label in every expression of the dashboard."""
     async with running(FakeEngine(), transport="grpc-web", observe=metrics.observe, metrics=metrics.render) as service:
         _ = [message async for message in service.stub.Generate(PROMPT)]
         _, _, body = await get(service.address)

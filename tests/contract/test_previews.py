@@ -17,7 +17,8 @@ from PIL import Image
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.diffusers_engine import DiffusersEngine
-from calotype_server.types import Limits, Pixels, PreviewMethod
+from calotype_server.limits import Limits
+from calotype_server.types import Pixels, PreviewMethod
 from support.checker import guarded
 from support.engine import tiny
 from support.engine.fake_engine import FakeEngine

@@ -1,4 +1,4 @@
-"""What people ask for stays out of the log, on every path, unless the operator wants it there."""
+"""Prompts stay out of the log, on every path, unless the operator wants them there."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS = ("secret", "bercat", "hidden", "dogs")
 
 @pytest.fixture(autouse=True)
 def restore() -> Iterator[None]:
-    """Leaves logging as it was."""
+    """Restores the logging configuration."""
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
     yield
@@ -36,13 +36,13 @@ def restore() -> Iterator[None]:
     structlog.contextvars.clear_contextvars()
 
 
-def ask(**fields) -> pb.GenerateRequest:
-    """A request whose texts can be recognised."""
+def make_request(**fields) -> pb.GenerateRequest:
+    """Returns a request with recognisable prompts."""
     return pb.GenerateRequest(prompt=PROMPT, negative_prompt=NEGATIVE, **fields)
 
 
 def quoting(kind: type[Exception]) -> Exception:
-    """What a pipeline may raise: an error that quotes what it was given, in several ways, with a cause that does."""
+    """Returns an error, with a cause, that quotes the prompts in several ways, as pipelines do."""
     try:
         raise ValueError(f"bad tokens in {PROMPT!r}")
     except ValueError as cause:
@@ -52,7 +52,7 @@ def quoting(kind: type[Exception]) -> Exception:
 
 
 async def outcome(service, request) -> grpc.StatusCode:
-    """How a call ends."""
+    """Returns the status of a call."""
     try:
         async for _ in service.stub.Generate(request):
             pass
@@ -62,21 +62,21 @@ async def outcome(service, request) -> grpc.StatusCode:
 
 
 async def every_path(monkeypatch, transport: str) -> set[grpc.StatusCode]:
-    """Lets requests end in every way that is logged, and returns how."""
+    """Runs requests that end in every way that is logged, and returns their statuses."""
     engine, codes = FakeEngine(), set()
     async with running(engine, transport=transport, max_queue=0) as service:
-        codes.add(await outcome(service, ask()))
-        codes.add(await outcome(service, ask(width_px=7, request_id="x" * 999)))
-        codes.add(await outcome(service, ask(scheduler=PROMPT)))
+        codes.add(await outcome(service, make_request()))
+        codes.add(await outcome(service, make_request(width_px=7, request_id="x" * 999)))
+        codes.add(await outcome(service, make_request(scheduler=PROMPT)))
         for failure in (quoting(RuntimeError), quoting(KeyError), errors.EngineDead("It is dead.")):
             engine.failure = failure
-            codes.add(await outcome(service, ask()))
+            codes.add(await outcome(service, make_request()))
         engine.failure = None
         monkeypatch.setattr(service.generations, "start", lambda *_: _raise(quoting(RuntimeError)))
-        codes.add(await outcome(service, ask()))
+        codes.add(await outcome(service, make_request()))
         monkeypatch.undo()
         monkeypatch.setattr(api, "validate", lambda request, *_: _raise(TypeError(f"what is {request}")))
-        codes.add(await outcome(service, ask()))
+        codes.add(await outcome(service, make_request()))
         monkeypatch.undo()
     return codes
 
@@ -85,22 +85,22 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-@pytest.mark.parametrize("shape", ["console", "json"])
-async def test_no_path_logs_a_prompt(shape: str, transport: str, monkeypatch, capsys) -> None:
-    """Not when it works, nor when it is refused, nor when the pipeline or we ourselves fail and quote it."""
-    configure_logging("debug", shape)
+@pytest.mark.parametrize("log_format", ["console", "json"])
+async def test_no_path_logs_a_prompt(log_format: str, transport: str, monkeypatch, capsys) -> None:
+    """Prompts are not logged on success, on rejection, or when the pipeline or the server fails and quotes them."""
+    configure_logging("debug", log_format)
     codes = await every_path(monkeypatch, transport)
     logged = capsys.readouterr().err
     assert codes == {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL}
     assert logged.count("generation accepted") >= 4
-    assert logged.count("cannot draw [withheld] without [withheld]") >= 2
+    assert logged.count("cannot draw [redacted] without [redacted]") >= 2
     assert "generation failed" in logged
     assert "call failed" in logged or "request failed" in logged
     assert not [word for word in WORDS if word in logged]
 
 
-async def test_prompts_are_logged_when_they_are_wanted(monkeypatch, capsys) -> None:
-    """With --log-prompts the line of each generation has it, and what quotes it is left as it is."""
+async def test_prompts_are_logged_with_log_prompts(monkeypatch, capsys) -> None:
+    """With --log-prompts, each generation logs its prompt, and nothing is redacted."""
     configure_logging("info", "json", prompts=True)
     await every_path(monkeypatch, "native")
     logged = capsys.readouterr().err

@@ -15,7 +15,7 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.errors import CertificatesUnusable
 from calotype_server.file_watcher import FileWatcher
-from calotype_server.types import PortLimits
+from calotype_server.limits import PortLimits
 from support.authority import Authority
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection, WebChannel, header_dict

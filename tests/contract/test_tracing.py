@@ -1,4 +1,4 @@
-"""Spans of real calls, kept in memory: their parents on every port, their times, and what they tell."""
+"""Spans of real calls: parents on every transport, times and attributes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ PHASES = ["queue", "encode_prompt", "denoise", "decode", "encode_image"]
 
 @pytest.fixture
 def exporter() -> InMemorySpanExporter:
-    """Keeps spans."""
+    """An exporter that keeps spans in memory."""
     return InMemorySpanExporter()
 
 
 @pytest.fixture
 def observe(exporter: InMemorySpanExporter):
-    """Makes them."""
+    """An observer that creates spans."""
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     yield Tracing(provider, "1").observe
@@ -40,8 +40,8 @@ def observe(exporter: InMemorySpanExporter):
 
 
 @pytest.mark.parametrize("transport", [*GRPC_TRANSPORTS, "sse"])
-async def test_a_generation_is_a_span_of_its_callers_trace(transport: str, exporter, observe) -> None:
-    """With one span for each phase, in their order, without gaps, and no word of the prompt."""
+async def test_a_generation_is_a_span_of_the_callers_trace(transport: str, exporter, observe) -> None:
+    """The span has one child per phase, in order and without gaps, and does not contain the prompt."""
     async with running(FakeEngine(), transport=transport, observe=observe) as service:
         end = await read_until(service.stub.Generate(PROMPT, metadata=PARENT), pb.PHASE_SUCCEEDED)
     spans = {span.name: span for span in exporter.get_finished_spans()}
@@ -61,8 +61,8 @@ async def test_a_generation_is_a_span_of_its_callers_trace(transport: str, expor
 
 
 @pytest.mark.parametrize("given", ["", "00-" + "0" * 32 + f"-{CALLER}-01", f"00-{TRACE}-{CALLER}", "nonsense"])
-async def test_without_a_valid_parent_a_trace_begins(given: str, exporter, observe) -> None:
-    """What is no trace context is nobody's parent, and harms nobody."""
+async def test_without_a_valid_parent_a_new_trace_starts(given: str, exporter, observe) -> None:
+    """An invalid trace context is ignored."""
     async with running(FakeEngine(), observe=observe) as service:
         metadata = (("traceparent", given),) if given else None
         await read_until(service.stub.Generate(PROMPT, metadata=metadata), pb.PHASE_SUCCEEDED)
@@ -70,8 +70,8 @@ async def test_without_a_valid_parent_a_trace_begins(given: str, exporter, obser
     assert whole.parent is None
 
 
-async def test_what_the_caller_does_not_sample_is_not_sampled(exporter, observe) -> None:
-    """The flag in the parent decides."""
+async def test_the_sampling_decision_of_the_caller_is_respected(exporter, observe) -> None:
+    """Without the sampled flag in the parent, no span is exported."""
     async with running(FakeEngine(), observe=observe) as service:
         metadata = (("traceparent", f"00-{TRACE}-{CALLER}-00"),)
         await read_until(service.stub.Generate(PROMPT, metadata=metadata), pb.PHASE_SUCCEEDED)
@@ -79,7 +79,7 @@ async def test_what_the_caller_does_not_sample_is_not_sampled(exporter, observe)
 
 
 async def test_failures_are_marked_and_cancels_are_not(exporter, observe) -> None:
-    """An error belongs to the phase that it happened in; who cancels gets what they wanted."""
+    """An error marks the phase in which it happened; a cancel is no error."""
     engine = FakeEngine()
     engine.failure = GenerationFailed("secret")
     async with running(engine, observe=observe) as service:
@@ -104,7 +104,7 @@ async def test_failures_are_marked_and_cancels_are_not(exporter, observe) -> Non
 
 
 @pytest.mark.parametrize(
-    ("environment", "wanted"),
+    ("environment", "expected"),
     [
         ({}, False),
         ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, True),
@@ -115,14 +115,14 @@ async def test_failures_are_marked_and_cancels_are_not(exporter, observe) -> Non
         ({"OTEL_SERVICE_NAME": "images"}, False),
     ],
 )
-def test_the_standard_variables_switch_it_on(environment: dict[str, str], wanted: bool) -> None:
-    """Those that name a destination, unless others say no."""
-    assert tracing.wanted(environment) is wanted
+def test_the_standard_variables_turn_tracing_on(environment: dict[str, str], expected: bool) -> None:
+    """Tracing is on if a variable names a destination and none turns it off."""
+    assert tracing.is_configured(environment) is expected
 
 
 @pytest.mark.parametrize(("protocol", "kind"), [("http/protobuf", "http"), ("grpc", "grpc")])
-def test_the_exporter_is_the_one_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, protocol: str, kind: str) -> None:
-    """OTLP over either protocol; a name that is not installed is explained."""
+def test_the_exporter_is_the_configured_one(monkeypatch: pytest.MonkeyPatch, protocol: str, kind: str) -> None:
+    """OTLP works over either protocol; an exporter that is not installed is an error."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
     exporter = tracing._exporter()
     assert f".proto.{kind}." in type(exporter).__module__
@@ -132,8 +132,8 @@ def test_the_exporter_is_the_one_that_was_asked_for(monkeypatch: pytest.MonkeyPa
         tracing._exporter()
 
 
-def test_who_has_not_installed_it_is_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error when it was asked for by flag, otherwise a warning and no tracing."""
+def test_a_missing_opentelemetry_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says how to install it; without --tracing it is only a warning."""
     original = builtins.__import__
 
     def importing(name: str, *args, **kwargs):
@@ -143,8 +143,8 @@ def test_who_has_not_installed_it_is_told_how(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(builtins, "__import__", importing)
     with pytest.raises(TracingUnavailable, match=r"pip install 'calotype\[server,otel\]'"):
-        tracing.configured("1", required=True)
-    assert tracing.configured("1", required=False) is None
+        tracing.from_environment("1", required=True)
+    assert tracing.from_environment("1", required=False) is None
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def test_who_has_not_installed_it_is_told_how(monkeypatch: pytest.MonkeyPatch) -
         ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=pictures,team=a"}, "pictures"),
     ],
 )
-def test_the_service_is_named_as_the_operator_says(monkeypatch: pytest.MonkeyPatch, environment, name: str) -> None:
-    """Calotype, unless OpenTelemetry's variables know better."""
+def test_the_service_name_is_configurable(monkeypatch: pytest.MonkeyPatch, environment, name: str) -> None:
+    """The default is "calotype"; OpenTelemetry's variables override it."""
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    made = tracing.configured("1", required=True)
+    made = tracing.from_environment("1", required=True)
     assert made._provider.resource.attributes["service.name"] == name
     made.close()

@@ -12,9 +12,9 @@ import pytest
 
 from calotype_server.auth.access import Access
 from calotype_server.errors import AddressInUse
+from calotype_server.limits import PortLimits
 from calotype_server.transport.web import uvicorn_server
 from calotype_server.transport.web.server import WebServer
-from calotype_server.types import PortLimits
 from support.grpcweb import Connection, frame
 from support.lab import NAME, PATIENCE, lab
 

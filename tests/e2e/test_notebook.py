@@ -25,7 +25,7 @@ PREPARE = "from calotype import Client\nfrom calotype.notebook import show\nclie
 STEP = re.compile(r"step (\d+)/(\d+)")
 
 
-class FileWatcher(NotebookClient):
+class WatchedNotebook(NotebookClient):
     """Executes a notebook and keeps every state of its displays, oldest first, as HTML."""
 
     def __init__(self, *arguments: Any, interrupt_at: str | None = None, **options: Any) -> None:
@@ -46,7 +46,7 @@ class FileWatcher(NotebookClient):
 def execute(address: str, *cells: str, **options: Any) -> FileWatcher:
     """Executes cells after one that connects to the server."""
     codes = [PREPARE.format(address=address), *cells]
-    watched = FileWatcher(new_notebook(cells=[new_code_cell(code) for code in codes]), allow_errors=True, **options)
+    watched = WatchedNotebook(new_notebook(cells=[new_code_cell(code) for code in codes]), allow_errors=True, **options)
     watched.execute()
     return watched
 
@@ -64,7 +64,7 @@ def test_the_example_shows_pictures_that_form(
     """Every cell runs: previews replace each other in place, the image comes last, and violations are named."""
     monkeypatch.setenv("CALOTYPE_GRPC_ADDRESS", server.address)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    watched = FileWatcher(notebook, resources={"metadata": {"path": str(tmp_path)}})
+    watched = WatchedNotebook(notebook, resources={"metadata": {"path": str(tmp_path)}})
     watched.execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     previews = [page for page in watched.pages if "data:image/jpeg" in page]

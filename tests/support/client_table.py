@@ -1,8 +1,8 @@
-"""The README's table of clients, made of the results of the tests: `python -m support.client_table [--check]`.
+"""Generates the README's table of clients from test results: `python -m support.client_table [--check]`.
 
-A cell is ✓ when every test that proves it has passed. A test says so by `@pytest.mark.proves(client, ability)`, see
-`support.proofs`; those of the TypeScript client and the page are named here. A cell whose tests were skipped, for want
-of a toolchain, stays as it is in the README.
+A cell is ✓ when all of its tests passed. Python tests name their cell with `@pytest.mark.proves(client, ability)`, see
+`support.proofs`; the tests of the TypeScript client and the page are listed here. A cell whose tests were skipped,
+because a toolchain is missing, keeps its mark.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeAlias
 __all__ = ["ABILITIES", "CLIENTS", "PYTEST_RESULTS", "Outcomes", "main", "rewrite", "worst"]
 
 Outcomes: TypeAlias = dict[str, str]
-"""What became of the tests for a cell, "client ability": passed, skipped or failed."""
+"""The result of each cell, "client ability": passed, skipped or failed."""
 
 ABILITIES = {"streams": "streams", "cancels": "cancels", "resumes": "resumes", "errors": "errors with details"}
 CLIENTS = {
@@ -27,7 +27,7 @@ CLIENTS = {
     "notebook": ("notebook", "[`calotype.notebook.show`](client/python/examples/notebook.ipynb)"),
     "typescript": ("TypeScript, `<calotype-view>`", "[client/typescript](client/typescript/README.md)"),
     "page": ("browser", "the page of the service"),
-    "openai": ("OpenAI's SDK for Python", "[HTTP](service/HTTP.md): only `base_url` is told"),
+    "openai": ("OpenAI's SDK for Python", "[HTTP](service/HTTP.md): only `base_url` changes"),
     "openai-node": ("OpenAI's SDK for Node", "the same"),
     "sse": ("EventSource, `curl -N`", "[HTTP](service/HTTP.md): server-sent events"),
     "websocket": ("WebSocket", "[HTTP](service/HTTP.md): several generations on one"),
@@ -38,7 +38,7 @@ CLIENTS = {
     "ruby": ("Ruby", "[client/ruby](client/ruby/generate.rb)"),
     "java": ("Java", "[client/java](client/java/Generate.java)"),
 }
-"""What a test may prove something of, as it is shown: name and how it is come by."""
+"""The name of each client in the table, and how to get it."""
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -81,22 +81,22 @@ VITEST = {
 """Full names of the tests behind the cells, by the file of vitest's JSON."""
 
 NO = "-"
-"""Nothing proves it."""
+"""Mark of a cell that has no test."""
 
 _SEVERITY = ("passed", "skipped", "failed")
 
 
 def worst(outcomes: list[str]) -> str:
-    """What becomes of a cell that several tests prove together."""
+    """Returns the result of a cell that has several tests."""
     return max(outcomes, key=_SEVERITY.index)
 
 
 def rewrite(readme: str, outcomes: Outcomes) -> str:
-    """Returns the README with the table that these outcomes give."""
+    """Returns the README with a table generated from these outcomes."""
     before, _, rest = readme.partition(BEGIN)
     committed, end, after = rest.partition(END)
     if not end:
-        raise SystemExit("README.md has no place for the table of clients.")
+        raise SystemExit("README.md has no markers for the table of clients.")
     rows = ["client", "how", *ABILITIES.values()], ["---"] * (2 + len(ABILITIES)), *_cells(committed, outcomes)
     return "".join([before, BEGIN, *(f"| {' | '.join(row)} |\n" for row in rows), END, after])
 
@@ -107,14 +107,14 @@ def _cells(committed: str, outcomes: Outcomes) -> list[list[str]]:
     old = {(row[0], ability): mark for row in split for ability, mark in zip(ABILITIES, row[2:], strict=False)}
     marked = []
     for client, (name, how) in CLIENTS.items():
-        told = {ability: outcomes.get(f"{client} {ability}") for ability in ABILITIES}
+        results = {ability: outcomes.get(f"{client} {ability}") for ability in ABILITIES}
         marked.append(
             [
                 name,
                 how,
                 *(
                     old.get((name, ability), NO) if outcome == "skipped" else marks.get(outcome or "", NO)
-                    for ability, outcome in told.items()
+                    for ability, outcome in results.items()
                 ),
             ]
         )
@@ -122,7 +122,7 @@ def _cells(committed: str, outcomes: Outcomes) -> list[list[str]]:
 
 
 def _from_vitest(file: str, claims: dict[str, list[str]]) -> Outcomes:
-    """The outcomes that a run of vitest gives; nothing where it was not run."""
+    """Returns the outcomes of a run of vitest; empty if it was not run."""
     path = PYTEST_RESULTS.with_name(file)
     if not path.exists():
         return {}
@@ -137,9 +137,9 @@ def _from_vitest(file: str, claims: dict[str, list[str]]) -> Outcomes:
 
 
 def main(arguments: list[str]) -> int:
-    """Rewrites the table, or with --check says how it differs."""
+    """Writes the table, or with --check prints the difference and returns 1 if it is outdated."""
     if not PYTEST_RESULTS.exists():
-        raise SystemExit("There are no results: run `make client-table`.")
+        raise SystemExit("There are no test results: run `make client-table`.")
     outcomes: Outcomes = json.loads(PYTEST_RESULTS.read_text(encoding="utf-8"))
     for file, claims in VITEST.items():
         outcomes |= _from_vitest(file, claims) or dict.fromkeys(claims, "skipped")
@@ -149,9 +149,9 @@ def main(arguments: list[str]) -> int:
         README.write_text(new, encoding="utf-8")
     elif new != readme:
         lines = difflib.unified_diff(
-            readme.splitlines(), new.splitlines(), "README.md", "what the tests say", lineterm=""
+            readme.splitlines(), new.splitlines(), "README.md", "the test results", lineterm=""
         )
-        sys.stdout.write("\n".join([*lines, "", "`make client-table` writes it anew.", ""]))
+        sys.stdout.write("\n".join([*lines, "", "Run `make client-table` to update it.", ""]))
         return 1
     return 0
 

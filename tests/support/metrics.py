@@ -1,4 +1,4 @@
-"""What `/metrics` says, as numbers."""
+"""Parses the output of `/metrics`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class Scrape:
-    """One reading of all metrics.
+    """All metrics at one moment.
 
     Args:
-        text: In Prometheus' text format.
+        text: Metrics in Prometheus' text format.
     """
 
     def __init__(self, text: str) -> None:
@@ -23,15 +23,15 @@ class Scrape:
 
     @classmethod
     def of(cls, metrics: Metrics) -> Scrape:
-        """Reads without a socket."""
+        """Scrapes without a socket."""
         return cls(metrics.render("")[0].decode())
 
     def value(self, name: str, **labels: str) -> float:
-        """The sum of all samples of the name that have these labels; 0 when there is none."""
+        """Returns the sum of all samples with this name and these labels; 0 when there are none."""
         return sum(
             sample.value for sample in self._samples if sample.name == name and labels.items() <= sample.labels.items()
         )
 
     def labels(self, name: str) -> list[dict[str, str]]:
-        """The labels of each sample of a name."""
+        """Returns the labels of each sample with this name."""
         return [sample.labels for sample in self._samples if sample.name == name]

@@ -1,7 +1,7 @@
-"""A pytest plugin that notes what the tests prove about the clients, for `support.client_table`.
+"""A pytest plugin that records which abilities of clients the tests prove, for `support.client_table`.
 
-`@pytest.mark.proves("go", "streams")` says that the test, if it passes, shows that the Go client streams. A name in
-braces is that of a parameter: `@pytest.mark.proves("{example}", "streams")`.
+`@pytest.mark.proves("go", "streams")` means that the Go client streams if the test passes. A name in braces is a
+parameter of the test: `@pytest.mark.proves("{example}", "streams")`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _PROPERTY = "proves"
-"""Of a report, so that it reaches the process that writes the results."""
+"""Property of a test report, which xdist sends to the process that writes the results."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Notes results in the process that has all of them."""
+    """Registers the recorder in the main process, which receives all reports."""
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(config, PYTEST_RESULTS))
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Checks and attaches what an item proves."""
+    """Validates the marks of a test and attaches their cells to it."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     for mark in item.iter_markers("proves"):
         client, ability = mark.args
@@ -38,11 +38,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 class Recorder:
-    """Gathers the outcomes of a session and writes them down.
+    """Collects the outcomes of a session and writes them to a file.
 
     Args:
-        config: Of the session.
-        path: A JSON file. A session of all tests replaces it, one of some tests changes their cells.
+        config: Configuration of the session.
+        path: A JSON file. A run of all tests replaces it; a run of some tests updates their cells.
     """
 
     def __init__(self, config: pytest.Config, path: Path) -> None:
@@ -52,7 +52,7 @@ class Recorder:
         self._replaces = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Takes the outcome of one phase of a test."""
+        """Adds the outcome of one phase of a test."""
         for name, cell in report.user_properties:
             if name == _PROPERTY:
                 self._cells.setdefault(str(cell), []).append(report.outcome)

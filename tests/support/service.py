@@ -13,6 +13,7 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.api.service import Api
 from calotype_server.auth.access import Access
+from calotype_server.limits import PORT_LIMITS, Limits, PortLimits
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.transport.cluster.forwarder import Forwarder
 from calotype_server.transport.cluster.upstreams import CHANNEL_OPTIONS, Upstreams
@@ -20,7 +21,6 @@ from calotype_server.transport.grpc.server import NativeServer
 from calotype_server.transport.grpc.servicer import GenerationServicer
 from calotype_server.transport.grpc.services import Services
 from calotype_server.transport.web.server import WebServer
-from calotype_server.types import PORT_LIMITS, Limits, PortLimits
 from support.grpcweb import WebChannel
 from support.http import EventStub, SocketStub
 from support.runtime import running_runtime

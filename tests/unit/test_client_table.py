@@ -1,4 +1,4 @@
-"""The README's table of clients says what the tests say."""
+"""The README's table of clients is generated from test results."""
 
 import json
 
@@ -13,7 +13,7 @@ PLUGINS = "-p", "support.proofs", "-p", "no:asyncio", "-p", "no:randomly"
 
 
 def table(outcomes, before=f"# Title\n{BEGIN}{END}after\n"):
-    """The cells of a README, by client."""
+    """Returns the cells of the table in a README, by client."""
     text = rewrite(before, outcomes)
     assert text.startswith("# Title\n")
     assert text.endswith("after\n")
@@ -21,30 +21,30 @@ def table(outcomes, before=f"# Title\n{BEGIN}{END}after\n"):
     return {row[0]: row[2:] for row in rows}
 
 
-def test_a_cell_is_what_its_tests_say():
-    """Passed, failed and unproven cells differ, and every client has a row."""
+def test_a_cell_shows_the_result_of_its_tests():
+    """Passed, failed and untested cells have different marks, and every client has a row."""
     cells = table({"go streams": "passed", "go cancels": "failed", "java errors": "passed"})
     assert cells["Go"] == ["✓", "✗", NO, NO]
     assert cells["Java"] == [NO, NO, NO, "✓"]
     assert {name for name, _ in CLIENTS.values()} <= set(cells)
 
 
-def test_a_skipped_cell_stays_as_it_was():
-    """Who lacks a toolchain neither adds nor takes away."""
+def test_a_skipped_test_keeps_its_cell():
+    """A missing toolchain does not change the table."""
     committed = rewrite(f"# Title\n{BEGIN}{END}after\n", {"go streams": "passed"})
     cells = table({"go streams": "skipped", "go cancels": "skipped"}, committed)
     assert cells["Go"] == ["✓", NO, NO, NO]
 
 
-def test_one_failure_outweighs_what_passed():
-    """A cell that several tests prove needs all of them."""
+def test_one_failure_fails_the_cell():
+    """A cell with several tests passes only if all of them pass."""
     assert worst(["passed", "failed", "skipped"]) == "failed"
     assert worst(["passed", "skipped"]) == "skipped"
 
 
 @pytest.mark.parametrize("committed", [True, False])
-def test_the_check_fails_when_the_table_is_not_what_the_tests_say(tmp_path, monkeypatch, capsys, committed):
-    """The difference is shown, and nothing is written; the command without --check writes the table."""
+def test_the_check_fails_when_the_table_is_outdated(tmp_path, monkeypatch, capsys, committed):
+    """With --check, the command prints the difference and writes nothing; without it, it writes the table."""
     readme, results = tmp_path / "README.md", tmp_path / "pytest.json"
     readme.write_text(f"{BEGIN}{END}", encoding="utf-8")
     results.write_text(json.dumps({"go streams": "passed"}), encoding="utf-8")
@@ -58,8 +58,8 @@ def test_the_check_fails_when_the_table_is_not_what_the_tests_say(tmp_path, monk
     assert ("+| Go |" in capsys.readouterr().out) != committed
 
 
-def test_a_vanished_test_of_vitest_is_told(tmp_path, monkeypatch):
-    """A test that the table relies on and that was renamed does not go unnoticed."""
+def test_a_missing_test_of_vitest_is_an_error(tmp_path, monkeypatch):
+    """Renaming a test that the table relies on is an error."""
     (tmp_path / "pytest.json").write_text("{}", encoding="utf-8")
     (tmp_path / "web.json").write_text('{"testResults": []}', encoding="utf-8")
     monkeypatch.setattr(client_table, "PYTEST_RESULTS", tmp_path / "pytest.json")
@@ -67,8 +67,8 @@ def test_a_vanished_test_of_vitest_is_told(tmp_path, monkeypatch):
         client_table.main(["--check"])
 
 
-def test_marks_are_recorded_also_of_parameters_and_skips(pytester, monkeypatch):
-    """What passed, failed and was skipped is written down by cell."""
+def test_results_are_recorded_per_cell(pytester, monkeypatch):
+    """The results file has the result of every cell, including parameters and skipped tests."""
     monkeypatch.setattr("support.proofs.PYTEST_RESULTS", pytester.path / "results.json")
     pytester.makepyfile(
         """
@@ -91,8 +91,8 @@ def test_marks_are_recorded_also_of_parameters_and_skips(pytester, monkeypatch):
     assert results == {"go streams": "passed", "java streams": "skipped", "ruby streams": "failed"}
 
 
-def test_a_cell_that_does_not_exist_is_an_error(pytester):
-    """A slip of the pen in a mark stops the session."""
+def test_an_unknown_cell_is_an_error(pytester):
+    """A mark for a client that does not exist stops the session."""
     pytester.makepyfile("import pytest\n@pytest.mark.proves('cobol', 'streams')\ndef test_it(): pass")
     result = pytester.runpytest_inprocess(*PLUGINS)
     assert "no cell for 'cobol'" in "".join(result.outlines + result.errlines)

@@ -1,4 +1,4 @@
-"""What operators deploy with: the container file and the systemd unit, as far as they can be checked without either."""
+"""The Dockerfile and the systemd unit, checked without Docker and without systemd running."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ UNIT = SERVICE / "calotype.service"
 
 
 def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command."""
+    """Runs a command and captures its output."""
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment or None)
 
 
 def unit() -> dict[str, str]:
-    """The keys of the unit; of repeated ones the last."""
+    """Returns the keys of the unit; the last value of repeated keys."""
     parser = configparser.ConfigParser(strict=False, interpolation=None)
     parser.optionxform = str
     parser.read(UNIT)
@@ -35,19 +35,19 @@ def unit() -> dict[str, str]:
 
 
 def instructions() -> list[tuple[str, str]]:
-    """The Dockerfile's, continued lines joined, comments left out."""
+    """Returns the name and arguments of each instruction of the Dockerfile, without comments."""
     text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE).replace("\\\n", "")
     return [(line.split()[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()]
 
 
-def test_the_dockerfile_is_well_written() -> None:
-    """By hadolint's rules, all of them."""
+def test_the_dockerfile_passes_hadolint() -> None:
+    """The Dockerfile follows all rules of hadolint."""
     done = run(Path(sys.executable).parent / "hadolint", DOCKERFILE)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_image_is_small_unprivileged_and_without_secrets() -> None:
-    """Two stages, a user that is not root, pinned packages, a health check; no key and no `--insecure` built in."""
+    """The image has two stages, an unprivileged user, pinned packages and a health check; no key, no `--insecure`."""
     made = instructions()
     assert [name for name, _ in made].count("FROM") == 2
     last = made[max(index for index, (name, _) in enumerate(made) if name == "FROM") :]
@@ -57,13 +57,13 @@ def test_the_image_is_small_unprivileged_and_without_secrets() -> None:
     for _, words in made:
         assert "pip install" not in words or "--constraint" in words or "constraints.txt" in words
         assert not re.search(r"API_KEYS|TLS_KEY|INSECURE|TOKEN", words)
-    # What the image sets are settings.
+    # Every variable that the image sets is a setting.
     variables = re.findall(r"CALOTYPE_(\w+)=", " ".join(words for name, words in last if name == "ENV"))
     assert {name.lower() for name in variables} <= set(Settings.model_fields)
 
 
-def test_everything_that_is_copied_is_in_the_build_context() -> None:
-    """And exists; the rest of the checkout stays out of it."""
+def test_all_copied_files_are_in_the_build_context() -> None:
+    """Every copied file exists and is not ignored; all other files are ignored."""
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in ignored
     for name, words in instructions():
@@ -73,39 +73,39 @@ def test_everything_that_is_copied_is_in_the_build_context() -> None:
                 assert any(line.startswith("!") and source.startswith(line[1:]) for line in ignored), source
 
 
-def test_the_unit_is_well_written() -> None:
-    """By systemd itself, which finds nothing wrong but that the service is not installed on this machine."""
+def test_systemd_accepts_the_unit() -> None:
+    """systemd-analyze only reports that the service is not installed on this machine."""
     if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd-analyze is not here; it comes with systemd")
+        pytest.skip("systemd-analyze is not installed; it comes with systemd")
     found = run("systemd-analyze", "verify", UNIT)
     complaints = (found.stdout + found.stderr).splitlines()
     assert [line for line in complaints if "is not executable" not in line] == []
 
 
 def test_the_unit_is_hardened() -> None:
-    """By systemd's own measure, 0 to 10, of what the service could do: not more than 2."""
+    """The exposure of the service, rated by systemd from 0 to 10, is at most 2."""
     if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd-analyze is not here; it comes with systemd")
+        pytest.skip("systemd-analyze is not installed; it comes with systemd")
     done = run("systemd-analyze", "security", "--offline=true", "--threshold=20", UNIT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_unit_gives_time_to_drain() -> None:
-    """More than the service takes by default; it is told by SIGTERM, and started again when it failed."""
+    """The unit sends SIGTERM, waits longer than the server drains by default, and restarts it after a failure."""
     keys = unit()
     assert int(keys["TimeoutStopSec"]) >= Settings.model_fields["drain_seconds"].default + 15
     assert (keys["KillSignal"], keys["Restart"]) == ("SIGTERM", "on-failure")
-    # Both ports full, and something besides.
+    # More than the connections of two full ports.
     assert int(keys["LimitNOFILE"]) > 2 * Settings.model_fields["max_connections"].default
     variables = re.findall(r"CALOTYPE_(\w+)=", UNIT.read_text().split("[Service]")[1])
     assert {name.lower() for name in variables} <= set(Settings.model_fields)
 
 
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
-def test_the_health_check_tells_readiness(status: int, code: int) -> None:
-    """By its exit code; an answer that is none, or nobody there, is not ready."""
+def test_the_health_check_reports_readiness(status: int, code: int) -> None:
+    """The exit code is 0 if the server is ready, and 1 if it is not ready or cannot be reached."""
 
-    class Answer(http.server.BaseHTTPRequestHandler):
+    class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status if self.path == "/readyz" else 404)
             self.end_headers()
@@ -113,7 +113,7 @@ def test_the_health_check_tells_readiness(status: int, code: int) -> None:
         def log_message(self, *_: object) -> None:
             pass
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         address = f"0.0.0.0:{server.server_port}"

@@ -1,4 +1,4 @@
-"""The manifests, as far as they can be checked without a cluster: by the schemas of Kubernetes and of KubeRay."""
+"""The manifests, checked without a cluster against the schemas of Kubernetes and KubeRay."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ READERS = {"serve": Settings, "bridge": BridgeSettings}
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
-    """All of a file."""
+    """Returns all documents of a file."""
     return list(yaml.safe_load_all(path.read_text()))
 
 
 def kustomized(folder: Path) -> list[dict[str, Any]]:
-    """What `kubectl kustomize` makes of it, as far as these use it: resources, patches of one kind, but no images."""
+    """Returns the result of `kubectl kustomize` for the features used here: resources and JSON patches."""
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
     found: list[dict[str, Any]] = []
     for name in kustomization["resources"]:
@@ -45,8 +45,8 @@ def kustomized(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def plain() -> list[Any]:
-    """The documents that go to a cluster without Ray, each with its name."""
+def plain_documents() -> list[Any]:
+    """Returns the documents of a cluster without Ray, each with its name."""
     return [
         pytest.param(each, id=f"{folder}-{each['kind']}-{each['metadata']['name']}")
         for folder in ("base", "gpu")
@@ -55,30 +55,30 @@ def plain() -> list[Any]:
 
 
 def ray_service() -> dict[str, Any]:
-    """The one document of it."""
+    """Returns the RayService."""
     (document,) = documents(MANIFESTS / "rayservice.yaml")
     return document
 
 
 def ray_pods() -> list[dict[str, Any]]:
-    """Templates of the head and of the workers."""
+    """Returns the pod templates of the head and the workers."""
     cluster = ray_service()["spec"]["rayClusterConfig"]
     return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
 
 
 def deployments() -> list[dict[str, Any]]:
-    """On CPUs and GPUs."""
-    return [each.values[0] for each in plain() if each.values[0]["kind"] == "Deployment"]
+    """Returns all Deployments, for CPUs and GPUs."""
+    return [each.values[0] for each in plain_documents() if each.values[0]["kind"] == "Deployment"]
 
 
 def containers() -> list[dict[str, Any]]:
-    """All, those of Ray as well."""
+    """Returns all containers, including those of Ray."""
     pods = [each["spec"]["template"] for each in deployments()] + ray_pods()
     return [container for pod in pods for container in pod["spec"]["containers"]]
 
 
 def closed(schema: Any) -> Any:
-    """A schema that knows of no further properties: the server drops what is misspelt."""
+    """Returns a schema that forbids unknown properties. Kubernetes would silently drop a misspelt one."""
     if isinstance(schema, list):
         return [closed(each) for each in schema]
     if not isinstance(schema, dict):
@@ -89,14 +89,14 @@ def closed(schema: Any) -> Any:
     return made
 
 
-@pytest.mark.parametrize("document", plain())
-def test_kubernetes_takes_the_manifest(document: dict[str, Any]) -> None:
-    """By its own schemas, strictly: an unknown field is an error."""
+@pytest.mark.parametrize("document", plain_documents())
+def test_kubernetes_accepts_the_manifest(document: dict[str, Any]) -> None:
+    """Each manifest is valid under the schemas of Kubernetes, where an unknown field is an error."""
     kubernetes_validate.validate(document, VERSION, strict=True)
 
 
-def test_an_unknown_field_would_be_noticed() -> None:
-    """In a pod, in a patch's result, and in a RayService."""
+def test_the_schemas_reject_unknown_fields() -> None:
+    """A misspelt field in a pod or a RayService is an error."""
     (deployment, *_) = documents(MANIFESTS / "base" / "replicas.yaml")
     deployment["spec"]["template"]["spec"]["terminationGraceSeconds"] = 1
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -107,8 +107,8 @@ def test_an_unknown_field_would_be_noticed() -> None:
         jsonschema.validate(spec, closed(json.loads(RAY_SERVICE.read_text())))
 
 
-def test_kuberay_takes_the_manifest() -> None:
-    """By an excerpt of its own schema; pods, which are left out there, by that of Kubernetes."""
+def test_kuberay_accepts_the_manifest() -> None:
+    """The RayService is valid under an excerpt of KubeRay's schema, and its pods under the schema of Kubernetes."""
     document = ray_service()
     assert (document["apiVersion"], document["kind"]) == ("ray.io/v1", "RayService")
     jsonschema.validate(document["spec"], closed(json.loads(RAY_SERVICE.read_text())))
@@ -116,22 +116,22 @@ def test_kuberay_takes_the_manifest() -> None:
         kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **pod}, VERSION, strict=True)
 
 
-def test_every_variable_is_a_setting_with_a_value_that_it_takes() -> None:
-    """Of the command that the container runs."""
+def test_every_variable_is_a_valid_setting() -> None:
+    """Each variable of a container is a setting of its command, with a valid value."""
     for deployment in deployments():
         (container,) = deployment["spec"]["template"]["spec"]["containers"]
         (command,) = container["args"]
         given = {each["name"]: each["value"] for each in container["env"]}
         assert all(isinstance(value, str) for value in given.values())
         READERS[command](**{name.removeprefix("CALOTYPE_").lower(): value for name, value in given.items()})
-        # What the image listens on is what the ports say.
+        # The ports of the container are those that the image listens on.
         ports = {port["containerPort"] for port in container["ports"]}
         image = re.findall(r"CALOTYPE_(GRPC|WEB)_ADDRESS=0\.0\.0\.0:(\d+)", (ROOT / "service/Dockerfile").read_text())
         assert ports <= {int(port) for _, port in image}
 
 
 def test_there_is_time_to_drain() -> None:
-    """The kubelet waits longer than the container takes."""
+    """The kubelet waits longer than the server takes to drain."""
     for deployment in deployments():
         pod = deployment["spec"]["template"]["spec"]
         given = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
@@ -143,8 +143,8 @@ def test_there_is_time_to_drain() -> None:
     assert grace > float(serve["ray_actor_options"]["runtime_env"]["env_vars"]["CALOTYPE_DRAIN_SECONDS"])
 
 
-def test_nothing_has_more_rights_than_it_needs() -> None:
-    """No root, nothing to gain; without Ray, which writes its logs where it likes, no file to change either."""
+def test_containers_have_minimal_rights() -> None:
+    """No container runs as root or can gain rights. Except for Ray, which writes logs, file systems are read-only."""
     for pod in [each["spec"]["template"] for each in deployments()] + ray_pods():
         assert pod["spec"]["securityContext"]["runAsNonRoot"]
         assert f"USER {pod['spec']['securityContext']['runAsUser']}\n" in (ROOT / "service/Dockerfile").read_text()
@@ -159,9 +159,9 @@ def test_nothing_has_more_rights_than_it_needs() -> None:
         assert deployment["spec"]["template"]["spec"]["automountServiceAccountToken"] is False
 
 
-def test_what_selects_pods_finds_them() -> None:
-    """Services, budgets and policies by labels, ports by names, and the bridge its upstream by the Service's name."""
-    found = [each.values[0] for each in plain()]
+def test_selectors_match_pods() -> None:
+    """Services, disruption budgets and policies match pods, and the bridge's upstream is a headless Service."""
+    found = [each.values[0] for each in plain_documents()]
     labels = [each["spec"]["template"]["metadata"]["labels"] for each in deployments()]
     for each in found:
         spec = each["spec"]
@@ -178,8 +178,8 @@ def test_what_selects_pods_finds_them() -> None:
     assert re.fullmatch(r"dns:///(\w+):50051", upstream)[1] in headless
 
 
-def test_ray_is_started_as_elsewhere() -> None:
-    """With the same configuration, but for the size of a replica and the source of health checks, in the same mode."""
+def test_ray_has_the_same_configuration_as_locally() -> None:
+    """The configurations differ only in the size of a replica and the source of health checks."""
     here = yaml.safe_load(ray_service()["spec"]["serveConfigV2"])
     there = yaml.safe_load((ROOT / "service" / "ray.yaml").read_text())
     here["http_options"]["host"] = there["http_options"]["host"]
@@ -192,8 +192,8 @@ def test_ray_is_started_as_elsewhere() -> None:
         assert {each["name"]: each["value"] for each in pod["spec"]["containers"][0]["env"]} == mode
 
 
-def test_variables_of_rays_replicas_are_settings() -> None:
-    """They reach them through the environment of the actor."""
+def test_every_variable_of_ray_replicas_is_a_valid_setting() -> None:
+    """Replicas read their settings from the environment of the actor."""
     actor = yaml.safe_load(ray_service()["spec"]["serveConfigV2"])["applications"][0]["deployments"][0]
     variables = actor["ray_actor_options"]["runtime_env"]["env_vars"]
     Settings(**{name.removeprefix("CALOTYPE_").lower(): value for name, value in variables.items()})

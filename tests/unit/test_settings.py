@@ -1,4 +1,4 @@
-"""What an operator may set, and what contradicts itself."""
+"""Settings, their ranges and their contradictions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import typer
 from typer.testing import CliRunner
 
 from calotype_server.cli import main
-from calotype_server.settings import Settings
+from calotype_server.cli.options import help_text
+from calotype_server.limits import DEFAULT_LIMITS
+from calotype_server.settings import BridgeSettings, Settings, WebSettings
 from calotype_server.types import PreviewMethod, PreviewOptions
 
 
@@ -21,8 +23,8 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def test_limits_are_the_settings() -> None:
-    """Every preview setting arrives where requests are held to it."""
+def test_limits_follow_the_settings() -> None:
+    """Every preview setting reaches the limits that requests are checked against."""
     limits = Settings(
         preview_method=PreviewMethod.HEAD,
         preview_methods="head, tiny_vae",
@@ -39,32 +41,33 @@ def test_limits_are_the_settings() -> None:
 
 
 def test_defaults_allow_everything() -> None:
-    """Out of the box, any method may be asked for, and the budget chooses."""
+    """By default, requests may choose any method, and the budget chooses otherwise."""
     limits = Settings().limits
+    assert limits == DEFAULT_LIMITS
     assert limits.preview == PreviewOptions()
     assert limits.preview_methods == {PreviewMethod.HEAD, PreviewMethod.TINY_VAE, PreviewMethod.FULL_VAE}
 
 
-def test_a_default_that_was_not_chosen_follows_the_ceiling() -> None:
-    """Lowering the ceilings alone is enough."""
+def test_an_unset_default_follows_a_lower_maximum() -> None:
+    """Operators can lower a maximum without setting the default as well."""
     limits = Settings(max_preview_edge=100, max_preview_quality=40).limits
     assert (limits.preview.max_edge, limits.preview.quality) == (100, 40)
 
 
-def test_the_environment_is_a_choice_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A default from a variable above a ceiling from a flag is a contradiction, not one that gives way."""
+def test_a_default_from_a_variable_can_contradict_a_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default set by a variable is not lowered silently to a maximum set by an option."""
     monkeypatch.setenv("CALOTYPE_PREVIEW_EDGE", "512")
     with pytest.raises(pydantic.ValidationError, match="preview_edge is above max_preview_edge"):
         Settings(max_preview_edge=256)
 
 
-def test_no_method_at_all_may_be_allowed() -> None:
-    """Previews can be switched off for good."""
+def test_all_preview_methods_can_be_forbidden() -> None:
+    """Operators can turn previews off."""
     assert Settings(preview_methods="").limits.preview_methods == frozenset()
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "expected"),
     [
         (["--preview-edge", "900", "--max-preview-edge", "800"], ["preview_edge is above max_preview_edge"]),
         (["--preview-quality", "90", "--max-preview-quality", "80"], ["preview_quality is above max_preview_quality"]),
@@ -82,8 +85,8 @@ def test_no_method_at_all_may_be_allowed() -> None:
         (["--max-preview-edge", "15"], ["--max-preview-edge", "16"]),
     ],
 )
-def test_the_command_line_says_what_is_wrong_in_one_line(options: list[str], words: list[str]) -> None:
-    """Exit code 2, one line, no traceback; settings that contradict each other are both named."""
+def test_invalid_options_are_reported_in_one_line(options: list[str], expected: list[str]) -> None:
+    """The exit code is 2 and there is no traceback; a contradiction names both settings."""
     app = typer.Typer()
     app.callback()(lambda: None)
     main.register(app)
@@ -91,4 +94,25 @@ def test_the_command_line_says_what_is_wrong_in_one_line(options: list[str], wor
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("calotype: ")
-    assert all(word in line for word in words)
+    assert all(word in line for word in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("preview_quality", "Range: 1 to 95."),
+        ("preview_budget", "Range: above 0 to 1."),
+        ("max_pixels", "At least 64."),
+        ("max_queue", "are rejected."),
+    ],
+)
+def test_help_texts_end_with_the_range(name: str, expected: str) -> None:
+    """The range in a help text is the one that is checked; numbers that are just not negative have none."""
+    assert help_text(Settings.model_fields[name]).endswith(expected)
+
+
+@pytest.mark.parametrize("kind", [Settings, BridgeSettings])
+def test_every_setting_has_a_description(kind: type[WebSettings]) -> None:
+    """Help texts are sentences, and say what the default is where its value alone does not."""
+    for name, field in kind.model_fields.items():
+        assert (field.description or "").endswith("."), name

@@ -1,4 +1,4 @@
-"""The page of all settings is what the settings say."""
+"""The page of all settings matches the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From events and errors to messages on the wire. With validation, the only module that sees protobuf messages."""
+"""Converts events, models and errors to protobuf messages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.api.enums import IMAGE_FORMATS, PHASES, PREVIEW_METHODS
 from calotype_server.errors import InvalidRequest, ServiceError
 from calotype_server.types import EncodedImage, Failed, Phase, Succeeded, Timings
 
@@ -20,36 +21,35 @@ if TYPE_CHECKING:
 
     from calotype_server.generations.event_log import Update
     from calotype_server.generations.generation import Generation
-    from calotype_server.types import Limits, ModelInfo, PreviewMethod
+    from calotype_server.limits import Limits
+    from calotype_server.types import ModelInfo
 
-__all__ = ["DOMAIN", "encode_error", "encode_model", "encode_page", "encode_phase", "encode_update"]
+__all__ = ["DOMAIN", "encode_error", "encode_model", "encode_page", "encode_update"]
 
 DOMAIN = "calotype"
 """`google.rpc.ErrorInfo.domain` of every error."""
 
 _CHUNK_BYTES = 3 * 1024 * 1024
-"""Of a final image in one message: well under the 4 MiB that every gRPC client accepts by default."""
-
-_FORMATS = {"jpeg": pb.IMAGE_FORMAT_JPEG, "png": pb.IMAGE_FORMAT_PNG, "webp": pb.IMAGE_FORMAT_WEBP}
+"""Bytes of the final image per message: well below 4 MiB, the default limit of every gRPC client."""
 
 
 def encode_update(
     generation_id: str, seed: int, update: Update, image: EncodedImage | None, *, whole: bool = False
 ) -> Iterator[pb.Progress]:
-    """Yields the message for an update; more than one where the final image needs several chunks.
+    """Yields the messages of an update: one, or several when the final image needs several chunks.
 
     Args:
-        generation_id: Whose update it is.
-        seed: In use.
-        update: What there is to tell.
-        image: Its preview as a file, or None.
-        whole: Whether the final image comes in one message, however large it is.
+        generation_id: Id of the generation.
+        seed: Seed of the generation.
+        update: A snapshot of the generation.
+        image: The encoded preview of the update, or None.
+        whole: Whether to send the final image in one message, regardless of its size.
     """
     state = update.state
     progress = pb.Progress(
         generation_id=generation_id,
         sequence=state.sequence,
-        phase=encode_phase(state.phase),
+        phase=PHASES.to_proto(state.phase),
         step=state.step,
         total_steps=state.total_steps,
         queue_position=state.queue_position,
@@ -64,7 +64,7 @@ def encode_update(
         case None:
             if image is not None and update.preview is not None:
                 _describe_image(progress, image, pb.IMAGE_KIND_PREDICTED, update.preview.step)
-                progress.preview_method = _method(update.preview.method)
+                progress.preview_method = PREVIEW_METHODS.to_proto(update.preview.method)
                 progress.image = image.data
             yield progress
         case Failed(error, timings):
@@ -91,7 +91,7 @@ def encode_update(
 
 
 def encode_page(generations: Sequence[Generation], size: int) -> pb.ListGenerationsResponse:
-    """The first `size` of a list whose newest comes first, and where the next page begins."""
+    """Returns a page with the first `size` of `generations`, newest first, and the token of the next page."""
     page = pb.ListGenerationsResponse(generations=[_summary(each) for each in generations[:size]])
     if len(generations) > size:
         page.next_page_token = str(generations[size - 1].created_ns)
@@ -104,7 +104,7 @@ def _summary(generation: Generation) -> pb.GenerationSummary:
         generation_id=generation.id,
         request_id=generation.delivery.request_id,
         prompt=generation.job.prompt,
-        phase=encode_phase(state.phase),
+        phase=PHASES.to_proto(state.phase),
         step=state.step,
         total_steps=state.total_steps,
         seed=generation.job.seed,
@@ -113,14 +113,9 @@ def _summary(generation: Generation) -> pb.GenerationSummary:
     return summary
 
 
-def encode_phase(phase: Phase) -> pb.Phase.ValueType:
-    """The wire's phase."""
-    return pb.Phase.Value(f"PHASE_{phase.name}")
-
-
 def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica: str) -> pb.Model:
-    """The answer to `GetModel`."""
-    most_steps = model.max_steps(model.scheduler, limits)
+    """Returns the response to `GetModel`."""
+    max_steps = model.max_steps(model.scheduler, limits.max_step_count)
     return pb.Model(
         name=model.name,
         pipeline=model.pipeline,
@@ -128,8 +123,8 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica:
         height_px=model.height,
         size_multiple_px=model.size_multiple,
         max_pixels=limits.max_pixels,
-        step_count=min(model.step_count, most_steps),
-        max_step_count=most_steps,
+        step_count=min(model.step_count, max_steps),
+        max_step_count=max_steps,
         guidance_scale=model.guidance_scale,
         takes_negative_prompt=model.takes_negative_prompt,
         scheduler=model.scheduler,
@@ -139,13 +134,15 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica:
         device=model.device,
         dtype=model.dtype,
         server_version=server_version,
-        preview_methods=[_method(each) for each in model.preview_methods if each in limits.preview_methods],
+        preview_methods=[
+            PREVIEW_METHODS.to_proto(each) for each in model.preview_methods if each in limits.preview_methods
+        ],
         preview=pb.PreviewOptions(
             every_steps=limits.preview.every_steps,
             min_interval=_duration(limits.preview.min_interval),
             max_edge_px=limits.preview.max_edge,
             quality=limits.preview.quality,
-            method=_method(limits.preview.method),
+            method=PREVIEW_METHODS.to_proto(limits.preview.method),
         ),
         max_preview_edge_px=limits.max_preview_edge,
         max_preview_quality=limits.max_preview_quality,
@@ -157,7 +154,10 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica:
 
 
 def encode_error(error: ServiceError) -> Status:
-    """The status of a call that ended with `error`: always with `ErrorInfo`, and what else helps the caller."""
+    """Returns the status of a call that ends with `error`.
+
+    It always has an `ErrorInfo`, a `BadRequest` with every violation, and a `RetryInfo` when the error has a delay.
+    """
     details = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)]
     if isinstance(error, InvalidRequest):
         fields = [BadRequest.FieldViolation(field=v.field, description=v.description) for v in error.violations]
@@ -173,15 +173,11 @@ def encode_error(error: ServiceError) -> Status:
 
 
 def _describe_image(progress: pb.Progress, image: EncodedImage, kind: pb.ImageKind.ValueType, step: int) -> None:
-    progress.image_format = _FORMATS[image.format]
+    progress.image_format = IMAGE_FORMATS.to_proto(image.format)
     progress.image_kind = kind
     progress.image_step = step
     progress.width_px = image.width
     progress.height_px = image.height
-
-
-def _method(method: PreviewMethod) -> pb.PreviewMethod.ValueType:
-    return pb.PreviewMethod.Value(f"PREVIEW_METHOD_{method.name}")
 
 
 def _timings(timings: Timings) -> pb.Timings:

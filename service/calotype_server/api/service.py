@@ -11,6 +11,7 @@ import structlog
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server import __version__, errors
 from calotype_server.api import encoding
+from calotype_server.api.enums import PHASES
 from calotype_server.api.progress_stream import ProgressStream
 from calotype_server.api.validation import validate, validate_id, validate_page, validate_watch, watched_previews
 from calotype_server.generations.event_log import Update
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from calotype_server.auth.access import Caller
     from calotype_server.errors import Violation
     from calotype_server.generations.lifecycle import Generations
-    from calotype_server.types import EncodedImage, Limits
+    from calotype_server.limits import Limits
+    from calotype_server.types import EncodedImage
 
 __all__ = ["Api"]
 
@@ -105,7 +107,7 @@ class Api:
         """
         validate_id(request.generation_id)
         phase = self.generations.cancel(request.generation_id, caller)
-        return pb.CancelResponse(phase=encoding.encode_phase(phase))
+        return pb.CancelResponse(phase=PHASES.to_proto(phase))
 
     def finish(self, request: pb.FinishRequest, caller: Caller) -> pb.FinishResponse:
         """Finishes a generation early, by id.
@@ -115,7 +117,7 @@ class Api:
         """
         validate_id(request.generation_id)
         phase = self.generations.finish(request.generation_id, caller)
-        return pb.FinishResponse(phase=encoding.encode_phase(phase))
+        return pb.FinishResponse(phase=PHASES.to_proto(phase))
 
     def state(self, generation_id: str, caller: Caller) -> pb.Progress:
         """Returns the state of a generation, without an image.

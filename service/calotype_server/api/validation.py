@@ -1,288 +1,273 @@
-"""From a request on the wire to a `Job`, or an error that names everything that is wrong with it."""
+"""Converts requests to jobs, or raises an error that lists every violation."""
 
 from __future__ import annotations
 
 import math
 import secrets
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, TypeAlias
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.api.enums import DISCONNECT_POLICIES, IMAGE_FORMATS, PREVIEW_METHODS, PRIORITIES
 from calotype_server.errors import InvalidRequest, PreviewMethodUnavailable, Violation
-from calotype_server.types import (
-    DeliveryOptions,
-    DisconnectPolicy,
-    Job,
-    OutputOptions,
-    PreviewMethod,
-    PreviewOptions,
-    Priority,
+from calotype_server.limits import (
+    GRACE_SECONDS_MAX,
+    GUIDANCE_SCALE_MAX,
+    JPEG_QUALITY_MAX,
+    PAGE_SIZE_DEFAULT,
+    PAGE_SIZE_MAX,
+    PREVIEW_EDGE_MIN,
+    PREVIEW_EVERY_STEPS_MAX,
+    PREVIEW_INTERVAL_MAX,
+    REQUEST_ID_CHARS_MAX,
+    SEED_MAX,
+    WEBP_QUALITY_MAX,
 )
+from calotype_server.types import DeliveryOptions, DisconnectPolicy, Job, OutputOptions, PreviewMethod, PreviewOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from calotype_server.types import Limits, ModelInfo
+    from calotype_server.limits import Limits
+    from calotype_server.types import ModelInfo
 
-__all__ = [
-    "MAX_GUIDANCE_SCALE",
-    "MAX_SEED",
-    "validate",
-    "validate_id",
-    "validate_page",
-    "validate_watch",
-    "watched_previews",
-]
+__all__ = ["validate", "validate_id", "validate_page", "validate_watch", "watched_previews"]
 
-MAX_SEED = 2**53 - 1
-"""Largest seed: every integer up to it is exact in JavaScript."""
+_SEED_BITS = 32
+"""Size of the seeds that the server draws."""
 
-MAX_GUIDANCE_SCALE = 100.0
+_PAGE_TOKEN_CHARS_MAX = 19
+"""Digits of the largest time in nanoseconds that fits into 63 bits."""
 
+_QUALITY_MAX = {"jpeg": JPEG_QUALITY_MAX, "webp": WEBP_QUALITY_MAX}
+_EDGE_MAX = {"jpeg": 65500, "webp": 16383}
+"""Pixels per side that the encoders of these formats support."""
 
-MAX_EVERY_STEPS = 1000
-MIN_PREVIEW_EDGE = 16
-MAX_PREVIEW_INTERVAL = 60.0
-"""Seconds."""
-
-MAX_GRACE = 3600.0
-"""Seconds."""
-
-MAX_REQUEST_ID_CHARS = 128
-DEFAULT_PAGE, MAX_PAGE = 50, 100
-MAX_TOKEN_CHARS = 20
-
-_METHODS = {
-    pb.PREVIEW_METHOD_AUTO: PreviewMethod.AUTO,
-    pb.PREVIEW_METHOD_HEAD: PreviewMethod.HEAD,
-    pb.PREVIEW_METHOD_TINY_VAE: PreviewMethod.TINY_VAE,
-    pb.PREVIEW_METHOD_FULL_VAE: PreviewMethod.FULL_VAE,
-    pb.PREVIEW_METHOD_NONE: PreviewMethod.NONE,
-}
-_FORMATS: dict[int, Literal["jpeg", "png", "webp"]] = {
-    pb.IMAGE_FORMAT_UNSPECIFIED: "png",
-    pb.IMAGE_FORMAT_JPEG: "jpeg",
-    pb.IMAGE_FORMAT_PNG: "png",
-    pb.IMAGE_FORMAT_WEBP: "webp",
-}
-_POLICIES = {
-    pb.DISCONNECT_POLICY_UNSPECIFIED: DisconnectPolicy.CANCEL,
-    pb.DISCONNECT_POLICY_CANCEL: DisconnectPolicy.CANCEL,
-    pb.DISCONNECT_POLICY_KEEP: DisconnectPolicy.KEEP,
-}
-_PRIORITIES = {
-    pb.PRIORITY_UNSPECIFIED: Priority.INTERACTIVE,
-    pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
-    pb.PRIORITY_BATCH: Priority.BATCH,
-}
-_MAX_QUALITY = {"jpeg": 95, "webp": 100}
-_MAX_EDGE = {"jpeg": 65500, "webp": 16383}
-"""Of the formats, in pixels, as their encoders have it."""
+Reject: TypeAlias = "Callable[[str, str], None]"
+"""Adds a violation: the name of the field and a description."""
 
 
 def validate(
     request: pb.GenerateRequest, model: ModelInfo, limits: Limits, earlier: Sequence[Violation] = ()
 ) -> tuple[Job, DeliveryOptions]:
-    """Returns the job and the terms that `request` asks for, with the defaults filled in.
+    """Returns the job and the delivery options of `request`, with defaults filled in.
 
     Args:
-        request: What was asked for.
-        model: What can be done.
-        limits: What is allowed.
-        earlier: What was found wrong when the request was decoded; of those fields nothing more is said.
+        request: The request of the caller.
+        model: Abilities and defaults of the model.
+        limits: Limits and preview defaults of the operator.
+        earlier: Violations found while decoding the request. Their fields get no further violations.
 
     Raises:
-        InvalidRequest: With one violation for each thing that is wrong, in the order of the fields.
-        PreviewMethodUnavailable: Nothing is wrong but the preview method, which this server has not, or does not allow.
+        InvalidRequest: At least one field is invalid. Lists all violations in the order of the proto's fields.
+        PreviewMethodUnavailable: The request is valid, but the server does not have or does not allow its preview
+            method.
     """
-    violations, refuse = _collector(earlier)
-    if not request.prompt.strip():
-        refuse("prompt", "must not be empty")
-    for field in ("prompt", "negative_prompt"):
-        length = len(getattr(request, field))
-        if length > limits.max_prompt_chars:
-            refuse(field, f"has {length} characters, at most {limits.max_prompt_chars} are accepted")
-    if request.HasField("negative_prompt") and not model.takes_negative_prompt:
-        refuse("negative_prompt", f"{model.pipeline} takes none")
-
-    width = request.width_px if request.HasField("width_px") else model.width
-    height = request.height_px if request.HasField("height_px") else model.height
-    for field, size in (("width_px", width), ("height_px", height)):
-        if size < model.size_multiple or size % model.size_multiple:
-            refuse(field, f"is {size}, must be a positive multiple of {model.size_multiple}")
-    if width > 0 and height > 0 and width * height > limits.max_pixels:
-        refuse("width_px", f"times height_px is {width * height} pixels, at most {limits.max_pixels} are accepted")
-
+    violations, reject = _collector(earlier)
+    _check_prompts(request, model, limits, reject)
+    width, height = _size(request, model, limits, reject)
     scheduler = request.scheduler if request.HasField("scheduler") else model.scheduler
-    most = model.max_steps(scheduler, limits)
-    steps = request.step_count if request.HasField("step_count") else min(model.step_count, most)
-    if not 1 <= steps <= most:
-        refuse("step_count", f"is {steps}, must be 1 to {most}")
-
-    guidance = model.guidance_scale
-    if request.HasField("guidance_scale"):
-        guidance = request.guidance_scale
-        if model.guidance_scale is None:
-            refuse("guidance_scale", f"{model.pipeline} takes none")
-        elif not (math.isfinite(guidance) and 0 <= guidance <= MAX_GUIDANCE_SCALE):
-            refuse("guidance_scale", f"is {guidance:g}, must be 0 to {MAX_GUIDANCE_SCALE:g}")
-
-    seed = request.seed if request.HasField("seed") else secrets.randbelow(2**32)
-    if not 0 <= seed <= MAX_SEED:
-        refuse("seed", f"is {seed}, must be 0 to {MAX_SEED}")
-
+    steps = _step_count(request, model, model.max_steps(scheduler, limits.max_step_count), reject)
+    guidance = _guidance_scale(request, model, reject)
+    seed = request.seed if request.HasField("seed") else secrets.randbelow(2**_SEED_BITS)
+    if not 0 <= seed <= SEED_MAX:
+        reject("seed", f"is {seed}, must be 0 to {SEED_MAX}")
     if scheduler not in model.schedulers:
-        refuse("scheduler", f"{scheduler[:80]!r} is unknown, must be one of {', '.join(model.schedulers)}")
-
-    preview = _preview(request.preview, limits, limits.preview, refuse)
-    output = _output(request.output, max(width, height), refuse)
-    priority = _PRIORITIES.get(request.priority)
+        reject("scheduler", f"{scheduler[:80]!r} is unknown, must be one of {', '.join(model.schedulers)}")
+    preview = _preview(request.preview, limits, limits.preview, reject)
+    output = _output(request.output, max(width, height), reject)
+    priority = PRIORITIES.from_proto(request.priority)
     if priority is None:
-        refuse("priority", f"is {request.priority}, which is unknown")
-    terms = _terms(request, refuse)
+        reject("priority", f"has the unknown value {request.priority}")
+    delivery = _delivery(request, reject)
     if violations or priority is None:
         raise InvalidRequest(violations)
     _check_method(preview.method, model, limits)
     negative = request.negative_prompt or None
     job = Job(request.prompt, negative, width, height, steps, guidance, seed, scheduler, preview, output, priority)
-    return job, replace(terms, seed_was_drawn=not request.HasField("seed"))
+    return job, replace(delivery, seed_was_drawn=not request.HasField("seed"))
 
 
 def validate_id(generation_id: str) -> None:
-    """Refuses an id that is not one.
+    """Checks the id in a request to cancel or finish.
 
     Raises:
-        InvalidRequest: It is empty.
+        InvalidRequest: The id is empty.
     """
     if not generation_id:
         raise InvalidRequest([Violation("generation_id", "must not be empty")])
 
 
 def validate_watch(request: pb.WatchRequest, limits: Limits, earlier: Sequence[Violation] = ()) -> None:
-    """Refuses a request to watch that makes no sense, whatever it is that shall be watched; `earlier` as above.
+    """Checks a request to watch, before the generation is looked up; `earlier` as for `validate`.
 
     Raises:
-        InvalidRequest: With all violations.
+        InvalidRequest: At least one field is invalid. Lists all violations.
     """
-    violations, refuse = _collector(earlier)
+    violations, reject = _collector(earlier)
     if not request.generation_id:
-        refuse("generation_id", "must not be empty")
+        reject("generation_id", "must not be empty")
     if request.after_sequence < 0:
-        refuse("after_sequence", f"is {request.after_sequence}, must be 0 or more")
-    _preview(request.preview, limits, limits.preview, refuse)
+        reject("after_sequence", f"is {request.after_sequence}, must be 0 or more")
+    _preview(request.preview, limits, limits.preview, reject)
     if violations:
         raise InvalidRequest(violations)
 
 
 def watched_previews(request: pb.WatchRequest, limits: Limits, job: Job) -> PreviewOptions | None:
-    """Returns the previews that a validated request asks for where `job` is watched; None for those of the job."""
+    """Returns the preview options of a validated request to watch `job`; None to use the options of the job."""
     if not request.HasField("preview"):
         return None
     return _preview(request.preview, limits, job.preview, lambda *_: None)
 
 
 def validate_page(request: pb.ListGenerationsRequest, earlier: Sequence[Violation] = ()) -> tuple[int, int | None]:
-    """Returns the size of a page, and the moment in nanoseconds before which it begins, None for the first.
+    """Returns the size of the page and where it starts.
 
-    `earlier` is as above.
+    Args:
+        request: The request of the caller.
+        earlier: As for `validate`.
+
+    Returns:
+        The size, and a Unix time in nanoseconds: the page starts with the newest generation created before it. None for
+        the first page.
 
     Raises:
-        InvalidRequest: With all violations.
+        InvalidRequest: At least one field is invalid. Lists all violations.
     """
-    violations, refuse = _collector(earlier)
-    size = request.page_size if request.HasField("page_size") else DEFAULT_PAGE
-    if not 1 <= size <= MAX_PAGE:
-        refuse("page_size", f"is {size}, must be 1 to {MAX_PAGE}")
+    violations, reject = _collector(earlier)
+    size = request.page_size if request.HasField("page_size") else PAGE_SIZE_DEFAULT
+    if not 1 <= size <= PAGE_SIZE_MAX:
+        reject("page_size", f"is {size}, must be 1 to {PAGE_SIZE_MAX}")
     token = request.page_token
-    if token and not (token.isascii() and token.isdecimal() and len(token) < MAX_TOKEN_CHARS):
-        refuse("page_token", "is not one that this server gave out")
+    if token and not (token.isascii() and token.isdecimal() and len(token) <= _PAGE_TOKEN_CHARS_MAX):
+        reject("page_token", "is not a token of this server")
     if violations:
         raise InvalidRequest(violations)
     return size, int(token) if token else None
 
 
-def _collector(earlier: Sequence[Violation]) -> tuple[list[Violation], Callable[[str, str], None]]:
-    """Returns a list that begins with `earlier`, and what adds to it, but not for the fields that it begins with."""
+def _collector(earlier: Sequence[Violation]) -> tuple[list[Violation], Reject]:
+    """Returns a list that starts with `earlier`, and a function that adds violations of other fields to it."""
     violations = list(earlier)
     named = {violation.field for violation in earlier}
 
-    def refuse(field: str, description: str) -> None:
+    def reject(field: str, description: str) -> None:
         if field not in named:
             violations.append(Violation(field, description))
 
-    return violations, refuse
+    return violations, reject
 
 
-def _terms(request: pb.GenerateRequest, refuse: Callable[[str, str], None]) -> DeliveryOptions:
-    policy = _POLICIES.get(request.on_disconnect)
+def _check_prompts(request: pb.GenerateRequest, model: ModelInfo, limits: Limits, reject: Reject) -> None:
+    if not request.prompt.strip():
+        reject("prompt", "must not be empty")
+    for field in ("prompt", "negative_prompt"):
+        length = len(getattr(request, field))
+        if length > limits.max_prompt_chars:
+            reject(field, f"has {length} characters, the maximum is {limits.max_prompt_chars}")
+    if request.HasField("negative_prompt") and not model.takes_negative_prompt:
+        reject("negative_prompt", f"is not supported by {model.pipeline}")
+
+
+def _size(request: pb.GenerateRequest, model: ModelInfo, limits: Limits, reject: Reject) -> tuple[int, int]:
+    width = request.width_px if request.HasField("width_px") else model.width
+    height = request.height_px if request.HasField("height_px") else model.height
+    for field, size in (("width_px", width), ("height_px", height)):
+        if size < model.size_multiple or size % model.size_multiple:
+            reject(field, f"is {size}, must be a positive multiple of {model.size_multiple}")
+    if width > 0 and height > 0 and width * height > limits.max_pixels:
+        reject("width_px", f"times height_px is {width * height} pixels, the maximum is {limits.max_pixels}")
+    return width, height
+
+
+def _step_count(request: pb.GenerateRequest, model: ModelInfo, maximum: int, reject: Reject) -> int:
+    steps = request.step_count if request.HasField("step_count") else min(model.step_count, maximum)
+    if not 1 <= steps <= maximum:
+        reject("step_count", f"is {steps}, must be 1 to {maximum}")
+    return steps
+
+
+def _guidance_scale(request: pb.GenerateRequest, model: ModelInfo, reject: Reject) -> float | None:
+    if not request.HasField("guidance_scale"):
+        return model.guidance_scale
+    guidance = request.guidance_scale
+    if model.guidance_scale is None:
+        reject("guidance_scale", f"is not supported by {model.pipeline}")
+    elif not (math.isfinite(guidance) and 0 <= guidance <= GUIDANCE_SCALE_MAX):
+        reject("guidance_scale", f"is {guidance:g}, must be 0 to {GUIDANCE_SCALE_MAX:g}")
+    return guidance
+
+
+def _delivery(request: pb.GenerateRequest, reject: Reject) -> DeliveryOptions:
+    policy = DISCONNECT_POLICIES.from_proto(request.on_disconnect)
     if policy is None:
-        refuse("on_disconnect", f"is {request.on_disconnect}, which is unknown")
+        reject("on_disconnect", f"has the unknown value {request.on_disconnect}")
     grace = request.disconnect_grace.seconds + request.disconnect_grace.nanos / 1e9
-    if not 0 <= grace <= MAX_GRACE:
-        refuse("disconnect_grace", f"is {grace:g} s, must be 0 to {MAX_GRACE:g} s")
+    if not 0 <= grace <= GRACE_SECONDS_MAX:
+        reject("disconnect_grace", f"is {grace:g} s, must be 0 to {GRACE_SECONDS_MAX:g} s")
     name = request.request_id
-    if len(name) > MAX_REQUEST_ID_CHARS or not (name.isascii() and name.isprintable()):
-        refuse("request_id", f"must be up to {MAX_REQUEST_ID_CHARS} characters of printable ASCII")
+    if len(name) > REQUEST_ID_CHARS_MAX or not (name.isascii() and name.isprintable()):
+        reject("request_id", f"must be up to {REQUEST_ID_CHARS_MAX} characters of printable ASCII")
     return DeliveryOptions(on_disconnect=policy or DisconnectPolicy.CANCEL, grace=grace, request_id=name)
 
 
-def _preview(
-    options: pb.PreviewOptions, limits: Limits, base: PreviewOptions, refuse: Callable[[str, str], None]
-) -> PreviewOptions:
-    """Changes `base` as asked for; tells `refuse` what is out of range."""
+def _preview(options: pb.PreviewOptions, limits: Limits, base: PreviewOptions, reject: Reject) -> PreviewOptions:
+    """Returns `base` with the options that the request sets; rejects values out of range."""
     chosen = base
-    for field, attribute, least, most in (
-        ("every_steps", "every_steps", 1, MAX_EVERY_STEPS),
-        ("max_edge_px", "max_edge", MIN_PREVIEW_EDGE, limits.max_preview_edge),
+    for field, attribute, minimum, maximum in (
+        ("every_steps", "every_steps", 1, PREVIEW_EVERY_STEPS_MAX),
+        ("max_edge_px", "max_edge", PREVIEW_EDGE_MIN, limits.max_preview_edge),
         ("quality", "quality", 1, limits.max_preview_quality),
     ):
         if options.HasField(field):  # type: ignore[arg-type]
             value = getattr(options, field)
-            if not least <= value <= most:
-                refuse(f"preview.{field}", f"is {value}, must be {least} to {most}")
+            if not minimum <= value <= maximum:
+                reject(f"preview.{field}", f"is {value}, must be {minimum} to {maximum}")
             chosen = replace(chosen, **{attribute: value})
     if options.HasField("min_interval"):
         interval = options.min_interval.seconds + options.min_interval.nanos / 1e9
-        if not 0 <= interval <= MAX_PREVIEW_INTERVAL:
-            refuse("preview.min_interval", f"is {interval:g} s, must be 0 to {MAX_PREVIEW_INTERVAL:g} s")
+        if not 0 <= interval <= PREVIEW_INTERVAL_MAX:
+            reject("preview.min_interval", f"is {interval:g} s, must be 0 to {PREVIEW_INTERVAL_MAX:g} s")
         chosen = replace(chosen, min_interval=interval)
     if options.method != pb.PREVIEW_METHOD_UNSPECIFIED:
-        method = _METHODS.get(options.method)
+        method = PREVIEW_METHODS.from_proto(options.method)
         if method is None:
-            refuse("preview.method", f"is {options.method}, which is unknown")
+            reject("preview.method", f"has the unknown value {options.method}")
         else:
             chosen = replace(chosen, method=method)
     return chosen
 
 
-def _output(options: pb.OutputOptions, edge: int, refuse: Callable[[str, str], None]) -> OutputOptions:
-    """Fills in defaults; tells `refuse` what is out of range."""
-    name = _FORMATS.get(options.format)
+def _output(options: pb.OutputOptions, edge: int, reject: Reject) -> OutputOptions:
+    """Returns the output options of an image whose longer edge has `edge` pixels; rejects values out of range."""
+    name = IMAGE_FORMATS.from_proto(options.format)
     if name is None:
-        refuse("output.format", f"is {options.format}, which is unknown")
-        name = "webp"  # whose range of qualities is the widest
-    elif edge > (longest := _MAX_EDGE.get(name, edge)):
-        refuse("output.format", f"{name.upper()} holds edges up to {longest} px, this picture has one of {edge} px")
+        reject("output.format", f"has the unknown value {options.format}")
+        name = "webp"  # It accepts the widest range of qualities, so that quality is not rejected as well.
+    elif edge > (longest := _EDGE_MAX.get(name, edge)):
+        reject("output.format", f"{name.upper()} supports at most {longest} px per side, this image has {edge} px")
     chosen = OutputOptions(format=name, metadata=options.metadata if options.HasField("metadata") else True)
     if options.HasField("quality"):
-        most = _MAX_QUALITY.get(name)
-        if most is None:
-            refuse("output.quality", f"{name.upper()} has none, it loses nothing")
-        elif not 1 <= options.quality <= most:
-            refuse("output.quality", f"is {options.quality}, must be 1 to {most}")
+        maximum = _QUALITY_MAX.get(name)
+        if maximum is None:
+            reject("output.quality", f"does not apply to {name.upper()}, which is lossless")
+        elif not 1 <= options.quality <= maximum:
+            reject("output.quality", f"is {options.quality}, must be 1 to {maximum}")
         chosen = replace(chosen, quality=options.quality)
     return chosen
 
 
 def _check_method(method: PreviewMethod, model: ModelInfo, limits: Limits) -> None:
+    """Raises `PreviewMethodUnavailable` unless the server has and allows the method."""
     if method in (PreviewMethod.AUTO, PreviewMethod.NONE):
         return
     metadata = {"method": method.name}
     if method not in limits.preview_methods:
-        raise PreviewMethodUnavailable(f"This server does not allow previews by {method.name}.", metadata=metadata)
+        raise PreviewMethodUnavailable(f"This server does not allow {method.name} previews.", metadata=metadata)
     if method in model.preview_methods:
         return
-    why = f"There are no previews by {method.name} of this model."
+    message = f"This model has no {method.name} previews."
     if method is PreviewMethod.TINY_VAE:
-        why = "No tiny VAE is configured; the operator can name one that fits the model: calotype serve --tiny-vae ID."
-    raise PreviewMethodUnavailable(why, metadata=metadata)
+        message = "This server has no tiny VAE. The operator can configure one: calotype serve --tiny-vae ID."
+    raise PreviewMethodUnavailable(message, metadata=metadata)

@@ -34,8 +34,8 @@ class Instruments:
     def __init__(self, tracing_wanted: bool | None) -> None:
         self.metrics = ServerMetrics(__version__)
         self._tracer: tracing.Tracing | None = None
-        if tracing_wanted or (tracing_wanted is None and tracing.wanted()):
-            self._tracer = tracing.configured(__version__, required=bool(tracing_wanted))
+        if tracing_wanted or (tracing_wanted is None and tracing.is_configured()):
+            self._tracer = tracing.from_environment(__version__, required=bool(tracing_wanted))
         self.observe: Observe = self.metrics.observe
         if self._tracer is not None:
             self.observe = to_all(self.metrics.observe, self._tracer.observe)

@@ -70,9 +70,9 @@ class _SharedAccess(Access):
     Without keys, all callers are therefore the same caller.
     """
 
-    def admit(self, authorization: str | None, peer: str) -> Caller:
-        """Returns the caller; see `Access.admit`."""
-        return super().admit(authorization, "ray:0")
+    def authenticate(self, authorization: str | None, peer: str) -> Caller:
+        """Returns the caller; see `Access.authenticate`."""
+        return super().authenticate(authorization, "ray:0")
 
 
 @rpc_methods(pb.DESCRIPTOR.services_by_name["GenerationService"])

@@ -152,8 +152,8 @@ class Runtime:
 
     def _report_metrics(self) -> None:
         metrics, generations, admission = self._instruments.metrics, self.generations, self.admission
-        metrics.describe(self._engine.model)
-        metrics.read(
+        metrics.set_model(self._engine.model)
+        metrics.bind_gauges(
             active=lambda: admission.active,
             queued=lambda: admission.waiting,
             readers=lambda: generations.readers,
@@ -169,7 +169,7 @@ class Runtime:
             lambda job: estimator.usual_pause(job, self.admission.active),
             self._settings.watchdog_seconds,
         )
-        self._instruments.metrics.read(longest_pause=lambda: watchdog.longest_pause)
+        self._instruments.metrics.bind_gauges(longest_pause=lambda: watchdog.longest_pause)
 
         async def end_orderly(stalls: Sequence[Stall]) -> None:
             async def end_generations() -> None:

@@ -113,7 +113,7 @@ class _Ports:
         self._exposure = exposure
         self._metrics = metrics
         self._services = services = Services(GenerationServicer(service, exposure.access))
-        metrics.read(serving=lambda: services.serving)
+        metrics.bind_gauges(serving=lambda: services.serving)
         self._native = NativeServer(
             services, exposure.access, exposure.certificates, limits=limits, peers=peers, observe=observe
         )

@@ -1,13 +1,14 @@
-"""Who calls, and what they may see and start. Knows no transport: every one asks here.
+"""Identifies callers, and decides what they may see and start. Every transport uses this module.
 
 ```
-caller = access.admit(authorization, peer)        # raises Unauthenticated
-generation = generations.find(id, caller)         # raises GenerationNotFound, also for what is another's
-await generations.start(job, terms, caller.quota) # raises RateLimited
+caller = access.authenticate(authorization, peer)     # raises Unauthenticated
+generation = generations.find(id, caller)             # raises GenerationNotFound, also for generations of others
+await generations.start(job, terms, caller.quota)     # raises RateLimited
 ```
 
-Without keys everybody is let in, told apart by host, and whoever has the id of a generation can watch, cancel and
-finish it. With keys nobody sees that others exist: what is theirs is not found, as if it had never been.
+Without API keys, every call is accepted, callers are distinguished by host, and every caller that knows the id of a
+generation can watch, cancel and finish it. With API keys, users cannot see each other: generations of other users are
+reported as not found.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ __all__ = ["Access", "Caller", "bearer_in_subprotocols"]
 
 _SUBPROTOCOL = "calotype.bearer."
 
-_NOBODY = "0" * 64
-"""Compared with where there is no such key, so that this takes as long; no digest that anybody knows a key for."""
+_UNKNOWN_DIGEST = "0" * 64
+"""Compared with when the key id is unknown, so that timing does not reveal which ids exist. No known key has it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose call it is.
+    """The identity behind a call.
 
     Attributes:
-        id: What its generations belong to, and what shares the server evenly: its key, or its host.
-        role: What it may see.
-        has_key: Whether it has shown one; otherwise the server asks for none.
-        quota: What it may start, or None for whatever there is room for.
+        id: `key:` and the id of its API key, or its host. Owns generations and gets an even share of the server.
+        role: Decides which generations it may list and control.
+        has_key: Whether it sent an API key. False means that the server requires none.
+        quota: Limits on what it may start, or None for no limits.
     """
 
     id: str
@@ -53,30 +54,30 @@ class Caller:
     has_key: bool = False
     quota: Quota | None = field(default=None, compare=False, repr=False)
 
-    def reaches(self, owner: str) -> bool:
-        """Whether it may watch, cancel and finish, by id, what belongs to `owner`."""
-        return not self.has_key or self.lists(owner)
+    def can_access(self, owner: str) -> bool:
+        """Whether the caller may watch, cancel and finish generations of `owner` by id."""
+        return not self.has_key or self.can_list(owner)
 
-    def lists(self, owner: str) -> bool:
-        """Whether what belongs to `owner` is in its lists."""
+    def can_list(self, owner: str) -> bool:
+        """Whether the caller's lists include generations of `owner`."""
         return self.role is Role.OPERATOR or owner == self.id
 
     def require(self, role: Role) -> None:
-        """Raises `RoleRequired` unless it has that role. Without keys everybody has every role."""
+        """Raises `RoleRequired` unless the caller has the role. Without API keys, every caller has every role."""
         if self.has_key and role is Role.OPERATOR and self.role is not Role.OPERATOR:
-            raise errors.RoleRequired("Your key is not an operator's.")
+            raise errors.RoleRequired("This needs an API key with the role operator.")
 
 
 class Access:
-    """The keys that open this server.
+    """Checks API keys against a file.
 
     Args:
-        path: File of the keys, or None to let everybody in.
-        now: Seconds of the system's clock, for expiry.
-        clock: Seconds that never go back, for rates.
+        path: File of API keys, or None to accept every caller.
+        now: Returns Unix time in seconds, for expiry.
+        clock: Returns monotonic seconds, for rates.
 
     Raises:
-        KeysUnusable: The file cannot be used.
+        KeysUnusable: The file cannot be read or is invalid.
     """
 
     def __init__(
@@ -94,14 +95,14 @@ class Access:
 
     @property
     def files(self) -> Sequence[Path]:
-        """What to `reload` for, when it changes."""
+        """The files to watch: call `reload` when they change."""
         return () if self._path is None else (self._path,)
 
     def reload(self) -> None:
-        """Reads the file again. What callers have used of limits that stay the same still counts.
+        """Reads the file again. Keys whose limits are unchanged keep their usage so far.
 
         Raises:
-            KeysUnusable: The file cannot be used; what was read before still holds.
+            KeysUnusable: The file cannot be read or is invalid. The old keys stay valid.
         """
         if self._path is None:
             return
@@ -113,41 +114,41 @@ class Access:
             fresh[record.id] = record, quota
         self._keys = fresh
 
-    def admit(self, authorization: str | None, peer: str) -> Caller:
-        """Returns whose call it is.
+    def authenticate(self, authorization: str | None, peer: str) -> Caller:
+        """Returns the caller that a call belongs to.
 
         Args:
-            authorization: The header of that name, such as "Bearer calotype_alice_...", or None when there is none.
-            peer: As gRPC writes addresses, such as ipv4:127.0.0.1:4711.
+            authorization: The `authorization` header, such as "Bearer calotype_alice_...", or None.
+            peer: The client's address in gRPC notation, such as ipv4:127.0.0.1:4711.
 
         Raises:
-            KeyRequired: There is no header.
-            KeyInvalid: It holds no key of this server.
-            KeyExpired: It holds one that was good for a while.
+            KeyRequired: The server has API keys and `authorization` is None.
+            KeyInvalid: The header contains no key of this server.
+            KeyExpired: The header contains a key that has expired.
         """
         if self._path is None:
-            # Every connection has a port of its own, and stands for the same caller.
+            # All connections of a host are the same caller, so the port is left out.
             return Caller(peer.rpartition(":")[0])
         if authorization is None:
-            raise errors.KeyRequired("This server asks for an API key: send it as `authorization: Bearer KEY`.")
+            raise errors.KeyRequired("This server requires an API key: send it as `authorization: Bearer KEY`.")
         scheme, _, key = authorization.partition(" ")
         found = self._keys.get(keys.key_id(key.strip()) or "")
-        known = _NOBODY if found is None else found[0].sha256
+        known = _UNKNOWN_DIGEST if found is None else found[0].sha256
         matches = hmac.compare_digest(keys.digest(key.strip()), known)
         if found is None or not matches or scheme.lower() != "bearer":
             raise errors.KeyInvalid("The API key is not valid.")
         record, quota = found
         if record.expires is not None and datetime.fromtimestamp(self._now(), UTC) >= record.expires:
-            raise errors.KeyExpired(f"The API key has expired at {record.expires.isoformat()}.")
+            raise errors.KeyExpired(f"The API key expired at {record.expires.isoformat()}.")
         return Caller(f"key:{record.id}", record.role, has_key=True, quota=quota)
 
 
 def bearer_in_subprotocols(offered: Sequence[str]) -> str | None:
-    """Returns the `authorization` that a WebSocket carries as the subprotocol `calotype.bearer.KEY`, or None.
+    """Returns the `authorization` that a WebSocket sends as the subprotocol `calotype.bearer.KEY`, or None.
 
-    A browser's WebSocket cannot set headers, and a key in a URL ends up in logs and histories. The server must accept
-    another one of the offered subprotocols, never this one, which it would send back. (A browser's EventSource has
-    neither: pages use `fetch` where keys are asked for.)
+    Browsers cannot set headers on a WebSocket, and a key in a URL would appear in logs and histories. The server must
+    accept one of the other offered subprotocols, because it would send the accepted one, and so the key, back.
+    (EventSource supports neither headers nor subprotocols; pages use `fetch` when the server requires keys.)
     """
     found = next((each for each in offered if each.startswith(_SUBPROTOCOL)), None)
     return None if found is None else f"Bearer {found.removeprefix(_SUBPROTOCOL)}"

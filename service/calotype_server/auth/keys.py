@@ -1,19 +1,18 @@
-"""API keys: how they look, and the file that holds what is known of them.
+"""API keys: their format, and the file that stores their hashes.
 
-A key is `calotype_ID_SECRET`. The id tells which record to compare with; the secret is 256 random bits. The file holds
-SHA-256 of the whole key and nothing from which it could be had: against that many random bits there is no dictionary
-and no rainbow table, so that salt and a slow hash, which guard secrets that people choose, would only make it cheap to
-keep a server busy with wrong keys.
+A key is `calotype_ID_SECRET`. The id selects the record to compare with; the secret is 256 random bits. The file
+contains only the SHA-256 of the whole key. Salt and a slow hash protect passwords that people choose; 256 random bits
+cannot be guessed or looked up in a table, and a slow hash would let attackers keep the server busy with wrong keys.
 
-The file is TOML with a table for each key, which people may edit:
+The file is TOML with one table per key, and can be edited by hand:
 
 ```toml
 [[key]]
 id = "alice"
 sha256 = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
-role = "user"                       # or "operator", who sees everybody's generations
-expires = 2027-01-01T00:00:00Z      # never, when it is left out
-requests_per_minute = 60            # no limit, when it is left out; as the next two
+role = "user"                       # or "operator", which sees the generations of all users
+expires = 2027-01-01T00:00:00Z      # default: never
+requests_per_minute = 60            # default for this and the next two: no limit
 pixel_steps_per_minute = 100_000_000
 concurrent = 4
 ```
@@ -43,58 +42,58 @@ __all__ = ["KeyRecord", "Role", "append", "digest", "key_id", "make", "read"]
 
 _PREFIX = "calotype_"
 _SECRET_CHARS = 43
-"""Of 32 bytes in URL-safe base64."""
+"""Length of 32 bytes in URL-safe base64."""
 
 _KEY = re.compile(rf"{_PREFIX}([A-Za-z0-9._-]{{1,64}})_[A-Za-z0-9_-]{{{_SECRET_CHARS}}}")
 
 
 class Role(StrEnum):
-    """What a caller may see."""
+    """Which generations a caller may list and control."""
 
     USER = "user"
-    """Its own generations."""
+    """Only its own generations."""
     OPERATOR = "operator"
-    """Everybody's."""
+    """The generations of all users."""
 
 
-def _aware(when: datetime) -> datetime:
+def _require_time_zone(when: datetime) -> datetime:
     if when.tzinfo is None:
         raise ValueError("has no time zone: write it as 2027-01-01T00:00:00Z")
     return when
 
 
 class KeyRecord(BaseModel):
-    """What is known of one key; see the module for the meaning of the fields."""
+    """One key in the file. The module docstring explains the fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     role: Role = Role.USER
-    expires: Annotated[datetime, AfterValidator(_aware)] | None = None
+    expires: Annotated[datetime, AfterValidator(_require_time_zone)] | None = None
     requests_per_minute: float | None = Field(None, gt=0, allow_inf_nan=False)
     pixel_steps_per_minute: float | None = Field(None, gt=0, allow_inf_nan=False)
     concurrent: int | None = Field(None, ge=1)
 
     @property
     def limits(self) -> QuotaLimits:
-        """What its bearer may start."""
+        """Limits on the generations that callers with this key may start."""
         return QuotaLimits(self.requests_per_minute, self.pixel_steps_per_minute, self.concurrent)
 
 
 def make(key_id: str) -> str:
-    """Returns a new key, which nobody can tell again."""
+    """Returns a new key with a random secret."""
     return f"{_PREFIX}{key_id}_{secrets.token_urlsafe(32)}"
 
 
 def key_id(key: str) -> str | None:
-    """Returns the id in a key, or None when it is no key."""
+    """Returns the id in a key, or None when `key` does not have the format of a key."""
     found = _KEY.fullmatch(key)
     return None if found is None else found[1]
 
 
 def digest(key: str) -> str:
-    """Returns what the file holds of a key."""
+    """Returns the SHA-256 of a key in hexadecimal."""
     return hashlib.sha256(key.encode(errors="replace")).hexdigest()
 
 
@@ -102,7 +101,7 @@ def read(path: Path) -> dict[str, KeyRecord]:
     """Returns the records of a file by id.
 
     Raises:
-        KeysUnusable: It cannot be read, or a record is wrong; the text says which and how.
+        KeysUnusable: The file cannot be read, or a record is invalid. The message names the record and the field.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -112,27 +111,29 @@ def read(path: Path) -> dict[str, KeyRecord]:
         raise KeysUnusable(f"--api-keys: {path} is not TOML: {error}.") from None
     listed = tables.pop("key", [])
     if tables or not isinstance(listed, list):
-        raise KeysUnusable(f"--api-keys: {path} may hold nothing but tables named [[key]].")
+        raise KeysUnusable(f"--api-keys: {path} may contain only tables named [[key]].")
     records: dict[str, KeyRecord] = {}
     for number, table in enumerate(listed, 1):
         try:
             record = KeyRecord.model_validate(table)
         except ValidationError as error:
-            raise KeysUnusable(f"--api-keys: {path}, key {number}: {_in_words(error)}.") from None
+            raise KeysUnusable(f"--api-keys: {path}, key {number}: {_format_problems(error)}.") from None
         if record.id in records:
-            raise KeysUnusable(f"--api-keys: {path}, key {number}: there is another with the id {record.id!r}.")
+            raise KeysUnusable(f"--api-keys: {path}, key {number}: an earlier key has the same id, {record.id!r}.")
         records[record.id] = record
     return records
 
 
 def append(path: Path, record: KeyRecord) -> None:
-    """Adds a record to a file, which is made, for its owner alone, if need be.
+    """Adds a record to a file. Creates the file, readable only by its owner, if it does not exist.
 
     Raises:
-        KeysUnusable: The file is broken, has a record of that id, or cannot be written.
+        KeysUnusable: The file is invalid, has a record with the same id, or cannot be written.
     """
     if path.exists() and record.id in read(path):
-        raise KeysUnusable(f"{path} has a key with the id {record.id!r} already: choose another name, or remove it.")
+        raise KeysUnusable(
+            f"{path} already has a key with the id {record.id!r}: choose another name, or remove that key."
+        )
     try:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
             file.write(_toml(record))
@@ -151,7 +152,7 @@ def _value(value: Any) -> str:
     return json.dumps(value)
 
 
-def _in_words(error: ValidationError) -> str:
+def _format_problems(error: ValidationError) -> str:
     return "; ".join(
         f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
         for problem in error.errors(include_input=False)

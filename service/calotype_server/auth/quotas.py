@@ -1,10 +1,10 @@
-"""How much one caller may start: token buckets, and a bound on what runs at once.
+"""Limits per caller: token buckets for rates, and a maximum number of generations at the same time.
 
-A bucket of n per minute holds n at most and gains n a minute, so that n may come at once after a quiet minute. What
-costs more than the bucket holds is let in when it is full and leaves a debt: nothing is impossible, and the rate holds
-in the mean.
+A bucket of n per minute holds at most n tokens and gains n tokens per minute, so a caller may use n at once after a
+quiet minute. A request that costs more than a full bucket is accepted when the bucket is full and leaves a debt. So no
+request is impossible, and the average rate stays within the limit.
 
-Lives in the event loop; nothing here is thread-safe, and nothing needs to be.
+Not thread-safe: used only in the event loop.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ __all__ = ["Bucket", "Quota", "QuotaLimits"]
 
 _MINUTE = 60.0
 
-_NOTHING_SECONDS = 1e-3
+_ROUNDING_SECONDS = 1e-3
 
 _RUNNING_RETRY_SECONDS = 2.0
-"""Until one of the caller's own generations may have ended; nobody knows when."""
+"""A guess: the server does not know when one of the caller's generations will end."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuotaLimits:
-    """What a caller may start; None for no limit.
+    """Limits of one caller; None for no limit.
 
     Attributes:
-        requests_per_minute: Generations begun.
-        pixel_steps_per_minute: Width times height times steps, summed over them.
-        concurrent: Generations that wait or run at once.
+        requests_per_minute: Generations started per minute.
+        pixel_steps_per_minute: Sum of width times height times steps of the generations started per minute.
+        concurrent: Queued and running generations.
     """
 
     requests_per_minute: float | None = None
@@ -46,86 +46,88 @@ class QuotaLimits:
 
 
 class Bucket:
-    """A token bucket that is full at first.
+    """A token bucket that starts full.
 
     Args:
-        per_minute: What it gains in a minute, and holds at most.
-        now: Seconds on a clock that never goes back.
+        per_minute: Tokens that it gains per minute, and its capacity.
+        now: Monotonic time in seconds.
     """
 
     def __init__(self, per_minute: float, now: float) -> None:
         self._capacity = per_minute
         self._tokens = per_minute
-        self._at = now
+        self._updated = now
 
     def wait(self, cost: float, now: float) -> float:
-        """Returns the seconds until `cost` may be taken; 0 when it may be now."""
-        self._tokens = min(self._capacity, self._tokens + (now - self._at) * self._capacity / _MINUTE)
-        self._at = now
+        """Returns the seconds until `cost` tokens may be taken; 0 when they may be taken now."""
+        self._tokens = min(self._capacity, self._tokens + (now - self._updated) * self._capacity / _MINUTE)
+        self._updated = now
         seconds = (min(cost, self._capacity) - self._tokens) * _MINUTE / self._capacity
-        # Whoever has waited as long as told is not refused for a rounding error.
-        return seconds if seconds > _NOTHING_SECONDS else 0.0
+        # A caller that waited for as long as we said must not be rejected because of a rounding error.
+        return seconds if seconds > _ROUNDING_SECONDS else 0.0
 
     def take(self, cost: float) -> None:
-        """Takes `cost`, which may leave a debt."""
+        """Takes `cost` tokens, which may leave a debt."""
         self._tokens -= cost
 
 
 class Quota:
-    """What one caller has used of its limits.
+    """The limits of one caller and how much of them it has used.
 
     Args:
-        limits: What it may use.
-        clock: Seconds that never go back.
+        limits: Limits of the caller.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(self, limits: QuotaLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self._clock = clock
         now = clock()
-        self._requests = None if limits.requests_per_minute is None else Bucket(limits.requests_per_minute, now)
-        self._work = None if limits.pixel_steps_per_minute is None else Bucket(limits.pixel_steps_per_minute, now)
+        self._request_bucket = None if limits.requests_per_minute is None else Bucket(limits.requests_per_minute, now)
+        self._pixel_step_bucket = (
+            None if limits.pixel_steps_per_minute is None else Bucket(limits.pixel_steps_per_minute, now)
+        )
 
     def check(self, job: Job, running: int) -> None:
-        """Raises when a job may not be started now; takes nothing.
+        """Checks whether the caller may start a job now, without charging for it.
 
         Args:
-            job: What is to be started.
-            running: The caller's generations that wait or run.
+            job: The job to start.
+            running: Number of the caller's queued and running generations.
 
         Raises:
-            ConcurrentGenerations: As many wait or run as may.
-            RequestsPerMinute: There were too many in the last minute.
-            PixelStepsPerMinute: They were too large.
+            ConcurrentGenerations: The maximum number of generations is queued or running.
+            RequestsPerMinute: The caller started too many generations in the last minute.
+            PixelStepsPerMinute: The caller's generations of the last minute used too many pixel steps.
         """
         limits, now = self.limits, self._clock()
         if limits.concurrent is not None and running >= limits.concurrent:
             raise ConcurrentGenerations(
-                f"Your key allows {limits.concurrent} generations at once, and {running} wait or run.",
+                f"Your key allows {limits.concurrent} generations at the same time; {running} are queued or running.",
                 retry_after=_RUNNING_RETRY_SECONDS,
                 metadata={"limit": str(limits.concurrent)},
             )
-        if self._requests is not None and (wait := self._requests.wait(1, now)):
+        if self._request_bucket is not None and (wait := self._request_bucket.wait(1, now)):
             raise RequestsPerMinute(
-                f"Your key allows {limits.requests_per_minute:g} generations a minute.",
+                f"Your key allows {limits.requests_per_minute:g} generations per minute.",
                 retry_after=wait,
                 metadata={"limit": f"{limits.requests_per_minute:g}"},
             )
-        if self._work is not None and (wait := self._work.wait(_cost(job), now)):
+        if self._pixel_step_bucket is not None and (wait := self._pixel_step_bucket.wait(_pixel_steps(job), now)):
             raise PixelStepsPerMinute(
-                f"Your key allows {limits.pixel_steps_per_minute:.0f} pixels times steps a minute; "
-                f"this picture takes {_cost(job)}.",
+                f"Your key allows {limits.pixel_steps_per_minute:.0f} pixels times steps per minute; "
+                f"this image needs {_pixel_steps(job)}.",
                 retry_after=wait,
-                metadata={"limit": f"{limits.pixel_steps_per_minute:.0f}", "cost": str(_cost(job))},
+                metadata={"limit": f"{limits.pixel_steps_per_minute:.0f}", "cost": str(_pixel_steps(job))},
             )
 
     def charge(self, job: Job) -> None:
-        """Counts a job that was started."""
-        if self._requests is not None:
-            self._requests.take(1)
-        if self._work is not None:
-            self._work.take(_cost(job))
+        """Charges the caller for a job that was started."""
+        if self._request_bucket is not None:
+            self._request_bucket.take(1)
+        if self._pixel_step_bucket is not None:
+            self._pixel_step_bucket.take(_pixel_steps(job))
 
 
-def _cost(job: Job) -> int:
+def _pixel_steps(job: Job) -> int:
     return job.pixel_count * job.step_count

@@ -1,6 +1,6 @@
-"""`calotype doctor`: what is installed, what would happen, and what to do about it.
+"""`calotype doctor`: checks whether `calotype serve` would start, and says how to fix what is wrong.
 
-It changes nothing and downloads nothing.
+It changes and downloads nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EXTRAS = {"live pictures in the terminal": "textual_image", "notebooks": "IPyth
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report; `advice` tells what to do when `ok` is false."""
+    """One line of the report; `advice` says how to fix the problem when `ok` is false."""
 
     ok: bool
     subject: str
@@ -38,25 +38,27 @@ class Finding:
 
 
 def doctor(settings: Settings) -> None:
-    """Check this machine: packages, device, model, port. Takes the options of `serve`."""
-    sick = False
+    """Check this machine: packages, device, model and ports. Takes the options of `serve`."""
+    failed = False
     for finding in examine(settings):
         mark = typer.style("ok  ", fg="green") if finding.ok else typer.style("FAIL", fg="red")
         typer.echo(f"{mark} {finding.subject:12} {finding.result}")
         if not finding.ok:
-            sick = True
+            failed = True
             typer.echo(f"     {'':12} {finding.advice}")
-    raise typer.Exit(1 if sick else 0)
+    raise typer.Exit(1 if failed else 0)
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """Yields what was found, in the order in which a start would stumble over it."""
+    """Yields findings in the order in which a start would run into the problems."""
     yield Finding(True, "python", f"{platform.python_version()} on {platform.platform()}")
     for package in _PACKAGES:
         try:
             yield Finding(True, package, version(package))
         except PackageNotFoundError:
-            yield Finding(False, package, "not installed", f"pip install '{package}', or 'calotype[server]' for all")
+            yield Finding(
+                False, package, "not installed", f"pip install '{package}', or 'calotype[server]' for all packages"
+            )
     for purpose, module in _EXTRAS.items():
         if importlib.util.find_spec(module) is None:
             yield Finding(True, "extra", f"not installed: {purpose}")
@@ -93,7 +95,7 @@ def _model(settings: Settings) -> Iterator[Finding]:
         except StartupError:
             if not isinstance(source, str):
                 raise
-            yield Finding(True, "model", f"{settings.model} is not in the local cache: serve will try to download it")
+            yield Finding(True, "model", f"{settings.model} is not in the local cache; serve will download it")
             return
         model = capabilities.describe(settings.model, pipeline, capabilities.read_defaults(source))
     except StartupError as error:

@@ -1,4 +1,4 @@
-"""The command `calotype keys`: makes API keys, whose secrets nobody else ever sees."""
+"""The command `calotype keys`: makes and lists API keys."""
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,28 +12,40 @@ from calotype_server.errors import KeysUnusable
 
 __all__ = ["keys"]
 
-keys = typer.Typer(help="Make and list the API keys of a server.", no_args_is_help=True)
+keys = typer.Typer(help="Make and list API keys.", no_args_is_help=True)
 
 File = Annotated[
-    Path, typer.Option(metavar="FILE", help="The file that `serve --api-keys` reads.", envvar="CALOTYPE_API_KEYS")
+    Path,
+    typer.Option(metavar="FILE", help="The file that `calotype serve --api-keys` reads.", envvar="CALOTYPE_API_KEYS"),
 ]
 
 
 @keys.command()
 def add(
-    name: Annotated[str, typer.Option(help="Whose it is: letters, digits, dots, dashes, underscores.")],
+    name: Annotated[
+        str, typer.Option(help="Name of the owner: 1 to 64 letters, digits, dots, dashes and underscores.")
+    ],
     file: File,
-    role: Annotated[Role, typer.Option(help="A user sees its own generations, an operator everybody's.")] = Role.USER,
+    role: Annotated[Role, typer.Option(help="A user sees their own generations, an operator sees all.")] = Role.USER,
     expires: Annotated[
-        str | None, typer.Option(metavar="DAYS|TIME", help="Days from now, or a time such as 2027-01-01T00:00:00Z.")
+        str | None,
+        typer.Option(
+            metavar="DAYS|TIME", help="Days from now, or a time such as 2027-01-01T00:00:00Z. Default: never."
+        ),
     ] = None,
-    requests_per_minute: Annotated[float | None, typer.Option(help="Generations begun in a minute.")] = None,
-    pixel_steps_per_minute: Annotated[float | None, typer.Option(help="Pixels times steps in a minute.")] = None,
-    concurrent: Annotated[int | None, typer.Option(help="Generations that wait or run at once.")] = None,
+    requests_per_minute: Annotated[
+        float | None, typer.Option(help="Maximum generations started per minute. Default: no limit.")
+    ] = None,
+    pixel_steps_per_minute: Annotated[
+        float | None, typer.Option(help="Maximum pixels times steps per minute. Default: no limit.")
+    ] = None,
+    concurrent: Annotated[
+        int | None, typer.Option(help="Maximum queued and running generations. Default: no limit.")
+    ] = None,
 ) -> None:
-    """Make a key, add what the server must know of it to FILE, and print the key, which nobody can tell again.
+    """Make a key, add its hash to FILE, and print the key. It cannot be shown again.
 
-    A server that runs takes it up within a second or two.
+    A running server accepts the key within two seconds.
     """
     try:
         key = make(name)
@@ -41,7 +53,7 @@ def add(
             id=name,
             sha256=digest(key),
             role=role,
-            expires=_time(expires),
+            expires=_parse_time(expires),
             requests_per_minute=requests_per_minute,
             pixel_steps_per_minute=pixel_steps_per_minute,
             concurrent=concurrent,
@@ -56,24 +68,26 @@ def add(
         typer.secho(f"calotype: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
     typer.echo(key)
-    typer.echo(f"Keep it: {file} holds only its hash. Callers send it as `authorization: Bearer KEY`.", err=True)
+    typer.echo(
+        f"Store the key now: {file} contains only its hash. Clients send it as `authorization: Bearer KEY`.", err=True
+    )
 
 
 @keys.command("list")
 def list_keys(file: File) -> None:
-    """List the keys in FILE: names, roles, expiry."""
+    """List the keys in FILE: name, role and expiry."""
     try:
         records = read(file)
     except KeysUnusable as error:
         typer.secho(f"calotype: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
     for record in records.values():
-        over = record.expires is not None and record.expires <= datetime.now(UTC)
-        until = "" if record.expires is None else f"{'expired' if over else 'until'} {record.expires.isoformat()}"
+        expired = record.expires is not None and record.expires <= datetime.now(UTC)
+        until = "" if record.expires is None else f"{'expired' if expired else 'until'} {record.expires.isoformat()}"
         typer.echo(f"{record.id:<24} {record.role:<10} {until}".rstrip())
 
 
-def _time(given: str | None) -> datetime | None:
+def _parse_time(given: str | None) -> datetime | None:
     if given is None:
         return None
     try:
@@ -83,4 +97,6 @@ def _time(given: str | None) -> datetime | None:
     try:
         return datetime.fromisoformat(given)
     except ValueError:
-        raise typer.BadParameter(f"{given!r} is neither a number of days nor a time", param_hint="--expires") from None
+        raise typer.BadParameter(
+            f"{given!r} is neither a number of days nor a time such as 2027-01-01T00:00:00Z", param_hint="--expires"
+        ) from None

@@ -40,7 +40,7 @@ class Stop:
         return self._set
 
     def call(self, callback: Callable[[], None]) -> None:
-        """Registers a callback for a stop; calls it at once if a stop was already requested. It must not block or raise."""
+        """Registers a callback for a stop, or calls it at once after a stop. It must not block or raise."""
         with self._lock:
             if not self._set:
                 self._callbacks.append(callback)

@@ -21,13 +21,13 @@ from calotype_server.types import (
     EncodingPrompt,
     Event,
     Failed,
+    Heartbeat,
     Notice,
     Phase,
     PreviewMethod,
     PreviewOptions,
     PreviewReady,
     Queued,
-    StillAlive,
     Succeeded,
     Withdrawn,
 )
@@ -101,7 +101,7 @@ def advance(state: State, event: Event) -> State:
         case Decoding(early, remaining) if state.phase < Phase.DECODING:
             step = state.step if early else state.total_steps
             return replace(later, phase=Phase.DECODING, step=step, finished_early=early, estimated_remaining=remaining)
-        case StillAlive(seconds):
+        case Heartbeat(seconds):
             left = state.estimated_remaining
             left = None if left is None else max(0.0, left - seconds)
             return replace(later, queue_position=state.queue_position, estimated_remaining=left)

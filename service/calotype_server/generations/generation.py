@@ -28,9 +28,9 @@ from calotype_server.types import (
     EncodedImage,
     Event,
     Failed,
+    Heartbeat,
     PreviewMethod,
     PreviewReady,
-    StillAlive,
     Succeeded,
 )
 
@@ -149,7 +149,7 @@ class Generation:
 
     @property
     def is_replaceable(self) -> bool:
-        """Whether it fails because a reader, the server or the disk was lost; the same request then starts a new one."""
+        """Whether it fails for lack of a reader, server or disk; the same request then starts a new one."""
         end = self.events.state.end
         error = self.abort_error if end is None else getattr(end, "error", None)
         return isinstance(error, errors.Abandoned | errors.Draining | errors.StateUnavailable)
@@ -216,9 +216,9 @@ class Generation:
         self.events.publish(event)
 
     def heartbeat(self, interval: float) -> None:
-        """Publishes `StillAlive` if nothing else was published in the last `interval` seconds."""
+        """Publishes `Heartbeat` if nothing else was published in the last `interval` seconds."""
         if self.events.state.sequence == self._last_heartbeat_sequence:
-            self.events.publish(StillAlive(interval))
+            self.events.publish(Heartbeat(interval))
         self._last_heartbeat_sequence = self.events.state.sequence
 
     def end(self, end: Succeeded | Failed) -> None:

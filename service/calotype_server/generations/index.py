@@ -95,7 +95,7 @@ class GenerationIndex:
             before: Only generations accepted before this time, in Unix nanoseconds; None for all.
         """
         known = [*self._running.values(), *self.retained]
-        own = (each for each in known if caller.lists(each.delivery.caller))
+        own = (each for each in known if caller.can_list(each.delivery.caller))
         earlier = (each for each in own if before is None or each.created_ns < before)
         return sorted(earlier, key=lambda each: (-each.created_ns, -each.number))
 

@@ -154,7 +154,7 @@ class Generations:
                 "The generation belongs to another server, or to one that no longer runs.",
                 metadata={"replica": self.replica},
             )
-        if found is None or not caller.reaches(found.delivery.caller):
+        if found is None or not caller.can_access(found.delivery.caller):
             raise errors.GenerationNotFound("There is no generation with this id.")
         return found
 

@@ -7,12 +7,12 @@ other's records.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from calotype_server import errors
-from calotype_server.types import DeliveryOptions, Job, Phase, Timings
+from calotype_server.types import DeliveryOptions, ImageFormat, Job, Phase, Timings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +53,7 @@ _KINDS = {kind.reason: kind for kind in _kinds(errors.ServiceError) if kind is n
 class ImageFacts:
     """Properties of a final image that can be read without it. `width` and `height` in pixels, `size` in bytes."""
 
-    format: Literal["jpeg", "png", "webp"]
+    format: ImageFormat
     width: int
     height: int
     size: int

@@ -1,4 +1,4 @@
-"""Pixels to image files, on threads of its own: never in the event loop, never in a generation's thread."""
+"""Encodes pixels as image files, on its own threads: never in the event loop or in the thread of a generation."""
 
 from __future__ import annotations
 
@@ -20,67 +20,68 @@ if TYPE_CHECKING:
 __all__ = ["Encoder", "encode_final", "encode_preview"]
 
 _MAX_COMMENT_BYTES = 60_000
-"""An EXIF block holds 64 KiB in all."""
+"""An EXIF block can contain at most 64 KiB, including its other fields."""
 
 
 class Encoder:
-    """Encodes previews as JPEG and final images in the format asked for.
+    """Encodes previews as JPEG and final images in the requested format.
 
     Args:
-        on_preview: Told the seconds of processor time that encoding a preview took.
-        observe: Told of each file.
+        on_preview: Called with the CPU seconds that encoding a preview took.
+        observe: Receives an `ImageEncoded` for each file.
     """
 
     def __init__(self, on_preview: Callable[[float], None] | None = None, observe: Observe = ignore) -> None:
         self._on_preview = on_preview
         self._observe = observe
-        # Two, so that a preview does not wait behind another generation's final image.
+        # Two, so that a preview does not wait for the final image of another generation.
         self._threads = ThreadPoolExecutor(2, "calotype-encode")
 
     async def preview(self, pixels: Pixels, options: PreviewOptions) -> EncodedImage:
-        """Returns a JPEG no larger than `options.max_edge`."""
+        """Returns a JPEG whose longer edge is at most `options.max_edge` pixels."""
         return await self._run("preview", self._timed_preview, pixels, options.max_edge, options.quality)
 
     async def final(self, pixels: Pixels, options: OutputOptions, parameters: str) -> EncodedImage:
-        """Returns a file of the full size, with `parameters` inside where the options want metadata."""
+        """Returns the full-size image; its file contains `parameters` if `options.metadata`."""
         return await self._run("final", encode_final, pixels, options, parameters)
 
     def close(self) -> None:
-        """Ends the threads after what they are doing."""
+        """Waits for running encodes to finish and stops the threads."""
         self._threads.shutdown()
 
     def _timed_preview(self, pixels: Pixels, max_edge: int, quality: int) -> EncodedImage:
-        begun = time.thread_time()
+        start = time.thread_time()
         image = encode_preview(pixels, max_edge, quality)
         if self._on_preview is not None:
-            self._on_preview(time.thread_time() - begun)
+            self._on_preview(time.thread_time() - start)
         return image
 
     async def _run(
         self, kind: Literal["preview", "final"], function: Callable[..., EncodedImage], *arguments: object
     ) -> EncodedImage:
         def encode() -> EncodedImage:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             image = function(*arguments)
-            self._observe(ImageEncoded(kind, image.format, time.perf_counter() - begun))
+            self._observe(ImageEncoded(kind, image.format, time.perf_counter() - start))
             return image
 
-        # In the caller's context, so that lines logged on the way carry its ids.
+        # In the caller's context, so that log lines have its context variables.
         return await asyncio.get_running_loop().run_in_executor(self._threads, contextvars.copy_context().run, encode)
 
 
 def encode_preview(pixels: Pixels, max_edge: int, quality: int) -> EncodedImage:
-    """JPEG of `pixels`, its longer edge reduced to `max_edge` where it is larger."""
+    """Returns a JPEG of `pixels`, scaled down so that its longer edge is at most `max_edge` pixels."""
     image = _image(pixels)
     image.thumbnail((max_edge, max_edge), Image.Resampling.BOX)
     return _save(image, "jpeg", quality=quality)
 
 
 def encode_final(pixels: Pixels, options: OutputOptions, parameters: str) -> EncodedImage:
-    """The finished file. PNG takes compression level 3: half the time of the default for a few per cent more bytes.
+    """Returns the file of a final image.
 
-    The parameters go where tools look for them: a text chunk named `parameters` in PNG, the EXIF field UserComment in
-    JPEG and WebP.
+    The parameters are where other tools look for them: in a text chunk named `parameters` in PNG, in the EXIF field
+    UserComment in JPEG and WebP. PNG uses compression level 3, which takes half the time of the default level for a few
+    per cent more bytes.
     """
     saved: dict[str, Any] = {"compress_level": 3} if options.format == "png" else {"quality": options.quality}
     if options.metadata and options.format == "png":
@@ -90,17 +91,17 @@ def encode_final(pixels: Pixels, options: OutputOptions, parameters: str) -> Enc
     elif options.metadata:
         saved["exif"] = _exif(parameters)
     if options.format == "jpeg":
-        # Colour at half resolution is for previews; the keeper gets all of it.
+        # Full colour resolution. Previews use the default, half of it.
         saved["subsampling"] = "4:4:4"
     return _save(_image(pixels), options.format, **saved)
 
 
 def _exif(text: str) -> Image.Exif:
     exif = Image.Exif()
-    # A comment begins with eight bytes that name its encoding (EXIF 2.3, table 9).
+    # The first eight bytes of a comment name its encoding (EXIF 2.3, table 9).
     encoded = text.encode("utf-16-be", "replace")
     if len(encoded) > _MAX_COMMENT_BYTES:
-        # A character of four bytes may have been cut in half.
+        # The cut may have split a character of four bytes.
         encoded = encoded[:_MAX_COMMENT_BYTES].decode("utf-16-be", "ignore").encode("utf-16-be")
     comment = b"UNICODE\0" + encoded
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
@@ -111,7 +112,7 @@ def _image(pixels: Pixels) -> Image.Image:
     return Image.frombytes("RGB", (pixels.width, pixels.height), pixels.data)
 
 
-def _save(image: Image.Image, format: str, **options: Any) -> EncodedImage:  # noqa: A002 - Pillow's word
+def _save(image: Image.Image, format: str, **options: Any) -> EncodedImage:  # noqa: A002 - the name in Pillow
     file = io.BytesIO()
     image.save(file, format, **options)
     return EncodedImage(format, image.width, image.height, file.getvalue())  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""What a final image tells about how it was made, in the text form that most tools for diffusion images read.
+"""Text with the parameters of a generation, to embed in its final image.
 
-The first line is the prompt, then `Negative prompt: ...`, then one line of `Name: value` pairs: the "infotext" that the
-Stable Diffusion WebUI introduced.
+The format is the "infotext" of the Stable Diffusion WebUI, which most tools for diffusion images read: the prompt, then
+a line `Negative prompt: ...`, then one line of `Name: value` pairs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ __all__ = ["describe"]
 
 
 def describe(job: Job, model: ModelInfo, finished_at: int | None = None) -> str:
-    """Returns everything that is needed to make the picture again.
+    """Returns the parameters that reproduce the image.
 
     Args:
-        job: What was asked for.
-        model: What made it.
+        job: The job of the generation.
+        model: The model that ran it.
         finished_at: The step after which it was finished early, or None.
     """
-    facts: dict[str, object] = {
+    parameters: dict[str, object] = {
         "Steps": job.step_count,
         "Finished at step": finished_at,
         "Sampler": job.scheduler,
@@ -37,12 +37,12 @@ def describe(job: Job, model: ModelInfo, finished_at: int | None = None) -> str:
     lines = [job.prompt]
     if job.negative_prompt:
         lines.append(f"Negative prompt: {job.negative_prompt}")
-    lines.append(", ".join(f"{name}: {value}" for name, value in facts.items() if value is not None))
+    lines.append(", ".join(f"{name}: {value}" for name, value in parameters.items() if value is not None))
     return "\n".join(lines)
 
 
 def _quoted(value: str) -> str:
-    """As the format has it: values with separators in them are JSON strings."""
+    """Returns a value as the format requires: as a JSON string if it contains separators."""
     if not set(value) & set(',:\n"'):
         return value
     escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

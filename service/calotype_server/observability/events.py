@@ -1,7 +1,7 @@
-"""What there is to see of a server at work; whoever measures or traces takes these. Standard library only.
+"""Observations: typed events that the stages of the server report to metrics and traces. Standard library only.
 
-Observations carry no ids, prompts or callers where they come often: what is counted must be bounded. They are made by
-any thread, and whoever takes them must neither block nor raise.
+Any thread can report an observation. Observers must not block and must not raise. Frequent observations contain no ids,
+prompts or callers, so that metrics made from them have a bounded number of series.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class LeftQueue:
-    """A generation left the queue after `waited` seconds."""
+    """A generation left the queue after waiting `waited` seconds."""
 
     waited: float
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """A generation's denoising step ended `seconds` after the one before it."""
+    """A denoising step of a generation ended, `seconds` after the previous one."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class BatchDone:
-    """The denoiser computed `rows` rows, of one or several generations, in one call."""
+    """One call of the denoiser computed `rows` rows, of one or several generations, in `seconds`."""
 
     rows: int
     seconds: float
@@ -60,7 +60,7 @@ class BatchDone:
 
 @dataclass(frozen=True, slots=True)
 class PreviewRendered:
-    """A decoder made a picture; `seconds` is what the denoiser may have lost, as the budget reckons."""
+    """A preview was rendered; `seconds` is the time that the budget counts as lost for the denoiser."""
 
     method: PreviewMethod
     seconds: float
@@ -68,7 +68,7 @@ class PreviewRendered:
 
 @dataclass(frozen=True, slots=True)
 class PreviewPublished:
-    """A preview is there for readers; `automatic` when the budget chose the method."""
+    """A preview became available to readers; `automatic` when the budget chose its method."""
 
     method: PreviewMethod
     automatic: bool
@@ -76,14 +76,14 @@ class PreviewPublished:
 
 @dataclass(frozen=True, slots=True)
 class FirstPreview:
-    """The first preview of a generation came `seconds` after it was accepted."""
+    """A generation published its first preview, `seconds` after it was accepted."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class PreviewsDropped:
-    """Previews were replaced by newer ones: before they were drawn, or in a slow reader's slot."""
+    """`count` previews were replaced by newer ones, before they were rendered or before a reader read them."""
 
     where: Literal["undrawn", "unread"]
     count: int
@@ -91,12 +91,12 @@ class PreviewsDropped:
 
 @dataclass(frozen=True, slots=True)
 class PreviewFailed:
-    """A decoder raised."""
+    """Rendering a preview raised an exception."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageEncoded:
-    """An image file was written."""
+    """An image was encoded as a file in `seconds`."""
 
     kind: Literal["preview", "final"]
     format: str
@@ -105,14 +105,14 @@ class ImageEncoded:
 
 @dataclass(frozen=True, slots=True)
 class CancelCompleted:
-    """A generation at work was told to end, and its thread had ended `seconds` later."""
+    """A running generation was cancelled, and its thread ended `seconds` later."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseSpan:
-    """A phase of a generation, on the clock of `time.monotonic`, in seconds."""
+    """A phase of a generation. `begin` and `end` are in seconds of `time.monotonic`."""
 
     name: Literal["queue", "encode_prompt", "denoise", "decode", "encode_image"]
     begin: float
@@ -121,15 +121,15 @@ class PhaseSpan:
 
 @dataclass(frozen=True, slots=True)
 class GenerationEnded:
-    """A generation is over.
+    """A generation ended.
 
     Attributes:
-        generation_id: Its id.
-        job: What it was to make.
-        end: What came of it.
-        phases: Those it was in, in their order; when it failed, in the last of them.
-        steps: Denoising steps done.
-        batch_rows: Rows computed together with its own on average, its own included; 0 when unknown.
+        generation_id: Id of the generation.
+        job: Its job.
+        end: Its last event.
+        phases: The phases that it reached, in order. A failed generation failed in the last of them.
+        steps: Completed denoising steps.
+        batch_rows: Mean number of rows in the batches that contained it; 0 when unknown.
     """
 
     generation_id: str
@@ -142,7 +142,7 @@ class GenerationEnded:
 
 @dataclass(frozen=True, slots=True)
 class MessageSent:
-    """A message of `size` bytes was handed to a transport."""
+    """A transport sent a message of `size` bytes."""
 
     transport: str
     size: int
@@ -150,14 +150,14 @@ class MessageSent:
 
 @dataclass(frozen=True, slots=True)
 class CallRefused:
-    """A call was answered with an error of ours before or instead of a generation."""
+    """A call was rejected with a `ServiceError`, whose reason is `reason`."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallEnded:
-    """A call is over; `method` is its short name or "other", `code` the name of its gRPC status."""
+    """A call ended; `method` is its short name or "other", `code` its gRPC status name or HTTP status."""
 
     transport: str
     method: str
@@ -180,18 +180,18 @@ Observation = (
     | CallRefused
     | CallEnded
 )
-"""Everything that can be seen."""
+"""Every kind of observation."""
 
 Observe = Callable[[Observation], None]
-"""Takes what there is to see."""
+"""A function that receives observations."""
 
 
 def ignore(observation: Observation) -> None:
-    """Takes no notice."""
+    """Discards an observation."""
 
 
 def to_all(*observers: Observe) -> Observe:
-    """Returns what tells each of several."""
+    """Returns an observer that passes each observation to all of `observers`."""
 
     def observe(observation: Observation) -> None:
         for observer in observers:

@@ -1,4 +1,4 @@
-"""Logging, set up in one place. Every line carries what was bound: the call's and the generation's id."""
+"""Configures logging. Every line has the context variables bound by its caller, such as the id of the generation."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ __all__ = ["configure_logging"]
 
 def configure_logging(
     level: str,
-    format: Literal["console", "json"],  # noqa: A002 - as the setting
+    format: Literal["console", "json"],  # noqa: A002 - the name of the setting
     *,
     prompts: bool = False,
 ) -> None:
-    """Logs to standard error: lines for people, or one JSON object a line.
+    """Sends all logs to standard error, as text for people or as one JSON object per line.
 
     Args:
-        level: Least severe level that is kept, as in the standard library, in lower case.
+        level: Lowest level to log: "debug", "info", "warning" or "error".
         format: "console" or "json".
-        prompts: Whether what people ask for is logged.
+        prompts: Whether prompts may appear in the log.
     """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    # Tracebacks without local variables, which hold prompts and megabytes.
+    # Without local variables, which can contain prompts and megabytes of data.
     traceback = ExceptionDictTransformer(show_locals=False)
     exceptions, renderer = (
         (structlog.processors.ExceptionRenderer(traceback), structlog.processors.JSONRenderer())
@@ -44,17 +44,17 @@ def configure_logging(
             ),
         )
     )
-    renderers: list[structlog.typing.Processor] = [exceptions, RedactPrompts(wanted=prompts), renderer]
+    renderers: list[structlog.typing.Processor] = [exceptions, RedactPrompts(log_prompts=prompts), renderer]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
-    # The libraries log through the standard library; they come out in the same shape.
+    # Libraries log through the standard library; their lines get the same format.
     handler = logging.StreamHandler(sys.stderr)
     remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[remove, *renderers]))
-    # Warnings of Python too: with the ids of whoever they are about.
+    # Python warnings too, so that they have the context variables of the call.
     logging.captureWarnings(True)
     root = logging.getLogger()
     root.handlers = [handler]

@@ -1,7 +1,7 @@
-"""Prometheus metrics: their names, buckets, and how they follow from observations.
+"""Prometheus metrics: names, buckets, and how observations update them.
 
-Units are seconds and bytes. No label holds an id, a prompt, a caller or anything else that a caller chooses: the number
-of series is bounded by this file. `service/README.md` lists them; a test compares the two.
+Units are seconds and bytes. No label contains an id, a prompt, a caller or any other value that callers choose, so the
+number of series is bounded. `service/README.md` lists all metrics; a test compares the list with this module.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ __all__ = ["Description", "Metrics", "ServerMetrics"]
 
 M = TypeVar("M", Counter, Gauge, Histogram, Info)
 
-_WAITS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_STEPS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
-_PICTURES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_WAIT_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_STEP_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_IMAGE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """One line of the documentation: `name` as it is scraped, `kind` as Prometheus calls it."""
+    """One metric for the documentation: its exposed name, its Prometheus type, its labels and its help text."""
 
     name: str
     kind: str
@@ -60,37 +60,37 @@ class Description:
 
 
 class Metrics:
-    """What every process with a web port counts; `observe` may be called by any thread.
+    """Metrics of every process with a web port. `observe` may be called by any thread.
 
     Args:
-        version: Of this software.
+        version: Version of Calotype.
 
     Attributes:
-        catalogue: What is exposed under a name of ours.
+        catalogue: Descriptions of all metrics with the prefix `calotype_`.
     """
 
     def __init__(self, version: str) -> None:
-        # One more series for each counter and histogram, of which nobody has asked for a graph yet.
+        # They are one additional series per counter and histogram, which no panel of the dashboard uses.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.catalogue: list[Description] = []
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        self._info("calotype_build", "Version of the software.", ("version",)).info({"version": version})
-        threads = self._gauge("calotype_threads", "Threads of Python.")
+        self._info("calotype_build", "Version of Calotype.", ("version",)).info({"version": version})
+        threads = self._gauge("calotype_threads", "Python threads.")
         threads.set_function(threading.active_count)
         self._calls = self._counter(
             "calotype_calls",
-            "Calls that are over, by gRPC status, or that of HTTP.",
+            "Ended calls, by gRPC or HTTP status.",
             ("transport", "method", "code"),
         )
-        self._refused = self._counter("calotype_refused", "Calls that were refused, by reason.", ("reason",))
-        self._messages = self._counter("calotype_messages_sent", "Messages handed to a transport.", ("transport",))
+        self._refused = self._counter("calotype_refused", "Rejected calls, by reason.", ("reason",))
+        self._messages = self._counter("calotype_messages_sent", "Messages sent.", ("transport",))
         self._bytes = self._counter(
-            "calotype_sent_bytes", "Bytes of these messages, without the transport's framing.", ("transport",)
+            "calotype_sent_bytes", "Bytes of sent messages, without the framing of the transport.", ("transport",)
         )
 
     def observe(self, observation: Observation) -> None:
-        """Counts an observation; those that nothing is counted of are ignored."""
+        """Updates the metrics of an observation; ignores kinds that have none."""
         match observation:
             case MessageSent(transport, size):
                 self._messages.labels(transport).inc()
@@ -101,34 +101,34 @@ class Metrics:
                 self._calls.labels(transport, method, code).inc()
 
     def render(self, accept: str) -> tuple[bytes, str]:
-        """Returns all metrics and their content type, in the format that the `Accept` header prefers."""
+        """Returns all metrics and their content type, in the format that the `Accept` header asks for."""
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
     def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
-        return self._described(Counter(name, text, labels, registry=self._registry), f"{name}_total", text, labels)
+        return self._register(Counter(name, text, labels, registry=self._registry), f"{name}_total", text, labels)
 
     def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
-        return self._described(Gauge(name, text, labels, registry=self._registry), name, text, labels)
+        return self._register(Gauge(name, text, labels, registry=self._registry), name, text, labels)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         made = Histogram(name, text, labels, registry=self._registry, buckets=buckets)
-        return self._described(made, name, text, labels)
+        return self._register(made, name, text, labels)
 
     def _info(self, name: str, text: str, labels: Sequence[str]) -> Info:
-        return self._described(Info(name, text, registry=self._registry), f"{name}_info", text, labels)
+        return self._register(Info(name, text, registry=self._registry), f"{name}_info", text, labels)
 
-    def _described(self, metric: M, name: str, text: str, labels: Sequence[str]) -> M:
+    def _register(self, metric: M, name: str, text: str, labels: Sequence[str]) -> M:
         kind = "gauge" if isinstance(metric, Info) else type(metric).__name__.lower()
         self.catalogue.append(Description(name, kind, tuple(labels), text))
         return metric
 
 
 class ServerMetrics(Metrics):
-    """What a server with a model counts besides.
+    """Metrics of a server with a model.
 
     Args:
-        version: Of this software.
+        version: Version of Calotype.
     """
 
     def __init__(self, version: str) -> None:
@@ -137,79 +137,86 @@ class ServerMetrics(Metrics):
             "calotype_model", "The loaded model.", ("name", "pipeline", "device", "dtype", "max_active")
         )
         self._gauges = {
-            "serving": self._gauge("calotype_serving", "1 while calls are welcome, as the health checks say."),
-            "active": self._gauge("calotype_active_generations", "Generations at work."),
-            "queued": self._gauge("calotype_queued_generations", "Generations that wait for their turn."),
-            "readers": self._gauge("calotype_readers", "Streams that follow a generation."),
+            "serving": self._gauge(
+                "calotype_serving",
+                "1 while the server accepts calls, 0 while it loads or drains; same as the health check.",
+            ),
+            "active": self._gauge("calotype_active_generations", "Running generations."),
+            "queued": self._gauge("calotype_queued_generations", "Generations in the queue."),
+            "readers": self._gauge("calotype_readers", "Open streams that read a generation."),
             "log_bytes": self._gauge(
-                "calotype_event_log_bytes", "Pixels and files of previews that running generations hold."
+                "calotype_event_log_bytes", "Bytes of previews, raw and encoded, kept for running generations."
             ),
             "retained": self._gauge("calotype_retained_generations", "Ended generations that can still be watched."),
-            "retained_bytes": self._gauge("calotype_retained_bytes", "Bytes of their images."),
+            "retained_bytes": self._gauge("calotype_retained_bytes", "Bytes of images of these generations."),
             "longest_pause": self._gauge(
                 "calotype_longest_pause_seconds",
-                "Time since the last progress of the generation at work that made none for longest.",
+                "Time since the last progress of the running generation that made none for longest.",
             ),
         }
         self._queue_wait = self._histogram(
-            "calotype_queue_wait_seconds", "From a generation's acceptance to its turn.", _WAITS
+            "calotype_queue_wait_seconds", "Time from accepting a generation to leaving the queue.", _WAIT_BUCKETS
         )
         self._first_preview = self._histogram(
-            "calotype_first_preview_seconds", "From a generation's acceptance to its first preview.", _WAITS
+            "calotype_first_preview_seconds", "Time from accepting a generation to its first preview.", _WAIT_BUCKETS
         )
         self._phases = self._histogram(
-            "calotype_phase_seconds", "Phases of ended generations, however they ended.", _WAITS, ("phase",)
+            "calotype_phase_seconds", "Duration of each phase of ended generations.", _WAIT_BUCKETS, ("phase",)
         )
         self._ended = self._counter(
             "calotype_generations_ended",
-            "Ended generations; the reason is that of the error, or FINISHED_EARLY, or empty.",
+            "Ended generations; reason is the reason of the error, FINISHED_EARLY, or empty.",
             ("outcome", "reason"),
         )
         self._errors = self._counter(
-            "calotype_errors", "Failed generations by the phase that they were in, and failed previews.", ("phase",)
+            "calotype_errors", "Failed generations by the phase in which they failed, and failed previews.", ("phase",)
         )
         self._cancel = self._histogram(
-            "calotype_cancel_seconds", "From the request to end a generation at work to its slot being free.", _WAITS
+            "calotype_cancel_seconds",
+            "Time from cancelling a running generation to its slot being free.",
+            _WAIT_BUCKETS,
         )
         self._step = self._histogram(
-            "calotype_step_seconds", "Denoising step, as its generation sees it: waiting for others included.", _STEPS
+            "calotype_step_seconds",
+            "Time between two denoising steps of a generation, including waiting for other generations.",
+            _STEP_BUCKETS,
         )
         self._batch_rows = self._histogram(
-            "calotype_batch_rows", "Rows of latents that the denoiser computed in one call.", _ROWS
+            "calotype_batch_rows", "Rows of latents per call of the denoiser.", _ROW_BUCKETS
         )
-        self._batch = self._histogram("calotype_batch_seconds", "One call of the denoiser.", _STEPS)
+        self._batch = self._histogram("calotype_batch_seconds", "Duration of one call of the denoiser.", _STEP_BUCKETS)
         self._preview = self._histogram(
             "calotype_preview_seconds",
-            "Drawing a preview, as the budget reckons: processor time on a CPU, time of the side stream on CUDA.",
-            _PICTURES,
+            "Cost of rendering a preview, as the budget counts it: CPU time on a CPU, time on the side stream on CUDA.",
+            _IMAGE_BUCKETS,
             ("method",),
         )
         self._previews = self._counter(
             "calotype_previews",
-            "Previews that were drawn, and who chose their method: the request, or the budget (auto).",
+            "Published previews; chosen_by says whether the request or the budget (auto) chose the method.",
             ("method", "chosen_by"),
         )
         self._dropped = self._counter(
             "calotype_previews_dropped",
-            "Previews that newer ones replaced: undrawn by the preview thread, or unread by a reader.",
+            "Previews replaced by newer ones, before they were rendered (undrawn) or read by a reader (unread).",
             ("where",),
         )
         self._encode = self._histogram(
-            "calotype_encode_seconds", "Writing an image file.", _PICTURES, ("kind", "format")
+            "calotype_encode_seconds", "Time to encode an image as a file.", _IMAGE_BUCKETS, ("kind", "format")
         )
 
-    def describe(self, model: ModelInfo) -> None:
-        """Tells what is loaded."""
+    def set_model(self, model: ModelInfo) -> None:
+        """Sets the labels that describe the loaded model."""
         names = ("name", "pipeline", "device", "dtype", "max_active")
         self._model.info({name: str(getattr(model, name)) for name in names})
 
-    def read(self, **sources: Callable[[], float]) -> None:
-        """Lets gauges, by their short names, be read from functions whenever somebody asks, in the event loop."""
+    def bind_gauges(self, **sources: Callable[[], float]) -> None:
+        """Binds gauges, by their short names, to functions that are called in the event loop at each scrape."""
         for name, source in sources.items():
             self._gauges[name].set_function(source)
 
     def observe(self, observation: Observation) -> None:
-        """Counts an observation."""
+        """Updates the metrics of an observation."""
         match observation:
             case StepDone(seconds):
                 self._step.observe(seconds)
@@ -233,11 +240,11 @@ class ServerMetrics(Metrics):
             case CancelCompleted(seconds):
                 self._cancel.observe(seconds)
             case GenerationEnded():
-                self._count_end(observation)
+                self._observe_end(observation)
             case _:
                 super().observe(observation)
 
-    def _count_end(self, ended: GenerationEnded) -> None:
+    def _observe_end(self, ended: GenerationEnded) -> None:
         for phase in ended.phases:
             self._phases.labels(phase.name).observe(phase.end - phase.begin)
         end = ended.end

@@ -1,7 +1,7 @@
-"""Keeps prompts out of the log, unless the operator asks for them.
+"""Keeps prompts out of the log, unless the operator sets `--log-prompts`.
 
-Nothing of ours logs a prompt but as the field `prompt`. But what a pipeline raises may quote what it was given, and its
-traceback is logged: so whatever is logged on behalf of a request is searched for its texts.
+Calotype itself logs prompts only as the field `prompt`. But exceptions of a pipeline can quote their input, and their
+tracebacks are logged. So every line that belongs to a request is searched for the prompts of that request.
 """
 
 from __future__ import annotations
@@ -17,56 +17,59 @@ if TYPE_CHECKING:
 
 __all__ = ["RedactPrompts", "redact_in_logs"]
 
-_KEY = "_texts"
+_TEXTS = "_texts"
+"""Context variable with the texts to redact."""
+
 _FIELDS = ("prompt", "negative_prompt")
-_INSTEAD = "[withheld]"
+_PLACEHOLDER = "[redacted]"
 
 
 def redact_in_logs(*texts: str | None) -> None:
-    """Says what the work that this task goes on with must not be heard to quote; threads that it starts inherit it."""
-    structlog.contextvars.bind_contextvars(**{_KEY: tuple(text for text in texts if text)})
+    """Marks texts to redact from every log record emitted in this context, including threads it starts."""
+    structlog.contextvars.bind_contextvars(**{_TEXTS: tuple(text for text in texts if text)})
 
 
 class RedactPrompts:
-    """A processor of structlog, for lines whose traceback is text already.
+    """A structlog processor that redacts prompts. Must run after tracebacks are formatted.
 
     Args:
-        wanted: Whether prompts are logged after all.
+        log_prompts: Whether to leave prompts in the log.
     """
 
-    def __init__(self, *, wanted: bool) -> None:
-        self._wanted = wanted
+    def __init__(self, *, log_prompts: bool) -> None:
+        self._log_prompts = log_prompts
 
     def __call__(self, logger: Any, method: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
-        """Returns the line without what must not be in it."""
-        texts = line.pop(_KEY, ())
-        if self._wanted:
+        """Returns the line without prompts."""
+        texts = line.pop(_TEXTS, ())
+        if self._log_prompts:
             return line
         for name in _FIELDS:
             line.pop(name, None)
-        # The longest first: one may hold another.
+        # Longest first, because one form can contain another.
         forms = sorted({form for text in texts for form in _forms(text)}, key=len, reverse=True)
         for name in ("exception", "error"):
             if name in line and forms:
-                line[name] = _without(line[name], forms)
+                line[name] = _redact(line[name], forms)
         return line
 
 
 def _forms(text: str) -> Iterable[str]:
-    """How a text is quoted: as it is, and as Python, JSON and protobuf escape it."""
+    """Yields the forms in which a text can be quoted: unchanged, and escaped by Python, JSON and protobuf."""
     yield text
     yield from (repr(text)[1:-1], ascii(text)[1:-1], json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
     yield from (text_encoding.CEscape(text.encode(), as_utf8) for as_utf8 in (True, False))
 
 
-def _without(value: Any, forms: list[str]) -> Any:
+def _redact(value: Any, forms: list[str]) -> Any:
+    """Returns text, or a structure of dicts and lists, with every form replaced by a placeholder."""
     match value:
         case str():
             for form in forms:
-                value = value.replace(form, _INSTEAD)
+                value = value.replace(form, _PLACEHOLDER)
             return value
         case dict():
-            return {key: _without(each, forms) for key, each in value.items()}
+            return {key: _redact(each, forms) for key, each in value.items()}
         case list():
-            return [_without(each, forms) for each in value]
+            return [_redact(each, forms) for each in value]
     return value

@@ -1,7 +1,7 @@
-"""OpenTelemetry spans of generations and their phases; needs the extra `[otel]`, and is off unless it is asked for.
+"""OpenTelemetry spans of generations and their phases. Needs the extra `[otel]`; off by default.
 
-Spans are made when a generation has ended, from the times that were noted on its way: nothing is done for them while it
-is denoised. Their parent is the caller's span, by the `traceparent` that the transport has bound to the task.
+Spans are created when a generation ends, from the times recorded while it ran, so tracing costs nothing while an image
+is denoised. Their parent is the caller's span, from the `traceparent` that the transport binds as a context variable.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from calotype_server.observability.events import Observation, PhaseSpan
 
-__all__ = ["Tracing", "configured", "wanted"]
+__all__ = ["Tracing", "from_environment", "is_configured"]
 
 _log = structlog.get_logger(__name__)
 
@@ -33,26 +33,26 @@ _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT
 _FLUSH_SECONDS = 2.0
 
 
-def wanted(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether OpenTelemetry's own variables name somewhere to send spans to."""
+def is_configured(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the standard OTEL_... variables name a destination for spans."""
     if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
     exporter = environment.get("OTEL_TRACES_EXPORTER", "")
     return exporter not in ("", "none") or (not exporter and any(environment.get(name) for name in _ENDPOINTS))
 
 
-def configured(version: str, *, required: bool) -> Tracing | None:
-    """Sets tracing up from OpenTelemetry's variables.
+def from_environment(version: str, *, required: bool) -> Tracing | None:
+    """Sets up tracing from the standard OTEL_... variables.
 
     Args:
-        version: Of this software.
-        required: Whether to fail when it is not installed; otherwise a warning is logged.
+        version: Version of Calotype.
+        required: Whether to raise, instead of logging a warning, when OpenTelemetry is not installed.
 
     Returns:
-        None when it is not installed.
+        None when OpenTelemetry is not installed and not required.
 
     Raises:
-        TracingUnavailable: It is not installed, or there is no exporter of the name.
+        TracingUnavailable: OpenTelemetry is required but not installed, or the configured exporter does not exist.
     """
     try:
         from opentelemetry.sdk.resources import Resource
@@ -61,7 +61,7 @@ def configured(version: str, *, required: bool) -> Tracing | None:
     except ImportError:
         if required:
             raise TracingUnavailable("--tracing needs OpenTelemetry: pip install 'calotype[server,otel]'.") from None
-        _log.warning("no tracing: OpenTelemetry is not installed", install="pip install 'calotype[server,otel]'")
+        _log.warning("tracing is off: OpenTelemetry is not installed", install="pip install 'calotype[server,otel]'")
         return None
     service = {"service.name": os.environ.get("OTEL_SERVICE_NAME", "calotype"), "service.version": version}
     named = "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
@@ -73,11 +73,11 @@ def configured(version: str, *, required: bool) -> Tracing | None:
 
 
 class Tracing:
-    """Makes spans of ended generations.
+    """Creates spans of ended generations.
 
     Args:
-        provider: Of OpenTelemetry's SDK.
-        version: Of this software.
+        provider: A tracer provider of OpenTelemetry's SDK.
+        version: Version of Calotype.
     """
 
     def __init__(self, provider: TracerProvider, version: str) -> None:
@@ -85,13 +85,13 @@ class Tracing:
         self._tracer = provider.get_tracer("calotype_server", version)
 
     def observe(self, observation: Observation) -> None:
-        """Takes no notice of anything but ends."""
+        """Creates the spans of a generation that ended; ignores other observations."""
         if isinstance(observation, GenerationEnded):
             self._trace(observation)
 
     def close(self) -> None:
-        """Sends what has not been sent, if that succeeds within two seconds."""
-        # An exporter that cannot reach its collector tries again for much longer than it was told to.
+        """Sends the remaining spans; gives up after two seconds."""
+        # An exporter that cannot reach its collector retries for much longer than its timeout.
         closing = threading.Thread(target=self._provider.shutdown, name="calotype-tracing", daemon=True)
         closing.start()
         closing.join(_FLUSH_SECONDS)
@@ -108,11 +108,11 @@ class Tracing:
             "calotype.height_px": job.height,
             "calotype.scheduler": job.scheduler,
         }
-        # The spans' clock is that of the system.
+        # Spans use Unix time, phases monotonic time.
         offset = time.time() - time.monotonic()
-        begun, done = (int((seconds + offset) * 1e9) for seconds in (ended.phases[0].begin, ended.phases[-1].end))
+        start, end_time = (int((seconds + offset) * 1e9) for seconds in (ended.phases[0].begin, ended.phases[-1].end))
         whole = self._tracer.start_span(
-            "generation", context=_parent(), kind=trace.SpanKind.SERVER, attributes=attributes, start_time=begun
+            "generation", context=_parent(), kind=trace.SpanKind.SERVER, attributes=attributes, start_time=start
         )
         within = trace.set_span_in_context(whole)
         failed = error is not None and not isinstance(error, Cancelled)
@@ -128,7 +128,7 @@ class Tracing:
             span.end(int((phase.end + offset) * 1e9))
         if failed and error is not None:
             whole.set_status(trace.StatusCode.ERROR, error.reason)
-        whole.end(done)
+        whole.end(end_time)
 
 
 def _attributes(ended: GenerationEnded, phase: PhaseSpan) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _attributes(ended: GenerationEnded, phase: PhaseSpan) -> dict[str, Any]:
 
 
 def _parent() -> Any:
-    """The caller's span as a context; an empty one where no caller has told."""
+    """Returns a context with the caller's span; an empty context when the call has no valid `traceparent`."""
     from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -148,7 +148,7 @@ def _parent() -> Any:
 
 
 def _exporter() -> Any:
-    """Makes the exporter that the variables ask for, of those that are installed."""
+    """Returns an instance of the installed exporter that the variables name."""
     name = os.environ.get("OTEL_TRACES_EXPORTER") or "otlp"
     if name == "otlp":
         protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get(
@@ -157,5 +157,5 @@ def _exporter() -> Any:
         name = "otlp_proto_grpc" if protocol == "grpc" else "otlp_proto_http"
     found = list(importlib.metadata.entry_points(group="opentelemetry_traces_exporter", name=name))
     if not found:
-        raise TracingUnavailable(f"OpenTelemetry has no exporter named {name!r}; see OTEL_TRACES_EXPORTER.")
+        raise TracingUnavailable(f"No OpenTelemetry exporter named {name!r} is installed; check OTEL_TRACES_EXPORTER.")
     return found[0].load()()

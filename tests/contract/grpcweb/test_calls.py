@@ -10,8 +10,8 @@ import grpc
 import h11
 import pytest
 
+from calotype_server.limits import PortLimits
 from calotype_server.transport.grpcweb import GrpcWeb
-from calotype_server.types import PortLimits
 from support.grpcweb import Connection, Frames, frame, read_answer
 from support.lab import NAME, PATIENCE, echo, handlers, lab, turns, until
 

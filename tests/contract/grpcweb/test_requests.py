@@ -12,7 +12,7 @@ import base64
 import h11
 import pytest
 
-from calotype_server.types import PortLimits
+from calotype_server.limits import PortLimits
 from support.grpcweb import Connection, frame, header_dict, read_answer
 from support.lab import NAME, bidi, echo, lab, status, until
 

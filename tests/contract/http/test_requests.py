@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from calotype_server.api.service import Api
-from calotype_server.types import PortLimits
+from calotype_server.limits import PortLimits
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection
 from support.service import running

@@ -10,9 +10,9 @@ from starlette.applications import Starlette
 
 from calotype_server.auth.access import Access, Caller
 from calotype_server.errors import StateUnavailable
+from calotype_server.limits import PortLimits
 from calotype_server.transport.http import HttpApi
 from calotype_server.transport.net.call_limits import CallLimiter
-from calotype_server.types import PortLimits
 from support.asgi import Peer
 from support.engine.fake_engine import FakeEngine
 from support.http import from_json

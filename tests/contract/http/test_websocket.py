@@ -10,8 +10,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.limits import PortLimits
 from calotype_server.transport.http.websocket import MAX_STREAMS
-from calotype_server.types import PortLimits
 from support.engine.fake_engine import FakeEngine
 from support.http import open_socket, receive
 from support.keyring import Keyring

@@ -1,4 +1,4 @@
-"""From the wire to a job, or all that is wrong with it."""
+"""Validation of requests: a job, or all violations."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.validation import validate, validate_page, validate_watch, watched_previews
 from calotype_server.errors import InvalidRequest, PreviewMethodUnavailable
+from calotype_server.limits import Limits
 from calotype_server.types import (
     DeliveryOptions,
     DisconnectPolicy,
     Job,
-    Limits,
     OutputOptions,
     PreviewMethod,
     PreviewOptions,
@@ -26,14 +26,14 @@ from support.service import LIMITS
 
 
 def fields(request: pb.GenerateRequest, model=MODEL) -> list[str]:
-    """The fields that are refused."""
+    """Returns the fields that validation rejects."""
     with pytest.raises(InvalidRequest) as caught:
         validate(request, model, LIMITS)
     return [violation.field for violation in caught.value.violations]
 
 
 def test_defaults_come_from_the_model() -> None:
-    """A prompt alone is enough; the seed is drawn and in range."""
+    """A prompt alone is a valid request; the server draws a seed."""
     job, _ = validate(pb.GenerateRequest(prompt="a cat"), MODEL, LIMITS)
     assert job == Job("a cat", None, 64, 64, 4, 3.0, job.seed, "DDIMScheduler")
     assert 0 <= job.seed < 2**32
@@ -41,7 +41,7 @@ def test_defaults_come_from_the_model() -> None:
 
 
 def test_every_violation_is_named_at_once() -> None:
-    """Whatever is wrong is told in one answer, in the order of the proto's messages."""
+    """One error lists all violations, in the order of the proto's fields."""
     request = pb.GenerateRequest(
         prompt="  ",
         negative_prompt="n" * 201,
@@ -80,13 +80,13 @@ def test_every_violation_is_named_at_once() -> None:
         ({"scheduler": ""}, "scheduler"),
     ],
 )
-def test_bad_values_are_refused_by_name(changes: dict, field: str) -> None:
-    """Each value out of range is refused under its own name."""
+def test_invalid_values_are_rejected_by_field(changes: dict, field: str) -> None:
+    """Each value out of range is reported under the name of its field."""
     assert fields(pb.GenerateRequest(**{"prompt": "a cat", **changes})) == [field]
 
 
-def test_some_schedulers_take_fewer_steps() -> None:
-    """The ceiling is that of the scheduler where it is lower than the operator's, for the default as well."""
+def test_some_schedulers_support_fewer_steps() -> None:
+    """The maximum is the lower one of the scheduler and the operator, and also limits the default."""
     model = replace(MODEL, step_count=40, max_step_counts={"DDIMScheduler": 1000, "EulerDiscreteScheduler": 8})
     named = pb.GenerateRequest(prompt="a cat", scheduler="EulerDiscreteScheduler")
     assert validate(named, model, LIMITS)[0].step_count == 8
@@ -120,8 +120,8 @@ def test_the_ends_of_ranges_are_accepted(changes: dict) -> None:
     assert {name: getattr(job, names.get(name, name)) for name in changes} == changes
 
 
-def test_parameters_that_the_pipeline_lacks_are_refused_not_ignored() -> None:
-    """A model without guidance and negative prompt says so."""
+def test_unsupported_parameters_are_rejected() -> None:
+    """Guidance and negative prompts are rejected, not ignored, when the model does not support them."""
     bare = replace(MODEL, guidance_scale=None, takes_negative_prompt=False)
     assert fields(pb.GenerateRequest(prompt="a", guidance_scale=1, negative_prompt="b"), bare) == [
         "negative_prompt", "guidance_scale"
@@ -130,7 +130,7 @@ def test_parameters_that_the_pipeline_lacks_are_refused_not_ignored() -> None:
 
 
 def job(preview: dict | None = None, output: dict | None = None, limits: Limits = LIMITS, model=MODEL) -> Job:
-    """The job of a request with these options."""
+    """Returns the job of a request with these options."""
     request = pb.GenerateRequest(prompt="a cat")
     if preview is not None:
         request.preview.CopyFrom(pb.PreviewOptions(**preview))
@@ -155,8 +155,8 @@ def job(preview: dict | None = None, output: dict | None = None, limits: Limits 
         ({"method": 99}, "preview.method", "unknown"),
     ],
 )
-def test_bad_preview_options_are_refused_with_their_range(preview: dict, field: str, range_: str) -> None:
-    """Each option out of range is refused by its full name, and the sentence says what would do."""
+def test_invalid_preview_options_are_rejected_with_their_range(preview: dict, field: str, range_: str) -> None:
+    """The violation has the full name of the option, and its description has the valid range."""
     with pytest.raises(InvalidRequest) as caught:
         job(preview)
     (violation,) = caught.value.violations
@@ -165,47 +165,47 @@ def test_bad_preview_options_are_refused_with_their_range(preview: dict, field: 
 
 
 @pytest.mark.parametrize(
-    ("output", "field", "words"),
+    ("output", "field", "expected"),
     [
         ({"format": 99}, "output.format", "unknown"),
-        ({"quality": 90}, "output.quality", "PNG has none"),
-        ({"format": pb.IMAGE_FORMAT_PNG, "quality": 90}, "output.quality", "PNG has none"),
+        ({"quality": 90}, "output.quality", "does not apply to PNG"),
+        ({"format": pb.IMAGE_FORMAT_PNG, "quality": 90}, "output.quality", "does not apply to PNG"),
         ({"format": pb.IMAGE_FORMAT_JPEG, "quality": 0}, "output.quality", "1 to 95"),
         ({"format": pb.IMAGE_FORMAT_JPEG, "quality": 96}, "output.quality", "1 to 95"),
         ({"format": pb.IMAGE_FORMAT_WEBP, "quality": 0}, "output.quality", "1 to 100"),
         ({"format": pb.IMAGE_FORMAT_WEBP, "quality": 101}, "output.quality", "1 to 100"),
     ],
 )
-def test_bad_output_options_are_refused(output: dict, field: str, words: str) -> None:
-    """Each format has its own range of qualities, and PNG none at all."""
+def test_invalid_output_options_are_rejected(output: dict, field: str, expected: str) -> None:
+    """Each lossy format has its own range of qualities; PNG has no quality."""
     with pytest.raises(InvalidRequest) as caught:
         job(output=output)
     (violation,) = caught.value.violations
     assert violation.field == field
-    assert words in violation.description
+    assert expected in violation.description
 
 
 @pytest.mark.parametrize(
     ("format", "edge", "longest"), [(pb.IMAGE_FORMAT_WEBP, 16384, 16383), (pb.IMAGE_FORMAT_JPEG, 65504, 65500)]
 )
-def test_a_format_that_cannot_hold_the_picture_is_refused(
+def test_an_image_too_large_for_its_format_is_rejected(
     format: pb.ImageFormat.ValueType,  # noqa: A002
     edge: int,
     longest: int,
 ) -> None:
-    """Before the work, not after it; PNG holds any size, and so does the format up to its limit."""
+    """A request is rejected before it runs if its edge exceeds the maximum of JPEG or WebP; PNG has no maximum."""
     limits = replace(LIMITS, max_pixels=2048 * 2048)
 
-    def wanted(size: dict, format: pb.ImageFormat.ValueType) -> pb.GenerateRequest:  # noqa: A002
+    def make_request(size: dict, format: pb.ImageFormat.ValueType) -> pb.GenerateRequest:  # noqa: A002
         return pb.GenerateRequest(prompt="a cat", output=pb.OutputOptions(format=format), **size)
 
     for size in ({"width_px": edge, "height_px": 8}, {"width_px": 8, "height_px": edge}):
         with pytest.raises(InvalidRequest) as caught:
-            validate(wanted(size, format), MODEL, limits)
+            validate(make_request(size, format), MODEL, limits)
         assert [violation.field for violation in caught.value.violations] == ["output.format"]
         assert str(longest) in caught.value.violations[0].description
-        validate(wanted(size, pb.IMAGE_FORMAT_PNG), MODEL, limits)
-    validate(wanted({"width_px": longest // 8 * 8, "height_px": 8}, format), MODEL, limits)
+        validate(make_request(size, pb.IMAGE_FORMAT_PNG), MODEL, limits)
+    validate(make_request({"width_px": longest // 8 * 8, "height_px": 8}, format), MODEL, limits)
 
 
 @pytest.mark.parametrize(
@@ -226,8 +226,8 @@ def test_a_format_that_cannot_hold_the_picture_is_refused(
         ({"method": pb.PREVIEW_METHOD_NONE}, {"method": PreviewMethod.NONE}),
     ],
 )
-def test_preview_options_arrive(preview: dict, expected: dict) -> None:
-    """The ends of the ranges are accepted, and what is not named stays as the operator has it."""
+def test_preview_options_are_applied(preview: dict, expected: dict) -> None:
+    """The ends of the ranges are accepted; other options keep the operator's defaults."""
     assert job(preview).preview == replace(LIMITS.preview, **expected)
 
 
@@ -244,8 +244,8 @@ def test_preview_options_arrive(preview: dict, expected: dict) -> None:
         ({"format": pb.IMAGE_FORMAT_WEBP, "quality": 100}, OutputOptions("webp", 100, True)),
     ],
 )
-def test_output_options_arrive(output: dict, expected: OutputOptions) -> None:
-    """A PNG with metadata unless the request says otherwise."""
+def test_output_options_are_applied(output: dict, expected: OutputOptions) -> None:
+    """The default is a PNG with metadata."""
     assert job(output=output).output == expected
 
 
@@ -260,15 +260,15 @@ OPERATORS = Limits(
 )
 
 
-def test_the_operators_defaults_hold_for_what_is_left_out() -> None:
-    """No preview options, empty ones, and a single one: the others are the operator's."""
+def test_unset_options_have_the_operators_defaults() -> None:
+    """This holds without preview options, with empty ones, and with some of them."""
     assert job(None, limits=OPERATORS).preview == OPERATORS.preview
     assert job({}, limits=OPERATORS).preview == OPERATORS.preview
     assert job({"quality": 10}, limits=OPERATORS).preview == replace(OPERATORS.preview, quality=10)
 
 
-def test_the_operators_ceilings_hold() -> None:
-    """What is fine elsewhere is refused here, with the operator's number."""
+def test_the_operators_maximums_are_enforced() -> None:
+    """Values above the operator's maximums are rejected, and the message has the maximum."""
     assert job({"max_edge_px": 128, "quality": 60}, limits=OPERATORS).preview.max_edge == 128
     with pytest.raises(InvalidRequest) as caught:
         job({"max_edge_px": 129, "quality": 61}, limits=OPERATORS)
@@ -278,32 +278,34 @@ def test_the_operators_ceilings_hold() -> None:
 
 
 def test_a_forbidden_method_is_unavailable() -> None:
-    """FULL_VAE is there, but the operator does not want it: not the request's fault, and no other method instead."""
-    with pytest.raises(PreviewMethodUnavailable, match="does not allow previews by FULL_VAE") as caught:
+    """The server has FULL_VAE, but the operator forbids it: the error is FAILED_PRECONDITION, without a fallback."""
+    with pytest.raises(PreviewMethodUnavailable, match="does not allow FULL_VAE previews") as caught:
         job({"method": pb.PREVIEW_METHOD_FULL_VAE}, limits=OPERATORS)
     assert (caught.value.code, caught.value.metadata) == ("FAILED_PRECONDITION", {"method": "FULL_VAE"})
 
 
-def test_a_method_that_is_not_configured_is_unavailable_and_says_how_to() -> None:
-    """TINY_VAE is allowed, but there is none: the sentence names the flag."""
-    with pytest.raises(PreviewMethodUnavailable, match=r"operator can name one .* calotype serve --tiny-vae") as caught:
+def test_an_unconfigured_method_is_unavailable() -> None:
+    """TINY_VAE is allowed but not configured: the message names the option for it."""
+    with pytest.raises(
+        PreviewMethodUnavailable, match=r"operator can configure one: calotype serve --tiny-vae"
+    ) as caught:
         job({"method": pb.PREVIEW_METHOD_TINY_VAE})
     assert (caught.value.code, caught.value.metadata) == ("FAILED_PRECONDITION", {"method": "TINY_VAE"})
     configured = replace(MODEL, preview_methods=(*MODEL.preview_methods, PreviewMethod.TINY_VAE))
     assert job({"method": pb.PREVIEW_METHOD_TINY_VAE}, model=configured).preview.method is PreviewMethod.TINY_VAE
 
 
-def test_a_method_that_does_not_suit_the_model_is_unavailable() -> None:
-    """A pipeline whose head could not be calibrated has none."""
+def test_a_method_that_the_model_lacks_is_unavailable() -> None:
+    """A model whose preview head could not be fitted has no HEAD previews; AUTO and NONE always work."""
     bare = replace(MODEL, preview_methods=())
-    with pytest.raises(PreviewMethodUnavailable, match="no previews by HEAD of this model"):
+    with pytest.raises(PreviewMethodUnavailable, match="has no HEAD previews"):
         job({"method": pb.PREVIEW_METHOD_HEAD}, model=bare)
     assert job({"method": pb.PREVIEW_METHOD_AUTO}, model=bare).preview.method is PreviewMethod.AUTO
     assert job({"method": pb.PREVIEW_METHOD_NONE}, model=bare).preview.method is PreviewMethod.NONE
 
 
-def test_violations_come_before_an_unavailable_method() -> None:
-    """What the caller can mend is told first."""
+def test_violations_are_reported_before_an_unavailable_method() -> None:
+    """A request with both problems gets the violations, which the caller can fix."""
     with pytest.raises(InvalidRequest) as caught:
         job({"method": pb.PREVIEW_METHOD_TINY_VAE, "quality": 0})
     assert [violation.field for violation in caught.value.violations] == ["preview.quality"]
@@ -335,7 +337,7 @@ int32s = st.none() | st.integers(-(2**31), 2**31 - 1)
     )
 )
 def test_anything_gives_a_job_within_limits_or_violations(request: pb.GenerateRequest) -> None:
-    """No request, however odd, raises anything else, and no job exceeds a limit."""
+    """Any request gives a job within the limits or one of the two documented errors."""
     try:
         job, _ = validate(request, MODEL, LIMITS)
     except InvalidRequest as error:
@@ -352,10 +354,10 @@ def test_anything_gives_a_job_within_limits_or_violations(request: pb.GenerateRe
         assert 1 <= job.step_count <= LIMITS.max_step_count
 
 
-def test_terms_are_read_and_default_to_cancel_at_once() -> None:
-    """What is left out means: cancel when the last reader leaves, no name, and a seed of the server's choice."""
-    _, terms = validate(pb.GenerateRequest(prompt="a"), MODEL, LIMITS)
-    assert terms == DeliveryOptions(seed_was_drawn=True)
+def test_delivery_options_are_read_with_defaults() -> None:
+    """By default, a disconnect cancels at once, there is no request id, and the server draws the seed."""
+    _, delivery = validate(pb.GenerateRequest(prompt="a"), MODEL, LIMITS)
+    assert delivery == DeliveryOptions(seed_was_drawn=True)
     request = pb.GenerateRequest(
         prompt="a",
         seed=1,
@@ -363,12 +365,12 @@ def test_terms_are_read_and_default_to_cancel_at_once() -> None:
         disconnect_grace=Duration(seconds=2, nanos=500_000_000),
         request_id="mine",
     )
-    _, terms = validate(request, MODEL, LIMITS)
-    assert terms == DeliveryOptions(on_disconnect=DisconnectPolicy.KEEP, grace=2.5, request_id="mine")
+    _, delivery = validate(request, MODEL, LIMITS)
+    assert delivery == DeliveryOptions(on_disconnect=DisconnectPolicy.KEEP, grace=2.5, request_id="mine")
 
 
-def test_terms_that_cannot_be_are_named_together() -> None:
-    """An unknown policy, a grace of more than an hour, and a name that is not printable."""
+def test_invalid_delivery_options_are_reported_together() -> None:
+    """An unknown policy, a grace above an hour, and an unprintable request id are three violations."""
     request = pb.GenerateRequest(
         prompt="a", on_disconnect=7, disconnect_grace=Duration(seconds=3601), request_id="a\nb"
     )
@@ -389,15 +391,15 @@ def test_terms_that_cannot_be_are_named_together() -> None:
         (pb.WatchRequest(generation_id="a", preview=pb.PreviewOptions(quality=0)), ["preview.quality"]),
     ],
 )
-def test_a_watch_that_cannot_be_is_refused(request_: pb.WatchRequest, fields: list[str]) -> None:
-    """What is wrong is named, as for a request to generate."""
+def test_an_invalid_watch_request_is_rejected(request_: pb.WatchRequest, fields: list[str]) -> None:
+    """Violations have the names of the fields, as for `Generate`."""
     with pytest.raises(InvalidRequest) as caught:
         validate_watch(request_, LIMITS)
     assert [violation.field for violation in caught.value.violations] == fields
 
 
-def test_watching_changes_only_the_options_that_are_given() -> None:
-    """The rest is as the generation was asked for."""
+def test_watching_changes_only_the_given_options() -> None:
+    """Other preview options are those of the generation."""
     job, _ = validate(pb.GenerateRequest(prompt="a", preview=pb.PreviewOptions(quality=11)), MODEL, LIMITS)
     request = pb.WatchRequest(generation_id="a", preview=pb.PreviewOptions(max_edge_px=64))
     validate_watch(request, LIMITS)
@@ -406,8 +408,8 @@ def test_watching_changes_only_the_options_that_are_given() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"page_size": 0}, {"page_size": 101}, {"page_token": "x"}, {"page_token": "-1"}])
-def test_a_page_that_cannot_be_is_refused(wrong: dict) -> None:
-    """Sizes are 1 to 100, and tokens are those that were given out."""
+def test_an_invalid_page_is_rejected(wrong: dict) -> None:
+    """Page sizes are 1 to 100, and page tokens are numbers."""
     with pytest.raises(InvalidRequest):
         validate_page(pb.ListGenerationsRequest(**wrong))
     assert validate_page(pb.ListGenerationsRequest()) == (50, None)

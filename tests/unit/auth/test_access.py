@@ -1,4 +1,4 @@
-"""Who is let in, by which key, and what the file of the keys may hold."""
+"""Checking API keys, and the file that contains them."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ JOB = Job("a cat", None, 64, 64, 10, 3.0, 0, "DDIMScheduler")
 
 @pytest.fixture
 def keyring(tmp_path: Path) -> Keyring:
-    """An empty file."""
+    """A keyring with an empty file."""
     return Keyring(tmp_path / "keys.toml")
 
 
-def test_without_a_file_everybody_is_their_host() -> None:
-    """Connections of one host are one caller, whatever it sends."""
-    callers = [Access().admit(header, f"ipv4:10.0.0.7:{port}") for header, port in ((None, 1), ("Bearer x", 2))]
+def test_without_keys_callers_are_identified_by_host() -> None:
+    """All connections of one host are the same caller, with any headers."""
+    callers = [Access().authenticate(header, f"ipv4:10.0.0.7:{port}") for header, port in ((None, 1), ("Bearer x", 2))]
     assert callers == [Caller("ipv4:10.0.0.7")] * 2
-    assert callers[0].reaches("anybody's")
-    assert not callers[0].lists("anybody's")
+    assert callers[0].can_access("another caller")
+    assert not callers[0].can_list("another caller")
 
 
-def test_a_key_opens_and_names_its_bearer(keyring: Keyring) -> None:
-    """The scheme is read in any case, as HTTP says; the address does not matter."""
+def test_a_valid_key_identifies_its_caller(keyring: Keyring) -> None:
+    """The scheme is case-insensitive, as in HTTP, and the address does not matter."""
     alice, root = keyring.add("alice"), keyring.add("root", role="operator")
     access = keyring.access()
     for header in (f"Bearer {alice}", f"bearer {alice}", f"BEARER  {alice} "):
-        assert access.admit(header, PEER) == Caller("key:alice", has_key=True)
-    assert access.admit(f"Bearer {root}", PEER).role is Role.OPERATOR
+        assert access.authenticate(header, PEER) == Caller("key:alice", has_key=True)
+    assert access.authenticate(f"Bearer {root}", PEER).role is Role.OPERATOR
 
 
-def test_whoever_has_no_good_key_is_told_nothing_else(keyring: Keyring) -> None:
-    """A known id with a wrong secret, an unknown id, another scheme and garbage are answered alike."""
+def test_all_invalid_keys_get_the_same_error(keyring: Keyring) -> None:
+    """The error does not reveal whether the id, the secret, the scheme or the format is wrong."""
     alice = keyring.add("alice")
     access = keyring.access()
-    answers = set()
+    seen = set()
     for header in (
         "",
         "Bearer",
@@ -72,95 +72,95 @@ def test_whoever_has_no_good_key_is_told_nothing_else(keyring: Keyring) -> None:
         "Bearer \x00\xff\ud800",
     ):
         with pytest.raises(KeyInvalid) as caught:
-            access.admit(header, PEER)
-        answers.add((str(caught.value), caught.value.reason, str(caught.value.metadata)))
-    assert len(answers) == 1
+            access.authenticate(header, PEER)
+        seen.add((str(caught.value), caught.value.reason, str(caught.value.metadata)))
+    assert len(seen) == 1
     with pytest.raises(KeyRequired):
-        access.admit(None, PEER)
+        access.authenticate(None, PEER)
 
 
 @given(st.text(max_size=200))
 @example("Bearer calotype_alice_" + "A" * 43)
-def test_no_text_is_a_key_by_chance(header: str) -> None:
-    """Whatever is sent, it is refused, and nothing else is raised."""
+def test_no_text_is_accepted_by_chance(header: str) -> None:
+    """Any text that is not a known key is rejected with KeyInvalid."""
     access = Access()
     access._path = object()
     with pytest.raises(KeyInvalid):
-        access.admit(header, PEER)
+        access.authenticate(header, PEER)
 
 
-def test_an_expired_key_says_so_to_whoever_has_it(keyring: Keyring) -> None:
-    """Before its time it opens; from then on it is told apart from a wrong one, but only with the right secret."""
+def test_an_expired_key_is_reported_as_expired(keyring: Keyring) -> None:
+    """A key works until it expires. After that the error is KeyExpired, but only for callers with the right secret."""
     alice = keyring.add("alice", expires=datetime.fromtimestamp(keyring.time + 60, UTC))
     access = keyring.access()
-    access.admit(f"Bearer {alice}", PEER)
+    access.authenticate(f"Bearer {alice}", PEER)
     keyring.time += 60
     with pytest.raises(KeyExpired):
-        access.admit(f"Bearer {alice}", PEER)
+        access.authenticate(f"Bearer {alice}", PEER)
     with pytest.raises(KeyInvalid):
-        access.admit(f"Bearer {keys.make('alice')}", PEER)
+        access.authenticate(f"Bearer {keys.make('alice')}", PEER)
 
 
-def test_users_see_their_own_and_operators_everything() -> None:
-    """With keys, an id alone is not enough."""
+def test_users_access_their_own_generations_and_operators_all() -> None:
+    """With API keys, knowing the id of a generation is not enough to access it."""
     user, operator = Caller("key:a", has_key=True), Caller("key:b", Role.OPERATOR, has_key=True)
-    assert [user.reaches("key:a"), user.reaches("key:b"), user.lists("key:b")] == [True, False, False]
-    assert operator.reaches("key:a")
-    assert operator.lists("key:a")
+    assert [user.can_access("key:a"), user.can_access("key:b"), user.can_list("key:b")] == [True, False, False]
+    assert operator.can_access("key:a")
+    assert operator.can_list("key:a")
     operator.require(Role.OPERATOR)
     Caller("ipv4:127.0.0.1").require(Role.OPERATOR)
     with pytest.raises(RoleRequired):
         user.require(Role.OPERATOR)
 
 
-def test_an_edit_counts_without_a_restart(keyring: Keyring) -> None:
-    """A key that is added opens, one that is taken out does not any more."""
+def test_an_edited_key_file_takes_effect_without_a_restart(keyring: Keyring) -> None:
+    """An added key is accepted, and a removed key is rejected."""
     alice = keyring.add("alice")
     access = keyring.access()
-    watched = FileWatcher(access.files, access.reload)
+    watcher = FileWatcher(access.files, access.reload)
     bob = keyring.add("bob")
     with pytest.raises(KeyInvalid):
-        access.admit(f"Bearer {bob}", PEER)
-    watched.check()
-    access.admit(f"Bearer {bob}", PEER)
+        access.authenticate(f"Bearer {bob}", PEER)
+    watcher.check()
+    access.authenticate(f"Bearer {bob}", PEER)
     records = keyring.path.read_text().split("[[key]]")
     keyring.path.write_text("[[key]]" + records[2])
-    watched.check()
-    access.admit(f"Bearer {bob}", PEER)
+    watcher.check()
+    access.authenticate(f"Bearer {bob}", PEER)
     with pytest.raises(KeyInvalid):
-        access.admit(f"Bearer {alice}", PEER)
+        access.authenticate(f"Bearer {alice}", PEER)
 
 
 @pytest.mark.parametrize("edit", ["[[key]", "[[key]]\nid = 'x'\n", "\xff", None])
-def test_a_broken_edit_leaves_the_old_keys(edit: str | None, keyring: Keyring, monkeypatch) -> None:
-    """Nobody is locked out by a typing mistake, nor let in; the log says what is wrong, once."""
+def test_an_invalid_key_file_keeps_the_old_keys(edit: str | None, keyring: Keyring, monkeypatch) -> None:
+    """A mistake in the file locks no caller out and lets none in, and is logged once."""
     log = structlog.testing.CapturingLogger()
     monkeypatch.setattr(file_watcher, "_log", log)
     alice = keyring.add("alice")
     access = keyring.access()
-    watched = FileWatcher(access.files, access.reload)
+    watcher = FileWatcher(access.files, access.reload)
     keyring.path.unlink() if edit is None else keyring.path.write_text(edit, encoding="latin-1")
-    watched.check()
-    watched.check()
-    access.admit(f"Bearer {alice}", PEER)
+    watcher.check()
+    watcher.check()
+    access.authenticate(f"Bearer {alice}", PEER)
     assert [call.method_name for call in log.calls] == ["warning"]
 
 
-def test_what_was_used_up_still_counts_after_an_edit(keyring: Keyring) -> None:
-    """Otherwise touching the file would fill every bucket; a limit that was changed begins anew."""
+def test_usage_survives_a_reload_unless_the_limits_change(keyring: Keyring) -> None:
+    """Touching the file does not reset the usage of a key; changing its limits does."""
     alice = keyring.add("alice", requests_per_minute=1)
     access = keyring.access()
-    access.admit(f"Bearer {alice}", PEER).quota.charge(JOB)
+    access.authenticate(f"Bearer {alice}", PEER).quota.charge(JOB)
     access.reload()
     with pytest.raises(RequestsPerMinute):
-        access.admit(f"Bearer {alice}", PEER).quota.check(JOB, 0)
+        access.authenticate(f"Bearer {alice}", PEER).quota.check(JOB, 0)
     keyring.path.write_text(keyring.path.read_text().replace("requests_per_minute = 1.0", "requests_per_minute = 2.0"))
     access.reload()
-    access.admit(f"Bearer {alice}", PEER).quota.check(JOB, 0)
+    access.authenticate(f"Bearer {alice}", PEER).quota.check(JOB, 0)
 
 
-def test_the_file_holds_no_key(keyring: Keyring) -> None:
-    """Only its owner can read it, and whoever does learns no key from it."""
+def test_the_file_contains_no_secrets(keyring: Keyring) -> None:
+    """Only its owner can read the file, and it contains only hashes of the keys."""
     keyring.path.unlink()
     alice = keyring.add("alice", expires=datetime(2030, 1, 1, tzinfo=UTC), requests_per_minute=1.5, concurrent=3)
     text = keyring.path.read_text()
@@ -172,37 +172,37 @@ def test_the_file_holds_no_key(keyring: Keyring) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("key = 1", "nothing but tables"),
-        ("[other]", "nothing but tables"),
+        ("key = 1", "only tables"),
+        ("[other]", "only tables"),
         ("[[key]]\nid = 'a b'\nsha256 = '" + "0" * 64 + "'", "key 1: id"),
         ("[[key]]\nid = 'a'\nsha256 = 'x'", "key 1: sha256"),
         ("[[key]]\nid = 'a'\nsha256 = '" + "0" * 64 + "'\nrole = 'root'", "key 1: role"),
         ("[[key]]\nid = 'a'\nsha256 = '" + "0" * 64 + "'\nlimit = 1", "key 1: limit"),
         ("[[key]]\nid = 'a'\nsha256 = '" + "0" * 64 + "'\nexpires = 2027-01-01T00:00:00", "no time zone"),
         ("[[key]]\nid = 'a'\nsha256 = '" + "0" * 64 + "'\nconcurrent = 0", "key 1: concurrent"),
-        (("[[key]]\nid = 'a'\nsha256 = '" + "0" * 64 + "'\n") * 2, "key 2: there is another"),
+        (("[[key]]\nid = 'a'\nsha256 = '" + "0" * 64 + "'\n") * 2, "key 2: an earlier key"),
     ],
 )
-def test_a_wrong_record_is_named(text: str, said: str, tmp_path: Path) -> None:
-    """The operator reads which record and which field; a hash is not repeated in the log."""
+def test_an_invalid_record_is_named(text: str, message: str, tmp_path: Path) -> None:
+    """The message names the record and the field, and never contains a hash."""
     path = tmp_path / "keys.toml"
     path.write_text(text)
-    with pytest.raises(KeysUnusable, match=said) as caught:
+    with pytest.raises(KeysUnusable, match=message) as caught:
         Access(path)
     assert "0" * 64 not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    """A server that was told to ask for keys never starts without."""
+    """A server configured with API keys does not start without the file."""
     with pytest.raises(KeysUnusable, match=r"none\.toml"):
         Access(tmp_path / "none.toml")
 
 
 def test_a_websocket_carries_its_key_as_a_subprotocol(keyring: Keyring) -> None:
-    """What is offered beside it does not matter; without it there is no key."""
+    """Other offered subprotocols do not matter."""
     alice = keyring.add("alice")
     header = bearer_in_subprotocols(["calotype.v1", f"calotype.bearer.{alice}"])
-    assert keyring.access().admit(header, PEER).id == "key:alice"
+    assert keyring.access().authenticate(header, PEER).id == "key:alice"
     assert bearer_in_subprotocols(["calotype.v1"]) is None

@@ -1,4 +1,4 @@
-"""What one caller may start in a while."""
+"""Limits of one caller."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COST = 64 * 64 * 10
 
 
 class Clock:
-    """Stands still unless a test moves it."""
+    """A clock that only the test moves."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -28,11 +28,11 @@ class Clock:
     st.floats(0.5, 1000),
     st.lists(st.tuples(st.floats(0, 90), st.floats(0.1, 3000)), max_size=60),
 )
-def test_a_bucket_never_gives_more_than_its_rate(per_minute: float, asked: list[tuple[float, float]]) -> None:
-    """In any span, what is taken is at most one full bucket, the rate times the span, and one debt for the last."""
+def test_a_bucket_never_gives_more_than_its_rate(per_minute: float, requests: list[tuple[float, float]]) -> None:
+    """In any span, at most a full bucket, rate times span, and the debt of the last request are taken."""
     bucket, now = Bucket(per_minute, 0.0), 0.0
     taken: list[tuple[float, float]] = []
-    for pause, cost in asked:
+    for pause, cost in requests:
         now += pause
         if bucket.wait(cost, now) == 0:
             bucket.take(cost)
@@ -45,8 +45,8 @@ def test_a_bucket_never_gives_more_than_its_rate(per_minute: float, asked: list[
 
 
 @given(st.floats(0.5, 1000), st.lists(st.floats(0.1, 3000), min_size=1, max_size=20))
-def test_whoever_waits_as_long_as_told_is_let_in(per_minute: float, costs: list[float]) -> None:
-    """The wait is enough, and also for what is larger than the bucket; a moment less is not enough."""
+def test_the_returned_wait_is_exact(per_minute: float, costs: list[float]) -> None:
+    """A request is accepted after the returned wait and not 1% earlier, even if it costs more than a full bucket."""
     bucket, now = Bucket(per_minute, 0.0), 0.0
     for cost in costs:
         wait = bucket.wait(cost, now)
@@ -65,8 +65,8 @@ def test_whoever_waits_as_long_as_told_is_let_in(per_minute: float, costs: list[
         (QuotaLimits(concurrent=2), ConcurrentGenerations, 2.0),
     ],
 )
-def test_each_limit_refuses_by_name_and_recovers(limits: QuotaLimits, error: type, wait: float) -> None:
-    """Two are let in, the third is refused with the time to wait, and let in after that."""
+def test_each_limit_rejects_by_name_and_recovers(limits: QuotaLimits, error: type, wait: float) -> None:
+    """Two generations are accepted; the third is rejected with a retry delay, and accepted after that delay."""
     clock = Clock()
     quota = Quota(limits, clock)
     for running in range(2):
@@ -80,8 +80,8 @@ def test_each_limit_refuses_by_name_and_recovers(limits: QuotaLimits, error: typ
     quota.check(JOB, 1)
 
 
-def test_what_is_larger_than_the_bucket_waits_for_a_full_one_and_leaves_a_debt() -> None:
-    """A job of three minutes' worth runs at once when nothing ran before, and the next waits for three minutes."""
+def test_a_job_larger_than_the_bucket_leaves_a_debt() -> None:
+    """A job worth three minutes starts at once if the bucket is full, and the next job waits for three minutes."""
     clock = Clock()
     quota = Quota(QuotaLimits(pixel_steps_per_minute=COST / 3), clock)
     quota.check(JOB, 0)
@@ -91,8 +91,8 @@ def test_what_is_larger_than_the_bucket_waits_for_a_full_one_and_leaves_a_debt()
     assert caught.value.retry_after == pytest.approx(180)
 
 
-def test_a_check_takes_nothing() -> None:
-    """Who is refused elsewhere, as by a full queue, has used nothing up."""
+def test_a_check_charges_nothing() -> None:
+    """A request that is rejected elsewhere, for example by a full queue, does not count."""
     quota = Quota(QuotaLimits(requests_per_minute=1), Clock())
     quota.check(JOB, 0)
     quota.check(JOB, 0)

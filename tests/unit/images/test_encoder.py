@@ -1,4 +1,4 @@
-"""Image files: previews within their edge, finals with all their pixels and what they were made with."""
+"""Image files of previews and final images."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ JOB = Job("a red apple", "pears", 64, 48, 20, 7.5, 123, "DDIMScheduler")
 
 
 def opened(data: bytes) -> Image.Image:
-    """The picture, read by Pillow to its last byte."""
+    """Returns the image, fully decoded by Pillow."""
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
 
 
 def parameters(data: bytes) -> str | None:
-    """What tools find in a file, wherever its format keeps it."""
+    """Returns the parameters that other tools find in a file, for any format."""
     image = opened(data)
     if image.format == "PNG":
         return image.text.get("parameters")
@@ -40,22 +40,22 @@ def parameters(data: bytes) -> str | None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_finals_are_what_was_asked_for(format: str) -> None:  # noqa: A002
-    """The file is of the format, of the full size, and says so."""
+def test_final_images_have_the_requested_format_and_size(format: str) -> None:  # noqa: A002
+    """The file and its description agree on format and size."""
     image = encode_final(NOISE, OutputOptions(format), "text")
     assert opened(image.data).format == format.upper()
     assert (image.format, image.width, image.height) == (format, 96, 64)
     assert opened(image.data).size == (96, 64)
 
 
-def test_png_loses_nothing() -> None:
-    """Every byte of the pixels comes back."""
+def test_png_is_lossless() -> None:
+    """A PNG decodes to the same pixels."""
     assert opened(encode_final(NOISE, OutputOptions("png"), "").data).tobytes() == NOISE.data
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
 def test_quality_is_honoured(format: str) -> None:  # noqa: A002
-    """More quality takes more bytes and is nearer to the pixels."""
+    """A higher quality makes a larger file that is closer to the pixels."""
     sizes, distances = [], []
     for quality in (10, 50, 95):
         data = encode_final(NOISE, OutputOptions(format, quality), "").data
@@ -66,8 +66,8 @@ def test_quality_is_honoured(format: str) -> None:  # noqa: A002
     assert distances == sorted(set(distances), reverse=True)
 
 
-def test_jpeg_finals_keep_their_colours() -> None:
-    """No chroma subsampling in the keeper; previews have it."""
+def test_final_jpegs_have_full_colour_resolution() -> None:
+    """Final images have no chroma subsampling; previews do."""
     layers = {
         "final": opened(encode_final(NOISE, OutputOptions("jpeg"), "").data).layer,
         "preview": opened(encode_preview(NOISE, 512, 75).data).layer,
@@ -87,23 +87,23 @@ def test_jpeg_finals_keep_their_colours() -> None:
     ],
 )
 @pytest.mark.parametrize("format", FORMATS)
-def test_parameters_come_back(format: str, text: str) -> None:  # noqa: A002
-    """Whatever language a prompt is in, and however long it may be, the file gives it back unchanged."""
+def test_parameters_survive_a_round_trip(format: str, text: str) -> None:  # noqa: A002
+    """Parameters in any language, up to the maximum prompt length, are read back unchanged."""
     assert parameters(encode_final(NOISE, OutputOptions(format), text).data) == text
 
 
 @pytest.mark.parametrize("text", ["x" * 500_000, "🍎" * 200_000, "x" + "🍎" * 200_000])
 @pytest.mark.parametrize("format", FORMATS)
-def test_parameters_too_long_for_the_format_are_cut_not_refused(format: str, text: str) -> None:  # noqa: A002
-    """An EXIF block has its limit; the picture is worth more than the end of its prompt."""
+def test_parameters_too_long_for_the_format_are_truncated(format: str, text: str) -> None:  # noqa: A002
+    """An EXIF block has a maximum size; parameters beyond it are cut at a character boundary."""
     found = parameters(encode_final(NOISE, OutputOptions(format), text).data)
     assert text.startswith(found)
     assert len(found) >= (len(text) if format == "png" else 14_000)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_metadata_off_leaves_none(format: str) -> None:  # noqa: A002
-    """The prompt is private: not one byte of it is in the file."""
+def test_without_metadata_the_file_has_no_prompt(format: str) -> None:  # noqa: A002
+    """The file has no metadata and does not contain the prompt in any encoding."""
     data = encode_final(NOISE, OutputOptions(format, metadata=False), "a secret prompt").data
     assert parameters(data) is None
     assert not opened(data).getexif()
@@ -112,8 +112,8 @@ def test_metadata_off_leaves_none(format: str) -> None:  # noqa: A002
         assert spelt.encode("utf-16-be") not in data
 
 
-def test_metadata_changes_no_pixel() -> None:
-    """With and without, the picture is the same."""
+def test_metadata_does_not_change_pixels() -> None:
+    """The image is the same with and without metadata."""
     for format in FORMATS:  # noqa: A001
         files = [encode_final(NOISE, OutputOptions(format, metadata=each), "text").data for each in (True, False)]
         assert opened(files[0]).tobytes() == opened(files[1]).tobytes()
@@ -124,21 +124,21 @@ def test_metadata_changes_no_pixel() -> None:
     [((96, 64), 48, (48, 32)), ((64, 96), 48, (32, 48)), ((96, 64), 96, (96, 64)), ((8, 8), 512, (8, 8))],
 )
 def test_previews_fit_their_edge_and_are_never_enlarged(size: tuple, edge: int, expected: tuple) -> None:
-    """The longer edge is reduced to the limit, in proportion; what is smaller stays."""
+    """Previews are scaled down to the maximum edge, keeping proportions; smaller images keep their size."""
     preview = encode_preview(flat_pixels(*size, 9), edge, 75)
     assert preview.format == "jpeg"
     assert (preview.width, preview.height) == opened(preview.data).size == expected
 
 
-def test_previews_carry_nothing_of_the_prompt() -> None:
-    """A preview is pixels only."""
+def test_previews_have_no_metadata() -> None:
+    """A preview has no EXIF data."""
     assert not opened(encode_preview(NOISE, 512, 75).data).getexif()
 
 
-async def test_the_encoder_works_as_asked_and_tells_what_previews_took() -> None:
-    """The options arrive; only previews count for their budget, finals do not."""
-    told: list[float] = []
-    encoder = Encoder(told.append)
+async def test_the_encoder_applies_options_and_reports_the_cost_of_previews() -> None:
+    """Options reach the encoders; only previews count against the preview budget."""
+    costs: list[float] = []
+    encoder = Encoder(costs.append)
     try:
         preview = await encoder.preview(NOISE, PreviewOptions(max_edge=32, quality=20))
         assert preview == encode_preview(NOISE, 32, 20)
@@ -146,15 +146,15 @@ async def test_the_encoder_works_as_asked_and_tells_what_previews_took() -> None
         assert final == encode_final(NOISE, OutputOptions("webp", 50), "text")
     finally:
         encoder.close()
-    assert len(told) == 1
-    assert told[0] >= 0
+    assert len(costs) == 1
+    assert costs[0] >= 0
 
 
 class TestDescribe:
-    """The text in the form that other tools read."""
+    """The parameters as text."""
 
-    def test_everything_is_in_it(self) -> None:
-        """Prompt, negative prompt, and one line with all that is needed to make the picture again."""
+    def test_all_parameters_are_included(self) -> None:
+        """The text has the prompt, the negative prompt and one line with all other parameters."""
         assert describe(JOB, MODEL).splitlines() == [
             "a red apple",
             "Negative prompt: pears",
@@ -162,14 +162,14 @@ class TestDescribe:
             f"Version: Calotype {__version__}",
         ]
 
-    def test_what_was_not_given_is_left_out(self) -> None:
-        """No empty negative prompt, no guidance of a model that takes none."""
+    def test_absent_parameters_are_left_out(self) -> None:
+        """The text has no empty negative prompt, and no guidance if the model does not support it."""
         text = describe(Job("a cat", None, 8, 8, 1, None, 0, "DDIMScheduler"), MODEL)
         assert "Negative" not in text
         assert "CFG" not in text
         assert "Seed: 0" in text
 
     def test_a_name_with_separators_is_quoted(self) -> None:
-        """A folder may be called anything."""
+        """The name of a model can contain commas, colons and quotes."""
         text = describe(JOB, replace(MODEL, name='a, "b": c'))
         assert 'Model: "a, \\"b\\": c", Version' in text

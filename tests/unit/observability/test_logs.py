@@ -1,4 +1,4 @@
-"""What the log says, and what it must not."""
+"""The format of the log, and what must not appear in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calotype_server.observability.logs import configure_logging
 
 @pytest.fixture(autouse=True)
 def restore():
-    """Leaves logging as it was."""
+    """Restores the logging configuration."""
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
     yield
@@ -26,10 +26,12 @@ def restore():
     structlog.contextvars.clear_contextvars()
 
 
-@pytest.mark.parametrize("shape", ["console", "json"])
-def test_tracebacks_are_logged_without_the_values_of_variables(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error and its place are there; a prompt in a local variable is not."""
-    configure_logging("info", shape)
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_tracebacks_are_logged_without_the_values_of_variables(
+    log_format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback has the error and its location, but not a prompt in a local variable."""
+    configure_logging("info", log_format)
     prompt = "".join(["unmistak", "able"])
     try:
         raise ValueError(len(prompt))
@@ -41,8 +43,8 @@ def test_tracebacks_are_logged_without_the_values_of_variables(shape: str, capsy
     assert "unmistakable" not in logged
 
 
-def test_warnings_of_python_come_in_the_same_shape(capsys: pytest.CaptureFixture[str]) -> None:
-    """Otherwise a library's warning would break whoever parses the log, and say nothing of whose call it was."""
+def test_python_warnings_have_the_same_format(capsys: pytest.CaptureFixture[str]) -> None:
+    """Warnings of libraries are JSON too, with the context variables of the call."""
     configure_logging("info", "json")
     structlog.contextvars.bind_contextvars(request="r1")
     with warnings.catch_warnings():
@@ -53,12 +55,12 @@ def test_warnings_of_python_come_in_the_same_shape(capsys: pytest.CaptureFixture
     assert line["request"] == "r1"
 
 
-def test_json_lines_carry_what_was_bound(capsys: pytest.CaptureFixture[str]) -> None:
-    """One object a line, also for what libraries log, with the ids of the call."""
+def test_json_lines_have_the_bound_variables(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line is one JSON object, including those of libraries, with the context variables of the call."""
     configure_logging("info", "json")
     structlog.contextvars.bind_contextvars(request="r1")
     structlog.get_logger("calotype_server.test").info("ours", size=3)
-    logging.getLogger("somebody.else").warning("theirs")
+    logging.getLogger("some.library").warning("theirs")
     ours, theirs = (json.loads(line) for line in capsys.readouterr().err.splitlines())
     assert (ours["event"], ours["request"], ours["size"], ours["level"]) == ("ours", "r1", 3, "info")
     assert (theirs["event"], theirs["request"]) == ("theirs", "r1")

@@ -1,4 +1,4 @@
-"""Names, documentation and meaning of the metrics."""
+"""Names, documentation and values of the metrics."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPANS = (PhaseSpan("queue", 1.0, 3.0), PhaseSpan("encode_prompt", 3.0, 3.5), Pha
 
 
 def ended(end) -> GenerationEnded:
-    """A generation that came as far as denoising."""
+    """A generation whose last phase was denoising."""
     return GenerationEnded("id", JOB, end, SPANS, 3, 2.0)
 
 
@@ -66,7 +66,7 @@ EACH = [
 
 @pytest.mark.parametrize(("observation", "name", "value"), EACH)
 def test_each_observation_is_counted(observation: Observation, name: str, value: float) -> None:
-    """Under its own name, and twice when it comes twice."""
+    """Each observation updates its metric, once per observation."""
     metrics = ServerMetrics("1")
     assert Scrape.of(metrics).value(name) == 0
     for times in (1, 2):
@@ -74,8 +74,8 @@ def test_each_observation_is_counted(observation: Observation, name: str, value:
         assert Scrape.of(metrics).value(name) == times * value
 
 
-def test_nothing_that_can_be_seen_is_forgotten_above() -> None:
-    """The list of cases holds every kind of observation."""
+def test_the_cases_cover_every_observation() -> None:
+    """Every kind of observation has a case above."""
     assert {type(observation) for observation, _, _ in EACH} == set(Observation.__args__)
 
 
@@ -97,7 +97,7 @@ def test_nothing_that_can_be_seen_is_forgotten_above() -> None:
     ],
 )
 def test_an_end_is_counted_by_its_outcome_and_where_it_failed(end, labels, error_phases) -> None:
-    """Whoever cancels makes no error; a failure belongs to the phase that it happened in."""
+    """A cancel is no error; a failure is counted for the phase in which it happened."""
     metrics = ServerMetrics("1")
     metrics.observe(ended(end))
     scrape = Scrape.of(metrics)
@@ -107,15 +107,15 @@ def test_an_end_is_counted_by_its_outcome_and_where_it_failed(end, labels, error
     assert "unmistakable" not in metrics.render("")[0].decode()
 
 
-def test_a_bridge_counts_calls_and_no_generations() -> None:
-    """It has none: gauges that are always 0 would mislead."""
+def test_a_bridge_has_no_metrics_of_generations() -> None:
+    """A bridge runs no generations, and gauges that are always 0 would mislead."""
     names = {each.name for each in Metrics("1").catalogue}
     assert "calotype_sent_bytes_total" in names
     assert not any("generation" in name for name in names)
 
 
 def test_names_follow_the_conventions_of_prometheus() -> None:
-    """A prefix, base units, `_total` for counters, and a sentence for each."""
+    """Names have the prefix, base units and `_total` for counters, and help texts are sentences."""
     for each in ServerMetrics("1").catalogue:
         assert re.fullmatch("calotype_[a-z]+(_[a-z]+)*", each.name)
         assert (each.kind == "counter") == each.name.endswith("_total")
@@ -124,7 +124,7 @@ def test_names_follow_the_conventions_of_prometheus() -> None:
 
 
 def test_the_documentation_lists_every_metric() -> None:
-    """The table in service/README.md is that of the code, line by line."""
+    """The table in service/README.md matches the code, line by line."""
     rows = [
         f"| `{each.name}` | {each.kind} | {', '.join(f'`{label}`' for label in each.labels)} | {each.text} |"
         for each in ServerMetrics("1").catalogue
@@ -133,25 +133,25 @@ def test_the_documentation_lists_every_metric() -> None:
     assert written == rows, "The table should be:\n" + "\n".join(rows)
 
 
-def test_gauges_are_read_when_somebody_asks() -> None:
-    """Not before: what they tell costs nothing while nobody looks."""
+def test_gauges_are_read_at_each_scrape() -> None:
+    """A gauge shows the current value of its function."""
     metrics, queued = ServerMetrics("1"), [3]
-    metrics.read(queued=lambda: queued[0])
+    metrics.bind_gauges(queued=lambda: queued[0])
     assert Scrape.of(metrics).value("calotype_queued_generations") == 3
     queued[0] = 5
     assert Scrape.of(metrics).value("calotype_queued_generations") == 5
 
 
 def test_two_servers_in_one_process_count_for_themselves() -> None:
-    """There is no registry that everybody shares."""
+    """Each server has its own registry."""
     one, other = ServerMetrics("1"), ServerMetrics("1")
     to_all(one.observe)(StepDone(1.0))
     assert Scrape.of(one).value("calotype_step_seconds_count") == 1
     assert Scrape.of(other).value("calotype_step_seconds_count") == 0
 
 
-def test_the_process_itself_is_measured() -> None:
-    """Memory, processor time, files and threads."""
+def test_the_process_has_metrics() -> None:
+    """Memory, open files and threads of the process are exposed."""
     scrape = Scrape.of(Metrics("1"))
     for name in ("process_resident_memory_bytes", "process_open_fds", "calotype_threads"):
         assert scrape.value(name) > 0

@@ -127,7 +127,7 @@ def test_keys_add_prints_the_key_once(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["keys", "add", "--name", "alice", "--file", str(path), *limits])
     assert result.exit_code == 0
     key = result.stdout.strip()
-    assert Access(path).admit(f"Bearer {key}", "").id == "key:alice"
+    assert Access(path).authenticate(f"Bearer {key}", "").id == "key:alice"
     record = keys.read(path)["alice"]
     assert (record.role, record.requests_per_minute, record.concurrent) == ("user", 5, 2)
     assert key not in path.read_text()

@@ -157,7 +157,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             return handler
         try:
             # Who it is, the servicer asks, which knows the peer.
-            self._access.admit(from_metadata(handler_call_details.invocation_metadata), "")
+            self._access.authenticate(from_metadata(handler_call_details.invocation_metadata), "")
         except Unauthenticated as error:
             streaming = handler is not None and handler.request_streaming
             refusal: Handler = _refusal(error, self._observe, streaming=streaming)

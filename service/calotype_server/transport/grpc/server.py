@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_reflection.v1alpha import reflection
 
+from calotype_server.limits import PORT_LIMITS, PortLimits
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.transport.grpc.interceptors import interceptors
 from calotype_server.transport.grpc.request_guard import RequestGuard
 from calotype_server.transport.net.address import check_free, in_use
 from calotype_server.transport.net.call_limits import CallLimiter
-from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
     from calotype_server.auth.access import Access

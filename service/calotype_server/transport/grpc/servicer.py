@@ -82,7 +82,7 @@ class GenerationServicer(GenerationServiceServicer):
         return self._api.model()
 
     def _caller(self, context: Context) -> Caller:
-        caller = self._access.admit(from_metadata(context.invocation_metadata()), context.peer())
+        caller = self._access.authenticate(from_metadata(context.invocation_metadata()), context.peer())
         structlog.contextvars.bind_contextvars(caller=caller.id)
         return caller
 

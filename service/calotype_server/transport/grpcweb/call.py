@@ -22,7 +22,7 @@ from calotype_server.transport.net.credentials import peer_of
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from calotype_server.types import PortLimits
+    from calotype_server.limits import PortLimits
 
     Handler = Any  # grpc.RpcMethodHandler, whose annotations are those of its synchronous half.
     Resolve = Callable[[Any], Awaitable[Handler | None]]

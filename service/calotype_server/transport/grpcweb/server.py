@@ -12,12 +12,12 @@ from starlette.responses import PlainTextResponse
 
 from calotype_server.api import encoding
 from calotype_server.errors import NotReady, ServiceError
+from calotype_server.limits import PORT_LIMITS, PortLimits
 from calotype_server.observability.events import CallRefused, Observe, ignore
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.call import Call
 from calotype_server.transport.grpcweb.framing import Status
 from calotype_server.transport.net.call_limits import CallLimiter
-from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from calotype_server.api.service import Api
     from calotype_server.auth.access import Access
+    from calotype_server.limits import PortLimits
     from calotype_server.transport.net.call_limits import CallLimiter
-    from calotype_server.types import PortLimits
 
 __all__ = ["HttpApi"]
 

@@ -25,7 +25,7 @@ def admit(access: Access, scope: Any) -> None:
     Raises:
         Unauthenticated: It comes without a good key.
     """
-    caller = access.admit(from_scope(scope), peer_of(scope))
+    caller = access.authenticate(from_scope(scope), peer_of(scope))
     structlog.contextvars.bind_contextvars(caller=caller.id)
     scope[_KEY] = caller
 

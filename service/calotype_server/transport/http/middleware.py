@@ -18,8 +18,8 @@ from calotype_server.transport.net.request_id import bind_request_id, bind_trace
 
 if TYPE_CHECKING:
     from calotype_server.auth.access import Access
+    from calotype_server.limits import PortLimits
     from calotype_server.transport.net.call_limits import CallLimiter
-    from calotype_server.types import PortLimits
 
 __all__ = ["HttpMiddleware"]
 

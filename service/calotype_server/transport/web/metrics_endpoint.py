@@ -53,7 +53,7 @@ def authorize_scrape(request: Request, access: Access, address: str) -> tuple[in
         address: HOST:PORT that the port listens on.
     """
     try:
-        caller = access.admit(request.headers.get("authorization"), "")
+        caller = access.authenticate(request.headers.get("authorization"), "")
         caller.require(Role.OPERATOR)
     except Unauthenticated as error:
         return 401, error.message

@@ -10,6 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
 
+from calotype_server.limits import PORT_LIMITS, PortLimits
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.transport.grpc.interceptors import interceptors
 from calotype_server.transport.grpcweb import GrpcWeb
@@ -19,7 +20,6 @@ from calotype_server.transport.net.call_limits import CallLimiter
 from calotype_server.transport.web.metrics_endpoint import metrics_route
 from calotype_server.transport.web.origin_guard import OriginHostMiddleware
 from calotype_server.transport.web.uvicorn_server import UvicornServer
-from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable
 
-    from calotype_server.types import PortLimits
+    from calotype_server.limits import PortLimits
 
 __all__ = ["Handshakes"]
 

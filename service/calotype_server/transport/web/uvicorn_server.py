@@ -13,9 +13,9 @@ import uvicorn
 from httptools import HttpParserError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from calotype_server.limits import PORT_LIMITS, PortLimits
 from calotype_server.transport.net.address import in_use, resolve
 from calotype_server.transport.web.tls_handshake import Handshakes
-from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
     import ssl

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from calotype._channel import parse_address
+from calotype.targets import parse_address
 from calotype_server.types import PORT_LIMITS, Limits, PortLimits, PreviewMethod, PreviewOptions
 
 __all__ = ["BridgeSettings", "Settings", "WebSettings"]

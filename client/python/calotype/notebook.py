@@ -20,8 +20,9 @@ except ImportError:
     raise ImportError("calotype.notebook needs an extra: pip install 'calotype[notebook]'") from None
 
 if TYPE_CHECKING:
-    from ._generation import AsyncGeneration, Generation
+    from ._async.generation import AsyncGeneration
     from ._image import Image
+    from ._sync.generation import Generation
     from ._types import Notice, Progress
 
 __all__ = ["ashow", "show"]

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calotype import Cancelled, InternalError, Phase, StreamIncomplete, Unavailable
-from calotype._assembler import Assembler, incomplete
+from calotype._assembler import Assembler
+from calotype._status import stream_incomplete
 from calotype.v1 import calotype_pb2 as v1
 
 RUNNING = [v1.PHASE_QUEUED, v1.PHASE_ENCODING_PROMPT, v1.PHASE_DENOISING, v1.PHASE_DECODING, 99]
@@ -49,7 +50,7 @@ def test_lost_chunk_is_never_taken_for_an_image(running, parts, data):
     assembler = Assembler()
     for message in [*running, *(chunk for chunk in chunks(parts) if chunk.chunk_index != lost)]:
         assembler.feed(message)
-    assembler.close(incomplete())
+    assembler.close(stream_incomplete())
     with pytest.raises(StreamIncomplete):
         assembler.outcome()
 
@@ -60,7 +61,7 @@ def test_stream_without_an_end_is_incomplete(running):
     assembler = Assembler()
     for message in running:
         assembler.feed(message)
-    assembler.close(incomplete())
+    assembler.close(stream_incomplete())
     with pytest.raises(StreamIncomplete):
         assembler.outcome()
 
@@ -109,7 +110,7 @@ def test_only_the_first_end_counts():
     assert assembler.outcome().data == b"image"
 
 
-def test_success_without_an_image_is_incomplete():
+def test_success_without_an_image_is_stream_incomplete():
     """An empty final image is not an image."""
     assembler = Assembler()
     assembler.feed(v1.Progress(phase=v1.PHASE_SUCCEEDED))

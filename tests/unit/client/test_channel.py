@@ -8,8 +8,8 @@ import grpc
 import pytest
 
 from calotype import TLS, AsyncClient, Client, Unavailable
-from calotype._channel import parse_address
 from calotype._testing.servicer import Servicer
+from calotype.targets import parse_address
 from calotype.testing import FakeServer
 
 

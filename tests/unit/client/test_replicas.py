@@ -6,8 +6,8 @@ import threading
 import pytest
 
 import calotype
-from calotype._channel import CHANNEL_OPTIONS, parse_address
-from calotype._replicas import is_balanced, options, resolve
+from calotype._channel import CHANNEL_OPTIONS, channel_options
+from calotype.targets import is_balanced, parse_address, resolve
 from calotype.v1 import calotype_pb2 as v1
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
 
@@ -26,7 +26,7 @@ def test_which_targets_are_balanced(address, balanced):
     """Those that may stand for several; the others keep the channel that they had."""
     target = parse_address(address)
     assert is_balanced(target) is balanced
-    assert (options(target) == CHANNEL_OPTIONS) is not balanced
+    assert (channel_options(target) == CHANNEL_OPTIONS) is not balanced
 
 
 def test_each_server_can_be_reached_alone():

@@ -17,9 +17,12 @@ from calotype import (
     Overloaded,
     Unavailable,
 )
-from calotype._assembler import Assembler, incomplete
+from calotype._assembler import Assembler
+from calotype._constants import DISCONNECT_GRACE_SECONDS
 from calotype._resume.continuity import Continuity
-from calotype._resume.policy import DISCONNECT_GRACE, Resumption, RetryPolicy, make_resumable
+from calotype._resume.resumption import Resumption, make_resumable
+from calotype._resume.retry_policy import RetryPolicy
+from calotype._status import stream_incomplete
 from calotype.v1 import calotype_pb2 as v1
 
 LOST = Unavailable("Socket closed")
@@ -130,7 +133,7 @@ def test_any_breakage_is_one_uninterrupted_stream(breakages, data):
             if assembler.ended:
                 break
             if after == math.inf:
-                raise incomplete()
+                raise stream_incomplete()
             if how == "server lost":
                 server.lose()
                 lives += 1
@@ -378,7 +381,7 @@ def test_defaults_leave_choices_alone():
     chosen.disconnect_grace.SetInParent()
     for request in (plain, chosen, kept):
         make_resumable(request)
-    assert plain.disconnect_grace.seconds == DISCONNECT_GRACE
+    assert plain.disconnect_grace.seconds == DISCONNECT_GRACE_SECONDS
     assert (chosen.request_id, chosen.disconnect_grace.seconds) == ("mine", 0)
     assert not kept.HasField("disconnect_grace")
     assert len({plain.request_id, kept.request_id, ""}) == 3

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .._client import Client
+from .._constants import RETRIES
 from .._errors import CalotypeError, Cancelled, InvalidRequest, Unauthenticated, Unavailable
-from .._generation import Generation
 from .._image import FORMATS
 from .._options import DisconnectPolicyName, FormatName, MethodName, Output, Previews, PriorityName
-from .._resume.policy import RETRIES
+from .._sync.client import Client
+from .._sync.generation import Generation
 from .outputs import BadPath, Outputs
 from .quiet import quiet_core
 from .server_options import Server, reaching

@@ -60,7 +60,7 @@ async def test_encrypted_connection(tmp_path, serve):
     command = ["openssl", "req", "-x509", *curve, *name, "-days", "1", "-keyout", key, "-out", certificate]
     await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), certificate.read_bytes())])
-    with serve(Servicer(FakeServer()), credentials) as address:
+    with serve(Servicer(FakeServer()._state), credentials) as address:
         tls = TLS(root_certificates=certificate.read_bytes())
         with Client(address, tls=tls) as client:
             assert client.generate("a red apple").result().format == "png"

@@ -10,7 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from calotype import Client, FailedPrecondition, InternalError, InvalidRequest, Notice, Overloaded, Unavailable
-from calotype._cli.main import OPTIONS, app
+from calotype._cli.main import app
+from calotype._cli.options import OPTION_NAMES
 from calotype._options import Output, Previews
 from calotype._request import build_request
 from calotype.testing import FakeServer
@@ -43,7 +44,7 @@ def test_plain_lines(run):
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
         "Note: The prompt was cut.",
-        "queued, place 1",
+        "queued, position 1",
         "encoding prompt, 2 s left",
         "denoising, 2 s left",
         "denoising, step 1/2, 1 s left",
@@ -166,7 +167,7 @@ def test_withdrawn_previews_are_deleted(run):
     with FakeServer(steps=4, withdraw_at=3) as server:
         result = run(server, "generate", "apple", "--previews", "frames", "--filmstrip", "strip.png", "-o", "apple.png")
     assert result.exit_code == 1
-    assert result.stderr == "The safety checker of the model withheld the picture.\n"
+    assert result.stderr == "The model's safety checker withheld the image.\n"
     assert "step 2/4, 2 s left: frames" in result.stdout
     assert "step 3/4, 1 s left, previews withdrawn\n" in result.stdout
     assert os.listdir() == ["frames"]
@@ -226,12 +227,12 @@ def test_usage_errors_come_before_any_work(run, arguments, message):
         (
             InvalidRequest("Two.", violations=[("width_px", "too wide"), ("step_count", "too many")]),
             2,
-            "The server cannot make this picture:\n  --width: too wide\n  --steps: too many\n",
+            "The request is not valid:\n  --width: too wide\n  --steps: too many\n",
         ),
         (
             InvalidRequest("Two.", violations=[("preview.max_edge_px", "too large"), ("output.quality", "of a PNG")]),
             2,
-            "The server cannot make this picture:\n  --preview-edge: too large\n  --quality: of a PNG\n",
+            "The request is not valid:\n  --preview-edge: too large\n  --quality: of a PNG\n",
         ),
         (FailedPrecondition("It has no small decoder.", reason="NO_TINY_VAE"), 1, "It has no small decoder.\n"),
         (InternalError("The model failed.", reason="NUMERICAL_FAILURE"), 1, "The model failed.\n"),
@@ -305,8 +306,8 @@ def test_every_option_that_the_server_refuses_has_its_flag():
     flags = {flag for parameter in typer.main.get_command(app).commands["generate"].params for flag in parameter.opts}
     nested = {f"previews.{field.name}" for field in dataclasses.fields(Previews)}
     nested |= {f"output.{field.name}" for field in dataclasses.fields(Output)}
-    assert set(OPTIONS) - {"prompt"} == nested
-    assert {*OPTIONS.values()} <= flags
+    assert set(OPTION_NAMES) - {"prompt"} == nested
+    assert {*OPTION_NAMES.values()} <= flags
 
 
 def test_cancel(run):
@@ -314,7 +315,7 @@ def test_cancel(run):
     with FakeServer() as server:
         run(server, "generate", "a red apple", "-o", "apple.png")
         ended, unknown = run(server, "cancel", "fake-1"), run(server, "cancel", "nobody")
-    assert ended.stdout == "It had succeeded already.\n"
+    assert ended.stdout == "The generation has already succeeded.\n"
     assert unknown.exit_code == 1
     assert "nobody" in unknown.stderr
 
@@ -336,7 +337,7 @@ def test_watch_writes_the_image_and_list_and_finish_know_it(run):
         assert run(server, "list").stdout.split() == ["fake-1", "succeeded", "2/2", "a", "[red]", "apple"]
         listed = json.loads(run(server, "list", "--json").stdout)
         assert (listed["request_id"], listed["create_time"]) == ("mine", "2023-11-14T22:13:21+00:00")
-        assert run(server, "finish", "fake-1").stdout == "It had succeeded already.\n"
+        assert run(server, "finish", "fake-1").stdout == "The generation has already succeeded.\n"
         missing = run(server, "watch", "no such id")
         assert (missing.exit_code, missing.stderr) == (1, "There is no generation 'no such id'.\n")
 

@@ -143,7 +143,7 @@ def test_withdrawn_previews_leave_the_screen(terminal):
     erased = before[before.rindex("▀") :]
     assert erased.count("\x1b[2K") >= 24
     assert "▀" not in after
-    assert "The safety checker of the model withheld the picture." in after
+    assert "The model's safety checker withheld the image." in after
 
 
 def test_withdrawn_previews_leave_kitty(terminal):

@@ -207,7 +207,7 @@ class AsyncClient:
         return self._follow(build(v1.WatchRequest(), "generation_id", values), timeout)
 
     def generations(self, *, page_size: int | None = None) -> AsyncIterator[GenerationSummary]:
-        """Lists your own generations that are running or ended recently, newest first.
+        """Lists your own generations that are running or ended recently, newest first. An operator's key lists all.
 
         With several servers, lists generations from every server that responds. Requests the next page when it is
         needed, and waits up to 10 s for each page.

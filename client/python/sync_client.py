@@ -32,10 +32,14 @@ NAMES = [
 
 SENTENCES = {
     "The asyncio client: the source from which `make sync-client` generates `_sync`.": "The sync client.",
-    "The client belongs to the event loop that makes its first call.": "Threads can share a client.",
-    "Cancelling the task that runs the loop also cancels the generation.": "An interrupt (Ctrl-C) also cancels.",
-    "After a `break`, the cancel is sent when the event loop next runs; `async with` sends it immediately.": (
-        "Without reference counting, as in PyPy, a `break` cancels when the iterator is collected; `with` immediately."
+    "The client belongs to the event loop that makes its first call.": "The client is thread-safe.",
+    (
+        "Cancelling the task that runs the loop also cancels the generation. "
+        "After a `break`, the event loop cancels when it\n    next runs; "
+        "leaving an `async with` block cancels immediately."
+    ): (
+        "Python implementations without reference counting, such as PyPy, "
+        "may cancel some time after a `break`; leaving\n    a `with` block cancels immediately."
     ),
 }
 """Text that is different for threads. Each entry must occur, so that a changed source cannot skip it."""

@@ -10,7 +10,7 @@ from ._errors import CalotypeError, GenerationConsumed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._resume.resumption import Resumption
+    from ._resume.policy import Resumption
     from ._types import Notice, Progress
     from .v1 import calotype_pb2 as v1
 

@@ -19,9 +19,9 @@ from calotype import (
 )
 from calotype._assembler import Assembler
 from calotype._constants import DISCONNECT_GRACE_SECONDS
+from calotype._resume.backoff import RetryPolicy
 from calotype._resume.continuity import Continuity
-from calotype._resume.resumption import Resumption, make_resumable
-from calotype._resume.retry_policy import RetryPolicy
+from calotype._resume.policy import Resumption, make_resumable
 from calotype._status import stream_incomplete
 from calotype.v1 import calotype_pb2 as v1
 

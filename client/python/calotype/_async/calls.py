@@ -20,7 +20,7 @@ from .replicas import AsyncReplicas
 
 if TYPE_CHECKING:
     from .._backends.aio.primitives import Call, Channel, Stub
-    from .._resume.resumption import Resumption
+    from .._resume.policy import Resumption
     from .._types import Model, Phase
 
 __all__ = ["AsyncCalls"]

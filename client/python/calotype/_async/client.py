@@ -12,8 +12,8 @@ from .._constants import RETRIES, STALL_TIMEOUT_SECONDS
 from .._convert import summary_from_proto
 from .._errors import Cancelled
 from .._request import build, build_request, resolve_retries, resolve_stall_timeout, resolve_timeout
-from .._resume.resumption import Resumption, make_resumable
-from .._resume.retry_policy import RetryPolicy
+from .._resume.backoff import RetryPolicy
+from .._resume.policy import Resumption, make_resumable
 from ..targets import is_balanced, parse_address
 from ..v1 import calotype_pb2 as v1
 from .calls import AsyncCalls
@@ -48,8 +48,8 @@ class AsyncClient:
     with the same seed, and the loop continues when the new generation has passed the last progress shown. Waits between
     attempts are random and grow exponentially, to at most 8 s. Reconnecting ends with `DeadlineExceeded` at the
     timeout, or with `Unavailable` after `retries` attempts in a row without news. A server that sends nothing for
-    `stall_timeout` seconds counts as lost. The first call is different: if the server cannot be reached, or rejects the
-    request, the error is raised immediately.
+    `stall_timeout` seconds counts as lost. The first attempt is different: if the server cannot be reached, or rejects
+    the request, the error is raised immediately.
 
     Several servers: a target such as `dns:///calotype:50051` or `ipv4:10.0.0.1:50051,10.0.0.2:50051` can stand for
     several servers of the same model. New generations are distributed round-robin among the servers that are ready.

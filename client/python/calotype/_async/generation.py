@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from .._image import Image
-    from .._resume.resumption import Resumption
+    from .._resume.policy import Resumption
     from .._types import Phase, Progress
     from .calls import AsyncCalls
 
@@ -37,11 +37,11 @@ class AsyncGeneration(BaseGeneration):
     generation fails. When the connection is lost, the client reconnects and the loop continues; see `AsyncClient`.
 
     Leaving the loop before the end, by `break` or an exception, cancels the generation on the server. So does leaving
-    an `async with` block around the generation. A generation started with `on_disconnect="keep"`, or one that is only
-    watched, continues; only `cancel` ends it.
+    its `async with` block. A generation started with `on_disconnect="keep"`, or one that is only watched, continues;
+    only `cancel` ends it.
 
-    Cancelling the task that runs the loop also cancels the generation.
-    After a `break`, the cancel is sent when the event loop next runs; `async with` sends it immediately.
+    Cancelling the task that runs the loop also cancels the generation. After a `break`, the event loop cancels when it
+    next runs; leaving an `async with` block cancels immediately.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from .replicas import Replicas
 
 if TYPE_CHECKING:
     from .._backends.threads.primitives import Call, Channel, Stub
-    from .._resume.resumption import Resumption
+    from .._resume.policy import Resumption
     from .._types import Model, Phase
 
 __all__ = ["Calls"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from .._image import Image
-    from .._resume.resumption import Resumption
+    from .._resume.policy import Resumption
     from .._types import Phase, Progress
     from .calls import Calls
 
@@ -38,11 +38,11 @@ class Generation(BaseGeneration):
     generation fails. When the connection is lost, the client reconnects and the loop continues; see `Client`.
 
     Leaving the loop before the end, by `break` or an exception, cancels the generation on the server. So does leaving
-    an `with` block around the generation. A generation started with `on_disconnect="keep"`, or one that is only
-    watched, continues; only `cancel` ends it.
+    its `with` block. A generation started with `on_disconnect="keep"`, or one that is only watched, continues;
+    only `cancel` ends it.
 
-    An interrupt (Ctrl-C) also cancels.
-    Without reference counting, as in PyPy, a `break` cancels when the iterator is collected; `with` immediately.
+    Python implementations without reference counting, such as PyPy, may cancel some time after a `break`; leaving
+    a `with` block cancels immediately.
     """
 
     def __init__(

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 import grpc
 
 from ..._constants import CONTROL_TIMEOUT_SECONDS
-from ..._resume.resumption import NEWEST_GENERATIONS
+from ..._resume.policy import NEWEST_GENERATIONS
 from ...v1 import calotype_pb2 as v1
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from ..._channel import Metadata
-    from ..._resume.resumption import Resumption
+    from ..._resume.policy import Resumption
     from .primitives import Stub
 
 __all__ = ["PendingCancels"]

@@ -28,7 +28,7 @@ from ..v1 import calotype_pb2 as v1
 from .continuity import ENDS, Continuity
 
 if TYPE_CHECKING:
-    from .retry_policy import RetryPolicy
+    from .backoff import RetryPolicy
 
 __all__ = ["NEWEST_GENERATIONS", "Resumption", "make_resumable"]
 

@@ -19,6 +19,8 @@ from ..v1 import calotype_pb2 as v1
 from .replicas import AsyncReplicas
 
 if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
     from .._backends.aio.primitives import Call, Channel, Stub
     from .._resume.policy import Resumption
     from .._types import Model, Phase
@@ -65,12 +67,17 @@ class AsyncCalls:
     def start(self, resumption: Resumption, stub: Stub | None = None) -> Call:
         """Sends the request of a generation without waiting for an answer.
 
+        Args:
+            resumption: Has the request and its deadline.
+            stub: The server to call. None calls any server of the target.
+
         Raises:
             ClientClosed: The client is closed.
         """
         request, timeout = resumption.request, resumption.time_left
         with self._state_lock:
-            stub = stub or self.require_open()
+            usual = self.require_open()
+            stub = stub or usual
             if isinstance(request, v1.WatchRequest):
                 return stub.Watch(request, timeout=timeout, **self._call_kwargs)
             return stub.Generate(request, timeout=timeout, **self._call_kwargs)
@@ -99,45 +106,35 @@ class AsyncCalls:
         await self._reader.drain(call)
 
     def send_cancel(self, resumption: Resumption) -> None:
-        """Cancels a generation on the server in the background."""
-        if not self.closed:
-            ask = None if self._replicas is None else self._replicas.ask
-            self._pending_cancels.send(self.require_open(), resumption, ask)
+        """Cancels a generation on the server in the background. Does nothing when the client is closed."""
+        with self._state_lock:
+            if self.closed:
+                return
+            stub = self.require_open()
+        self._pending_cancels.send(stub, resumption, None if self._replicas is None else self._replicas.ask)
 
     async def cancel(self, generation_id: str) -> Phase:
         """Cancels a generation by id. See `AsyncClient.cancel`."""
-        request, stub = v1.CancelRequest(generation_id=generation_id), await self._stub_for(generation_id)
-        try:
-            answer = await stub.Cancel(request, timeout=CONTROL_TIMEOUT_SECONDS, **self._call_kwargs)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        stub = await self._stub_for(generation_id)
+        answer: v1.CancelResponse = await self._ask(stub.Cancel, v1.CancelRequest(generation_id=generation_id))
         return phase_from_proto(answer.phase)
 
     async def finish(self, generation_id: str) -> Phase:
         """Finishes a generation early by id. See `AsyncClient.finish`."""
-        request, stub = v1.FinishRequest(generation_id=generation_id), await self._stub_for(generation_id)
-        try:
-            answer = await stub.Finish(request, timeout=CONTROL_TIMEOUT_SECONDS, **self._call_kwargs)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        stub = await self._stub_for(generation_id)
+        answer: v1.FinishResponse = await self._ask(stub.Finish, v1.FinishRequest(generation_id=generation_id))
         return phase_from_proto(answer.phase)
 
     async def model(self) -> Model:
         """Describes the model. See `AsyncClient.model`."""
-        stub = self.require_open()
-        try:
-            answer = await stub.GetModel(v1.GetModelRequest(), timeout=CONTROL_TIMEOUT_SECONDS, **self._call_kwargs)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        answer: v1.Model = await self._ask(self.require_open().GetModel, v1.GetModelRequest())
         return model_from_proto(answer)
 
     async def list_page(self, stub: Stub, request: v1.ListGenerationsRequest) -> v1.ListGenerationsResponse:
         """Returns one page of the generations of a server."""
         self.require_open()
-        try:
-            return await stub.ListGenerations(request, timeout=CONTROL_TIMEOUT_SECONDS, **self._call_kwargs)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        answer: v1.ListGenerationsResponse = await self._ask(stub.ListGenerations, request)
+        return answer
 
     async def stubs(self) -> list[Stub]:
         """Returns one stub for each server that answers; the usual stub when there is only one server, or none."""
@@ -172,6 +169,13 @@ class AsyncCalls:
         """Returns the stub of the server that has a generation. Asks all servers when there are several."""
         stub = self.require_open()
         return stub if self._replicas is None else await self._replicas.find(generation_id) or stub
+
+    async def _ask(self, method: Any, request: Message) -> Any:
+        """Calls a method that the server answers immediately."""
+        try:
+            return await method(request, timeout=CONTROL_TIMEOUT_SECONDS, **self._call_kwargs)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
 
     def _connect(self, target: str, options: Options) -> Channel:
         return connect(target, self._credentials, options)

@@ -52,10 +52,12 @@ class PendingCancels:
         if ask is not None:
             self._add(resumption)
             threading.Thread(target=self._send_to_all, args=(ask, resumption), daemon=True).start()
-        elif resumption.generation_id is not None:
-            self._cancel(stub, resumption.generation_id)
-        else:
-            self._find_and_cancel(stub, resumption)
+            return
+        with contextlib.suppress(ValueError):  # the client closed its channel meanwhile
+            if resumption.generation_id is not None:
+                self._cancel(stub, resumption.generation_id)
+            else:
+                self._find_and_cancel(stub, resumption)
 
     def wait(self) -> None:
         """Waits up to 1 s for the cancels in progress."""

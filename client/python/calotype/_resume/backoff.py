@@ -22,7 +22,7 @@ class RetryPolicy:
     Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter
 
     Attributes:
-        retries: Attempts in a row without news. 0 disables reconnecting.
+        retries: Attempts in a row without progress. 0 disables reconnecting.
         base: Longest wait before the first attempt, in seconds. It doubles with each attempt.
         cap: Longest wait before any attempt, in seconds.
         random: Returns a random number, 0 to 1.

@@ -48,7 +48,7 @@ class Client:
     generation then continues where it was. If the server lost the generation in a restart, the client requests it again
     with the same seed, and the loop continues when the new generation has passed the last progress shown. Waits between
     attempts are random and grow exponentially, to at most 8 s. Reconnecting ends with `DeadlineExceeded` at the
-    timeout, or with `Unavailable` after `retries` attempts in a row without news. A server that sends nothing for
+    timeout, or with `Unavailable` after `retries` attempts in a row without progress. A server that sends nothing for
     `stall_timeout` seconds counts as lost. The first attempt is different: if the server cannot be reached, or rejects
     the request, the error is raised immediately.
 
@@ -84,8 +84,8 @@ class Client:
             tls: Whether and how to encrypt. True trusts the public certificate authorities. Default: unencrypted.
             timeout: Default timeout of `generate` and `watch`, in seconds. None means no limit.
             wait_for_ready: Whether to wait for a server that cannot be reached, instead of raising `Unavailable`.
-            retries: Number of attempts in a row to reconnect without news before `Unavailable` is raised. 0 disables
-                reconnecting.
+            retries: Number of attempts to reconnect in a row without progress before `Unavailable` is raised. 0
+                disables reconnecting.
             stall_timeout: Seconds without a message after which the server counts as lost. Servers send a message at
                 least every 10 s. None means no limit.
             on_reconnect: Called when a connection is lost, with the error and the seconds until the next attempt. It

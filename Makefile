@@ -26,7 +26,7 @@ VITEST = npm test --silent -- --reporter=default --reporter=json --outputFile.js
 # What a change of the proto must not break: the last release, or before the first one the last commit.
 PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 .DEFAULT_GOAL := help
-.PHONY: help run generate test test-fast test-clients client-table client-table-check lint format type proto proto-check web web-check test-web settings bench soak ray-up ray-down test-ray bench-ray contact-sheet timeline filmstrip sizing evaluate-model clean
+.PHONY: help run generate test test-fast test-clients client-table client-table-check lint format type sync-client proto proto-check web web-check test-web settings bench soak ray-up ray-down test-ray bench-ray contact-sheet timeline filmstrip sizing evaluate-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -99,6 +99,7 @@ lint: $(READY) ## check style, layers, protos, spelling and plain English
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python client/python/sync_client.py --check
 	$(BIN)/buf lint protos
 	$(BIN)/buf format --diff --exit-code protos
 	$(BIN)/buf breaking protos --against '.git#ref=$(PUBLISHED),subdir=protos'
@@ -111,6 +112,9 @@ format: $(READY) ## format the code
 
 type: $(READY) ## check types
 	$(BIN)/mypy
+
+sync-client: $(READY) ## generate the sync Python client from the asyncio client
+	$(BIN)/python client/python/sync_client.py
 
 proto: $(READY) $(PROTO_READY) $(CLIENT_JS_READY) ## generate the Python and TypeScript code from the proto
 	$(BIN)/buf generate protos --template protos/buf.gen.yaml --output $(GENERATED)

@@ -1,4 +1,4 @@
-"""What is published, built and installed as strangers do: wheels and source archives in clean environments."""
+"""Wheels and source archives, built and installed in clean environments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEBIBYTE = 2**20
 
 
 def run(*command: str | Path, cwd: Path | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs a command without this environment's variables for Python."""
+    """Runs a command without the environment variables of Python."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=200, check=False, cwd=cwd, env={**variables, "COLUMNS": "200"}
@@ -37,14 +37,14 @@ def run(*command: str | Path, cwd: Path | None = None, check: bool = True) -> su
 
 
 def build(source: Path, target: Path, *kinds: str) -> None:
-    """Builds from a source folder."""
+    """Builds distributions of the given kinds from a source folder."""
     options = [word for kind in kinds for word in ("--target", kind)]
     run(sys.executable, "-m", "hatchling", "build", *options, "--directory", target, cwd=source)
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both distributions, each as wheel and source archive."""
+    """Returns a folder with both distributions, each as a wheel and a source archive."""
     folder = tmp_path_factory.mktemp("dist")
     for source in SOURCES.values():
         build(source, folder, "wheel", "sdist")
@@ -52,26 +52,26 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def wheel(folder: Path, name: str) -> Path:
-    """The wheel of a distribution."""
+    """Returns the wheel of a distribution."""
     [found] = folder.glob(f"{name}-*.whl")
     return found
 
 
 def content(archive: Path) -> dict[str, bytes]:
-    """The files of a wheel, without those that describe it."""
+    """Returns the files of a wheel, without its metadata."""
     with zipfile.ZipFile(archive) as opened:
         return {name: opened.read(name) for name in opened.namelist() if ".dist-info/" not in name}
 
 
 def tracked(folder: str) -> set[str]:
-    """The files of a folder that are in the repository, from there on."""
+    """Returns the tracked files of a folder, relative to its parent."""
     listed = run("git", "ls-files", folder, cwd=ROOT).stdout.splitlines()
     return {line.removeprefix(folder.rpartition("/")[0] + "/") for line in listed}
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_source_archive_makes_the_same_wheel(published: Path, tmp_path: Path, name: str) -> None:
-    """Byte for byte, with nothing but the archive."""
+def test_source_archive_builds_the_same_wheel(published: Path, tmp_path: Path, name: str) -> None:
+    """A wheel built from the source archive alone has the same files, byte for byte."""
     [archive] = published.glob(f"{name}-*.tar.gz")
     with tarfile.open(archive) as opened:
         opened.extractall(tmp_path, filter="data")
@@ -80,8 +80,8 @@ def test_a_source_archive_makes_the_same_wheel(published: Path, tmp_path: Path, 
     assert content(wheel(tmp_path / "again", name)) == content(wheel(published, name))
 
 
-def test_the_wheels_hold_what_the_repository_holds(published: Path) -> None:
-    """Every module, the page, the weights; nothing else. The client's is below 1 MB."""
+def test_wheels_contain_all_tracked_files(published: Path) -> None:
+    """The wheels contain every tracked file and no others; the main one is below 1 MiB."""
     light = wheel(published, "calotype")
     assert light.stat().st_size < MEBIBYTE
     assert set(content(light)) == tracked("client/python/calotype") | tracked("service/calotype_server")
@@ -107,7 +107,7 @@ class Environment:
         run(*install, "--no-index", "--no-deps", *wheels)
 
     def borrow(self, *names: str) -> None:
-        """Links distributions of this environment, and whatever they require, instead of loading them again."""
+        """Links distributions of this environment, and their requirements, instead of installing them."""
         wanted, done = list(names), set()
         while wanted:
             if (name := wanted.pop()) in done:
@@ -123,22 +123,22 @@ class Environment:
 
 
 def required(lines: list[str], extra: str = "") -> list[str]:
-    """The names that apply on this machine."""
+    """Returns the names of the requirements that apply on this machine."""
     requirements = map(Requirement, lines)
     return [each.name for each in requirements if each.marker is None or each.marker.evaluate({"extra": extra})]
 
 
 def requirements_of(archive: Path, extra: str = "") -> list[str]:
-    """What a wheel says that it requires."""
+    """Returns the names of the distributions that a wheel requires."""
     with zipfile.ZipFile(archive) as opened:
         [name] = [name for name in opened.namelist() if name.endswith(".dist-info/METADATA")]
         lines = opened.read(name).decode().split("\n\n")[0].splitlines()
-    said = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
-    return required(said, extra)
+    listed = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    return required(listed, extra)
 
 
-def test_the_client_needs_three_packages(published: Path, tmp_path: Path) -> None:
-    """It talks to a server with them; its command line names the extra that it needs."""
+def test_client_requires_three_packages(published: Path, tmp_path: Path) -> None:
+    """The client works with its three requirements, and its command line names the missing extra."""
     light = wheel(published, "calotype")
     assert set(requirements_of(light)) == {"grpcio", "protobuf", "googleapis-common-protos"}
     clean = Environment(tmp_path / "venv", light)
@@ -158,8 +158,8 @@ with calotype.testing.FakeServer() as server, calotype.Client(server.address) as
     )
 
 
-def test_the_command_line_works_without_the_server(published: Path, tmp_path: Path) -> None:
-    """It lists its commands, and those of the server say what to install."""
+def test_command_line_works_without_the_server(published: Path, tmp_path: Path) -> None:
+    """The help lists all commands; a command of the server prints what to install."""
     light = wheel(published, "calotype")
     clean = Environment(tmp_path / "venv", light)
     clean.borrow(*requirements_of(light, "cli"))
@@ -172,10 +172,10 @@ def test_the_command_line_works_without_the_server(published: Path, tmp_path: Pa
     assert "Traceback" not in done.stderr
 
 
-def test_the_server_works_where_it_is_installed(published: Path, tmp_path: Path) -> None:
-    """From the two wheels, away from the checkout: a picture of the bundled model, and the page."""
+def test_server_works_when_installed_from_wheels(published: Path, tmp_path: Path) -> None:
+    """A server installed from the two wheels generates an image with the bundled model and serves the page."""
     clean = Environment(tmp_path / "venv", *(wheel(published, name) for name in SOURCES))
-    # What it requires is far too large to be installed again; the checkout itself is not seen through this.
+    # The requirements are too large to install again: borrow them. This does not expose the checkout itself.
     (clean.packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
 
     class Installed(ServerProcess):

@@ -1,4 +1,4 @@
-"""The examples in Python, run as their users run them, against a live service."""
+"""The Python examples, run as documented, against a live server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXAMPLES = Path(calotype.__file__).parents[1] / "examples"
 
 @contextlib.contextmanager
 def relay(address: str) -> Iterator[http.client.HTTPConnection]:
-    """Runs the back end on a free port; gives a connection to it."""
+    """Runs the back end on a free port. Yields a connection to it."""
     command = [sys.executable, "-m", "uvicorn", "--app-dir", str(EXAMPLES), "--port", "0", "relay:app"]
     environment = {**os.environ, "CALOTYPE_GRPC_ADDRESS": address}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
@@ -45,7 +45,7 @@ def relay(address: str) -> Iterator[http.client.HTTPConnection]:
 
 
 def events(response: http.client.HTTPResponse) -> Iterator[tuple[str, dict]]:
-    """The server-sent events of a response, as they come."""
+    """Yields the server-sent events of a response as they arrive."""
     name = ""
     for line in response:
         field, _, value = line.decode().rstrip("\n").partition(": ")
@@ -55,42 +55,42 @@ def events(response: http.client.HTTPResponse) -> Iterator[tuple[str, dict]]:
             yield name, json.loads(value)
 
 
-def test_the_back_end_relays_a_picture(server: ServerProcess) -> None:
-    """A browser gets progress with previews as data URLs, in order, then the picture; and a page for them."""
+def test_relay_streams_progress_and_the_image(server: ServerProcess) -> None:
+    """The relay sends progress with previews in order, then the image, and serves a page that shows them."""
     with relay(server.address) as connection:
-        connection.request("GET", "/pictures?prompt=a+red+apple&steps=20")
+        connection.request("GET", "/images?prompt=a+red+apple&steps=20")
         response = connection.getresponse()
         assert response.headers["content-type"].startswith("text/event-stream")
-        *progress, (last, picture) = events(response)
+        *progress, (last, data) = events(response)
         connection.request("GET", "/")
         assert "EventSource" in connection.getresponse().read().decode()
-    assert last == "picture"
-    assert picture["picture"].startswith("data:image/png;base64,")
+    assert last == "image"
+    assert data["image"].startswith("data:image/png;base64,")
     assert {name for name, _ in progress} == {"progress"}
-    steps = [told["step"] for _, told in progress]
+    steps = [event["step"] for _, event in progress]
     assert steps == sorted(steps)
     assert steps[-1] == 20
-    previews = [told["preview"] for _, told in progress if "preview" in told]
+    previews = [event["preview"] for _, event in progress if "preview" in event]
     assert len(previews) >= 5
     assert all(preview.startswith("data:image/jpeg;base64,") for preview in previews)
 
 
-def test_the_back_end_names_every_violation(server: ServerProcess) -> None:
-    """What the service refuses is a status of its own, with all violations, and not a broken stream."""
+def test_relay_returns_422_with_every_violation(server: ServerProcess) -> None:
+    """An invalid request gets status 422 with all violations, not a broken stream."""
     with relay(server.address) as connection:
-        connection.request("GET", "/pictures?prompt=+&steps=0")
+        connection.request("GET", "/images?prompt=+&steps=0")
         response = connection.getresponse()
         assert response.status == 422
         detail = json.loads(response.read())["detail"]
     assert [violation["field"] for violation in detail] == ["prompt", "steps"]
 
 
-def test_a_browser_that_leaves_the_back_end_frees_the_slot(server: ServerProcess) -> None:
-    """Closing the connection ends the generation on the service."""
+def test_closing_the_connection_to_the_relay_cancels_the_generation(server: ServerProcess) -> None:
+    """When a browser disconnects from the relay, the server cancels its generation."""
     with relay(server.address) as connection, calotype.Client(server.address) as client:
-        connection.request("GET", "/pictures?prompt=fox&steps=150")
+        connection.request("GET", "/images?prompt=fox&steps=150")
         response = connection.getresponse()
-        assert any(told["step"] >= 2 for _, told in events(response))
+        assert any(event["step"] >= 2 for _, event in events(response))
         running = next(iter(client.generations())).generation_id
         response.close()
         connection.close()
@@ -98,13 +98,13 @@ def test_a_browser_that_leaves_the_back_end_frees_the_slot(server: ServerProcess
 
 
 def batch(address: str, folder: Path, *options: str) -> subprocess.Popen[str]:
-    """Starts the script in `folder`, with its output in a pipe."""
-    command = [sys.executable, str(EXAMPLES / "batch.py"), "prompts.txt", "pictures", "--address", address, *options]
+    """Starts the script in a folder, with its output in a pipe."""
+    command = [sys.executable, str(EXAMPLES / "batch.py"), "prompts.txt", "images", "--address", address, *options]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_batch_goes_on_where_it_was_killed(tmp_path: Path) -> None:
-    """What a killed script had asked for goes on; the next run gets it under the same ids, and draws only the rest."""
+def test_batch_resumes_after_a_kill(tmp_path: Path) -> None:
+    """Generations of a killed script continue; the next run follows them by request id and skips existing files."""
     (tmp_path / "prompts.txt").write_text("a red apple\n\nfox\n")
     with FakeServer(steps=4, hold_at=2) as server:
         with batch(server.address, tmp_path) as killed, calotype.Client(server.address) as client:
@@ -116,20 +116,20 @@ def test_a_batch_goes_on_where_it_was_killed(tmp_path: Path) -> None:
             written = again.communicate(timeout=60)[0].split()
         with batch(server.address, tmp_path) as idle:
             assert idle.communicate(timeout=60)[0] == ""
-    assert sorted(written) == ["pictures/0001.png", "pictures/0003.png"]
+    assert sorted(written) == ["images/0001.png", "images/0003.png"]
     assert (again.returncode, idle.returncode, server.cancelled) == (0, 0, [])
     assert all(request.priority == v1.PRIORITY_BATCH for request in server.requests)
     ids = [request.request_id for request in server.requests]
     assert (len(ids), len(set(ids))) == (4, 2)
 
 
-def test_a_batch_writes_files_and_names_what_it_cannot_draw(server: ServerProcess, tmp_path: Path) -> None:
-    """One file for each line, by number; a line that is refused is told, costs no other, and makes the exit code 1."""
+def test_batch_writes_files_and_reports_failed_lines(server: ServerProcess, tmp_path: Path) -> None:
+    """The script writes one file per line, reports a rejected line, continues with the others and exits with 1."""
     (tmp_path / "prompts.txt").write_text(f"a red apple\n{'very ' * 1000}long\nfox\n")
     with batch(server.address, tmp_path, "--steps", "4") as process:
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 1
     assert "line 2: prompt: has 5004 characters" in output
     for name in ("0001.png", "0003.png"):
-        assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
-    assert len(list((tmp_path / "pictures").iterdir())) == 2
+        assert (tmp_path / "images" / name).read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "images").iterdir())) == 2

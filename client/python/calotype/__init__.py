@@ -1,4 +1,4 @@
-"""Calotype streams an image while a diffusion model denoises it.
+"""The client of Calotype, a server that streams an image while a diffusion model denoises it.
 
 Usage::
 
@@ -10,13 +10,17 @@ Usage::
             print(progress.phase, progress.step, progress.total_steps, progress.preview)
         generation.result().save("apple.png")
 
-`AsyncClient` has the same surface with `async for` and `await`. `calotype.testing.FakeServer` is a server for tests,
-`calotype.notebook.show` displays a generation in a notebook, and `calotype.v1` is the wire.
+`AsyncClient` has the same methods for asyncio, with `async for` and `await`. Other public modules:
+
+- `calotype.testing`: `FakeServer`, a server for your own tests.
+- `calotype.notebook`: `show` displays a generation in a notebook.
+- `calotype.targets`: converts addresses to gRPC targets.
+- `calotype.v1`: the generated protobuf and gRPC code.
 """
 
-from ._async_client import AsyncClient
+from ._async.client import AsyncClient
+from ._async.generation import AsyncGeneration
 from ._channel import TLS
-from ._client import Client
 from ._errors import (
     Aborted,
     AlreadyExists,
@@ -40,9 +44,10 @@ from ._errors import (
     UnknownError,
     Violation,
 )
-from ._generation import AsyncGeneration, Generation
 from ._image import Image
 from ._options import DisconnectPolicy, Output, PreviewMethod, Previews, Priority
+from ._sync.client import Client
+from ._sync.generation import Generation
 from ._types import GenerationSummary, Model, Notice, Phase, Progress, Timings
 from ._version import __version__
 

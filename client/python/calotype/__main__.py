@@ -1,4 +1,4 @@
-"""The `calotype` script: the commands of the client and, where its extra is installed, those of the server."""
+"""The `calotype` command: the client's commands and, if they are installed, the server's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Runs the command line. Exits with 2 when the packages that it needs are not installed."""
     if any(find_spec(name) is None for name in ("typer", "rich", "textual_image", "PIL")):
         sys.stderr.write("The command line needs an extra: pip install 'calotype[cli]'\n")
         raise SystemExit(2)

@@ -1,4 +1,4 @@
-"""Folds the messages of one stream into its state. No I/O: both kinds of generation are this plus a call."""
+"""Assembles the messages of a generation to its state: newest progress, warnings, image or error. Does no I/O."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ if TYPE_CHECKING:
     from ._image import Image
     from .v1 import calotype_pb2 as v1
 
-__all__ = ["Assembler", "incomplete"]
-
-
-def incomplete() -> StreamIncomplete:
-    """Makes the error of a call that ended well, and of a generation of which no end was told."""
-    return StreamIncomplete("The stream ended without saying how the generation ended.", reason="STREAM_INCOMPLETE")
+__all__ = ["Assembler"]
 
 
 class Assembler:
@@ -27,8 +22,8 @@ class Assembler:
     Attributes:
         progress: The newest progress, or None before the first message.
         image: The final image, once it is complete.
-        error: Why there will be none, once that is known.
-        warnings: Every warning so far, each once.
+        error: Why there is no final image, once that is known.
+        warnings: All distinct warnings so far, in order of arrival.
     """
 
     def __init__(self) -> None:
@@ -40,27 +35,27 @@ class Assembler:
 
     @property
     def ended(self) -> bool:
-        """Whether it is known how the generation ended."""
+        """Whether the image or the error is known."""
         return self.image is not None or self.error is not None
 
     def feed(self, message: v1.Progress) -> Progress | None:
         """Takes a message.
 
         Returns:
-            What to show for it. None for all but the last chunk of a final image, and for an end without one, unless
-            that is the first to say that previews are withdrawn.
+            The progress to show, or None. Every message has one, except chunks of a final image before the last, and
+            an end without an image, unless it is the first message that withdraws previews.
         """
         if self.ended:
             return None
         phase = phase_from_proto(message.phase)
         if phase is Phase.SUCCEEDED:
             return self._add_chunk(message)
-        known = self.progress is not None and self.progress.previews_withdrawn
+        was_withdrawn = self.progress is not None and self.progress.previews_withdrawn
         self._note(progress_from_proto(message))
         if phase.ended:
             self.error = from_error_message(message.error, Cancelled if phase is Phase.CANCELLED else InternalError)
-            # Messages merge when the reader is slow: this may be the only one that says so.
-            return None if known or not message.previews_withdrawn else self.progress
+            # The server merges messages when the reader is slow, so this may be the only one that withdraws previews.
+            return None if was_withdrawn or not message.previews_withdrawn else self.progress
         return self.progress
 
     def _note(self, progress: Progress) -> None:
@@ -80,18 +75,22 @@ class Assembler:
         return self.progress
 
     def interrupt(self) -> None:
-        """Notes that the call has broken: an image of which a part is missing comes again from the start."""
+        """Records that the call is lost. The next call sends an incomplete image again from its first chunk."""
         self._chunks.clear()
 
     def close(self, error: CalotypeError) -> None:
-        """Notes that nothing more will come. The end that a message told counts more than the status of the call."""
+        """Records that no more messages arrive. An end that has arrived as a message takes precedence."""
         if not self.ended:
             self.error = error
 
     def outcome(self) -> Image:
-        """Returns the image of a generation that has ended, or raises its error."""
+        """Returns the image of a generation that has ended.
+
+        Raises:
+            CalotypeError: The generation ended without an image.
+        """
         if self.error is not None:
-            # A copy of the traceback would grow with every call.
+            # The same exception is raised by every call; without this, its traceback would grow.
             raise self.error.with_traceback(None)
         assert self.image is not None
         return self.image

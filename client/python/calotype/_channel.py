@@ -1,50 +1,78 @@
-"""Addresses, TLS and channel options. Shared by both clients."""
+"""Channel options, TLS and call metadata. Shared by both clients."""
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 
 import grpc
 
 from ._version import __version__
+from .targets import is_balanced
+from .v1 import calotype_pb2 as v1
 
-__all__ = ["CHANNEL_OPTIONS", "TLS", "call_metadata", "channel_credentials", "parse_address"]
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "PROBE_TIMEOUT_SECONDS",
+    "TLS",
+    "Metadata",
+    "Options",
+    "call_metadata",
+    "channel_credentials",
+    "channel_options",
+]
 
-_DEFAULT_PORT = 50051
-_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "vsock:", "xds:")
+Options = tuple[tuple[str, int | str], ...]
+Metadata = tuple[tuple[str, str], ...]
 
-CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
+CHANNEL_OPTIONS: Options = (
     ("grpc.primary_user_agent", f"calotype-python/{__version__}"),
     ("grpc.max_receive_message_length", 8 * 1024 * 1024),
-    # A generation may wait in the queue for minutes without a byte: pings notice a dead link meanwhile.
+    # A queued generation may exchange no bytes for a while: pings detect a dead connection meanwhile.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # What a frozen process is given: the kernel acknowledges for it.
+    # Applies to a frozen process, whose kernel still acknowledges TCP segments.
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
-    # No longer than the client itself waits, see `_resume`: its attempts fail at once while the channel waits.
+    # Shorter than the client's own waits (`_resume`): its attempts fail immediately while the channel is waiting.
     ("grpc.initial_reconnect_backoff_ms", 250),
     ("grpc.max_reconnect_backoff_ms", 4_000),
-    # A generation that was started twice costs twice; the caller decides.
+    # gRPC must not retry: a generation that starts twice costs twice. `_resume` retries with a request id.
     ("grpc.enable_retries", 0),
+)
+
+PROBE_TIMEOUT_SECONDS = 2.0
+"""How long one of several servers may take to identify itself. A frozen server is skipped after this."""
+
+_SERVICE = v1.DESCRIPTOR.services_by_name["GenerationService"].full_name
+_SERVICE_CONFIG = json.dumps(
+    {
+        "loadBalancingConfig": [{"round_robin": {}}],
+        # A server that is loading its model or draining gets no new generations:
+        # https://github.com/grpc/grpc/blob/master/doc/health-checking.md
+        "healthCheckConfig": {"serviceName": _SERVICE},
+    }
 )
 
 
 @dataclass(frozen=True, slots=True)
 class TLS:
-    """How to encrypt, and whom to trust.
+    """Encrypts the connection, and chooses which certificates to trust.
 
     Usage::
 
-        TLS()  # trusts what browsers trust
+        TLS()  # trusts the public certificate authorities
         TLS(root_certificates=Path("ca.pem").read_bytes())  # trusts your own authority
-        TLS(private_key=key, certificate_chain=chain)  # proves who you are, too
+        TLS(private_key=key, certificate_chain=chain)  # also proves the client's identity
 
     Attributes:
-        root_certificates: Authorities to trust, PEM. Default: those that come with gRPC.
-        private_key: Key of the client, PEM. Goes with `certificate_chain`.
-        certificate_chain: Certificates of the client, PEM. Goes with `private_key`.
+        root_certificates: Certificate authorities to trust, PEM. Default: those that come with gRPC.
+        private_key: Private key of the client, PEM. Requires `certificate_chain`.
+        certificate_chain: Certificates of the client, PEM. Requires `private_key`.
+
+    Raises:
+        ValueError: Only one of `private_key` and `certificate_chain` is set.
     """
 
     root_certificates: bytes | None = None
@@ -56,8 +84,13 @@ class TLS:
             raise ValueError("private_key and certificate_chain go together: give both or neither")
 
 
+def channel_options(target: str) -> Options:
+    """Returns the options of a channel. A channel to several servers distributes calls round-robin."""
+    return (*CHANNEL_OPTIONS, ("grpc.service_config", _SERVICE_CONFIG)) if is_balanced(target) else CHANNEL_OPTIONS
+
+
 def channel_credentials(tls: TLS | bool | None) -> grpc.ChannelCredentials | None:
-    """Makes the credentials of a channel; None means that it is not encrypted."""
+    """Makes the credentials of a channel. None means an unencrypted connection."""
     if not tls:
         return None
     if tls is True:
@@ -65,37 +98,18 @@ def channel_credentials(tls: TLS | bool | None) -> grpc.ChannelCredentials | Non
     return grpc.ssl_channel_credentials(tls.root_certificates, tls.private_key, tls.certificate_chain)
 
 
-def call_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    """Makes what every call carries: the key, that of the environment when it is None, or nothing when it is empty.
+def call_metadata(api_key: str | None) -> Metadata:
+    """Makes the metadata of every call: the API key, if there is one.
+
+    Args:
+        api_key: The key. None uses CALOTYPE_API_KEY from the environment; an empty string sends no key.
 
     Raises:
-        ValueError: It is not one, such as the name of a file or two keys.
+        ValueError: The value cannot be a key, for example because it contains a space.
     """
     if api_key is None:
         api_key = os.environ.get("CALOTYPE_API_KEY", "").strip()
     if not api_key.isascii() or not api_key.isprintable() or " " in api_key:
-        # Not repeated: whatever it is, it is nobody else's business.
-        raise ValueError("An API key has neither spaces nor line breaks nor other than ASCII characters")
+        # The message omits the value: it may be another secret, pasted by mistake.
+        raise ValueError("An API key must be printable ASCII without spaces or line breaks")
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()
-
-
-def parse_address(address: str) -> str:
-    """Turns HOST, HOST:PORT or a target of gRPC's own, such as unix:/run/calotype.sock, into a target.
-
-    Raises:
-        ValueError: It is none of these.
-    """
-    if not isinstance(address, str) or not address or any(character.isspace() for character in address):
-        raise ValueError(f"Expected an address such as localhost:{_DEFAULT_PORT}, not {address!r}")
-    if address.startswith(_SCHEMES):
-        return address
-    if "/" in address:
-        raise ValueError(f"Expected HOST:PORT without a scheme or a path, not {address!r}")
-    if address.count(":") > 1 and not address.startswith("["):
-        address = f"[{address}]"
-    host, colon, port = address.rpartition(":")
-    if not colon or address.endswith("]"):
-        return f"{address}:{_DEFAULT_PORT}"
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"Expected HOST:PORT with a port of 1 to 65535, not {address!r}")
-    return address

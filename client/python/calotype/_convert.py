@@ -1,4 +1,4 @@
-"""Wire messages → what people hold. Accepts anything a server may send, also values that are newer than this client."""
+"""Converts messages to the public types. Accepts values that are newer than this client, such as an unknown phase."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def wire_names(enum: EnumDescriptor) -> dict[int, str]:
-    """Returns the names of an enum's values as people write them, such as "jpeg", without the unspecified one."""
+    """Maps the numbers of an enum to names without prefix, in lower case, such as "jpeg". Omits UNSPECIFIED."""
     prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
     return {value.number: value.name.removeprefix(prefix).lower() for value in enum.values if value.number}
 
@@ -38,7 +38,7 @@ _FORMATS = wire_names(v1.ImageFormat.DESCRIPTOR)
 
 
 def phase_from_proto(phase: int) -> Phase:
-    """Reads a phase."""
+    """Converts a phase. A phase that this client does not know becomes `Phase.UNKNOWN`."""
     return _PHASES.get(phase, Phase.UNKNOWN)
 
 
@@ -47,7 +47,7 @@ def _method_from_proto(method: int) -> PreviewMethod | None:
 
 
 def optional_seconds(message: Message, name: str) -> float | None:
-    """Reads an optional Duration field in seconds."""
+    """Reads a Duration field in seconds. None when the field is unset."""
     if not message.HasField(name):
         return None
     duration: Duration = getattr(message, name)
@@ -55,12 +55,12 @@ def optional_seconds(message: Message, name: str) -> float | None:
 
 
 def image_from_proto(message: v1.Progress, data: bytes) -> Image:
-    """Makes an image of `data` with the description in a message."""
+    """Makes an image from `data`, with the format and size of a message."""
     return Image(data, _FORMATS.get(message.image_format, "unknown"), message.width_px, message.height_px)
 
 
 def progress_from_proto(message: v1.Progress) -> Progress:
-    """Reads a message, without the final image."""
+    """Converts a message. Leaves out the final image, which may consist of several messages."""
     predicted = message.image_kind == v1.IMAGE_KIND_PREDICTED and bool(message.image) and not message.previews_withdrawn
     return Progress(
         generation_id=message.generation_id,
@@ -87,7 +87,7 @@ def _timings_from_proto(timings: v1.Timings) -> Timings:
 
 
 def summary_from_proto(summary: v1.GenerationSummary) -> GenerationSummary:
-    """Reads an entry of the list of generations."""
+    """Converts an entry of the list of generations."""
     return GenerationSummary(
         generation_id=summary.generation_id,
         request_id=summary.request_id,
@@ -101,7 +101,7 @@ def summary_from_proto(summary: v1.GenerationSummary) -> GenerationSummary:
 
 
 def model_from_proto(model: v1.Model) -> Model:
-    """Reads the description of a model."""
+    """Converts the description of a model."""
     return Model(
         name=model.name,
         pipeline=model.pipeline,

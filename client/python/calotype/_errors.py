@@ -1,4 +1,4 @@
-"""Every exception that this package raises on purpose.
+"""The exceptions of this package, with the gRPC status code of each.
 
 ::
 
@@ -25,7 +25,8 @@
         ├── ClientClosed
         └── GenerationConsumed
 
-The first branch is what can happen to a correct program; the second is mistakes in the program itself.
+A `CalotypeError` can happen to a correct program, for example because the server is down. The other two report a
+mistake in the program.
 """
 
 from __future__ import annotations
@@ -62,23 +63,23 @@ __all__ = [
 
 
 class Violation(NamedTuple):
-    """One thing that is wrong with a request."""
+    """One invalid argument of a request."""
 
     field: str
-    """The argument of `generate`, such as "width" or "previews.every_steps"."""
+    """The argument, such as "width" or "previews.every_steps"."""
     description: str
-    """What is wrong with it."""
+    """Why its value is invalid, such as "is 7, must be a multiple of 8"."""
 
 
 class CalotypeError(Exception):
-    """Anything that can happen to a correct program.
+    """A call or a generation failed. Base class of all errors that a correct program can meet.
 
     Attributes:
         code: The gRPC status code, such as "UNAVAILABLE".
         message: One sentence for people.
-        reason: Machine-readable, in UPPER_SNAKE_CASE, such as QUEUE_FULL. Empty when the server did not say.
+        reason: Reason for programs, in UPPER_SNAKE_CASE, such as QUEUE_FULL. Empty when the server sent none.
         retry_after: Seconds to wait before trying again. None when trying again is unlikely to help.
-        metadata: What the server tells besides, by name.
+        metadata: Further details from the server, by name, such as a limit that the request exceeds.
     """
 
     code: ClassVar[str] = "UNKNOWN"
@@ -102,52 +103,52 @@ class CalotypeError(Exception):
 
 
 class Aborted(CalotypeError):
-    """The server gave up because of a conflict."""
+    """The server aborted the call because of a conflict with another one."""
 
     code = "ABORTED"
 
 
 class AlreadyExists(CalotypeError):
-    """What was to be created exists."""
+    """The request id belongs to another request."""
 
     code = "ALREADY_EXISTS"
 
 
 class Cancelled(CalotypeError):
-    """The generation was cancelled, by this client or by another."""
+    """The generation was cancelled, by this client or another one."""
 
     code = "CANCELLED"
 
 
 class DataLoss(CalotypeError):
-    """Data was lost or damaged for good."""
+    """The server lost data, or data is damaged."""
 
     code = "DATA_LOSS"
 
 
 class DeadlineExceeded(CalotypeError):
-    """The timeout passed, or the server saw early that it could not be met."""
+    """The timeout passed, or the server rejected the request because it cannot meet the timeout."""
 
     code = "DEADLINE_EXCEEDED"
 
 
 class FailedPrecondition(CalotypeError):
-    """The server is not set up for this, such as for a preview method that it does not have."""
+    """The server cannot do this in its current setup; for example, it lacks a preview method."""
 
     code = "FAILED_PRECONDITION"
 
 
 class InternalError(CalotypeError):
-    """The server failed. Its log says why."""
+    """The server failed. Its log has the cause."""
 
     code = "INTERNAL"
 
 
 class InvalidRequest(CalotypeError):
-    """The request cannot be served as it is; `violations` names everything that is wrong with it.
+    """The request is invalid. `violations` lists every invalid argument.
 
     Attributes:
-        violations: Pairs of argument and description. Empty when the server did not say.
+        violations: One `Violation` for each invalid argument. Empty when the server sent none.
     """
 
     code = "INVALID_ARGUMENT"
@@ -162,70 +163,70 @@ class InvalidRequest(CalotypeError):
 
 
 class NotFound(CalotypeError):
-    """There is no such generation, or it ended too long ago."""
+    """The server does not know the generation, or no longer knows it because it ended a while ago."""
 
     code = "NOT_FOUND"
 
 
 class OutOfRange(CalotypeError):
-    """Something was asked for beyond its end."""
+    """The request is outside the valid range. No current method of the server raises this."""
 
     code = "OUT_OF_RANGE"
 
 
 class Overloaded(CalotypeError):
-    """The queue is full, the memory or what the API key allows is used up; `retry_after` says when to try again."""
+    """The queue or the memory is full, or the API key's quota is used up. `retry_after` says when to try again."""
 
     code = "RESOURCE_EXHAUSTED"
 
 
 class PermissionDenied(CalotypeError):
-    """The caller is known and may not do this."""
+    """The API key is valid, but does not permit this."""
 
     code = "PERMISSION_DENIED"
 
 
 class Unauthenticated(CalotypeError):
-    """The caller did not prove who it is: no API key, one that is not valid, or one that has expired."""
+    """The API key is missing, invalid or expired."""
 
     code = "UNAUTHENTICATED"
 
 
 class Unavailable(CalotypeError):
-    """No server answers, or it is loading its model or shutting down."""
+    """No server can be reached, or the server is loading its model or shutting down."""
 
     code = "UNAVAILABLE"
 
 
 class Unimplemented(CalotypeError):
-    """The server does not know this call: an older Calotype, or another service."""
+    """The server does not have this method: it is an older version, or another service."""
 
     code = "UNIMPLEMENTED"
 
 
 class UnknownError(CalotypeError):
-    """An error that does not fit elsewhere."""
+    """An error of unknown kind."""
 
     code = "UNKNOWN"
 
 
 class StreamIncomplete(UnknownError):
-    """The stream ended without saying how the generation ended."""
+    """The stream ended before the end of the generation, for example because a proxy cut it."""
 
 
 class ClientClosed(RuntimeError):
-    """The client was used after it had been closed."""
+    """The client was used after it was closed."""
 
     def __init__(self) -> None:
-        super().__init__("This client has been closed. Make a new one.")
+        super().__init__("This client is closed. Make a new one.")
 
 
 class GenerationConsumed(RuntimeError):
-    """The generation was iterated a second time."""
+    """The generation was iterated twice."""
 
     def __init__(self) -> None:
         super().__init__(
-            "A generation can be iterated only once. `result()` and `progress` still work; call `generate` for another."
+            "A generation can be iterated only once. Use `result()` or `progress`, or start another generation."
         )
 
 

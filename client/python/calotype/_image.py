@@ -1,4 +1,4 @@
-"""A picture as it came from the server. Only `to_pil` and what builds on it need Pillow."""
+"""An image file from the server. Only the methods that decode or convert it need Pillow."""
 
 from __future__ import annotations
 
@@ -18,19 +18,24 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "Image"]
 
 FORMATS: dict[str, FormatName] = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
-"""Formats by the suffix of a file name; the first of a format is the usual one."""
+"""Maps file suffixes to formats. The first suffix of a format is its default."""
 
 _EXIF_IFD, _USER_COMMENT, _UNICODE = 0x8769, 0x9286, b"UNICODE\0"
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A complete image file in memory. Notebooks show it as a picture.
+    """A complete image file in memory: a preview or a final image. Notebooks display it.
+
+    Usage::
+
+        image.save("apple.png")
+        image.to_pil().show()
 
     Attributes:
-        data: The file, as it came from the server.
-        format: "jpeg" for previews; "png", "jpeg" or "webp" for final images. "unknown" for one that is newer than
-            this client.
+        data: The content of the file, as the server sent it.
+        format: "jpeg" for previews; "png", "jpeg" or "webp" for final images; "unknown" for a format that this version
+            of the client does not know.
         width: Width in pixels.
         height: Height in pixels.
     """
@@ -42,11 +47,11 @@ class Image:
 
     @property
     def suffix(self) -> str:
-        """The usual suffix of file names: ".jpg", ".png" or ".webp". Empty when the format is unknown."""
+        """The default file suffix: ".jpg", ".png" or ".webp". Empty when the format is unknown."""
         return next((suffix for suffix, kind in FORMATS.items() if kind == self.format), "")
 
     def to_pil(self) -> PIL.Image.Image:
-        """Decodes to a `PIL.Image.Image`.
+        """Decodes the file to a `PIL.Image.Image`.
 
         Raises:
             ImportError: Pillow is not installed.
@@ -60,10 +65,13 @@ class Image:
         return picture
 
     def parameters(self) -> str | None:
-        """Reads the parameters (prompt, seed, size, ...) that the server wrote into the file, or None without any.
+        """Reads the generation parameters (prompt, seed, size, ...) that the server wrote into the file.
 
-        They are where other tools look for them: a text named `parameters` in PNG, the EXIF field UserComment in JPEG
-        and WebP.
+        They are in the fields that other tools use: the text chunk `parameters` of a PNG, the EXIF field UserComment of
+        a JPEG or WebP.
+
+        Returns:
+            The parameters as text, or None when the file has none (see `Output.metadata`).
 
         Raises:
             ImportError: Pillow is not installed.
@@ -80,15 +88,16 @@ class Image:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the image to a file.
 
-        The bytes are written as they are when the suffix fits the format or there is none; otherwise Pillow converts,
-        and the parameters in the file are lost.
+        If the suffix matches the format, or there is no suffix, the data is written unchanged. Otherwise Pillow
+        converts it, and the parameters in the file are lost.
 
         Args:
-            path: Where to write. An existing file is replaced.
+            path: The file. An existing file is replaced.
 
         Raises:
-            ImportError: A conversion is needed and Pillow is not installed.
-            ValueError: The suffix is not one of an image format that Pillow knows.
+            ImportError: The image must be converted and Pillow is not installed.
+            ValueError: Pillow knows no image format with this suffix.
+            OSError: The file cannot be written.
         """
         path = Path(path)
         suffix = path.suffix.lower()
@@ -107,6 +116,6 @@ class Image:
     def __repr__(self) -> str:
         return f"<Image {self.format} {self.width}x{self.height}, {len(self.data)} bytes>"
 
-    # One hook for all formats: IPython has none of its own for WebP.
+    # IPython has separate methods for PNG and JPEG, but none for WebP; this one covers all formats.
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         return {f"image/{self.format}": base64.b64encode(self.data).decode()} if self.suffix else {}

@@ -1,4 +1,4 @@
-"""What people ask for: how previews look, and how the final image is written."""
+"""Options of a request: previews, output, priority, and what a disconnect does."""
 
 from __future__ import annotations
 
@@ -25,46 +25,46 @@ MethodName: TypeAlias = Literal["auto", "head", "tiny_vae", "full_vae", "none"]
 
 
 class Priority(StrEnum):
-    """Rank in the queue of the server. A plain string, such as "batch", does as well."""
+    """Rank in the server's queue. Arguments also accept the plain strings "interactive" and "batch"."""
 
     INTERACTIVE = "interactive"
-    """Somebody is waiting for it."""
+    """A person waits for the image."""
     BATCH = "batch"
-    """Nobody is: it starts when nothing interactive waits, and never takes the last of several slots."""
+    """Starts only when no interactive request is queued, and never takes the last of several slots."""
 
 
 class DisconnectPolicy(StrEnum):
-    """What happens to a generation when its last reader leaves before the end. A plain string does as well."""
+    """What happens when the last reader leaves before the end. Arguments also accept "cancel" and "keep"."""
 
     CANCEL = "cancel"
-    """It is cancelled, after a grace."""
+    """The server cancels the generation after `disconnect_grace` seconds."""
     KEEP = "keep"
-    """It goes on to its end, and can be watched for a while after that."""
+    """The generation runs to its end, and `watch` can follow it for a while after that."""
 
 
 class PreviewMethod(StrEnum):
-    """What draws previews. A plain string, such as "head", does as well."""
+    """How previews are made. Arguments also accept plain strings, such as "head"."""
 
     AUTO = "auto"
-    """The best that costs the denoiser no more than a set share of its time, chosen from what was measured."""
+    """The best method whose measured cost is within the server's limit, a share of the denoising time."""
     HEAD = "head"
-    """A linear map from latents to a small picture, fitted to the model. Costs next to nothing."""
+    """A linear map from latents to a small image, fitted to the model. Nearly free."""
     TINY_VAE = "tiny_vae"
-    """A small decoder that the operator of the server has configured."""
+    """A small decoder that the server's operator configured."""
     FULL_VAE = "full_vae"
-    """The model's own decoder: exact, and may cost more than a step."""
+    """The model's own decoder. Exact, but may take longer than a denoising step."""
     NONE = "none"
     """No previews."""
     UNKNOWN = "unknown"
-    """A method that a newer server knows and this client does not. Cannot be asked for."""
+    """A method that this version of the client does not know. Not valid in a request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Previews:
-    """How previews look and how often they come. What is left out is as in `Model.previews`.
+    """Size, quality and rate of previews. Omitted options use the server's defaults (see `Model.previews`).
 
-    All options hold together: a preview comes when enough steps and enough time have passed. The last step is always
-    shown, unless the method is "none".
+    A preview is sent when at least `every_steps` steps and `min_interval` seconds have passed since the last one. The
+    last step always has a preview, unless the method is "none".
 
     Usage::
 
@@ -72,12 +72,12 @@ class Previews:
         client.generate("a red apple", previews=Previews(method="none"))
 
     Attributes:
-        every_steps: Shows every nth step at most, 1 to 1000.
-        min_interval: Least time between two previews in seconds, 0 to 60.
-        max_edge: Longer edge at most in pixels, 16 to `Model.max_preview_edge`. Previews are never larger than what is
-            known of the picture, so they may be smaller.
+        every_steps: Minimum number of steps between previews, 1 to 1000.
+        min_interval: Minimum time between previews in seconds, 0 to 60.
+        max_edge: Maximum length of the longer edge in pixels, 16 to `Model.max_preview_edge`. A preview is smaller when
+            its method has fewer pixels.
         quality: JPEG quality, 1 to `Model.max_preview_quality`.
-        method: What draws them: one of `Model.preview_methods`, "auto" or "none".
+        method: How previews are made: one of `Model.preview_methods`, "auto" or "none".
     """
 
     every_steps: int | None = None
@@ -89,17 +89,18 @@ class Previews:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """How the final image is written. What is left out, the server chooses: a PNG with metadata.
+    """Format of the final image. Default: a PNG with metadata.
 
     Usage::
 
         client.generate("a red apple", output=Output(format="webp", quality=80))
 
     Attributes:
-        format: "jpeg", "png" or "webp".
-        quality: Quality of JPEG, 1 to 95, or of lossy WebP, 1 to 100. Default: 90. Refused for PNG, which loses none.
-        metadata: Whether the parameters (prompt, seed, size, ...) are written into the file, see `Image.parameters`.
-            Default: True.
+        format: "jpeg", "png" or "webp". Default: "png".
+        quality: Quality of a JPEG, 1 to 95, or of a lossy WebP, 1 to 100. Default: 90. Invalid for PNG, which is
+            lossless.
+        metadata: Whether the server writes the generation parameters (prompt, seed, size, ...) into the file; see
+            `Image.parameters`. Default: True.
     """
 
     format: FormatName | None = None

@@ -1,7 +1,7 @@
-"""Arguments → requests. Shared by both clients.
+"""Converts arguments to requests. Shared by both clients.
 
-Only what the wire cannot carry is refused here. Which values make sense depends on the model, and the server is the
-one authority on that.
+This module rejects only values that a request cannot carry, such as a string for a number. All other limits depend on
+the model, so the server checks them.
 """
 
 from __future__ import annotations
@@ -26,20 +26,16 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 __all__ = [
-    "CONTROL_TIMEOUT",
     "argument_name",
     "build",
     "build_request",
     "fill",
     "resolve_retries",
-    "resolve_stall",
+    "resolve_stall_timeout",
     "resolve_timeout",
 ]
 
 Request = TypeVar("Request", bound="Message")
-
-CONTROL_TIMEOUT = 10.0
-"""Deadline in seconds of the calls that the server answers at once."""
 
 _ARGUMENTS = {
     "width_px": "width",
@@ -55,26 +51,26 @@ _DURATION_MAX = 315_576_000_000  # seconds; the range of google.protobuf.Duratio
 
 
 def argument_name(path: str) -> str:
-    """Names the argument for a field of the request, such as "previews.max_edge" for "preview.max_edge_px"."""
+    """Converts the path of a request field to an argument's name: "preview.max_edge_px" to "previews.max_edge"."""
     return ".".join(_ARGUMENTS.get(part, part) for part in path.split("."))
 
 
 def build_request(
     prompt: str, *, previews: Previews | None = None, output: Output | None = None, **optional: Any
 ) -> v1.GenerateRequest:
-    """Builds a request; None means that the server chooses.
+    """Builds a request to generate. None leaves a field unset, so that the server uses its default.
 
     Raises:
-        InvalidRequest: The wire cannot carry an argument. Names all of them.
+        InvalidRequest: The request cannot carry an argument. Lists every violation.
     """
     return build(v1.GenerateRequest(), "prompt", {"prompt": prompt, **optional, "previews": previews, "output": output})
 
 
 def build(request: Request, required: str | None, values: Mapping[str, Any]) -> Request:
-    """Fills in a request; None means that the server chooses.
+    """Sets the fields of a request. None leaves a field unset, so that the server uses its default.
 
     Raises:
-        InvalidRequest: The wire cannot carry an argument, or the required one is None. Names all of them.
+        InvalidRequest: The request cannot carry an argument, or the required one is None. Lists every violation.
     """
     violations = fill(request, values)
     if required is not None and values[required] is None:
@@ -85,10 +81,10 @@ def build(request: Request, required: str | None, values: Mapping[str, Any]) -> 
 
 
 def fill(message: Message, values: Mapping[str, Any], prefix: str = "") -> list[Violation]:
-    """Sets the fields of a message from arguments; None leaves one out.
+    """Sets the fields of a message from arguments. None leaves a field unset.
 
     Returns:
-        What the wire cannot carry.
+        A violation for each argument that the message cannot carry.
     """
     violations: list[Violation] = []
     for argument, value in values.items():
@@ -109,7 +105,11 @@ def fill(message: Message, values: Mapping[str, Any], prefix: str = "") -> list[
 
 
 def resolve_timeout(timeout: float | None, default: float | None) -> float | None:
-    """Chooses the deadline of a call in seconds; None means that there is none."""
+    """Returns the deadline of a call in seconds, or None for no deadline.
+
+    Raises:
+        InvalidRequest: The timeout is not a positive number.
+    """
     chosen = default if timeout is None else timeout
     if chosen is None or chosen == math.inf:
         return None
@@ -120,14 +120,22 @@ def resolve_timeout(timeout: float | None, default: float | None) -> float | Non
 
 
 def resolve_retries(retries: int) -> int:
-    """Checks how often to reconnect."""
+    """Returns the number of retries.
+
+    Raises:
+        ValueError: It is not an integer, or negative.
+    """
     if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
         raise ValueError(f"retries must be an int, 0 or more, not {retries!r}")
     return retries
 
 
-def resolve_stall(seconds: float | None) -> float | None:
-    """Checks how long a server may be silent; None means for ever."""
+def resolve_stall_timeout(seconds: float | None) -> float | None:
+    """Returns the stall timeout in seconds, or None for no limit.
+
+    Raises:
+        ValueError: It is not a positive number.
+    """
     if seconds is None or seconds == math.inf:
         return None
     if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not seconds > 0:
@@ -141,7 +149,7 @@ def _text(value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError("must be valid Unicode: it has half of a surrogate pair") from None
+        raise ValueError("must be valid Unicode: it contains half of a surrogate pair") from None
     return value
 
 

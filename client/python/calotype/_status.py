@@ -1,4 +1,4 @@
-"""Statuses and error messages of the wire → exceptions. `grpc.RpcError` never leaves this package."""
+"""Converts gRPC statuses and the errors in messages to exceptions. `grpc.RpcError` never leaves this package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from ._convert import optional_seconds
-from ._errors import BY_CODE, CalotypeError, Cancelled, InvalidRequest, Unavailable, UnknownError
+from ._errors import BY_CODE, CalotypeError, Cancelled, InvalidRequest, StreamIncomplete, Unavailable, UnknownError
 from ._request import argument_name
 
 if TYPE_CHECKING:
@@ -16,26 +16,33 @@ if TYPE_CHECKING:
 
     from .v1 import calotype_pb2 as v1
 
-__all__ = ["DETAILS_KEY", "from_error_message", "from_rpc_error", "from_status"]
+__all__ = [
+    "DETAILS_KEY",
+    "from_error_message",
+    "from_rpc_error",
+    "from_status",
+    "stalled",
+    "stream_incomplete",
+]
 
 DETAILS_KEY = "grpc-status-details-bin"
 
-_IN_PLAIN_WORDS = {
+_PLAIN_MESSAGES = {
     "Channel closed!": "The client was closed.",
-    "Deadline Exceeded": "The timeout passed before the server had finished.",
+    "Deadline Exceeded": "The timeout passed before the server finished.",
     "Locally cancelled by application!": "Cancelled by this client.",
 }
 
 _RESET = "RST_STREAM"
-"""A proxy resets a call whose server is gone, which gRPC takes for a cancel."""
+"""A proxy resets a call whose server is gone; gRPC reports the reset as CANCELLED."""
 
 
 def from_rpc_error(error: grpc.RpcError) -> CalotypeError:
     """Makes the exception for a call that ended with a status other than OK.
 
-    Raise it `from None`: the traceback then shows the line of the user, not the plumbing.
+    Raise it `from None`, so that the traceback shows the caller's line and not this package's internals.
     """
-    # grpc's annotations leave out that an RpcError of a call is also the call.
+    # grpc's annotations omit that the RpcError of a call is also the call.
     call: Any = error
     if not callable(getattr(call, "code", None)):
         return UnknownError(str(error))
@@ -43,11 +50,11 @@ def from_rpc_error(error: grpc.RpcError) -> CalotypeError:
 
 
 def from_status(code: grpc.StatusCode | None, text: str | None, metadata: Any) -> CalotypeError:
-    """Makes the exception for the parts of a status."""
+    """Makes the exception for a status code, its message and the trailing metadata."""
     kind = BY_CODE.get(code.value[0], UnknownError) if code is not None else UnknownError
     if kind is Cancelled and _RESET in (text or ""):
         kind, text = Unavailable, "The connection was lost."
-    text = next((words for phrase, words in _IN_PLAIN_WORDS.items() if phrase in (text or "")), text or "")
+    text = next((words for phrase, words in _PLAIN_MESSAGES.items() if phrase in (text or "")), text or "")
     return _make(kind, text, _details(metadata))
 
 
@@ -56,10 +63,20 @@ def from_error_message(error: v1.Error, default: type[CalotypeError]) -> Calotyp
 
     Args:
         error: The error.
-        default: What to raise when its code is not one of an error.
+        default: The class of the exception when the code is OK or unknown.
     """
     kind = BY_CODE.get(error.code, default)
     return kind(error.message, reason=error.reason, retry_after=optional_seconds(error, "retry_delay"))
+
+
+def stalled(seconds: float) -> Unavailable:
+    """Makes the error for a server that has sent nothing for `seconds`."""
+    return Unavailable(f"The server has sent nothing for {seconds:g} s.")
+
+
+def stream_incomplete() -> StreamIncomplete:
+    """Makes the error for a call that ended with OK before the end of its generation."""
+    return StreamIncomplete("The stream ended before the end of the generation.", reason="STREAM_INCOMPLETE")
 
 
 def _make(kind: type[CalotypeError], text: str, status: status_pb2.Status) -> CalotypeError:
@@ -88,7 +105,7 @@ def _unpack(detail: Any, kind: Any) -> Any:
 
 
 def _details(metadata: Any) -> status_pb2.Status:
-    """Reads the rich status. One that is absent or damaged must not hide the error that it describes."""
+    """Reads the rich status. When it is absent or damaged, returns an empty one, so that the plain status remains."""
     for key, value in metadata or ():
         if key == DETAILS_KEY:
             try:

@@ -1,4 +1,4 @@
-"""What people hold: progress and the model. No wire types here, see `_convert`."""
+"""Data that the client returns: progress, summaries and the model. `_convert` makes it from messages."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["GenerationSummary", "Model", "Notice", "Phase", "Progress", "Timings
 
 
 class Phase(StrEnum):
-    """What a generation is doing, or how it ended. It only moves forward."""
+    """The phase of a generation, or how it ended. Phases only move forward."""
 
     QUEUED = "queued"
-    """Waiting for its turn."""
+    """Waiting in the queue."""
     ENCODING_PROMPT = "encoding_prompt"
-    """Turning the prompt into embeddings."""
+    """Computing the embeddings of the prompt."""
     DENOISING = "denoising"
     """Denoising the latents, step by step."""
     DECODING = "decoding"
@@ -29,24 +29,24 @@ class Phase(StrEnum):
     SUCCEEDED = "succeeded"
     """Ended with the final image."""
     FAILED = "failed"
-    """Ended without an image."""
+    """Ended without an image because of an error."""
     CANCELLED = "cancelled"
-    """Ended because the caller cancelled it or left."""
+    """Ended without an image because it was cancelled, or its caller left."""
     UNKNOWN = "unknown"
-    """A phase that a newer server knows and this client does not. Not an end."""
+    """A phase that this version of the client does not know. Not an end."""
 
     @property
     def ended(self) -> bool:
-        """Whether the generation is over."""
+        """Whether this phase is an end: SUCCEEDED, FAILED or CANCELLED."""
         return self in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something worth knowing that did not stop the generation.
+    """A warning: a problem that did not stop the generation.
 
     Attributes:
-        reason: Machine-readable, in UPPER_SNAKE_CASE, such as PROMPT_TRUNCATED.
+        reason: Reason for programs, in UPPER_SNAKE_CASE, such as PROMPT_TRUNCATED.
         message: One sentence for people.
     """
 
@@ -56,7 +56,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the time of a generation went, in seconds. A phase that was not reached is None.
+    """Durations of a generation in seconds. None for a phase that was not reached.
 
     Attributes:
         queued: From acceptance to the start of work.
@@ -77,29 +77,29 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a generation stands and, where there is a new one, a picture.
+    """The progress of a generation, with a preview if there is a new one.
 
     Attributes:
-        generation_id: For `Client.watch`, `cancel` and `finish`. The same for a whole generation, unless the server
-            lost it and the client has begun another in its place.
-        sequence: Rises strictly from 1. A gap means that messages were merged because the reader was slow. When the
-            client has begun another generation in the place of a lost one, it counts on.
-        phase: What is being done, or how it ended.
-        step: Denoising steps done, 0 to `total_steps`. Never falls.
-        total_steps: Denoising steps in all. 0 until it is known.
-        preview: The model's current estimate of the finished picture, or None when there is no new one.
-        preview_method: What drew the preview. None when there is none, or the server does not say.
-        image_step: Step whose estimate the picture shows. 0 when there is none.
-        queue_position: Place in the queue: 1 is the next to start. 0 when not queued.
-        estimated_remaining: Seconds until the final image, waiting included. None when nothing was measured yet.
-        previews_dropped: Previews that were not sent, because the reader or the encoder was slow.
-        previews_withdrawn: Whether the model's safety checker objects to this picture: take every preview of this
-            generation from the screen. Once True it stays True, and the generation then fails with the reason
-            CONTENT_WITHHELD. A loop is told before it raises.
-        seed: Seed in use: the one asked for, or the one drawn.
-        warnings: What the caller should know although the generation goes on, such as a prompt that was cut.
-        timings: Where the time went, at the end. None before.
-        finished_early: At the end: whether the image is the estimate of `step`, because `finish` asked for it.
+        generation_id: Id for `Client.watch`, `cancel` and `finish`. It changes only when the server lost the generation
+            and the client requested it again.
+        sequence: Number of the message. Increases strictly from 1, also across reconnections. A gap means that the
+            server merged messages because the reader was slow.
+        phase: What the generation is doing, or how it ended.
+        step: Number of completed denoising steps, 0 to `total_steps`. Never decreases.
+        total_steps: Total number of denoising steps. 0 until it is known.
+        preview: The model's current estimate of the finished image. None when there is no new preview.
+        preview_method: How the preview was made. None without a preview.
+        image_step: The step of the preview or final image. 0 without one.
+        queue_position: Position in the queue; 1 starts next. 0 when not queued.
+        estimated_remaining: Seconds until the final image, including time in the queue. None without an estimate.
+        previews_dropped: Number of previews that were not sent because the reader or the encoder was slow.
+        previews_withdrawn: Whether the model's safety checker rejected the image. Remove all previews of this
+            generation from the screen. Stays True; the generation then fails with the reason CONTENT_WITHHELD. The loop
+            yields this before it raises.
+        seed: Seed in use: the requested seed, or the one that the server drew.
+        warnings: Problems that do not stop the generation, such as a truncated prompt.
+        timings: Durations, at the end. None before.
+        finished_early: At the end: whether `finish` ended the generation early, so that the image shows `step`.
     """
 
     generation_id: str
@@ -122,17 +122,17 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSummary:
-    """Where one generation stands.
+    """One entry of `Client.generations`.
 
     Attributes:
-        generation_id: For `Client.watch`, `cancel` and `finish`.
-        request_id: As asked for; empty when there was none.
-        prompt: What it shows.
-        phase: What is being done, or how it ended.
-        step: Denoising steps done.
-        total_steps: Denoising steps in all. 0 until it is known.
+        generation_id: Id for `Client.watch`, `cancel` and `finish`.
+        request_id: Id of the request. Empty if it had none.
+        prompt: Prompt of the request.
+        phase: What the generation is doing, or how it ended.
+        step: Number of completed denoising steps.
+        total_steps: Total number of denoising steps. 0 until it is known.
         seed: Seed in use.
-        create_time: When the server accepted it, in UTC.
+        create_time: When the server accepted the request, in UTC.
     """
 
     generation_id: str
@@ -147,34 +147,35 @@ class GenerationSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """The loaded model: what it can do and what it does by default.
+    """The model that a server has loaded, with its limits and defaults.
 
     Attributes:
-        name: `bundled`, a hub id or the name of a folder.
+        name: "bundled", a Hugging Face Hub id, or the name of a folder.
         pipeline: Class of the diffusers pipeline, such as StableDiffusionPipeline.
-        width: Default width in pixels: the model's native one.
-        height: Default height in pixels: the model's native one.
-        size_multiple: Widths and heights are multiples of this, in pixels.
-        max_pixels: Largest width times height accepted.
+        width: Default width in pixels, the model's native width.
+        height: Default height in pixels, the model's native height.
+        size_multiple: Width and height must be multiples of this number of pixels.
+        max_pixels: Maximum of width times height.
         steps: Default number of denoising steps.
-        max_steps: Largest number of denoising steps accepted.
-        guidance_scale: Default guidance scale. None when the model takes none.
-        takes_negative_prompt: Whether a negative prompt is accepted.
+        max_steps: Maximum number of denoising steps.
+        guidance_scale: Default guidance scale. None if the model has no guidance.
+        takes_negative_prompt: Whether requests may have a negative prompt.
         scheduler: Default scheduler.
-        schedulers: Schedulers accepted, sorted; the names of diffusers' classes.
-        max_prompt_chars: Longest prompt accepted, in characters.
-        max_prompt_tokens: Longest prompt that the model reads, in tokens, special tokens included. 0 when unknown.
-        preview_methods: Methods that `Previews.method` may name, besides "auto" and "none".
-        previews: Default previews, every option set.
-        max_preview_edge: Largest `Previews.max_edge` accepted, in pixels.
-        max_preview_quality: Largest `Previews.quality` accepted.
-        max_active: Generations worked on at the same time; more wait in the queue.
-        max_batch_rows: Rows of latents of concurrent generations that the denoiser computes together at most. 0 when
-            their calls are not joined.
-        unbatched_reason: Why they are not, in one sentence. Empty when they are.
-        replica: Tells the server that answered from others of the same model. Ids of its generations begin with it.
-        device: Where the model runs, such as cpu or cuda:0.
-        dtype: Number format of its weights, such as float32 or bfloat16.
+        schedulers: Valid schedulers, sorted: names of classes of diffusers.
+        max_prompt_chars: Maximum length of a prompt in characters.
+        max_prompt_tokens: Number of tokens that the model reads of a prompt, including special tokens; the rest is
+            truncated. 0 if unknown.
+        preview_methods: Valid methods of `Previews.method`, in addition to "auto" and "none".
+        previews: Default previews. Every option is set.
+        max_preview_edge: Maximum of `Previews.max_edge`, in pixels.
+        max_preview_quality: Maximum of `Previews.quality`.
+        max_active: Maximum number of generations that run at the same time. Others wait in the queue.
+        max_batch_rows: Maximum number of latents, of all running generations, in one batch of the denoiser. 0 if the
+            server does not batch.
+        unbatched_reason: Why the server does not batch, in one sentence. Empty if it does.
+        replica: Tag of the server, to distinguish servers of the same model. Ids of its generations begin with it.
+        device: Device of the model, such as "cpu" or "cuda:0".
+        dtype: Number format of the weights, such as "float32" or "bfloat16".
         server_version: Version of the server.
     """
 

@@ -6,5 +6,5 @@ __all__ = ["__version__"]
 
 try:
     __version__ = version("calotype")
-except PackageNotFoundError:  # run from a source tree that was never installed
+except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"

@@ -1,4 +1,4 @@
-"""Pictures that form in a notebook. Needs the extra: pip install 'calotype[notebook]'.
+"""Shows generations in a notebook. Needs an extra: pip install 'calotype[notebook]'.
 
 Usage, in a cell::
 
@@ -20,17 +20,19 @@ except ImportError:
     raise ImportError("calotype.notebook needs an extra: pip install 'calotype[notebook]'") from None
 
 if TYPE_CHECKING:
-    from ._generation import AsyncGeneration, Generation
+    from ._async.generation import AsyncGeneration
     from ._image import Image
+    from ._sync.generation import Generation
     from ._types import Notice, Progress
 
 __all__ = ["ashow", "show"]
 
 
 def show(generation: Generation) -> Image:
-    """Displays a generation while it forms and returns the final image.
+    """Displays a generation while it runs, and returns its final image.
 
-    Interrupting the cell cancels the generation.
+    Each preview replaces the previous one, with the phase, the step, the seed and warnings below it. Interrupting the
+    cell cancels the generation on the server.
 
     Raises:
         CalotypeError: The generation ended without an image.
@@ -44,7 +46,11 @@ def show(generation: Generation) -> Image:
 
 
 async def ashow(generation: AsyncGeneration) -> Image:
-    """Does what `show` does, with `await`."""
+    """Like `show`, for a generation of an `AsyncClient`.
+
+    Raises:
+        CalotypeError: The generation ended without an image.
+    """
     cell = _Cell()
     async for progress in generation:
         cell.update(progress, generation.warnings)
@@ -54,16 +60,16 @@ async def ashow(generation: AsyncGeneration) -> Image:
 
 
 class _Cell:
-    """The output of a cell: the newest picture and a caption."""
+    """The output of a cell: the newest image and a caption."""
 
     def __init__(self) -> None:
-        self._picture: Image | None = None
+        self._image: Image | None = None
         self._caption = ""
         self._handle = display(_html(""), display_id=True)  # type: ignore[no-untyped-call]
 
     def update(self, progress: Progress, warnings: tuple[Notice, ...]) -> None:
         """Shows progress."""
-        self._picture = None if progress.previews_withdrawn else progress.preview or self._picture
+        self._image = None if progress.previews_withdrawn else progress.preview or self._image
         words = [progress.phase.replace("_", " ")]
         if progress.step:
             words.append(f"step {progress.step}/{progress.total_steps}")
@@ -74,17 +80,17 @@ class _Cell:
 
     def finish(self, image: Image) -> None:
         """Shows the final image."""
-        self._picture = image
+        self._image = image
         self._show()
 
     def _show(self) -> None:
-        picture = ""
-        if self._picture is not None:
-            data = base64.b64encode(self._picture.data).decode()
-            source = f"data:image/{self._picture.format};base64,{data}"
-            # Previews are smaller than the image: one width for all keeps the page from jumping.
-            picture = f'<img src="{source}" alt="{html.escape(self._caption)}" style="width: 384px; max-width: 100%">'
-        self._handle.update(_html(f"<figure>{picture}<figcaption>{html.escape(self._caption)}</figcaption></figure>"))
+        element = ""
+        if self._image is not None:
+            data = base64.b64encode(self._image.data).decode()
+            source = f"data:image/{self._image.format};base64,{data}"
+            # Previews are smaller than the image. A fixed width keeps the notebook from jumping.
+            element = f'<img src="{source}" alt="{html.escape(self._caption)}" style="width: 384px; max-width: 100%">'
+        self._handle.update(_html(f"<figure>{element}<figcaption>{html.escape(self._caption)}</figcaption></figure>"))
 
 
 def _html(text: str) -> HTML:

@@ -1,4 +1,4 @@
-"""A Calotype server for tests: a real gRPC server in this process, with a script instead of a model.
+"""A Calotype server for your own tests: a gRPC server in this process that follows a script instead of a model.
 
 Usage::
 
@@ -11,7 +11,7 @@ Usage::
         assert image.format == "png"
         assert server.requests[0].prompt == "a red apple"
 
-A generation that stands still at a step makes cancellation testable without sleeping::
+To test cancellation without sleeping, hold generations at a step::
 
     with FakeServer(steps=4, hold_at=2) as server, Client(server.address) as client:
         for progress in client.generate("a red apple"):
@@ -19,7 +19,7 @@ A generation that stands still at a step makes cancellation testable without sle
                 break
         assert server.wait_cancelled()
 
-So are lost connections, and a server that has lost everything::
+To test reconnecting, cut connections (`drop_at`) or lose everything as in a restart (`lose_at`)::
 
     with FakeServer(steps=4, drop_at=[1], lose_at=[3]) as server, Client(server.address) as client:
         assert [progress.image_step for progress in client.generate("a red apple") if progress.preview] == [1, 2, 3, 4]
@@ -27,16 +27,16 @@ So are lost connections, and a server that has lost everything::
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
 import grpc
 
 from ._options import PreviewMethod, Previews
-from ._testing.servicer import FakeGeneration, KeyCheckInterceptor, Script, Servicer
+from ._testing.generation import Script
+from ._testing.servicer import KeyCheckInterceptor, Servicer
+from ._testing.state import FakeState
 from ._types import Model, Notice
-from .v1 import calotype_pb2 as v1
 from .v1.calotype_pb2_grpc import add_GenerationServiceServicer_to_server
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from ._errors import CalotypeError
     from ._image import Image
+    from .v1 import calotype_pb2 as v1
 
 __all__ = ["FakeServer"]
 
@@ -77,19 +78,25 @@ _MODEL = Model(
 
 
 class FakeServer:
-    """A server that follows a script: queued, encoding, the steps with a preview each, and the image.
+    """Serves scripted generations: queued, encoding, denoising steps with a preview each, and the final image.
 
-    Of the options, it follows the steps, the size, the format, and how often previews come; a preview looks the same
-    whatever is asked for. It does not validate: whatever a client can send is served.
+    The server applies the number of steps, the size, the format and the rate of previews that a request asks for. All
+    previews look the same. It does not validate requests.
 
-    A generation outlives its connection as it does on a real server, but time stands still: a grace never passes, and
-    nothing is forgotten unless a test says so.
+    As on a real server, a generation outlives its connection. Time stands still, however: a disconnect grace never
+    expires, and the server keeps every generation until a test calls `forget` or `restart`.
 
     Attributes:
+        address: Where the server listens, for `Client`. Set by `start`.
         requests: The requests to generate, oldest first.
         watched: The requests to watch, oldest first.
-        cancelled: Ids of the generations that were cancelled, or left for good, before their end, oldest first.
+        cancelled: Ids of the generations that were cancelled, or whose reader left, before their end; oldest first.
     """
+
+    address: str
+    requests: list[v1.GenerateRequest]
+    watched: list[v1.WatchRequest]
+    cancelled: list[str]
 
     def __init__(
         self,
@@ -108,30 +115,27 @@ class FakeServer:
         model: Model = _MODEL,
         api_key: str | None = None,
     ) -> None:
-        """Makes a server; entering the context starts it.
+        """Makes a server. Entering the context, or `start`, starts it.
 
         Args:
-            steps: Number of denoising steps. Default: what the request asks for, else that of the model.
-            previews: Whether steps come with previews, as often as the request asks for, else at each step.
-            image: The final image. Default: one of the format and the size that the request asks for, else a PNG of
-                the size of the model.
-            chunk_bytes: Sends the final image in chunks of at most this size. Default: whole.
-            warnings: Goes with every message.
-            error: How every generation ends. Default: with the image.
-            fail_at: Step after which `error` comes, as the last message. Default: before the first message, as when
-                the server refuses a request.
-            hold_at: Step after which generations stand still until `release`.
-            withdraw_at: Step, 1 or later, with which previews are withdrawn; generations then fail with the reason
-                CONTENT_WITHHELD in the place of their image.
-            drop_at: Steps after which all connections are lost, the first time that they are reached.
-            lose_at: The same, and all generations are lost as well, as when a server is killed and started anew.
-            model: The answer to `Client.model`.
-            api_key: The one that every call has to carry. Default: none is asked for.
+            steps: Number of denoising steps. Default: the request's, or else the model's.
+            previews: Whether steps have previews, as often as the request asks for, or else at each step.
+            image: The final image. Default: an image with the format and size of the request, or else a PNG with the
+                size of the model.
+            chunk_bytes: Maximum size of a chunk of the final image. Default: the image is one message.
+            warnings: The warnings of every message.
+            error: The error with which every generation ends. Default: generations succeed.
+            fail_at: Step after which `error` is sent as the last message. Default: before the first message, as when a
+                server rejects a request.
+            hold_at: Step after which generations wait for `release`.
+            withdraw_at: Step, from 1, at which previews are withdrawn. Generations then fail with the reason
+                CONTENT_WITHHELD.
+            drop_at: Steps after which all connections are cut, the first time that a generation reaches them.
+            lose_at: Like `drop_at`, but all generations are lost as well, as when a server restarts.
+            model: The model that `Client.model` returns.
+            api_key: The key that every call must carry. Default: no key is required.
         """
-        self.requests: list[v1.GenerateRequest] = []
-        self.watched: list[v1.WatchRequest] = []
-        self.cancelled: list[str] = []
-        self._script = Script(
+        script = Script(
             model=model,
             steps=steps,
             previews=previews,
@@ -143,22 +147,19 @@ class FakeServer:
             hold_at=hold_at,
             withdraw_at=withdraw_at,
         )
-        self._api_key = api_key
-        self._generations: dict[str, FakeGeneration] = {}
-        self._drops, self._losses = set(drop_at), set(lose_at)
-        self._cuts = 0
-        self._released = False
-        self._changed = threading.Condition()
+        self._state = FakeState(script, drop_at, lose_at)
+        self.requests, self.watched, self.cancelled = self._state.requests, self._state.watched, self._state.cancelled
+        self._interceptors: list[grpc.ServerInterceptor] = [] if api_key is None else [KeyCheckInterceptor(api_key)]
         self._server: grpc.Server | None = None
         self._port = 0
 
     def start(self) -> Self:
         """Starts to serve on a free port of 127.0.0.1."""
-        # The interval lets clients ping as often as `Client` does.
+        # Clients ping every 20 s; gRPC's default allows a ping every 5 minutes.
         options = (("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),)
-        keeper: list[grpc.ServerInterceptor] = [] if self._api_key is None else [KeyCheckInterceptor(self._api_key)]
-        server = grpc.server(ThreadPoolExecutor(16, "fake-calotype"), interceptors=keeper, options=options)
-        add_GenerationServiceServicer_to_server(Servicer(self), server)
+        pool = ThreadPoolExecutor(16, "fake-calotype")
+        server = grpc.server(pool, interceptors=self._interceptors, options=options)
+        add_GenerationServiceServicer_to_server(Servicer(self._state), server)
         self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")
         self.address = f"127.0.0.1:{self._port}"
         server.start()
@@ -173,42 +174,35 @@ class FakeServer:
             stopped.wait()
 
     def restart(self) -> None:
-        """Cuts all connections, loses all generations, and serves at the same address again."""
+        """Cuts all connections, loses all generations, and serves again at the same address."""
         if self._server is not None:
             self._server.stop(None).wait()
-        with self._changed:
-            self._generations.clear()
+        self._state.forget_all()
         self.start()
 
     def drop(self) -> None:
-        """Cuts all connections of those who follow a generation."""
-        with self._changed:
-            self._cuts += 1
-            self._changed.notify_all()
+        """Cuts all connections that follow a generation."""
+        self._state.drop()
 
     def forget(self, generation_id: str) -> None:
-        """Loses a generation, as a server does some time after its end. Those who follow it go on."""
-        with self._changed:
-            self._generations.pop(generation_id, None)
+        """Loses a generation, as a server does some time after its end. Its current readers continue."""
+        self._state.forget(generation_id)
 
     def release(self) -> None:
-        """Lets the generations go on that stand still, and all later ones."""
-        with self._changed:
-            self._released = True
-            self._changed.notify_all()
+        """Lets held generations continue. Later generations are not held."""
+        self._state.release()
 
     def wait_cancelled(self, timeout: float = 10.0, *, count: int = 1) -> bool:
-        """Waits until generations were cancelled or left.
+        """Waits until generations are cancelled or left.
 
         Args:
-            timeout: How long to wait at most, in seconds.
-            count: How many.
+            timeout: Seconds to wait at most.
+            count: Number of generations to wait for.
 
         Returns:
-            Whether there were that many in time.
+            Whether at least `count` generations were cancelled in time.
         """
-        with self._changed:
-            return self._changed.wait_for(lambda: len(self.cancelled) >= count, timeout)
+        return self._state.wait_cancelled(timeout, count)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -217,34 +211,3 @@ class FakeServer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
-
-    def _may_advance(self, generation: FakeGeneration) -> bool:
-        return not generation.ended and (self._released or not generation.standing_still)
-
-    def _sent(self, message: v1.Progress) -> None:
-        with self._changed:
-            if message.phase != v1.PHASE_DENOISING or message.step not in self._drops | self._losses:
-                return
-            if message.step in self._losses:
-                self._generations.clear()
-            self._drops.discard(message.step)
-            self._losses.discard(message.step)
-            self.drop()
-
-    def _left(self, generation: FakeGeneration) -> None:
-        """Does what the request says when its last reader has left."""
-        grace = generation.request.disconnect_grace
-        if generation.readers:
-            return
-        if generation.request.on_disconnect == v1.DISCONNECT_POLICY_KEEP:
-            while self._may_advance(generation):
-                generation.advance()
-        elif not (grace.seconds or grace.nanos):
-            self._cancel(generation)
-        self._changed.notify_all()
-
-    def _cancel(self, generation: FakeGeneration) -> None:
-        if not generation.cancelled and generation.phase < v1.PHASE_SUCCEEDED:
-            generation.cancelled = True
-            self.cancelled.append(generation.id)
-        self._changed.notify_all()

@@ -1,11 +1,11 @@
-"""Draws a picture for each line of a file, when nobody else needs the server, and goes on where it was stopped.
+"""Generates an image for each line of a file, at low priority. Can be stopped and resumed.
 
 Usage::
 
-    python batch.py prompts.txt pictures/
+    python batch.py prompts.txt images/
 
-The picture of line 1 is pictures/0001.png, and so on. What is there already is not drawn again. What the server was at
-when this script was stopped is only asked for again, not begun again: each line has a request id of its own.
+The image of line 1 is images/0001.png, and so on. Existing files are skipped. Each line has its own request id, so a
+second run follows the generations that were running when the first one stopped, and starts none of them twice.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from pathlib import Path
 from calotype import AsyncClient, CalotypeError, Overloaded
 
 IN_FLIGHT = 4
-"""Pictures asked for at the same time."""
+"""Maximum number of requests at the same time."""
 
 
-async def draw(client: AsyncClient, slots: asyncio.Semaphore, prompt: str, path: Path, steps: int | None) -> None:
-    """Draws one picture, unless it is there."""
+async def generate(client: AsyncClient, slots: asyncio.Semaphore, prompt: str, path: Path, steps: int | None) -> None:
+    """Generates one image, unless its file exists. Waits and tries again when the server is overloaded."""
     if path.exists():
         return
     async with slots:
@@ -34,7 +34,7 @@ async def draw(client: AsyncClient, slots: asyncio.Semaphore, prompt: str, path:
                 break
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after or 1)
-        # Renamed when it is complete: a file that is there is whole.
+        # Rename the complete file, so that a file with the final name is never incomplete.
         part = path.with_suffix(".part")
         part.write_bytes(image.data)
         part.rename(path)
@@ -42,19 +42,19 @@ async def draw(client: AsyncClient, slots: asyncio.Semaphore, prompt: str, path:
 
 
 async def main() -> int:
-    """Draws them all; returns how many could not be drawn."""
-    parser = argparse.ArgumentParser(description="Draws a picture for each line of a file.")
-    parser.add_argument("prompts", type=Path, help="a prompt in each line")
-    parser.add_argument("folder", type=Path, help="where the pictures go")
-    parser.add_argument("--address", default="localhost:50051", help="of the server (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: those of the model)")
+    """Generates all images. Returns the number of lines that failed."""
+    parser = argparse.ArgumentParser(description="Generates an image for each line of a file.")
+    parser.add_argument("prompts", type=Path, help="text file with one prompt per line")
+    parser.add_argument("folder", type=Path, help="folder for the images")
+    parser.add_argument("--address", default="localhost:50051", help="address of the server (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="number of denoising steps (default: the model's)")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     prompts = given.prompts.read_text(encoding="utf-8").splitlines()
     slots, failures = asyncio.Semaphore(IN_FLIGHT), 0
     async with AsyncClient(given.address) as client:
         tasks = {
-            number: asyncio.create_task(draw(client, slots, prompt, given.folder / f"{number:04}.png", given.steps))
+            number: asyncio.create_task(generate(client, slots, prompt, given.folder / f"{number:04}.png", given.steps))
             for number, prompt in enumerate(prompts, 1)
             if prompt.strip()
         }

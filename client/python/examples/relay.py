@@ -1,13 +1,14 @@
-"""A back end that relays pictures to browsers as server-sent events, with FastAPI.
+"""A FastAPI back end that relays generations to browsers as server-sent events.
 
 Usage::
 
     pip install calotype fastapi uvicorn
-    uvicorn relay:app                                              # and open http://localhost:8000
-    curl -N 'http://localhost:8000/pictures?prompt=a+red+apple'
+    uvicorn relay:app                                              # then open http://localhost:8000
+    curl -N 'http://localhost:8000/images?prompt=a+red+apple'
 
-Events: `progress`, with a data URL when there is a new preview; then `picture` with the final one, or `failure`. What
-the server refuses is a 422 that names every violation. A browser that leaves cancels its generation.
+Events: `progress`, with a data URL if there is a new preview; at the end `image` with the final image, or `failure`. A
+request that the server rejects gets status 422 with every violation. When the browser disconnects, the generation is
+cancelled.
 """
 
 import base64
@@ -27,7 +28,7 @@ Started: TypeAlias = tuple[AsyncGeneration, AsyncIterator[Progress]]
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Keeps one connection for all requests."""
+    """Uses one client for all requests."""
     async with AsyncClient(os.environ.get("CALOTYPE_GRPC_ADDRESS", "localhost:50051")) as client:
         app.state.client = client
         yield
@@ -37,8 +38,8 @@ app = FastAPI(lifespan=lifespan)
 
 
 async def start(request: Request, prompt: str, steps: int | None = None) -> AsyncIterator[Started]:
-    """Starts a generation before the response begins, so that a refusal can still have a status of its own."""
-    # Left when the response is over, also because the browser has gone: that cancels.
+    """Starts a generation and waits for its first message, while an error can still set the status of the response."""
+    # FastAPI leaves this block at the end of the response, also when the browser disconnects: that cancels.
     async with request.app.state.client.generate(prompt, steps=steps) as generation:
         messages = aiter(generation)
         try:
@@ -48,47 +49,47 @@ async def start(request: Request, prompt: str, steps: int | None = None) -> Asyn
         except CalotypeError as error:
             raise HTTPException(503, str(error)) from None
 
-        async def rejoined() -> AsyncIterator[Progress]:
+        async def all_messages() -> AsyncIterator[Progress]:
             yield first
             async for progress in messages:
                 yield progress
 
-        yield generation, rejoined()
+        yield generation, all_messages()
 
 
-@app.get("/pictures", response_class=EventSourceResponse)
-async def pictures(started: Annotated[Started, Depends(start)]) -> AsyncIterator[ServerSentEvent]:
-    """Streams a picture while it forms."""
+@app.get("/images", response_class=EventSourceResponse)
+async def images(started: Annotated[Started, Depends(start)]) -> AsyncIterator[ServerSentEvent]:
+    """Streams the progress of a generation, and its image."""
     generation, messages = started
     try:
         async for progress in messages:
-            told = {"phase": progress.phase, "step": progress.step, "total_steps": progress.total_steps}
+            event = {"phase": progress.phase, "step": progress.step, "total_steps": progress.total_steps}
             if progress.preview:
-                told["preview"] = data_url(progress.preview)
-            yield ServerSentEvent(data=told, event="progress")
-        yield ServerSentEvent(data={"picture": data_url(await generation.result())}, event="picture")
+                event["preview"] = data_url(progress.preview)
+            yield ServerSentEvent(data=event, event="progress")
+        yield ServerSentEvent(data={"image": data_url(await generation.result())}, event="image")
     except CalotypeError as error:
         yield ServerSentEvent(data={"reason": error.reason, "message": str(error)}, event="failure")
 
 
 def data_url(image: Image) -> str:
-    """What an <img> shows."""
+    """Converts an image to a URL for <img>."""
     return f"data:image/{image.format};base64,{base64.b64encode(image.data).decode()}"
 
 
 @app.get("/", response_class=HTMLResponse)
 async def page() -> str:
-    """A browser's part of it."""
+    """Returns a page that shows one generation."""
     return """<!doctype html><meta charset="utf-8"><title>A red apple</title><img width="256" alt=""><p>
 <script>
   const [image, text] = [document.querySelector("img"), document.querySelector("p")];
-  const source = new EventSource("/pictures?prompt=a+red+apple");
+  const source = new EventSource("/images?prompt=a+red+apple");
   source.addEventListener("progress", ({ data }) => {
     const { phase, step, total_steps, preview } = JSON.parse(data);
     text.textContent = `${phase} ${step}/${total_steps}`;
     if (preview) image.src = preview;
   });
-  // Closed at the end: an EventSource would ask for another picture.
-  source.addEventListener("picture", ({ data }) => { source.close(); image.src = JSON.parse(data).picture; });
+  // Close at the end: an EventSource would otherwise reconnect and start another generation.
+  source.addEventListener("image", ({ data }) => { source.close(); image.src = JSON.parse(data).image; });
   source.addEventListener("failure", ({ data }) => { source.close(); text.textContent = JSON.parse(data).message; });
 </script>"""

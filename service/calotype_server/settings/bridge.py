@@ -8,7 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
-from calotype._channel import parse_address
+from calotype.targets import parse_address
 from calotype_server.settings.parsing import split_list
 from calotype_server.settings.web import WebSettings
 

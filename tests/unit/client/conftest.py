@@ -11,23 +11,23 @@ from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer, add_Generat
 
 
 class Scripted(GenerationServiceServicer):
-    """Sends what a test tells it, also what a real server never would."""
+    """Sends the messages of a test, including those that a real server never sends."""
 
     def __init__(self, messages=(), *, end=None):
         self.messages, self.end = messages, end
 
     def Generate(self, request, context):  # noqa: N802
-        """Sends the messages and ends."""
+        """Sends the messages, then ends the call."""
         yield from self.messages
         if self.end is not None:
             self.end(context)
 
     def Cancel(self, request, context):  # noqa: N802
-        """Ends."""
+        """Ends the call."""
         self.end(context)
 
     def GetModel(self, request, context):  # noqa: N802
-        """Ends."""
+        """Ends the call."""
         self.end(context)
 
 
@@ -48,19 +48,19 @@ def _serve(servicer, credentials=None):
 
 @pytest.fixture
 def serve():
-    """A context manager that serves any servicer and gives its address."""
+    """Returns a context manager that serves a servicer and yields its address."""
     return _serve
 
 
 @pytest.fixture
 def scripted():
-    """Makes a servicer from messages and a function that ends the call."""
+    """Returns the class of a servicer that sends given messages and ends calls with a given function."""
     return Scripted
 
 
 @pytest.fixture
-def at_once():
-    """Makes a client reconnect without waiting; other parts of its policy may be set as well."""
+def without_waits():
+    """Returns a function that lets a client reconnect without waiting, and sets other parts of its retry policy."""
 
     def change(client, **policy):
         client._retry = dataclasses.replace(client._retry, **{"random": lambda: 0.0, **policy})

@@ -1,11 +1,12 @@
-"""Messages fold into state, whatever their order, merging and chunking."""
+"""Messages are assembled to state, whatever their order, merging and chunking."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from calotype import Cancelled, InternalError, Phase, StreamIncomplete, Unavailable
-from calotype._assembler import Assembler, incomplete
+from calotype._assembler import Assembler
+from calotype._status import stream_incomplete
 from calotype.v1 import calotype_pb2 as v1
 
 RUNNING = [v1.PHASE_QUEUED, v1.PHASE_ENCODING_PROMPT, v1.PHASE_DENOISING, v1.PHASE_DECODING, 99]
@@ -20,7 +21,7 @@ previews = st.builds(
 
 
 def chunks(parts):
-    """The end of a generation whose image comes in parts."""
+    """Returns the end of a generation whose image comes in chunks."""
     return [
         v1.Progress(phase=v1.PHASE_SUCCEEDED, image=part, chunk_index=index, chunk_count=len(parts))
         for index, part in enumerate(parts)
@@ -28,8 +29,8 @@ def chunks(parts):
 
 
 @given(st.lists(previews), st.lists(st.binary(min_size=1, max_size=9), min_size=1, max_size=5))
-def test_any_stream_that_succeeds_gives_its_image(running, parts):
-    """Progress is shown once per message, the end once, and the image is the sum of its chunks."""
+def test_any_successful_stream_gives_its_image(running, parts):
+    """Each message is shown once, the end once, and the image is the sum of its chunks."""
     assembler = Assembler()
     shown = [assembler.feed(message) for message in running]
     assert all(shown)
@@ -43,31 +44,31 @@ def test_any_stream_that_succeeds_gives_its_image(running, parts):
 
 
 @given(st.lists(previews), st.lists(st.binary(min_size=1, max_size=9), min_size=2, max_size=5), st.data())
-def test_lost_chunk_is_never_taken_for_an_image(running, parts, data):
-    """Whichever chunk is lost, the generation is incomplete."""
+def test_missing_chunk_is_an_error(running, parts, data):
+    """A missing chunk makes the generation incomplete."""
     lost = data.draw(st.integers(0, len(parts) - 1))
     assembler = Assembler()
     for message in [*running, *(chunk for chunk in chunks(parts) if chunk.chunk_index != lost)]:
         assembler.feed(message)
-    assembler.close(incomplete())
+    assembler.close(stream_incomplete())
     with pytest.raises(StreamIncomplete):
         assembler.outcome()
 
 
 @given(st.lists(previews))
 def test_stream_without_an_end_is_incomplete(running):
-    """A status of OK alone does not prove that a generation succeeded."""
+    """A stream that ends with OK before the end of its generation is incomplete."""
     assembler = Assembler()
     for message in running:
         assembler.feed(message)
-    assembler.close(incomplete())
+    assembler.close(stream_incomplete())
     with pytest.raises(StreamIncomplete):
         assembler.outcome()
 
 
 @pytest.mark.parametrize(("phase", "kind"), [(v1.PHASE_FAILED, InternalError), (v1.PHASE_CANCELLED, Cancelled)])
 def test_end_without_an_error_is_still_an_error(phase, kind):
-    """A server that forgets to say why has failed all the same."""
+    """An end without an error message is still an error."""
     assembler = Assembler()
     assert assembler.feed(v1.Progress(phase=phase, step=3)) is None
     assert assembler.progress.step == 3
@@ -77,7 +78,7 @@ def test_end_without_an_error_is_still_an_error(phase, kind):
 
 @given(st.lists(previews), st.lists(previews), st.booleans())
 def test_withdrawal_is_shown_before_the_error(before, after, merged):
-    """Whichever messages were merged, the loop sees the withdrawal, and no preview with it or after it."""
+    """However messages are merged, the loop sees the withdrawal, and no preview with it or after it."""
     assembler = Assembler()
     for message in before:
         assembler.feed(message)
@@ -85,14 +86,14 @@ def test_withdrawal_is_shown_before_the_error(before, after, merged):
     for message in [*withdrawn, end := v1.Progress(phase=v1.PHASE_FAILED)]:
         message.previews_withdrawn = True
     shown = [assembler.feed(message) for message in [*withdrawn, end]]
-    told = [progress for progress in shown if progress is not None]
-    assert len(told) == max(1, len(withdrawn))
-    assert all(progress.previews_withdrawn and progress.preview is None for progress in told)
+    withdrawals = [progress for progress in shown if progress is not None]
+    assert len(withdrawals) == max(1, len(withdrawn))
+    assert all(progress.previews_withdrawn and progress.preview is None for progress in withdrawals)
     assert assembler.ended
 
 
-def test_warnings_add_up():
-    """A warning that came once is remembered, and one that came often is told once."""
+def test_warnings_accumulate():
+    """Warnings accumulate, each once."""
     assembler = Assembler()
     for reasons in (["A"], [], ["B", "A"]):
         assembler.feed(
@@ -101,24 +102,24 @@ def test_warnings_add_up():
     assert [notice.reason for notice in assembler.warnings] == ["A", "B"]
 
 
-def test_only_the_first_end_counts():
-    """Nothing after the end changes it."""
+def test_messages_after_the_end_are_ignored():
+    """Messages after the end change nothing."""
     assembler = Assembler()
     assembler.feed(chunks([b"image"])[0])
     assert assembler.feed(v1.Progress(phase=v1.PHASE_FAILED)) is None
     assert assembler.outcome().data == b"image"
 
 
-def test_success_without_an_image_is_incomplete():
-    """An empty final image is not an image."""
+def test_success_without_an_image_is_stream_incomplete():
+    """A final image without data is an error."""
     assembler = Assembler()
     assembler.feed(v1.Progress(phase=v1.PHASE_SUCCEEDED))
     with pytest.raises(StreamIncomplete):
         assembler.outcome()
 
 
-def test_final_picture_is_not_a_preview():
-    """Only predicted pictures are previews."""
+def test_final_image_is_not_a_preview():
+    """Only predicted images are previews."""
     assembler = Assembler()
     shown = assembler.feed(v1.Progress(phase=v1.PHASE_DENOISING, image=b"x", image_kind=v1.IMAGE_KIND_FINAL))
     assert shown.preview is None

@@ -20,19 +20,19 @@ from calotype.testing import FakeServer
 
 @pytest.fixture
 def held():
-    """A server whose generations stand still at step 2."""
+    """A server that holds generations at step 2."""
     with FakeServer(hold_at=2) as server:
         yield server
 
 
 async def cancelled(server):
-    """Waits for a cancellation without holding up the event loop."""
+    """Waits for a cancellation without blocking the event loop."""
     return await asyncio.to_thread(server.wait_cancelled)
 
 
 @pytest.mark.proves("python-async", "streams")
 async def test_loop_and_result():
-    """The loop ends after success, and the result is there as often as it is asked for."""
+    """The loop ends after success, and result() returns the same image every time."""
     with FakeServer(chunk_bytes=500) as server:
         async with AsyncClient(server.address) as client:
             generation = client.generate("a red apple", seed=5)
@@ -45,8 +45,8 @@ async def test_loop_and_result():
         assert server.cancelled == []
 
 
-async def test_client_can_be_made_before_the_loop_runs():
-    """A client at module level works: its channel belongs to the loop of the first call."""
+async def test_client_can_be_made_before_the_event_loop_runs():
+    """A client made outside the event loop works: its channel belongs to the loop of the first call."""
     with FakeServer() as server:
         client = await asyncio.to_thread(AsyncClient, server.address)
         assert await client.generate("a red apple").result()
@@ -55,7 +55,7 @@ async def test_client_can_be_made_before_the_loop_runs():
 
 @pytest.mark.proves("python-async", "cancels")
 async def test_break_cancels_on_the_server(held):
-    """Leaving the loop early cancels as soon as the event loop runs."""
+    """Leaving the loop early cancels when the event loop next runs."""
     async with AsyncClient(held.address) as client:
         generation = client.generate("a red apple")
         async for progress in generation:
@@ -67,7 +67,7 @@ async def test_break_cancels_on_the_server(held):
 
 
 async def test_leaving_a_with_block_cancels_on_the_server(held):
-    """An async with block cancels at once, whoever still holds the iterator."""
+    """Leaving an async with block cancels immediately, even while another reference to the iterator exists."""
     async with AsyncClient(held.address) as client:
         async with client.generate("a red apple") as generation:
             iterator = aiter(generation)
@@ -81,7 +81,7 @@ async def test_leaving_a_with_block_cancels_on_the_server(held):
 
 @pytest.mark.proves("python-async", "cancels")
 async def test_cancelling_the_task_cancels_on_the_server(held):
-    """A task that waits for a result takes the generation with it, and is itself cancelled, not failed."""
+    """Cancelling a task that follows a generation cancels both; the task ends with CancelledError."""
     async with AsyncClient(held.address) as client:
         generation, arrived = client.generate("a red apple"), asyncio.Event()
 
@@ -99,7 +99,7 @@ async def test_cancelling_the_task_cancels_on_the_server(held):
 
 
 async def test_cancelling_a_wait_for_the_result_cancels_on_the_server(held):
-    """Leaving result() is leaving the generation."""
+    """Cancelling a wait for result() cancels the generation."""
     async with AsyncClient(held.address) as client:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(client.generate("a red apple").result(), 2)
@@ -107,7 +107,7 @@ async def test_cancelling_a_wait_for_the_result_cancels_on_the_server(held):
 
 
 async def test_cancel_wakes_a_waiting_task(held):
-    """cancel() ends the wait of another task with Cancelled, which is no CancelledError."""
+    """cancel() ends another task's wait with Cancelled, not with asyncio.CancelledError."""
     async with AsyncClient(held.address) as client:
         generation = client.generate("a red apple")
         task = asyncio.create_task(generation.result())
@@ -117,8 +117,8 @@ async def test_cancel_wakes_a_waiting_task(held):
             await task
 
 
-async def test_cancel_by_id(held):
-    """The server's CANCELLED is Cancelled, never asyncio.CancelledError."""
+async def test_cancel_by_id_raises_cancelled_in_the_loop(held):
+    """A generation cancelled by id raises Cancelled in its loop, not asyncio.CancelledError."""
     async with AsyncClient(held.address) as client:
 
         async def follow():
@@ -133,8 +133,8 @@ async def test_cancel_by_id(held):
             await client.cancel("no such id")
 
 
-async def test_refusal_with_cancelled_keeps_its_details():
-    """A call that the server ends with CANCELLED before any message is Cancelled with its reason."""
+async def test_rejection_with_cancelled_keeps_its_details():
+    """A call that the server ends with CANCELLED before any message raises Cancelled with its reason."""
     with FakeServer(error=Cancelled("no", reason="DRAINING", retry_after=3)) as server:
         async with AsyncClient(server.address) as client:
             with pytest.raises(Cancelled) as caught:
@@ -144,7 +144,7 @@ async def test_refusal_with_cancelled_keeps_its_details():
 
 @pytest.mark.parametrize("fail_at", [None, 1])
 async def test_errors_are_typed(fail_at):
-    """Refused or failed underway, the exception is the same."""
+    """A rejected generation and one that fails later raise the same exception."""
     with FakeServer(error=Overloaded("full", reason="QUEUE_FULL", retry_after=2), fail_at=fail_at) as server:
         async with AsyncClient(server.address) as client:
             generation = client.generate("a red apple")
@@ -155,8 +155,8 @@ async def test_errors_are_typed(fail_at):
 
 
 @pytest.mark.proves("python-async", "errors")
-async def test_every_violation_arrives():
-    """A refused request raises InvalidRequest with all that is wrong, each under the name of its argument."""
+async def test_invalid_request_lists_every_violation():
+    """InvalidRequest lists every violation by the name of its argument."""
     violations = [("width_px", "is 7"), ("step_count", "is 0")]
     with FakeServer(error=InvalidRequest("Two.", violations=violations)) as server:
         async with AsyncClient(server.address) as client:
@@ -165,8 +165,8 @@ async def test_every_violation_arrives():
     assert caught.value.violations == (("width", "is 7"), ("steps", "is 0"))
 
 
-async def test_second_loop_is_a_mistake():
-    """Iterating twice raises GenerationConsumed."""
+async def test_iterating_twice_raises():
+    """A second loop over a generation raises GenerationConsumed."""
     with FakeServer() as server:
         async with AsyncClient(server.address) as client:
             generation = client.generate("a red apple")
@@ -175,8 +175,8 @@ async def test_second_loop_is_a_mistake():
                 await anext(aiter(generation))
 
 
-async def test_closed_client_refuses_to_work():
-    """Use after close is a mistake that says so; closing again is not."""
+async def test_closed_client_raises():
+    """Every use of a closed client raises ClientClosed; closing it again does not."""
     client = AsyncClient()
     await client.aclose()
     await client.aclose()
@@ -187,8 +187,8 @@ async def test_closed_client_refuses_to_work():
             await use()
 
 
-async def test_closing_the_client_cancels_what_runs(held):
-    """What a closed client still runs ends with Cancelled."""
+async def test_closing_the_client_cancels_its_generations(held):
+    """A running generation of a closed client ends with Cancelled."""
     client = AsyncClient(held.address)
 
     async def follow():
@@ -201,15 +201,15 @@ async def test_closing_the_client_cancels_what_runs(held):
     assert await cancelled(held)
 
 
-async def test_invalid_request_is_raised_where_it_is_made():
-    """What cannot be sent is refused before anything is sent."""
+async def test_invalid_argument_raises_immediately():
+    """An argument that a request cannot carry raises before anything is sent."""
     async with AsyncClient() as client:
         with pytest.raises(InvalidRequest):
             client.generate("a red apple", steps="four")
 
 
-async def test_many_at_once():
-    """One client follows many generations at the same time."""
+async def test_concurrent_generations():
+    """One client follows several generations at the same time."""
     with FakeServer(error=None) as server:
         async with AsyncClient(server.address) as client:
             images = await asyncio.gather(*(client.generate("a red apple", seed=n).result() for n in range(8)))
@@ -218,7 +218,7 @@ async def test_many_at_once():
 
 
 async def test_failure_after_progress_leaves_the_progress():
-    """What was reached stays visible after an error."""
+    """The last progress remains available after an error."""
     with FakeServer(error=InternalError("no"), fail_at=2) as server:
         async with AsyncClient(server.address) as client:
             generation = client.generate("a red apple")

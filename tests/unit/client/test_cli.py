@@ -1,4 +1,4 @@
-"""The command line, with a pipe for its output."""
+"""The command line, with a pipe as its output."""
 
 import dataclasses
 import json
@@ -10,7 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from calotype import Client, FailedPrecondition, InternalError, InvalidRequest, Notice, Overloaded, Unavailable
-from calotype._cli.main import OPTIONS, app
+from calotype._cli.main import app
+from calotype._cli.options import OPTION_NAMES
 from calotype._options import Output, Previews
 from calotype._request import build_request
 from calotype.testing import FakeServer
@@ -29,7 +30,7 @@ def run(tmp_path, monkeypatch):
 
 
 def requested(server):
-    """The requests, without what the client adds to be able to resume."""
+    """Returns the requests, without the fields that the client adds for resuming."""
     for request in server.requests:
         request.ClearField("request_id")
         request.ClearField("disconnect_grace")
@@ -37,13 +38,13 @@ def requested(server):
 
 
 def test_plain_lines(run):
-    """A pipe gets one line for each thing that happens, without escape codes, and the file is named."""
+    """A pipe gets one line per event, without escape codes, and the path of the image."""
     with FakeServer(steps=2, warnings=[Notice("PROMPT_TRUNCATED", "The prompt was cut.")]) as server:
         result = run(server, "generate", "a red apple", "--seed", "5")
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [
         "Note: The prompt was cut.",
-        "queued, place 1",
+        "queued, position 1",
         "encoding prompt, 2 s left",
         "denoising, 2 s left",
         "denoising, step 1/2, 1 s left",
@@ -57,7 +58,7 @@ def test_plain_lines(run):
 
 
 def test_unnamed_output_never_replaces_a_file(run):
-    """The same seed twice gives two files."""
+    """Two images with the same seed get two files."""
     with FakeServer() as server:
         for _ in range(2):
             result = run(server, "generate", "a red apple", "--seed", "5")
@@ -66,7 +67,7 @@ def test_unnamed_output_never_replaces_a_file(run):
 
 
 def test_all_options_reach_the_server(run):
-    """Every option of the command is a field of the request."""
+    """Each option of the command sets a field of the request."""
     options = "--negative-prompt pears --width 32 --height 16 --steps 3 --guidance-scale 2.5 --seed 7 --timeout 60"
     with FakeServer() as server:
         result = run(
@@ -80,7 +81,7 @@ def test_all_options_reach_the_server(run):
 
 
 def test_preview_and_output_options_reach_the_server(run):
-    """Every option of previews and of the file is a field of the request."""
+    """Each option for previews and output sets a field of the request."""
     previews = "--preview-every 2 --preview-interval 0.5 --preview-edge 64 --preview-quality 70 --preview-method head"
     file = "--format jpeg --quality 80 --no-metadata"
     with FakeServer() as server:
@@ -107,8 +108,8 @@ def test_preview_and_output_options_reach_the_server(run):
         (["-o", "apple", "--format", "webp"], "webp", "WEBP"),
     ],
 )
-def test_suffix_of_the_output_asks_for_its_format(run, arguments, asked, written):
-    """The server makes what the file's name says, unless --format says otherwise; the file is what its name says."""
+def test_suffix_of_the_output_sets_the_format(run, arguments, asked, written):
+    """The suffix sets the requested format, unless --format does; the file always has the format of its suffix."""
     with FakeServer() as server:
         result = run(server, "generate", "apple", *arguments)
     assert result.exit_code == 0
@@ -118,7 +119,7 @@ def test_suffix_of_the_output_asks_for_its_format(run, arguments, asked, written
 
 
 def test_json_events(run):
-    """Each line is one event, without image bytes; the last one names the file."""
+    """Each line is one event without image data; the last one names the file."""
     with FakeServer(steps=2, chunk_bytes=100) as server:
         result = run(server, "generate", "a red apple", "--json", "--previews", "frames", "-o", "apple.png")
     events = [json.loads(line) for line in result.stdout.splitlines()]
@@ -137,8 +138,8 @@ def test_json_events(run):
     assert events[-1]["image"]["bytes"] == os.path.getsize("apple.png")
 
 
-def test_json_error_is_an_event_too(run):
-    """A program that reads the events sees why there is no image."""
+def test_json_error_is_an_event(run):
+    """The last event contains the error."""
     with FakeServer(error=Overloaded("full", reason="QUEUE_FULL", retry_after=2)) as server:
         result = run(server, "generate", "a red apple", "--json")
     event = json.loads(result.stdout)
@@ -148,8 +149,8 @@ def test_json_error_is_an_event_too(run):
     assert result.exit_code == 1
 
 
-def test_previews_are_kept(run):
-    """--previews makes the folder and keeps every frame and the final image."""
+def test_previews_are_saved(run):
+    """--previews creates the folder and saves every preview and the final image."""
     with FakeServer(steps=3) as server:
         result = run(server, "generate", "a red apple", "--previews", "deep/frames", "-o", "apple.jpg")
     assert result.exit_code == 0
@@ -159,14 +160,14 @@ def test_previews_are_kept(run):
 
 
 def test_withdrawn_previews_are_deleted(run):
-    """When previews are withdrawn, those in the folder go, nothing else does, and there is no filmstrip."""
+    """When previews are withdrawn, the saved ones are deleted, other files stay, and no filmstrip is written."""
     os.mkdir("frames")
     with open("frames/notes.txt", "w") as file:
         file.write("mine")
     with FakeServer(steps=4, withdraw_at=3) as server:
         result = run(server, "generate", "apple", "--previews", "frames", "--filmstrip", "strip.png", "-o", "apple.png")
     assert result.exit_code == 1
-    assert result.stderr == "The safety checker of the model withheld the picture.\n"
+    assert result.stderr == "The model's safety checker withheld the image.\n"
     assert "step 2/4, 2 s left: frames" in result.stdout
     assert "step 3/4, 1 s left, previews withdrawn\n" in result.stdout
     assert os.listdir() == ["frames"]
@@ -174,7 +175,7 @@ def test_withdrawn_previews_are_deleted(run):
 
 
 def test_withdrawal_is_in_every_later_event(run):
-    """A program that reads the events is told by the first event after it, and by the last one."""
+    """Every event after the withdrawal says so, including the last one."""
     with FakeServer(steps=2, withdraw_at=2) as server:
         result = run(server, "generate", "a red apple", "--json")
     events = [json.loads(line) for line in result.stdout.splitlines()]
@@ -184,7 +185,7 @@ def test_withdrawal_is_in_every_later_event(run):
 
 @pytest.mark.parametrize(("steps", "frames"), [(3, 4), (20, 9)])
 def test_filmstrip(run, steps, frames):
-    """--filmstrip puts up to eight previews and the image in one row."""
+    """--filmstrip puts at most eight previews and the image side by side."""
     with FakeServer(steps=steps) as server:
         result = run(server, "generate", "a red apple", "--filmstrip", "strip.png", "-o", "apple.png")
     assert result.exit_code == 0
@@ -211,7 +212,7 @@ def test_filmstrip(run, steps, frames):
     ],
 )
 def test_usage_errors_come_before_any_work(run, arguments, message):
-    """What cannot work is said at once, and nothing is generated."""
+    """An invalid option gives a message and exit code 2, and no request is sent."""
     with FakeServer() as server:
         result = run(server, "generate", "a red apple", *arguments)
     assert result.exit_code == 2
@@ -226,12 +227,12 @@ def test_usage_errors_come_before_any_work(run, arguments, message):
         (
             InvalidRequest("Two.", violations=[("width_px", "too wide"), ("step_count", "too many")]),
             2,
-            "The server cannot make this picture:\n  --width: too wide\n  --steps: too many\n",
+            "The request is not valid:\n  --width: too wide\n  --steps: too many\n",
         ),
         (
             InvalidRequest("Two.", violations=[("preview.max_edge_px", "too large"), ("output.quality", "of a PNG")]),
             2,
-            "The server cannot make this picture:\n  --preview-edge: too large\n  --quality: of a PNG\n",
+            "The request is not valid:\n  --preview-edge: too large\n  --quality: of a PNG\n",
         ),
         (FailedPrecondition("It has no small decoder.", reason="NO_TINY_VAE"), 1, "It has no small decoder.\n"),
         (InternalError("The model failed.", reason="NUMERICAL_FAILURE"), 1, "The model failed.\n"),
@@ -239,8 +240,8 @@ def test_usage_errors_come_before_any_work(run, arguments, message):
         (Unavailable("Loading.", reason="LOADING", retry_after=5), 3, "Loading. Try again in 5 s.\n"),
     ],
 )
-def test_errors_are_words_and_exit_codes(run, error, code, message):
-    """An error is one clear message on stderr, an exit code, and no file."""
+def test_errors_are_messages_and_exit_codes(run, error, code, message):
+    """An error gives a message on stderr and an exit code, and no file is written."""
     with FakeServer(error=error) as server:
         result = run(server, "generate", "a red apple", "-o", "apple.png")
     assert (result.exit_code, result.stderr) == (code, message)
@@ -248,8 +249,8 @@ def test_errors_are_words_and_exit_codes(run, error, code, message):
 
 
 @pytest.mark.proves("cli", "resumes")
-def test_lost_connections_leave_the_picture_as_it_is(run):
-    """A link that breaks and a server that has lost everything cost nothing: a file, and no step is shown twice."""
+def test_lost_connections_do_not_change_the_image(run):
+    """After a lost connection and a server restart, the image is saved and no step is shown twice."""
     with FakeServer(steps=4, drop_at=[1], lose_at=[3]) as server:
         result = run(server, "generate", "a red apple", "--json", "-o", "apple.png")
         events = [json.loads(line) for line in result.stdout.splitlines()]
@@ -262,7 +263,7 @@ def test_lost_connections_leave_the_picture_as_it_is(run):
 
 
 def test_no_server(run):
-    """A refused connection says how to start a server."""
+    """Without a server, the message says how to start one."""
     for command in (["generate", "a red apple"], ["model"], ["cancel", "x"], ["watch", "x"], ["finish", "x"], ["list"]):
         result = run("127.0.0.1:1", *command)
         assert result.exit_code == 3
@@ -270,7 +271,7 @@ def test_no_server(run):
 
 
 def test_failed_write_leaves_the_old_file(run, monkeypatch):
-    """The output appears whole or not at all."""
+    """When writing fails, the old file stays unchanged."""
     with open("apple.png", "w") as file:
         file.write("old")
 
@@ -289,7 +290,7 @@ def test_failed_write_leaves_the_old_file(run, monkeypatch):
 
 
 def test_model(run):
-    """The model is described for people and for programs."""
+    """The command `model` prints a table, or JSON."""
     with FakeServer() as server:
         people, program = run(server, "model"), run(server, "model", "--json")
     assert "DDIMScheduler, EulerDiscreteScheduler" in people.stdout
@@ -300,35 +301,35 @@ def test_model(run):
     assert facts["previews"]["max_edge"] == 256
 
 
-def test_every_option_that_the_server_refuses_has_its_flag():
-    """Each name of a nested argument is that of an option of the command."""
+def test_every_nested_argument_has_its_option():
+    """Each nested argument of `Client.generate` has an option of the command."""
     flags = {flag for parameter in typer.main.get_command(app).commands["generate"].params for flag in parameter.opts}
     nested = {f"previews.{field.name}" for field in dataclasses.fields(Previews)}
     nested |= {f"output.{field.name}" for field in dataclasses.fields(Output)}
-    assert set(OPTIONS) - {"prompt"} == nested
-    assert {*OPTIONS.values()} <= flags
+    assert set(OPTION_NAMES) - {"prompt"} == nested
+    assert {*OPTION_NAMES.values()} <= flags
 
 
-def test_cancel(run):
-    """Cancelling says in which phase it was; an unknown id is an error."""
+def test_cancel_prints_the_phase(run):
+    """Cancelling an ended generation prints its end; an unknown id is an error."""
     with FakeServer() as server:
         run(server, "generate", "a red apple", "-o", "apple.png")
-        ended, unknown = run(server, "cancel", "fake-1"), run(server, "cancel", "nobody")
-    assert ended.stdout == "It had succeeded already.\n"
+        ended, unknown = run(server, "cancel", "fake-1"), run(server, "cancel", "no such id")
+    assert ended.stdout == "The generation has already succeeded.\n"
     assert unknown.exit_code == 1
-    assert "nobody" in unknown.stderr
+    assert "no such id" in unknown.stderr
 
 
 def test_lifecycle_options_reach_the_server(run):
-    """What leaving does, the grace and the id are fields of the request."""
+    """The options for disconnects and the request id set fields of the request."""
     options = "--on-disconnect keep --disconnect-grace 3 --request-id mine"
     with FakeServer() as server:
         assert run(server, "generate", "apple", *options.split()).exit_code == 0
     assert server.requests == [build_request("apple", on_disconnect="keep", disconnect_grace=3, request_id="mine")]
 
 
-def test_watch_writes_the_image_and_list_and_finish_know_it(run):
-    """A generation that was started elsewhere is listed, watched to its end and cannot be finished any more."""
+def test_watch_list_and_finish(run):
+    """A generation of another client is listed and watched; finishing it after its end prints its end."""
     with FakeServer(steps=2) as server:
         run(server, "generate", "a [red] apple", "--request-id", "mine")
         result = run(server, "watch", "fake-1", "-o", "apple.png", "--previews", "frames")
@@ -336,13 +337,13 @@ def test_watch_writes_the_image_and_list_and_finish_know_it(run):
         assert run(server, "list").stdout.split() == ["fake-1", "succeeded", "2/2", "a", "[red]", "apple"]
         listed = json.loads(run(server, "list", "--json").stdout)
         assert (listed["request_id"], listed["create_time"]) == ("mine", "2023-11-14T22:13:21+00:00")
-        assert run(server, "finish", "fake-1").stdout == "It had succeeded already.\n"
+        assert run(server, "finish", "fake-1").stdout == "The generation has already succeeded.\n"
         missing = run(server, "watch", "no such id")
         assert (missing.exit_code, missing.stderr) == (1, "There is no generation 'no such id'.\n")
 
 
-def test_finish_says_where_it_found_it(run):
-    """Ending early names the phase."""
+def test_finish_prints_the_phase(run):
+    """Finishing a running generation prints its phase."""
     with FakeServer(hold_at=2) as server, Client(server.address) as client:
         for progress in client.generate("a red apple"):
             if progress.step == 2 and progress.phase == "denoising":

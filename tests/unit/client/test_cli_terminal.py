@@ -15,7 +15,7 @@ from calotype import Notice
 from calotype.testing import FakeServer
 
 if sys.platform == "win32":
-    pytest.skip("pseudo terminals are a matter of POSIX", allow_module_level=True)
+    pytest.skip("needs POSIX pseudo terminals", allow_module_level=True)
 
 import fcntl
 import pty
@@ -25,7 +25,7 @@ import termios
 import pexpect
 from pexpect.fdpexpect import fdspawn
 
-# Takes the terminal as its own, so that Ctrl-C arrives. Forking here is not an option: this process runs gRPC.
+# Makes the terminal the controlling one, so that Ctrl-C works. This process runs gRPC and must not fork.
 LAUNCHER = """
 import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -35,14 +35,14 @@ os.execv(sys.executable, [sys.executable, "-m", "calotype", *sys.argv[1:]])
 
 @pytest.fixture
 def terminal(tmp_path):
-    """Runs the command in a terminal of 100 x 30 cells; gives the process and what to expect from."""
+    """Returns a function that runs the command in a terminal of 100 x 30 cells."""
     with contextlib.ExitStack() as stack:
 
         def run(server, *arguments, term="xterm-256color", rows=30, **variables):
             ours, theirs = pty.openpty()
             stack.callback(os.close, ours)
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 100, 0, 0))
-            # Rich would believe these two more than the terminal.
+            # Rich prefers these two variables to the size of the terminal.
             inherited = {name: value for name, value in os.environ.items() if name not in ("LINES", "COLUMNS")}
             environment = inherited | {"TERM": term, "CALOTYPE_GRPC_ADDRESS": server.address, "COLORTERM": "truecolor"}
             environment |= variables
@@ -65,13 +65,13 @@ def terminal(tmp_path):
 
 
 def rest(process, screen):
-    """Reads to the end of the output."""
+    """Reads to the end of the output. Returns it with the exit code."""
     screen.expect(pexpect.EOF)
     return screen.before, process.wait()
 
 
 def test_picture_of_half_blocks_and_a_bar(terminal, tmp_path):
-    """A terminal that answers nothing gets half blocks and a bar, at once and without a trace of the question."""
+    """A terminal that does not answer the query gets half blocks and a progress bar, without stray characters."""
     with FakeServer(steps=3) as server:
         output, code = rest(*terminal(server, "generate", "a red apple", "-o", "apple.png"))
     assert code == 0
@@ -88,7 +88,7 @@ def test_picture_of_half_blocks_and_a_bar(terminal, tmp_path):
 
 
 def test_sixel_terminal(terminal):
-    """A terminal that says it has sixel gets sixel."""
+    """A terminal that reports sixel support gets sixel graphics."""
     with FakeServer(steps=2) as server:
         process, screen = terminal(server, "generate", "a red apple", "-o", "apple.png")
         screen.expect_exact("\x1b[c")
@@ -101,7 +101,7 @@ def test_sixel_terminal(terminal):
 
 
 def test_kitty_terminal(terminal):
-    """Kitty gets its own graphics and is asked nothing."""
+    """Kitty gets its own graphics without a query."""
     with FakeServer(steps=2) as server:
         output, code = rest(*terminal(server, "generate", "a red apple", "-o", "apple.png", term="xterm-kitty"))
     assert code == 0
@@ -119,7 +119,7 @@ def test_dumb_terminal(terminal):
 
 
 def test_terminal_without_colours(terminal):
-    """NO_COLOR leaves the bar and drops the picture, which would be a grey wall."""
+    """With NO_COLOR, the terminal shows the progress bar and no picture."""
     with FakeServer(steps=2) as server:
         output, code = rest(*terminal(server, "generate", "a red apple", "-o", "apple.png", NO_COLOR="1"))
     assert code == 0
@@ -128,14 +128,14 @@ def test_terminal_without_colours(terminal):
 
 
 def test_warning_stays_visible(terminal):
-    """A warning is shown above the bar until the end."""
+    """A warning stays visible until the end."""
     with FakeServer(steps=2, warnings=[Notice("PROMPT_TRUNCATED", "The prompt was cut.")]) as server:
         output, _ = rest(*terminal(server, "generate", "a red apple", "-o", "apple.png"))
     assert "Note: The prompt was cut." in output[output.rindex("▀") :]
 
 
 def test_withdrawn_previews_leave_the_screen(terminal):
-    """When previews are withdrawn, every line of the picture is erased, and the reason stands in its place."""
+    """When previews are withdrawn, the terminal erases the picture and shows the reason."""
     with FakeServer(withdraw_at=3) as server:
         output, code = rest(*terminal(server, "generate", "a red apple"))
     assert code == 1
@@ -143,11 +143,11 @@ def test_withdrawn_previews_leave_the_screen(terminal):
     erased = before[before.rindex("▀") :]
     assert erased.count("\x1b[2K") >= 24
     assert "▀" not in after
-    assert "The safety checker of the model withheld the picture." in after
+    assert "The model's safety checker withheld the image." in after
 
 
 def test_withdrawn_previews_leave_kitty(terminal):
-    """Kitty is told to forget every picture that it was sent."""
+    """When previews are withdrawn, the command deletes every image that it sent to kitty."""
     with FakeServer(withdraw_at=3) as server:
         output, _ = rest(*terminal(server, "generate", "a red apple", term="xterm-kitty"))
     placed, deleted = re.findall(r"\x1b_Ga=p,i=(\d+)", output), re.findall(r"\x1b_Ga=d,I=(\d+)", output)
@@ -156,7 +156,7 @@ def test_withdrawn_previews_leave_kitty(terminal):
 
 
 def test_small_terminal(terminal):
-    """A terminal of a few lines still works."""
+    """The command works in a terminal of three lines."""
     with FakeServer(steps=2) as server:
         output, code = rest(*terminal(server, "generate", "a red apple", "-o", "apple.png", rows=3))
     assert code == 0
@@ -181,8 +181,8 @@ def test_ctrl_c_cancels_on_the_server(terminal, tmp_path, as_json):
         assert '{"phase": "cancelled"' in output
 
 
-def test_terminal_is_given_back(terminal):
-    """After Ctrl-C the cursor is visible and keys are echoed again."""
+def test_terminal_is_restored(terminal):
+    """After Ctrl-C, the cursor is visible and echo is on again."""
     with FakeServer(hold_at=1) as server:
         process, screen = terminal(server, "generate", "a red apple")
         screen.expect("step 1/4")
@@ -193,8 +193,8 @@ def test_terminal_is_given_back(terminal):
     assert "\x1b[?25h" in output
 
 
-def test_server_that_dies_is_said_in_words(terminal):
-    """A lost server is one line and exit code 3, without a word from the C core."""
+def test_lost_server_is_one_line(terminal):
+    """A lost server gives a message and an exit code, without output of gRPC's C core."""
     with FakeServer(hold_at=2) as server:
         process, screen = terminal(server, "generate", "a red apple", "--retries", "0")
         screen.expect("step 2/4")
@@ -205,8 +205,8 @@ def test_server_that_dies_is_said_in_words(terminal):
     assert "chttp2" not in output
 
 
-def test_ctrl_c_leaves_what_is_to_be_kept(terminal):
-    """Ctrl-C of a kept generation says that it goes on, and how to see it again."""
+def test_ctrl_c_does_not_cancel_a_kept_generation(terminal):
+    """Ctrl-C during a kept generation prints that it continues, and how to watch it."""
     with FakeServer(hold_at=2) as server:
         process, screen = terminal(server, "generate", "a red apple", "--on-disconnect", "keep")
         screen.expect("step 2/4")

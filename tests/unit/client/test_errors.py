@@ -1,4 +1,4 @@
-"""Statuses and error messages become typed exceptions."""
+"""Statuses and error messages are converted to typed exceptions."""
 
 import pickle
 
@@ -15,8 +15,8 @@ from calotype.v1 import calotype_pb2 as v1
 CODES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
 
 
-def test_each_code_has_a_class_of_its_own():
-    """All 16 codes are mapped, each to its own public class, which names the code."""
+def test_each_code_has_its_class():
+    """Each of the 16 codes has its own public class with that code."""
     assert set(BY_CODE) == {code.value[0] for code in CODES}
     assert len(set(BY_CODE.values())) == 16
     for code in CODES:
@@ -27,7 +27,7 @@ def test_each_code_has_a_class_of_its_own():
 
 @pytest.mark.parametrize("code", CODES, ids=lambda code: code.name)
 def test_status_of_a_call_becomes_its_class(code):
-    """A refused call raises the class of its code, with the text of the server."""
+    """A rejected call raises the class of its code with the server's message."""
     kind = BY_CODE[code.value[0]]
     with (
         FakeServer(error=kind("because", reason="BECAUSE", retry_after=1.5, metadata={"key": "value"})) as server,
@@ -44,7 +44,7 @@ def test_status_of_a_call_becomes_its_class(code):
 
 @pytest.mark.parametrize("code", CODES, ids=lambda code: code.name)
 def test_last_message_becomes_its_class(code):
-    """A generation that fails underway raises the class of the code in its last message."""
+    """A generation that fails later raises the class of the code in its last message."""
     kind = BY_CODE[code.value[0]]
     with (
         FakeServer(error=kind("because", reason="BECAUSE", retry_after=2), fail_at=2) as server,
@@ -59,11 +59,11 @@ def test_last_message_becomes_its_class(code):
             generation.result()
 
 
-def test_every_violation_arrives_under_the_name_of_its_argument():
-    """BadRequest details become violations named as the arguments of generate."""
-    refused = InvalidRequest("Two things are wrong.", violations=[("width_px", "too wide"), ("step_count", "too many")])
+def test_violations_have_the_names_of_arguments():
+    """BadRequest details become violations with the names of arguments."""
+    error = InvalidRequest("Two things are wrong.", violations=[("width_px", "too wide"), ("step_count", "too many")])
     with (
-        FakeServer(error=refused) as server,
+        FakeServer(error=error) as server,
         Client(server.address) as client,
         pytest.raises(InvalidRequest) as caught,
     ):
@@ -88,7 +88,7 @@ def test_every_violation_arrives_under_the_name_of_its_argument():
     ],
 )
 def test_violation_of_an_option_is_named_as_its_argument(field, argument):
-    """The path of a field becomes the path of the argument."""
+    """The path of a field becomes the path of an argument."""
     with (
         FakeServer(error=InvalidRequest("no", violations=[(field, "wrong")])) as server,
         Client(server.address) as client,
@@ -99,38 +99,38 @@ def test_violation_of_an_option_is_named_as_its_argument(field, argument):
 
 
 def test_damaged_details_do_not_hide_the_error():
-    """A rich status that cannot be read leaves the plain one."""
+    """When the rich status cannot be parsed, the plain status is used."""
     error = from_status(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", [("grpc-status-details-bin", b"\xff\xff")])
     assert isinstance(error, Overloaded)
     assert (str(error), error.reason, error.retry_after) == ("full", "", None)
 
 
-def test_code_that_is_not_one_becomes_the_default():
-    """An error message whose code is no error code is still an error."""
+def test_unknown_code_becomes_the_default():
+    """An error message with an unknown code becomes the default class."""
     error = from_error_message(v1.Error(code=0, message="odd"), calotype.InternalError)
     assert type(error) is calotype.InternalError
 
 
-def test_error_without_text_says_its_reason_or_code():
-    """No exception prints as an empty line."""
+def test_error_without_message_prints_its_reason_or_code():
+    """An error without a message prints its reason or its code."""
     assert str(Overloaded(reason="QUEUE_FULL")) == "QUEUE_FULL"
     assert str(Overloaded()) == "RESOURCE_EXHAUSTED"
 
 
 def test_incomplete_stream_is_an_unknown_error():
-    """StreamIncomplete can be caught with UnknownError and with CalotypeError."""
+    """StreamIncomplete can be caught as UnknownError and as CalotypeError."""
     assert issubclass(StreamIncomplete, calotype.UnknownError)
     assert issubclass(StreamIncomplete, CalotypeError)
 
 
 def test_errors_survive_pickling():
-    """An error that crosses a process keeps what it knows."""
+    """Pickling preserves the details of an error."""
     error = pickle.loads(pickle.dumps(InvalidRequest("no", reason="R", violations=[("steps", "too many")])))
     assert (error.message, error.reason, error.violations) == ("no", "R", (("steps", "too many"),))
 
 
-def test_a_call_that_a_proxy_resets_was_lost() -> None:
-    """To gRPC that is a cancel, which nobody has asked for: it is worth another try."""
+def test_call_reset_by_a_proxy_counts_as_lost() -> None:
+    """A call that a proxy resets counts as lost, although gRPC reports CANCELLED."""
     reset = "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))"
     assert isinstance(from_status(grpc.StatusCode.CANCELLED, reset, ()), calotype.Unavailable)
     assert isinstance(

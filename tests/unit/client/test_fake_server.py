@@ -1,4 +1,4 @@
-"""The server for users' own tests does what its documentation says."""
+"""The fake server behaves as documented."""
 
 import re
 import textwrap
@@ -10,13 +10,13 @@ from calotype.testing import FakeServer
 
 
 def examples():
-    """The code of the module's docstring."""
+    """Returns the code examples of the module's docstring."""
     blocks = testing.__doc__.split("::\n\n")[1:]
     return [textwrap.dedent(re.split("\n\n[A-Z]", block)[0]) for block in blocks]
 
 
 def test_documented_examples_run():
-    """The examples of the module's docstring work as they stand."""
+    """The examples of the module's docstring run unchanged."""
     first, second, third = examples()
     namespace = {}
     exec(first, namespace)
@@ -26,7 +26,7 @@ def test_documented_examples_run():
 
 
 def test_script_is_configurable():
-    """Steps, picture and previews are what the test asks for."""
+    """Steps, image and previews can be configured."""
     image = Image(b"anything", "jpeg", 1, 2)
     with FakeServer(steps=7, previews=False, image=image) as server, Client(server.address) as client:
         generation = client.generate("a red apple", steps=3)
@@ -46,15 +46,15 @@ def test_script_is_configurable():
         (Previews(method="none"), []),
     ],
 )
-def test_previews_come_as_often_as_asked_for(previews, steps):
-    """Every nth step and the last one are shown, or none at all."""
+def test_previews_have_the_requested_rate(previews, steps):
+    """Previews are sent at every nth step and at the last one, or not at all."""
     with FakeServer(steps=5) as server, Client(server.address) as client:
         seen = list(client.generate("a red apple", previews=previews))
     assert [progress.image_step for progress in seen if progress.preview] == steps
 
 
-def test_preview_method_is_the_one_asked_for():
-    """What is asked for is what is said to have drawn a preview; AUTO is the first that the model has."""
+def test_previews_have_the_requested_method():
+    """Previews have the requested method; "auto" becomes the model's first method."""
     drawn = []
     with FakeServer(steps=1) as server, Client(server.address) as client:
         for method in ("auto", "full_vae", PreviewMethod.TINY_VAE):
@@ -65,8 +65,8 @@ def test_preview_method_is_the_one_asked_for():
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
 @pytest.mark.parametrize("chunk_bytes", [None, 10])
-def test_final_image_has_the_format_asked_for(kind, chunk_bytes):
-    """The file is a real one of that format and size, also in chunks."""
+def test_final_image_has_the_requested_format(kind, chunk_bytes):
+    """The final image is a valid file of the requested format and size, also in chunks."""
     with FakeServer(chunk_bytes=chunk_bytes) as server, Client(server.address) as client:
         image = client.generate("a red apple", width=40, height=24, output=Output(format=kind)).result()
     picture = image.to_pil()
@@ -74,8 +74,8 @@ def test_final_image_has_the_format_asked_for(kind, chunk_bytes):
     assert (picture.format.lower(), picture.size) == (kind, (40, 24))
 
 
-def test_held_generation_goes_on_when_released():
-    """release() lets a generation finish."""
+def test_released_generation_continues():
+    """release() lets a held generation finish."""
     with FakeServer(hold_at=1) as server, Client(server.address) as client:
         for progress in client.generate("a red apple"):
             if progress.step == 1:
@@ -84,13 +84,13 @@ def test_held_generation_goes_on_when_released():
     assert server.cancelled == []
 
 
-def test_waiting_in_vain_says_so():
-    """wait_cancelled tells whether it happened."""
+def test_wait_cancelled_times_out():
+    """wait_cancelled() returns False when nothing is cancelled in time."""
     assert FakeServer().wait_cancelled(0) is False
 
 
 def test_error_after_the_last_step():
-    """A generation can fail at any step."""
+    """A generation can fail after its last step."""
     with (
         FakeServer(steps=2, error=InternalError("no"), fail_at=2) as server,
         Client(server.address) as client,

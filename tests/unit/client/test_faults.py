@@ -1,4 +1,4 @@
-"""Servers that are absent, die, stall or talk nonsense: always a CalotypeError, never gRPC's own."""
+"""Absent, dying, stalled and broken servers: every failure is a CalotypeError, never gRPC's own exception."""
 
 import contextlib
 import socket
@@ -23,7 +23,7 @@ from calotype.v1 import calotype_pb2 as v1
 
 @pytest.fixture
 def free_address():
-    """An address where nobody answers."""
+    """An address without a server."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{bound.getsockname()[1]}"
@@ -31,7 +31,7 @@ def free_address():
 
 @pytest.fixture
 def garbage_address():
-    """An address where something answers that is not gRPC."""
+    """An address of a server that does not speak gRPC."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer():
@@ -49,8 +49,8 @@ def garbage_address():
 
 
 @pytest.mark.parametrize("where", ["free_address", "garbage_address"])
-async def test_nobody_who_speaks_grpc(where, request):
-    """Every call of both clients raises Unavailable."""
+async def test_no_grpc_server(where, request):
+    """Every call of both clients raises Unavailable when no gRPC server answers."""
     address = request.getfixturevalue(where)
     with Client(address) as client:
         for use in (
@@ -70,7 +70,7 @@ async def test_nobody_who_speaks_grpc(where, request):
 
 
 async def test_waiting_for_a_server_ends_with_the_timeout(free_address):
-    """wait_for_ready turns a refused connection into a wait, which the timeout bounds."""
+    """With wait_for_ready, a call waits for a server until its timeout."""
     with Client(free_address, wait_for_ready=True) as client, pytest.raises(DeadlineExceeded, match="timeout passed"):
         client.generate("a red apple", timeout=0.1).result()
     async with AsyncClient(free_address, wait_for_ready=True, timeout=0.1) as client:
@@ -79,7 +79,7 @@ async def test_waiting_for_a_server_ends_with_the_timeout(free_address):
 
 
 async def test_deadline_passes_while_denoising():
-    """The timeout ends a generation that stands still, here and on the server."""
+    """The timeout ends a held generation in the client and on the server."""
     with FakeServer(hold_at=1) as server:
         with Client(server.address, timeout=0.3) as client, pytest.raises(DeadlineExceeded):
             list(client.generate("a red apple"))
@@ -90,8 +90,8 @@ async def test_deadline_passes_while_denoising():
         assert server.wait_cancelled(count=2)
 
 
-async def test_server_dies_in_mid_stream():
-    """A lost connection is a typed error for those who follow a generation and do not want to resume."""
+async def test_server_dies_during_a_generation():
+    """Without retries, a lost connection raises a typed error."""
 
     def follow(generation, server):
         for progress in generation:
@@ -114,8 +114,8 @@ async def test_server_dies_in_mid_stream():
 @pytest.mark.parametrize(
     "messages", [[], [v1.Progress(phase=v1.PHASE_DENOISING, step=3)]], ids=["nothing", "progress only"]
 )
-async def test_status_of_ok_without_an_end(serve, scripted, messages):
-    """A stream that ends in peace but says nothing is incomplete."""
+async def test_ok_without_an_end_is_incomplete(serve, scripted, messages):
+    """A stream that ends with OK before the end of its generation raises StreamIncomplete."""
     with serve(scripted(messages)) as address:
         with Client(address, retries=0) as client, pytest.raises(StreamIncomplete):
             list(client.generate("a red apple"))
@@ -124,8 +124,8 @@ async def test_status_of_ok_without_an_end(serve, scripted, messages):
                 await client.generate("a red apple").result()
 
 
-async def test_success_counts_more_than_the_status_after_it(serve, scripted):
-    """Completion is proven by the message: a status lost or broken afterwards changes nothing."""
+async def test_success_takes_precedence_over_the_status(serve, scripted):
+    """A status that fails after the final image does not affect the result."""
     success = v1.Progress(phase=v1.PHASE_SUCCEEDED, image=b"image", image_format=v1.IMAGE_FORMAT_PNG, chunk_count=1)
     servicer = scripted([success], end=lambda context: context.abort(grpc.StatusCode.UNAVAILABLE, "too late"))
     with serve(servicer) as address:
@@ -136,14 +136,14 @@ async def test_success_counts_more_than_the_status_after_it(serve, scripted):
 
 
 async def test_partial_image_and_then_an_error(serve, scripted):
-    """An image of which a part arrived is not an image."""
+    """A partial image followed by an error is an error."""
     part = v1.Progress(phase=v1.PHASE_SUCCEEDED, image=b"image", chunk_count=2)
     servicer = scripted([part], end=lambda context: context.abort(grpc.StatusCode.INTERNAL, "broken"))
     with serve(servicer) as address, Client(address) as client, pytest.raises(InternalError, match="broken"):
         client.generate("a red apple").result()
 
 
-def test_another_service():
+def test_other_service_is_unimplemented():
     """A gRPC server that is not Calotype raises Unimplemented."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -157,7 +157,7 @@ def test_another_service():
 
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
 async def test_control_calls_raise_typed_errors(serve, scripted, code):
-    """Both model and cancel map every code in both clients."""
+    """The methods model and cancel convert every status code, in both clients."""
     with serve(scripted(end=lambda context: context.abort(code, "because"))) as address:
         with Client(address) as client:
             for use in (client.model, lambda: client.cancel("x")):

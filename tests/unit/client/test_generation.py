@@ -24,27 +24,27 @@ from calotype.testing import FakeServer
 
 @pytest.fixture
 def held():
-    """A server whose generations stand still at step 2."""
+    """A server that holds generations at step 2."""
     with FakeServer(hold_at=2) as server:
         yield server
 
 
 def until_step_2(generation):
-    """Iterates to where the server holds, and leaves."""
+    """Leaves the loop at the step where the server holds."""
     for progress in generation:
         if progress.step == 2:
             break
 
 
 def at_step_2(generation, act):
-    """Does something where the server holds, and stays."""
+    """Calls a function at the step where the server holds, and stays in the loop."""
     for progress in generation:
         if progress.step == 2:
             act()
 
 
-def test_loop_shows_every_phase_in_order():
-    """A loop sees the queue, the steps with previews, and the end without one."""
+def test_loop_yields_every_phase_in_order():
+    """The loop yields the queue, each step with its preview, and the end without a preview."""
     with FakeServer(steps=2, warnings=[Notice("PROMPT_TRUNCATED", "Cut.")]) as server, Client(server.address) as client:
         generation = client.generate("a red apple", seed=5)
         seen = list(generation)
@@ -74,7 +74,7 @@ def test_loop_shows_every_phase_in_order():
 
 
 def test_result_needs_no_loop(tmp_path):
-    """result() waits by itself, can be called again, and gives a picture that can be saved."""
+    """result() waits without a loop, can be called again, and returns an image that can be saved."""
     with FakeServer() as server, Client(server.address) as client:
         generation = client.generate("a red apple", width=24, height=8)
         image = generation.result()
@@ -85,8 +85,8 @@ def test_result_needs_no_loop(tmp_path):
     assert server.cancelled == []
 
 
-def test_result_within_the_loop_ends_the_loop():
-    """Taking the result in the middle leaves nothing more to iterate over, and cancels nothing."""
+def test_result_inside_the_loop_ends_the_loop():
+    """After result() inside the loop, the loop ends and nothing is cancelled."""
     with FakeServer() as server, Client(server.address) as client:
         generation, steps = client.generate("a red apple"), []
         for progress in generation:
@@ -97,8 +97,8 @@ def test_result_within_the_loop_ends_the_loop():
     assert server.cancelled == []
 
 
-def test_chunks_are_joined_and_shown_as_one():
-    """A final image in many messages is one picture and one progress."""
+def test_chunks_become_one_image():
+    """A final image in several messages becomes one image and one progress."""
     with FakeServer(chunk_bytes=100) as server, Client(server.address) as client:
         generation = client.generate("a red apple")
         phases = [progress.phase for progress in generation]
@@ -108,7 +108,7 @@ def test_chunks_are_joined_and_shown_as_one():
 
 
 def test_break_cancels_on_the_server(held):
-    """Leaving the loop early cancels, without any close."""
+    """Leaving the loop early cancels the generation."""
     with Client(held.address) as client:
         generation = client.generate("a red apple")
         until_step_2(generation)
@@ -119,7 +119,7 @@ def test_break_cancels_on_the_server(held):
 
 
 def test_exception_in_the_loop_cancels_on_the_server(held):
-    """An error of the caller's own cancels and passes through."""
+    """An exception in the loop cancels the generation and propagates."""
     with Client(held.address) as client:
         with pytest.raises(ZeroDivisionError):
             at_step_2(client.generate("a red apple"), lambda: 1 / 0)
@@ -127,7 +127,7 @@ def test_exception_in_the_loop_cancels_on_the_server(held):
 
 
 def test_leaving_a_with_block_cancels_on_the_server(held):
-    """A with block is the deterministic way to leave, whoever still holds the iterator."""
+    """Leaving a with block cancels, even while another reference to the iterator exists."""
     with Client(held.address) as client:
         with client.generate("a red apple") as generation:
             iterator = iter(generation)
@@ -138,8 +138,8 @@ def test_leaving_a_with_block_cancels_on_the_server(held):
             next(iterator)
 
 
-def test_forgotten_generation_is_cancelled(held):
-    """A generation that nobody holds any more stops working."""
+def test_generation_without_references_is_cancelled(held):
+    """A generation without references is cancelled."""
     with Client(held.address) as client:
         generation = client.generate("a red apple")
         iterator = iter(generation)
@@ -170,7 +170,7 @@ def test_cancel_from_another_thread_ends_the_wait(held):
 
 
 def test_cancel_by_id_from_another_client(held):
-    """Client.cancel tells the phase it found, and the loop ends with Cancelled; a second call finds the end."""
+    """Client.cancel returns the phase, and the loop raises Cancelled; a second cancel returns the end."""
     with Client(held.address) as client, Client(held.address) as other:
         generation, found = client.generate("a red apple"), []
         with pytest.raises(Cancelled) as caught:
@@ -184,7 +184,7 @@ def test_cancel_by_id_from_another_client(held):
 
 
 def test_withdrawn_previews_end_in_an_error():
-    """A loop is told to take the previews away, gets no more of them, and raises."""
+    """The loop yields the withdrawal, no further previews, and then raises."""
     with FakeServer(withdraw_at=2) as server, Client(server.address) as client:
         seen = []
         with pytest.raises(FailedPrecondition) as caught:
@@ -194,8 +194,8 @@ def test_withdrawn_previews_end_in_an_error():
     assert [progress.preview is not None for progress in seen] == [False] * 3 + [True] + [False] * 4
 
 
-def test_second_loop_is_a_mistake():
-    """Iterating twice raises GenerationConsumed, after success and after a break."""
+def test_iterating_twice_raises():
+    """A second loop raises GenerationConsumed, after success and after a break."""
     with FakeServer() as server, Client(server.address) as client:
         generation = client.generate("a red apple")
         list(generation)
@@ -208,8 +208,8 @@ def test_second_loop_is_a_mistake():
             list(generation)
 
 
-def test_error_of_result_shows_no_wiring():
-    """The traceback of an error has neither gRPC's error as its cause nor a longer tail with every call."""
+def test_traceback_has_no_internals():
+    """The traceback has no gRPC error as its cause, and does not grow with every call."""
     with FakeServer(error=InternalError("no"), fail_at=1) as server, Client(server.address) as client:
         generation = client.generate("a red apple")
         lengths = []
@@ -223,7 +223,7 @@ def test_error_of_result_shows_no_wiring():
 
 
 def test_model_is_described():
-    """model() gives plain numbers and names."""
+    """model() returns plain numbers and names."""
     with FakeServer() as server, Client(server.address) as client:
         model = client.model()
     assert (model.name, model.width, model.steps, model.guidance_scale) == ("fake", 64, 4, 5.0)
@@ -233,8 +233,8 @@ def test_model_is_described():
     assert (model.max_preview_edge, model.max_preview_quality) == (1024, 95)
 
 
-def test_closed_client_refuses_to_work():
-    """Use after close is a mistake that says so; closing again is not."""
+def test_closed_client_raises():
+    """Every use of a closed client raises ClientClosed; closing it again does not."""
     client = Client()
     client.close()
     client.close()
@@ -244,8 +244,8 @@ def test_closed_client_refuses_to_work():
     assert repr(client) == "<Client localhost:50051 closed>"
 
 
-def test_closing_the_client_cancels_what_runs(held):
-    """What a closed client still runs ends with Cancelled."""
+def test_closing_the_client_cancels_its_generations(held):
+    """A running generation of a closed client ends with Cancelled."""
     client = Client(held.address)
     generation = client.generate("a red apple")
     with pytest.raises(Cancelled, match="The client was closed"):
@@ -253,16 +253,16 @@ def test_closing_the_client_cancels_what_runs(held):
     assert held.wait_cancelled()
 
 
-def test_invalid_request_is_raised_where_it_is_made():
-    """What cannot be sent is refused before anything is sent."""
+def test_invalid_argument_raises_immediately():
+    """An argument that a request cannot carry raises before anything is sent."""
     with FakeServer() as server, Client(server.address) as client:
         with pytest.raises(InvalidRequest):
             client.generate("a red apple", steps="four")
         assert server.requests == []
 
 
-def test_representation_tells_where_it_stands():
-    """A generation prints as a short line."""
+def test_repr_is_short():
+    """repr() of a generation is one short line."""
     with FakeServer() as server, Client(server.address) as client:
         generation = client.generate("a red apple")
         assert repr(generation) == "<Generation ?: started>"

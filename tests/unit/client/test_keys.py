@@ -1,4 +1,4 @@
-"""The API key of a client: where it comes from, that every call carries it, and what a refusal becomes."""
+"""The API key of a client: where it comes from, which calls carry it, and what a rejection raises."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ KEY = "calotype_alice_secret"
 
 @pytest.fixture
 def server():
-    """A server that asks for a key."""
+    """A server that requires a key."""
     with FakeServer(steps=2, hold_at=1, api_key=KEY) as server:
         yield server
 
 
 def test_every_call_carries_the_key(server):
-    """Each method works, and so does the farewell of whoever leaves early."""
+    """Every method sends the key, and so does the background cancel."""
     with Client(server.address, api_key=KEY) as client:
         assert client.model().name == "fake"
         generation = client.generate("a cat")
@@ -37,8 +37,8 @@ def test_every_call_carries_the_key(server):
         assert server.wait_cancelled(count=2)
 
 
-async def test_every_call_of_the_asyncio_twin_carries_the_key(server):
-    """The same, awaited."""
+async def test_every_asyncio_call_carries_the_key(server):
+    """Every method of the asyncio client sends the key."""
     async with AsyncClient(server.address, api_key=KEY) as client:
         assert (await client.model()).name == "fake"
         generation = client.generate("a cat")
@@ -55,8 +55,8 @@ async def test_every_call_of_the_asyncio_twin_carries_the_key(server):
 
 
 @pytest.mark.parametrize(("key", "reason"), [("", "KEY_REQUIRED"), ("calotype_alice_other", "KEY_INVALID")])
-async def test_a_refusal_is_unauthenticated(key, reason, server):
-    """The reason tells whether there was a key at all; nothing is retried."""
+async def test_rejected_key_raises_unauthenticated(key, reason, server):
+    """A rejected key raises Unauthenticated with the server's reason, and nothing is retried."""
     with Client(server.address, api_key=key) as client:
         for ask in (client.model, client.generate("a cat").result):
             with pytest.raises(Unauthenticated) as caught:
@@ -68,8 +68,8 @@ async def test_a_refusal_is_unauthenticated(key, reason, server):
     assert not server.requests
 
 
-def test_the_key_of_the_environment_is_the_default(server, monkeypatch):
-    """It is used when none is given; an empty one means none."""
+def test_environment_variable_is_the_default_key(server, monkeypatch):
+    """CALOTYPE_API_KEY is the default key; an empty key sends none."""
     monkeypatch.setenv("CALOTYPE_API_KEY", f"{KEY}\n")
     with Client(server.address) as client:
         assert client.model().name == "fake"
@@ -79,15 +79,15 @@ def test_the_key_of_the_environment_is_the_default(server, monkeypatch):
 
 @pytest.mark.parametrize("key", ["two keys", "line\nbreak", "schl\u00fcssel", "tab\t"])
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_what_cannot_be_a_key_is_refused_unheard(key, kind):
-    """The error does not repeat it: it may be another secret, pasted by mistake."""
+def test_malformed_key_raises_without_repeating_it(key, kind):
+    """A malformed key raises ValueError, whose message omits the key."""
     with pytest.raises(ValueError, match="API key") as caught:
         kind(api_key=key)
     assert key not in str(caught.value)
 
 
-def test_the_key_is_not_shown(server):
-    """Not in a repr, nor in what an error says."""
+def test_key_is_not_printed(server):
+    """Neither repr() nor an error contains the key."""
     with Client(server.address, api_key="calotype_alice_other") as client:
         assert "other" not in repr(client)
         with pytest.raises(Unauthenticated) as caught:
@@ -95,8 +95,8 @@ def test_the_key_is_not_shown(server):
         assert "other" not in repr(caught.value)
 
 
-def test_the_command_line_takes_the_key_as_option_and_variable(server):
-    """Both work; without, it says how to give one."""
+def test_command_line_takes_the_key_as_option_or_variable(server):
+    """The option and the variable set the key; without a key, the message names the option."""
     address = ["--address", server.address]
     assert CliRunner().invoke(app, ["model", *address, "--api-key", KEY]).exit_code == 0
     assert CliRunner().invoke(app, ["model", *address], env={"CALOTYPE_API_KEY": KEY}).exit_code == 0
@@ -106,12 +106,12 @@ def test_the_command_line_takes_the_key_as_option_and_variable(server):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [(["--client-key", "x.key"], "go together"), (["--ca-file", "none.pem"], "Cannot read none.pem")],
 )
-def test_the_command_line_names_what_is_wrong_with_its_files(options, said):
-    """One sentence, no traceback."""
+def test_command_line_reports_problems_with_tls_files(options, message):
+    """A problem with a TLS file is one line on stderr, without a traceback."""
     result = CliRunner().invoke(app, ["model", "--address", "127.0.0.1:1", *options])
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.output

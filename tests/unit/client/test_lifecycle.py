@@ -1,4 +1,4 @@
-"""Watching, finishing, listing, keeping and leaving, in both clients."""
+"""Watching, finishing, listing, keeping and leaving generations, with both clients."""
 
 import asyncio
 import datetime
@@ -29,13 +29,13 @@ from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
 
 @pytest.fixture
 def held():
-    """A server whose generations stand still at step 2."""
+    """A server that holds generations at step 2."""
     with FakeServer(hold_at=2) as server:
         yield server
 
 
 def until_step_2(generation):
-    """Iterates to where the server holds, and leaves."""
+    """Leaves the loop at the step where the server holds. Returns the id of the generation."""
     for progress in generation:
         if progress.step == 2:
             return progress.generation_id
@@ -43,7 +43,7 @@ def until_step_2(generation):
 
 
 async def auntil_step_2(generation):
-    """Does what `until_step_2` does."""
+    """Like `until_step_2`, for an AsyncGeneration."""
     async with generation:
         async for progress in generation:
             if progress.step == 2:
@@ -51,8 +51,8 @@ async def auntil_step_2(generation):
     raise AssertionError("It has no step 2.")
 
 
-async def test_kept_generation_is_there_for_those_who_watch(held):
-    """Leaving the loop of a kept generation ends nothing, and any client gets its picture."""
+async def test_kept_generation_can_be_watched(held):
+    """A kept generation continues after its loop is left, and any client can get its image."""
     with Client(held.address) as client:
         generation = client.generate("a red apple", on_disconnect="keep")
         generation_id = until_step_2(generation)
@@ -69,8 +69,8 @@ async def test_kept_generation_is_there_for_those_who_watch(held):
     assert held.cancelled == []
 
 
-def test_watch_begins_with_the_newest_preview_and_goes_on(held):
-    """A second reader sees what is there and what comes; what it knows already is not told again."""
+def test_watch_starts_with_the_newest_preview(held):
+    """A second reader gets the newest preview and all later progress, without what it already knows."""
     with Client(held.address) as client, Client(held.address) as other:
         generation = client.generate("a red apple")
         follow = iter(generation)
@@ -90,8 +90,8 @@ def test_watch_begins_with_the_newest_preview_and_goes_on(held):
     )
 
 
-async def test_leaving_a_watched_generation_leaves_it_alone(held):
-    """Only cancel() of one who watches cancels."""
+async def test_leaving_a_watched_generation_does_not_cancel_it(held):
+    """Leaving a watched generation does not affect it; only cancel() does."""
     with Client(held.address) as client, Client(held.address) as other:
         generation = client.generate("a red apple")
         follow = iter(generation)
@@ -108,7 +108,7 @@ async def test_leaving_a_watched_generation_leaves_it_alone(held):
 
 
 async def test_finish_makes_the_preview_the_image(held):
-    """By the generation or by its id, the image comes early, and says so; afterwards there is nothing to finish."""
+    """finish() yields the current picture as the image; after the end it returns the end."""
     with Client(held.address) as client:
         generation, found = client.generate("a red apple"), []
         for progress in generation:
@@ -129,8 +129,8 @@ async def test_finish_makes_the_preview_the_image(held):
             await client.finish("no such id")
 
 
-async def test_finish_of_a_refused_generation_says_why():
-    """What never began cannot be finished."""
+async def test_finish_of_a_rejected_generation_raises():
+    """finish() of a rejected generation raises the server's error."""
     with FakeServer(error=Overloaded("full")) as server, Client(server.address) as client:
         with pytest.raises(Overloaded):
             client.generate("a red apple").finish()
@@ -139,8 +139,8 @@ async def test_finish_of_a_refused_generation_says_why():
                 await other.generate("a red apple").finish()
 
 
-async def test_list_goes_through_all_pages():
-    """Newest first, one page after the other, each when it is needed."""
+async def test_list_reads_all_pages():
+    """generations() lists all pages, newest first."""
     with FakeServer(steps=1) as server, Client(server.address) as client:
         for seed in range(5):
             client.generate("a red apple", seed=seed, request_id=f"r{seed}").result()
@@ -162,7 +162,7 @@ async def test_list_goes_through_all_pages():
 
 
 async def test_same_request_id_follows_the_same_generation():
-    """A second call with the id finds the first, also after its end; other parameters are refused."""
+    """A second call with the same request id follows the first generation; other arguments raise AlreadyExists."""
     with FakeServer() as server, Client(server.address) as client:
         first = client.generate("a red apple", request_id="mine")
         second = client.generate("a red apple", request_id="mine")
@@ -178,7 +178,7 @@ async def test_same_request_id_follows_the_same_generation():
 
 @pytest.mark.parametrize("retries", [0, 3])
 def test_arguments_reach_the_server(retries):
-    """What was chosen is sent; the rest only when the client is to resume."""
+    """Chosen arguments are sent; a client with retries adds a request id and a grace."""
     with FakeServer() as server, Client(server.address, retries=retries) as client:
         client.generate("x", on_disconnect="cancel", disconnect_grace=2.5, request_id="mine").result()
         client.generate("x").result()
@@ -188,8 +188,8 @@ def test_arguments_reach_the_server(retries):
     assert (bool(default.request_id), default.HasField("disconnect_grace")) == (retries > 0, retries > 0)
 
 
-async def test_bad_arguments_are_named_before_anything_is_sent():
-    """Watching and listing check what the wire cannot carry."""
+async def test_invalid_arguments_raise_before_anything_is_sent():
+    """watch() and generations() reject arguments that a request cannot carry, before sending anything."""
     for client in (Client(), AsyncClient()):
         with pytest.raises(InvalidRequest) as caught:
             client.watch(None, after_sequence="one", previews=Previews(max_edge="big"))
@@ -210,8 +210,8 @@ async def test_bad_arguments_are_named_before_anything_is_sent():
         await client.finish("x")
 
 
-async def test_closing_the_client_waits_for_what_it_has_to_say(held):
-    """After close, the slots of what it ran are free already; what is kept goes on."""
+async def test_closing_the_client_waits_for_cancels(held):
+    """close() waits until its cancels have arrived; kept generations continue."""
     client = Client(held.address)
     generation, kept = client.generate("a red apple"), client.generate("a pear", on_disconnect="keep")
     iterators = [iter(generation), iter(kept)]
@@ -230,20 +230,20 @@ async def test_closing_the_client_waits_for_what_it_has_to_say(held):
 
 
 async def test_deadline_frees_the_slot(held):
-    """A timeout is a way to leave: the server is told, whatever grace there is."""
+    """When the timeout passes, the client cancels on the server, whatever the grace."""
     with Client(held.address) as client, pytest.raises(DeadlineExceeded):
         client.generate("a red apple", timeout=0.3, disconnect_grace=3600).result()
     assert held.wait_cancelled()
 
 
-class Mute(GenerationServiceServicer):
-    """Accepts a generation and says nothing."""
+class SilentServicer(GenerationServiceServicer):
+    """Accepts a generation and sends nothing."""
 
     def __init__(self):
         self.accepted, self.cancelled, self.request = threading.Event(), threading.Event(), None
 
     def Generate(self, request, context):  # noqa: N802
-        """Waits until the caller has left."""
+        """Waits until the caller leaves."""
         left = threading.Event()
         context.add_callback(left.set)
         self.request = request
@@ -252,25 +252,25 @@ class Mute(GenerationServiceServicer):
         yield from ()
 
     def ListGenerations(self, request, context):  # noqa: N802
-        """Knows that generation, and another."""
+        """Lists that generation and another one."""
         mine = v1.GenerationSummary(generation_id="g", request_id=self.request.request_id)
         return v1.ListGenerationsResponse(generations=[v1.GenerationSummary(generation_id="other"), mine])
 
     def Cancel(self, request, context):  # noqa: N802
-        """Notes the right one."""
+        """Records a cancel of that generation."""
         if request.generation_id == "g":
             self.cancelled.set()
         return v1.CancelResponse(phase=v1.PHASE_QUEUED)
 
 
-async def test_leaving_before_the_first_message_cancels_as_well(serve):
-    """The generation is found by its request id."""
-    with serve(servicer := Mute()) as address, Client(address) as client:
+async def test_leaving_before_the_first_message_cancels(serve):
+    """A generation that is left before its first message is found by its request id and cancelled."""
+    with serve(servicer := SilentServicer()) as address, Client(address) as client:
         generation = client.generate("a red apple")
         assert servicer.accepted.wait(10)
         generation.cancel()
         assert servicer.cancelled.wait(10)
-    with serve(servicer := Mute()) as address:
+    with serve(servicer := SilentServicer()) as address:
         async with AsyncClient(address) as client:
             generation = client.generate("a red apple")
             assert await asyncio.to_thread(servicer.accepted.wait, 10)
@@ -278,8 +278,8 @@ async def test_leaving_before_the_first_message_cancels_as_well(serve):
             assert await asyncio.to_thread(servicer.cancelled.wait, 10)
 
 
-async def test_farewell_that_fails_is_nobodys_problem(serve, scripted):
-    """A server that cannot cancel by id, as an old one, changes nothing for the caller."""
+async def test_failed_cancel_does_not_affect_the_caller(serve, scripted):
+    """A server that fails to cancel by id does not affect the caller."""
     message = v1.Progress(generation_id="g", sequence=1, phase=v1.PHASE_DENOISING)
     with serve(scripted([message], end=lambda context: context.abort(grpc.StatusCode.INTERNAL, "broken"))) as address:
         with Client(address) as client:

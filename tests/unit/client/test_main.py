@@ -1,4 +1,4 @@
-"""The `calotype` script puts the commands of client and server together."""
+"""The `calotype` command has the commands of client and server."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ PRELUDE = "import sys\nfor name in {missing!r}: sys.modules[name] = None\nfrom c
 
 
 def run(*arguments, missing=()):
-    """Runs the script as if some packages were not installed."""
+    """Runs the command without the packages in `missing`."""
     environment = os.environ | {"PYTHONPATH": str(Path(calotype.__file__).parents[1]), "COLUMNS": "200"}
     code = PRELUDE.format(missing=tuple(missing))
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
@@ -21,7 +21,7 @@ def run(*arguments, missing=()):
 
 @pytest.mark.parametrize("missing", ["typer", "rich", "textual_image", "PIL"])
 def test_missing_cli_extra(missing):
-    """Without the extra there is one line that says what to install."""
+    """Without the extra, the command prints one line with what to install."""
     result = run("generate", "a red apple", missing=[missing])
     assert result.returncode == 2
     assert result.stderr == "The command line needs an extra: pip install 'calotype[cli]'\n"
@@ -29,7 +29,7 @@ def test_missing_cli_extra(missing):
 
 @pytest.mark.parametrize("command", ["serve", "bridge", "doctor"])
 def test_missing_server_extra(command):
-    """Without the server's extra its commands say what to install, whatever their options."""
+    """Without the server's extra, its commands print what to install, whatever their options."""
     result = run(command, "--model", "bundled", missing=["calotype_server.cli.main"])
     assert result.returncode == 2
     assert f"`calotype {command}` needs an extra: pip install 'calotype[server]'" in result.stderr
@@ -37,7 +37,7 @@ def test_missing_server_extra(command):
 
 
 def test_help_names_every_command():
-    """The help lists the commands, those included that need another extra."""
+    """The help lists every command, including those whose extra is missing."""
     result = run("--help", missing=["calotype_server.cli.main"])
     assert result.returncode == 0
     for name in ("generate", "cancel", "model", "serve", "bridge", "doctor"):
@@ -45,7 +45,7 @@ def test_help_names_every_command():
 
 
 def test_server_adds_its_commands(tmp_path):
-    """What the server registers becomes part of the script."""
+    """Commands that the server registers are part of the command line."""
     package = tmp_path / "calotype_server" / "cli"
     package.mkdir(parents=True)
     (package.parent / "__init__.py").touch()
@@ -60,7 +60,7 @@ def test_server_adds_its_commands(tmp_path):
 
 
 def test_missing_notebook_extra():
-    """Importing the notebook module without IPython says what to install."""
+    """Importing the notebook module without IPython raises an error with what to install."""
     code = "import sys; sys.modules['IPython'] = None; sys.modules['IPython.display'] = None; import calotype.notebook"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "pip install 'calotype[notebook]'" in result.stderr

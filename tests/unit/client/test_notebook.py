@@ -1,4 +1,4 @@
-"""Pictures that form in a notebook."""
+"""Showing generations in a notebook."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from calotype.testing import FakeServer
 
 @pytest.fixture
 def shown(monkeypatch):
-    """What the cell displays, oldest first."""
+    """Records what the cell displays, oldest first."""
     pages = []
 
     class Handle:
@@ -25,7 +25,7 @@ def shown(monkeypatch):
 
 
 def test_show_updates_one_display(shown):
-    """The picture forms in place, with a caption, and the final image is returned."""
+    """show() updates one display with image and caption, and returns the final image."""
     with FakeServer(steps=2, warnings=[Notice("CUT", "<cut>")]) as server, Client(server.address) as client:
         image = show(client.generate("a red apple", seed=5))
     assert image.format == "png"
@@ -38,8 +38,8 @@ def test_show_updates_one_display(shown):
     assert "succeeded, step 2/2" in shown[-1]
 
 
-async def test_ashow_does_the_same(shown):
-    """The async twin shows the same."""
+async def test_ashow_updates_one_display(shown):
+    """ashow() shows the same for an AsyncGeneration."""
     with FakeServer(steps=2) as server:
         async with AsyncClient(server.address) as client:
             image = await ashow(client.generate("a red apple"))
@@ -47,8 +47,8 @@ async def test_ashow_does_the_same(shown):
     assert "data:image/png;base64," in shown[-1]
 
 
-def test_show_raises_what_goes_wrong(shown):
-    """A failed generation raises, and the last preview stays."""
+def test_show_raises_the_error_of_a_generation(shown):
+    """show() raises the error of a failed generation, and the last preview stays."""
     with (
         FakeServer(error=InternalError("no"), fail_at=2) as server,
         Client(server.address) as client,
@@ -58,8 +58,8 @@ def test_show_raises_what_goes_wrong(shown):
     assert "data:image/jpeg" in shown[-1]
 
 
-def test_withdrawn_previews_leave_the_page(shown):
-    """When previews are withdrawn, the picture goes and the words say why."""
+def test_withdrawn_previews_are_removed(shown):
+    """When previews are withdrawn, the display removes the image and says so."""
     with (
         FakeServer(withdraw_at=3) as server,
         Client(server.address) as client,
@@ -72,7 +72,7 @@ def test_withdrawn_previews_leave_the_page(shown):
 
 
 def test_webp_is_shown(shown):
-    """The final image is shown in the format that was asked for."""
+    """The final image is displayed in the requested format."""
     with FakeServer(steps=1) as server, Client(server.address) as client:
         show(client.generate("a red apple", output=Output(format="webp")))
     assert "data:image/webp;base64," in shown[-1]

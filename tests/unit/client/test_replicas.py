@@ -1,4 +1,4 @@
-"""Targets that stand for several servers, and servers that fall silent."""
+"""Targets of several servers, and stalled servers."""
 
 import asyncio
 import threading
@@ -6,8 +6,8 @@ import threading
 import pytest
 
 import calotype
-from calotype._channel import CHANNEL_OPTIONS, parse_address
-from calotype._replicas import is_balanced, options, resolve
+from calotype._channel import CHANNEL_OPTIONS, channel_options
+from calotype.targets import is_balanced, parse_address, resolve
 from calotype.v1 import calotype_pb2 as v1
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
 
@@ -22,15 +22,15 @@ from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
         ("dns:///calotype:50051", True),
     ],
 )
-def test_which_targets_are_balanced(address, balanced):
-    """Those that may stand for several; the others keep the channel that they had."""
+def test_balanced_targets(address, balanced):
+    """Targets that can stand for several servers are balanced; channels to others have no service config."""
     target = parse_address(address)
     assert is_balanced(target) is balanced
-    assert (options(target) == CHANNEL_OPTIONS) is not balanced
+    assert (channel_options(target) == CHANNEL_OPTIONS) is not balanced
 
 
-def test_each_server_can_be_reached_alone():
-    """Lists are taken apart, and names looked up, with the name that a certificate is for."""
+def test_resolve_finds_each_server():
+    """Lists are split and names are resolved, with the authority of the certificate."""
     assert resolve("ipv4:10.0.0.1:1,10.0.0.2:2") == [
         ("ipv4:10.0.0.1:1", "10.0.0.1:1"),
         ("ipv4:10.0.0.2:2", "10.0.0.2:2"),
@@ -42,57 +42,57 @@ def test_each_server_can_be_reached_alone():
 
 
 @pytest.mark.parametrize("wrong", [0, -1, True, "5"])
-def test_how_long_to_wait_must_be_a_time(wrong):
-    """By both clients, where the mistake was made."""
+def test_invalid_stall_timeout_raises(wrong):
+    """Both clients reject a stall timeout that is not a positive number."""
     for kind in (calotype.Client, calotype.AsyncClient):
         with pytest.raises(ValueError, match="stall_timeout"):
             kind("localhost:1", stall_timeout=wrong)
 
 
-class Silent(GenerationServiceServicer):
-    """Tells so many messages of a generation, and then nothing more; whoever comes back gets the end."""
+class StallingServicer(GenerationServiceServicer):
+    """Sends a number of messages, then stalls in its first call; later calls get the end."""
 
-    def __init__(self, told):
-        self.told, self.calls, self.over = told, 0, threading.Event()
+    def __init__(self, count):
+        self.count, self.calls, self.over = count, 0, threading.Event()
 
     def Generate(self, request, context):  # noqa: N802
-        """Falls silent the first time."""
+        """Stalls the first time."""
         self.calls += 1
-        for sequence in range(1, self.told + 1):
+        for sequence in range(1, self.count + 1):
             yield v1.Progress(generation_id="r.1", sequence=sequence, phase=v1.PHASE_QUEUED, seed=1)
         if self.calls == 1:
             self.over.wait()
         yield from self.Watch(request, context)
 
     def Watch(self, request, context):  # noqa: N802
-        """Ends."""
+        """Sends the end."""
         fields = {"image": b"x", "image_kind": 2, "image_format": v1.IMAGE_FORMAT_PNG, "chunk_count": 1}
         yield v1.Progress(generation_id="r.1", sequence=9, phase=v1.PHASE_SUCCEEDED, seed=1, **fields)
 
 
-@pytest.mark.parametrize("told", [0, 2])
-async def test_a_server_that_falls_silent_is_lost(serve, at_once, told):
-    """Both clients leave the call and come back, also before the first message; without a limit they would wait."""
+@pytest.mark.parametrize("count", [0, 2])
+async def test_stalled_server_counts_as_lost(serve, without_waits, count):
+    """Both clients reconnect when a server stalls, also before its first message."""
     losses = []
     arguments = {"stall_timeout": 0.3, "on_reconnect": lambda error, _: losses.append(str(error))}
-    silent = Silent(told)
-    with serve(silent) as address:
-        with at_once(calotype.Client(address, **arguments)) as client:
+    servicer = StallingServicer(count)
+    with serve(servicer) as address:
+        with without_waits(calotype.Client(address, **arguments)) as client:
             image = await asyncio.to_thread(client.generate("x").result)
             assert image.data == b"x"
-        silent.calls = 0
-        async with at_once(calotype.AsyncClient(address, **arguments)) as client:
+        servicer.calls = 0
+        async with without_waits(calotype.AsyncClient(address, **arguments)) as client:
             assert (await client.generate("x").result()).data == b"x"
-        silent.over.set()
+        servicer.over.set()
     assert losses == ["The server has sent nothing for 0.3 s."] * 2
 
 
-async def test_a_reader_who_takes_its_time_is_not_taken_for_a_silent_server(serve):
-    """What counts is the wait for a message, not the time between two."""
+async def test_slow_reader_is_not_a_stall(serve):
+    """A slow reader does not make the server count as stalled."""
     losses = []
-    silent = Silent(2)
-    silent.over.set()
-    with serve(silent) as address:
+    servicer = StallingServicer(2)
+    servicer.over.set()
+    with serve(servicer) as address:
         kept = {"stall_timeout": 0.2, "on_reconnect": lambda error, _: losses.append(error)}
         with calotype.Client(address, **kept) as client:
             for _ in client.generate("x"):

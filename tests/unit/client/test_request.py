@@ -1,4 +1,4 @@
-"""Arguments become requests."""
+"""Arguments are converted to requests."""
 
 import dataclasses
 import math
@@ -15,14 +15,14 @@ from calotype.v1 import calotype_pb2 as v1
 
 
 class Index:
-    """An integer of another library, as NumPy's are."""
+    """An integer type of another library, like NumPy's."""
 
     def __index__(self):
         return 7
 
 
-def test_arguments_arrive_on_the_server():
-    """Everything that is given is sent."""
+def test_arguments_reach_the_server():
+    """Every argument is sent."""
     with FakeServer() as server, Client(server.address) as client:
         client.generate(
             "a red apple",
@@ -46,8 +46,8 @@ def test_arguments_arrive_on_the_server():
     assert request.seed == 0
 
 
-def test_options_arrive_on_the_server():
-    """Every option of previews and output is sent, also zero and False."""
+def test_options_reach_the_server():
+    """Every option of previews and output is sent, including zero and False."""
     previews = Previews(every_steps=2, min_interval=0.25, max_edge=64, quality=70, method="full_vae")
     with FakeServer() as server, Client(server.address) as client:
         client.generate("a", previews=previews, output=Output(format="webp", quality=80, metadata=False)).result()
@@ -67,21 +67,21 @@ def test_options_arrive_on_the_server():
 @pytest.mark.parametrize(
     ("options", "message"), [(Previews, v1.PreviewOptions), (Output, v1.OutputOptions)], ids=["previews", "output"]
 )
-def test_every_option_of_the_wire_can_be_asked_for(options, message):
+def test_every_field_of_the_proto_is_an_option(options, message):
     """Options have the fields of their message, without the unit in the name."""
     names = [field.name for field in dataclasses.fields(options)]
     assert names == [field.name.removesuffix("_px") for field in message.DESCRIPTOR.fields]
 
 
-def test_every_choice_of_the_wire_has_a_name():
-    """Methods and formats are those of the contract."""
+def test_every_enum_value_of_the_proto_has_a_name():
+    """The names of methods and formats are those of the proto."""
     methods = set(wire_names(v1.PreviewMethod.DESCRIPTOR).values())
     assert set(typing.get_args(MethodName)) == methods == {*PreviewMethod} - {"unknown"}
     assert set(typing.get_args(FormatName)) == set(wire_names(v1.ImageFormat.DESCRIPTOR).values())
 
 
-def test_what_is_left_out_is_not_sent():
-    """None means that the server chooses, which is not the same as zero."""
+def test_omitted_arguments_are_not_sent():
+    """An omitted argument is not sent, unlike zero."""
     request = build_request("a red apple", width=None, seed=None, previews=Previews(), output=Output())
     assert [field.name for field, _ in request.ListFields()] == ["prompt"]
 
@@ -121,15 +121,15 @@ def test_what_is_left_out_is_not_sent():
         ({"output": Output(metadata=1)}, "output.metadata"),
     ],
 )
-def test_what_the_wire_cannot_carry_is_an_invalid_request(arguments, field):
-    """Wrong types and numbers out of all bounds name their argument."""
+def test_values_that_a_request_cannot_carry_are_invalid(arguments, field):
+    """Wrong types and numbers out of range are reported under the name of their argument."""
     with pytest.raises(InvalidRequest) as caught:
         build_request(**{"prompt": "a red apple"} | arguments)
     assert [violation.field for violation in caught.value.violations] == [field]
 
 
-def test_all_violations_are_named_at_once():
-    """One look is enough to correct a request."""
+def test_all_violations_are_listed():
+    """InvalidRequest lists all violations at once."""
     with Client() as client, pytest.raises(InvalidRequest) as caught:
         client.generate(
             7, width="wide", seed=2**70, previews=Previews(max_edge="big", method="best"), output=Output(format="gif")
@@ -140,8 +140,8 @@ def test_all_violations_are_named_at_once():
     assert "must be one of jpeg, png, webp, not 'gif'" in str(caught.value)
 
 
-def test_what_makes_sense_is_left_to_the_server():
-    """The client does not second-guess limits that depend on the model."""
+def test_limits_of_the_model_are_left_to_the_server():
+    """The client does not check limits that depend on the model."""
     request = build_request("", width=-1, steps=0, guidance_scale=math.nan, seed=Index())
     assert (request.width_px, request.step_count, request.seed) == (-1, 0, 7)
     assert math.isnan(request.guidance_scale)
@@ -153,20 +153,20 @@ def test_what_makes_sense_is_left_to_the_server():
 @pytest.mark.parametrize(
     ("timeout", "default", "chosen"), [(None, None, None), (None, 5, 5), (2, 5, 2), (math.inf, 5, None)]
 )
-def test_timeout_of_a_call_wins_over_that_of_the_client(timeout, default, chosen):
-    """None means the client's default, infinity none at all."""
+def test_timeout_of_a_call_overrides_the_clients(timeout, default, chosen):
+    """A call's timeout overrides the client's; infinity means no limit."""
     assert resolve_timeout(timeout, default) == chosen
 
 
 @pytest.mark.parametrize("timeout", [0, -1, math.nan, "5", True])
 def test_timeout_must_be_positive(timeout):
-    """A timeout that cannot be meant is refused."""
+    """A timeout that is not a positive number is rejected."""
     with pytest.raises(InvalidRequest, match="timeout must be a positive number"):
         resolve_timeout(timeout, None)
 
 
-def test_priority_is_sent_by_name_and_a_wrong_one_is_refused():
-    """The two names and the enum work; anything else is named before anything is sent."""
+def test_priority_is_sent_by_name():
+    """Names and enum members are valid priorities; anything else is rejected before anything is sent."""
     assert build_request("fox", priority="batch").priority == v1.PRIORITY_BATCH
     assert build_request("fox", priority=Priority.INTERACTIVE).priority == v1.PRIORITY_INTERACTIVE
     assert build_request("fox").priority == v1.PRIORITY_UNSPECIFIED

@@ -1,4 +1,4 @@
-"""Lost connections and lost servers, over real sockets, in both clients."""
+"""Lost connections and lost servers, over real sockets, with both clients."""
 
 import asyncio
 import threading
@@ -15,7 +15,7 @@ HOURS = 7200.0
 
 
 def check_uninterrupted(seen, steps):
-    """A stream without a trace of what happened to its connection."""
+    """Checks that a stream shows no sign of reconnections."""
     assert [progress.image_step for progress in seen if progress.preview] == list(range(1, steps + 1))
     sequences = [progress.sequence for progress in seen]
     assert sequences == sorted(set(sequences))
@@ -28,9 +28,9 @@ def check_uninterrupted(seen, steps):
 @pytest.mark.parametrize(
     "faults", [{"drop_at": [0, 2, 3]}, {"lose_at": [2]}, {"drop_at": [1, 4], "lose_at": [3]}], ids=str
 )
-async def test_loop_goes_on(at_once, faults):
-    """Dropped connections and lost generations are not seen by the loop, and the picture is the same."""
-    with FakeServer(steps=4, chunk_bytes=300, **faults) as server, at_once(Client(server.address)) as client:
+async def test_loop_survives_lost_connections(without_waits, faults):
+    """Dropped connections and lost generations do not show in the loop, and the image is the same."""
+    with FakeServer(steps=4, chunk_bytes=300, **faults) as server, without_waits(Client(server.address)) as client:
         generation = client.generate("a red apple")
         check_uninterrupted(list(generation), 4)
         assert generation.result().to_pil().size == (64, 64)
@@ -38,15 +38,15 @@ async def test_loop_goes_on(at_once, faults):
     assert [request.seed for request in server.requests[1:]] == [1234] * len(faults.get("lose_at", []))
     assert server.cancelled == []
     with FakeServer(steps=4, chunk_bytes=300, **faults) as server:
-        async with at_once(AsyncClient(server.address)) as client:
+        async with without_waits(AsyncClient(server.address)) as client:
             generation = client.generate("a red apple")
             check_uninterrupted([progress async for progress in generation], 4)
             assert (await generation.result()).to_pil().size == (64, 64)
     assert server.cancelled == []
 
 
-async def test_server_is_started_anew(at_once):
-    """A server that is gone, refuses connections for a while and knows nothing afterwards: the loop goes on."""
+async def test_loop_survives_a_server_restart(without_waits):
+    """The loop survives a server that stops, stays away for a while and restarts without its generations."""
 
     def policy(server):
         attempts = iter(range(10**6))
@@ -58,7 +58,7 @@ async def test_server_is_started_anew(at_once):
 
         return {"random": come_back, "retries": 10**6}
 
-    with FakeServer(steps=4, hold_at=2) as server, at_once(Client(server.address), **policy(server)) as client:
+    with FakeServer(steps=4, hold_at=2) as server, without_waits(Client(server.address), **policy(server)) as client:
         generation, seen = client.generate("a red apple", seed=5), []
         for progress in generation:
             seen.append(progress)
@@ -68,7 +68,7 @@ async def test_server_is_started_anew(at_once):
         assert [request.seed for request in server.requests] == [5, 5]
         assert [generation.id, seen[0].generation_id] == ["fake-2", "fake-1"]
     with FakeServer(steps=4, hold_at=2) as server:
-        async with at_once(AsyncClient(server.address), **policy(server)) as client:
+        async with without_waits(AsyncClient(server.address), **policy(server)) as client:
             seen = []
             async for progress in client.generate("a red apple", seed=5):
                 seen.append(progress)
@@ -78,40 +78,40 @@ async def test_server_is_started_anew(at_once):
 
 
 class LosesFirst(GenerationServiceServicer):
-    """Breaks the first call before its first message, as a link does that breaks at a bad moment."""
+    """Breaks the first call before its first message."""
 
     def __init__(self):
         self.requests = []
 
     def Generate(self, request, context):  # noqa: N802
-        """Breaks, or succeeds."""
+        """Breaks the call, or succeeds."""
         self.requests.append(request)
         if len(self.requests) == 1:
             context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
         yield v1.Progress(generation_id="g", sequence=1, phase=v1.PHASE_SUCCEEDED, image=b"image", chunk_count=1)
 
 
-async def test_lost_first_message_starts_nothing_twice(serve, at_once):
-    """The same request goes out again, with the same id by which the server knows it."""
-    with serve(servicer := LosesFirst()) as address, at_once(Client(address)) as client:
+async def test_lost_first_message_starts_no_second_generation(serve, without_waits):
+    """After a lost first message, the client sends the same request with the same id."""
+    with serve(servicer := LosesFirst()) as address, without_waits(Client(address)) as client:
         assert client.generate("a red apple").result().data == b"image"
         first, second = servicer.requests
         assert first == second
         assert first.request_id
     with serve(servicer := LosesFirst()) as address:
-        async with at_once(AsyncClient(address)) as client:
+        async with without_waits(AsyncClient(address)) as client:
             assert (await client.generate("a red apple", request_id="mine").result()).data == b"image"
             assert [request.request_id for request in servicer.requests] == ["mine", "mine"]
 
 
-class EndsForItsOwnReasons(GenerationServiceServicer):
-    """Ends the first generation because it stops, the second because nobody seemed to read, and makes the third."""
+class EndingServicer(GenerationServiceServicer):
+    """Ends the first generation by draining and the second as abandoned, and completes the third."""
 
     def __init__(self):
         self.requests = []
 
     def Generate(self, request, context):  # noqa: N802
-        """Shows a step, and ends."""
+        """Sends a step, then the end."""
         self.requests.append(request)
         number = len(self.requests)
         facts = {"generation_id": f"g{number}", "seed": 42}
@@ -121,37 +121,40 @@ class EndsForItsOwnReasons(GenerationServiceServicer):
             yield v1.Progress(**facts, sequence=2, phase=v1.PHASE_FAILED, error=error)
             context.abort(grpc.StatusCode.UNAVAILABLE, "stopping")
         if number == 2:
-            # The status is lost on the way, as some proxies do.
+            # Some proxies drop the status.
             error = v1.Error(code=1, reason="ABANDONED")
             yield v1.Progress(**facts, sequence=2, phase=v1.PHASE_CANCELLED, error=error)
             return
         yield v1.Progress(**facts, sequence=2, phase=v1.PHASE_SUCCEEDED, image=b"image", chunk_count=1)
 
 
-async def test_ends_that_are_not_the_callers_doing_are_not_shown(serve, at_once):
-    """The loop goes on with the same picture, drawn anew, and who asked is told of each attempt."""
-    told = []
+async def test_ends_that_the_server_caused_are_not_shown(serve, without_waits):
+    """Ends that the server caused are not shown: the loop continues with the same image, and on_reconnect is called."""
+    losses = []
 
     def note(error, delay):
-        told.append((error.reason, delay))
+        losses.append((error.reason, delay))
 
-    with serve(servicer := EndsForItsOwnReasons()) as address, at_once(Client(address, on_reconnect=note)) as client:
+    with (
+        serve(servicer := EndingServicer()) as address,
+        without_waits(Client(address, on_reconnect=note)) as client,
+    ):
         seen = list(client.generate("a red apple"))
     assert [progress.step for progress in seen] == [1, 2, 3, 3]
     assert [progress.phase.ended for progress in seen] == [False, False, False, True]
     assert [request.seed for request in servicer.requests] == [0, 42, 42]
     assert len({request.request_id for request in servicer.requests}) == 1
-    assert told == [("DRAINING", 0.0), ("ABANDONED", 0.0)]
-    with serve(servicer := EndsForItsOwnReasons()) as address:
-        async with at_once(AsyncClient(address)) as client:
+    assert losses == [("DRAINING", 0.0), ("ABANDONED", 0.0)]
+    with serve(servicer := EndingServicer()) as address:
+        async with without_waits(AsyncClient(address)) as client:
             assert [progress.step async for progress in client.generate("a red apple")] == [1, 2, 3, 3]
-    with serve(EndsForItsOwnReasons()) as address, Client(address, retries=0) as client, pytest.raises(Unavailable):
+    with serve(EndingServicer()) as address, Client(address, retries=0) as client, pytest.raises(Unavailable):
         client.generate("a red apple").result()
 
 
-async def test_gives_up_when_nothing_comes_of_it(at_once):
-    """A server that stays away is Unavailable after the attempts are used up."""
-    with FakeServer(hold_at=2) as server, at_once(Client(server.address), retries=3) as client:
+async def test_gives_up_after_the_last_attempt(without_waits):
+    """When the server stays away, Unavailable is raised after the last attempt."""
+    with FakeServer(hold_at=2) as server, without_waits(Client(server.address), retries=3) as client:
         generation = client.generate("a red apple")
         with pytest.raises(Unavailable):
             for progress in generation:
@@ -159,26 +162,26 @@ async def test_gives_up_when_nothing_comes_of_it(at_once):
                     server.stop()
         assert (generation.done, generation.progress.step) == (True, 2)
     with FakeServer(hold_at=2) as server:
-        async with at_once(AsyncClient(server.address), retries=3) as client:
+        async with without_waits(AsyncClient(server.address), retries=3) as client:
             with pytest.raises(Unavailable):
                 async for progress in client.generate("a red apple"):
                     if progress.step == 2:
                         server.stop()
 
 
-async def test_deadline_ends_the_wait(at_once):
-    """However long the wait would be, the timeout holds, and the error says what was waited for."""
+async def test_deadline_ends_the_wait(without_waits):
+    """The timeout ends a long wait, and its error names the reason of the wait."""
     patient = {"random": lambda: 1.0, "base": HOURS, "cap": HOURS}
     with (
         FakeServer(hold_at=2) as server,
-        at_once(Client(server.address), **patient) as client,
+        without_waits(Client(server.address), **patient) as client,
         pytest.raises(DeadlineExceeded, match="while reconnecting: "),
     ):
         for progress in client.generate("a red apple", timeout=1.0):
             if progress.step == 2:
                 server.stop()
     with FakeServer(hold_at=2) as server:
-        async with at_once(AsyncClient(server.address), **patient) as client:
+        async with without_waits(AsyncClient(server.address), **patient) as client:
             with pytest.raises(DeadlineExceeded, match="while reconnecting: "):
                 async for progress in client.generate("a red apple", timeout=1.0):
                     if progress.step == 2:
@@ -186,8 +189,8 @@ async def test_deadline_ends_the_wait(at_once):
 
 
 @pytest.mark.parametrize("way", ["cancel", "close"])
-def test_cancel_and_close_end_the_wait(at_once, way):
-    """A thread that waits for the next attempt is woken, with Cancelled."""
+def test_cancel_and_close_end_the_wait(without_waits, way):
+    """cancel() and close() wake a thread that waits for the next attempt, with Cancelled."""
     waiting = threading.Event()
 
     def begin_to_wait():
@@ -195,7 +198,7 @@ def test_cancel_and_close_end_the_wait(at_once, way):
         return 1.0
 
     with FakeServer(hold_at=2) as server:
-        client = at_once(Client(server.address), random=begin_to_wait, base=HOURS, cap=HOURS)
+        client = without_waits(Client(server.address), random=begin_to_wait, base=HOURS, cap=HOURS)
         generation, raised = client.generate("a red apple"), []
 
         def follow():
@@ -217,8 +220,8 @@ def test_cancel_and_close_end_the_wait(at_once, way):
 
 
 @pytest.mark.parametrize("way", ["cancel", "aclose", "task"])
-async def test_cancel_and_close_end_the_wait_of_a_task(at_once, way):
-    """A task that waits for the next attempt is woken as well, and the generation is cancelled on the server."""
+async def test_cancel_and_close_end_the_wait_of_a_task(without_waits, way):
+    """cancel() and aclose() wake a task that waits for the next attempt, and cancel on the server."""
     waiting = asyncio.Event()
 
     def begin_to_wait():
@@ -226,7 +229,7 @@ async def test_cancel_and_close_end_the_wait_of_a_task(at_once, way):
         return 1.0
 
     with FakeServer(hold_at=2) as server:
-        async with at_once(AsyncClient(server.address), random=begin_to_wait, base=HOURS, cap=HOURS) as client:
+        async with without_waits(AsyncClient(server.address), random=begin_to_wait, base=HOURS, cap=HOURS) as client:
             generation = client.generate("a red apple")
 
             async def follow():
@@ -247,9 +250,9 @@ async def test_cancel_and_close_end_the_wait_of_a_task(at_once, way):
             assert await asyncio.to_thread(server.wait_cancelled)
 
 
-async def test_watch_resumes_but_makes_nothing_anew(at_once):
-    """Who watches comes back after a drop; a generation that is gone is NotFound."""
-    with FakeServer(steps=3, hold_at=1) as server, at_once(Client(server.address)) as client:
+async def test_watch_resumes_but_starts_no_generation(without_waits):
+    """watch() resumes after a lost connection; a lost generation raises NotFound."""
+    with FakeServer(steps=3, hold_at=1) as server, without_waits(Client(server.address)) as client:
         held = iter(client.generate("a red apple"))
         while (progress := next(held)).step < 1:
             pass
@@ -268,17 +271,17 @@ async def test_watch_resumes_but_makes_nothing_anew(at_once):
     assert len(server.requests) == 1
 
 
-async def test_result_resumes_as_well(at_once):
-    """Waiting for the result alone survives the same."""
-    with FakeServer(steps=4, drop_at=[1], lose_at=[3]) as server, at_once(Client(server.address)) as client:
+async def test_result_resumes(without_waits):
+    """Waiting for the result survives lost connections, too."""
+    with FakeServer(steps=4, drop_at=[1], lose_at=[3]) as server, without_waits(Client(server.address)) as client:
         assert client.generate("a red apple").result().format == "png"
     with FakeServer(steps=4, drop_at=[1], lose_at=[3]) as server:
-        async with at_once(AsyncClient(server.address)) as client:
+        async with without_waits(AsyncClient(server.address)) as client:
             assert (await client.generate("a red apple").result()).format == "png"
 
 
-async def test_first_contact_fails_at_once():
-    """Nobody there is told without any wait, with the usual policy."""
+async def test_first_contact_fails_immediately():
+    """If no server can be reached at first, the error is raised without waiting."""
     with Client("127.0.0.1:1") as client, pytest.raises(Unavailable):
         client.watch("x").result()
     async with AsyncClient("127.0.0.1:1") as client:
@@ -287,7 +290,7 @@ async def test_first_contact_fails_at_once():
 
 
 def test_retries_are_checked():
-    """A number that makes no sense is refused when the client is made."""
+    """An invalid number of retries is rejected when the client is made."""
     for retries in (-1, 1.5, True):
         with pytest.raises(ValueError, match="retries"):
             Client(retries=retries)

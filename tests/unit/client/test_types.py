@@ -1,4 +1,4 @@
-"""What people hold."""
+"""The data that the client returns."""
 
 import base64
 import io
@@ -24,8 +24,8 @@ from calotype.v1 import calotype_pb2 as v1
     ],
     ids=repr,
 )
-def test_samples_are_valid_pictures(image):
-    """The pictures of the fake server decode to the size that they claim."""
+def test_samples_are_valid_images(image):
+    """The images of the fake server decode to their stated size."""
     picture = image.to_pil()
     assert picture.size == (image.width, image.height)
     assert picture.format.lower() == image.format
@@ -43,16 +43,16 @@ def test_samples_are_valid_pictures(image):
         ("unknown", "apple"),
     ],
 )
-def test_matching_suffix_writes_the_bytes_as_they_are(tmp_path, kind, name):
-    """Nothing is encoded again without need."""
+def test_matching_suffix_writes_the_data_unchanged(tmp_path, kind, name):
+    """An image saved with the suffix of its format is not encoded again."""
     image = Image(b"as it is", kind, 4, 4)
     image.save(tmp_path / name)
     assert (tmp_path / name).read_bytes() == b"as it is"
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("png", ".png"), ("jpeg", ".jpg"), ("webp", ".webp"), ("unknown", "")])
-def test_suffix_is_the_usual_one(kind, suffix):
-    """Each format knows how its files are named."""
+def test_default_suffix(kind, suffix):
+    """Each format has its default suffix."""
     assert Image(b"", kind, 1, 1).suffix == suffix
 
 
@@ -63,14 +63,14 @@ def test_other_suffix_converts(tmp_path):
         assert picture.format == "JPEG"
 
 
-def test_unknown_suffix_is_refused(tmp_path):
-    """A suffix that is no image format raises ValueError."""
+def test_unknown_suffix_raises(tmp_path):
+    """A suffix of no image format raises ValueError."""
     with pytest.raises(ValueError, match="unknown file extension"):
         make_png(4, 4).save(tmp_path / "apple.xyz")
 
 
-def test_conversion_without_pillow_says_what_to_install(tmp_path, monkeypatch):
-    """Without Pillow the error names the package and the suffix that needs none."""
+def test_conversion_without_pillow_names_the_package(tmp_path, monkeypatch):
+    """Without Pillow, the error names the package and the suffix that needs no conversion."""
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ImportError, match=r"pip install pillow, or save with the suffix '\.png'"):
@@ -79,13 +79,13 @@ def test_conversion_without_pillow_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_images_print_compactly():
-    """Printing progress never prints a file."""
+    """repr() of an image or of progress contains no image data."""
     assert repr(make_png(4, 4)).startswith("<Image png 4x4, ")
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
 def test_notebooks_show_images(kind):
-    """IPython finds the picture of every format, beside the words."""
+    """IPython displays images of every format."""
     from IPython.core.interactiveshell import InteractiveShell
 
     image = make_image(kind, 4, 4)
@@ -94,13 +94,13 @@ def test_notebooks_show_images(kind):
     assert bundle["text/plain"] == repr(image)
 
 
-def test_notebooks_show_unknown_formats_in_words():
-    """What no notebook can show is left to its representation."""
+def test_notebooks_show_the_repr_of_unknown_formats():
+    """IPython shows the repr of an image of unknown format."""
     assert Image(b"", "unknown", 0, 0)._repr_mimebundle_() == {}
 
 
 def written(kind, parameters):
-    """An image file with parameters where servers write them."""
+    """Makes an image file with parameters in the fields that servers use."""
     buffer, options = io.BytesIO(), {}
     if kind == "png":
         options["pnginfo"] = PIL.PngImagePlugin.PngInfo()
@@ -116,14 +116,14 @@ def written(kind, parameters):
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
 def test_parameters_are_read_back(kind):
-    """The parameters in a file come back as they were written, in any script."""
+    """Parameters in a file are read unchanged, in any script."""
     text = "ein rötlicher 🍎\nSteps: 20, Seed: 5"
     assert written(kind, text).parameters() == text
     assert make_image(kind, 4, 4).parameters() is None
 
 
-def test_comment_of_another_program_is_not_parameters():
-    """A UserComment in another encoding is left alone."""
+def test_comment_of_another_program_is_ignored():
+    """A UserComment in another encoding is ignored."""
     exif = PIL.Image.Exif()
     exif.get_ifd(PIL.ExifTags.IFD.Exif)[PIL.ExifTags.Base.UserComment] = b"ASCII\0\0\0holiday"
     buffer = io.BytesIO()
@@ -135,8 +135,8 @@ def test_comment_of_another_program_is_not_parameters():
     ("method", "expected"),
     [(v1.PREVIEW_METHOD_HEAD, PreviewMethod.HEAD), (v1.PREVIEW_METHOD_UNSPECIFIED, None), (99, PreviewMethod.UNKNOWN)],
 )
-def test_preview_tells_what_drew_it(method, expected):
-    """A method from the future is known to be unknown, and one that was not told is None."""
+def test_preview_has_its_method(method, expected):
+    """An unknown preview method becomes UNKNOWN; a missing one becomes None."""
     message = v1.Progress(image=b"x", image_kind=v1.IMAGE_KIND_PREDICTED, image_format=99, preview_method=method)
     progress = progress_from_proto(message)
     assert progress.preview_method is expected
@@ -146,7 +146,7 @@ def test_preview_tells_what_drew_it(method, expected):
 
 
 def test_model_of_another_version_is_read():
-    """A newer server's methods and an older one's silence do not disturb."""
+    """Models from newer and from older servers can be read."""
     newer = v1.Model(preview_methods=[v1.PREVIEW_METHOD_HEAD, 99], preview=v1.PreviewOptions(method=98))
     assert model_from_proto(newer).preview_methods == (PreviewMethod.HEAD, PreviewMethod.UNKNOWN)
     assert model_from_proto(newer).previews.method is PreviewMethod.UNKNOWN
@@ -156,8 +156,8 @@ def test_model_of_another_version_is_read():
     assert older.previews.method is None
 
 
-def test_every_phase_of_the_wire_has_a_name():
-    """Phases map by name, and one from the future is known to be unknown."""
+def test_every_phase_of_the_proto_has_a_name():
+    """Phases are converted by name; an unknown phase becomes UNKNOWN."""
     for name, value in v1.Phase.items():
         if value:
             assert phase_from_proto(value).name == f"PHASE_{name}".removeprefix("PHASE_PHASE_")
@@ -167,6 +167,6 @@ def test_every_phase_of_the_wire_has_a_name():
 
 
 def test_pillow_is_not_needed_to_import():
-    """The core works where Pillow is absent."""
+    """The package can be imported without Pillow."""
     code = "import sys; sys.modules['PIL'] = None; import calotype, calotype.testing"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,1 +1,1 @@
-"""The client's commands of the `calotype` command line. They need the extra `calotype[cli]`."""
+"""The client's commands of `calotype`. They need an extra: pip install 'calotype[cli]'."""

@@ -1,4 +1,4 @@
-"""Composes previews and the final image in one row."""
+"""Composes previews and the final image side by side."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _GAP = 8
 
 
 def pick_evenly(frames: Sequence[Image], count: int = 8) -> list[Image]:
-    """Picks up to `count` frames at even distances, the first and the last included."""
+    """Picks at most `count` frames at equal distances, including the first and the last."""
     if len(frames) <= count:
         return list(frames)
     return [frames[round(index * (len(frames) - 1) / (count - 1))] for index in range(count)]
 
 
 def compose(frames: Sequence[Image]) -> PIL.Image.Image:
-    """Puts frames side by side, each as large as the last one, at most 256 pixels high and wide."""
+    """Puts frames side by side. All get the size of the last one, scaled down to at most 256 x 256 pixels."""
     pictures = [frame.to_pil().convert("RGB") for frame in frames]
     width, height = pictures[-1].size
     scale = min(1.0, _MAX_EDGE / max(width, height))

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: sixel or kitty's graphics where there are any, half blocks elsewhere."""
+"""Draws images in a terminal: with sixel or kitty graphics if it has them, otherwise with half blocks."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _CELL_RATIO = 2.0  # most fonts: a cell is about twice as high as it is wide
 
 
 def detect_protocol() -> Protocol:
-    """Finds out how the terminal shows pictures. Call with echo switched off: the answer comes as if it were typed."""
+    """Finds out how the terminal draws images. Switch echo off first: the terminal answers as if typing."""
     if os.environ.get("TERM", "") in ("xterm-kitty", "xterm-ghostty"):
         return "kitty"
     return "sixel" if "4" in _device_attributes() else "blocks"
 
 
 def _device_attributes() -> list[str]:
-    """Asks what nearly every terminal answers; one that does not costs a moment and shows nothing."""
+    """Asks for the terminal's primary attributes (DA1). Nearly every terminal answers; waits up to 0.3 s."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()) or sys.platform == "win32":
         return []
     sys.stdout.write("\x1b[c")
@@ -55,10 +55,10 @@ def _device_attributes() -> list[str]:
 
 
 def picture_renderer(protocol: Protocol) -> Callable[[Image, int, int], RenderableType]:
-    """Returns what makes a picture of at most so many columns and rows."""
+    """Returns a function that renders an image in at most the given number of columns and rows."""
     if protocol == "blocks":
         return lambda image, columns, rows: HalfBlocks(image.to_pil(), columns, rows)
-    # Asks the terminal itself when it is imported, and when it has no answer leaves the question on the screen.
+    # textual_image queries the terminal on import, and leaves the query on the screen when there is no answer.
     namespace, logger = vars(sys), logging.getLogger("textual_image")
     stdout, namespace["__stdout__"] = sys.__stdout__, None
     logger.setLevel(logging.ERROR)
@@ -76,13 +76,13 @@ def picture_renderer(protocol: Protocol) -> Callable[[Image, int, int], Renderab
 
 
 def _fit(width: int, height: int, columns: int, rows: int) -> tuple[int, int]:
-    """The largest size in cells that keeps the aspect."""
+    """Returns the largest size in cells that keeps the aspect ratio."""
     scale = min(columns / width, rows * _CELL_RATIO / height)
     return max(1, round(width * scale)), max(1, round(height * scale / _CELL_RATIO))
 
 
 class HalfBlocks:
-    """A picture made of upper half blocks: two pixels in each cell."""
+    """An image drawn with upper half blocks, two pixels per cell."""
 
     def __init__(self, picture: PIL.Image.Image, columns: int, rows: int) -> None:
         columns, rows = _fit(picture.width, picture.height, columns, rows)

@@ -21,18 +21,22 @@ __all__ = ["BadPath", "Outputs"]
 
 
 class BadPath(ValueError):
-    """A file could not be written there; better said before the generation than after."""
+    """A file cannot be written to this path. Raised before the generation starts."""
 
 
 class Outputs:
-    """Where the final image, the previews and the filmstrip go."""
+    """Writes the final image, the previews and the filmstrip.
+
+    Args:
+        output: File for the image. None names it calotype-SEED, with the suffix of its format.
+        previews: Folder for the previews. None saves no previews.
+        filmstrip: File for the filmstrip, a PNG. None writes no filmstrip.
+
+    Raises:
+        BadPath: A file cannot be written.
+    """
 
     def __init__(self, output: Path | None, previews: Path | None, filmstrip: Path | None) -> None:
-        """Checks the paths and makes the folder of the previews.
-
-        Raises:
-            BadPath: A file could not be written there.
-        """
         self._output, self._previews, self._filmstrip = output, previews, filmstrip
         self._frames: list[Image] = []
         self._kept: set[Path] = set()
@@ -45,12 +49,15 @@ class Outputs:
             try:
                 previews.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise BadPath(f"Cannot make the folder {previews}: {error.strerror}") from None
+                raise BadPath(f"Cannot create the folder {previews}: {error.strerror}") from None
 
     def keep(self, progress: Progress) -> Path | None:
-        """Keeps the preview, if there is one, and returns its file, if it has one.
+        """Saves the preview of a progress, if it has one and there is a folder.
 
-        Deletes all that it kept when previews are withdrawn.
+        Deletes all saved previews when previews are withdrawn.
+
+        Returns:
+            The file of the preview, or None.
         """
         if progress.previews_withdrawn:
             self._withdraw()
@@ -73,7 +80,7 @@ class Outputs:
         self._kept.clear()
 
     def finish(self, image: Image, seed: int) -> Path:
-        """Writes everything that needs the final image and returns its file."""
+        """Writes the final image and the filmstrip. Returns the file of the image."""
         output = self._output or _unused(f"calotype-{seed}", image.suffix)
         with _replacing(output) as path:
             image.save(path)
@@ -91,14 +98,14 @@ def _check(path: Path, suffixes: set[str]) -> None:
     if not path.parent.is_dir():
         raise BadPath(f"There is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise BadPath(f"May not write {path}")
+        raise BadPath(f"No permission to write {path}")
     if path.suffix.lower() not in suffixes:
         likely = sorted(suffixes & {".png", ".jpg", ".webp"})
         raise BadPath(f"Cannot write {path.suffix or 'without a suffix'}: use {', '.join(likely)}")
 
 
 def _unused(stem: str, suffix: str) -> Path:
-    """The same seed with another prompt is another picture: never replaces a file that nobody named."""
+    """Returns a path that does not exist. A default name never replaces a file: the same seed can have many prompts."""
     path, number = Path(stem + suffix), 2
     while path.exists():
         path, number = Path(f"{stem}-{number}{suffix}"), number + 1
@@ -107,7 +114,7 @@ def _unused(stem: str, suffix: str) -> Path:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Gives a file to write that then takes the place of `path` in one go: never half a file."""
+    """Yields a temporary file, which replaces `path` when the block ends. `path` is never incomplete."""
     target = path.resolve()
     if target.exists() and not target.is_file():  # such as /dev/stdout
         yield target

@@ -1,4 +1,4 @@
-"""Keeps what others write out of a live picture."""
+"""Keeps other output out of a live picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["quiet_core", "quiet_keyboard"]
 
 @contextmanager
 def quiet_keyboard() -> Iterator[None]:
-    """Switches echo off: keys, and answers of the terminal, would be drawn into the picture."""
+    """Switches echo off, because typed keys and answers of the terminal would appear in the picture."""
     if sys.platform == "win32" or not sys.stdin.isatty():
         yield
         return
@@ -28,14 +28,14 @@ def quiet_keyboard() -> Iterator[None]:
     try:
         yield
     finally:
-        # An answer that came too late must not be typed into the shell.
+        # TCSAFLUSH discards a late answer of the terminal, which the shell would read as typed text.
         termios.tcsetattr(sys.stdin, termios.TCSAFLUSH, before)
 
 
 @contextmanager
 def quiet_core() -> Iterator[None]:
-    """Keeps the C core of gRPC from writing into the picture. It writes to the descriptor, past `sys.stderr`."""
-    if "GRPC_VERBOSITY" in os.environ:  # somebody wants to read it
+    """Silences gRPC's C core, which writes to file descriptor 2 and not to `sys.stderr`."""
+    if "GRPC_VERBOSITY" in os.environ:  # the user wants to see its log
         yield
         return
     sys.stderr.flush()

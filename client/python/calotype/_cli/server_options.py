@@ -1,4 +1,4 @@
-"""Options of the command line that say where a server is and how to reach it, the same for every command."""
+"""Options of every command: where the server is and how to connect to it."""
 
 import inspect
 from collections.abc import Callable
@@ -10,25 +10,25 @@ import typer
 
 from .._channel import TLS
 
-__all__ = ["Server", "reaching"]
+__all__ = ["Server", "with_server_options"]
 
 _PANEL = "Server"
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where a server is, and how to reach it. The fields are the options."""
+    """Where the server is and how to connect to it. Each field is an option."""
 
     address: Annotated[
         str,
         typer.Option(
-            help="Where it listens.", metavar="HOST:PORT", envvar="CALOTYPE_GRPC_ADDRESS", rich_help_panel=_PANEL
+            help="Address of the server.", metavar="HOST:PORT", envvar="CALOTYPE_GRPC_ADDRESS", rich_help_panel=_PANEL
         ),
     ] = "localhost:50051"
     api_key: Annotated[
         str | None,
         typer.Option(
-            help="For a server that asks for one; the variable keeps it out of the shell's history.",
+            help="Key for a server that requires one. The variable keeps it out of the shell history.",
             metavar="KEY",
             envvar="CALOTYPE_API_KEY",
             show_envvar=True,
@@ -37,12 +37,12 @@ class Server:
     ] = None
     tls: Annotated[
         bool,
-        typer.Option("--tls", help="Encrypt; trust what gRPC trusts.", envvar="CALOTYPE_TLS", rich_help_panel=_PANEL),
+        typer.Option("--tls", help="Encrypt; trust public authorities.", envvar="CALOTYPE_TLS", rich_help_panel=_PANEL),
     ] = False
     ca_file: Annotated[
         Path | None,
         typer.Option(
-            help="Encrypt; trust this authority, PEM.",
+            help="Encrypt; trust this authority (PEM).",
             metavar="FILE",
             envvar="CALOTYPE_CA_FILE",
             rich_help_panel=_PANEL,
@@ -51,7 +51,7 @@ class Server:
     client_certificate: Annotated[
         Path | None,
         typer.Option(
-            help="Encrypt; show this certificate, PEM.",
+            help="Encrypt; present this certificate (PEM).",
             metavar="FILE",
             envvar="CALOTYPE_CLIENT_CERTIFICATE",
             rich_help_panel=_PANEL,
@@ -60,7 +60,7 @@ class Server:
     client_key: Annotated[
         Path | None,
         typer.Option(
-            help="Private key of that certificate.",
+            help="Private key of the client certificate (PEM).",
             metavar="FILE",
             envvar="CALOTYPE_CLIENT_KEY",
             rich_help_panel=_PANEL,
@@ -73,10 +73,10 @@ class Server:
         return self.tls or any((self.ca_file, self.client_certificate, self.client_key))
 
     def credentials(self) -> TLS | None:
-        """Returns what `Client` takes.
+        """Returns the argument `tls` of `Client`.
 
         Raises:
-            ValueError: A file cannot be read, or the client's certificate comes without its key.
+            ValueError: A file cannot be read, or the client certificate lacks its key.
         """
         if not self.encrypts:
             return None
@@ -92,8 +92,8 @@ class Server:
         return TLS(root_certificates=ca, private_key=key, certificate_chain=chain)
 
 
-def reaching(command: Callable[..., None]) -> Callable[..., None]:
-    """Returns a command whose argument `server` is made of the options."""
+def with_server_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces the argument `server` of a command by the options."""
     options = inspect.signature(Server).parameters
 
     def run(**given: Any) -> None:

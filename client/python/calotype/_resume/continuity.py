@@ -1,4 +1,4 @@
-"""Joins the messages of several calls to one stream, in which nothing is shown twice and nothing goes back."""
+"""Joins the messages of several calls to one stream that shows nothing twice and never goes back."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ ENDS = (v1.PHASE_SUCCEEDED, v1.PHASE_FAILED, v1.PHASE_CANCELLED)
 
 
 class Continuity:
-    """What the caller was shown, and what of the next message is news.
+    """Tracks what the caller has seen, to decide whether a message is news.
 
-    The messages of the first call pass as they are. After a cut, the log on the server may be the same, which goes on
-    after `sequence`, or another that begins anew, of which everything is passed over until it is further than what was
-    shown.
+    The messages of the first call pass unchanged. After a reconnect, the server either continues the same event log
+    after `sequence`, or starts a new one; messages of a new log are skipped until they pass what the caller has seen.
+
+    Args:
+        generation_id: The generation to watch. None for one that this client starts.
+        sequence: The last sequence number that the caller knows.
 
     Attributes:
-        sequence: The last one read of the log on the server, for `WatchRequest.after_sequence`.
-        shown: The sum of what was shown: highest numbers, and what once true stays true. Without pictures.
+        sequence: The last sequence number read of the current event log, for `WatchRequest.after_sequence`.
+        shown: What the caller has seen: the highest numbers, and flags that stay true. Without images.
     """
 
     def __init__(self, generation_id: str | None = None, sequence: int = 0) -> None:
@@ -31,15 +34,15 @@ class Continuity:
         self._catching_up = False
 
     def cut(self) -> None:
-        """Notes that the call has broken."""
+        """Records that the call is lost."""
         self._was_cut = True
         self._dropped = self.shown.previews_dropped
 
     def join(self, message: v1.Progress) -> v1.Progress | None:
-        """Takes a message, and edits it so that it goes on from what was shown.
+        """Takes a message, and edits it to continue what the caller has seen.
 
         Returns:
-            The message, or None when there is nothing new in it.
+            The message, or None when it holds no news.
         """
         if message.generation_id != self._log:
             self._log, self._offset, self.sequence = message.generation_id, self.shown.sequence, 0
@@ -48,7 +51,7 @@ class Continuity:
             return None
         self._catching_up = False
         if self._was_cut:
-            self._continue(message)
+            self._renumber(message)
         self._note(message)
         return message
 
@@ -59,15 +62,15 @@ class Continuity:
             return False
         self.sequence = message.sequence
         if message.image_step <= self.shown.image_step:
-            _clear_picture(message)
+            _clear_image(message)
         if not self._catching_up:
             return True
         position, shown = (message.phase, message.step), (self.shown.phase, self.shown.step)
-        # Places in the queue change while step and phase do not.
+        # The position in the queue changes while phase and step stay the same.
         return position > shown or (position == shown and bool(message.image or message.phase == v1.PHASE_QUEUED))
 
-    def _continue(self, message: v1.Progress) -> None:
-        # Another log under the same id, as after a restart with kept state, may end with a lower number than was shown.
+    def _renumber(self, message: v1.Progress) -> None:
+        # After a restart with kept state, the log of the same generation may end with a lower number than was shown.
         least = self.shown.sequence + (self.shown.phase not in ENDS)
         message.sequence = max(message.sequence + self._offset, least)
         message.step = max(message.step, self.shown.step)
@@ -76,14 +79,14 @@ class Continuity:
 
     def _note(self, message: v1.Progress) -> None:
         shown = self.shown
-        if message.phase not in ENDS:  # an image of which a part is missing is asked for again
+        if message.phase not in ENDS:  # the next call requests an incomplete image again
             self.sequence = max(self.sequence, message.sequence - self._offset)
             shown.image_step = max(shown.image_step, message.image_step)
         shown.sequence, shown.phase, shown.step = message.sequence, message.phase, message.step
         shown.previews_dropped, shown.previews_withdrawn = message.previews_dropped, message.previews_withdrawn
 
 
-def _clear_picture(message: v1.Progress) -> None:
+def _clear_image(message: v1.Progress) -> None:
     message.image, message.image_format, message.image_kind = (
         b"",
         v1.IMAGE_FORMAT_UNSPECIFIED,

@@ -1,4 +1,4 @@
-"""Tiny valid pictures, made without an image library, for `calotype.testing`."""
+"""Makes small valid images without an image library, for `calotype.testing`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _JPEG = (
 
 
 def sample_jpeg() -> Image:
-    """A JPEG of 16 x 16 pixels."""
+    """Returns a JPEG of 16 x 16 pixels."""
     return Image(base64.b64decode(_JPEG), "jpeg", 16, 16)
 
 
-def make_image(kind: str, width: int, height: int) -> Image:
-    """A picture of a format: a colour gradient as a PNG, one colour as a JPEG or a WebP."""
-    return {"jpeg": _make_jpeg, "png": make_png, "webp": _make_webp}[kind](width, height)
+def make_image(image_format: str, width: int, height: int) -> Image:
+    """Makes an image: a colour gradient for "png", a single colour for "jpeg" and "webp"."""
+    return {"jpeg": _make_jpeg, "png": make_png, "webp": _make_webp}[image_format](width, height)
 
 
 def make_png(width: int, height: int) -> Image:
-    """A PNG with a colour gradient."""
+    """Makes a PNG with a colour gradient."""
     rows = b"".join(
         b"\0" + b"".join(bytes((255 * x // width, 255 * y // height, 96)) for x in range(width)) for y in range(height)
     )
@@ -42,7 +42,7 @@ def make_png(width: int, height: int) -> Image:
 
 
 def _make_jpeg(width: int, height: int) -> Image:
-    """Grey: every block is the two bits "no difference" and "end of block", in codes of one bit each."""
+    """Makes a grey JPEG: each block is "no difference" and "end of block", in codes of one bit each."""
 
     def segment(marker: int, body: bytes) -> bytes:
         return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
@@ -66,7 +66,7 @@ def _make_jpeg(width: int, height: int) -> Image:
 
 
 def _make_webp(width: int, height: int) -> Image:
-    """One colour, lossless: each channel has a prefix code of a single symbol, so that pixels take no bits at all."""
+    """Makes a lossless WebP of one colour: each channel's prefix code has one symbol, so pixels take no bits."""
     fields = [(width - 1, 14), (height - 1, 14), (0, 4), (0, 3)]  # then: no alpha, version 0, no transforms or caches
     for channel in (160, 200, 96, 255):  # green, red, blue, alpha
         fields += [(0b101, 3), (channel, 8)]

@@ -12,7 +12,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from calotype._replicas import is_balanced, resolve
+from calotype.targets import is_balanced, resolve
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.generations.ids import tag_of
@@ -134,7 +134,7 @@ class Upstreams:
     """All servers, an async context manager. A name of DNS stands for as many as it has addresses, at any time.
 
     Args:
-        targets: What `calotype._channel.parse_address` makes of addresses.
+        targets: What `calotype.targets.parse_address` makes of addresses.
         connect: Makes a channel to a target with options.
     """
 

@@ -1,0 +1,1 @@
+"""The asyncio client: the source from which `make sync-client` generates `_sync`."""

@@ -1,0 +1,1 @@
+"""Locks, calls and background work for the sync client."""

@@ -1,0 +1,105 @@
+"""Connects to a server, shows a generation and writes its files."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from .._constants import RETRIES
+from .._errors import CalotypeError, Cancelled
+from .._sync.client import Client
+from .._sync.generation import Generation
+from .failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, exit_code, exit_with, explain
+from .live_view import LiveView
+from .outputs import BadPath, Outputs
+from .quiet import quiet_core
+from .server_options import Server
+from .text_views import JsonView, PlainView
+from .view import View
+
+__all__ = ["connected", "show"]
+
+
+def show(
+    server: Server,
+    start: Callable[[Client], Generation],
+    output: Path | None,
+    previews: Path | None,
+    filmstrip: Path | None,
+    *,
+    retries: int,
+    as_json: bool,
+    left: str | None,
+) -> None:
+    """Shows a generation until its end, and writes its files.
+
+    Args:
+        server: Where the server is.
+        start: Starts or watches the generation.
+        output: File for the image. None names it after the seed.
+        previews: Folder for the previews. None saves no previews.
+        filmstrip: File for the filmstrip. None writes no filmstrip.
+        retries: Attempts in a row to reconnect.
+        as_json: Whether to print JSON events.
+        left: Message after Ctrl-C for a generation that then continues. None when Ctrl-C cancels it.
+    """
+    try:
+        outputs = Outputs(output, previews, filmstrip)
+    except BadPath as error:
+        exit_with(str(error), EXIT_USAGE)
+    view = _choose_view(Console(), as_json=as_json)
+    with connected(server, retries, left or "Cancelled.", view.reconnect) as client, view:
+        try:
+            _follow(start(client), outputs, view)
+        except CalotypeError as error:
+            view.fail(error)
+            raise
+        except KeyboardInterrupt:
+            if left is None:
+                view.fail(Cancelled("Cancelled by this client."))
+            raise
+
+
+def _choose_view(console: Console, *, as_json: bool) -> View:
+    """Chooses the view: JSON if asked for, a live picture in a terminal, and plain lines elsewhere."""
+    if as_json:
+        return JsonView()
+    return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainView(console)
+
+
+def _follow(generation: Generation, outputs: Outputs, view: View) -> None:
+    for progress in generation:
+        view.update(progress, outputs.keep(progress))
+    image = generation.result()
+    view.finish(progress, image, outputs.finish(image, progress.seed))
+
+
+@contextmanager
+def connected(
+    server: Server,
+    retries: int = RETRIES,
+    on_interrupt: str = "Cancelled.",
+    on_reconnect: Callable[[CalotypeError, float], None] | None = None,
+) -> Iterator[Client]:
+    """Connects a client. Errors inside the block end the program with a message and an exit code."""
+    try:
+        client = Client(
+            server.address,
+            api_key=server.api_key,
+            tls=server.credentials(),
+            retries=retries,
+            on_reconnect=on_reconnect,
+        )
+        with quiet_core(), client:
+            yield client
+    except CalotypeError as error:
+        exit_with(explain(error, server), exit_code(error))
+    except KeyboardInterrupt:
+        exit_with(on_interrupt, EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        exit_with(f"Cannot write {error.filename or 'the output'}: {error.strerror or error}", EXIT_FAILED)
+    except ValueError as error:
+        exit_with(str(error), EXIT_USAGE)

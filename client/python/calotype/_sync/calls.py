@@ -1,0 +1,182 @@
+# Generated from calotype/_async/calls.py by `make sync-client`; do not edit.
+"""The calls of a client: its channels, and every RPC that a generation needs. Knows nothing of generations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from .._backends.threads.message_reader import MessageReader
+from .._backends.threads.pending_cancels import PendingCancels
+from .._backends.threads.primitives import StateLock, connect, make_stub
+from .._channel import Metadata, Options, channel_options
+from .._constants import CONTROL_TIMEOUT_SECONDS
+from .._convert import model_from_proto, phase_from_proto
+from .._errors import ClientClosed
+from .._status import from_rpc_error
+from ..targets import is_balanced
+from ..v1 import calotype_pb2 as v1
+from .replicas import Replicas
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    from .._backends.threads.primitives import Call, Channel, Stub
+    from .._resume.policy import Resumption
+    from .._types import Model, Phase
+
+__all__ = ["Calls"]
+
+
+class Calls:
+    """Makes the calls of one client. Connects on the first call.
+
+    Args:
+        target: Where the server is, from `parse_address`.
+        credentials: Credentials of the channels. None means unencrypted.
+        metadata: Metadata of every call.
+        wait_for_ready: Whether a call waits for a server that cannot be reached.
+        stall_timeout: Seconds of silence after which a server counts as lost. None means no limit.
+
+    Attributes:
+        closed: Whether the client is closed.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        credentials: grpc.ChannelCredentials | None,
+        metadata: Metadata,
+        wait_for_ready: bool,
+        stall_timeout: float | None,
+    ) -> None:
+        self._target = target
+        self._credentials = credentials
+        self._call_kwargs: dict[str, Any] = {"wait_for_ready": wait_for_ready, "metadata": metadata}
+        self._wait_for_ready = wait_for_ready
+        self._stall_timeout = stall_timeout
+        self._reader = MessageReader()
+        self._pending_cancels = PendingCancels(metadata)
+        self._replicas = Replicas(target, self._connect, metadata) if is_balanced(target) else None
+        self._state_lock = StateLock()
+        self._channel: Channel | None = None
+        self._stub: Stub | None = None
+        self.closed = False
+
+    def start(self, resumption: Resumption, stub: Stub | None = None) -> Call:
+        """Sends the request of a generation without waiting for an answer.
+
+        Args:
+            resumption: Has the request and its deadline.
+            stub: The server to call. None calls any server of the target.
+
+        Raises:
+            ClientClosed: The client is closed.
+        """
+        request, timeout = resumption.request, resumption.time_left
+        with self._state_lock:
+            usual = self.require_open()
+            stub = stub or usual
+            if isinstance(request, v1.WatchRequest):
+                return stub.Watch(request, timeout=timeout, **self._call_kwargs)
+            return stub.Generate(request, timeout=timeout, **self._call_kwargs)
+
+    def restart(self, resumption: Resumption) -> Call:
+        """Sends the next request of a generation whose call is lost, to the server that has the generation."""
+        request = resumption.request
+        stub = self._stub_for(request.generation_id) if isinstance(request, v1.WatchRequest) else None
+        return self.start(resumption, stub)
+
+    def read(self, call: Call, *, heard: bool) -> v1.Progress:
+        """Returns the next message of a call.
+
+        Args:
+            call: The call to read.
+            heard: Whether the call has returned a message. Until then, `wait_for_ready` suspends the stall timeout.
+
+        Raises:
+            CalotypeError: The call failed, stalled or has no more messages.
+        """
+        timeout = None if self._wait_for_ready and not heard else self._stall_timeout
+        return self._reader.read(call, timeout)
+
+    def drain(self, call: Call) -> None:
+        """Reads the status of a call after its last message."""
+        self._reader.drain(call)
+
+    def send_cancel(self, resumption: Resumption) -> None:
+        """Cancels a generation on the server in the background. Does nothing when the client is closed."""
+        with self._state_lock:
+            if self.closed:
+                return
+            stub = self.require_open()
+        self._pending_cancels.send(stub, resumption, None if self._replicas is None else self._replicas.ask)
+
+    def cancel(self, generation_id: str) -> Phase:
+        """Cancels a generation by id. See `Client.cancel`."""
+        stub = self._stub_for(generation_id)
+        answer: v1.CancelResponse = self._ask(stub.Cancel, v1.CancelRequest(generation_id=generation_id))
+        return phase_from_proto(answer.phase)
+
+    def finish(self, generation_id: str) -> Phase:
+        """Finishes a generation early by id. See `Client.finish`."""
+        stub = self._stub_for(generation_id)
+        answer: v1.FinishResponse = self._ask(stub.Finish, v1.FinishRequest(generation_id=generation_id))
+        return phase_from_proto(answer.phase)
+
+    def model(self) -> Model:
+        """Describes the model. See `Client.model`."""
+        answer: v1.Model = self._ask(self.require_open().GetModel, v1.GetModelRequest())
+        return model_from_proto(answer)
+
+    def list_page(self, stub: Stub, request: v1.ListGenerationsRequest) -> v1.ListGenerationsResponse:
+        """Returns one page of the generations of a server."""
+        self.require_open()
+        answer: v1.ListGenerationsResponse = self._ask(stub.ListGenerations, request)
+        return answer
+
+    def stubs(self) -> list[Stub]:
+        """Returns one stub for each server that answers; the usual stub when there is only one server, or none."""
+        stubs = {} if self._replicas is None else {replica: stub for replica, stub in self._replicas.ask()}
+        return list(stubs.values()) or [self.require_open()]
+
+    def require_open(self) -> Stub:
+        """Returns the stub of the target, and connects if necessary.
+
+        Raises:
+            ClientClosed: The client is closed.
+        """
+        with self._state_lock:
+            if self.closed:
+                raise ClientClosed
+            if self._channel is None or self._stub is None:
+                self._channel = self._connect(self._target, channel_options(self._target))
+                self._stub = make_stub(self._channel)
+            return self._stub
+
+    def close(self) -> None:
+        """Waits up to 1 s for pending cancels, then closes all channels. Can be called again."""
+        with self._state_lock:
+            self.closed = True
+        self._pending_cancels.wait()
+        if self._replicas is not None:
+            self._replicas.close()
+        if self._channel is not None:
+            self._channel.close()
+
+    def _stub_for(self, generation_id: str) -> Stub:
+        """Returns the stub of the server that has a generation. Asks all servers when there are several."""
+        stub = self.require_open()
+        return stub if self._replicas is None else self._replicas.find(generation_id) or stub
+
+    def _ask(self, method: Any, request: Message) -> Any:
+        """Calls a method that the server answers immediately."""
+        try:
+            return method(request, timeout=CONTROL_TIMEOUT_SECONDS, **self._call_kwargs)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+
+    def _connect(self, target: str, options: Options) -> Channel:
+        return connect(target, self._credentials, options)

@@ -1,0 +1,312 @@
+# Generated from calotype/_async/client.py by `make sync-client`; do not edit.
+"""The client: starts and follows generations on a server, lists and ends them, and describes the model."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Self
+from weakref import WeakSet
+
+from .._backends.threads.primitives import StateLock
+from .._channel import TLS, call_metadata, channel_credentials
+from .._constants import RETRIES, STALL_TIMEOUT_SECONDS
+from .._convert import summary_from_proto
+from .._errors import Cancelled
+from .._request import build, build_request, resolve_retries, resolve_stall_timeout, resolve_timeout
+from .._resume.backoff import RetryPolicy
+from .._resume.policy import Resumption, make_resumable
+from ..targets import is_balanced, parse_address
+from ..v1 import calotype_pb2 as v1
+from .calls import Calls
+from .generation import Generation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+
+    from .._backends.threads.primitives import Stub
+    from .._errors import CalotypeError
+    from .._options import DisconnectPolicy, DisconnectPolicyName, Output, Previews, Priority, PriorityName
+    from .._types import GenerationSummary, Model, Phase
+
+__all__ = ["Client"]
+
+
+class Client:
+    """A connection to a Calotype server. One client serves any number of concurrent generations.
+
+    Usage::
+
+        with Client("localhost:50051") as client:
+            generation = client.generate("a red apple", seed=1)
+            image = generation.result()
+        image.save("apple.png")
+
+    The client is thread-safe.
+
+    Reconnecting: the client connects on its first call, and reconnects when the connection is lost. The loop over a
+    generation then continues where it was. If the server lost the generation in a restart, the client requests it again
+    with the same seed, and the loop continues when the new generation has passed the last progress shown. Waits between
+    attempts are random and grow exponentially, to at most 8 s. Reconnecting ends with `DeadlineExceeded` at the
+    timeout, or with `Unavailable` after `retries` attempts in a row without progress. A server that sends nothing for
+    `stall_timeout` seconds counts as lost. The first attempt is different: if the server cannot be reached, or rejects
+    the request, the error is raised immediately.
+
+    Several servers: a target such as `dns:///calotype:50051` or `ipv4:10.0.0.1:50051,10.0.0.2:50051` can stand for
+    several servers of the same model. New generations are distributed round-robin among the servers that are ready.
+    Calls about one generation go to the server that has it. When a server is lost, another one takes over.
+
+    Leaving: to make reconnecting possible, the server keeps a generation without a reader for `disconnect_grace`
+    seconds, 10 by default. When you leave a loop early, cancel, close the client or reach the timeout, the client
+    cancels the generation on the server, which frees its slot immediately. A process that is killed cannot do this; its
+    generations end after the grace.
+    """
+
+    def __init__(
+        self,
+        address: str = "localhost:50051",
+        *,
+        api_key: str | None = None,
+        tls: TLS | bool | None = None,
+        timeout: float | None = None,
+        wait_for_ready: bool = False,
+        retries: int = RETRIES,
+        stall_timeout: float | None = STALL_TIMEOUT_SECONDS,
+        on_reconnect: Callable[[CalotypeError, float], None] | None = None,
+    ) -> None:
+        """Makes a client. Does no I/O.
+
+        Args:
+            address: HOST:PORT, HOST (port 50051), or a gRPC target such as unix:/run/calotype.sock or
+                dns:///calotype:50051.
+            api_key: The key for a server that requires one; an empty string sends none. Default: the environment
+                variable CALOTYPE_API_KEY, if set. A key is a secret: send it over untrusted networks only with `tls`.
+            tls: Whether and how to encrypt. True trusts the public certificate authorities. Default: unencrypted.
+            timeout: Default timeout of `generate` and `watch`, in seconds. None means no limit.
+            wait_for_ready: Whether to wait for a server that cannot be reached, instead of raising `Unavailable`.
+            retries: Number of attempts to reconnect in a row without progress before `Unavailable` is raised. 0
+                disables reconnecting.
+            stall_timeout: Seconds without a message after which the server counts as lost. Servers send a message at
+                least every 10 s. None means no limit.
+            on_reconnect: Called when a connection is lost, with the error and the seconds until the next attempt. It
+                runs inside the loop over the generation or its `result`.
+
+        Raises:
+            ValueError: The address or the key is malformed, or `retries` or `stall_timeout` is out of range.
+            InvalidRequest: The timeout is not a positive number.
+        """
+        self.address = address
+        target = parse_address(address)
+        self._timeout = resolve_timeout(timeout, None)
+        self._calls = Calls(
+            target,
+            credentials=channel_credentials(tls),
+            metadata=call_metadata(api_key),
+            wait_for_ready=wait_for_ready,
+            stall_timeout=resolve_stall_timeout(stall_timeout),
+        )
+        self._retry = RetryPolicy(resolve_retries(retries), is_balanced=is_balanced(target))
+        self._on_reconnect = on_reconnect
+        self._running: WeakSet[Generation] = WeakSet()
+        self._state_lock = StateLock()
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        scheduler: str | None = None,
+        priority: Priority | PriorityName | None = None,
+        on_disconnect: DisconnectPolicy | DisconnectPolicyName | None = None,
+        disconnect_grace: float | None = None,
+        request_id: str | None = None,
+        previews: Previews | None = None,
+        output: Output | None = None,
+        timeout: float | None = None,
+    ) -> Generation:
+        """Starts a generation. Omitted arguments use the server's defaults (see `Client.model`).
+
+        Returns immediately. If the server rejects the request, the loop over the generation or its `result` raises.
+
+        Args:
+            prompt: Describes the image. 1 to `Model.max_prompt_chars` characters.
+            negative_prompt: Describes what the image should not show. 0 to `Model.max_prompt_chars` characters.
+            width: Width in pixels, a multiple of `Model.size_multiple`. Width times height is at most
+                `Model.max_pixels`.
+            height: Height in pixels, a multiple of `Model.size_multiple`.
+            steps: Number of denoising steps, 1 to `Model.max_steps`.
+            guidance_scale: Strength of classifier-free guidance, 0 to 100. 1 or less disables it in most models.
+            seed: Seed of the initial noise, 0 to 2^53 - 1. The same request with the same seed gives the same image.
+                Default: drawn at random by the server.
+            scheduler: One of `Model.schedulers`.
+            priority: Rank in the queue, "interactive" or "batch". Default: "interactive".
+            on_disconnect: What leaving early does. "cancel" ends the generation. "keep" lets it run to its end, and
+                `watch` can follow it for a while after that. Default: "cancel".
+            disconnect_grace: Seconds for which the server keeps a generation that lost its reader, 0 to 3600. Applies
+                to "cancel" only. Default: 10, or 0 when the client's `retries` is 0.
+            request_id: Makes the call idempotent: a second call with the same id and the same arguments follows the
+                first generation, also for a while after its end. Up to 128 printable ASCII characters. Default: drawn
+                at random.
+            previews: Size, quality and rate of previews. Default: `Model.previews`.
+            output: Format of the final image. Default: a PNG with metadata.
+            timeout: Seconds until the final image, including time in the queue; `math.inf` means no limit. Default: the
+                client's `timeout`.
+
+        Raises:
+            InvalidRequest: An argument has the wrong type, or no request can carry its value. Lists every violation.
+            ClientClosed: The client is closed.
+        """
+        request = build_request(
+            prompt,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            scheduler=scheduler,
+            priority=priority,
+            on_disconnect=on_disconnect,
+            disconnect_grace=disconnect_grace,
+            request_id=request_id,
+            previews=previews,
+            output=output,
+        )
+        if self._retry.retries:
+            make_resumable(request)
+        return self._follow(request, timeout)
+
+    def watch(
+        self,
+        generation_id: str,
+        *,
+        after_sequence: int = 0,
+        previews: Previews | None = None,
+        timeout: float | None = None,
+    ) -> Generation:
+        """Follows a generation that any client started: its newest preview, then everything until its end.
+
+        Returns immediately, like `generate`. Leaving the loop does not affect the generation.
+
+        Args:
+            generation_id: From `Progress.generation_id` or `generations`.
+            after_sequence: Skips progress up to this `Progress.sequence`. Default: 0, which skips nothing.
+            previews: Previews for this reader, at most as many as the generation produces. A `method` other than "none"
+                has no effect. Default: the previews that the generation was started with.
+            timeout: Seconds until the final image; `math.inf` means no limit. Default: the client's `timeout`.
+
+        Raises:
+            InvalidRequest: An argument has the wrong type, or no request can carry its value. Lists every violation.
+            ClientClosed: The client is closed.
+        """
+        values = {"generation_id": generation_id, "after_sequence": after_sequence, "previews": previews}
+        return self._follow(build(v1.WatchRequest(), "generation_id", values), timeout)
+
+    def generations(self, *, page_size: int | None = None) -> Iterator[GenerationSummary]:
+        """Lists your own generations that are running or ended recently, newest first. An operator's key lists all.
+
+        With several servers, lists generations from every server that responds. Requests the next page when it is
+        needed, and waits up to 10 s for each page.
+
+        Args:
+            page_size: Generations per page, 1 to 100. Default: 50.
+
+        Raises:
+            InvalidRequest: The page size is not an integer, or the server rejects it. The loop raises the latter.
+            CalotypeError: A call failed. Raised by the loop.
+            ClientClosed: The client is closed.
+        """
+        self._calls.require_open()
+        return self._list(build(v1.ListGenerationsRequest(), None, {"page_size": page_size}))
+
+    def _list(self, request: v1.ListGenerationsRequest) -> Iterator[GenerationSummary]:
+        lists = [self._pages(stub, copy.copy(request)) for stub in self._calls.stubs()]
+        heads = {each: first for each in lists if (first := next(each, None)) is not None}
+        while heads:
+            newest = max(heads, key=lambda each: heads[each].create_time)
+            yield heads.pop(newest)
+            if (following := next(newest, None)) is not None:
+                heads[newest] = following
+
+    def _pages(self, stub: Stub, request: v1.ListGenerationsRequest) -> Iterator[GenerationSummary]:
+        while True:
+            answer = self._calls.list_page(stub, request)
+            for summary in answer.generations:
+                yield summary_from_proto(summary)
+            if not answer.next_page_token:
+                return
+            request.page_token = answer.next_page_token
+
+    def finish(self, generation_id: str) -> Phase:
+        """Ends a generation early and keeps its current picture. The generation may belong to any client.
+
+        After the current step, the model's estimate of the finished image becomes the final image. Every reader of the
+        generation receives it. Waits up to 10 s for the answer.
+
+        Returns:
+            The phase of the generation when the request arrived. If the phase is an end, there was nothing to finish.
+
+        Raises:
+            NotFound: The server does not know the generation, or no longer knows it.
+            CalotypeError: The call failed.
+            ClientClosed: The client is closed.
+        """
+        return self._calls.finish(generation_id)
+
+    def cancel(self, generation_id: str) -> Phase:
+        """Cancels a generation, which may belong to any client. Waits up to 10 s for the answer.
+
+        Returns:
+            The phase of the generation when the request arrived. If the phase is an end, there was nothing to cancel.
+
+        Raises:
+            NotFound: The server does not know the generation, or no longer knows it.
+            CalotypeError: The call failed.
+            ClientClosed: The client is closed.
+        """
+        return self._calls.cancel(generation_id)
+
+    def model(self) -> Model:
+        """Describes the loaded model: sizes, limits, defaults and schedulers. Waits up to 10 s for the answer.
+
+        Raises:
+            Unavailable: No server responds, or the model is still loading.
+            CalotypeError: The call failed in another way.
+            ClientClosed: The client is closed.
+        """
+        return self._calls.model()
+
+    def close(self) -> None:
+        """Cancels the running generations of this client and closes the connection. Can be called again.
+
+        Waits up to 1 s for the cancels to arrive. Generations started with `on_disconnect="keep"` continue.
+        """
+        with self._state_lock:
+            running = list(self._running)
+        for generation in running:
+            generation._leave(Cancelled("The client was closed."))
+        self._calls.close()
+
+    def _follow(self, request: v1.GenerateRequest | v1.WatchRequest, timeout: float | None) -> Generation:
+        resumption = Resumption(request, self._retry, resolve_timeout(timeout, self._timeout))
+        generation = Generation(self._calls, resumption, self._on_reconnect)
+        with self._state_lock:
+            self._running.add(generation)
+        return generation
+
+    def __enter__(self) -> Self:
+        self._calls.require_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.address}{' closed' if self._calls.closed else ''}>"

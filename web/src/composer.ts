@@ -1,7 +1,7 @@
 /** The form: from what people type to wishes, within what the model can do. */
 
 import type { Model, PictureFormat, PreviewMethod } from "calotype";
-import { copies, type Wish } from "./wish";
+import { copies, type Wish } from "./generation_request";
 
 /** Names that the bundled model knows by heart. */
 const EXAMPLES = ["red apple", "fox", "hot air balloon", "octopus", "sailboat", "rose", "owl"];

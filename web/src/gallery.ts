@@ -1,9 +1,9 @@
 /** The prints, newest first. Those of this tab come back after a reload. */
 
 import { type Client, isOver, newRequestId, type ViewState } from "calotype";
-import type { Album, Entry } from "./album";
+import type { Album, Entry } from "./saved_prints";
 import { Print } from "./print";
-import type { Wish } from "./wish";
+import type { Wish } from "./generation_request";
 
 /** Finished prints beyond this many make room: each keeps its pictures in memory. */
 const MOST_PRINTS = 60;

@@ -2,11 +2,11 @@
 
 import { createClient } from "calotype";
 import "calotype/define";
-import { Album } from "./album";
+import { Album } from "./saved_prints";
 import { Composer } from "./composer";
 import { Gallery } from "./gallery";
-import { Keyhole } from "./keyhole";
-import { connect } from "./service";
+import { Keyhole } from "./key_prompt";
+import { connect } from "./connect";
 
 /** Gets an element that index.html promises. */
 function find<T extends HTMLElement>(id: string): T {

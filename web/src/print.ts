@@ -2,7 +2,7 @@
 
 import type { Client, ViewState } from "calotype";
 import type { CalotypeView } from "calotype/element";
-import { attributes, type Wish } from "./wish";
+import { attributes, type Wish } from "./generation_request";
 
 /** How long a generation waits for this page to come back: enough for a reload, and a closed tab frees its slot soon. */
 const GRACE_SECONDS = 30;

@@ -4,7 +4,7 @@ import { type AddressInfo, connect, createServer, type Server, type Socket } fro
 import OpenAI from "openai";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { open, tolerate } from "./browser.js";
-import { Service } from "./service.js";
+import { Service } from "./service_process.js";
 
 const PNG = "iVBORw0KGgo";
 const JPEG = "/9j/";

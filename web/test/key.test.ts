@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
 import { develop, expectAccessible, open, says, shoot } from "./browser.js";
-import { Code, ConnectError, ErrorInfoSchema, final, type HandlerContext, MODEL, pretend } from "./pretend.js";
+import { Code, ConnectError, ErrorInfoSchema, final, type HandlerContext, MODEL, pretend } from "./scripted_service.js";
 
 const KEY = "calotype_alice_0123456789";
 

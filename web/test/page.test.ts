@@ -17,7 +17,7 @@ import {
   preview,
   progress,
   RetryInfoSchema,
-} from "./pretend.js";
+} from "./scripted_service.js";
 
 const QUEUED = progress({
   sequence: 1n,

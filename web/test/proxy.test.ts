@@ -6,7 +6,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, it, onTestFinished } from "vitest";
 import { develop, open, printOf } from "./browser.js";
-import { final, Gate, gone, Phase, pretend, progress } from "./pretend.js";
+import { final, Gate, gone, Phase, pretend, progress } from "./scripted_service.js";
 
 const CONF = new URL("../../service/nginx.conf", import.meta.url);
 

@@ -1,6 +1,6 @@
 import { afterAll, beforeAll, expect, it } from "vitest";
 import { develop, finals, open, shoot, tolerate } from "./browser.js";
-import { list, PROMPT, picture, Service, tag } from "./service.js";
+import { list, PROMPT, picture, Service, tag } from "./service_process.js";
 
 const PICTURES = 8;
 const STEPS = 20;

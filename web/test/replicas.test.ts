@@ -1,7 +1,7 @@
 import { createClient, type Picture } from "calotype";
 import { afterAll, beforeAll, expect, it, onTestFinished } from "vitest";
 import { develop, finals, open, tolerate } from "./browser.js";
-import { fingerprint, list, PROMPT, picture, Service, tag } from "./service.js";
+import { fingerprint, list, PROMPT, picture, Service, tag } from "./service_process.js";
 
 const PICTURES = 8;
 const STEPS = 20;

@@ -4,8 +4,8 @@ import type { Page } from "playwright-core";
 import { build, defaultClientConditions, type Rolldown } from "vite";
 import { afterAll, beforeAll, describe, expect, it, onTestFinished } from "vitest";
 import { develop, expectAccessible, open, recorded, says, shoot, tolerate } from "./browser.js";
-import type { Outcome } from "./classic.js";
-import { Service } from "./service.js";
+import type { Outcome } from "./google_grpc_web.js";
+import { Service } from "./service_process.js";
 
 /** Steps enough for a test to act in the midst of them. */
 const MANY = 150;
@@ -150,8 +150,8 @@ describe("with the bundled model", () => {
       // Chromium asks for an icon there.
       tolerate(/404/);
       const page = await open(`${service.url}/healthz`);
-      await page.addScriptTag({ content: await bundle("classic") });
-      return page.evaluate<Outcome>(`classic.generate(...${JSON.stringify(values)})`);
+      await page.addScriptTag({ content: await bundle("google_grpc_web") });
+      return page.evaluate<Outcome>(`google_grpc_web.generate(...${JSON.stringify(values)})`);
     }
 
     it("streams to the end", async () => {

@@ -2,15 +2,15 @@
 
 import { createClient as createConnectClient, type Transport } from "@connectrpc/connect";
 import { createGrpcWebTransport } from "@connectrpc/connect-web";
-import { type Clock, realClock } from "./clock.js";
+import { type Clock, realClock } from "./resume/clock.js";
 import { modelFromWire, phaseFromWire, requestToWire, summaryFromWire, watchToWire } from "./convert.js";
 import { CalotypeError, cancelledHere } from "./errors.js";
-import { type Calls, follow } from "./follow.js";
+import { type Calls, follow } from "./resume/follow.js";
 import { GenerationService } from "./gen/calotype/v1/calotype_pb.js";
 import { Generation } from "./generation.js";
-import { newRequestId } from "./ids.js";
-import { defaultLines, type Lines, OwnLines } from "./lines.js";
-import { STALL_TIMEOUT, unlessSilent } from "./silence.js";
+import { newRequestId } from "./request_id.js";
+import { defaultLines, type Lines, OwnLines } from "./stream_slots.js";
+import { STALL_TIMEOUT, unlessSilent } from "./resume/stall_timeout.js";
 import { fromCall } from "./status.js";
 import type {
   CallOptions,

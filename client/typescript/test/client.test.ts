@@ -23,7 +23,7 @@ import {
   type Progress,
   type Reconnect,
 } from "../src/index.js";
-import { final, gone, type Handlers, preview, progress, Stub } from "./stub.js";
+import { final, gone, type Handlers, preview, progress, Stub } from "./stub_server.js";
 
 let stubs: Stub[] = [];
 

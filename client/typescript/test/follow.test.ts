@@ -1,12 +1,12 @@
 import { create } from "@bufbuild/protobuf";
 import { Code, ConnectError } from "@connectrpc/connect";
 import { describe, expect, it } from "vitest";
-import { backoff, type Clock } from "../src/clock.js";
-import { type Calls, follow, type Plan } from "../src/follow.js";
+import { backoff, type Clock } from "../src/resume/clock.js";
+import { type Calls, follow, type Plan } from "../src/resume/follow.js";
 import { ErrorSchema, Phase, type Progress as WireProgress } from "../src/gen/calotype/v1/calotype_pb.js";
 import { RetryInfoSchema } from "../src/gen/google/rpc/error_details_pb.js";
 import { CalotypeError, type Phase as PhaseName, type Progress, type Reconnect } from "../src/index.js";
-import { final, preview, progress } from "./stub.js";
+import { final, preview, progress } from "./stub_server.js";
 
 /** Repeatable chance. */
 function chance(seed: number): () => number {

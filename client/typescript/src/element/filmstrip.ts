@@ -2,7 +2,7 @@
 
 import type { Picture } from "../types.js";
 import { h, setShown } from "./dom.js";
-import type { ObjectUrls } from "./urls.js";
+import type { ObjectUrls } from "./object_urls.js";
 
 /** More would be slivers. */
 const MOST_THUMBNAILS = 9;

@@ -2,13 +2,13 @@
 
 import { fraction, frameAt, isOver, stages, type ViewState } from "../reducer.js";
 import type { GenerateOptions, Picture } from "../types.js";
-import { explain, fieldLabel } from "../words.js";
+import { explain, fieldLabel } from "../explanations.js";
 import { h, setShown, setText } from "./dom.js";
 import { Filmstrip, stageLabel } from "./filmstrip.js";
-import { Plate } from "./plate.js";
+import { Plate } from "./crossfade_image.js";
 import { STYLES } from "./styles.js";
-import { ObjectUrls } from "./urls.js";
-import { announcement, duration, statusLine } from "./wording.js";
+import { ObjectUrls } from "./object_urls.js";
+import { announcement, duration, statusLine } from "./status_text.js";
 
 export interface Actions {
   scrub(index: number): void;

@@ -1,6 +1,6 @@
 /** One connection: reads it message by message, and leaves it so that the server knows, and nothing is orphaned. */
 
-import type * as wire from "./gen/calotype/v1/calotype_pb.js";
+import type * as wire from "../gen/calotype/v1/calotype_pb.js";
 
 /** How long the status may come after the last message, which is what counts. Milliseconds. */
 const STATUS_GRACE_MS = 1000;

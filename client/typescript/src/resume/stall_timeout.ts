@@ -1,6 +1,6 @@
 /** Notices services that fall silent. They promise a message every 10 s, also while a generation waits in the queue. */
 
-import { CalotypeError } from "./errors.js";
+import { CalotypeError } from "../errors.js";
 
 /** Seconds without a message after which a service counts as lost: twice what it promises. */
 export const STALL_TIMEOUT = 20;

@@ -24,7 +24,7 @@ import {
   type Handlers,
   preview as previewMessage,
   Stub,
-} from "../../client/typescript/test/stub.js";
+} from "../../client/typescript/test/stub_server.js";
 
 export * from "../../client/typescript/src/gen/calotype/v1/calotype_pb.js";
 export * from "../../client/typescript/src/gen/google/rpc/error_details_pb.js";
@@ -36,7 +36,7 @@ export {
   type Handlers,
   progress,
   Stub,
-} from "../../client/typescript/test/stub.js";
+} from "../../client/typescript/test/stub_server.js";
 
 const PAGE = new URL("../../service/calotype_server/page/", import.meta.url).pathname;
 

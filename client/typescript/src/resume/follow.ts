@@ -5,13 +5,13 @@
  * the generation is asked to generate again with the same seed and the same request id, which gives the same picture.
  */
 
-import { Assembler } from "./assembler.js";
+import { Assembler } from "../assembler.js";
 import { backoff, type Clock } from "./clock.js";
 import { Connection, type Open } from "./connection.js";
 import { Continuity } from "./continuity.js";
-import { CalotypeError, cancelledHere } from "./errors.js";
-import { fromCall } from "./status.js";
-import type { FollowOptions, Progress } from "./types.js";
+import { CalotypeError, cancelledHere } from "../errors.js";
+import { fromCall } from "../status.js";
+import type { FollowOptions, Progress } from "../types.js";
 
 /** The calls of one generation. `timeout` is what is left of the caller's, in seconds. */
 export interface Calls {

@@ -2,7 +2,7 @@
 
 import type { Picture } from "../types.js";
 import { h } from "./dom.js";
-import type { ObjectUrls } from "./urls.js";
+import type { ObjectUrls } from "./object_urls.js";
 
 const SHORTEST_FADE_MS = 60;
 const LONGEST_FADE_MS = 450;

@@ -1,7 +1,7 @@
 /** Finds out what the service offers, however long that takes, and says so in plain words meanwhile. */
 
 import { CalotypeError, type Client, explain, type Model } from "calotype";
-import type { Keyhole } from "./keyhole";
+import type { Keyhole } from "./key_prompt";
 
 const FIRST_WAIT_MS = 1_000;
 const LONGEST_WAIT_MS = 10_000;

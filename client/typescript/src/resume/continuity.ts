@@ -1,6 +1,6 @@
 /** Makes one stream of the several that a generation came over: what was told is not told again, nothing goes back. */
 
-import { isEnd, type Phase, type Progress } from "./types.js";
+import { isEnd, type Phase, type Progress } from "../types.js";
 
 const ORDER: readonly Phase[] = ["queued", "encoding_prompt", "denoising", "decoding"];
 

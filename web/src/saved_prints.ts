@@ -1,6 +1,6 @@
 /** What this tab shows, kept for as long as the tab lives, so that a reload loses nothing. */
 
-import type { Wish } from "./wish";
+import type { Wish } from "./generation_request";
 
 /** A print as it is kept. */
 export interface Entry {

@@ -1,7 +1,7 @@
 import { describe, expect, it } from "vitest";
 import { pick } from "../src/element/filmstrip.js";
 import { fileName } from "../src/element/options.js";
-import { announcement, duration, statusLine } from "../src/element/wording.js";
+import { announcement, duration, statusLine } from "../src/element/status_text.js";
 import { STATUS_CODES } from "../src/errors.js";
 import { CalotypeError, explain, initialState, type ViewState } from "../src/index.js";
 

@@ -1,150 +1,163 @@
-/** Errors in plain words, with what to do. For people who never heard of a status code. */
+/** Explains errors in plain language, with advice, to people who do not know status codes. */
 
 import type { CalotypeError } from "./errors.js";
 
 export interface Explanation {
-  /** What happened, one short sentence. */
+  /** What happened, in one short sentence. */
   readonly title: string;
-  /** What to do about it, or why there is nothing to do. */
+  /** What to do about it, or why nothing needs to be done. */
   readonly advice: string;
-  /** What a button that tries again should say; undefined when trying again as it is cannot help. */
+  /** Label of a button that retries; undefined if repeating the same request cannot help. */
   readonly retry: string | undefined;
 }
 
-const AGAIN = "Try again";
+const RETRY = "Try again";
+const RESUME = "Continue";
 
 const BY_REASON: Readonly<Record<string, Explanation>> = {
   UNREACHABLE: {
-    title: "The service does not answer.",
-    advice: "It may be starting, or it may have been stopped. Check that it runs, then try again.",
-    retry: AGAIN,
+    title: "The service does not respond.",
+    advice: "It may be starting, or it may have been stopped. Check that it is running, then try again.",
+    retry: RETRY,
   },
   CONNECTION_LOST: {
-    title: "The connection was lost while the picture was forming.",
+    title: "The connection was lost during the generation.",
     advice:
-      "Reconnecting did not help: the network is down, or the service was stopped. Going on begins again with the same seed, so you get the same picture.",
-    retry: "Go on",
+      "Reconnecting failed: the network is down, or the service was stopped. Continuing starts again with the same seed, which gives the same picture.",
+    retry: RESUME,
   },
   STREAM_INCOMPLETE: {
-    title: "The stream broke off before the picture was finished.",
-    advice: "Something between you and the service cut it short. Going on begins again with the same seed.",
-    retry: "Go on",
+    title: "The stream ended before the picture was finished.",
+    advice: "A proxy between you and the service may have cut it off. Continuing starts again with the same seed.",
+    retry: RESUME,
   },
   KEY_REQUIRED: {
-    title: "This service asks for a key.",
-    advice: "Whoever runs it has one for you.",
-    retry: AGAIN,
+    title: "This service requires an API key.",
+    advice: "Ask the operator of the service for one.",
+    retry: RETRY,
   },
   KEY_INVALID: {
-    title: "The service does not know this key.",
-    advice: "Check that all of it was copied; it may also have been withdrawn.",
-    retry: AGAIN,
+    title: "The service does not accept this API key.",
+    advice: "Check that you copied all of it. It may also have been revoked.",
+    retry: RETRY,
   },
   KEY_EXPIRED: {
-    title: "This key has expired.",
-    advice: "Whoever runs the service can give you another.",
-    retry: AGAIN,
+    title: "This API key has expired.",
+    advice: "Ask the operator of the service for a new one.",
+    retry: RETRY,
   },
   REQUESTS_PER_MINUTE: {
-    title: "Your key allows no more pictures in this minute.",
-    advice: "Nothing is wrong with your request.",
-    retry: AGAIN,
+    title: "Your key has reached its limit of pictures per minute.",
+    advice: "Your request is valid; try again later.",
+    retry: RETRY,
   },
   PIXEL_STEPS_PER_MINUTE: {
-    title: "Your key allows no more work in this minute.",
-    advice: "Smaller pictures or fewer steps use up less of it.",
-    retry: AGAIN,
+    title: "Your key has reached its limit of work per minute.",
+    advice: "Smaller pictures and fewer steps need less work.",
+    retry: RETRY,
   },
   CONCURRENT_GENERATIONS: {
-    title: "Your key allows no more pictures at once.",
-    advice: "Wait until one of yours is done, or cancel one.",
-    retry: AGAIN,
+    title: "Your key has reached its limit of pictures at the same time.",
+    advice: "Wait until one of your pictures is finished, or cancel one.",
+    retry: RETRY,
   },
   QUEUE_FULL: {
     title: "The service is busy: its queue is full.",
-    advice: "Nothing is wrong with your request.",
-    retry: AGAIN,
+    advice: "Your request is valid; try again later.",
+    retry: RETRY,
   },
   OUT_OF_MEMORY: {
-    title: "The picture is too large for the memory that is free.",
-    advice: "Choose a smaller size, or wait until other pictures are done.",
-    retry: AGAIN,
+    title: "There is not enough free memory for a picture of this size.",
+    advice: "Choose a smaller size, or wait until other pictures are finished.",
+    retry: RETRY,
   },
   DRAINING: {
     title: "The service is shutting down.",
-    advice: "It stopped before this picture was finished. When it is back, going on begins again with the same seed.",
-    retry: "Go on",
+    advice: "It stopped before this picture was finished. Once it is back, continue with the same seed.",
+    retry: RESUME,
   },
-  NOT_READY: { title: "The model is still loading.", advice: "This takes a moment after a start.", retry: AGAIN },
+  NOT_READY: { title: "The model is still loading.", advice: "This takes a moment after a start.", retry: RETRY },
   CONTENT_WITHHELD: {
     title: "This picture is withheld.",
-    advice: "The model's safety checker objects to it. Another prompt or seed may give one that can be shown.",
+    advice: "The model's safety checker rejected it. Try another prompt or seed.",
     retry: undefined,
   },
   NUMERICAL_FAILURE: {
-    title: "The model lost its way: the numbers became meaningless.",
-    advice: "Another seed, scheduler or lower guidance usually helps.",
+    title: "The calculation failed: the model produced invalid numbers.",
+    advice: "Another seed, another scheduler or lower guidance usually helps.",
     retry: undefined,
   },
   ENGINE_DEAD: {
     title: "The model has crashed.",
-    advice: "The service must be restarted by whoever runs it.",
-    retry: AGAIN,
+    advice: "The operator must restart the service.",
+    retry: RETRY,
   },
   ENGINE_STALLED: {
-    title: "The model has stopped answering.",
-    advice: "The service is being started anew; try again in a minute.",
-    retry: AGAIN,
+    title: "The model has stopped responding.",
+    advice: "The service is restarting; try again in a minute.",
+    retry: RETRY,
   },
 };
 
 const BY_CODE: Partial<Record<CalotypeError["code"], Explanation>> = {
-  CANCELLED: { title: "Cancelled.", advice: "Nobody works on this picture any more.", retry: AGAIN },
+  CANCELLED: { title: "Cancelled.", advice: "The service has stopped working on this picture.", retry: RETRY },
   INVALID_ARGUMENT: {
-    title: "The service cannot make this picture as asked.",
-    advice: "Change what is named here and try again.",
+    title: "The request is invalid.",
+    advice: "Change the values listed here and try again.",
     retry: undefined,
   },
   DEADLINE_EXCEEDED: {
-    title: "It took too long.",
-    advice: "Fewer steps or a smaller picture are quicker.",
-    retry: AGAIN,
+    title: "The request took too long.",
+    advice: "Fewer steps or a smaller picture are faster.",
+    retry: RETRY,
   },
   FAILED_PRECONDITION: {
-    title: "This service is not set up for that.",
-    advice: "Choose another kind of preview and try again.",
+    title: "This service does not support the request.",
+    advice: "Choose another preview method and try again.",
     retry: undefined,
   },
-  NOT_FOUND: { title: "The service no longer knows this picture.", advice: "Begin it anew.", retry: AGAIN },
+  NOT_FOUND: {
+    title: "The service no longer has this picture.",
+    advice: "You can generate it again.",
+    retry: RETRY,
+  },
   PERMISSION_DENIED: {
-    title: "The service does not accept calls from this page.",
-    advice: "Whoever runs it must add this page's address to its list of allowed origins and hosts.",
+    title: "The service does not accept requests from this page.",
+    advice: "The operator must add the address of this page to the allowed origins and hosts.",
     retry: undefined,
   },
-  UNAUTHENTICATED: { title: "The service asks who you are.", advice: "Sign in, or add a key.", retry: undefined },
-  RESOURCE_EXHAUSTED: { title: "The service is busy.", advice: "Nothing is wrong with your request.", retry: AGAIN },
+  UNAUTHENTICATED: {
+    title: "The service requires authentication.",
+    advice: "Sign in, or enter an API key.",
+    retry: undefined,
+  },
+  RESOURCE_EXHAUSTED: {
+    title: "The service is busy.",
+    advice: "Your request is valid; try again later.",
+    retry: RETRY,
+  },
   UNIMPLEMENTED: {
-    title: "The service does not know this call.",
-    advice: "It is older than this page, or it is another service. Reload the page.",
+    title: "The service does not support this call.",
+    advice: "It is older than this page, or it is a different service. Reload the page.",
     retry: undefined,
   },
-  UNAVAILABLE: { title: "The service is not available.", advice: "Try again in a moment.", retry: AGAIN },
+  UNAVAILABLE: { title: "The service is not available.", advice: "Try again in a moment.", retry: RETRY },
 };
 
 const UNEXPECTED: Explanation = {
   title: "The service failed.",
-  advice: "It is not your fault; its log says why. Trying again may help.",
-  retry: AGAIN,
+  advice: "Your request is valid; the log of the service has the cause. Trying again may help.",
+  retry: RETRY,
 };
 
-/** Says what an error means for people. */
+/** Explains an error to people who do not know status codes. */
 export function explain(error: CalotypeError): Explanation {
   return BY_REASON[error.reason] ?? BY_CODE[error.code] ?? UNEXPECTED;
 }
 
 const FIELDS: Readonly<Record<string, string>> = {
   prompt: "Prompt",
-  negative_prompt: "What to avoid",
+  negative_prompt: "Negative prompt",
   width_px: "Width",
   height_px: "Height",
   step_count: "Steps",
@@ -154,12 +167,12 @@ const FIELDS: Readonly<Record<string, string>> = {
   "preview.every_steps": "Preview every … steps",
   "preview.max_edge_px": "Preview size",
   "preview.quality": "Preview quality",
-  "preview.method": "Preview drawn by",
+  "preview.method": "Preview method",
   "output.format": "File format",
   "output.quality": "File quality",
 };
 
-/** Names a field of the request as people see it. */
+/** Returns the label of a request field, as in the form of the page. */
 export function fieldLabel(field: string): string {
   return FIELDS[field] ?? field;
 }

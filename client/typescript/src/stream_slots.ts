@@ -1,39 +1,39 @@
 /**
- * Lines to a service: how many streams may be open at once.
+ * Limits the number of streams that are open to a service at once.
  *
- * A browser opens at most six connections to a host over HTTP/1.1, and every stream holds one. A seventh call, be it
- * the cancel of the first, would wait in the browser without a word. So streams queue here, first come first served,
- * and calls that are not streams always find a connection.
+ * Over HTTP/1.1 a browser opens at most 6 connections to a host, and every stream occupies one. A seventh call, even the
+ * one that cancels the first, would wait in the browser without notice. So streams queue here in order, and calls that
+ * are not streams always find a free connection.
  */
-export interface Lines {
+export interface StreamSlots {
   /**
-   * Waits for a line.
+   * Waits for a free slot.
    *
-   * @returns Gives it back; further calls do nothing.
-   * @throws The reason of `signal`, when it is aborted first.
+   * @returns A function that releases the slot; further calls do nothing.
+   * @throws The reason of `signal` if it is aborted first.
    */
-  take(signal: AbortSignal): Promise<() => void>;
+  acquire(signal: AbortSignal): Promise<() => void>;
 }
 
-/** Lines of one client. */
-export class OwnLines implements Lines {
+/** Slots of one client. */
+export class LocalStreamSlots implements StreamSlots {
   #free: number;
   readonly #waiting: (() => void)[] = [];
 
   /** @param count - Streams that may be open at once, from 1; `Infinity` for no limit. */
   constructor(count: number) {
-    if (!(count >= 1)) throw new RangeError(`There must be at least one line, not ${count}.`);
+    if (!(count >= 1)) throw new RangeError(`maxStreams must be at least 1, not ${count}.`);
     this.#free = count;
   }
 
-  async take(signal: AbortSignal): Promise<() => void> {
+  async acquire(signal: AbortSignal): Promise<() => void> {
     signal.throwIfAborted();
     if (this.#free > 0) this.#free -= 1;
     else await this.#wait(signal);
-    let held = true;
+    let isHeld = true;
     return () => {
-      if (!held) return;
-      held = false;
+      if (!isHeld) return;
+      isHeld = false;
       const next = this.#waiting.shift();
       if (next) next();
       else this.#free += 1;
@@ -42,25 +42,25 @@ export class OwnLines implements Lines {
 
   #wait(signal: AbortSignal): Promise<void> {
     return new Promise((resolve, reject) => {
-      const begin = () => {
+      const grant = () => {
         signal.removeEventListener("abort", leave);
         resolve();
       };
       const leave = () => {
-        this.#waiting.splice(this.#waiting.indexOf(begin), 1);
+        this.#waiting.splice(this.#waiting.indexOf(grant), 1);
         reject(signal.reason);
       };
       signal.addEventListener("abort", leave, { once: true });
-      this.#waiting.push(begin);
+      this.#waiting.push(grant);
     });
   }
 }
 
 /**
- * Lines of all tabs of a browser, which share its connections: six streams over two tabs, and a third could not even be
- * loaded. Each line is a lock, which the browser gives back for a tab that closes or crashes.
+ * Slots shared by all tabs of a browser. Tabs share the browser's connections: with 6 streams in two tabs, a third tab
+ * could not even load. Each slot is a Web Lock, which the browser releases when its tab closes or crashes.
  */
-class SharedLines implements Lines {
+class SharedStreamSlots implements StreamSlots {
   readonly #name: string;
   readonly #count: number;
 
@@ -69,17 +69,17 @@ class SharedLines implements Lines {
     this.#count = count;
   }
 
-  async take(signal: AbortSignal): Promise<() => void> {
-    // Whoever is first in the queue may try them all.
-    const leaveQueue = await hold(`${this.#name} queue`, signal);
+  async acquire(signal: AbortSignal): Promise<() => void> {
+    // Only the first in the queue tries the slots, which keeps the order.
+    const leaveQueue = await holdLock(`${this.#name} queue`, signal);
     const found = new AbortController();
-    const names = Array.from({ length: this.#count }, (_, at) => `${this.#name} ${at}`);
+    const names = Array.from({ length: this.#count }, (_, index) => `${this.#name} ${index}`);
     try {
-      const tries = names.map((name) => hold(name, AbortSignal.any([signal, found.signal])));
-      const first = await Promise.any(tries);
+      const attempts = names.map((name) => holdLock(name, AbortSignal.any([signal, found.signal])));
+      const first = await Promise.any(attempts);
       found.abort();
-      // One that was granted at the same moment.
-      for (const each of tries) each.then((release) => release !== first && release()).catch(() => undefined);
+      // Release another slot that was granted at the same moment.
+      for (const attempt of attempts) attempt.then((release) => release !== first && release()).catch(() => undefined);
       return first;
     } catch (thrown) {
       signal.throwIfAborted();
@@ -90,30 +90,32 @@ class SharedLines implements Lines {
   }
 }
 
-/** Waits for a lock, and returns what gives it back. */
-function hold(name: string, signal: AbortSignal): Promise<() => void> {
+/** Waits for a lock. Returns a function that releases it. */
+function holdLock(name: string, signal: AbortSignal): Promise<() => void> {
   return new Promise((resolve, reject) => {
-    const held = () => new Promise<void>((release) => resolve(release));
-    navigator.locks.request(name, { signal }, held).catch(reject);
+    const onGranted = () => new Promise<void>((release) => resolve(release));
+    navigator.locks.request(name, { signal }, onGranted).catch(reject);
   });
 }
 
-const HTTP1_LINES = 4;
+const HTTP1_STREAMS = 4;
 
 /**
- * Returns the lines that are wise to one host: four over HTTP/1.1 in a browser, which leaves two connections for other
- * calls; no limit over HTTP/2 and HTTP/3, and outside browsers.
+ * Returns the default slots for a service: four over HTTP/1.1 in a browser, which leaves two connections for other
+ * calls; no limit over HTTP/2, over HTTP/3, and outside browsers.
  */
-export function defaultLines(baseUrl: string): Lines {
+export function defaultStreamSlots(baseUrl: string): StreamSlots {
   const page = globalThis.location as Location | undefined;
   const origin = page && new URL(baseUrl, page.href).origin;
-  if (page === undefined || (origin === page.origin && isMultiplexed())) return new OwnLines(Number.POSITIVE_INFINITY);
-  // Locks are only there in pages that came over TLS or from localhost.
-  if (!("locks" in navigator)) return new OwnLines(HTTP1_LINES);
-  return new SharedLines(`calotype ${origin}`, HTTP1_LINES);
+  if (page === undefined || (origin === page.origin && isMultiplexed())) {
+    return new LocalStreamSlots(Number.POSITIVE_INFINITY);
+  }
+  // Web Locks exist only in pages served over TLS or from localhost.
+  if (!("locks" in navigator)) return new LocalStreamSlots(HTTP1_STREAMS);
+  return new SharedStreamSlots(`calotype ${origin}`, HTTP1_STREAMS);
 }
 
-/** Whether this page came over HTTP/2 or HTTP/3. */
+/** Whether this page was loaded over HTTP/2 or HTTP/3. */
 function isMultiplexed(): boolean {
   const [navigation] = performance.getEntriesByType("navigation") as PerformanceNavigationTiming[];
   return /^h[23]/.test(navigation?.nextHopProtocol ?? "");

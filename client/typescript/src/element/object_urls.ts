@@ -1,4 +1,4 @@
-/** Object URLs of pictures, each made once and released when its picture is no longer kept. */
+/** Object URLs of pictures: each is created once, and released when its picture is no longer needed. */
 
 import { mediaType, type Picture } from "../types.js";
 
@@ -15,7 +15,7 @@ export class ObjectUrls {
     return url;
   }
 
-  /** Releases the URLs of all pictures but these. */
+  /** Releases the URLs of all other pictures. */
   keepOnly(pictures: readonly Picture[]): void {
     if (this.#urls.size === 0) return;
     const kept = new Set(pictures);

@@ -1,9 +1,9 @@
-/** The line under the picture, and what a screen reader is told. Pure. */
+/** The status line below the picture, and the announcements for screen readers. Pure functions. */
 
 import { fraction, frameAt, type ViewState } from "../reducer.js";
 import { stageLabel } from "./filmstrip.js";
 
-/** Says where a generation stands. */
+/** Returns the status line of a generation. */
 export function statusLine(state: ViewState): string {
   switch (state.status) {
     case "idle":
@@ -12,7 +12,7 @@ export function statusLine(state: ViewState): string {
       return state.reconnecting ? RECONNECTING : "Waiting for a free connection";
     case "running":
       if (state.reconnecting) return RECONNECTING;
-      // The estimate is that of the whole way.
+      // The estimate is for all steps, so it does not apply once the picture is finished early.
       return [running(state), state.finishing ? "" : remaining(state.remaining)].filter(Boolean).join(" · ");
     case "succeeded":
       return state.scrubbed === undefined ? finished(state) : stageLabel(frameAt(state), state.totalSteps);
@@ -22,7 +22,7 @@ export function statusLine(state: ViewState): string {
   }
 }
 
-/** Says what is worth interrupting somebody for: phases, and every quarter of the way. */
+/** Returns the text to announce. It changes only with the phase and with every quarter of the steps. */
 export function announcement(state: ViewState): string {
   if (state.status === "succeeded") return "The picture is finished.";
   if (state.reconnecting) return RECONNECTING;
@@ -31,14 +31,13 @@ export function announcement(state: ViewState): string {
   return `Developing, ${Math.floor(fraction(state) * 4) * 25} percent`;
 }
 
-/** No alarm: it mends itself. */
-const RECONNECTING = "Reconnecting; the picture goes on";
+const RECONNECTING = "Reconnecting; the picture will continue";
 
 function running({ phase, queuePosition, step, totalSteps, finishing }: ViewState): string {
   if (finishing) return "Finishing the picture as it is";
   switch (phase) {
     case "queued":
-      return queuePosition > 1 ? `Place ${queuePosition} in the queue` : "Next in the queue";
+      return queuePosition > 1 ? `Position ${queuePosition} in the queue` : "Next in the queue";
     case "encoding_prompt":
       return "Reading the prompt";
     case "denoising":
@@ -50,7 +49,7 @@ function running({ phase, queuePosition, step, totalSteps, finishing }: ViewStat
   }
 }
 
-/** Says how long something takes, as roughly as it is known. */
+/** Formats a duration with about two digits. */
 export function duration(seconds: number): string {
   if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
   if (seconds < 99.5) return `${Math.round(seconds)} s`;
@@ -60,13 +59,13 @@ export function duration(seconds: number): string {
 
 function remaining(seconds: number | undefined): string {
   if (seconds === undefined) return "";
-  return seconds < 1 ? "almost there" : `about ${duration(Math.ceil(seconds)).replace(".0", "")} left`;
+  return seconds < 1 ? "almost done" : `about ${duration(Math.ceil(seconds)).replace(".0", "")} left`;
 }
 
 function finished({ final, timings, finishedEarly, step, totalSteps }: ViewState): string {
   const early = finishedEarly ? ` early, at step ${step} of ${totalSteps},` : "";
   const time = timings?.total === undefined ? "" : ` in ${duration(timings.total)}`;
-  // Not broken over two lines.
+  // With no-break spaces, so that the size stays on one line.
   const size = final ? `${final.width} × ${final.height} ${final.format.toUpperCase()}`.replaceAll(" ", "\u00a0") : "";
   return [`Finished${early}${time}`.replace(/,$/, ""), size].join(" · ");
 }

@@ -1,15 +1,15 @@
-/** Time and chance, as far as reconnecting needs them: tests bring their own. */
+/** Time and randomness for reconnecting. Tests pass their own. */
 
 export interface Clock {
-  /** Milliseconds that never fall. */
+  /** Monotonic time in milliseconds. */
   now(): number;
-  /** A number from 0 to 1. */
+  /** A random number from 0 to 1. */
   random(): number;
-  /** Waits so many milliseconds, or until there is reason to hope; no longer than until `signal` is aborted. */
+  /** Waits this many milliseconds. May return early, and returns at once when `signal` is aborted. */
   sleep(milliseconds: number, signal: AbortSignal): Promise<void>;
 }
 
-/** The real one. It wakes early when the browser finds its network again. */
+/** The system clock. Its `sleep` returns early when the browser is back online. */
 export const realClock: Clock = {
   now: () => performance.now(),
   random: Math.random,
@@ -27,17 +27,3 @@ export const realClock: Clock = {
       if (signal.aborted) wake();
     }),
 };
-
-const FIRST_BOUND_MS = 250;
-const LAST_BOUND_MS = 10_000;
-
-/**
- * Returns how long to wait before an attempt, in milliseconds: exponential backoff with full jitter, so that the many
- * callers of a service that was restarted do not come back at the same moment.
- *
- * @param attempt - Attempts in a row, from 1.
- * @see https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
- */
-export function backoff(attempt: number, random: number): number {
-  return random * Math.min(FIRST_BOUND_MS * 2 ** (attempt - 1), LAST_BOUND_MS);
-}

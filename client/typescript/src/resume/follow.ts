@@ -1,134 +1,104 @@
 /**
- * Follows a generation over as many connections as it takes.
+ * Follows a generation over as many connections as necessary.
  *
- * Once its id is known, a lost connection is taken up by `Watch`, from the last message on. A server that has forgotten
- * the generation is asked to generate again with the same seed and the same request id, which gives the same picture.
+ * Once the generation's id is known, the client resumes after a lost connection with `Watch`, after the last message.
+ * If the server no longer knows the generation, the client sends `Generate` again with the same seed and the same
+ * request id, which gives the same picture.
  */
 
 import { Assembler } from "../assembler.js";
-import { backoff, type Clock } from "./clock.js";
-import { Connection, type Open } from "./connection.js";
-import { Continuity } from "./continuity.js";
 import { CalotypeError, cancelledHere } from "../errors.js";
 import { fromCall } from "../status.js";
 import type { FollowOptions, Progress } from "../types.js";
+import type { Clock } from "./clock.js";
+import { Connection, type OpenStream } from "./connection.js";
+import { backoff, type CallFailure, type ResumeOptions, Resumption } from "./policy.js";
 
-/** The calls of one generation. `timeout` is what is left of the caller's, in seconds. */
-export interface Calls {
-  /** Begins it, with the seed in use where it is known. Undefined where there is only something to watch. */
-  readonly generate: ((seed: number | undefined, timeout: number | undefined) => Open) | undefined;
-  /** Takes it up. */
-  readonly watch: (generationId: string, afterSequence: number, timeout: number | undefined) => Open;
+/** The streaming calls of one generation. `timeout` is the rest of the caller's timeout, in seconds. */
+export interface StreamCalls {
+  /** Starts the generation, with the seed in use once it is known. Undefined for a generation that is only watched. */
+  readonly generate: ((seed: number | undefined, timeout: number | undefined) => OpenStream) | undefined;
+  readonly watch: (generationId: string, afterSequence: number, timeout: number | undefined) => OpenStream;
 }
 
-export interface Plan extends Pick<FollowOptions, "timeout" | "onReconnect"> {
+export interface FollowPlan extends Omit<ResumeOptions, "canGenerate">, Pick<FollowOptions, "timeout" | "onReconnect"> {
   readonly clock: Clock;
-  readonly retries: number;
-  /** What to watch from the start. */
-  readonly generationId?: string;
-  readonly afterSequence?: number;
 }
 
 /**
- * Yields the progress of a generation to its end.
+ * Yields the progress of a generation until its end.
  *
- * @param leaving - Aborted when the caller leaves, at any time.
- * @param onOrphan - Told of a generation whose caller left before its id was known.
- * @throws CalotypeError - It ended without a picture, was left, or its connection is lost for good.
+ * @param leaveSignal - Aborted when the caller leaves, at any time.
+ * @param onOrphan - Called with the id of a generation whose caller left before the id was known.
+ * @throws CalotypeError - The generation ended without a picture, the caller left, or reconnecting failed.
  */
 export async function* follow(
-  calls: Calls,
-  plan: Plan,
-  leaving: AbortSignal,
+  calls: StreamCalls,
+  plan: FollowPlan,
+  leaveSignal: AbortSignal,
   onOrphan?: (generationId: string) => void,
 ): AsyncGenerator<Progress, void, undefined> {
   const { clock, timeout } = plan;
-  const continuity = new Continuity(plan.generationId, plan.afterSequence);
   const deadline = timeout === undefined ? Number.POSITIVE_INFINITY : clock.now() + timeout * 1000;
-  let begins = plan.generationId === undefined;
-  let failures = 0;
-  /** The generation that ended for the server's own reasons: for another one only, another one is begun. */
-  let interrupted: string | undefined;
-  const beginsAnother = ({ code, reason }: CalotypeError, generationId: string) =>
-    (code === "UNAVAILABLE" || reason === "ABANDONED") &&
-    calls.generate &&
-    plan.retries > 0 &&
-    generationId !== interrupted;
-
+  const resumption = new Resumption({ ...plan, canGenerate: calls.generate !== undefined });
   for (;;) {
-    if (leaving.aborted) throw cancelledHere(leaving.reason);
+    if (leaveSignal.aborted) throw cancelledHere(leaveSignal.reason);
     const remaining = timeout === undefined ? undefined : (deadline - clock.now()) / 1000;
-    if (remaining !== undefined && remaining <= 0) throw new CalotypeError("DEADLINE_EXCEEDED", TOO_LATE);
-    const open =
-      begins && calls.generate
-        ? calls.generate(continuity.seed, remaining)
-        : calls.watch(continuity.generationId ?? "", continuity.position, remaining);
-    const connection = new Connection(open, leaving, begins ? onOrphan : undefined);
-    const assembler = new Assembler();
-    const known = continuity.news;
-    let another: string | undefined;
-    try {
-      for (let message = await connection.next(); message; message = await connection.next()) {
-        const whole = assembler.feed(message);
-        if (assembler.told && assembler.error && beginsAnother(assembler.error, message.generationId)) {
-          another = message.generationId;
-          break;
-        }
-        const told = whole && continuity.accept(whole);
-        if (told) yield told;
-        if (assembler.ended) await connection.drain();
-      }
-      assembler.close();
-    } catch (thrown) {
-      if (!assembler.ended && leaving.aborted) throw cancelledHere(leaving.reason);
-      assembler.close(fromCall(thrown, connection.begun));
-    } finally {
-      connection.close();
-    }
+    if (remaining !== undefined && remaining <= 0) throw new CalotypeError("DEADLINE_EXCEEDED", NO_TIME_LEFT);
+    const orphanHandler = resumption.generates ? onOrphan : undefined;
+    const connection = new Connection(openNext(calls, resumption, remaining), leaveSignal, orphanHandler);
+    const failure = yield* readCall(connection, resumption, leaveSignal);
+    if (failure === undefined) return;
 
-    const { error } = assembler;
-    if (error === undefined) return;
-    if (continuity.news > known) failures = 0;
-    failures += 1;
-    // Whoever falls silent before the first message may have heard the request, which the same id does not begin twice.
-    const isHeard = continuity.generationId !== undefined || error.reason === "STALLED";
-    if (!isHeard || failures > plan.retries) throw asLoss(error, continuity);
-    if (another !== undefined) {
-      interrupted = another;
-      begins = true;
-    } else if (assembler.told) throw error;
-    else if (error.code === "NOT_FOUND" && !begins && calls.generate) {
-      begins = true;
-      continue;
-    } else if (isLost(error)) begins = begins && !connection.begun;
-    else throw error;
-
-    const left = deadline - clock.now();
-    const wait = Math.max(Math.min(backoff(failures, clock.random()), left / 2), (error.retryAfter ?? 0) * 1000);
-    if (wait >= left) throw new CalotypeError("DEADLINE_EXCEEDED", TOO_LATE, { cause: error });
-    plan.onReconnect?.({ attempt: failures, delay: wait / 1000, error });
-    await clock.sleep(wait, leaving);
+    const attempt = resumption.next(failure);
+    if (attempt === 0) continue;
+    const { error } = failure;
+    const timeLeft = deadline - clock.now();
+    const delay = Math.min(backoff(attempt, clock.random()), timeLeft / 2);
+    const wait = Math.max(delay, (error.retryAfter ?? 0) * 1000);
+    if (wait >= timeLeft) throw new CalotypeError("DEADLINE_EXCEEDED", NO_TIME_LEFT, { cause: error });
+    plan.onReconnect?.({ attempt, delay: wait / 1000, error });
+    await clock.sleep(wait, leaveSignal);
   }
 }
 
-const TOO_LATE = "The connection was lost, and there was no time left to take it up again.";
+const NO_TIME_LEFT = "The connection was lost, and the timeout leaves no time to reconnect.";
 
-/** Nobody answers at the last attempt, but what has happened to the caller is that a connection was lost. */
-function asLoss(error: CalotypeError, { news }: Continuity): CalotypeError {
-  if (error.reason !== "UNREACHABLE" || news === 0) return error;
-  return new CalotypeError("UNAVAILABLE", "The connection was lost.", { reason: "CONNECTION_LOST", cause: error });
+function openNext(calls: StreamCalls, resumption: Resumption, timeout: number | undefined): OpenStream {
+  const { seed, generationId = "", sequence } = resumption.continuity;
+  resumption.start();
+  return resumption.generates && calls.generate
+    ? calls.generate(seed, timeout)
+    : calls.watch(generationId, sequence, timeout);
 }
 
-/** What passes by itself. After a restart everybody comes back at once, and begins again what was lost. */
-const PASSING = [
-  "STREAM_INCOMPLETE",
-  "QUEUE_FULL",
-  "REQUESTS_PER_MINUTE",
-  "PIXEL_STEPS_PER_MINUTE",
-  "CONCURRENT_GENERATIONS",
-];
-
-/** Whether another connection may help. */
-function isLost({ code, reason }: CalotypeError): boolean {
-  return code === "UNAVAILABLE" || PASSING.includes(reason);
+/** Yields the new progress of one call. Returns why the call brought no final picture; undefined after success. */
+async function* readCall(
+  connection: Connection,
+  resumption: Resumption,
+  leaveSignal: AbortSignal,
+): AsyncGenerator<Progress, CallFailure | undefined, undefined> {
+  const assembler = new Assembler();
+  let replaces: string | undefined;
+  try {
+    for (let message = await connection.next(); message; message = await connection.next()) {
+      const progress = assembler.feed(message);
+      const { error, endedByServer } = assembler;
+      if (endedByServer && error && resumption.shouldReplace(error, message.generationId)) {
+        replaces = message.generationId;
+        break;
+      }
+      const news = progress && resumption.continuity.accept(progress);
+      if (news) yield news;
+      if (assembler.ended) await connection.drain();
+    }
+    assembler.close();
+  } catch (thrown) {
+    if (!assembler.ended && leaveSignal.aborted) throw cancelledHere(leaveSignal.reason);
+    assembler.close(fromCall(thrown, connection.received));
+  } finally {
+    connection.close();
+  }
+  const { error, endedByServer } = assembler;
+  return error && { error, endedByServer, received: connection.received, replaces };
 }

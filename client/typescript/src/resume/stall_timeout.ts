@@ -1,17 +1,14 @@
-/** Notices services that fall silent. They promise a message every 10 s, also while a generation waits in the queue. */
+/** Detects a stalled service. The service sends a message at least every 10 s, also while a generation is queued. */
 
 import { CalotypeError } from "../errors.js";
 
-/** Seconds without a message after which a service counts as lost: twice what it promises. */
-export const STALL_TIMEOUT = 20;
-
 /**
- * Passes messages on.
+ * Yields the messages of a stream.
  *
- * @param seconds - How long to wait for each. `Infinity` means without limit.
- * @throws CalotypeError - UNAVAILABLE with the reason STALLED: the next one did not come in time. Its call goes on.
+ * @param seconds - Longest wait for each message. `Infinity` means no limit.
+ * @throws CalotypeError - UNAVAILABLE with the reason STALLED: no message arrived in time. The call itself stays open.
  */
-export async function* unlessSilent<T>(
+export async function* withStallTimeout<T>(
   messages: AsyncIterable<T>,
   seconds: number,
 ): AsyncGenerator<T, void, undefined> {
@@ -26,12 +23,12 @@ export async function* unlessSilent<T>(
 async function within<T>(promise: Promise<T>, seconds: number): Promise<T> {
   if (seconds === Number.POSITIVE_INFINITY) return promise;
   let timer: ReturnType<typeof setTimeout> | undefined;
-  const silence = new Promise<never>((_, reject) => {
-    const error = new CalotypeError("UNAVAILABLE", "The service has fallen silent.", { reason: "STALLED" });
+  const stall = new Promise<never>((_, reject) => {
+    const error = new CalotypeError("UNAVAILABLE", "The service has stalled.", { reason: "STALLED" });
     timer = setTimeout(() => reject(error), seconds * 1000);
   });
   try {
-    return await Promise.race([promise, silence]);
+    return await Promise.race([promise, stall]);
   } finally {
     clearTimeout(timer);
   }

@@ -1,4 +1,4 @@
-/** A service on a real socket that does what a test says, and tells what became of its calls. */
+/** A service on a real socket whose handlers are defined by the test. */
 
 import { createServer, type RequestListener } from "node:http";
 import type { AddressInfo, Socket } from "node:net";
@@ -13,17 +13,17 @@ import {
   ProgressSchema,
 } from "../src/gen/calotype/v1/calotype_pb.js";
 
-// For the tests of the page, which have no protobuf and no connect of their own.
+// For the tests of the page, which do not depend on protobuf and connect themselves.
 export { create } from "@bufbuild/protobuf";
 export { Code, ConnectError, type HandlerContext } from "@connectrpc/connect";
 
 export type Handlers = Partial<ServiceImpl<typeof GenerationService>>;
 
-export class Stub {
+export class StubServer {
   readonly #server;
   readonly #sockets = new Set<Socket>();
 
-  /** @param fallback - Answers what is not a call. */
+  /** @param fallback - Handles requests that are not calls. */
   constructor(handlers: Handlers, fallback?: RequestListener) {
     const routes = (router: ConnectRouter) => router.service(GenerationService, handlers);
     this.#server = createServer(connectNodeAdapter({ routes, ...(fallback && { fallback: fallback as never }) }));
@@ -35,13 +35,13 @@ export class Stub {
     return `http://127.0.0.1:${(this.#server.address() as AddressInfo).port}`;
   }
 
-  /** Cuts every connection, as a killed process does. */
-  cut(): void {
+  /** Closes every connection abruptly, like a killed process. */
+  dropConnections(): void {
     for (const socket of this.#sockets) socket.destroy();
   }
 
   async stop(): Promise<void> {
-    this.cut();
+    this.dropConnections();
     await new Promise((resolve) => this.#server.close(resolve));
   }
 }
@@ -71,8 +71,8 @@ export function final(bytes: Uint8Array = new Uint8Array([9]), chunkIndex = 0, c
   });
 }
 
-/** Waits until the caller has gone. */
-export function gone(context: HandlerContext): Promise<void> {
+/** Waits until the caller has disconnected. */
+export function disconnected(context: HandlerContext): Promise<void> {
   return new Promise((resolve) => {
     if (context.signal.aborted) resolve();
     context.signal.addEventListener("abort", () => resolve());

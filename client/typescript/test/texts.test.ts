@@ -1,21 +1,21 @@
 import { describe, expect, it } from "vitest";
-import { pick } from "../src/element/filmstrip.js";
+import { sample } from "../src/element/filmstrip.js";
 import { fileName } from "../src/element/options.js";
 import { announcement, duration, statusLine } from "../src/element/status_text.js";
 import { STATUS_CODES } from "../src/errors.js";
 import { CalotypeError, explain, initialState, type ViewState } from "../src/index.js";
 
-describe("errors in plain words", () => {
-  it.each(STATUS_CODES)("say what happened and what to do about %s", (code) => {
+describe("explanations of errors", () => {
+  it.each(STATUS_CODES)("have a title and advice for %s", (code) => {
     const { title, advice } = explain(new CalotypeError(code, "internal text"));
     for (const sentence of [title, advice]) expect(sentence).toMatch(/^[A-Z].*\.$/);
     expect(title + advice).not.toMatch(/internal text|gRPC|[A-Z]{2}_/);
   });
 
-  it("offer to go on when the connection was lost, but not to repeat what cannot work", () => {
+  it("offer to continue after a lost connection, but not to repeat an invalid request", () => {
     const explainReason = (reason: string) => explain(new CalotypeError("UNAVAILABLE", "", { reason }));
-    expect(explainReason("CONNECTION_LOST").retry).toBe("Go on");
-    expect(explainReason("DRAINING").retry).toBe("Go on");
+    expect(explainReason("CONNECTION_LOST").retry).toBe("Continue");
+    expect(explainReason("DRAINING").retry).toBe("Continue");
     expect(explain(new CalotypeError("INVALID_ARGUMENT", "")).retry).toBeUndefined();
   });
 });
@@ -23,17 +23,17 @@ describe("errors in plain words", () => {
 describe("the status line", () => {
   const running: ViewState = { ...initialState, status: "running", phase: "denoising", step: 7, totalSteps: 20 };
 
-  it("tells the place in the queue, the step, and the time left", () => {
+  it("has the position in the queue, the step, and the remaining time", () => {
     expect(statusLine({ ...running, phase: "queued", queuePosition: 3, remaining: 12.2 })).toBe(
-      "Place 3 in the queue · about 13 s left",
+      "Position 3 in the queue · about 13 s left",
     );
     expect(statusLine({ ...running, remaining: 3 })).toBe("Step 7 of 20 · about 3 s left");
-    expect(statusLine({ ...running, remaining: 0.2 })).toBe("Step 7 of 20 · almost there");
+    expect(statusLine({ ...running, remaining: 0.2 })).toBe("Step 7 of 20 · almost done");
     expect(statusLine(running)).toBe("Step 7 of 20");
   });
 
-  it("is calm while it reconnects, and tells what was finished early", () => {
-    expect(statusLine({ ...running, reconnecting: true })).toBe("Reconnecting; the picture goes on");
+  it("is neutral during a reconnect, and shows an early finish", () => {
+    expect(statusLine({ ...running, reconnecting: true })).toBe("Reconnecting; the picture will continue");
     expect(statusLine({ ...running, finishing: true, remaining: 11 })).toBe("Finishing the picture as it is");
     const picture = { data: new Uint8Array(), format: "png", width: 8, height: 8, kind: "final", step: 7 } as const;
     const early: ViewState = {
@@ -45,9 +45,9 @@ describe("the status line", () => {
     expect(statusLine(early)).toBe("Finished early, at step 7 of 20 · 8\u00a0×\u00a08\u00a0PNG");
   });
 
-  it("is announced a few times only", () => {
-    const said = new Set(Array.from({ length: 21 }, (_, step) => announcement({ ...running, step })));
-    expect([...said]).toEqual([0, 25, 50, 75].map((percent) => `Developing, ${percent} percent`));
+  it("is announced once per quarter", () => {
+    const announced = new Set(Array.from({ length: 21 }, (_, step) => announcement({ ...running, step })));
+    expect([...announced]).toEqual([0, 25, 50, 75].map((percent) => `Developing, ${percent} percent`));
   });
 
   it.each([
@@ -56,7 +56,7 @@ describe("the status line", () => {
     [75, "75 s"],
     [150, "3 min"],
     [9000, "3 h"],
-  ])("says %d seconds as %s", (seconds, text) => {
+  ])("formats %d seconds as %s", (seconds, text) => {
     expect(duration(seconds)).toBe(text);
   });
 });
@@ -67,16 +67,16 @@ describe("a file name", () => {
     ["../../etc/passwd", 1, "jpeg", "etc-passwd-1.jpg"],
     ["リンゴ", undefined, "webp", "リンゴ.webp"],
     ["?!", 0, "png", "calotype-0.png"],
-  ] as const)("is made of %s", (prompt, seed, format, name) => {
+  ] as const)("is derived from %s", (prompt, seed, format, name) => {
     expect(fileName(prompt, seed, format)).toBe(name);
   });
 });
 
 describe("the thumbnails", () => {
-  it("are picked at even distances, with both ends", () => {
-    expect(pick([1, 2, 3], 5)).toEqual([1, 2, 3]);
-    const picked = pick([...Array(100).keys()], 10);
-    expect(picked).toHaveLength(10);
-    expect([picked[0], picked.at(-1)]).toEqual([0, 99]);
+  it("are sampled at even distances, including both ends", () => {
+    expect(sample([1, 2, 3], 5)).toEqual([1, 2, 3]);
+    const sampled = sample([...Array(100).keys()], 10);
+    expect(sampled).toHaveLength(10);
+    expect([sampled[0], sampled.at(-1)]).toEqual([0, 99]);
   });
 });

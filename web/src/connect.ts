@@ -1,68 +1,72 @@
-/** Finds out what the service offers, however long that takes, and says so in plain words meanwhile. */
+/** Connects to the service: reads the model, retries until that succeeds, and shows problems in plain language. */
 
 import { CalotypeError, type Client, explain, type Model } from "calotype";
-import type { Keyhole } from "./key_prompt";
+import type { KeyPrompt } from "./key_prompt";
 
 const FIRST_WAIT_MS = 1_000;
-const LONGEST_WAIT_MS = 10_000;
+const MAX_WAIT_MS = 10_000;
 
-export interface Places {
-  /** Tells what is loaded. */
+export interface StatusElements {
+  /** Shows the loaded model. */
   readonly model: HTMLElement;
-  /** Tells what is wrong. */
-  readonly trouble: HTMLElement;
+  /** Shows why the service is not available. */
+  readonly problem: HTMLElement;
 }
 
 /**
- * Asks for the model until there is an answer.
+ * Asks the service for its model until it answers.
  *
- * @param onAdmitted - Called once, when calls need not fail for want of a key.
+ * @param onAuthenticated - Called once, as soon as no key is missing.
  */
 export async function connect(
   client: Client,
-  places: Places,
-  keyhole: Keyhole,
-  onAdmitted: () => void = () => {},
+  elements: StatusElements,
+  keyPrompt: KeyPrompt,
+  onAuthenticated: () => void = () => {},
 ): Promise<Model> {
-  let isAdmitted = false;
-  const admit = () => {
-    if (!isAdmitted) onAdmitted();
-    isAdmitted = true;
+  let isAuthenticated = false;
+  const authenticated = () => {
+    if (!isAuthenticated) onAuthenticated();
+    isAuthenticated = true;
   };
-  for (let wait = FIRST_WAIT_MS; ; wait = Math.min(wait * 1.5, LONGEST_WAIT_MS)) {
+  for (let wait = FIRST_WAIT_MS; ; wait = Math.min(wait * 1.5, MAX_WAIT_MS)) {
     try {
       const model = await client.getModel();
-      places.trouble.hidden = true;
-      keyhole.close();
-      admit();
-      describe(model, places.model);
+      elements.problem.hidden = true;
+      keyPrompt.close();
+      authenticated();
+      showModel(model, elements.model);
       return model;
     } catch (thrown) {
       if (!(thrown instanceof CalotypeError)) throw thrown;
-      const { title, advice } = explain(thrown);
-      const isLockedOut = thrown.code === "UNAUTHENTICATED";
-      const text = isLockedOut ? `${title} ${advice}` : `${title} ${advice} This page keeps trying.`;
-      if (places.trouble.textContent !== text) places.trouble.textContent = text;
-      places.trouble.hidden = false;
-      places.model.textContent = "No model yet";
-      if (isLockedOut) {
-        await keyhole.ask();
+      const needsKey = thrown.code === "UNAUTHENTICATED";
+      showProblem(thrown, needsKey, elements);
+      if (needsKey) {
+        await keyPrompt.ask();
         wait = FIRST_WAIT_MS;
         continue;
       }
-      admit();
+      authenticated();
       await pause(Math.max(wait, (thrown.retryAfter ?? 0) * 1000));
     }
   }
 }
 
-function describe(model: Model, place: HTMLElement): void {
-  const name = model.name.split("/").at(-1) || model.name;
-  place.textContent = `${name} on ${model.device}, ${model.width} × ${model.height}, ${model.steps} steps`;
-  place.title = `${model.pipeline}, ${model.dtype}, Calotype ${model.serverVersion}`;
+function showProblem(error: CalotypeError, needsKey: boolean, { model, problem }: StatusElements): void {
+  const { title, advice } = explain(error);
+  const text = needsKey ? `${title} ${advice}` : `${title} ${advice} This page retries automatically.`;
+  if (problem.textContent !== text) problem.textContent = text;
+  problem.hidden = false;
+  model.textContent = "No model yet";
 }
 
-/** Waits, and no longer once the page is looked at again or the network is back. */
+function showModel(model: Model, element: HTMLElement): void {
+  const name = model.name.split("/").at(-1) || model.name;
+  element.textContent = `${name} on ${model.device}, ${model.width} × ${model.height}, ${model.steps} steps`;
+  element.title = `${model.pipeline}, ${model.dtype}, Calotype ${model.serverVersion}`;
+}
+
+/** Waits. Returns early if the page becomes visible or the browser comes online. */
 function pause(milliseconds: number): Promise<void> {
   return new Promise((resolve) => {
     const controller = new AbortController();

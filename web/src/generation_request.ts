@@ -1,24 +1,24 @@
-/** What one print is asked to be, and the attributes of `<calotype-view>` that say so. */
+/** The request behind a print, and the attributes of `<calotype-view>` for it. */
 
 import type { GenerateOptions } from "calotype";
 
-export interface Wish {
+export interface GenerationRequest {
   readonly prompt: string;
   readonly options: GenerateOptions;
 }
 
-/** Returns `count` wishes: with a seed each its own, counted up from it; without, the service draws them. */
-export function copies(wish: Wish, count: number): readonly Wish[] {
-  const { seed } = wish.options;
-  return Array.from({ length: count }, (_, at) =>
+/** Returns `count` copies. If the request has a seed, the seeds count up from it; else the service chooses each. */
+export function copies(request: GenerationRequest, count: number): readonly GenerationRequest[] {
+  const { seed } = request.options;
+  return Array.from({ length: count }, (_, index) =>
     seed === undefined
-      ? wish
-      : { ...wish, options: { ...wish.options, seed: Math.min(seed + at, Number.MAX_SAFE_INTEGER) } },
+      ? request
+      : { ...request, options: { ...request.options, seed: Math.min(seed + index, Number.MAX_SAFE_INTEGER) } },
   );
 }
 
-/** The attributes for a wish; undefined ones are absent. */
-export function attributes({ prompt, options }: Wish): ReadonlyMap<string, string> {
+/** Returns the attributes for a request, without undefined ones. */
+export function attributes({ prompt, options }: GenerationRequest): ReadonlyMap<string, string> {
   const { preview, output } = options;
   const values: Record<string, string | number | undefined> = {
     prompt,

@@ -1,40 +1,40 @@
-/** Asks for the API key where the service wants one. It is kept in this tab alone, and never in an address. */
+/** Asks for the API key if the service requires one. The key stays in this tab and never becomes part of a URL. */
 
-const STORAGE = "calotype-key";
+const STORAGE_KEY = "calotype-key";
 
-export class Keyhole {
+export class KeyPrompt {
   readonly #form: HTMLFormElement;
   readonly #input: HTMLInputElement;
-  #asking: Promise<void> | undefined;
+  #answer: Promise<void> | undefined;
 
   constructor(form: HTMLFormElement) {
     this.#form = form;
     this.#input = form.querySelector("input") as HTMLInputElement;
   }
 
-  /** The key that was entered, if one was. */
+  /** The key that the user entered, if any. */
   get key(): string | undefined {
-    return sessionStorage.getItem(STORAGE) ?? undefined;
+    return sessionStorage.getItem(STORAGE_KEY) ?? undefined;
   }
 
-  /** Shows the form until a key is entered, and puts the cursor into it. */
+  /** Shows the form, moves the focus to it, and waits until the user enters a key. */
   ask(): Promise<void> {
-    this.#asking ??= new Promise((resolve) => {
+    this.#answer ??= new Promise((resolve) => {
       this.#form.hidden = false;
       this.#input.focus();
       const submit = (event: Event) => {
         event.preventDefault();
-        sessionStorage.setItem(STORAGE, this.#input.value.trim());
+        sessionStorage.setItem(STORAGE_KEY, this.#input.value.trim());
         this.#input.value = "";
-        this.#asking = undefined;
+        this.#answer = undefined;
         resolve();
       };
       this.#form.addEventListener("submit", submit, { once: true });
     });
-    return this.#asking;
+    return this.#answer;
   }
 
-  /** Takes the form away: the key was right, or none is wanted. */
+  /** Hides the form, once the service accepts calls. */
   close(): void {
     if (this.#form.hidden) return;
     this.#form.hidden = true;

@@ -1,58 +1,57 @@
-/** What this tab shows, kept for as long as the tab lives, so that a reload loses nothing. */
+/** The prints of this tab, in `sessionStorage`, so that they survive a reload. */
 
-import type { Wish } from "./generation_request";
+import type { GenerationRequest } from "./generation_request";
 
-/** A print as it is kept. */
-export interface Entry {
-  /** The request's id: beginning it twice gives one generation. */
+export interface SavedPrint {
+  /** Id of the request. Sending it twice starts only one generation. */
   readonly requestId: string;
-  /** Its generation, once that is known. */
+  /** Id of the generation, once it is known. */
   readonly generationId?: string | undefined;
-  /** What was asked for; undefined for one that somebody else has begun. */
-  readonly wish?: Wish | undefined;
+  /** Undefined for a generation started elsewhere. */
+  readonly request?: GenerationRequest | undefined;
 }
 
-const KEY = "calotype.prints";
+const STORAGE_KEY = "calotype.prints";
 
-export class Album {
-  readonly #entries: Map<string, Entry>;
+export class SavedPrints {
+  readonly #prints: Map<string, SavedPrint>;
 
   constructor() {
-    this.#entries = new Map(read().map((entry) => [entry.requestId, entry]));
+    this.#prints = new Map(load().map((print) => [print.requestId, print]));
   }
 
-  /** Everything that is kept, oldest first. */
-  get entries(): readonly Entry[] {
-    return [...this.#entries.values()];
+  /** All saved prints, oldest first. */
+  get all(): readonly SavedPrint[] {
+    return [...this.#prints.values()];
   }
 
-  /** Keeps an entry, in place of an older one of the same request. */
-  keep(entry: Entry): void {
-    this.#entries.set(entry.requestId, entry);
-    this.#write();
+  /** Saves a print. Replaces an older one with the same request id. */
+  save(print: SavedPrint): void {
+    this.#prints.set(print.requestId, print);
+    this.#store();
   }
 
-  get(requestId: string): Entry | undefined {
-    return this.#entries.get(requestId);
+  get(requestId: string): SavedPrint | undefined {
+    return this.#prints.get(requestId);
   }
 
-  forget(requestId: string): void {
-    if (this.#entries.delete(requestId)) this.#write();
+  remove(requestId: string): void {
+    if (this.#prints.delete(requestId)) this.#store();
   }
 
-  #write(): void {
+  #store(): void {
     try {
-      sessionStorage.setItem(KEY, JSON.stringify(this.entries));
+      sessionStorage.setItem(STORAGE_KEY, JSON.stringify(this.all));
     } catch {
-      // No room, or not allowed: the page works all the same, until it is reloaded.
+      // The storage is full or disabled. The page works nevertheless, but a reload loses its prints.
     }
   }
 }
 
-function read(): readonly Entry[] {
+function load(): readonly SavedPrint[] {
   try {
-    const kept: unknown = JSON.parse(sessionStorage.getItem(KEY) ?? "[]");
-    return Array.isArray(kept) ? kept.filter(({ requestId }) => typeof requestId === "string") : [];
+    const saved: unknown = JSON.parse(sessionStorage.getItem(STORAGE_KEY) ?? "[]");
+    return Array.isArray(saved) ? saved.filter(({ requestId }) => typeof requestId === "string") : [];
   } catch {
     return [];
   }

@@ -1,4 +1,4 @@
-/** The classic grpc-web client of Google in text mode, which streams over XMLHttpRequest. Runs in the browser. */
+/** Google's grpc-web client in text mode, which streams over XMLHttpRequest. Runs in the browser. */
 
 import { create, fromBinary, type MessageShape, toBinary } from "@bufbuild/protobuf";
 import { GenerateRequestSchema, Phase, ProgressSchema } from "calotype/wire";
@@ -21,13 +21,13 @@ const METHOD = new MethodDescriptor<Request, Reply>(
 );
 
 export interface Outcome {
-  /** Phase of every message, and the length of its picture. */
+  /** Phase and picture size of every message. */
   readonly messages: { readonly phase: string; readonly bytes: number }[];
   readonly status: Status | undefined;
   readonly error: { readonly code: number; readonly message: string } | undefined;
 }
 
-/** Generates, and leaves after `leaveAfter` messages, if that many come. */
+/** Generates a picture. Cancels the call after `leaveAfter` messages. */
 export function generate(prompt: string, stepCount: number, leaveAfter = Number.POSITIVE_INFINITY): Promise<Outcome> {
   const client = new GrpcWebClientBase({ format: "text" });
   const request = create(GenerateRequestSchema, { prompt, stepCount, seed: 1n });
@@ -43,8 +43,8 @@ export function generate(prompt: string, stepCount: number, leaveAfter = Number.
       stream.cancel();
       done();
     });
-    stream.on("status", (told) => {
-      status = told;
+    stream.on("status", (received) => {
+      status = received;
     });
     stream.on("error", done);
     stream.on("end", () => done());

@@ -1,4 +1,4 @@
-/** The page, served as the service serves it, in front of a service that does what a test says. */
+/** The built page and a service whose behavior is defined by the test. */
 
 import { readFile } from "node:fs/promises";
 import type { RequestListener } from "node:http";
@@ -18,12 +18,12 @@ import {
   Code,
   ConnectError,
   create,
+  disconnected,
   final as finalMessage,
-  gone,
   type HandlerContext,
   type Handlers,
   preview as previewMessage,
-  Stub,
+  StubServer,
 } from "../../client/typescript/test/stub_server.js";
 
 export * from "../../client/typescript/src/gen/calotype/v1/calotype_pb.js";
@@ -31,16 +31,16 @@ export * from "../../client/typescript/src/gen/google/rpc/error_details_pb.js";
 export {
   Code,
   ConnectError,
-  gone,
+  disconnected,
   type HandlerContext,
   type Handlers,
   progress,
-  Stub,
+  StubServer,
 } from "../../client/typescript/test/stub_server.js";
 
 const PAGE = new URL("../../service/calotype_server/page/", import.meta.url).pathname;
 
-/** As strict as the service's own. */
+/** The content security policy of the service. */
 const POLICY =
   "default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; img-src 'self' blob:; connect-src 'self'; " +
   "base-uri 'none'; form-action 'self'; frame-ancestors 'none'; require-trusted-types-for 'script'";
@@ -90,15 +90,15 @@ export const MODEL = create(ModelSchema, {
   maxPreviewQuality: 75,
 });
 
-/** Serves the page until the test has finished. */
-export async function pretend(handlers: Handlers): Promise<{ url: string; stub: Stub }> {
-  const stub = new Stub({ getModel: () => MODEL, ...handlers }, servePage);
+/** Serves the page and these handlers until the test has finished. */
+export async function serveScripted(handlers: Handlers): Promise<{ url: string; stub: StubServer }> {
+  const stub = new StubServer({ getModel: () => MODEL, ...handlers }, servePage);
   const url = await stub.start();
   onTestFinished(() => stub.stop());
   return { url, stub };
 }
 
-/** A preview in a colour of its own. */
+/** A preview whose picture is different at every step. */
 export function preview(step: number) {
   const message = previewMessage(step, png(64, 48, step));
   return { ...message, imageFormat: ImageFormat.PNG, widthPx: 64, heightPx: 48, totalSteps: 8 };
@@ -108,22 +108,22 @@ export function final() {
   return { ...finalMessage(png(64, 48, 8)), widthPx: 64, heightPx: 48, step: 8, imageStep: 8, totalSteps: 8 };
 }
 
-/** A generation that tells what a test says, to everybody who follows it. */
-export class Played {
+/** A generation whose messages are defined by the test. It sends them to every reader. */
+export class ScriptedGeneration {
   readonly requests: GenerateRequest[] = [];
   readonly cancelled: string[] = [];
-  /** Whether the service has forgotten it. */
-  forgotten = false;
-  /** Whether the service answers nobody who comes back. */
-  away = false;
-  readonly #log: Progress[] = [];
-  #news = new Gate();
+  /** Whether the service no longer has the generation. */
+  isLost = false;
+  /** Whether the service rejects readers that reconnect. */
+  isUnavailable = false;
+  readonly #events: Progress[] = [];
+  #changed = new Gate();
 
-  /** Tells a message. */
-  tell(...messages: Progress[]): void {
-    this.#log.push(...messages);
-    this.#news.open();
-    this.#news = new Gate();
+  /** Sends messages to all readers. */
+  send(...messages: Progress[]): void {
+    this.#events.push(...messages);
+    this.#changed.open();
+    this.#changed = new Gate();
   }
 
   readonly handlers: Handlers = {
@@ -132,8 +132,8 @@ export class Played {
       return this.#follow(0n, context);
     },
     watch: ({ generationId, afterSequence }, context) => {
-      if (this.away) throw new ConnectError("", Code.Unavailable);
-      if (this.forgotten || generationId !== "g") throw new ConnectError("", Code.NotFound);
+      if (this.isUnavailable) throw new ConnectError("", Code.Unavailable);
+      if (this.isLost || generationId !== "g") throw new ConnectError("", Code.NotFound);
       return this.#follow(afterSequence, context);
     },
     cancel: ({ generationId }) => {
@@ -141,8 +141,8 @@ export class Played {
       return {};
     },
     finish: () => {
-      const last = this.#log.at(-1);
-      this.tell({ ...final(), sequence: 99n, step: last?.step ?? 0, finishedEarly: true });
+      const last = this.#events.at(-1);
+      this.send({ ...final(), sequence: 99n, step: last?.step ?? 0, finishedEarly: true });
       return {};
     },
     listGenerations: () => ({ generations: [{ generationId: "g", prompt: this.requests[0]?.prompt ?? "" }] }),
@@ -151,19 +151,19 @@ export class Played {
   async *#follow(afterSequence: bigint, context: HandlerContext) {
     let sequence = afterSequence;
     for (;;) {
-      const news = this.#news.opened;
-      for (const message of this.#log.filter((each) => each.sequence > sequence)) {
+      const changed = this.#changed.opened;
+      for (const message of this.#events.filter((each) => each.sequence > sequence)) {
         yield message;
         sequence = message.sequence;
         if (message.phase === Phase.SUCCEEDED) return;
       }
-      await Promise.race([news, gone(context)]);
+      await Promise.race([changed, disconnected(context)]);
       if (context.signal.aborted) return;
     }
   }
 }
 
-/** Something that a test opens when it is time. */
+/** A promise that the test resolves with `open`. */
 export class Gate {
   readonly opened: Promise<void>;
   open: () => void = () => {};
@@ -175,7 +175,7 @@ export class Gate {
   }
 }
 
-/** A picture file: a sun that rises with the step. */
+/** Returns a PNG file of a sun that rises with the step. */
 function png(width: number, height: number, step: number): Uint8Array {
   const rows = Buffer.alloc(height * (1 + width * 3));
   for (let y = 0; y < height; y += 1) {

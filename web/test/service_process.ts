@@ -1,4 +1,4 @@
-/** `calotype serve` as a process of its own, with the bundled model. */
+/** Processes of `calotype serve` with the bundled model, and of `calotype bridge`. */
 
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
@@ -11,7 +11,7 @@ import { createClient, type GenerationSummary } from "calotype";
 const ROOT = new URL("../../", import.meta.url).pathname;
 const PYTHON = process.env.CALOTYPE_PYTHON ?? `${ROOT}.venv/bin/python`;
 
-/** Shared, so that only the first service measures its model. */
+/** Shared by the services of a test file, so that only the first one fits its preview head. */
 const CACHE = mkdtempSync(join(tmpdir(), "calotype-"));
 
 interface LogLine {
@@ -21,46 +21,47 @@ interface LogLine {
 }
 
 export class Service {
-  /** Where it serves the page, such as http://127.0.0.1:8080. */
+  /** Address of the page, such as http://127.0.0.1:8080. */
   url = "";
-  /** Where it serves native gRPC; empty for a bridge. */
+  /** Address of native gRPC; empty for a bridge. */
   address = "";
   readonly log: LogLine[] = [];
   readonly #process: ChildProcess;
   readonly #output: string[] = [];
-  #woken: () => void = () => {};
+  #onLine: () => void = () => {};
 
   private constructor(command: string, webAddress: string, flags: readonly string[]) {
     if (!existsSync(PYTHON)) throw new Error(`${PYTHON} is missing: run \`make test-web\`, or set CALOTYPE_PYTHON.`);
-    const own = ["-m", "calotype", command, "--web-address", webAddress, "--log-format", "json"];
-    this.#process = spawn(PYTHON, [...own, ...flags], {
+    const baseFlags = ["-m", "calotype", command, "--web-address", webAddress, "--log-format", "json"];
+    this.#process = spawn(PYTHON, [...baseFlags, ...flags], {
       env: { ...process.env, HF_HUB_OFFLINE: "1", OMP_WAIT_POLICY: "PASSIVE" },
       stdio: ["ignore", "pipe", "pipe"],
     });
   }
 
-  /** Starts it, and waits until it takes requests. */
+  /** Starts a service with one thread, and waits until it accepts requests. */
   static async start(flags: readonly string[] = [], webAddress = "127.0.0.1:0"): Promise<Service> {
-    const own = ["--grpc-address", "127.0.0.1:0", "--cache-dir", CACHE];
-    const service = new Service("serve", webAddress, [...own, ...flags]);
-    await service.#listen();
+    // A fixed number of threads saves the measurement at the start, and leaves a core for the browser.
+    const baseFlags = ["--grpc-address", "127.0.0.1:0", "--cache-dir", CACHE, "--threads", "1"];
+    const service = new Service("serve", webAddress, [...baseFlags, ...flags]);
+    await service.#waitUntilReady();
     return service;
   }
 
-  /** Starts a bridge to others. */
+  /** Starts a bridge to other servers. */
   static async bridge(upstreams: readonly string[]): Promise<Service> {
     const bridge = new Service("bridge", "127.0.0.1:0", ["--upstream", upstreams.join(",")]);
-    await bridge.#listen();
+    await bridge.#waitUntilReady();
     return bridge;
   }
 
-  async #listen(): Promise<void> {
+  async #waitUntilReady(): Promise<void> {
     const { stdout, stderr } = this.#process;
-    if (!stdout || !stderr) throw new Error("no pipes");
+    if (!stdout || !stderr) throw new Error("The process has no pipes.");
     createInterface({ input: stderr }).on("line", (line) => {
       this.#output.push(line);
       if (line.startsWith("{")) this.log.push(JSON.parse(line) as LogLine);
-      this.#woken();
+      this.#onLine();
     });
     for await (const line of createInterface({ input: stdout })) {
       this.#output.push(line);
@@ -68,35 +69,35 @@ export class Service {
       this.url = /https?:\/\/\S+/.exec(line)?.[0].replace(/\/$/, "") ?? this.url;
       if (line.includes("Ctrl-C")) return;
     }
-    throw new Error(`the service did not start:\n${this.#output.join("\n")}`);
+    throw new Error(`The service did not start:\n${this.#output.join("\n")}`);
   }
 
-  /** What was logged of generations that ended, but for those that the service makes for itself when it starts. */
+  /** The log lines of ended generations, without the warm-up generations at the start. */
   get ended(): readonly LogLine[] {
     return this.log.filter(({ event }) => event === "generation ended").slice(WARM_UPS);
   }
 
-  /** Waits until `count` generations have ended, and returns how the last of them did. */
+  /** Waits until `count` generations have ended. Returns the outcome of the last one. */
   async outcome(count: number): Promise<string | undefined> {
     while (this.ended.length < count) {
       await new Promise<void>((resolve) => {
-        this.#woken = resolve;
+        this.#onLine = resolve;
       });
     }
     return this.ended[count - 1]?.outcome;
   }
 
-  /** Stops it where it is: its connections stay, and nothing answers. */
+  /** Suspends the process: its connections stay open, and nothing responds. */
   freeze(): void {
     this.#process.kill("SIGSTOP");
   }
 
-  /** Lets it go on. */
+  /** Resumes the process after `freeze`. */
   thaw(): void {
     this.#process.kill("SIGCONT");
   }
 
-  /** Ends it at once, as a crash does. */
+  /** Kills the process, like a crash. */
   async kill(): Promise<void> {
     if (this.#process.exitCode !== null || this.#process.signalCode !== null) return;
     this.#process.kill("SIGKILL");
@@ -106,11 +107,11 @@ export class Service {
 
 const WARM_UPS = 2;
 
-/** Of every picture that is compared. */
+/** The prompt of every picture that tests compare. */
 export const PROMPT = "octopus";
 
-/** The fingerprint of the picture that a service makes undisturbed. */
-export async function picture(service: Service, seed: number, steps: number): Promise<number> {
+/** Returns the fingerprint of a picture that the service generates without any disturbance. */
+export async function pictureFingerprint(service: Service, seed: number, steps: number): Promise<number> {
   return fingerprint((await createClient(service.url).generate(PROMPT, { seed, steps }).result()).data);
 }
 
@@ -120,12 +121,12 @@ export async function list(service: Service): Promise<GenerationSummary[]> {
   return summaries;
 }
 
-/** Of the service that has a generation. */
-export function tag({ generationId }: { readonly generationId: string }): string {
+/** Returns the tag of the server that runs a generation: the first part of the generation's id. */
+export function serverTag({ generationId }: { readonly generationId: string }): string {
   return generationId.split(".")[0] ?? "";
 }
 
-/** As the recorder of browser.ts counts. */
+/** The same hash as in `RECORDER` of browser.ts. */
 export function fingerprint(data: Uint8Array): number {
   return data.reduce((hash, byte) => (hash * 31 + byte) >>> 0, 7);
 }

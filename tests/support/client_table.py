@@ -72,10 +72,10 @@ VITEST = {
         "openai-node streams": ["over HTTP OpenAI's SDK streams partial images"],
         "openai-node cancels": [_NODE_SDK],
         "openai-node errors": [_NODE_SDK],
-        "sse resumes": ["over HTTP an EventSource resumes after a lost connection, and does not reconnect after the end"],
-        "page errors": [
-            "the page, if something goes wrong, lists every invalid field with the label of the form"
+        "sse resumes": [
+            "over HTTP an EventSource resumes after a lost connection, and does not reconnect after the end"
         ],
+        "page errors": ["the page, if something goes wrong, lists every invalid field with the label of the form"],
     },
 }
 """Full names of the tests behind the cells, by the file of vitest's JSON."""

@@ -101,7 +101,7 @@ describe("over HTTP", () => {
     await page.evaluate(() => {
       const received = { ids: [] as string[], phases: [] as string[], opened: 0, state: -1, picture: 0 };
       Object.assign(window, { received });
-      const query = new URLSearchParams({ prompt: "a red apple", step_count: "150", images: "url" });
+      const query = new URLSearchParams({ prompt: "a red apple", step_count: "60", images: "url" });
       const source = new EventSource(`/v1/generate?${query}`);
       source.onopen = () => {
         received.opened += 1;

@@ -13,7 +13,7 @@ import type { CallOptions, FollowOptions } from "./types.js";
 export interface CallHeaders {
   /**
    * API key, for a service that requires one. A function is called before each call, for a key that is entered later
-   * or changes. Everybody who uses a page can read its key: give each person their own, or call through your own server.
+   * or changes. Users of a page can read its key, so give each person their own, or call through your own server.
    */
   readonly apiKey?: string | (() => string | undefined);
   /** Sent with every call. */

@@ -88,11 +88,11 @@ describe("the limit on streams", () => {
   it("is never exceeded; streams wait in order, and those that were cancelled are skipped", async () => {
     const started: string[] = [];
     const running = new Map<string, () => void>();
-    const begins = new EventTarget();
+    const starts = new EventTarget();
     const stub = new StubServer({
       async *generate({ prompt }) {
         started.push(prompt);
-        begins.dispatchEvent(new Event(prompt));
+        starts.dispatchEvent(new Event(prompt));
         yield preview(1);
         await new Promise<void>((resolve) => running.set(prompt, resolve));
         yield final();

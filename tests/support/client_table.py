@@ -66,7 +66,7 @@ VITEST = {
         ],
         "page cancels": ["with the bundled model cancelling on the page ends the work on the server"],
         "page resumes": [
-            "the page resumes and shows the same picture after the service is killed and restarted",
+            "the page resumes and shows the same picture after the service is killed and replaced by a new process",
             "with the bundled model a picture continues after a reload, and is the same as without one",
         ],
         "openai-node streams": ["over HTTP OpenAI's SDK streams partial images"],

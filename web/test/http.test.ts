@@ -1,47 +1,13 @@
 /** The HTTP API from JavaScript: OpenAI's SDK in Node, and a browser's own EventSource and WebSocket. */
 
-import { type AddressInfo, connect, createServer, type Server, type Socket } from "node:net";
 import OpenAI from "openai";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { allowConsole, openPage } from "./browser.js";
 import { Service } from "./service_process.js";
+import { TcpProxy } from "./tcp_proxy.js";
 
 const PNG = "iVBORw0KGgo";
 const JPEG = "/9j/";
-
-/** A TCP proxy in front of the service whose connections the test can drop. */
-class TcpProxy {
-  url = "";
-  readonly #sockets = new Set<Socket>();
-  readonly #server: Server;
-
-  constructor(target: string) {
-    const { hostname, port } = new URL(target);
-    this.#server = createServer((client) => {
-      const upstream = connect(Number(port), hostname);
-      for (const socket of [client, upstream]) {
-        this.#sockets.add(socket);
-        socket.on("error", () => socket.destroy()).on("close", () => this.#sockets.delete(socket));
-      }
-      client.pipe(upstream).pipe(client);
-    });
-  }
-
-  async listen(): Promise<this> {
-    await new Promise<void>((resolve) => this.#server.listen(0, "127.0.0.1", resolve));
-    this.url = `http://127.0.0.1:${(this.#server.address() as AddressInfo).port}`;
-    return this;
-  }
-
-  dropConnections(): void {
-    for (const socket of this.#sockets) socket.destroy();
-  }
-
-  close(): void {
-    this.dropConnections();
-    this.#server.close();
-  }
-}
 
 describe("over HTTP", () => {
   let service: Service;

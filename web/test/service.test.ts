@@ -2,13 +2,13 @@ import { readFile } from "node:fs/promises";
 import { CalotypeError, createClient, type Progress } from "calotype";
 import type { Page } from "playwright-core";
 import { build, defaultClientConditions, type Rolldown } from "vite";
-import { afterAll, beforeAll, describe, expect, it } from "vitest";
+import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
 import { allowConsole, develop, expectAccessible, openPage, recorded, screenshot, waitForText } from "./browser.js";
 import type { Outcome } from "./google_grpc_web.js";
 import { fingerprint, Service } from "./service_process.js";
 
 /** Enough steps for a test to act before the end. */
-const MANY = 150;
+const MANY = 120;
 
 /** Steps of generations that do not end before a test does. */
 const LONG = 1000;
@@ -27,6 +27,8 @@ describe("with the bundled model", () => {
   beforeAll(async () => {
     service = await Service.start(["--max-step-count", String(LONG)]);
   });
+
+  afterEach(() => service.cancelAll());
 
   afterAll(() => service?.kill());
 
@@ -97,7 +99,9 @@ describe("with the bundled model", () => {
     await expect.poll(async () => (await recorded(page)).shown.at(-1)?.kind).toBe("final");
     const { shown } = await recorded(page);
     expect(shown.filter(({ kind }) => kind === "predicted").length).toBeGreaterThan(0);
-    const { data } = await createClient(service.url).generate("octopus", { seed: 5, steps: MANY }).result();
+    const { data } = await createClient(service.url)
+      .generate("octopus", { seed: 5, steps: MANY, preview: { method: "none" } })
+      .result();
     expect(shown.at(-1)?.fingerprint).toBe(fingerprint(data));
     await page.reload();
     await waitForText(page, /^Finished/);
@@ -114,7 +118,7 @@ describe("with the bundled model", () => {
     await waitForText(other, "sailboat");
     await waitForText(other, /^Step [2-9]\d of/);
     await other.getByRole("button", { name: "Good enough" }).click();
-    const early = /^Finished early, at step \d+ of 150, in .* 128\s×\s128\sPNG/;
+    const early = /^Finished early, at step \d+ of 120, in .* 128\s×\s128\sPNG/;
     await Promise.all([waitForText(page, early), waitForText(other, early)]);
     const last = async (tab: Page) => (await recorded(tab)).shown.at(-1);
     for (const tab of [page, other]) await expect.poll(async () => (await last(tab))?.kind).toBe("final");

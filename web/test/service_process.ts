@@ -6,7 +6,8 @@ import { existsSync, mkdtempSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createInterface } from "node:readline";
-import { createClient, type GenerationSummary } from "calotype";
+import { createClient, type GenerationSummary, isEnd } from "calotype";
+import { expect } from "vitest";
 
 const ROOT = new URL("../../", import.meta.url).pathname;
 const PYTHON = process.env.CALOTYPE_PYTHON ?? `${ROOT}.venv/bin/python`;
@@ -30,9 +31,9 @@ export class Service {
   readonly #output: string[] = [];
   #onLine: () => void = () => {};
 
-  private constructor(command: string, webAddress: string, flags: readonly string[]) {
+  private constructor(command: string, flags: readonly string[]) {
     if (!existsSync(PYTHON)) throw new Error(`${PYTHON} is missing: run \`make test-web\`, or set CALOTYPE_PYTHON.`);
-    const baseFlags = ["-m", "calotype", command, "--web-address", webAddress, "--log-format", "json"];
+    const baseFlags = ["-m", "calotype", command, "--web-address", "127.0.0.1:0", "--log-format", "json"];
     this.#process = spawn(PYTHON, [...baseFlags, ...flags], {
       env: { ...process.env, HF_HUB_OFFLINE: "1", OMP_WAIT_POLICY: "PASSIVE" },
       stdio: ["ignore", "pipe", "pipe"],
@@ -40,17 +41,17 @@ export class Service {
   }
 
   /** Starts a service with one thread, and waits until it accepts requests. */
-  static async start(flags: readonly string[] = [], webAddress = "127.0.0.1:0"): Promise<Service> {
+  static async start(flags: readonly string[] = []): Promise<Service> {
     // A fixed number of threads saves the measurement at the start, and leaves a core for the browser.
     const baseFlags = ["--grpc-address", "127.0.0.1:0", "--cache-dir", CACHE, "--threads", "1"];
-    const service = new Service("serve", webAddress, [...baseFlags, ...flags]);
+    const service = new Service("serve", [...baseFlags, ...flags]);
     await service.#waitUntilReady();
     return service;
   }
 
   /** Starts a bridge to other servers. */
   static async bridge(upstreams: readonly string[]): Promise<Service> {
-    const bridge = new Service("bridge", "127.0.0.1:0", ["--upstream", upstreams.join(",")]);
+    const bridge = new Service("bridge", ["--upstream", upstreams.join(",")]);
     await bridge.#waitUntilReady();
     return bridge;
   }
@@ -87,6 +88,14 @@ export class Service {
     return this.ended[count - 1]?.outcome;
   }
 
+  /** Cancels all generations, and waits until they have ended, so that a test does not slow the next one. */
+  async cancelAll(): Promise<void> {
+    const client = createClient(this.url);
+    const active = (await list(this)).filter(({ phase }) => !isEnd(phase)).map(({ generationId }) => generationId);
+    await Promise.all(active.map((id) => client.cancel(id)));
+    await expect.poll(() => active.filter((id) => !this.ended.some(({ generation }) => generation === id))).toEqual([]);
+  }
+
   /** Suspends the process: its connections stay open, and nothing responds. */
   freeze(): void {
     this.#process.kill("SIGSTOP");
@@ -112,7 +121,8 @@ export const PROMPT = "octopus";
 
 /** Returns the fingerprint of a picture that the service generates without any disturbance. */
 export async function pictureFingerprint(service: Service, seed: number, steps: number): Promise<number> {
-  return fingerprint((await createClient(service.url).generate(PROMPT, { seed, steps }).result()).data);
+  const options = { seed, steps, preview: { method: "none" } } as const;
+  return fingerprint((await createClient(service.url).generate(PROMPT, options).result()).data);
 }
 
 export async function list(service: Service): Promise<GenerationSummary[]> {

@@ -88,8 +88,9 @@ describe("with the bundled model", () => {
   });
 
   it("a picture continues after a reload, and is the same as without one", async () => {
+    const steps = 80;
     const page = await openPage(service.url);
-    await develop(page, "octopus", { Seed: 5, Steps: MANY });
+    await develop(page, "octopus", { Seed: 5, Steps: steps });
     await waitForText(page, /^Step [1-9]\d* of/);
     await page.reload();
     await waitForText(page, "octopus");
@@ -100,7 +101,7 @@ describe("with the bundled model", () => {
     const { shown } = await recorded(page);
     expect(shown.filter(({ kind }) => kind === "predicted").length).toBeGreaterThan(0);
     const { data } = await createClient(service.url)
-      .generate("octopus", { seed: 5, steps: MANY, preview: { method: "none" } })
+      .generate("octopus", { seed: 5, steps, preview: { method: "none" } })
       .result();
     expect(shown.at(-1)?.fingerprint).toBe(fingerprint(data));
     await page.reload();

@@ -2,16 +2,16 @@ import { defaultClientConditions } from "vite";
 import { defineConfig } from "vitest/config";
 
 export default defineConfig({
-  // The page works under any prefix that a proxy puts before it.
+  // Relative URLs, so that a proxy can serve the page under any prefix.
   base: "./",
-  // The client package is used from its sources: nothing to build first.
+  // The client package is used from its sources, so it need not be built first.
   resolve: { conditions: ["source", ...defaultClientConditions] },
   build: {
-    // Inside the Python package, which serves it. Committed, so that only who changes the page needs Node.
+    // In the Python package, which serves the page. The output is committed, so only changes of the page require Node.
     outDir: process.env.PAGE_DIR ?? "../service/calotype_server/page",
     emptyOutDir: true,
     target: "es2022",
-    // data: URLs would need a weaker content security policy.
+    // No data: URLs, which would require a weaker content security policy.
     assetsInlineLimit: 0,
     modulePreload: { polyfill: false },
   },
@@ -21,9 +21,9 @@ export default defineConfig({
     include: ["test/**/*.test.ts"],
     testTimeout: 120_000,
     hookTimeout: 120_000,
-    // A busy machine is no reason to fail.
+    // Generous, so that tests pass on a busy machine.
     expect: { poll: { timeout: 60_000 } },
-    // Each file starts a browser and a service of its own.
-    fileParallelism: false,
+    // Each file starts its own browser, and some their own services. More files at once would slow each other down.
+    maxWorkers: 2,
   },
 });

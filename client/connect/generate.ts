@@ -1,4 +1,4 @@
-// Watches a picture form, with connect-node; Ctrl-C cancels it. See ../README.md.
+// Generates a picture with connect-node, and saves its previews; Ctrl-C cancels. See ../README.md.
 //
 //     node dist/generate.js [HOST:PORT [PROMPT [STEPS]]]
 import { writeFileSync } from "node:fs";
@@ -19,7 +19,7 @@ try {
     console.log(`PHASE_${Phase[progress.phase]} ${progress.step}/${progress.totalSteps}`);
     if (progress.imageKind === ImageKind.PREDICTED) writeFileSync(`preview-${progress.imageStep}.jpg`, progress.image);
     if (progress.imageKind !== ImageKind.FINAL) continue;
-    chunks.push(progress.image); // one, unless the file is larger than a message
+    chunks.push(progress.image); // one chunk, or several for a large file
     if (progress.chunkIndex + 1 === progress.chunkCount) writeFileSync("final.png", Buffer.concat(chunks));
   }
 } catch (reason) {

@@ -1,4 +1,4 @@
-// Watches a picture form; Ctrl-C cancels it. See ../README.md.
+// Generates a picture and saves its previews; Ctrl-C cancels. See ../README.md.
 //
 //     generate [HOST:PORT [PROMPT [STEPS]]]
 #include <csignal>
@@ -20,7 +20,7 @@ int main(int argc, char** argv) {
   request.set_prompt(argc > 2 ? argv[2] : "a red apple");
   if (argc > 3) request.set_step_count(std::stoi(argv[3]));
 
-  // A signal handler may not call gRPC, but a thread that waits for signals may: blocked here, before gRPC has threads.
+  // A signal handler must not call gRPC, so a thread waits for the signal. Block it before gRPC starts its threads.
   grpc::ClientContext context;
   sigset_t interrupt;
   sigemptyset(&interrupt);
@@ -41,7 +41,7 @@ int main(int argc, char** argv) {
     if (progress.image_kind() == IMAGE_KIND_PREDICTED)
       std::ofstream("preview-" + std::to_string(progress.image_step()) + ".jpg", std::ios::binary) << progress.image();
     if (progress.image_kind() != IMAGE_KIND_FINAL) continue;
-    file += progress.image();  // in one piece, unless it is larger than a message
+    file += progress.image();  // one chunk, or several for a large file
     if (progress.chunk_index() + 1 == progress.chunk_count()) std::ofstream("final.png", std::ios::binary) << file;
   }
 

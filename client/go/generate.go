@@ -1,4 +1,4 @@
-// Watches a picture form; Ctrl-C cancels it. See ../README.md.
+// Generates a picture and saves its previews; Ctrl-C cancels. See ../README.md.
 //
 //	generate [HOST:PORT [PROMPT [STEPS]]]
 package main
@@ -54,7 +54,7 @@ func main() {
 	os.Exit(1)
 }
 
-// generate follows a generation to its end and saves its pictures.
+// generate reads a generation to its end and saves its pictures.
 func generate(ctx context.Context, address string, request *pb.GenerateRequest) error {
 	connection, err := grpc.Dial(address, grpc.WithInsecure())
 	if err != nil {
@@ -79,7 +79,7 @@ func generate(ctx context.Context, address string, request *pb.GenerateRequest) 
 		case pb.ImageKind_IMAGE_KIND_PREDICTED:
 			err = os.WriteFile(fmt.Sprintf("preview-%d.jpg", progress.ImageStep), progress.Image, 0o644)
 		case pb.ImageKind_IMAGE_KIND_FINAL:
-			file = append(file, progress.Image...) // in one piece, unless it is larger than a message
+			file = append(file, progress.Image...) // one chunk, or several for a large file
 			if progress.ChunkIndex+1 == progress.ChunkCount {
 				err = os.WriteFile("final.png", file, 0o644)
 			}

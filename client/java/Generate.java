@@ -1,4 +1,4 @@
-// Watches a picture form; Ctrl-C cancels it. See ../README.md.
+// Generates a picture and saves its previews; Ctrl-C cancels. See ../README.md.
 //
 //     generate [HOST:PORT [PROMPT [STEPS]]]
 
@@ -25,7 +25,7 @@ public class Generate {
 
     var address = args.length > 0 ? args[0] : "localhost:50051";
     var channel = Grpc.newChannelBuilder(address, InsecureChannelCredentials.create()).build();
-    // Runs on Ctrl-C, too: to close the channel is to cancel what it carries.
+    // Also runs on Ctrl-C. Closing the channel cancels its calls.
     Runtime.getRuntime().addShutdownHook(new Thread(() -> close(channel)));
 
     var file = new ByteArrayOutputStream();
@@ -37,7 +37,7 @@ public class Generate {
         if (progress.getImageKind() == ImageKind.IMAGE_KIND_PREDICTED) {
           Files.write(Path.of("preview-" + progress.getImageStep() + ".jpg"), progress.getImage().toByteArray());
         } else if (progress.getImageKind() == ImageKind.IMAGE_KIND_FINAL) {
-          progress.getImage().writeTo(file); // in one piece, unless it is larger than a message
+          progress.getImage().writeTo(file); // one chunk, or several for a large file
           if (progress.getChunkIndex() + 1 == progress.getChunkCount()) {
             Files.write(Path.of("final.png"), file.toByteArray());
           }
@@ -58,7 +58,7 @@ public class Generate {
   private static void close(ManagedChannel channel) {
     try {
       channel.shutdownNow().awaitTermination(5, SECONDS);
-    } catch (InterruptedException impatient) {
+    } catch (InterruptedException interrupted) {
       Thread.currentThread().interrupt();
     }
   }

@@ -1,4 +1,4 @@
-// Watches a picture form, with grpc-js and proto-loader; Ctrl-C cancels it. See ../README.md.
+// Generates a picture with grpc-js and proto-loader, and saves its previews; Ctrl-C cancels. See ../README.md.
 //
 //     node generate.js [HOST:PORT [PROMPT [STEPS]]]
 import { writeFileSync } from "node:fs";
@@ -11,7 +11,7 @@ const protos = ["calotype/v1/calotype.proto", "google/rpc/status.proto", "google
 const includeDirs = [new URL("../../protos", import.meta.url).pathname, getProtoPath("..")];
 const types = loadSync(protos, { includeDirs, enums: String, longs: Number, defaults: true });
 
-/** The violations in a google.rpc.BadRequest, which is in the google.rpc.Status that comes with the trailers. */
+/** Returns the violations of an error, from the google.rpc.BadRequest in its google.rpc.Status (in the trailers). */
 function violations({ metadata }) {
   const details = metadata
     .get("grpc-status-details-bin")
@@ -31,7 +31,7 @@ try {
     console.log(phase, `${step}/${totalSteps}`);
     if (imageKind === "IMAGE_KIND_PREDICTED") writeFileSync(`preview-${imageStep}.jpg`, image);
     if (imageKind !== "IMAGE_KIND_FINAL") continue;
-    chunks.push(image); // one, unless the file is larger than a message
+    chunks.push(image); // one chunk, or several for a large file
     if (chunkIndex + 1 === chunkCount) writeFileSync("final.png", Buffer.concat(chunks));
   }
 } catch (error) {

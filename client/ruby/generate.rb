@@ -1,4 +1,4 @@
-# Watches a picture form; Ctrl-C cancels it. See ../README.md.
+# Generates a picture and saves its previews; Ctrl-C cancels. See ../README.md.
 #
 #     ruby -I ../../build/clients/ruby generate.rb [HOST:PORT [PROMPT [STEPS]]]
 require "calotype/v1/calotype_services_pb"
@@ -11,7 +11,7 @@ request.step_count = Integer(steps) if steps
 
 stub = Calotype::V1::GenerationService::Stub.new(address || "localhost:50051", :this_channel_is_insecure)
 call = stub.generate(request, return_op: true)
-# Ruby's signal handlers may not take locks, but a thread may.
+# A signal handler in Ruby must not take locks, so a thread cancels the call.
 trap("INT") { Thread.new { call.cancel } }
 
 file = "".b
@@ -23,7 +23,7 @@ begin
     when :IMAGE_KIND_PREDICTED
       File.binwrite("preview-#{progress.image_step}.jpg", progress.image)
     when :IMAGE_KIND_FINAL
-      file << progress.image # in one piece, unless it is larger than a message
+      file << progress.image # one chunk, or several for a large file
       File.binwrite("final.png", file) if progress.chunk_index + 1 == progress.chunk_count
     end
   end

@@ -45,37 +45,37 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- client table: made by `make client-table` -->\n", "<!-- end of the client table -->\n"
 PYTEST_RESULTS = ROOT / "build" / "proofs" / "pytest.json"
 
-_NODE_SDK = "over HTTP OpenAI's SDK gets its own errors, and leaving its stream cancels"
+_NODE_SDK = "over HTTP OpenAI's SDK raises its own errors, and leaving its stream cancels"
 
 VITEST = {
     "typescript.json": {
-        "typescript cancels": ["leaving by cancel() aborts the call while nothing arrives, and throws CANCELLED"],
+        "typescript cancels": ["leaving a generation by cancel() aborts a quiet call and throws CANCELLED"],
         "typescript resumes": [
-            "a connection that is lost is taken up again from the last message, with the same request id when all is "
-            "forgotten"
+            "a lost connection is resumed after the last message, with the same request id if the server lost the "
+            "generation"
         ],
     },
     "web.json": {
         "typescript streams": [
-            "with the bundled model the client streams in Node: progress, previews, the final picture"
+            "with the bundled model the client streams progress, previews and the final picture in Node"
         ],
-        "typescript errors": ["with the bundled model the client names every violation"],
+        "typescript errors": ["with the bundled model the client lists every violation"],
         "page streams": [
-            "with the bundled model a prompt becomes a picture: distinct previews in order, a full bar, a file, "
-            "a filmstrip"
+            "with the bundled model the page generates a picture: distinct previews in order, full progress, download "
+            "and filmstrip"
         ],
-        "page cancels": ["with the bundled model cancel ends the work on the server"],
+        "page cancels": ["with the bundled model cancelling on the page ends the work on the server"],
         "page resumes": [
-            "a service that is killed and started again: the page goes on by itself to the same picture",
-            "with the bundled model a picture goes on after a reload, and is the same that it would have been",
+            "the page resumes and shows the same picture after the service is killed and replaced by a new process",
+            "with the bundled model a picture continues after a reload, and is the same as without one",
         ],
         "openai-node streams": ["over HTTP OpenAI's SDK streams partial images"],
         "openai-node cancels": [_NODE_SDK],
         "openai-node errors": [_NODE_SDK],
-        "sse resumes": ["over HTTP an EventSource goes on after a broken link, and stays away after the end"],
-        "page errors": [
-            "when something goes wrong, the page names everything that the service refuses, in the words of the form"
+        "sse resumes": [
+            "over HTTP an EventSource resumes after a lost connection, and does not reconnect after the end"
         ],
+        "page errors": ["the page, if something goes wrong, lists every invalid field with the label of the form"],
     },
 }
 """Full names of the tests behind the cells, by the file of vitest's JSON."""

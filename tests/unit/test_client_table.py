@@ -63,7 +63,7 @@ def test_a_missing_test_of_vitest_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "pytest.json").write_text("{}", encoding="utf-8")
     (tmp_path / "web.json").write_text('{"testResults": []}', encoding="utf-8")
     monkeypatch.setattr(client_table, "PYTEST_RESULTS", tmp_path / "pytest.json")
-    with pytest.raises(SystemExit, match="cancel ends the work on the server"):
+    with pytest.raises(SystemExit, match="cancelling on the page ends the work on the server"):
         client_table.main(["--check"])
 
 

@@ -1,25 +1,25 @@
-/** The form: from what people type to wishes, within what the model can do. */
+/** The form: turns user input into requests, within the limits of the model. */
 
 import type { Model, PictureFormat, PreviewMethod } from "calotype";
-import { copies, type Wish } from "./wish";
+import { copies, type GenerationRequest } from "./generation_request";
 
-/** Names that the bundled model knows by heart. */
+/** Prompts that the bundled model was trained on. */
 const EXAMPLES = ["red apple", "fox", "hot air balloon", "octopus", "sailboat", "rose", "owl"];
 
 const METHODS: Readonly<Record<PreviewMethod, string>> = {
-  auto: "whatever is best",
-  head: "a quick sketch",
-  tiny_vae: "a small decoder",
-  full_vae: "the model itself",
+  auto: "automatic",
+  head: "fast sketch",
+  tiny_vae: "small decoder",
+  full_vae: "full decoder",
   none: "no previews",
 };
 
 export class Composer {
   readonly #form: HTMLFormElement;
-  readonly #develop: (wish: Wish) => void;
+  readonly #develop: (request: GenerationRequest) => void;
   #model: Model | undefined;
 
-  constructor(form: HTMLFormElement, develop: (wish: Wish) => void) {
+  constructor(form: HTMLFormElement, develop: (request: GenerationRequest) => void) {
     this.#form = form;
     this.#develop = develop;
     form.addEventListener("submit", (event) => {
@@ -27,14 +27,14 @@ export class Composer {
       this.#submit();
     });
     const prompt = this.#field("prompt") as HTMLTextAreaElement;
-    prompt.addEventListener("input", () => this.#fit());
+    prompt.addEventListener("input", () => this.#fitHeight());
     prompt.addEventListener("keydown", (event) => {
-      // Enter develops, Shift+Enter makes a new line; while an input method composes, Enter is its own.
+      // Enter submits, Shift+Enter inserts a line break. An input method that is composing handles Enter itself.
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       form.requestSubmit();
     });
-    // What is wrong must be seen, also where it is folded away.
+    // An invalid field must be visible, so unfold the section that contains it.
     form.addEventListener(
       "invalid",
       ({ target }) => (target as Element).closest("details")?.setAttribute("open", ""),
@@ -43,34 +43,34 @@ export class Composer {
     for (const name of ["width", "height"]) this.#field(name).addEventListener("input", () => this.#checkSize());
   }
 
-  /** Fills the form with the model's defaults and limits, and takes wishes from now on. */
-  open(model: Model): void {
+  /** Fills the form with the model's defaults and limits, and enables it. */
+  enable(model: Model): void {
     this.#model = model;
     const prompt = this.#field("prompt") as HTMLTextAreaElement;
     prompt.maxLength = model.maxPromptChars;
     this.#limit("width", model.width, model.sizeMultiple, undefined, model.sizeMultiple);
     this.#limit("height", model.height, model.sizeMultiple, undefined, model.sizeMultiple);
     this.#limit("steps", model.steps, 1, model.maxSteps);
-    this.#offer("guidance", model.guidanceScale !== undefined);
+    this.#setAvailable("guidance", model.guidanceScale !== undefined);
     if (model.guidanceScale !== undefined) this.#set("guidanceScale", String(Number(model.guidanceScale.toFixed(4))));
-    this.#offer("avoid", model.takesNegativePrompt);
+    this.#setAvailable("negative-prompt", model.takesNegativePrompt);
     this.#choose(
       "scheduler",
       model.schedulers.map((name) => [name, name.replace(/Scheduler$/, "")]),
       model.scheduler,
     );
-    this.#openPreviews(model);
+    this.#fillPreviewOptions(model);
     for (const control of this.#form.querySelectorAll<HTMLFieldSetElement | HTMLButtonElement>("#settings, #develop")) {
       control.disabled = false;
     }
     if (model.name === "bundled") this.#showExamples();
   }
 
-  /** Takes a wish over into the form and develops it again. */
-  again(wish: Wish): void {
-    const { options } = wish;
-    this.#set("prompt", wish.prompt);
-    this.#fit();
+  /** Copies a request into the form and develops it again. */
+  repeat(request: GenerationRequest): void {
+    const { options } = request;
+    this.#set("prompt", request.prompt);
+    this.#fitHeight();
     const values = { ...options, ...options.preview, format: options.output?.format };
     for (const name of [
       "seed",
@@ -84,12 +84,12 @@ export class Composer {
     ] as const) {
       if (values[name] !== undefined) this.#set(name, String(values[name]));
     }
-    this.#develop(wish);
+    this.#develop(request);
   }
 
-  /** A server that tells nothing of its previews decides alone. */
-  #openPreviews({ preview, previewMethods, maxPreviewEdge, maxPreviewQuality }: Model): void {
-    for (const label of this.#form.querySelectorAll(".preview")) this.#offer(label.id, preview !== undefined);
+  /** Without `Model.preview` the server does not offer preview options. */
+  #fillPreviewOptions({ preview, previewMethods, maxPreviewEdge, maxPreviewQuality }: Model): void {
+    for (const label of this.#form.querySelectorAll(".preview")) this.#setAvailable(label.id, preview !== undefined);
     if (!preview) return;
     this.#limit("everySteps", preview.everySteps, 1, 1000);
     this.#limit("maxEdge", preview.maxEdge, 16, maxPreviewEdge);
@@ -109,7 +109,7 @@ export class Composer {
     const model = this.#model;
     if (!model || text("prompt") === "") return;
     const negativePrompt = model.takesNegativePrompt && text("negativePrompt") ? text("negativePrompt") : undefined;
-    const wish: Wish = {
+    const request: GenerationRequest = {
       prompt: text("prompt"),
       options: {
         negativePrompt,
@@ -128,36 +128,38 @@ export class Composer {
         output: { format: text("format") as PictureFormat },
       },
     };
-    for (const copy of copies(wish, number("count") ?? 1)) this.#develop(copy);
+    for (const copy of copies(request, number("count") ?? 1)) this.#develop(copy);
   }
 
   #checkSize(): void {
     const width = this.#field("width") as HTMLInputElement;
     const height = this.#field("height") as HTMLInputElement;
-    const most = this.#model?.maxPixels ?? Number.POSITIVE_INFINITY;
-    const tooLarge = width.valueAsNumber * height.valueAsNumber > most;
-    height.setCustomValidity(tooLarge ? `Width times height may be at most ${most.toLocaleString("en")} pixels.` : "");
+    const maxPixels = this.#model?.maxPixels ?? Number.POSITIVE_INFINITY;
+    const tooLarge = width.valueAsNumber * height.valueAsNumber > maxPixels;
+    height.setCustomValidity(
+      tooLarge ? `Width × height must be at most ${maxPixels.toLocaleString("en")} pixels.` : "",
+    );
   }
 
   #showExamples(): void {
-    const place = this.#form.querySelector<HTMLElement>("#examples");
-    if (!place) return;
+    const container = this.#form.querySelector<HTMLElement>("#examples");
+    if (!container) return;
     for (const example of EXAMPLES) {
       const button = document.createElement("button");
       button.type = "button";
       button.textContent = example;
       button.addEventListener("click", () => {
         this.#set("prompt", example);
-        this.#fit();
+        this.#fitHeight();
         this.#form.requestSubmit();
       });
-      place.append(button);
+      container.append(button);
     }
-    place.hidden = false;
+    container.hidden = false;
   }
 
-  /** Makes the prompt's field as high as its text. */
-  #fit(): void {
+  /** Fits the height of the prompt field to its text. */
+  #fitHeight(): void {
     const field = this.#field("prompt");
     field.style.height = "auto";
     field.style.height = `${field.scrollHeight}px`;
@@ -177,13 +179,13 @@ export class Composer {
     select.value = value;
   }
 
-  /** Shows a field that the model has a use for; one that it has none for is neither shown nor checked. */
-  #offer(id: string, offered: boolean): void {
+  /** Shows a field that the model supports. Other fields are hidden and not validated. */
+  #setAvailable(id: string, available: boolean): void {
     const label = this.#form.querySelector<HTMLElement>(`#${id}`);
     if (!label) return;
-    label.hidden = !offered;
+    label.hidden = !available;
     for (const input of label.querySelectorAll<HTMLInputElement | HTMLSelectElement>("input, select"))
-      input.disabled = !offered;
+      input.disabled = !available;
   }
 
   #set(name: string, value: string): void {

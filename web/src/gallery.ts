@@ -1,108 +1,117 @@
-/** The prints, newest first. Those of this tab come back after a reload. */
+/** All prints of the page, newest first. The prints of this tab return after a reload. */
 
 import { type Client, isOver, newRequestId, type ViewState } from "calotype";
-import type { Album, Entry } from "./album";
+import type { GenerationRequest } from "./generation_request";
 import { Print } from "./print";
-import type { Wish } from "./wish";
+import type { SavedPrint, SavedPrints } from "./saved_prints";
 
-/** Finished prints beyond this many make room: each keeps its pictures in memory. */
-const MOST_PRINTS = 60;
+/** Every print keeps its pictures in memory. Above this number, the oldest finished prints are removed. */
+const MAX_PRINTS = 60;
 
 export class Gallery {
-  /** Called when somebody wants a print again, with its seed. */
-  onAgain: (wish: Wish) => void = () => {};
-  /** Called when the service asks for a key, or for another one. */
-  onLockedOut: () => void = () => {};
-  readonly #place: HTMLElement;
+  /** Called to generate a picture again; the request has the seed in use. */
+  onRepeat: (request: GenerationRequest) => void = () => {};
+  /** Called when the service requires a key, or rejects the current one. */
+  onUnauthenticated: () => void = () => {};
+  readonly #container: HTMLElement;
   readonly #template: HTMLTemplateElement;
-  readonly #blank: HTMLElement;
+  readonly #introduction: HTMLElement;
   readonly #client: Client;
-  readonly #album: Album;
+  readonly #saved: SavedPrints;
   readonly #prints = new Map<string, Print>();
-  #isAway = false;
+  #hasLeft = false;
 
-  constructor(place: HTMLElement, template: HTMLTemplateElement, blank: HTMLElement, client: Client, album: Album) {
-    this.#place = place;
+  /** @param introduction - Shown while there are no prints. */
+  constructor(
+    container: HTMLElement,
+    template: HTMLTemplateElement,
+    introduction: HTMLElement,
+    client: Client,
+    saved: SavedPrints,
+  ) {
+    this.#container = container;
     this.#template = template;
-    this.#blank = blank;
+    this.#introduction = introduction;
     this.#client = client;
-    this.#album = album;
+    this.#saved = saved;
   }
 
-  /** Hangs up a print and begins to develop it. */
-  develop(wish: Wish): void {
-    const entry: Entry = { requestId: newRequestId(), wish };
-    this.#album.keep(entry);
-    this.#hang(entry);
+  /** Adds a print and starts its generation. */
+  develop(request: GenerationRequest): void {
+    const saved: SavedPrint = { requestId: newRequestId(), request };
+    this.#saved.save(saved);
+    this.#add(saved);
   }
 
-  /** Hangs up a print that is developed elsewhere, unless it hangs here already. */
+  /** Adds a print of a generation started elsewhere, unless there is one already. */
   watch(generationId: string): void {
-    if (this.#album.entries.some((entry) => entry.generationId === generationId)) return;
-    const entry: Entry = { requestId: newRequestId(), generationId };
-    this.#album.keep(entry);
-    this.#hang(entry);
+    if (this.#saved.all.some((saved) => saved.generationId === generationId)) return;
+    const saved: SavedPrint = { requestId: newRequestId(), generationId };
+    this.#saved.save(saved);
+    this.#add(saved);
   }
 
-  /** Hangs up what this tab has shown before, without what the service has forgotten. */
+  /** Adds the saved prints of this tab. Prints whose generation the service no longer has are removed again. */
   restore(): void {
-    for (const requestId of this.#prints.keys()) this.#takeDown(requestId);
-    this.#isAway = false;
-    // The oldest first: they run, while the newest may still wait for a connection.
-    for (const entry of this.#album.entries) this.#hang(entry, true);
+    for (const requestId of this.#prints.keys()) this.#remove(requestId);
+    this.#hasLeft = false;
+    // Oldest first: those are running, while the newest may still wait for a connection.
+    for (const saved of this.#saved.all) this.#add(saved, true);
   }
 
-  /** Stops following what is under way. It waits for a while for the page to come back. */
+  /** Stops following all generations. The server waits for a while for the page to reconnect. */
   leave(): void {
-    this.#isAway = true;
+    this.#hasLeft = true;
     for (const { view } of this.#prints.values()) view.leave();
   }
 
-  #hang({ requestId, generationId, wish }: Entry, isRestored = false): void {
-    const print = new Print(this.#template, wish, {
-      known: (id) => {
-        if (this.#album.get(requestId)?.generationId !== id) this.#album.keep({ requestId, generationId: id, wish });
+  #add({ requestId, generationId, request }: SavedPrint, isRestored = false): void {
+    const print = new Print(this.#template, request, {
+      identified: (id) => {
+        if (this.#saved.get(requestId)?.generationId !== id) {
+          this.#saved.save({ requestId, generationId: id, request });
+        }
       },
       ended: (state) => this.#ended(requestId, state, isRestored),
-      again: (again) => this.onAgain(again),
+      repeat: (repeated) => this.onRepeat(repeated),
       remove: () => {
-        this.#album.forget(requestId);
-        this.#takeDown(requestId);
+        this.#saved.remove(requestId);
+        this.#remove(requestId);
       },
     });
     this.#prints.set(requestId, print);
-    // Cloned from a template, its view is upgraded when it enters the document.
-    this.#place.prepend(print.element);
-    print.begin(this.#client, requestId, generationId);
-    if (!wish && generationId) void this.#entitle(print, generationId);
-    this.#blank.hidden = true;
-    this.#makeRoom();
+    // The browser upgrades the custom element in a cloned template only when it enters the document.
+    this.#container.prepend(print.element);
+    print.start(this.#client, requestId, generationId);
+    if (!request && generationId) void this.#loadTitle(print, generationId);
+    this.#introduction.hidden = true;
+    this.#removeOldest();
   }
 
-  /** Keeps what has come to something; what has not is there until the page is reloaded. */
+  /** Saves only prints that succeeded. Others stay visible until the page is reloaded. */
   #ended(requestId: string, { status, phase, error }: ViewState, isRestored: boolean): void {
-    if (this.#isAway || status === "succeeded") return;
-    const entry = this.#album.get(requestId);
-    this.#album.forget(requestId);
-    if (error?.code === "UNAUTHENTICATED") this.onLockedOut();
+    if (this.#hasLeft || status === "succeeded") return;
+    const saved = this.#saved.get(requestId);
+    this.#saved.remove(requestId);
+    if (error?.code === "UNAUTHENTICATED") this.onUnauthenticated();
     if (!isRestored || error?.code !== "NOT_FOUND") return;
-    if (phase === undefined) this.#takeDown(requestId);
-    // The service has lost it under our eyes, by a restart: it is begun again, as where there was no reload.
-    else if (entry?.wish) this.#prints.get(requestId)?.view.retry();
+    if (phase === undefined) this.#remove(requestId);
+    // The service restarted and lost the generation while it was shown: start it again, as without a reload.
+    else if (saved?.request) this.#prints.get(requestId)?.view.retry();
   }
 
-  /** Looks up what somebody else's print shows. */
-  async #entitle(print: Print, generationId: string): Promise<void> {
+  /** Looks up the prompt of a generation started elsewhere. */
+  async #loadTitle(print: Print, generationId: string): Promise<void> {
     try {
       for await (const summary of this.#client.generations()) {
-        if (summary.generationId === generationId) print.entitle(summary.prompt);
+        if (summary.generationId === generationId) print.setTitle(summary.prompt);
       }
     } catch {
-      // The picture is what counts.
+      // The print works without a title.
     }
   }
 
-  #takeDown(requestId: string): void {
+  #remove(requestId: string): void {
     const element = this.#prints.get(requestId)?.element;
     this.#prints.delete(requestId);
     if (!element) return;
@@ -110,14 +119,14 @@ export class Gallery {
     const hadFocus = element.contains(document.activeElement);
     element.remove();
     if (hadFocus) (neighbour?.querySelector<HTMLElement>(".remove") ?? document.getElementById("prompt"))?.focus();
-    this.#blank.hidden = this.#prints.size > 0;
+    this.#introduction.hidden = this.#prints.size > 0;
   }
 
-  #makeRoom(): void {
-    for (const [requestId, { view }] of [...this.#prints].slice(0, -MOST_PRINTS)) {
+  #removeOldest(): void {
+    for (const [requestId, { view }] of [...this.#prints].slice(0, -MAX_PRINTS)) {
       if (!isOver(view.state)) continue;
-      this.#album.forget(requestId);
-      this.#takeDown(requestId);
+      this.#saved.remove(requestId);
+      this.#remove(requestId);
     }
   }
 }

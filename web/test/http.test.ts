@@ -1,65 +1,31 @@
 /** The HTTP API from JavaScript: OpenAI's SDK in Node, and a browser's own EventSource and WebSocket. */
 
-import { type AddressInfo, connect, createServer, type Server, type Socket } from "node:net";
 import OpenAI from "openai";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { open, tolerate } from "./browser.js";
-import { Service } from "./service.js";
+import { allowConsole, openPage } from "./browser.js";
+import { Service } from "./service_process.js";
+import { TcpProxy } from "./tcp_proxy.js";
 
 const PNG = "iVBORw0KGgo";
 const JPEG = "/9j/";
 
-/** A link to the service that can be cut. */
-class Link {
-  url = "";
-  readonly #sockets = new Set<Socket>();
-  readonly #server: Server;
-
-  constructor(target: string) {
-    const { hostname, port } = new URL(target);
-    this.#server = createServer((here) => {
-      const there = connect(Number(port), hostname);
-      for (const socket of [here, there]) {
-        this.#sockets.add(socket);
-        socket.on("error", () => socket.destroy()).on("close", () => this.#sockets.delete(socket));
-      }
-      here.pipe(there).pipe(here);
-    });
-  }
-
-  async listen(): Promise<this> {
-    await new Promise<void>((resolve) => this.#server.listen(0, "127.0.0.1", resolve));
-    this.url = `http://127.0.0.1:${(this.#server.address() as AddressInfo).port}`;
-    return this;
-  }
-
-  cut(): void {
-    for (const socket of this.#sockets) socket.destroy();
-  }
-
-  close(): void {
-    this.cut();
-    this.#server.close();
-  }
-}
-
 describe("over HTTP", () => {
   let service: Service;
-  let link: Link;
+  let proxy: TcpProxy;
   let sdk: OpenAI;
 
   beforeAll(async () => {
     service = await Service.start();
-    link = await new Link(service.url).listen();
+    proxy = await new TcpProxy(service.url).listen();
     sdk = new OpenAI({ baseURL: `${service.url}/v1`, apiKey: "any", maxRetries: 0 });
   });
 
   afterAll(async () => {
-    link?.close();
+    proxy?.close();
     await service?.kill();
   });
 
-  it("OpenAI's SDK makes an image", async () => {
+  it("OpenAI's SDK generates an image", async () => {
     const answer = await sdk.images.generate({ prompt: "a red apple", size: "128x128", quality: "low" });
     expect(answer.data?.[0]?.b64_json).toMatch(PNG);
     expect([answer.size, answer.output_format, answer.quality]).toEqual(["128x128", "png", "low"]);
@@ -67,20 +33,20 @@ describe("over HTTP", () => {
 
   it("OpenAI's SDK streams partial images", async () => {
     const stream = await sdk.images.generate({ prompt: "a red apple", stream: true, partial_images: 2 });
-    const told: string[] = [];
+    const types: string[] = [];
     for await (const event of stream) {
-      told.push(event.type);
+      types.push(event.type);
       expect(event.b64_json).toMatch(event.type === "image_generation.completed" ? PNG : JPEG);
     }
-    expect(told.at(-1)).toBe("image_generation.completed");
-    expect(told.length).toBeGreaterThan(1);
-    expect(told.length).toBeLessThanOrEqual(3);
+    expect(types.at(-1)).toBe("image_generation.completed");
+    expect(types.length).toBeGreaterThan(1);
+    expect(types.length).toBeLessThanOrEqual(3);
   });
 
-  it("OpenAI's SDK gets its own errors, and leaving its stream cancels", async () => {
-    const refused = sdk.images.generate({ prompt: "", n: 99 });
-    await expect(refused).rejects.toBeInstanceOf(OpenAI.BadRequestError);
-    await expect(refused).rejects.toMatchObject({ code: "INVALID_REQUEST", param: "n" });
+  it("OpenAI's SDK raises its own errors, and leaving its stream cancels", async () => {
+    const invalid = sdk.images.generate({ prompt: "", n: 99 });
+    await expect(invalid).rejects.toBeInstanceOf(OpenAI.BadRequestError);
+    await expect(invalid).rejects.toMatchObject({ code: "INVALID_REQUEST", param: "n" });
     await expect(sdk.models.retrieve("gpt-image-1")).rejects.toBeInstanceOf(OpenAI.NotFoundError);
     expect((await sdk.models.list()).data.map(({ id }) => id)).toEqual(["bundled"]);
 
@@ -95,37 +61,37 @@ describe("over HTTP", () => {
     expect(await service.outcome(count)).toBe("ABANDONED");
   });
 
-  it("an EventSource goes on after a broken link, and stays away after the end", async () => {
-    tolerate(/ERR_|net::/);
-    const page = await open(link.url);
+  it("an EventSource resumes after a lost connection, and does not reconnect after the end", async () => {
+    allowConsole(/ERR_|net::/);
+    const page = await openPage(proxy.url);
     await page.evaluate(() => {
-      const told = { ids: [] as string[], phases: [] as string[], opened: 0, state: -1, picture: 0 };
-      Object.assign(window, { told });
-      const query = new URLSearchParams({ prompt: "a red apple", step_count: "150", images: "url" });
+      const received = { ids: [] as string[], phases: [] as string[], opened: 0, state: -1, picture: 0 };
+      Object.assign(window, { received });
+      const query = new URLSearchParams({ prompt: "a red apple", step_count: "60", images: "url" });
       const source = new EventSource(`/v1/generate?${query}`);
       source.onopen = () => {
-        told.opened += 1;
+        received.opened += 1;
       };
-      const note = (event: MessageEvent<string>) => {
-        told.ids.push(event.lastEventId);
-        told.phases.push(JSON.parse(event.data).phase);
+      const record = (event: MessageEvent<string>) => {
+        received.ids.push(event.lastEventId);
+        received.phases.push(JSON.parse(event.data).phase);
       };
-      source.addEventListener("progress", note);
+      source.addEventListener("progress", record);
       source.addEventListener("end", async (event) => {
-        note(event);
-        told.picture = (await (await fetch(JSON.parse(event.data).image_url)).blob()).size;
+        record(event);
+        received.picture = (await (await fetch(JSON.parse(event.data).image_url)).blob()).size;
       });
       source.onerror = () => {
-        told.state = source.readyState;
+        received.state = source.readyState;
       };
     });
-    const told = () => page.evaluate(() => (window as unknown as { told: Told }).told);
-    await expect.poll(async () => (await told()).phases.at(-1)).toBe("PHASE_DENOISING");
-    link.cut();
-    await expect.poll(async () => (await told()).phases.at(-1)).toBe("PHASE_SUCCEEDED");
-    // 2 is CLOSED: after the end it asked once more, and was told 204.
-    await expect.poll(async () => (await told()).state).toBe(2);
-    const { ids, opened, picture } = await told();
+    const received = () => page.evaluate(() => (window as unknown as { received: Received }).received);
+    await expect.poll(async () => (await received()).phases.at(-1)).toBe("PHASE_DENOISING");
+    proxy.dropConnections();
+    await expect.poll(async () => (await received()).phases.at(-1)).toBe("PHASE_SUCCEEDED");
+    // 2 is CLOSED: after the end it reconnected once, and the service answered 204.
+    await expect.poll(async () => (await received()).state).toBe(2);
+    const { ids, opened, picture } = await received();
     expect(opened).toBe(2);
     expect(picture).toBeGreaterThan(1000);
     expect(new Set(ids.map((id) => id.split(":")[0])).size).toBe(1);
@@ -133,8 +99,8 @@ describe("over HTTP", () => {
     expect(sequences).toEqual([...new Set(sequences)].sort((a, b) => a - b));
   });
 
-  it("a WebSocket carries pictures as they are", async () => {
-    const page = await open(service.url);
+  it("a WebSocket transfers pictures as binary messages", async () => {
+    const page = await openPage(service.url);
     const kinds = await page.evaluate(
       () =>
         new Promise<string[]>((resolve) => {
@@ -162,7 +128,7 @@ describe("over HTTP", () => {
   });
 });
 
-interface Told {
+interface Received {
   readonly ids: string[];
   readonly phases: string[];
   readonly opened: number;

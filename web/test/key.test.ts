@@ -1,10 +1,18 @@
 import { describe, expect, it } from "vitest";
-import { develop, expectAccessible, open, says, shoot } from "./browser.js";
-import { Code, ConnectError, ErrorInfoSchema, final, type HandlerContext, MODEL, pretend } from "./pretend.js";
+import { develop, expectAccessible, openPage, screenshot, waitForText } from "./browser.js";
+import {
+  Code,
+  ConnectError,
+  ErrorInfoSchema,
+  final,
+  type HandlerContext,
+  MODEL,
+  serveScripted,
+} from "./scripted_service.js";
 
 const KEY = "calotype_alice_0123456789";
 
-/** Refuses calls without the key, as the service does. */
+/** Rejects calls without the key, like the service. */
 function check({ requestHeader }: HandlerContext): void {
   const given = requestHeader.get("authorization");
   if (given === `Bearer ${KEY}`) return;
@@ -12,8 +20,8 @@ function check({ requestHeader }: HandlerContext): void {
   throw new ConnectError("no key", Code.Unauthenticated, undefined, [info]);
 }
 
-/** A service that asks for a key, which a test may change. */
-const closed = {
+/** Handlers that require the key. */
+const protectedHandlers = {
   getModel(_: unknown, context: HandlerContext) {
     check(context);
     return MODEL;
@@ -24,29 +32,29 @@ const closed = {
   },
 };
 
-describe("a service that asks for a key", () => {
-  it("is opened with the keyboard alone, remembers the key for this tab only, and keeps it out of the address", async () => {
-    const { url } = await pretend(closed);
-    const page = await open(url);
-    await page.getByText("This service asks for a key.").waitFor();
+describe("a service that requires an API key", () => {
+  it("accepts a key entered with the keyboard; the page keeps it in this tab only, and out of the URL", async () => {
+    const { url } = await serveScripted(protectedHandlers);
+    const page = await openPage(url);
+    await page.getByText("This service requires an API key.").waitFor();
     await expectAccessible(page);
-    await shoot(page, "key");
+    await screenshot(page, "key");
     const focused = () => page.evaluate(() => document.activeElement?.closest("form")?.id);
     expect(await focused()).toBe("key");
 
     await page.keyboard.type("calotype_mallory_1");
     await page.keyboard.press("Enter");
-    await page.getByText("The service does not know this key.").waitFor();
+    await page.getByText("The service does not accept this API key.").waitFor();
     expect(await focused()).toBe("key");
 
     await page.keyboard.type(` ${KEY} `);
     await page.keyboard.press("Enter");
     await page.locator("#develop:enabled").waitFor();
     expect(await page.locator("#key").isVisible()).toBe(false);
-    expect(await page.locator("#trouble").isVisible()).toBe(false);
+    expect(await page.locator("#problem").isVisible()).toBe(false);
     expect(await focused()).toBe("composer");
     await develop(page, "a cat");
-    await says(page, "Finished");
+    await waitForText(page, "Finished");
 
     expect(page.url()).not.toContain("calotype_");
     expect(await page.evaluate(() => JSON.stringify({ ...localStorage, cookie: document.cookie }))).not.toContain(KEY);
@@ -55,27 +63,27 @@ describe("a service that asks for a key", () => {
     expect(await page.locator("#key").isVisible()).toBe(false);
   });
 
-  it("asks again when the key is withdrawn while the page is open", async () => {
-    let isWithdrawn = false;
-    const withdrawing = {
+  it("asks again if the key is revoked while the page is open", async () => {
+    let isRevoked = false;
+    const revocable = {
       getModel: (request: unknown, context: HandlerContext) => {
-        if (isWithdrawn) context.requestHeader.set("authorization", "Bearer none");
-        return closed.getModel(request, context);
+        if (isRevoked) context.requestHeader.set("authorization", "Bearer none");
+        return protectedHandlers.getModel(request, context);
       },
       generate: (request: unknown, context: HandlerContext) => {
-        if (isWithdrawn) context.requestHeader.set("authorization", "Bearer none");
-        return closed.generate(request, context);
+        if (isRevoked) context.requestHeader.set("authorization", "Bearer none");
+        return protectedHandlers.generate(request, context);
       },
     };
-    const { url } = await pretend(withdrawing);
-    const page = await open(url);
+    const { url } = await serveScripted(revocable);
+    const page = await openPage(url);
     await page.getByLabel("API key").fill(KEY);
     await page.keyboard.press("Enter");
     await page.locator("#develop:enabled").waitFor();
-    isWithdrawn = true;
+    isRevoked = true;
     await develop(page, "a cat");
     await page.getByLabel("API key").waitFor();
-    isWithdrawn = false;
+    isRevoked = false;
     await page.getByLabel("API key").fill(KEY);
     await page.keyboard.press("Enter");
     await page.locator("#key").waitFor({ state: "hidden" });

@@ -5,8 +5,8 @@ import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, it, onTestFinished } from "vitest";
-import { develop, open, printOf } from "./browser.js";
-import { final, Gate, gone, Phase, pretend, progress } from "./pretend.js";
+import { develop, openPage, printWithText } from "./browser.js";
+import { disconnected, final, Gate, Phase, progress, serveScripted } from "./scripted_service.js";
 
 const CONF = new URL("../../service/nginx.conf", import.meta.url);
 
@@ -27,8 +27,8 @@ async function freePort(): Promise<number> {
   return port;
 }
 
-/** Starts nginx with the file that we recommend, but for its addresses; returns where it serves. */
-async function front(upstream: string): Promise<string> {
+/** Starts nginx with the recommended configuration and test addresses. Returns its URL. */
+async function startNginx(upstream: string): Promise<string> {
   const folder = mkdtempSync(join(tmpdir(), "calotype-nginx-"));
   const [certificate, key, port] = [join(folder, "pem"), join(folder, "key"), await freePort()];
   const subject = ["-subj", "/CN=localhost", "-days", "2"];
@@ -49,23 +49,23 @@ async function front(upstream: string): Promise<string> {
   return `https://localhost:${port}/`;
 }
 
-it.skipIf(!installed())("behind nginx with HTTP/2 all pictures run at once, and a cancel passes through", async () => {
+it.skipIf(!installed())("behind nginx with HTTP/2 all pictures run at once, and can be cancelled", async () => {
   const finish = new Gate();
   let running = 0;
   const cancelled: string[] = [];
-  const { url } = await pretend({
+  const { url } = await serveScripted({
     async *generate({ seed }, context) {
       running += 1;
       yield progress({ sequence: 1n, phase: Phase.DENOISING, seed: seed ?? 0n });
-      await Promise.race([finish.opened, gone(context)]);
+      await Promise.race([finish.opened, disconnected(context)]);
       if (context.signal.aborted) cancelled.push(String(seed));
       yield final();
     },
   });
-  const page = await open(await front(url), { ignoreHTTPSErrors: true });
+  const page = await openPage(await startNginx(url), { ignoreHTTPSErrors: true });
   await develop(page, "sunrise", { Seed: 10, Pictures: 9 });
   await expect.poll(() => running).toBe(9);
-  await printOf(page, "Seed 10").getByRole("button", { name: "Cancel" }).click();
+  await printWithText(page, "Seed 10").getByRole("button", { name: "Cancel" }).click();
   await expect.poll(() => cancelled).toEqual(["10"]);
   finish.open();
   await expect.poll(async () => page.getByText(/^Finished/).count()).toBe(8);

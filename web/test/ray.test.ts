@@ -1,11 +1,11 @@
 import { afterAll, beforeAll, expect, it } from "vitest";
-import { develop, finals, open, shoot, tolerate } from "./browser.js";
-import { list, PROMPT, picture, Service, tag } from "./service.js";
+import { allowConsole, develop, finalFingerprints, openPage, screenshot } from "./browser.js";
+import { list, PROMPT, pictureFingerprint, Service, serverTag } from "./service_process.js";
 
 const PICTURES = 8;
 const STEPS = 20;
 
-/** Two replicas behind one address, and the process of one of them: tests/cluster/test_ray.py has them. */
+/** Address of two replicas, and process id of one of them; set by tests/cluster/test_ray.py. */
 const UPSTREAM = process.env.CALOTYPE_RAY_ADDRESS;
 const VICTIM = Number(process.env.CALOTYPE_RAY_VICTIM);
 
@@ -18,19 +18,21 @@ beforeAll(async () => {
 afterAll(() => bridge?.kill());
 
 it.skipIf(!UPSTREAM)(
-  "a replica that is killed behind Ray's ingress: the page goes on to the same pictures",
+  "the page resumes and shows the same pictures after a replica behind Ray's ingress is killed",
   async () => {
-    tolerate(/ERR_|Failed to load resource/);
-    const page = await open(bridge.url);
+    allowConsole(/ERR_|Failed to load resource/);
+    const page = await openPage(bridge.url);
     await develop(page, PROMPT, { Seed: 10, Steps: STEPS, Pictures: PICTURES });
-    const atWork = async () =>
-      new Set((await list(bridge)).filter(({ phase, step }) => phase === "denoising" && step > 0).map(tag)).size;
-    await expect.poll(atWork).toBe(2);
+    const activeServers = async () =>
+      new Set((await list(bridge)).filter(({ phase, step }) => phase === "denoising" && step > 0).map(serverTag)).size;
+    await expect.poll(activeServers).toBe(2);
     process.kill(VICTIM, "SIGKILL");
-    const shown = await finals(page, PICTURES);
-    await shoot(page, "ray");
+    const shown = await finalFingerprints(page, PICTURES);
+    await screenshot(page, "ray");
     const seeds = Array.from({ length: PICTURES }, (_, index) => 10 + index);
-    expect(shown.sort()).toEqual((await Promise.all(seeds.map((seed) => picture(bridge, seed, STEPS)))).sort());
+    expect(shown.sort()).toEqual(
+      (await Promise.all(seeds.map((seed) => pictureFingerprint(bridge, seed, STEPS)))).sort(),
+    );
   },
   240_000,
 );

@@ -1,17 +1,16 @@
-/** The client: one service, and what one may ask of it. */
+/** The client of one service. */
 
 import { createClient as createConnectClient, type Transport } from "@connectrpc/connect";
 import { createGrpcWebTransport } from "@connectrpc/connect-web";
-import { type Clock, realClock } from "./clock.js";
+import { type CallHeaders, ServiceCalls } from "./calls.js";
+import { DISCONNECT_GRACE_SECONDS, RETRIES } from "./constants.js";
 import { modelFromWire, phaseFromWire, requestToWire, summaryFromWire, watchToWire } from "./convert.js";
-import { CalotypeError, cancelledHere } from "./errors.js";
-import { type Calls, follow } from "./follow.js";
 import { GenerationService } from "./gen/calotype/v1/calotype_pb.js";
 import { Generation } from "./generation.js";
-import { newRequestId } from "./ids.js";
-import { defaultLines, type Lines, OwnLines } from "./lines.js";
-import { STALL_TIMEOUT, unlessSilent } from "./silence.js";
-import { fromCall } from "./status.js";
+import { newRequestId } from "./request_id.js";
+import { type Clock, realClock } from "./resume/clock.js";
+import { follow, type StreamCalls } from "./resume/follow.js";
+import { defaultStreamSlots, LocalStreamSlots } from "./stream_slots.js";
 import type {
   CallOptions,
   FollowOptions,
@@ -22,59 +21,52 @@ import type {
   WatchOptions,
 } from "./types.js";
 
-export interface ClientOptions {
+export interface ClientOptions extends CallHeaders {
   /** Used instead of the global `fetch`. */
   readonly fetch?: typeof globalThis.fetch;
   /**
-   * For a service that asks for one; a function is asked before each call, where the key comes later or changes. A page
-   * shows it to whoever uses the page: give each person their own, or call through a server of yours.
-   */
-  readonly apiKey?: string | (() => string | undefined);
-  /** Sent with every call. */
-  readonly headers?: HeadersInit;
-  /**
-   * Streams open at once; more wait for their turn. Default: over HTTP/1.1 in a browser four, over all tabs where they
-   * can agree, which takes TLS or localhost; else no limit.
+   * Streams open at once; further streams wait. Default: 4 over HTTP/1.1 in a browser, else no limit. All tabs share
+   * the four where they can coordinate, which requires TLS or localhost.
    */
   readonly maxStreams?: number;
   /** Used instead of grpc-web over `fetch`: connect's router transport in tests, or native gRPC in Node. */
   readonly transport?: Transport;
-  /** Used instead of the real time and chance between reconnects, in tests. */
+  /** Used for waits between retries instead of real time and randomness, in tests. */
   readonly clock?: Clock;
 }
 
 export interface Client {
   /**
-   * Makes a generation. Nothing is sent before it is iterated, or its `result` asked for.
+   * Creates a generation. Nothing is sent before it is iterated or `result` is called.
    *
    * @param prompt - Describes the picture; 1 to `Model.maxPromptChars` characters.
-   * @throws CalotypeError - INVALID_ARGUMENT, when a number cannot be sent; what the server refuses, the loop throws.
+   * @throws CalotypeError - INVALID_ARGUMENT if a number cannot be sent. Errors of the server are thrown by the loop.
    */
   generate(prompt: string, options?: GenerateOptions & FollowOptions): Generation;
   /**
-   * Follows a generation that somebody has started: the newest preview again, or the end, and then whatever comes.
-   * Leaving it leaves it to the others.
+   * Follows a generation that already exists. It yields the newest preview, or the end, and then all further progress.
+   * Leaving the loop does not affect other readers.
    *
-   * @throws CalotypeError - INVALID_ARGUMENT, when a number cannot be sent. The loop throws NOT_FOUND when there is no
-   *   such generation, or it ended too long ago.
+   * @throws CalotypeError - INVALID_ARGUMENT if a number cannot be sent. The loop throws NOT_FOUND if there is no such
+   *   generation, or if it ended too long ago.
    */
   watch(generationId: string, options?: WatchOptions & FollowOptions): Generation;
   /**
-   * Cancels a queued or running generation by its id. One that has ended is not an error.
+   * Cancels a queued or running generation by its id. It is not an error if the generation has ended.
    *
-   * @returns The phase in which it was found.
+   * @returns The phase of the generation before the call.
    */
   cancel(generationId: string, options?: CallOptions): Promise<Phase>;
   /**
-   * Ends a generation early with the picture as it is, which becomes the final one. One that has ended is not an error.
+   * Ends a generation early: its current picture becomes the final one. It is not an error if the generation has ended.
    *
-   * @returns The phase in which it was found.
+   * @returns The phase of the generation before the call.
    */
   finish(generationId: string, options?: CallOptions): Promise<Phase>;
   /**
-   * Lists the caller's own generations that run or have not been forgotten yet, the newest first.
+   * Lists the caller's own generations that are running or still kept by the server, newest first.
    *
-   * @param options - `pageSize`: how many to ask for at a time, 1 to 100.
+   * @param options - `pageSize`: generations per call, 1 to 100.
    */
   generations(
     options?: CallOptions & { readonly pageSize?: number },
@@ -83,149 +75,116 @@ export interface Client {
   getModel(options?: CallOptions): Promise<Model>;
 }
 
-/** How often a lost connection is taken up again, when the caller does not say. Some 40 seconds in the mean. */
-const RETRIES = 12;
-
-/** How long a server waits for us after a lost connection, when the caller does not say. Seconds. */
-const GRACE = 10;
-
 /**
- * Makes a client for a Calotype service.
+ * Creates a client for a Calotype service.
  *
- * @param baseUrl - Where it serves grpc-web, such as `http://localhost:8080`; empty or `/` in a page that it served.
+ * @param baseUrl - Address of its grpc-web port, such as `http://localhost:8080`. Empty or `/` in a page that the
+ *   service serves itself.
  */
 export function createClient(baseUrl: string, options: ClientOptions = {}): Client {
   const root = baseUrl.replace(/\/+$/, "");
   const transport =
     options.transport ?? createGrpcWebTransport({ baseUrl: root, ...(options.fetch && { fetch: options.fetch }) });
-  const calls = createConnectClient(GenerationService, transport);
-  const lines = options.maxStreams === undefined ? defaultLines(root) : new OwnLines(options.maxStreams);
-  const clock = options.clock ?? realClock;
-  const callOptions = ({ headers, timeout, signal }: CallOptions) => {
-    const merged = new Headers(options.headers);
-    const key = typeof options.apiKey === "function" ? options.apiKey() : options.apiKey;
-    if (key) merged.set("authorization", `Bearer ${key}`);
-    for (const [name, value] of new Headers(headers)) merged.set(name, value);
-    return {
-      headers: merged,
-      ...(signal && { signal }),
-      ...(timeout !== undefined && { timeoutMs: Math.ceil(timeout * 1000) }),
-    };
-  };
-  const unary = async <T>(call: () => Promise<T>, signal: AbortSignal | undefined): Promise<T> => {
-    try {
-      return await call();
-    } catch (thrown) {
-      throw signal?.aborted ? cancelledHere(signal.reason) : fromCall(thrown, false);
-    }
-  };
-  const cancel = (generationId: string, given: CallOptions = {}) =>
-    unary(async () => phaseFromWire((await calls.cancel({ generationId }, callOptions(given))).phase), given.signal);
-
-  /** Makes a stream that waits for a line of its own, unless the caller leaves before. */
-  const onLine = <T>(
-    call: (options: ReturnType<typeof callOptions>) => AsyncIterable<T>,
-    given: FollowOptions,
-    leaving: AbortSignal,
-  ) =>
-    async function* (signal: AbortSignal): AsyncGenerator<T, void, undefined> {
-      const { timeout, stallTimeout = STALL_TIMEOUT } = given;
-      const asked = performance.now();
-      const release = await waitForLine(lines, AbortSignal.any([signal, leaving]), timeout);
-      const left = timeout === undefined ? {} : { timeout: timeout - (performance.now() - asked) / 1000 };
-      try {
-        yield* unlessSilent(call(callOptions({ ...given, ...left, signal })), stallTimeout);
-      } finally {
-        release();
-      }
-    };
-
-  return {
-    generate(prompt, given = {}) {
-      const { retries = RETRIES } = given;
-      const isOurChoice = retries > 0 && given.onDisconnect === undefined && given.disconnectGrace === undefined;
-      const request = requestToWire(prompt, {
-        ...given,
-        ...(isOurChoice && { onDisconnect: "cancel", disconnectGrace: GRACE }),
-        ...(retries > 0 && { requestId: given.requestId || newRequestId() }),
-      });
-      const reach = (leaving: AbortSignal): Calls => ({
-        generate: (seed, timeout) => {
-          const seeded = seed === undefined ? request : { ...request, seed: BigInt(seed) };
-          return onLine((how) => calls.generate(seeded, how), withTimeout(given, timeout), leaving);
-        },
-        watch: (generationId, afterSequence, timeout) => {
-          const watch = watchToWire(generationId, { ...given, afterSequence });
-          return onLine((how) => calls.watch(watch, how), withTimeout(given, timeout), leaving);
-        },
-      });
-      return new Generation(
-        {
-          follow: (leaving, onOrphan) => follow(reach(leaving), { ...given, retries, clock }, leaving, onOrphan),
-          cancel: (id) => cancel(id, headersOf(given)),
-          cancelsWhenLeft: isOurChoice,
-        },
-        given.signal,
-      );
-    },
-
-    watch(generationId, given = {}) {
-      const { retries = RETRIES } = given;
-      const request = watchToWire(generationId, given);
-      const reach = (leaving: AbortSignal): Calls => ({
-        generate: undefined,
-        watch: (_, afterSequence, timeout) => {
-          const watch = { ...request, afterSequence: BigInt(afterSequence) };
-          return onLine((how) => calls.watch(watch, how), withTimeout(given, timeout), leaving);
-        },
-      });
-      return new Generation(
-        {
-          follow: (leaving) => follow(reach(leaving), { ...given, generationId, retries, clock }, leaving),
-          cancel: (id) => cancel(id, headersOf(given)),
-          cancelsWhenLeft: false,
-        },
-        given.signal,
-        generationId,
-      );
-    },
-
-    cancel,
-    finish: (generationId, given = {}) =>
-      unary(async () => phaseFromWire((await calls.finish({ generationId }, callOptions(given))).phase), given.signal),
-
-    async *generations(given = {}) {
-      const { pageSize } = given;
-      let pageToken = "";
-      do {
-        const request = { pageToken, ...(pageSize !== undefined && { pageSize }) };
-        const page = await unary(() => calls.listGenerations(request, callOptions(given)), given.signal);
-        for (const summary of page.generations) yield summaryFromWire(summary);
-        pageToken = page.nextPageToken;
-      } while (pageToken !== "");
-    },
-
-    getModel: (given = {}) =>
-      unary(async () => modelFromWire(await calls.getModel({}, callOptions(given))), given.signal),
-  };
+  const slots = options.maxStreams === undefined ? defaultStreamSlots(root) : new LocalStreamSlots(options.maxStreams);
+  const calls = new ServiceCalls(createConnectClient(GenerationService, transport), slots, options);
+  return new ServiceClient(calls, options.clock ?? realClock);
 }
 
-/** Takes a line within `timeout` seconds. */
-async function waitForLine(lines: Lines, signal: AbortSignal, timeout: number | undefined): Promise<() => void> {
-  if (timeout === undefined) return lines.take(signal);
-  try {
-    return await lines.take(AbortSignal.any([signal, AbortSignal.timeout(timeout * 1000)]));
-  } catch (reason) {
-    if (signal.aborted) throw reason;
-    throw new CalotypeError("DEADLINE_EXCEEDED", "No connection became free in time.");
+class ServiceClient implements Client {
+  readonly #calls: ServiceCalls;
+  readonly #clock: Clock;
+
+  constructor(calls: ServiceCalls, clock: Clock) {
+    this.#calls = calls;
+    this.#clock = clock;
+  }
+
+  generate(prompt: string, options: GenerateOptions & FollowOptions = {}): Generation {
+    const { retries = RETRIES } = options;
+    const isDefaultGrace = retries > 0 && options.onDisconnect === undefined && options.disconnectGrace === undefined;
+    const request = requestToWire(prompt, {
+      ...options,
+      ...(isDefaultGrace && { onDisconnect: "cancel", disconnectGrace: DISCONNECT_GRACE_SECONDS }),
+      ...(retries > 0 && { requestId: options.requestId || newRequestId() }),
+    });
+    const streamCalls = (leaveSignal: AbortSignal): StreamCalls => ({
+      generate: (seed, timeout) => {
+        const seeded = seed === undefined ? request : { ...request, seed: BigInt(seed) };
+        return this.#calls.generate(seeded, streamOptions(options, timeout), leaveSignal);
+      },
+      watch: (generationId, afterSequence, timeout) => {
+        const watch = watchToWire(generationId, { ...options, afterSequence });
+        return this.#calls.watch(watch, streamOptions(options, timeout), leaveSignal);
+      },
+    });
+    const plan = { ...followPlan(options), retries, clock: this.#clock };
+    return new Generation(
+      {
+        follow: (leaveSignal, onOrphan) => follow(streamCalls(leaveSignal), plan, leaveSignal, onOrphan),
+        cancel: (id) => this.cancel(id, headersOf(options)),
+        cancelsOnLeave: isDefaultGrace,
+      },
+      options.signal,
+    );
+  }
+
+  watch(generationId: string, options: WatchOptions & FollowOptions = {}): Generation {
+    const { retries = RETRIES, afterSequence = 0 } = options;
+    const request = watchToWire(generationId, options);
+    const streamCalls = (leaveSignal: AbortSignal): StreamCalls => ({
+      generate: undefined,
+      watch: (_, sequence, timeout) => {
+        const watch = { ...request, afterSequence: BigInt(sequence) };
+        return this.#calls.watch(watch, streamOptions(options, timeout), leaveSignal);
+      },
+    });
+    const plan = { ...followPlan(options), generationId, afterSequence, retries, clock: this.#clock };
+    return new Generation(
+      {
+        follow: (leaveSignal) => follow(streamCalls(leaveSignal), plan, leaveSignal),
+        cancel: (id) => this.cancel(id, headersOf(options)),
+        cancelsOnLeave: false,
+      },
+      options.signal,
+      generationId,
+    );
+  }
+
+  async cancel(generationId: string, options: CallOptions = {}): Promise<Phase> {
+    return phaseFromWire((await this.#calls.cancel(generationId, options)).phase);
+  }
+
+  async finish(generationId: string, options: CallOptions = {}): Promise<Phase> {
+    return phaseFromWire((await this.#calls.finish(generationId, options)).phase);
+  }
+
+  async *generations(
+    options: CallOptions & { readonly pageSize?: number } = {},
+  ): AsyncGenerator<GenerationSummary, void, undefined> {
+    const { pageSize } = options;
+    let pageToken = "";
+    do {
+      const request = { pageToken, ...(pageSize !== undefined && { pageSize }) };
+      const page = await this.#calls.listGenerations(request, options);
+      for (const summary of page.generations) yield summaryFromWire(summary);
+      pageToken = page.nextPageToken;
+    } while (pageToken !== "");
+  }
+
+  async getModel(options: CallOptions = {}): Promise<Model> {
+    return modelFromWire(await this.#calls.getModel(options));
   }
 }
 
-/** How a stream is called; leaving it is not the call's affair. */
-function withTimeout(given: FollowOptions, timeout: number | undefined): FollowOptions {
-  const { stallTimeout } = given;
+function followPlan({ timeout, onReconnect }: FollowOptions): Pick<FollowOptions, "timeout" | "onReconnect"> {
+  return { ...(timeout !== undefined && { timeout }), ...(onReconnect && { onReconnect }) };
+}
+
+/** The options of a single stream. It gets no `signal`: the generation decides when to leave it. */
+function streamOptions(options: FollowOptions, timeout: number | undefined): FollowOptions {
+  const { stallTimeout } = options;
   return {
-    ...headersOf(given),
+    ...headersOf(options),
     ...(timeout !== undefined && { timeout }),
     ...(stallTimeout !== undefined && { stallTimeout }),
   };

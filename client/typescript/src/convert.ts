@@ -1,4 +1,4 @@
-/** Between the messages on the wire and what callers hold. Nothing outside knows protobuf. */
+/** Converts between protobuf messages and the objects of the API. */
 
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
 import { type Duration, durationFromMs, durationMs, timestampDate } from "@bufbuild/protobuf/wkt";
@@ -35,16 +35,16 @@ const POLICIES: Record<NonNullable<types.GenerateOptions["onDisconnect"]>, wire.
   keep: wire.DisconnectPolicy.KEEP,
 };
 
-/** Takes numbers that the wire can carry, and notes all others. */
-class Numbers {
+/** Validates that numbers can be sent, and collects the violations. */
+class NumberValidator {
   readonly #violations: Violation[] = [];
 
   whole(field: string, value: number | undefined, limit = 2 ** 31 - 1): number | undefined {
-    return this.#take(field, value, Number.isInteger(value) && Math.abs(value ?? 0) <= limit, "a whole number");
+    return this.#check(field, value, Number.isInteger(value) && Math.abs(value ?? 0) <= limit, "a whole number");
   }
 
   finite(field: string, value: number | undefined): number | undefined {
-    return this.#take(field, value, Number.isFinite(value), "a number");
+    return this.#check(field, value, Number.isFinite(value), "a number");
   }
 
   duration(field: string, value: number | undefined): Duration | undefined {
@@ -52,28 +52,27 @@ class Numbers {
     return seconds === undefined ? undefined : durationFromMs(seconds * 1000);
   }
 
-  check(): void {
+  throwIfInvalid(): void {
     if (this.#violations.length === 0) return;
     const text = this.#violations.map(({ field, description }) => `${field} ${description}`).join("; ");
     throw new CalotypeError("INVALID_ARGUMENT", text, { reason: "INVALID_REQUEST", violations: this.#violations });
   }
 
-  #take(field: string, value: number | undefined, fits: boolean, what: string): number | undefined {
-    if (value === undefined || fits) return value;
-    this.#violations.push({ field, description: `is ${value}, must be ${what}` });
+  #check(field: string, value: number | undefined, isValid: boolean, expected: string): number | undefined {
+    if (value === undefined || isValid) return value;
+    this.#violations.push({ field, description: `is ${value}, must be ${expected}` });
     return undefined;
   }
 }
 
 /**
- * Builds the request.
+ * Builds a request to generate.
  *
- * @throws CalotypeError - INVALID_ARGUMENT, naming every number that the wire cannot carry. All other limits are the
- *   server's to judge.
+ * @throws CalotypeError - INVALID_ARGUMENT with every number that cannot be sent. The server checks all other limits.
  */
 export function requestToWire(prompt: string, options: types.GenerateOptions): wire.GenerateRequest {
   const { preview, output, onDisconnect } = options;
-  const numbers = new Numbers();
+  const numbers = new NumberValidator();
   const seed = numbers.whole("seed", options.seed, Number.MAX_SAFE_INTEGER);
   const request: MessageInitShape<typeof wire.GenerateRequestSchema> = {
     prompt,
@@ -94,26 +93,26 @@ export function requestToWire(prompt: string, options: types.GenerateOptions): w
     disconnectGrace: numbers.duration("disconnect_grace", options.disconnectGrace),
     requestId: options.requestId,
   };
-  numbers.check();
+  numbers.throwIfInvalid();
   return create(wire.GenerateRequestSchema, request);
 }
 
 /**
- * Builds the request to watch.
+ * Builds a request to watch.
  *
- * @throws CalotypeError - INVALID_ARGUMENT, as `requestToWire`.
+ * @throws CalotypeError - INVALID_ARGUMENT with every number that cannot be sent.
  */
 export function watchToWire(generationId: string, options: types.WatchOptions): wire.WatchRequest {
-  const numbers = new Numbers();
+  const numbers = new NumberValidator();
   const afterSequence = numbers.whole("after_sequence", options.afterSequence, Number.MAX_SAFE_INTEGER) ?? 0;
   const preview = options.preview && previewToWire(options.preview, numbers);
-  numbers.check();
+  numbers.throwIfInvalid();
   return create(wire.WatchRequestSchema, { generationId, afterSequence: BigInt(afterSequence), preview });
 }
 
 function previewToWire(
   preview: types.PreviewOptions,
-  numbers: Numbers,
+  numbers: NumberValidator,
 ): MessageInitShape<typeof wire.PreviewOptionsSchema> {
   return {
     everySteps: numbers.whole("preview.every_steps", preview.everySteps),
@@ -124,7 +123,7 @@ function previewToWire(
   };
 }
 
-/** Converts a message. Its image, where there is one, is taken to be complete: see the assembler. */
+/** Converts a message. Its image, if any, must be complete: the assembler joins chunks. */
 export function progressFromWire(message: wire.Progress): types.Progress {
   return {
     generationId: message.generationId,
@@ -155,12 +154,12 @@ export function phaseFromWire(phase: wire.Phase): types.Phase {
   return PHASES[phase] ?? "unknown";
 }
 
-/** Returns the picture of a message, with `data` for its file; undefined where there is none to show. */
+/** Returns the picture of a message with the file `data`; undefined if there is no file, or its format is unknown. */
 export function pictureFromWire(message: wire.Progress, data: Uint8Array): types.Picture | undefined {
   const format = keyOf(FORMATS, message.imageFormat);
   if (data.length === 0 || format === undefined) return undefined;
   return {
-    // A copy, so that a small preview does not keep the network's whole buffer.
+    // Copied, so that a small preview does not keep the whole network buffer in memory.
     data: new Uint8Array(data),
     format,
     width: message.widthPx,

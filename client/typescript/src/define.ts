@@ -1,4 +1,4 @@
-/** Registers `<calotype-view>`. Import it for this effect alone. */
+/** Registers the element `<calotype-view>` as a side effect of the import. */
 
 import { CalotypeView } from "./element/index.js";
 

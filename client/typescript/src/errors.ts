@@ -1,6 +1,6 @@
-/** What can go wrong, as one class with a closed set of codes: `switch (error.code)`. */
+/** The errors of this package: one class with a closed set of codes, for `switch (error.code)`. */
 
-/** The sixteen status codes of gRPC besides OK, in the order of their numbers. */
+/** The 16 status codes of gRPC except OK, in the order of their numbers. */
 export const STATUS_CODES = [
   "CANCELLED",
   "UNKNOWN",
@@ -22,7 +22,7 @@ export const STATUS_CODES = [
 
 export type StatusCode = (typeof STATUS_CODES)[number];
 
-/** One thing that is wrong with a request. `field` is its name in the proto, such as `width_px`. */
+/** An invalid field of a request. `field` is its name in the proto, such as `width_px`. */
 export interface Violation {
   readonly field: string;
   readonly description: string;
@@ -36,21 +36,21 @@ export interface ErrorDetails {
   readonly cause?: unknown;
 }
 
-/** Every error that this package throws for a call. */
+/** The error that this package throws for every failed call. */
 export class CalotypeError extends Error {
   override readonly name = "CalotypeError";
   readonly code: StatusCode;
   /**
-   * Machine-readable, in UPPER_SNAKE_CASE: the server's, such as QUEUE_FULL, or one of this client's own: UNREACHABLE
-   * (no answer at all), CONNECTION_LOST (in mid-stream), STALLED (nothing for too long), STREAM_INCOMPLETE (no typed
-   * end), CANCELLED_HERE. Else empty.
+   * Machine-readable reason in UPPER_SNAKE_CASE. Either the server's, such as QUEUE_FULL, or the client's: UNREACHABLE
+   * (no answer), CONNECTION_LOST (during a stream), STALLED (no message for too long), STREAM_INCOMPLETE (no typed end),
+   * CANCELLED_HERE (by this client). Otherwise empty.
    */
   readonly reason: string;
-  /** Everything that is wrong with the request, for INVALID_ARGUMENT. */
+  /** All invalid fields of the request, for INVALID_ARGUMENT. */
   readonly violations: readonly Violation[];
-  /** Seconds after which trying again may help; undefined when the server did not say. */
+  /** Seconds after which a retry may succeed; undefined if the server did not say. */
   readonly retryAfter: number | undefined;
-  /** What the server tells besides, by name. */
+  /** Further details from the server, by name. */
   readonly metadata: Readonly<Record<string, string>>;
 
   constructor(code: StatusCode, message: string, details: ErrorDetails = {}) {
@@ -63,12 +63,12 @@ export class CalotypeError extends Error {
   }
 }
 
-/** Returns the name of a numeric status code; UNKNOWN for one that gRPC does not define. */
+/** Returns the name of a numeric status code; UNKNOWN for a number that gRPC does not define. */
 export function statusCode(number: number): StatusCode {
   return STATUS_CODES[number - 1] ?? "UNKNOWN";
 }
 
-/** An error for what was cancelled on this side. */
+/** Creates the error of a call that this client cancelled. */
 export function cancelledHere(cause?: unknown): CalotypeError {
   return new CalotypeError("CANCELLED", "Cancelled.", { reason: "CANCELLED_HERE", cause });
 }

@@ -1,40 +1,48 @@
-/** A generation: iterate over its progress, wait for its result, or cancel it. */
+/** A generation: iterate over its progress, await its result, or cancel it. */
 
 import { CalotypeError, cancelledHere } from "./errors.js";
 import { isEnd, type Picture, type Progress } from "./types.js";
 
-/** How a generation is reached. */
-export interface Reach {
-  /** Follows it, until `leaving` is aborted; tells `onOrphan` of one that was left before its id was known. */
-  follow(leaving: AbortSignal, onOrphan: (generationId: string) => void): AsyncIterable<Progress>;
-  /** Cancels it on the server. */
+/** The calls that a generation makes. */
+export interface GenerationCalls {
+  /**
+   * Follows the generation until `leaveSignal` is aborted. Calls `onOrphan` with its id if the caller left before the
+   * first message arrived.
+   */
+  follow(leaveSignal: AbortSignal, onOrphan: (generationId: string) => void): AsyncIterable<Progress>;
+  /** Cancels the generation on the server. */
   cancel(generationId: string): Promise<unknown>;
-  /** Whether leaving is to cancel it at once: what the server does by itself is meant for lost connections. */
-  readonly cancelsWhenLeft: boolean;
+  /** Whether leaving cancels at once, rather than after the grace period that exists for lost connections. */
+  readonly cancelsOnLeave: boolean;
 }
 
 /**
- * A generation that starts with the first step of its iteration, or with `result`.
+ * A generation, which starts when it is iterated or when `result` is called.
  *
- * Iterate over it once: the loop ends after success and throws a `CalotypeError` otherwise. What leaving the loop early
- * does, by `break`, `return` or an exception, says the request's `onDisconnect`: by default it cancels the generation.
+ * Iterate over it once: the loop ends after success, and throws a `CalotypeError` otherwise. The request's
+ * `onDisconnect` decides what leaving the loop early does, by `break`, `return` or an exception: by default, it cancels
+ * the generation.
  */
 export class Generation implements AsyncIterable<Progress> {
-  readonly #reach: Reach;
-  readonly #leaving = new AbortController();
+  readonly #calls: GenerationCalls;
+  readonly #leave = new AbortController();
   readonly #signal: AbortSignal | undefined;
   #id: string | undefined;
-  #cancels: boolean;
+  #cancelsOnLeave: boolean;
   #iterated = false;
   #done = false;
   #picture: Picture | undefined;
   #result: Promise<Picture> | undefined;
 
-  constructor(reach: Reach, signal?: AbortSignal, id?: string) {
-    this.#reach = reach;
+  /**
+   * @param signal - Leaves the generation when it is aborted.
+   * @param id - Set if the id is known from the start.
+   */
+  constructor(calls: GenerationCalls, signal?: AbortSignal, id?: string) {
+    this.#calls = calls;
     this.#signal = signal;
     this.#id = id;
-    this.#cancels = reach.cancelsWhenLeft;
+    this.#cancelsOnLeave = calls.cancelsOnLeave;
   }
 
   /** For `watch`, `finish` and `cancel` of the client; undefined before the first progress. */
@@ -42,15 +50,15 @@ export class Generation implements AsyncIterable<Progress> {
     return this.#id;
   }
 
-  /** Whether the generation has ended, in whatever way, or was left. */
+  /** Whether the generation has ended, or the caller has left it. */
   get done(): boolean {
     return this.#done;
   }
 
   /** Cancels the generation on the server and leaves it. Does nothing after the end. */
   cancel(): void {
-    this.#cancels = true;
-    this.#leave(cancelledHere());
+    this.#cancelsOnLeave = true;
+    this.#leaveWith(cancelledHere());
   }
 
   /**
@@ -61,7 +69,7 @@ export class Generation implements AsyncIterable<Progress> {
   result(): Promise<Picture> {
     this.#result ??= (async () => {
       for await (const _ of this) {
-        // Only the end is of interest.
+        // Only the final picture matters.
       }
       return this.#picture as Picture;
     })();
@@ -73,44 +81,45 @@ export class Generation implements AsyncIterable<Progress> {
     this.#iterated = true;
     const steps = this.#follow();
     const end = steps.return.bind(steps);
-    // A generator hears of it only when the step is there that was asked for, which may take minutes.
+    // A generator handles `return` only after its pending step, which may take minutes. So leave the call first.
     steps.return = (value) => {
-      this.#leave(cancelledHere());
+      this.#leaveWith(cancelledHere());
       return end(value);
     };
     return steps;
   }
 
   async *#follow(): AsyncGenerator<Progress, void, undefined> {
-    const followSignal = () => this.#leave(this.#signal?.reason);
-    if (this.#signal?.aborted) followSignal();
-    this.#signal?.addEventListener("abort", followSignal, { once: true });
+    const onAbort = () => this.#leaveWith(this.#signal?.reason);
+    if (this.#signal?.aborted) onAbort();
+    this.#signal?.addEventListener("abort", onAbort, { once: true });
     try {
-      for await (const progress of this.#reach.follow(this.#leaving.signal, (id) => this.#orphaned(id))) {
+      for await (const progress of this.#calls.follow(this.#leave.signal, (id) => this.#cancelIfLeft(id))) {
         this.#id = progress.generationId;
         if (progress.picture?.kind === "final") this.#picture = progress.picture;
         this.#done ||= isEnd(progress.phase);
         yield progress;
       }
     } catch (thrown) {
-      // One that is late is of no use any more; in all other cases there is nothing left to leave.
+      // After the caller's timeout the generation may still run, so `finally` has to leave it. After any other error
+      // there is nothing left to cancel.
       if (!(thrown instanceof CalotypeError && thrown.code === "DEADLINE_EXCEEDED")) this.#done = true;
       throw thrown;
     } finally {
-      this.#signal?.removeEventListener("abort", followSignal);
-      this.#leave(cancelledHere());
+      this.#signal?.removeEventListener("abort", onAbort);
+      this.#leaveWith(cancelledHere());
     }
   }
 
-  #leave(reason: unknown): void {
+  #leaveWith(reason: unknown): void {
     if (this.#done) return;
     this.#done = true;
-    this.#leaving.abort(reason);
-    if (this.#id !== undefined) this.#orphaned(this.#id);
+    this.#leave.abort(reason);
+    if (this.#id !== undefined) this.#cancelIfLeft(this.#id);
   }
 
-  #orphaned(id: string): void {
-    // Whoever cannot be reached finds out by itself, when the connection is gone.
-    if (this.#cancels) this.#reach.cancel(id).catch(() => undefined);
+  #cancelIfLeft(id: string): void {
+    // If this call fails, the server still ends the generation after its grace period.
+    if (this.#cancelsOnLeave) this.#calls.cancel(id).catch(() => undefined);
   }
 }

@@ -1,12 +1,13 @@
-/** Calotype streams an image while a diffusion model denoises it. This is its client for browsers and Node. */
+/** The client of Calotype for browsers and Node. Calotype streams an image while a diffusion model denoises it. */
 
 export { type Client, type ClientOptions, createClient } from "./client.js";
-export type { Clock } from "./clock.js";
 export { CalotypeError, type StatusCode, type Violation } from "./errors.js";
+export { type Explanation, explain } from "./explanations.js";
 export type { Generation } from "./generation.js";
-export { newRequestId } from "./ids.js";
 export { Pacer } from "./pacer.js";
 export { fraction, frameAt, initialState, isOver, reduce, stages, type ViewEvent, type ViewState } from "./reducer.js";
+export { newRequestId } from "./request_id.js";
+export type { Clock } from "./resume/clock.js";
 export {
   type CallOptions,
   type FollowOptions,
@@ -27,4 +28,3 @@ export {
   type Timings,
   type WatchOptions,
 } from "./types.js";
-export { type Explanation, explain } from "./words.js";

@@ -1,8 +1,8 @@
 /**
- * A small jitter buffer, so that previews which arrive in bursts appear evenly.
+ * A small jitter buffer: previews that arrive in bursts appear evenly.
  *
- * It learns the usual time between arrivals, hands out one item per such interval, and hurries when items pile up. No
- * item waits longer than `maxDelay`. It has no clock of its own: times are the caller's, in milliseconds, never falling.
+ * It estimates the usual interval between arrivals, releases one item per interval, and releases faster when items
+ * accumulate. No item waits longer than `maxDelay`. The caller passes the time, in monotonic milliseconds.
  */
 export class Pacer<T> {
   readonly #maxDelay: number;
@@ -11,7 +11,7 @@ export class Pacer<T> {
   #lastArrival: number | undefined;
   #lastShown = Number.NEGATIVE_INFINITY;
 
-  /** @param maxDelay - Longest wait of an item, in milliseconds. */
+  /** @param maxDelay - Longest delay of an item, in milliseconds. */
   constructor(maxDelay = 300) {
     this.#maxDelay = maxDelay;
   }
@@ -21,7 +21,7 @@ export class Pacer<T> {
     return this.#interval;
   }
 
-  /** Takes an item that arrived. */
+  /** Adds an item that arrived at the time `now`. */
   push(value: T, now: number): void {
     if (this.#lastArrival !== undefined) {
       const gap = now - this.#lastArrival;
@@ -31,34 +31,34 @@ export class Pacer<T> {
     this.#items.push({ value, arrived: now });
   }
 
-  /** When to call `take` next; undefined while there is nothing. */
+  /** Returns when to call `take` next; undefined if the buffer is empty. */
   due(): number | undefined {
     const [first] = this.#items;
     if (first === undefined) return undefined;
-    const hurry = 1 + (this.#items.length - 1) / 2;
-    const gap = Math.max(this.#interval / hurry, SHORTEST_GAP_MS);
+    const speedup = 1 + (this.#items.length - 1) / 2;
+    const gap = Math.max(this.#interval / speedup, SHORTEST_GAP_MS);
     return Math.min(Math.max(this.#lastShown + gap, first.arrived), first.arrived + this.#maxDelay);
   }
 
-  /** Returns the newest item that is due, leaving out those before it; undefined when none is. */
+  /** Returns the newest item that is due, and drops older ones; undefined if none is due. */
   take(now: number): T | undefined {
     let taken: T | undefined;
     for (let due = this.due(); due !== undefined && due <= now; due = this.due()) {
       taken = this.#items.shift()?.value;
-      // Counted from when it was due, not from when the caller came, or late timers would add up.
+      // Counted from the due time rather than from `now`. Otherwise the delays of timers would add up.
       this.#lastShown = Math.max(due, now - this.#interval);
     }
     return taken;
   }
 
-  /** Forgets what has not been handed out. */
+  /** Drops all items. */
   clear(): void {
     this.#items.length = 0;
   }
 }
 
-/** Nobody sees more than this; and of a burst at the start, before there is a usual interval, nothing is left out. */
+/** Faster changes are not visible. Also spaces a burst at the start, before the usual interval is known. */
 const SHORTEST_GAP_MS = 20;
 
-/** Weight of the newest gap in the usual one. */
+/** Weight of the newest gap in the usual interval. */
 const SMOOTHING = 0.25;

@@ -1,4 +1,4 @@
-/** What a view of one generation shows, as a pure function of what happened: `(state, event) => state`. */
+/** The state of a view of one generation, as a pure function of its events: `(state, event) => state`. */
 
 import type { CalotypeError } from "./errors.js";
 import { isEnd, type Notice, type Phase, type Picture, type Progress, type Timings } from "./types.js";
@@ -7,21 +7,21 @@ export type ViewEvent =
   | { readonly type: "start" }
   | { readonly type: "progress"; readonly progress: Progress }
   | { readonly type: "error"; readonly error: CalotypeError }
-  /** The connection was lost and is being taken up again. */
+  /** The connection was lost, and the client is reconnecting. */
   | { readonly type: "reconnect" }
-  /** Somebody finds it good enough; false when the service could not be told so. */
-  | { readonly type: "finish"; readonly asked: boolean }
-  /** Shows the picture at this index of `stages` again; undefined for the newest. */
+  /** The user asked to finish early; `requested` is false if that call failed. */
+  | { readonly type: "finish"; readonly requested: boolean }
+  /** Selects the picture at this index of `stages`; undefined for the newest. */
   | { readonly type: "scrub"; readonly index: number | undefined };
 
 export interface ViewState {
-  /** `waiting`: asked for, and nothing heard yet. */
+  /** `waiting`: requested, and no message received yet. */
   readonly status: "idle" | "waiting" | "running" | "succeeded" | "failed" | "cancelled";
-  /** There is no connection at the moment, but it is being looked for. */
+  /** The connection is lost, and the client is reconnecting. */
   readonly reconnecting: boolean;
-  /** The service was asked to end it early with the picture as it is. */
+  /** The client asked the service to finish early. */
   readonly finishing: boolean;
-  /** The final picture is the estimate of `step`. */
+  /** The generation was finished early: the final picture is the estimate of `step`. */
   readonly finishedEarly: boolean;
   readonly phase: Phase | undefined;
   readonly generationId: string | undefined;
@@ -29,18 +29,18 @@ export interface ViewState {
   readonly step: number;
   readonly totalSteps: number;
   readonly queuePosition: number;
-  /** Seconds until the final picture, as last estimated. */
+  /** Seconds until the final picture, from the last estimate. */
   readonly remaining: number | undefined;
-  /** Previews received, oldest first, each step once. */
+  /** Previews, oldest first, at most one per step. */
   readonly previews: readonly Picture[];
   readonly previewsDropped: number;
-  /** The safety checker objected: there are no previews any more, and there will be none. */
+  /** The safety checker rejected the previews: there are none, and no more will follow. */
   readonly withdrawn: boolean;
   readonly final: Picture | undefined;
   readonly warnings: readonly Notice[];
   readonly error: CalotypeError | undefined;
   readonly timings: Timings | undefined;
-  /** Index into `stages` that is looked at; undefined for the newest. */
+  /** Selected index of `stages`; undefined for the newest. */
   readonly scrubbed: number | undefined;
 }
 
@@ -77,29 +77,29 @@ export function reduce(state: ViewState, event: ViewEvent): ViewState {
     case "reconnect":
       return isOver(state) ? state : { ...state, reconnecting: true };
     case "finish":
-      return isOver(state) ? state : { ...state, finishing: event.asked };
+      return isOver(state) ? state : { ...state, finishing: event.requested };
     case "scrub":
       return withScrub(state, event.index);
   }
 }
 
-/** Every picture there is to look at, oldest first, the final one last. */
+/** Returns all pictures, oldest first, the final one last. */
 export function stages(state: ViewState): readonly Picture[] {
   return state.final ? [...state.previews, state.final] : state.previews;
 }
 
-/** The picture to show: the one looked at, else the newest. */
+/** Returns the picture to show: the selected one, else the newest. */
 export function frameAt(state: ViewState): Picture | undefined {
   return stages(state).at(state.scrubbed ?? -1);
 }
 
-/** How much is done, 0 to 1. Decoding counts as one more step, so that the bar does not stand at its end and wait. */
+/** Returns the completed fraction, 0 to 1. Decoding counts as one more step, so that the bar is not full too early. */
 export function fraction(state: ViewState): number {
   if (state.status === "succeeded") return 1;
   return state.totalSteps > 0 ? Math.min(state.step / (state.totalSteps + 1), 1) : 0;
 }
 
-/** Whether nothing more will come. */
+/** Whether the generation has ended. */
 export function isOver({ status }: ViewState): boolean {
   return status === "succeeded" || status === "failed" || status === "cancelled";
 }
@@ -110,7 +110,7 @@ function withProgress(state: ViewState, progress: Progress): ViewState {
   const isNew = picture?.kind === "predicted" && picture.step > (state.previews.at(-1)?.step ?? 0);
   return {
     ...state,
-    // How a failure ended is told by the error that follows, not by its message alone.
+    // A failure is reported by the error event that follows, not by the phase of its last message.
     status: phase === "succeeded" ? "succeeded" : "running",
     reconnecting: false,
     finishing: state.finishing && !isEnd(phase),

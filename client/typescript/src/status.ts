@@ -1,4 +1,4 @@
-/** From what a call failed with to a `CalotypeError`. */
+/** Converts errors of calls to `CalotypeError`. */
 
 import { durationMs } from "@bufbuild/protobuf/wkt";
 import { ConnectError } from "@connectrpc/connect";
@@ -7,21 +7,21 @@ import type * as wire from "./gen/calotype/v1/calotype_pb.js";
 import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "./gen/google/rpc/error_details_pb.js";
 
 /**
- * Translates whatever a call threw.
+ * Converts an error that a call threw.
  *
- * @param thrown - A `ConnectError`, or what `fetch` rejected with.
- * @param begun - Whether anything of the answer had arrived.
+ * @param thrown - A `ConnectError`, or the error that `fetch` rejected with.
+ * @param received - Whether any message of the answer was received.
  */
-export function fromCall(thrown: unknown, begun: boolean): CalotypeError {
+export function fromCall(thrown: unknown, received: boolean): CalotypeError {
   if (thrown instanceof CalotypeError) return thrown;
   const error = ConnectError.from(thrown);
   if (isNetworkFailure(thrown)) {
-    return begun
+    return received
       ? new CalotypeError("UNAVAILABLE", "The connection was lost.", { reason: "CONNECTION_LOST", cause: thrown })
-      : new CalotypeError("UNAVAILABLE", "The service does not answer.", { reason: "UNREACHABLE", cause: thrown });
+      : new CalotypeError("UNAVAILABLE", "The service does not respond.", { reason: "UNREACHABLE", cause: thrown });
   }
-  if (CUT.test(error.rawMessage)) {
-    return new CalotypeError("UNKNOWN", "The answer is incomplete.", { reason: "STREAM_INCOMPLETE", cause: thrown });
+  if (TRUNCATED.test(error.rawMessage)) {
+    return new CalotypeError("UNKNOWN", "The response is incomplete.", { reason: "STREAM_INCOMPLETE", cause: thrown });
   }
   const [info] = error.findDetails(ErrorInfoSchema);
   const [retry] = error.findDetails(RetryInfoSchema);
@@ -35,10 +35,10 @@ export function fromCall(thrown: unknown, begun: boolean): CalotypeError {
   });
 }
 
-/** What connect says of a body that ended in order, but with no status, or within a message: a proxy has cut it. */
-const CUT = /^(missing trailer|protocol error: incomplete envelope)$/;
+/** Connect's messages for a body that a proxy truncated: it ended without a status, or within a message. */
+const TRUNCATED = /^(missing trailer|protocol error: incomplete envelope)$/;
 
-/** Translates the error in the last message of a stream; `fallback` stands in for a missing one. */
+/** Converts the error in the last message of a stream. `fallback` is the code if that message has no error. */
 export function fromMessage(error: wire.Error | undefined, fallback: StatusCode): CalotypeError {
   if (!error) return new CalotypeError(fallback, "The generation ended without an image.");
   return new CalotypeError(statusCode(error.code), error.message, {
@@ -48,8 +48,8 @@ export function fromMessage(error: wire.Error | undefined, fallback: StatusCode)
 }
 
 /**
- * Whether the network failed. `fetch` and its body reject with a `TypeError` then, in every browser and in Node, which
- * connect passes on as the cause of an error of its own.
+ * Whether the network failed. In that case `fetch` and its body reject with a `TypeError`, in every browser and in Node,
+ * and connect keeps it as the cause of its own error.
  */
 function isNetworkFailure(thrown: unknown): boolean {
   for (let error: unknown = thrown; error instanceof Error; error = error.cause) {

@@ -1,8 +1,8 @@
-/** What callers hold: plain, readonly objects. Times are in seconds, sizes in pixels. */
+/** The objects of the API: plain and readonly. Times are in seconds, sizes in pixels. */
 
 import type { CalotypeError } from "./errors.js";
 
-/** What a generation is doing, or how it ended. It only moves forward. */
+/** What a generation is doing, or how it ended. Phases never go back. */
 export type Phase =
   | "queued"
   | "encoding_prompt"
@@ -11,7 +11,7 @@ export type Phase =
   | "succeeded"
   | "failed"
   | "cancelled"
-  /** One that this client is too old to know. */
+  /** A phase that this version of the client does not know. */
   | "unknown";
 
 export type PreviewMethod = "auto" | "head" | "tiny_vae" | "full_vae" | "none";
@@ -24,21 +24,21 @@ export interface Picture {
   readonly format: PictureFormat;
   readonly width: number;
   readonly height: number;
-  /** `predicted`: the model's estimate of the finished picture while it is denoised. */
+  /** `predicted`: the model's estimate of the finished picture, during denoising. */
   readonly kind: "predicted" | "final";
-  /** Denoising step that it shows, from 1. */
+  /** Denoising step that the picture shows, from 1. */
   readonly step: number;
-  /** What drew a preview; undefined for the final picture. */
+  /** How the preview was rendered; undefined for the final picture. */
   readonly method: PreviewMethod | undefined;
 }
 
-/** What the caller should know although the generation goes on, such as PROMPT_TRUNCATED. */
+/** A warning that does not end the generation, such as PROMPT_TRUNCATED. */
 export interface Notice {
   readonly reason: string;
   readonly message: string;
 }
 
-/** Seconds spent in each phase; undefined for one that was not reached. */
+/** Seconds spent in each phase; undefined for a phase that was not reached. */
 export interface Timings {
   readonly queued: number | undefined;
   readonly encodingPrompt: number | undefined;
@@ -48,55 +48,56 @@ export interface Timings {
   readonly total: number | undefined;
 }
 
-/** Where a generation stands and, where there is a new one, a picture. */
+/** The state of a generation and, if there is a new one, a picture. */
 export interface Progress {
   readonly generationId: string;
-  /** Rises strictly; a gap means that messages were merged because the reader was slow. */
+  /** Strictly increasing. A gap means that messages were merged because the reader was slow. */
   readonly sequence: number;
   readonly phase: Phase;
-  /** Steps done, 0 to `totalSteps`. Never falls. */
+  /** Completed steps, 0 to `totalSteps`. Never decreases. */
   readonly step: number;
-  /** 0 until it is known. */
+  /** 0 until the number is known. */
   readonly totalSteps: number;
   readonly picture: Picture | undefined;
-  /** 1 is the next to start; 0 when not queued. */
+  /** 1 is the next to start; 0 if not queued. */
   readonly queuePosition: number;
-  /** Estimated seconds until the final picture, the queue included; undefined when nothing was measured yet. */
+  /** Estimated seconds until the final picture, including the queue; undefined before the first measurement. */
   readonly remaining: number | undefined;
+  /** Previews that were due but not sent, because the reader or the encoder was slow. */
   readonly previewsDropped: number;
-  /** Take every preview of this generation from the screen: the safety checker objects. Once true it stays true. */
+  /** Remove all previews of this generation from the screen: the safety checker rejects them. Never reset to false. */
   readonly previewsWithdrawn: boolean;
-  /** Seed in use: the one asked for, or the one drawn. */
+  /** Seed in use: from the request, or chosen at random by the server. */
   readonly seed: number;
   readonly warnings: readonly Notice[];
-  /** The final picture is the estimate of `step`, because somebody found it good enough and called `finish`. */
+  /** The final picture is the estimate of `step`, because a caller ended the generation with `finish`. */
   readonly finishedEarly: boolean;
-  /** In the last progress only. */
+  /** Only in the last progress. */
   readonly timings: Timings | undefined;
 }
 
-/** Where one of the caller's generations stands. */
+/** The state of one of the caller's generations. */
 export interface GenerationSummary {
   readonly generationId: string;
-  /** As asked for; empty when there was none. */
+  /** From the request; empty if it had none. */
   readonly requestId: string;
   readonly prompt: string;
   readonly phase: Phase;
   readonly step: number;
-  /** 0 until it is known. */
+  /** 0 until the number is known. */
   readonly totalSteps: number;
   readonly seed: number;
-  /** When it was accepted. */
+  /** When the server accepted the generation. */
   readonly created: Date | undefined;
 }
 
-/** How previews look and how often they come. What is left out is as in `Model.preview`. */
+/** Appearance and frequency of previews. Defaults are in `Model.preview`. */
 export interface PreviewOptions {
-  /** Every nth step at most, 1 to 1000. */
+  /** At most one preview in this many steps, 1 to 1000. */
   readonly everySteps?: number;
-  /** Least seconds between two, 0 to 60. */
+  /** Minimum seconds between two previews, 0 to 60. */
   readonly minInterval?: number;
-  /** Longer edge at most, 16 to `Model.maxPreviewEdge`. */
+  /** Maximum length of the longer edge, 16 to `Model.maxPreviewEdge`. */
   readonly maxEdge?: number;
   /** JPEG quality, 1 to `Model.maxPreviewQuality`. */
   readonly quality?: number;
@@ -104,17 +105,17 @@ export interface PreviewOptions {
   readonly method?: PreviewMethod;
 }
 
-/** How the final picture is written. */
+/** The file of the final picture. */
 export interface OutputOptions {
   /** Default: png. */
   readonly format?: PictureFormat;
-  /** Of JPEG, 1 to 95, or of WebP, 1 to 100. Default: 90. Refused for PNG. */
+  /** 1 to 95 for JPEG, 1 to 100 for WebP. Default: 90. The server rejects it for PNG. */
   readonly quality?: number;
-  /** Whether prompt, seed and so on are written into the file. Default: true. */
+  /** Whether the file contains metadata such as prompt and seed. Default: true. */
   readonly metadata?: boolean;
 }
 
-/** What to generate besides the prompt. What is left out, the server chooses; see `Model`. */
+/** Options of a generation. Omitted options use the server's defaults, see `Model`. */
 export interface GenerateOptions {
   readonly negativePrompt?: string;
   /** A multiple of `Model.sizeMultiple`. */
@@ -123,109 +124,110 @@ export interface GenerateOptions {
   readonly height?: number;
   /** 1 to `Model.maxSteps`. */
   readonly steps?: number;
-  /** 0 to 100; 1 or less switches guidance off in most models. */
+  /** 0 to 100. In most models, 1 or less disables guidance. */
   readonly guidanceScale?: number;
-  /** 0 to 2^53 - 1. The same request with the same seed gives the same picture. */
+  /** 0 to 2^53 - 1. The same request with the same seed gives the same picture. Default: random. */
   readonly seed?: number;
   /** One of `Model.schedulers`. */
   readonly scheduler?: string;
   readonly preview?: PreviewOptions;
   readonly output?: OutputOptions;
   /**
-   * What happens when the last reader has left: `cancel`, after `disconnectGrace`, or `keep`: it goes on to its end and
-   * can be watched for a while. Default: leaving cancels at once, and a lost connection after ten seconds.
+   * What the server does when the last reader disconnects. `cancel`: it cancels the generation after
+   * `disconnectGrace`. `keep`: it finishes the generation, which can be watched for a while after its end. Default:
+   * leaving cancels at once, and a lost connection cancels after 10 seconds.
    */
   readonly onDisconnect?: "cancel" | "keep";
-  /** With `cancel`: seconds in which a reader may come back, 0 to 3600. */
+  /** With `cancel`: seconds for a reader to reconnect, 0 to 3600. */
   readonly disconnectGrace?: number;
   /**
-   * Makes the call idempotent: the same id never starts twice, but follows the first. Up to 128 characters of printable
-   * ASCII. Default: drawn at random, unless `retries` is 0.
+   * Makes the call idempotent: a second call with the same id follows the first generation instead of starting another.
+   * At most 128 characters of printable ASCII. Default: a random id, unless `retries` is 0.
    */
   readonly requestId?: string;
 }
 
-/** How to watch a generation. */
+/** Options of `watch`. */
 export interface WatchOptions {
-  /** The last `Progress.sequence` that is known already. Default: 0, tell all. */
+  /** The last `Progress.sequence` that the caller has seen. Default: 0, for all progress. */
   readonly afterSequence?: number;
-  /** Previews for this reader; their rate is at most that of the generation. Default: as it was asked for. */
+  /** Previews for this reader, at most as many as the generation has. Default: the options of the generation. */
   readonly preview?: PreviewOptions;
 }
 
-/** How a call is made. */
+/** Options of every call. */
 export interface CallOptions {
-  /** Leaves the call. What becomes of a generation then, says its `onDisconnect`. */
+  /** Leaves the call when it is aborted. `onDisconnect` decides what happens to the generation. */
   readonly signal?: AbortSignal;
-  /** Seconds until the call must have ended, waiting included. Default: no limit. */
+  /** Seconds until the call must have ended, including all waits. Default: no limit for streams, 10 for other calls. */
   readonly timeout?: number;
-  /** Further HTTP headers, such as `authorization`. */
+  /** Additional HTTP headers, such as `authorization`. */
   readonly headers?: HeadersInit;
 }
 
-/** How a stream is followed. */
+/** Options of streams. */
 export interface FollowOptions extends CallOptions {
   /**
-   * How many times in a row, with nothing new between them, a lost connection is taken up again, by watching or, when
-   * the server has forgotten everything, by generating with the same seed. 0 switches this off. Default: 12.
+   * Retries in a row after a lost connection, if none of them brings anything new. The client resumes the stream or, if
+   * the server no longer knows the generation, starts it again with the same seed. 0 disables retries. Default: 10.
    */
   readonly retries?: number;
   /**
-   * Seconds without a message after which the service counts as lost, which sends one every 10 s at least. Default: 20;
-   * `Infinity` means without limit.
+   * Seconds without a message after which the client treats the connection as lost. The service sends a message at
+   * least every 10 seconds. Default: 20; `Infinity` means no limit.
    */
   readonly stallTimeout?: number;
-  /** Told before each wait for another connection. The next progress says that there is one. */
+  /** Called before each wait for a retry. The next progress means that the client is connected again. */
   readonly onReconnect?: (reconnect: Reconnect) => void;
 }
 
-/** A connection was lost and will be taken up again. */
+/** A connection was lost, and the client will reconnect. */
 export interface Reconnect {
-  /** Attempts in a row, from 1. */
+  /** Retries in a row, from 1. */
   readonly attempt: number;
-  /** Seconds until it is made. */
+  /** Seconds until the retry. */
   readonly delay: number;
   /** Why the last connection failed. */
   readonly error: CalotypeError;
 }
 
-/** The loaded model: what it can do and what it does by default. */
+/** The loaded model: its capabilities and defaults. */
 export interface Model {
   readonly name: string;
-  /** Class of the diffusers pipeline. */
+  /** Class name of the diffusers pipeline. */
   readonly pipeline: string;
   readonly width: number;
   readonly height: number;
-  /** Both sides are multiples of this. */
+  /** Width and height must be multiples of this. */
   readonly sizeMultiple: number;
   /** Largest width times height. */
   readonly maxPixels: number;
   readonly steps: number;
   readonly maxSteps: number;
-  /** Undefined when the model takes none. */
+  /** Undefined if the model does not support guidance. */
   readonly guidanceScale: number | undefined;
   readonly takesNegativePrompt: boolean;
   readonly scheduler: string;
   readonly schedulers: readonly string[];
   readonly maxPromptChars: number;
-  /** 0 when unknown. */
+  /** 0 if unknown. */
   readonly maxPromptTokens: number;
   readonly device: string;
   readonly dtype: string;
   readonly serverVersion: string;
-  /** Methods that a request may name besides `auto` and `none`. */
+  /** Methods that a request may choose in addition to `auto` and `none`. */
   readonly previewMethods: readonly PreviewMethod[];
   readonly preview: Required<PreviewOptions> | undefined;
   readonly maxPreviewEdge: number;
   readonly maxPreviewQuality: number;
 }
 
-/** Media type of a picture's file. */
+/** Returns the media type of a picture's file. */
 export function mediaType(picture: Picture): string {
   return `image/${picture.format}`;
 }
 
-/** Whether nothing more comes after this phase. */
+/** Whether this phase is the last one of a generation. */
 export function isEnd(phase: Phase): phase is "succeeded" | "failed" | "cancelled" {
   return phase === "succeeded" || phase === "failed" || phase === "cancelled";
 }

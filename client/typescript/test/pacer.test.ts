@@ -7,7 +7,7 @@ interface Shown {
   readonly at: number;
 }
 
-/** Plays arrivals through a pacer with a timer that is exact to the millisecond. */
+/** Passes arrivals through a pacer with a timer that is exact to the millisecond. */
 function play(arrivals: readonly number[], pacer = new Pacer<number>()): Shown[] {
   const shown: Shown[] = [];
   const end = (arrivals.at(-1) ?? 0) + 5_000;
@@ -23,7 +23,7 @@ function play(arrivals: readonly number[], pacer = new Pacer<number>()): Shown[]
   return shown;
 }
 
-/** Repeatable noise in 0 to 1. */
+/** Returns a generator of reproducible random numbers from 0 to 1. */
 function noise(seed: number) {
   let state = seed;
   return () => {
@@ -32,14 +32,14 @@ function noise(seed: number) {
   };
 }
 
-function unevenness(times: readonly number[]): number {
+function relativeDeviation(times: readonly number[]): number {
   const gaps = times.slice(1).map((time, at) => time - (times[at] as number));
   const mean = gaps.reduce((sum, gap) => sum + gap, 0) / gaps.length;
   return Math.sqrt(gaps.reduce((sum, gap) => sum + (gap - mean) ** 2, 0) / gaps.length) / mean;
 }
 
 describe("the pacer", () => {
-  it("shows the first item, and items that come evenly, at once", () => {
+  it("shows the first item and evenly spaced items at once", () => {
     expect(play([0, 100, 200, 300]).map(({ at }) => at)).toEqual([0, 100, 200, 300]);
   });
 
@@ -51,7 +51,7 @@ describe("the pacer", () => {
     for (const gap of gaps) expect(gap).toBeGreaterThan(25);
   });
 
-  it.each([1, 2, 3, 4, 5])("makes jittery arrivals more even, in order and within the longest delay (%i)", (seed) => {
+  it.each([1, 2, 3, 4, 5])("evens out jitter, in order and within the maximum delay (seed %i)", (seed) => {
     const random = noise(seed);
     let late = 0;
     const arrivals = Array.from({ length: 60 }, (_, at) => {
@@ -61,11 +61,11 @@ describe("the pacer", () => {
     const shown = play(arrivals);
     expect(shown.map(({ value }) => value)).toEqual([...shown.map(({ value }) => value)].sort((a, b) => a - b));
     for (const { at, arrived } of shown) expect(at - arrived).toBeLessThanOrEqual(300);
-    expect(unevenness(shown.map(({ at }) => at))).toBeLessThan(unevenness(arrivals) * 0.75);
+    expect(relativeDeviation(shown.map(({ at }) => at))).toBeLessThan(relativeDeviation(arrivals) * 0.75);
     expect(shown.at(-1)?.value).toBe(59);
   });
 
-  it("does not fall behind arrivals that are quicker than the last ones", () => {
+  it("keeps up when arrivals become faster", () => {
     const arrivals = [...Array(5).keys()]
       .map((at) => at * 500)
       .concat([...Array(100).keys()].map((at) => 2_000 + at * 10));
@@ -73,14 +73,14 @@ describe("the pacer", () => {
     for (const { at, arrived } of shown) expect(at - arrived).toBeLessThanOrEqual(300);
   });
 
-  it("gives the newest of what is due to a caller who comes late", () => {
+  it("returns the newest due item to a late caller", () => {
     const pacer = new Pacer<number>();
     for (const at of [0, 10, 20]) pacer.push(at, at);
     expect(pacer.take(10_000)).toBe(20);
     expect(pacer.due()).toBeUndefined();
   });
 
-  it("forgets what is cleared", () => {
+  it("drops all items on clear", () => {
     const pacer = new Pacer<number>();
     pacer.push(1, 0);
     pacer.clear();

@@ -38,14 +38,14 @@ function progress(values: Partial<Progress>): ViewEvent {
 const start: ViewEvent = { type: "start" };
 const preview = (step: number) => progress({ step, picture: picture(step) });
 const succeeded = progress({ phase: "succeeded", step: 4, picture: picture(4, "final") });
-const failed: ViewEvent = { type: "error", error: new CalotypeError("INTERNAL", "no") };
+const failed: ViewEvent = { type: "error", error: new CalotypeError("INTERNAL", "failed") };
 
 function play(...events: ViewEvent[]) {
   return events.reduce(reduce, initialState);
 }
 
 describe("the reducer", () => {
-  it("goes from waiting over the queue and the steps to the final picture", () => {
+  it("goes from waiting through the queue and the steps to the final picture", () => {
     expect(play(start).status).toBe("waiting");
     expect(play(start, progress({ phase: "queued", queuePosition: 3 }))).toMatchObject({
       status: "running",
@@ -60,33 +60,33 @@ describe("the reducer", () => {
     ]);
   });
 
-  it("shows the newest picture, and each step once", () => {
+  it("shows the newest picture, and keeps one per step", () => {
     expect(frameAt(play(start))).toBeUndefined();
     const state = play(start, preview(1), preview(3), preview(3), preview(2));
     expect(state.previews.map(({ step }) => step)).toEqual([1, 3]);
     expect(frameAt(state)?.step).toBe(3);
   });
 
-  it("never lets the progress fall, and reaches 1 only with the final picture", () => {
+  it("never decreases the fraction, which is 1 only with the final picture", () => {
     const events = [start, preview(1), preview(2), progress({ phase: "decoding", step: 4 }), succeeded];
-    const fractions = events.map((_, at) => fraction(play(...events.slice(0, at + 1))));
+    const fractions = events.map((_, index) => fraction(play(...events.slice(0, index + 1))));
     expect(fractions).toEqual([0, 0.2, 0.4, 0.8, 1]);
     expect(play(start, preview(3), progress({ step: 2 })).step).toBe(3);
   });
 
-  it("keeps what was received when a generation fails, and tells a cancel from a failure", () => {
+  it("keeps the pictures of a failed generation, and distinguishes a cancellation from a failure", () => {
     const state = play(start, preview(1), failed);
     expect(state).toMatchObject({ status: "failed", remaining: undefined });
     expect(stages(state)).toHaveLength(1);
     expect(play(start, { type: "error", error: new CalotypeError("CANCELLED", "") }).status).toBe("cancelled");
   });
 
-  it("hears nothing after the end", () => {
+  it("ignores events after the end", () => {
     const ended = play(start, preview(1), succeeded);
     expect(reduce(reduce(ended, preview(3)), failed)).toBe(ended);
   });
 
-  it("takes withdrawn previews away, and takes no more", () => {
+  it("removes withdrawn previews, and accepts no more", () => {
     const state = play(
       start,
       preview(1),
@@ -99,7 +99,7 @@ describe("the reducer", () => {
     expect(play(start, preview(1), { type: "error", error: withheld }).previews).toEqual([]);
   });
 
-  it("scrubs after the end only, and back to the newest", () => {
+  it("selects other pictures only after the end, and returns to the newest", () => {
     const scrub = (index: number | undefined): ViewEvent => ({ type: "scrub", index });
     expect(frameAt(play(start, preview(1), preview(2), scrub(0)))?.step).toBe(2);
     const ended = [start, preview(1), preview(2), succeeded];
@@ -109,7 +109,7 @@ describe("the reducer", () => {
     expect(play(...ended, scrub(0), scrub(2)).scrubbed).toBeUndefined();
   });
 
-  it("tells that it reconnects until there is something new, or the end", () => {
+  it("is reconnecting until the next progress or the end", () => {
     const reconnect: ViewEvent = { type: "reconnect" };
     expect(play(start, preview(1), reconnect)).toMatchObject({ status: "running", reconnecting: true });
     expect(play(start, preview(1), reconnect, preview(2)).reconnecting).toBe(false);
@@ -117,8 +117,8 @@ describe("the reducer", () => {
     expect(play(start, succeeded, reconnect).reconnecting).toBe(false);
   });
 
-  it("tells that it is being finished early, and that it was", () => {
-    const finish = (asked: boolean): ViewEvent => ({ type: "finish", asked });
+  it("is finishing after a request to finish, and finishedEarly at the end", () => {
+    const finish = (requested: boolean): ViewEvent => ({ type: "finish", requested });
     expect(play(start, preview(1), finish(true), preview(2)).finishing).toBe(true);
     expect(play(start, preview(1), finish(true), finish(false)).finishing).toBe(false);
     const early = progress({ phase: "succeeded", step: 2, picture: picture(2, "final"), finishedEarly: true });
@@ -129,16 +129,16 @@ describe("the reducer", () => {
     });
   });
 
-  it("collects warnings, each reason once", () => {
-    const cut = { reason: "PROMPT_TRUNCATED", message: "cut" };
+  it("collects one warning per reason", () => {
+    const cut = { reason: "PROMPT_TRUNCATED", message: "truncated" };
     expect(play(start, progress({ warnings: [cut] }), progress({ warnings: [{ ...cut }] })).warnings).toEqual([cut]);
   });
 
-  it("forgets everything at the next start", () => {
+  it("resets everything at the next start", () => {
     expect(play(start, preview(1), succeeded, start)).toEqual({ ...initialState, status: "waiting" });
   });
 
-  it("never changes the state that it is given", () => {
+  it("never modifies its input state", () => {
     const freeze = (state: ReturnType<typeof play>) =>
       Object.freeze({ ...state, previews: Object.freeze([...state.previews]) });
     const events = [start, preview(1), succeeded, { type: "scrub", index: 0 } satisfies ViewEvent];

@@ -1,10 +1,10 @@
-/** A few lines instead of a framework. No `innerHTML`, no `style` attribute: it works under the strictest CSP. */
+/** Small DOM helpers. Without `innerHTML` and `style` attributes, so that the strictest CSP allows them. */
 
 type Properties<K extends keyof HTMLElementTagNameMap> = Partial<Omit<HTMLElementTagNameMap[K], "part" | "style">> & {
   part?: string;
 } & Record<`aria-${string}` | "role", string>;
 
-/** Makes an element with its properties, `part` and ARIA attributes, and its children. */
+/** Creates an element with properties, `part` and ARIA attributes, and children. */
 export function h<K extends keyof HTMLElementTagNameMap>(
   tag: K,
   properties: Partial<Properties<K>> = {},
@@ -19,7 +19,7 @@ export function h<K extends keyof HTMLElementTagNameMap>(
   return element;
 }
 
-/** Sets the text of an element where it differs, so that nothing is laid out or announced twice. */
+/** Sets the text of an element if it differs, to avoid needless layout and repeated announcements. */
 export function setText(element: Element, text: string): void {
   if (element.textContent !== text) element.textContent = text;
 }

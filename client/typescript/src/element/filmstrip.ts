@@ -1,11 +1,11 @@
-/** The steps that were received, side by side; a native slider over them, so that keys and screen readers just work. */
+/** Thumbnails of the received steps, with a native slider on top that supports the keyboard and screen readers. */
 
 import type { Picture } from "../types.js";
 import { h, setShown } from "./dom.js";
-import type { ObjectUrls } from "./urls.js";
+import type { ObjectUrls } from "./object_urls.js";
 
-/** More would be slivers. */
-const MOST_THUMBNAILS = 9;
+/** More thumbnails would be too narrow. */
+const MAX_THUMBNAILS = 9;
 
 export class Filmstrip {
   readonly element: HTMLElement;
@@ -13,12 +13,12 @@ export class Filmstrip {
   readonly #frames = h("div", { className: "frames", part: "frames", "aria-hidden": "true" });
   readonly #slider: HTMLInputElement;
   readonly #strip: HTMLElement;
-  #drawn: readonly Picture[] = [];
+  #shown: readonly Picture[] = [];
 
-  /** @param onScrub - Called with the index of the picture that is looked at. */
+  /** @param onScrub - Called with the index of the picture that the user selects. */
   constructor(urls: ObjectUrls, onScrub: (index: number) => void) {
     this.#urls = urls;
-    this.#slider = h("input", { type: "range", min: "0", part: "slider", "aria-label": "Look back through the steps" });
+    this.#slider = h("input", { type: "range", min: "0", part: "slider", "aria-label": "Browse the steps" });
     this.#slider.addEventListener("input", () => onScrub(this.#slider.valueAsNumber));
     this.#strip = h("div", { className: "strip" }, this.#frames, this.#slider);
     this.element = h("div", { className: "filmstrip", part: "filmstrip", hidden: true }, this.#strip);
@@ -27,13 +27,13 @@ export class Filmstrip {
   /**
    * Draws the strip.
    *
-   * @param stages - Everything there is to look at, oldest first.
-   * @param index - Which one is looked at.
-   * @param totalSteps - Steps of the generation, for those who cannot see the strip.
-   * @param enabled - Whether one may scrub.
+   * @param stages - All pictures, oldest first.
+   * @param index - The selected picture.
+   * @param totalSteps - Steps of the generation, for the text that screen readers announce.
+   * @param enabled - Whether the user can select a picture.
    */
   update(stages: readonly Picture[], index: number, totalSteps: number, enabled: boolean): void {
-    // Its place is kept from the start, so that nothing jumps when the first picture comes.
+    // The space is reserved from the start, so that the layout does not shift at the first picture.
     setShown(this.element, stages.length > 1 || !enabled);
     this.#draw(stages);
     this.#slider.max = String(Math.max(stages.length - 1, 0));
@@ -43,32 +43,33 @@ export class Filmstrip {
     if (this.#slider.getAttribute("aria-valuetext") !== text) this.#slider.setAttribute("aria-valuetext", text);
   }
 
-  /** Takes every thumbnail away. */
+  /** Removes all thumbnails. */
   clear(): void {
     this.#draw([]);
   }
 
   #draw(stages: readonly Picture[]): void {
-    const wanted = pick(stages, MOST_THUMBNAILS);
-    if (wanted.length === this.#drawn.length && wanted.every((picture, at) => picture === this.#drawn[at])) return;
-    const old = new Map(this.#drawn.map((picture, at) => [picture, this.#frames.children[at]]));
+    const wanted = sample(stages, MAX_THUMBNAILS);
+    if (wanted.length === this.#shown.length && wanted.every((picture, index) => picture === this.#shown[index]))
+      return;
+    const old = new Map(this.#shown.map((picture, index) => [picture, this.#frames.children[index]]));
     const images = wanted.map((picture) => old.get(picture) ?? h("img", { alt: "", src: this.#urls.of(picture) }));
     this.#frames.replaceChildren(...images);
     this.#strip.style.setProperty("--_frames", String(images.length));
-    this.#drawn = wanted;
+    this.#shown = wanted;
   }
 }
 
-/** Names a picture of a generation for people. */
+/** Returns the name of a picture of a generation, to display. */
 export function stageLabel(picture: Picture | undefined, totalSteps: number): string {
   if (picture === undefined) return "";
   if (picture.kind === "final") return "The finished picture";
   return `Estimate at step ${picture.step} of ${totalSteps}`;
 }
 
-/** Returns `count` of `items` at even distances, the first and the last among them; all, if there are not more. */
-export function pick<T>(items: readonly T[], count: number): readonly T[] {
+/** Returns at most `count` of `items` at even distances, including the first and the last. */
+export function sample<T>(items: readonly T[], count: number): readonly T[] {
   if (items.length <= count) return items;
   const stride = (items.length - 1) / (count - 1);
-  return Array.from({ length: count }, (_, at) => items[Math.round(at * stride)] as T);
+  return Array.from({ length: count }, (_, index) => items[Math.round(index * stride)] as T);
 }

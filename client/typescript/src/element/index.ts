@@ -1,4 +1,4 @@
-/** `<calotype-view>`: one generation, from the waiting to the finished picture. Importing this registers nothing. */
+/** `<calotype-view>`: shows one generation from the queue to the final picture. This module does not register it. */
 
 import { type Client, createClient } from "../client.js";
 import { CalotypeError } from "../errors.js";
@@ -9,45 +9,45 @@ import type { FollowOptions, GenerateOptions, Picture } from "../types.js";
 import { fileName, optionsOf } from "./options.js";
 import { View } from "./view.js";
 
-/** What its events carry in `detail`. All bubble and cross shadow roots. */
+/** The events of the element, with their `detail`. All of them bubble and cross shadow roots. */
 export interface CalotypeViewEvents {
-  /** Something changed. */
+  /** The state changed. */
   "calotype-state": CustomEvent<ViewState>;
-  /** A picture has been put on the screen. */
+  /** A picture was shown. */
   "calotype-picture": CustomEvent<Picture>;
-  /** It ended; `status` tells how. */
+  /** The generation ended; see `status`. */
   "calotype-end": CustomEvent<ViewState>;
 }
 
-// In Node there is nothing to extend, and nothing to show: importing must still work, for rendering on a server.
+// Node has no HTMLElement. The import must work there nevertheless, for server-side rendering.
 const Base = globalThis.HTMLElement ?? (class {} as typeof HTMLElement);
 
 /**
- * Shows a picture while it forms, with progress, cancel, download and a filmstrip.
+ * Shows a picture while it develops, with progress, cancel, download and a filmstrip.
  *
- * Attributes: `server` (base URL, default: the page's own), `prompt`, `negative-prompt`, `width`, `height`, `steps`,
+ * Attributes: `server` (base URL; default: the origin of the page), `prompt`, `negative-prompt`, `width`, `height`, `steps`,
  * `guidance-scale`, `seed`, `scheduler`, `preview-every-steps`, `preview-min-interval`, `preview-max-edge`,
  * `preview-quality`, `preview-method`, `output-format`, `output-quality`, `on-disconnect`, `disconnect-grace`;
- * `autostart` begins when it enters a document. They are read by `start`. Slot `actions` takes further buttons.
+ * `autostart` starts it when it enters a document. `start` reads the attributes. The slot `actions` takes more buttons.
  */
 export class CalotypeView extends Base {
   #state = initialState;
   #options: GenerateOptions = {};
-  /** What is watched; undefined when it is this element's own. */
+  /** Id of a generation started elsewhere; undefined if this element started it. */
   #watched: string | undefined;
   #client: Client | undefined;
   #generation: Generation | undefined;
-  #leaving = new AbortController();
+  #leave = new AbortController();
   #pacer = new Pacer<Picture>();
   #timer: ReturnType<typeof setTimeout> | undefined;
   #view: View | undefined;
 
-  /** What is shown, see the reducer. */
+  /** The state that is shown, see the reducer. */
   get state(): ViewState {
     return this.#state;
   }
 
-  /** Makes the calls. Set it to share one among several views, so that they share its limit on streams. */
+  /** Makes the calls. Set the same client on several views to share its limit on streams. */
   get client(): Client {
     this.#client ??= createClient(this.getAttribute("server") ?? "");
     return this.#client;
@@ -69,13 +69,13 @@ export class CalotypeView extends Base {
     }
     document.addEventListener("visibilitychange", this.#paint);
     this.#render();
-    this.#showAgain();
+    this.#showSelected();
     if (this.hasAttribute("autostart") && this.#state.status === "idle") this.start();
   }
 
   disconnectedCallback(): void {
     document.removeEventListener("visibilitychange", this.#paint);
-    // Moved within the document, it is connected again by the time that this runs.
+    // If the element was only moved within the document, it is connected again when this runs.
     queueMicrotask(() => {
       if (this.isConnected) return;
       this.leave();
@@ -85,70 +85,72 @@ export class CalotypeView extends Base {
   }
 
   /**
-   * Begins a generation with what the attributes say; one under way is left.
+   * Starts a generation with the options in the attributes. Leaves the current one.
    *
-   * @param options - Replaces single attributes.
+   * @param options - Overrides single attributes.
    */
   start(options: GenerateOptions = {}): void {
     this.#options = { ...optionsOf(this), ...options };
     this.#watched = undefined;
-    this.#begin((how) => this.client.generate(this.getAttribute("prompt") ?? "", { ...this.#options, ...how }));
+    this.#run((followOptions) =>
+      this.client.generate(this.getAttribute("prompt") ?? "", { ...this.#options, ...followOptions }),
+    );
   }
 
-  /** Shows a generation that somebody has started, such as this page before it was reloaded. One under way is left. */
+  /** Shows a generation that already exists, such as one of this page before a reload. Leaves the current one. */
   watch(generationId: string): void {
     this.#options = optionsOf(this);
     this.#watched = generationId;
-    this.#begin((how) => this.client.watch(generationId, how));
+    this.#run((followOptions) => this.client.watch(generationId, followOptions));
   }
 
-  /** Begins the same again, with the same seed where it is known; what others have begun is looked for again. */
+  /** Starts the same generation again, with the same seed if it is known. Watches again if it was started elsewhere. */
   retry(): void {
     if (this.#watched !== undefined && !this.hasAttribute("prompt")) {
       this.watch(this.#watched);
       return;
     }
     const { seed = this.#options.seed } = this.#state;
-    // The old id would only give the old end again.
+    // The old request id would return the old generation.
     const { requestId: _, ...options } = this.#options;
     this.start(seed === undefined ? options : { ...options, seed });
   }
 
-  /** Ends the generation early with the picture as it is. Does nothing before its first message and after its end. */
+  /** Ends the generation early with its current picture. Does nothing before the first message and after the end. */
   async finish(): Promise<void> {
     const { generationId } = this.#state;
     if (generationId === undefined || isOver(this.#state)) return;
-    this.#dispatch({ type: "finish", asked: true });
+    this.#dispatch({ type: "finish", requested: true });
     try {
       await this.client.finish(generationId);
     } catch {
-      // The picture goes on; whoever asked may ask again.
-      if (this.#state.generationId === generationId) this.#dispatch({ type: "finish", asked: false });
+      // The generation continues, and the user can press the button again.
+      if (this.#state.generationId === generationId) this.#dispatch({ type: "finish", requested: false });
     }
   }
 
-  /** Cancels the generation on the server, for all who watch it. Does nothing when none is under way. */
+  /** Cancels the generation on the server, for all readers. Does nothing if none is running. */
   cancel(): void {
     this.#generation?.cancel();
   }
 
-  /** Stops following. What becomes of the generation says its `on-disconnect`; by default it is cancelled. */
+  /** Stops following. `on-disconnect` decides what happens to the generation; by default, it is cancelled. */
   leave(): void {
-    this.#leaving.abort();
+    this.#leave.abort();
   }
 
-  #begin(call: (options: FollowOptions) => Generation): void {
+  #run(call: (options: FollowOptions) => Generation): void {
     this.leave();
-    this.#leaving = new AbortController();
+    this.#leave = new AbortController();
     clearTimeout(this.#timer);
     this.#pacer = new Pacer();
     this.#dispatch({ type: "start" });
-    this.#view?.begin(this.#options);
-    void this.#follow(call, this.#leaving.signal);
+    this.#view?.reset(this.#options);
+    void this.#follow(call, this.#leave.signal);
   }
 
   async #follow(call: (options: FollowOptions) => Generation, signal: AbortSignal): Promise<void> {
-    const isCurrent = () => this.#leaving.signal === signal;
+    const isCurrent = () => this.#leave.signal === signal;
     const onReconnect = () => {
       if (isCurrent()) this.#dispatch({ type: "reconnect" });
     };
@@ -176,25 +178,25 @@ export class CalotypeView extends Base {
     this.#emit("calotype-state", this.#state);
     if (event.type === "scrub") {
       this.#pacer.clear();
-      this.#showAgain();
+      this.#showSelected();
     }
   }
 
-  /** Puts the picture that is looked at on the plate at once. */
-  #showAgain(): void {
+  /** Shows the selected picture at once. */
+  #showSelected(): void {
     const picture = frameAt(this.#state);
     if (picture) void this.#view?.show(picture, 0);
   }
 
   #render(): void {
-    // Away from the document nothing is drawn, or it would keep pictures that nobody sees.
+    // Outside the document, rendering would only keep pictures in memory.
     if (!this.isConnected) return;
     const prompt = this.getAttribute("prompt") ?? "";
     const { final, seed } = this.#state;
     this.#view?.update(this.#state, prompt, final && fileName(prompt, seed, final.format));
   }
 
-  /** Puts the picture on the plate that is due, and comes back for the next. A hidden page waits. */
+  /** Shows the picture that is due, and schedules the next. Does nothing while the page is hidden. */
   readonly #paint = (): void => {
     clearTimeout(this.#timer);
     if (document.hidden || !this.isConnected) return;

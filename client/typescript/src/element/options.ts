@@ -1,10 +1,10 @@
-/** From the element's attributes to what to generate. */
+/** Reads the options of a generation from the attributes of the element. */
 
 import type { GenerateOptions, PictureFormat, PreviewMethod, PreviewOptions } from "../types.js";
 
 type Mutable<T> = { -readonly [K in keyof T]: T[K] };
 
-/** Reads the attributes. A number that is none becomes NaN, which the client refuses by name. */
+/** Reads the attributes. An invalid number becomes NaN, which the client rejects with the name of the field. */
 export function optionsOf(element: Element): GenerateOptions {
   const text = (name: string) => element.getAttribute(name) || undefined;
   const number = (name: string) => {
@@ -40,7 +40,7 @@ function defined<T>(values: { [K in keyof T]: T[K] | undefined }): Mutable<T> {
   return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined)) as Mutable<T>;
 }
 
-/** Names the file of a finished picture, such as `a-red-apple-42.png`. */
+/** Returns a file name for a finished picture, such as `a-red-apple-42.png`. */
 export function fileName(prompt: string, seed: number | undefined, format: PictureFormat): string {
   const words = prompt
     .normalize("NFKC")

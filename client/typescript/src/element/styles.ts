@@ -1,4 +1,4 @@
-/** Styles of `<calotype-view>`; a page changes them by the custom properties of `:host` and by `::part()`. */
+/** Styles of `<calotype-view>`. A page can change them with the custom properties of `:host` and with `::part()`. */
 
 export const STYLES = `
 :host {
@@ -16,7 +16,7 @@ export const STYLES = `
 }
 :host([hidden]), [hidden] { display: none !important; }
 * { box-sizing: border-box; }
-.plate {
+.picture {
   position: relative;
   overflow: hidden;
   width: 100%;
@@ -29,7 +29,7 @@ export const STYLES = `
 }
 .layer { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; }
 .track { height: 3px; margin-top: 2px; border-radius: 3px; background: var(--_line); overflow: hidden; }
-.track.over { visibility: hidden; }
+.track.ended { visibility: hidden; }
 .bar { height: 100%; width: 100%; background: var(--_accent); transform: scaleX(0); transform-origin: left; }
 .status {
   margin: .45rem 0 0;
@@ -83,8 +83,8 @@ input[type="range"]::-moz-range-thumb {
 .error { margin-top: .6rem; padding-left: .75rem; border-left: 3px solid var(--_alarm); line-height: 1.45; }
 .error p { margin: 0; font-size: .875em; }
 .error .title { font-size: 1em; font-weight: 700; color: var(--_alarm); }
-.error.calm { border-color: var(--_line); }
-.error.calm .title { color: inherit; }
+.error.neutral { border-color: var(--_line); }
+.error.neutral .title { color: inherit; }
 .error ul { margin: .3rem 0; padding-left: 1.1rem; font-size: .875em; }
 .actions { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: .6rem; }
 .actions button, .actions a, .error button {
@@ -105,7 +105,7 @@ input[type="range"]::-moz-range-thumb {
 .error button { margin-top: .5rem; }
 .actions button:hover, .actions a:hover, .error button:hover { border-color: var(--_accent); color: var(--_accent); }
 :focus-visible { outline: 2px solid var(--_accent); outline-offset: 2px; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.visually-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 @media (forced-colors: active) {
   .bar { background: Highlight; }
   .error { border-color: LinkText; }

@@ -1,14 +1,14 @@
-/** The shadow tree of `<calotype-view>`: draws a state, reports what people do. Keeps nothing of its own. */
+/** The shadow tree of `<calotype-view>`: renders a state and reports user actions. It has no state of its own. */
 
+import { explain, fieldLabel } from "../explanations.js";
 import { fraction, frameAt, isOver, stages, type ViewState } from "../reducer.js";
 import type { GenerateOptions, Picture } from "../types.js";
-import { explain, fieldLabel } from "../words.js";
+import { CrossfadeImage } from "./crossfade_image.js";
 import { h, setShown, setText } from "./dom.js";
 import { Filmstrip, stageLabel } from "./filmstrip.js";
-import { Plate } from "./plate.js";
+import { ObjectUrls } from "./object_urls.js";
+import { announcement, duration, statusLine } from "./status_text.js";
 import { STYLES } from "./styles.js";
-import { ObjectUrls } from "./urls.js";
-import { announcement, duration, statusLine } from "./wording.js";
 
 export interface Actions {
   scrub(index: number): void;
@@ -20,7 +20,7 @@ export interface Actions {
 
 export class View {
   readonly #urls = new ObjectUrls();
-  readonly #plate = new Plate(this.#urls);
+  readonly #image = new CrossfadeImage(this.#urls);
   readonly #filmstrip: Filmstrip;
   readonly #bar = h("div", { className: "bar" });
   readonly #track = h(
@@ -36,14 +36,14 @@ export class View {
     this.#bar,
   );
   readonly #status = h("p", { className: "status", part: "status" });
-  readonly #live = h("p", { className: "unseen", role: "status" });
+  readonly #live = h("p", { className: "visually-hidden", role: "status" });
   readonly #notice = h("p", { className: "notice", part: "notice", hidden: true });
   readonly #error = h("div", { className: "error", part: "error", role: "alert", hidden: true });
   readonly #finish = h("button", { type: "button", part: "button finish", hidden: true }, "Good enough");
   readonly #cancel = h("button", { type: "button", part: "button cancel", hidden: true }, "Cancel");
   readonly #download = h("a", { part: "button download", hidden: true }, "Download");
   readonly #actions: Actions;
-  #explained: ViewState["error"];
+  #shownError: ViewState["error"];
 
   constructor(root: ShadowRoot, actions: Actions) {
     this.#actions = actions;
@@ -54,7 +54,7 @@ export class View {
     this.#finish.addEventListener("click", actions.finish);
     this.#cancel.addEventListener("click", actions.cancel);
     root.append(
-      this.#plate.element,
+      this.#image.element,
       this.#track,
       this.#filmstrip.element,
       this.#status,
@@ -72,35 +72,35 @@ export class View {
     );
   }
 
-  /** Clears the plate for a generation that begins, in the proportions asked for. */
-  begin({ width, height }: GenerateOptions): void {
-    this.#plate.clear();
+  /** Clears the picture before a generation starts, and sets the requested aspect ratio. */
+  reset({ width, height }: GenerateOptions): void {
+    this.#image.clear();
     this.#urls.keepOnly([]);
-    this.#proportion(width, height);
+    this.#setAspectRatio(width, height);
   }
 
-  /** Puts a picture on the plate. */
+  /** Shows a picture. `fade` is in milliseconds. */
   async show(picture: Picture, fade: number): Promise<void> {
-    this.#proportion(picture.width, picture.height);
-    if (await this.#plate.show(picture, fade)) this.#actions.shown(picture);
+    this.#setAspectRatio(picture.width, picture.height);
+    if (await this.#image.show(picture, fade)) this.#actions.shown(picture);
   }
 
-  /** Releases what the browser would keep: the element has left the document. */
+  /** Releases the memory of all pictures, for an element that has left the document. */
   release(): void {
-    this.#plate.clear();
+    this.#image.clear();
     this.#filmstrip.clear();
     this.#urls.keepOnly([]);
   }
 
   update(state: ViewState, prompt: string, downloadName: string | undefined): void {
     const all = stages(state);
-    if (all.length === 0) this.#plate.clear();
+    if (all.length === 0) this.#image.clear();
     this.#urls.keepOnly(all);
 
     this.#filmstrip.update(all, state.scrubbed ?? all.length - 1, state.totalSteps, isOver(state));
-    this.#plate.element.setAttribute("aria-label", label(state, prompt));
+    this.#image.element.setAttribute("aria-label", imageLabel(state, prompt));
     const percent = Math.round(fraction(state) * 100);
-    this.#track.classList.toggle("over", isOver(state));
+    this.#track.classList.toggle("ended", isOver(state));
     setShown(this.#track, state.status !== "idle");
     this.#track.setAttribute("aria-valuenow", String(percent));
     this.#track.setAttribute("aria-valuetext", statusLine(state));
@@ -108,12 +108,12 @@ export class View {
     setText(this.#status, statusLine(state));
     setText(this.#live, announcement(state));
 
-    setText(this.#notice, state.withdrawn ? WITHDRAWN : state.warnings.map(({ message }) => message).join(" "));
+    setText(this.#notice, state.withdrawn ? PREVIEWS_REMOVED : state.warnings.map(({ message }) => message).join(" "));
     setShown(this.#notice, this.#notice.textContent !== "");
     this.#explain(state);
 
     const hadFocus = this.#cancel.matches(":focus") || this.#finish.matches(":focus");
-    // There is something to be content with as soon as there is a picture.
+    // Finishing early requires a preview, which becomes the final picture.
     const canFinish = state.status === "running" && !state.finishing && !state.reconnecting;
     setShown(this.#finish, canFinish && state.previews.length > 0);
     setShown(this.#cancel, state.status === "waiting" || state.status === "running");
@@ -122,23 +122,23 @@ export class View {
       this.#download.href = this.#urls.of(state.final);
       this.#download.download = downloadName;
     } else this.#download.removeAttribute("href");
-    // A button that vanishes under the keyboard hands its focus on.
+    // If the focused button disappears, move the focus to the next useful one.
     if (hadFocus && this.#cancel.hidden)
       (this.#download.hidden ? this.#error.querySelector("button") : this.#download)?.focus();
     else if (hadFocus && this.#finish.hidden) this.#cancel.focus();
   }
 
   #explain({ error }: ViewState): void {
-    if (error === this.#explained) return;
-    this.#explained = error;
+    if (error === this.#shownError) return;
+    this.#shownError = error;
     this.#error.replaceChildren();
-    // What somebody wanted is no alarm.
-    this.#error.classList.toggle("calm", error?.code === "CANCELLED");
+    // A cancellation by the user is not shown as an error.
+    this.#error.classList.toggle("neutral", error?.code === "CANCELLED");
     setShown(this.#error, error !== undefined);
     if (!error) return;
     const { title, advice, retry } = explain(error);
     const list = error.violations.map(({ field, description }) => h("li", {}, `${fieldLabel(field)} ${description}`));
-    const when = error.retryAfter === undefined ? "" : ` It asks to wait ${duration(error.retryAfter)}.`;
+    const when = error.retryAfter === undefined ? "" : ` Wait ${duration(error.retryAfter)} before you try again.`;
     const again = h("button", { type: "button", part: "button retry" }, retry ?? "");
     again.addEventListener("click", this.#actions.retry);
     this.#error.append(
@@ -149,14 +149,14 @@ export class View {
     );
   }
 
-  #proportion(width: number | undefined, height: number | undefined): void {
-    if (width && height) this.#plate.element.style.setProperty("--_ratio", `${width} / ${height}`);
+  #setAspectRatio(width: number | undefined, height: number | undefined): void {
+    if (width && height) this.#image.element.style.setProperty("--_ratio", `${width} / ${height}`);
   }
 }
 
-const WITHDRAWN = "The previews were withdrawn: the model's safety checker objects to this picture.";
+const PREVIEWS_REMOVED = "The previews were removed: the model's safety checker rejected this picture.";
 
-function label(state: ViewState, prompt: string): string {
+function imageLabel(state: ViewState, prompt: string): string {
   const picture = frameAt(state);
   return picture ? `${prompt}. ${stageLabel(picture, state.totalSteps)}` : `${prompt}. No picture yet`;
 }

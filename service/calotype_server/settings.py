@@ -81,7 +81,7 @@ class WebSettings(BaseSettings):
         """What peers are held to."""
         return PortLimits(**{field.name: getattr(self, field.name) for field in dataclasses.fields(PortLimits)})
 
-    # Exposure, see `transport.doors`.
+    # Exposure, see `transport.net.exposure`.
     tls_certificate: Path | None = Field(
         None,
         description="Certificate of this server with its chain, in PEM, for TLS on every port. Default: plaintext.",

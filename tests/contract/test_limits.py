@@ -15,7 +15,7 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.auth.access import Access, Caller
 from calotype_server.transport.net.call_limits import CallLimiter
-from calotype_server.transport.net.open_files import reserve_descriptors
+from calotype_server.transport.net.open_files import raise_open_file_limit
 from calotype_server.transport.web.server import WebServer
 from calotype_server.types import PortLimits
 from support.authority import Authority
@@ -137,10 +137,14 @@ async def test_both_ports_count_together() -> None:
     """A host has its calls once, not once a port."""
     engine = FakeEngine()
     engine.hold()
-    peers = CallLimiter(1)
-    async with running(engine, peers=peers) as service:
+    call_limiter = CallLimiter(1)
+    async with running(engine, call_limiter=call_limiter) as service:
         web = WebServer(
-            "127.0.0.1:0", service.services.add_to, Access(), is_ready=service.services.is_serving, peers=peers
+            "127.0.0.1:0",
+            service.services.add_to,
+            Access(),
+            is_ready=service.services.is_serving,
+            call_limiter=call_limiter,
         )
         channel = WebChannel(await web.start())
         await service.stub.Generate(PROMPT).read()
@@ -323,10 +327,10 @@ def test_descriptors_are_reserved_as_far_as_possible(capsys: pytest.CaptureFixtu
     """The soft limit is raised when it is too low, never above the hard one, and never lowered."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        reserve_descriptors(0)
+        raise_open_file_limit(0)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == soft
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 500), hard))
-        reserve_descriptors(600)
+        raise_open_file_limit(600)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(728, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

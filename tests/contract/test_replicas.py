@@ -273,13 +273,13 @@ async def test_what_went_with_its_server_is_not_found() -> None:
             calotype.AsyncClient(f"ipv4:{','.join(addresses)}") as client,
         ):
             made = await gone.stub.Generate(kept(1)).read()
-            home = await upstreams.home(made.generation_id, ())
+            home = await upstreams.owner_of(made.generation_id, ())
             assert home is not None
             assert home.target == gone.address
             assert await client.cancel(made.generation_id)
             await leaving.aclose()
             await upstreams.probe()
-            assert await upstreams.home(made.generation_id, ()) is None
+            assert await upstreams.owner_of(made.generation_id, ()) is None
             assert [each.target for each in upstreams.by_health()] == addresses
             with pytest.raises(calotype.NotFound) as caught:
                 await client.watch(made.generation_id).result()
@@ -296,8 +296,8 @@ async def test_servers_that_ask_for_keys_tell_a_bridge_who_they_are(tmp_path) ->
     ):
         authorization = keyring.metadata("alice")
         made = await service.stub.Generate(kept(1), metadata=authorization).read()
-        assert await upstreams.home(made.generation_id, ()) is None
-        assert await upstreams.home(made.generation_id, authorization) is not None
+        assert await upstreams.owner_of(made.generation_id, ()) is None
+        assert await upstreams.owner_of(made.generation_id, authorization) is not None
 
 
 async def test_more_streams_than_a_connection_may_have() -> None:
@@ -321,9 +321,9 @@ async def test_more_streams_than_a_connection_may_have() -> None:
 
     calls = [asyncio.create_task(call()) for _ in range(250)]
     await until(lambda: len(waiting) == 250)
-    assert upstream.streams == 250
+    assert upstream.active_calls == 250
     go.set()
     assert await asyncio.gather(*calls) == [b"x"] * 250
-    assert upstream.streams == 0
+    assert upstream.active_calls == 0
     await upstream.close()
     await server.stop(None)

@@ -20,7 +20,8 @@ from calotype_server.generations.retention import Retention
 from calotype_server.images.encoder import Encoder
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.transport.cluster.forwarder import Forwarder
-from calotype_server.transport.cluster.upstreams import CHANNEL_OPTIONS, Upstreams
+from calotype_server.transport.cluster.upstreams import Upstreams
+from calotype_server.transport.grpc.options import CHANNEL_OPTIONS
 from calotype_server.transport.grpc.server import NativeServer
 from calotype_server.transport.grpc.servicer import GenerationServicer
 from calotype_server.transport.grpc.services import Services
@@ -75,7 +76,7 @@ async def running(
     heartbeat: float = 5.0,
     limits: Limits = LIMITS,
     ports: PortLimits = PORT_LIMITS,
-    peers: CallLimiter | None = None,
+    call_limiter: CallLimiter | None = None,
     access: Access | None = None,
     authority: Authority | None = None,
     transport: str = "native",
@@ -112,7 +113,7 @@ async def running(
     await services.set_serving(opened)
     try:
         options = {**(web or {}), "observe": observe, "metrics": metrics}
-        port = _port(services, api, access, authority, transport, ports, peers, options)
+        port = _port(services, api, access, authority, transport, ports, call_limiter, options)
         async with port as (address, channel, stub):
             try:
                 yield Service(address, channel, stub, api, generations, services, admission, dead)
@@ -132,7 +133,7 @@ async def _port(
     authority: Authority | None,
     transport: str,
     limits: PortLimits,
-    peers: CallLimiter | None,
+    call_limiter: CallLimiter | None,
     options: dict[str, Any],
 ) -> AsyncIterator[tuple[str, Any, Any]]:
     """Listens, and yields the address, a channel to it, over HTTP the server, and a stub."""
@@ -140,7 +141,7 @@ async def _port(
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
             native = NativeServer(
-                services, access, certificates, limits=limits, peers=peers, observe=options["observe"]
+                services, access, certificates, limits=limits, call_limiter=call_limiter, observe=options["observe"]
             )
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
@@ -170,7 +171,7 @@ async def _port(
                 is_ready=services.is_serving,
                 api=api,
                 limits=limits,
-                peers=peers,
+                call_limiter=call_limiter,
                 **options,
             )
         address = await web.start()

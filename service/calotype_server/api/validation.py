@@ -75,7 +75,7 @@ _PRIORITIES = {
     pb.PRIORITY_INTERACTIVE: Priority.INTERACTIVE,
     pb.PRIORITY_BATCH: Priority.BATCH,
 }
-_MAX_QUALITY = {"jpeg": 95, "webp": 100}
+MAX_QUALITY = {"jpeg": 95, "webp": 100}
 _MAX_EDGE = {"jpeg": 65500, "webp": 16383}
 """Of the formats, in pixels, as their encoders have it."""
 
@@ -265,7 +265,7 @@ def _output(options: pb.OutputOptions, edge: int, refuse: Callable[[str, str], N
         refuse("output.format", f"{name.upper()} holds edges up to {longest} px, this picture has one of {edge} px")
     chosen = OutputOptions(format=name, metadata=options.metadata if options.HasField("metadata") else True)
     if options.HasField("quality"):
-        most = _MAX_QUALITY.get(name)
+        most = MAX_QUALITY.get(name)
         if most is None:
             refuse("output.quality", f"{name.upper()} has none, it loses nothing")
         elif not 1 <= options.quality <= most:

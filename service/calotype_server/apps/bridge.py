@@ -15,7 +15,7 @@ from calotype_server.transport.cluster.forwarder import Forwarder
 from calotype_server.transport.cluster.upstreams import Upstreams
 from calotype_server.transport.net.certificates import upstream_credentials
 from calotype_server.transport.net.exposure import Exposure
-from calotype_server.transport.net.open_files import reserve_descriptors
+from calotype_server.transport.net.open_files import raise_open_file_limit
 from calotype_server.transport.web.metrics_endpoint import serve_metrics
 from calotype_server.transport.web.server import WebServer
 
@@ -43,10 +43,10 @@ async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> No
         StartupError: The address is taken, strangers could reach it, or a file cannot be used.
     """
     configure_logging(settings.log_level, settings.log_format)
-    doors = Exposure(settings, {"--web-address": settings.web_address})
+    exposure = Exposure(settings, {"--web-address": settings.web_address})
     signals = Signals()
     metrics = Metrics(__version__)
-    reserve_descriptors(settings.max_connections)
+    raise_open_file_limit(settings.max_connections)
 
     async def is_ready() -> bool:
         return not signals.stopped and await upstreams.is_serving()
@@ -55,8 +55,8 @@ async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> No
         web = WebServer(
             settings.web_address,
             lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
-            doors.access,
-            doors.certificates,
+            exposure.access,
+            exposure.certificates,
             is_ready=is_ready,
             allowed_origins=settings.allowed_origins,
             allowed_hosts=settings.allowed_hosts,
@@ -67,14 +67,14 @@ async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> No
         )
         address = await web.start()
         try:
-            doors.watch()
+            exposure.watch_files()
             async with serve_metrics(settings.metrics_address, metrics.render):
                 announce(address)
                 await signals.stopping()
                 _log.info("draining", grace=settings.drain_seconds)
                 await signals.unless_hurried(web.stop(settings.drain_seconds))
         finally:
-            await doors.close()
+            await exposure.close()
             await web.stop(0)
 
 

@@ -16,7 +16,7 @@ from calotype_server.transport.grpc.servicer import GenerationServicer
 from calotype_server.transport.grpc.services import Services
 from calotype_server.transport.net.call_limits import CallLimiter
 from calotype_server.transport.net.exposure import Exposure
-from calotype_server.transport.net.open_files import reserve_descriptors
+from calotype_server.transport.net.open_files import raise_open_file_limit
 from calotype_server.transport.web.metrics_endpoint import serve_metrics
 from calotype_server.transport.web.server import WebServer
 
@@ -52,34 +52,36 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
     configure_logging(settings.log_level, settings.log_format, prompts=settings.log_prompts)
     begun = time.monotonic()
     signals = Signals()
-    doors = Exposure(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
+    exposure = Exposure(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
     core = Core(settings)
-    services = Services(GenerationServicer(core.api, doors.access))
+    services = Services(GenerationServicer(core.api, exposure.access))
     await services.set_serving(False)
     limits = settings.port_limits
-    reserve_descriptors(2 * limits.max_connections)
-    peers = CallLimiter(limits.max_calls_per_peer)
+    raise_open_file_limit(2 * limits.max_connections)
+    call_limiter = CallLimiter(limits.max_calls_per_peer)
     metrics, observe = core.metrics, core.observe
     metrics.read(serving=lambda: services.serving)
-    native = NativeServer(services, doors.access, doors.certificates, limits=limits, peers=peers, observe=observe)
+    native = NativeServer(
+        services, exposure.access, exposure.certificates, limits=limits, call_limiter=call_limiter, observe=observe
+    )
     web = WebServer(
         settings.web_address,
         services.add_to,
-        doors.access,
-        doors.certificates,
+        exposure.access,
+        exposure.certificates,
         is_ready=services.is_serving,
         api=core.api,
         allowed_origins=settings.allowed_origins,
         allowed_hosts=settings.allowed_hosts,
         limits=limits,
-        peers=peers,
+        call_limiter=call_limiter,
         observe=observe,
         metrics=None if settings.metrics_address else metrics.render,
     )
     address = await native.start(settings.grpc_address)
     opened = contextlib.AsyncExitStack()
     try:
-        doors.watch()
+        exposure.watch_files()
         web_address = await web.start()
         await opened.enter_async_context(serve_metrics(settings.metrics_address, metrics.render))
         model = await signals.unless_stopped(core.load())
@@ -104,7 +106,7 @@ async def serve(settings: Settings, announce: Callable[[Ready], None]) -> int:
         await asyncio.gather(native.stop(FINAL_MESSAGE_GRACE_SECONDS), web.stop(FINAL_MESSAGE_GRACE_SECONDS))
         return 1 if core.dead.is_set() else 0
     finally:
-        await doors.close()
+        await exposure.close()
         await asyncio.gather(native.stop(0), web.stop(0))
         await opened.aclose()
         await core.close()

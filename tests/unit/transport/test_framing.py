@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calotype_server.transport.grpcweb import framing
-from calotype_server.transport.grpcweb.framing import Refused, Status, decode_request, encode_message
+from calotype_server.transport.grpcweb.framing import CallRejected, Status, decode_request, encode_message
 from support.grpcweb import Frames, frame, parse_trailers
 
 
@@ -20,7 +20,7 @@ def test_any_body_is_a_message_or_refused(body: bytes, text: bool) -> None:
     """Nothing else is raised, and what is accepted is what was framed."""
     try:
         message = decode_request(body, text=text)
-    except Refused as refused:
+    except CallRejected as refused:
         assert refused.status.details
     else:
         assert text or body == frame(message)
@@ -59,7 +59,7 @@ def test_any_timeout_is_seconds_or_refused(value: str) -> None:
     """Nothing else is raised."""
     try:
         assert framing.parse_timeout(value) >= 0
-    except Refused as refused:
+    except CallRejected as refused:
         assert "grpc-timeout" in refused.status.details
 
 

@@ -1,0 +1,82 @@
+"""Translates requests of OpenAI's images API to Calotype's, and names back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server.api.validation import MAX_EVERY_STEPS, MAX_QUALITY
+from calotype_server.errors import InvalidRequest, Violation
+
+if TYPE_CHECKING:
+    from calotype_server.transport.http.openai_models import ImagesRequest
+
+__all__ = ["conflicts", "file_format", "quality_of", "to_generate_request", "with_openai_names"]
+
+_FORMAT_PREFIX = "IMAGE_FORMAT_"
+
+_STEP_FACTORS = {"low": 0.5, "high": 2.0}
+
+_OPENAI_NAMES = {"width_px": "size", "height_px": "size", "output.quality": "output_compression"}
+"""OpenAI's names of the proto's fields, where they differ."""
+
+
+def conflicts(request: ImagesRequest, model: pb.Model) -> list[Violation]:
+    """Returns the violations that concern several fields, or the loaded model."""
+    found = []
+    if request.model is not None and request.model != model.name:
+        found.append(Violation("model", f"must be {model.name!r}, the only loaded model"))
+    if request.stream and request.n > 1:
+        found.append(Violation("n", "must be 1 with stream"))
+    if request.partial_images and not request.stream:
+        found.append(Violation("partial_images", "needs stream"))
+    return found
+
+
+def to_generate_request(request: ImagesRequest, model: pb.Model, index: int) -> pb.GenerateRequest:
+    """Returns the request for one image.
+
+    Args:
+        request: As received.
+        model: The loaded model, whose default number of steps `quality` scales.
+        index: Of the image, from 0; added to the seed.
+    """
+    output = pb.OutputOptions(format=pb.ImageFormat.Value(f"{_FORMAT_PREFIX}{request.output_format.upper()}"))
+    translated = pb.GenerateRequest(prompt=request.prompt, output=output)
+    for name in ("negative_prompt", "step_count", "guidance_scale", "scheduler"):
+        if (value := getattr(request, name)) is not None:
+            setattr(translated, name, value)
+    if request.seed is not None:
+        translated.seed = request.seed + index
+    if request.size != "auto":
+        translated.width_px, translated.height_px = map(int, request.size.split("x"))
+    if request.output_compression is not None:
+        largest = MAX_QUALITY.get(request.output_format, request.output_compression)
+        translated.output.quality = max(1, min(request.output_compression, largest))
+    if request.step_count is None:
+        steps = int(model.step_count * _STEP_FACTORS.get(quality_of(request), 1.0))
+        translated.step_count = max(1, min(steps, model.max_step_count))
+    if request.stream and request.partial_images:
+        # Spreads the previews evenly; the last of these positions is the final image.
+        every_steps = max(1, translated.step_count // (request.partial_images + 1))
+        translated.preview.every_steps = min(every_steps, MAX_EVERY_STEPS)
+    else:
+        translated.preview.method = pb.PREVIEW_METHOD_NONE
+    return translated
+
+
+def quality_of(request: ImagesRequest) -> Literal["low", "medium", "high"]:
+    """Returns the quality, with OpenAI's older names and "auto" replaced."""
+    if request.quality in ("high", "hd"):
+        return "high"
+    return "low" if request.quality == "low" else "medium"
+
+
+def file_format(message: pb.Progress) -> Any:
+    """Returns the format of a message's image: "png", "jpeg" or "webp"."""
+    return pb.ImageFormat.Name(message.image_format).removeprefix(_FORMAT_PREFIX).lower()
+
+
+def with_openai_names(error: InvalidRequest) -> InvalidRequest:
+    """Returns the error with OpenAI's names for the fields."""
+    return InvalidRequest([Violation(_OPENAI_NAMES.get(v.field, v.field), v.description) for v in error.violations])

@@ -179,7 +179,7 @@ async def test_without_a_page_it_says_so(tmp_path: Path) -> None:
     async with lab(page=tmp_path / "missing") as server:
         status, _, body = await ask(server.address, "GET", "/")
     assert status == 200
-    assert b"without its page" in body
+    assert b"without its web page" in body
 
 
 @pytest.mark.parametrize("ending", ["\r\n\r\n", ""])

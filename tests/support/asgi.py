@@ -1,4 +1,4 @@
-"""A peer of an ASGI app who reads when the test says so, with no socket buffers in between that would hide it."""
+"""A client of an ASGI app that reads only when the test allows it, without socket buffers that would hide a stall."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 
 class Peer:
-    """Sends one request, or opens a WebSocket, and takes what comes while `reading` is set.
+    """Sends one request, or opens a WebSocket, and receives events while `reading` is set.
 
     Args:
-        application: Asked.
+        application: The ASGI app.
         kind: "http" or "websocket".
-        method: Of HTTP.
-        path: Below the root.
+        path: Of the request.
+        method: HTTP method.
         body: Of the request.
-        headers: Likewise.
+        headers: Of the request, in addition to host.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Peer:
         self.reading.set()
         self.taken: list[dict[str, Any]] = []
         self.waiting = asyncio.Event()
-        """Set while the app waits for this peer to read."""
+        """Set while the app waits for this client to read."""
         self._given: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         if kind == "http":
             self.give({"type": "http.request", "body": body, "more_body": False})
@@ -55,7 +55,7 @@ class Peer:
         self.done = asyncio.ensure_future(application(scope, self._given.get, self._send))
 
     def give(self, event: dict[str, Any]) -> None:
-        """Lets the app receive an event."""
+        """Sends an event to the app."""
         self._given.put_nowait(event)
 
     def leave(self) -> None:

@@ -145,7 +145,9 @@ def test_keys_add_prints_the_key_once(tmp_path: Path) -> None:
         (["--name", "x", "--expires", "2027-01-01"], 2, "time zone"),
     ],
 )
-def test_rejected_keys_add_leaves_the_file_unchanged(options: list[str], code: int, expected: str, tmp_path: Path) -> None:
+def test_rejected_keys_add_leaves_the_file_unchanged(
+    options: list[str], code: int, expected: str, tmp_path: Path
+) -> None:
     """The error names the wrong option, and the file does not change."""
     keyring = Keyring(tmp_path / "keys.toml")
     keyring.add("bob")

@@ -43,7 +43,7 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
 
 
 async def test_a_disconnect_with_pipelined_requests_cancels_the_active_call() -> None:
-    """uvicorn alone reports a disconnect only to the newest request."""
+    """Without our changes, uvicorn reports a disconnect only to the newest request."""
     waiting, cancelled = asyncio.Event(), asyncio.Event()
 
     async def wait(request, context):
@@ -116,7 +116,7 @@ async def test_buffers_for_a_stalled_reader_are_small() -> None:
 
 
 async def test_stopping_completes_active_calls_and_rejects_new_ones() -> None:
-    """An active call completes within the grace period; a new call on an open connection gets UNAVAILABLE with details."""
+    """An active call completes within the grace period; a new call gets UNAVAILABLE with details."""
     go_on, waiting = asyncio.Event(), asyncio.Event()
 
     async def wait(request, context):

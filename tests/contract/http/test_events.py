@@ -83,7 +83,7 @@ async def test_headers_and_ids_suit_browsers_and_proxies(client, engine: FakeEng
 
 @pytest.mark.proves("sse", "resumes")
 async def test_last_event_id_resumes_after_a_disconnect(client, engine: FakeEngine) -> None:
-    """The same URL with the last id, as sent by an EventSource, continues without a new generation or repeated events."""
+    """The same URL with the last id continues without a new generation or repeated events, as EventSource expects."""
     async with client.stream("GET", "/generate", params=APPLE) as response:
         engine.allow(2)
         seen = await read_to(EventSource(response).aiter_sse(), 2)

@@ -57,7 +57,7 @@ def messages(peer: Peer) -> list[Any]:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_slow_reader_skips_to_the_newest_preview_and_the_end(way: str) -> None:
-    """A reader that pauses during all steps receives at most one old message and the end, which counts the skipped previews."""
+    """A reader that pauses during all steps receives at most one old message, and the end with the skipped count."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine) as service:

@@ -49,7 +49,7 @@ async def started(processes: contextlib.ExitStack, cache_dir: Path, *addresses: 
 
 @pytest.mark.timeout(240)
 async def test_forty_callers_survive_a_frozen_and_a_killed_server(cache_dir: Path) -> None:
-    """One server gets SIGSTOP, the other SIGKILL: each image is correct and generated once, and nothing keeps running."""
+    """One server gets SIGSTOP, the other SIGKILL: each image is correct and generated once, and none keeps running."""
     step = asyncio.Event()
     with contextlib.ExitStack() as processes:
         first, second = await started(processes, cache_dir, "127.0.0.1:0", "127.0.0.1:0")

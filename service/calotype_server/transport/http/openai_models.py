@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from calotype_server.transport.http.schema import Given, Text
+from calotype_server.transport.http.schema import RequestModel, Text
 
 __all__ = ["Image", "ImageEvent", "ImagesRequest", "ImagesResponse", "ModelEntry", "ModelList", "Usage"]
 
 
-class ImagesRequest(Given):
+class ImagesRequest(RequestModel):
     """A request for images. Fields and values of OpenAI's API that Calotype does not support are rejected."""
 
     model_config = ConfigDict(json_schema_extra={"required": ["prompt"]})

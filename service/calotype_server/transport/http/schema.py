@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor
     from google.protobuf.message import Message
 
-__all__ = ["Given", "Text", "as_json", "request_model", "response_model"]
+__all__ = ["RequestModel", "Text", "as_json", "request_model", "response_model"]
 
 _MAX_FLOAT = 3.4028234663852886e38
 
@@ -53,7 +53,7 @@ _SCALARS: dict[int, Any] = {
 _WELL_KNOWN = {"google.protobuf.Duration": _DURATION, "google.protobuf.Timestamp": _TIMESTAMP}
 
 
-class Given(BaseModel):
+class RequestModel(BaseModel):
     """Base of all requests: unknown fields are rejected, and null means absent."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -73,7 +73,7 @@ def as_json(message: Message) -> dict[str, Any]:
 
 def request_model(message: type[Message]) -> type[BaseModel]:
     """Returns the model of a message in requests."""
-    return _model(message.DESCRIPTOR, Given)
+    return _model(message.DESCRIPTOR, RequestModel)
 
 
 def response_model(message: type[Message]) -> type[BaseModel]:
@@ -107,7 +107,7 @@ def _type(field: FieldDescriptor, base: type[BaseModel]) -> Any:
         known = _WELL_KNOWN.get(field.message_type.full_name)
         return known or _model(field.message_type, base)
     if field.type == FieldDescriptor.TYPE_INT64:
-        return _INT64 if base is Given else _INT64_STRING
+        return _INT64 if base is RequestModel else _INT64_STRING
     return _SCALARS[field.type]
 
 

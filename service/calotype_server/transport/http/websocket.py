@@ -31,7 +31,7 @@ from calotype_server.transport.http.callers import caller_of
 from calotype_server.transport.http.generation_stream import generation_stream
 from calotype_server.transport.http.parsing import Parsed, parse, parse_message
 from calotype_server.transport.http.problems import describe
-from calotype_server.transport.http.schema import Given, Text, as_json
+from calotype_server.transport.http.schema import RequestModel, Text, as_json
 from calotype_server.transport.http.sse import event_name
 from calotype_server.transport.net.credentials import peer_of
 
@@ -54,7 +54,7 @@ _UNSUPPORTED_DATA = 1003
 _COMMANDS = ("generate", "watch", "leave", "cancel", "finish")
 
 
-class _Command(Given):
+class _Command(RequestModel):
     type: Literal["", "generate", "watch", "leave", "cancel", "finish"] = ""
     id: Annotated[Text, Field(max_length=128)] = ""
     request: dict[str, Any] = Field(default_factory=dict)

@@ -9,9 +9,23 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from calotype_server.api.validation import MAX_QUALITY
 from calotype_server.transport.http.schema import RequestModel, Text
 
-__all__ = ["Image", "ImageEvent", "ImagesRequest", "ImagesResponse", "ModelEntry", "ModelList", "Usage"]
+__all__ = [
+    "FileFormat",
+    "Image",
+    "ImageEvent",
+    "ImagesRequest",
+    "ImagesResponse",
+    "ModelEntry",
+    "ModelList",
+    "Quality",
+    "Usage",
+]
+
+FileFormat = Literal["png", "jpeg", "webp"]
+Quality = Literal["low", "medium", "high"]
 
 
 class ImagesRequest(RequestModel):
@@ -33,9 +47,9 @@ class ImagesRequest(RequestModel):
         Literal["auto", "low", "medium", "high", "standard", "hd"],
         Field(description="low: half the default number of steps; high, hd: twice; the others: the default."),
     ] = "auto"
-    output_format: Annotated[Literal["png", "jpeg", "webp"], Field(description="File format.")] = "png"
+    output_format: Annotated[FileFormat, Field(description="File format.")] = "png"
     output_compression: Annotated[
-        int | None, Field(ge=0, le=100, description="Quality of JPEG (capped at 95) and WebP.")
+        int | None, Field(ge=0, le=100, description=f"Quality of JPEG (capped at {MAX_QUALITY['jpeg']}) and WebP.")
     ] = None
     background: Annotated[
         Literal["auto", "opaque"], Field(description="Transparent backgrounds are not supported.")
@@ -95,8 +109,8 @@ class ImagesResponse(BaseModel):
     created: int = Field(description="Unix time in seconds.")
     data: list[Image]
     background: Literal["opaque"] = "opaque"
-    output_format: Literal["png", "jpeg", "webp"]
-    quality: Literal["low", "medium", "high"]
+    output_format: FileFormat
+    quality: Quality
     size: str = Field(description="WIDTHxHEIGHT in pixels.")
     usage: Usage = Usage()
 
@@ -108,8 +122,8 @@ class ImageEvent(BaseModel):
     b64_json: str
     created_at: int
     background: Literal["opaque"] = "opaque"
-    output_format: Literal["png", "jpeg", "webp"] = Field(description="Of this image: partial images are JPEG.")
-    quality: Literal["low", "medium", "high"]
+    output_format: FileFormat = Field(description="Of this image: partial images are JPEG.")
+    quality: Quality
     size: str = Field(description="Size of the final image.")
     partial_image_index: int | None = Field(None, description="Of a partial image, from 0 to 2.")
     usage: Usage | None = Field(None, description="Of the completed image.")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, cast
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.validation import MAX_EVERY_STEPS, MAX_QUALITY
 from calotype_server.errors import InvalidRequest, Violation
 
 if TYPE_CHECKING:
-    from calotype_server.transport.http.openai_models import ImagesRequest
+    from calotype_server.transport.http.openai_models import FileFormat, ImagesRequest, Quality
 
 __all__ = ["conflicts", "file_format", "quality_of", "to_generate_request", "with_openai_names"]
 
@@ -65,16 +65,17 @@ def to_generate_request(request: ImagesRequest, model: pb.Model, index: int) -> 
     return translated
 
 
-def quality_of(request: ImagesRequest) -> Literal["low", "medium", "high"]:
+def quality_of(request: ImagesRequest) -> Quality:
     """Returns the quality, with OpenAI's older names and "auto" replaced."""
     if request.quality in ("high", "hd"):
         return "high"
     return "low" if request.quality == "low" else "medium"
 
 
-def file_format(message: pb.Progress) -> Any:
-    """Returns the format of a message's image: "png", "jpeg" or "webp"."""
-    return pb.ImageFormat.Name(message.image_format).removeprefix(_FORMAT_PREFIX).lower()
+def file_format(message: pb.Progress) -> FileFormat:
+    """Returns the format of a message's image."""
+    name = pb.ImageFormat.Name(message.image_format).removeprefix(_FORMAT_PREFIX).lower()
+    return cast("FileFormat", name)
 
 
 def with_openai_names(error: InvalidRequest) -> InvalidRequest:

@@ -18,7 +18,8 @@ from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.auth.access import Access
 from calotype_server.generations.store import Store
 from calotype_server.transport.cluster.forwarder import Forwarder
-from calotype_server.transport.cluster.upstreams import Upstream, Upstreams
+from calotype_server.transport.cluster.upstream import Upstream
+from calotype_server.transport.cluster.upstreams import Upstreams
 from calotype_server.transport.web.server import WebServer
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import WebChannel

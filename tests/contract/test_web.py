@@ -12,8 +12,8 @@ import pytest
 
 from calotype_server.auth.access import Access
 from calotype_server.errors import AddressInUse
-from calotype_server.transport.web import uvicorn_server
 from calotype_server.transport.web.server import WebServer
+from calotype_server.transport.web.sockets import listen
 from calotype_server.types import PortLimits
 from support.grpcweb import Connection, frame
 from support.lab import NAME, PATIENCE, lab
@@ -207,7 +207,7 @@ async def test_a_silent_connection_is_closed() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other options")
 def test_accepted_connections_detect_dead_peers_and_have_small_buffers() -> None:
     """Accepted connections inherit the options of the listening socket."""
-    [listening] = uvicorn_server.listen("127.0.0.1:0")
+    [listening] = listen("127.0.0.1:0")
     with listening:
         listening.listen()
         with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:

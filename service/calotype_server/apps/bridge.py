@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from calotype_server.settings import BridgeSettings
-    from calotype_server.transport.cluster.upstreams import Connect
+    from calotype_server.transport.cluster.upstream import Connect
 
 __all__ = ["serve"]
 

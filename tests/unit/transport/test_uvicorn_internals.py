@@ -19,6 +19,7 @@ from uvicorn.protocols.websockets import websockets_sansio_impl
 from uvicorn.server import ServerState
 
 from calotype_server.transport.web import uvicorn_server
+from calotype_server.transport.web.sockets import listen
 
 OVERRIDDEN = {
     "connection_made": ["self", "transport"],
@@ -228,7 +229,7 @@ async def test_the_server_creates_protocols_by_keyword() -> None:
         return asyncio.Protocol()
 
     server = uvicorn_server._Server(configuration(http=create))
-    [listening] = uvicorn_server.listen("127.0.0.1:0")
+    [listening] = listen("127.0.0.1:0")
     port = listening.getsockname()[1]
     serving = asyncio.create_task(server.serve([listening]))
     await asyncio.wait_for(server.ready.wait(), 20)

@@ -16,12 +16,13 @@ from google.protobuf.message import DecodeError
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.validation import validate_page
 from calotype_server.errors import UpstreamUnavailable
-from calotype_server.transport.cluster.upstreams import Health
+from calotype_server.transport.cluster.upstream import Health
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
-    from calotype_server.transport.cluster.upstreams import Upstream, Upstreams
+    from calotype_server.transport.cluster.upstream import Upstream
+    from calotype_server.transport.cluster.upstreams import Upstreams
 
     Context = grpc.aio.ServicerContext[Any, Any]
 

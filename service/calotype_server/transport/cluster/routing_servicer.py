@@ -18,7 +18,7 @@ from calotype_server.api.validation import validate_page
 from calotype_server.errors import NotReady
 from calotype_server.generations.ids import tag_of
 from calotype_server.transport.cluster.forwarder import abort_like, forwarded_metadata, merge_pages
-from calotype_server.transport.cluster.upstreams import Health, Upstream
+from calotype_server.transport.cluster.upstream import Health, Upstream
 from calotype_server.transport.grpc.options import CHANNEL_OPTIONS
 
 if TYPE_CHECKING:

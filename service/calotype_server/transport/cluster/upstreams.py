@@ -1,115 +1,26 @@
-"""The servers behind a bridge: their health, which one has a generation, and channels to each."""
+"""All servers behind a bridge: their health, and which one has a generation."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from enum import IntEnum
 from itertools import count
-from typing import TYPE_CHECKING, Any, Self
-
-import grpc
-import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typing import TYPE_CHECKING, Self
 
 from calotype._replicas import is_balanced, resolve
-from calotype.v1 import calotype_pb2 as pb
-from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.generations.ids import tag_of
+from calotype_server.transport.cluster.upstream import Health, Upstream
 from calotype_server.transport.grpc.options import CHANNEL_OPTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Sequence
 
-    Options = Sequence[tuple[str, int | str]]
-    Metadata = Sequence[tuple[str, Any]]
-    Connect = Callable[[str, Options], grpc.aio.Channel]
+    from calotype_server.transport.cluster.upstream import Connect, Metadata
 
-__all__ = ["Health", "Upstream", "Upstreams"]
-
-_log = structlog.get_logger(__name__)
-
-_CALLS_PER_CHANNEL = 100
-"""Many proxies allow 100 calls per connection and our servers 512; gRPC silently queues further calls."""
-
-_ANSWER_SECONDS = 2.0
-"""Time for a server to answer a health check."""
+__all__ = ["Upstreams"]
 
 _PROBE_INTERVAL_SECONDS = 1.0
 
 _PROBES_PER_DNS_LOOKUP = 5
-
-
-class Health(IntEnum):
-    """Result of a server's last health check; smaller is better."""
-
-    SERVING = 0
-    NOT_SERVING = 1
-    """It is loading its model or stopping: new generations go elsewhere, its active ones continue."""
-    LOST = 2
-    """It did not respond."""
-
-
-class Upstream:
-    """One server.
-
-    Args:
-        target: Address to connect to.
-        connect: Opens a channel to a target with options.
-        options: Of its channels.
-
-    Attributes:
-        target: As given.
-        health: Result of the last health check.
-        replica: Its tag, see `generations.ids`; "" until it is known.
-    """
-
-    def __init__(self, target: str, connect: Connect, options: Options) -> None:
-        self.target = target
-        self.health = Health.LOST
-        self.replica = ""
-        self._connect = connect
-        self._options = options
-        self._channels: dict[grpc.aio.Channel, int] = {}
-
-    @property
-    def active_calls(self) -> int:
-        """Number of calls that use its channels now."""
-        return sum(self._channels.values())
-
-    @contextlib.contextmanager
-    def channel(self) -> Iterator[grpc.aio.Channel]:
-        """Yields a channel with capacity for one more call; opens one if all are full."""
-        free = (channel for channel, calls in self._channels.items() if calls < _CALLS_PER_CHANNEL)
-        channel = next(free, None) or self._connect(self.target, self._options)
-        self._channels[channel] = self._channels.get(channel, 0) + 1
-        try:
-            yield channel
-        finally:
-            self._channels[channel] -= 1
-
-    async def probe(self) -> None:
-        """Updates `health`."""
-        with self.channel() as channel:
-            health = await _check_health(channel)
-        if health is not self.health:
-            _log.info("upstream", target=self.target, health=health.name)
-        self.health = health
-
-    async def identify(self, metadata: Metadata) -> None:
-        """Updates `replica`. Sends a caller's metadata, since the server may require a key."""
-        with self.channel() as channel:
-            stub: Any = GenerationServiceStub(channel)
-            try:
-                model = await stub.GetModel(pb.GetModelRequest(), metadata=metadata, timeout=_ANSWER_SECONDS)
-            except grpc.aio.AioRpcError:
-                return
-        self.replica = model.replica
-
-    async def close(self) -> None:
-        """Closes its channels."""
-        for channel in self._channels:
-            await channel.close()
 
 
 class Upstreams:
@@ -207,13 +118,3 @@ class Upstreams:
             for target in self._resolved.keys() - found.keys():
                 if self._resolved[target].health is Health.LOST and not self._resolved[target].active_calls:
                     await self._resolved.pop(target).close()
-
-
-async def _check_health(channel: grpc.aio.Channel) -> Health:
-    check: Any = health_pb2_grpc.HealthStub(channel).Check
-    try:
-        response = await check(health_pb2.HealthCheckRequest(), timeout=_ANSWER_SECONDS)
-    except grpc.aio.AioRpcError as error:
-        # Some ingresses have no health service.
-        return Health.SERVING if error.code() is grpc.StatusCode.UNIMPLEMENTED else Health.LOST
-    return Health.SERVING if response.status == health_pb2.HealthCheckResponse.SERVING else Health.NOT_SERVING

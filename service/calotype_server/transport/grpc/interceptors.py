@@ -1,4 +1,4 @@
-"""Interceptors of every gRPC port: check keys, turn errors into statuses, bind log ids, count calls."""
+"""The interceptors of every gRPC port. The outer one turns errors into statuses, binds log ids and counts calls."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import structlog
 from google.protobuf.message import DecodeError
-from grpc_status import rpc_status
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.api import encoding
-from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, Unauthenticated, Violation
-from calotype_server.observability.events import CallEnded, CallRefused, MessageSent, Observe, ignore
-from calotype_server.transport.net.credentials import from_metadata
+from calotype_server.errors import InvalidRequest, Violation
+from calotype_server.observability.events import CallEnded, MessageSent, Observe, ignore
+from calotype_server.transport.grpc.key_check import KeyCheckInterceptor
+from calotype_server.transport.grpc.status import abort
 from calotype_server.transport.net.request_id import bind_request_id, bind_traceparent
 
 if TYPE_CHECKING:
@@ -28,16 +26,11 @@ if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
     Continuation = Callable[[grpc.HandlerCallDetails], Any]
 
-__all__ = ["CallInterceptor", "KeyCheckInterceptor", "abort", "interceptors", "to_status"]
-
-_log = structlog.get_logger(__name__)
+__all__ = ["CallInterceptor", "interceptors"]
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
 _METHOD_NAMES = {f"/{_SERVICE.full_name}/{method.name}": method.name for method in _SERVICE.methods}
 """Short names of the methods that metrics count by name. A bridge can receive any other path."""
-
-_KEYLESS_PREFIX = "/grpc.health.v1.Health/"
-"""Health checks need no key: load balancers have none."""
 
 _CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
@@ -165,65 +158,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return data
 
         return counting
-
-
-class KeyCheckInterceptor(grpc.aio.ServerInterceptor):
-    """Rejects calls without a valid key before their request is decoded, except health checks.
-
-    `CallInterceptor` must surround it: it turns the error into the status.
-
-    Args:
-        access: Checks keys.
-    """
-
-    def __init__(self, access: Access) -> None:
-        self._access = access
-
-    async def intercept_service(
-        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> Handler | None:
-        """Returns the handler of the method, or one that rejects the call."""
-        handler: Handler | None = await continuation(handler_call_details)
-        if handler_call_details.method.startswith(_KEYLESS_PREFIX):
-            return handler
-        try:
-            # Only checks the key here; the servicer identifies the caller because it knows the peer address.
-            self._access.admit(from_metadata(handler_call_details.invocation_metadata), "")
-        except Unauthenticated as error:
-            return _rejecting(error, request_streaming=handler is not None and handler.request_streaming)
-        return handler
-
-
-def to_status(error: ServiceError) -> grpc.Status:
-    """Returns the gRPC status of an error, with its details."""
-    status: grpc.Status = rpc_status.to_status(encoding.encode_error(error))
-    return status
-
-
-async def abort(context: Context, error: Exception, observe: Observe) -> None:
-    """Ends a call with the status of an error. An error that is not a `ServiceError` is logged and hidden.
-
-    Raises:
-        grpc.aio.AbortError: Always.
-    """
-    if not isinstance(error, ServiceError):
-        _log.error("call failed", exc_info=error)
-        error = GenerationFailed("Internal error.")
-    else:
-        _log.info("call rejected", reason=error.reason)
-    observe(CallRefused(error.reason))
-    await context.abort_with_status(to_status(error))
-
-
-def _rejecting(error: ServiceError, *, request_streaming: bool) -> Handler:
-    """Returns a handler that raises `error`. It streams its response, which also suits clients of unary methods."""
-
-    async def reject(_: Any, __: Context) -> AsyncGenerator[Any, None]:
-        raise error
-        yield
-
-    handler: Handler = _MAKE_HANDLER[request_streaming, True](reject)
-    return handler
 
 
 class _Undecodable:

@@ -13,7 +13,7 @@ import structlog
 
 from calotype_server.errors import InvalidRequest, ServiceError, Violation
 from calotype_server.transport.grpc.dispatch import CallDetails
-from calotype_server.transport.grpc.interceptors import to_status
+from calotype_server.transport.grpc.status import to_status
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.context import Context
 from calotype_server.transport.grpcweb.framing import CallRejected, Status

@@ -1,4 +1,4 @@
-"""Runs uvicorn inside this process's event loop; adds dead-peer detection and limits on connections and headers.
+"""Runs uvicorn inside this process's event loop, with limits on connections and request heads.
 
 It overrides undocumented parts of uvicorn. `tests/unit/transport/test_uvicorn_internals.py` checks that each exists.
 """
@@ -8,23 +8,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import math
-import socket
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from httptools import HttpParserError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from calotype_server.transport.net.address import address_in_use, resolve
+from calotype_server.transport.web.sockets import listen
 from calotype_server.transport.web.tls_handshake import TlsHandshakes
 from calotype_server.types import PORT_LIMITS, PortLimits
 
 if TYPE_CHECKING:
+    import socket
     import ssl
     from collections.abc import Iterator
 
-__all__ = ["UvicornServer", "listen"]
+__all__ = ["UvicornServer"]
 
 _HEAD_TOO_LARGE = "The request line and headers are too large."
 _TOO_MANY_CONNECTIONS = b"The server has too many connections.\n"
@@ -35,9 +34,6 @@ _CONNECTION_REJECTION = (
 
 _STOP_GRACE_SECONDS = 2
 """Time for responses other than calls to complete when the server stops."""
-
-_SEND_BUFFER_BYTES = 256 * 1024
-"""Bounds the memory that the kernel holds for a stalled reader."""
 
 
 class UvicornServer:
@@ -192,46 +188,3 @@ class _Protocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-
-
-def listen(address: str, limits: PortLimits = PORT_LIMITS, option: str = "--web-address") -> list[socket.socket]:
-    """Opens a socket for each address that HOST:PORT resolves to, all with the same port.
-
-    Raises:
-        AddressInUse: One of them is in use, or does not belong to this machine.
-    """
-    sockets: list[socket.socket] = []
-    for family, target in resolve(address, option):
-        port = sockets[0].getsockname()[1] if sockets else target[1]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        sockets.append(listening)
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family is socket.AF_INET6:
-                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            for level, name, value in _socket_options(limits):
-                # Accepted connections inherit the options. Some systems lack some of them.
-                if hasattr(socket, name):
-                    listening.setsockopt(level, getattr(socket, name), value)
-            listening.bind((target[0], port, *target[2:]))
-            listening.setblocking(False)
-        except OSError:
-            for opened in sockets:
-                opened.close()
-            raise address_in_use(address, option) from None
-    return sockets
-
-
-def _socket_options(limits: PortLimits) -> list[tuple[int, str, int]]:
-    detection_seconds = limits.keepalive_seconds + limits.keepalive_timeout_seconds
-    return [
-        # A peer that disappears while nothing is sent is detected after two unanswered keepalive probes, ...
-        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
-        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", math.ceil(limits.keepalive_seconds)),
-        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", math.ceil(limits.keepalive_timeout_seconds / 2)),
-        (socket.IPPROTO_TCP, "TCP_KEEPCNT", 2),
-        # ... and one that acknowledges nothing, or keeps its window closed, after this time. Also bounds the former.
-        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", math.ceil(1000 * min(limits.stall_seconds, detection_seconds))),
-        (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
-        (socket.SOL_SOCKET, "SO_SNDBUF", _SEND_BUFFER_BYTES),
-    ]

@@ -64,8 +64,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     `request` (the caller's `x-request-id`, or a new id) and `traceparent` to the log. It counts calls and messages.
     With a guard, it also limits the calls of each host and waits for the request with a timeout.
 
-    Calls that stay open without being work are not counted: streams of requests (reflection), and methods that write
-    to the context instead of yielding (health `Watch`).
+    It does not count calls that may stay open without work: those that stream requests (reflection), and those that
+    write to the context instead of yielding (health `Watch`).
 
     Args:
         transport: Name of the port in the metrics.
@@ -87,8 +87,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         yields = inspect.isasyncgenfunction(method)
-        writes = handler.response_streaming and not yields
-        counted = not (handler.request_streaming or writes)
+        counted = not handler.request_streaming and (yields or not handler.response_streaming)
         name = _METHOD_NAMES.get(handler_call_details.method, "other") if counted else None
 
         async def stream(request: Any, context: Context) -> AsyncGenerator[Any, None]:
@@ -109,7 +108,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         wrapped: Handler = _MAKE_HANDLER[request_streaming, handler.response_streaming](
             stream if yields else single,
             handler.request_deserializer if handler.request_streaming else _lenient(handler.request_deserializer),
-            handler.response_serializer if writes else self._counting(handler.response_serializer),
+            self._counting(handler.response_serializer) if counted else handler.response_serializer,
         )
         return wrapped
 

@@ -62,9 +62,9 @@ class ScriptedServicer(GenerationServiceServicer):
 async def main() -> None:
     """Serves until standard input is closed."""
     services = Services(ScriptedServicer())
-    peers = CallLimiter(_MOST_CALLS)
-    native = NativeServer(services, Access(), peers=peers)
-    web = WebServer("127.0.0.1:0", services.add_to, Access(), is_ready=services.is_serving, peers=peers)
+    call_limiter = CallLimiter(_MOST_CALLS)
+    native = NativeServer(services, Access(), call_limiter=call_limiter)
+    web = WebServer("127.0.0.1:0", services.add_to, Access(), is_ready=services.is_serving, call_limiter=call_limiter)
     print(await native.start("127.0.0.1:0"), await web.start(), flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await asyncio.gather(native.stop(0), web.stop(0))

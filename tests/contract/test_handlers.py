@@ -1,4 +1,4 @@
-"""What a handler does reaches the caller alike over every port: statuses, metadata, deadlines, cancels."""
+"""Statuses, metadata, deadlines and cancels work in the same way over every port."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.lab import PATIENCE, lab, writer
 
 
 async def ends_with(call, code: grpc.StatusCode) -> grpc.aio.AioRpcError:
-    """Reads a call to its end, which is this status."""
+    """Reads a call to its end and returns its error, which must have this status code."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         while await call.read() is not grpc.aio.EOF:
             pass
@@ -25,7 +25,7 @@ async def ends_with(call, code: grpc.StatusCode) -> grpc.aio.AioRpcError:
 
 
 def after(messages: int, then):
-    """A handler that streams some messages before it does something else."""
+    """Returns a handler that streams some messages and then awaits `then`."""
 
     async def handler(request, context):
         for number in range(messages):
@@ -36,21 +36,21 @@ def after(messages: int, then):
 
 
 async def test_a_unary_call_is_answered(grpc_transport: str) -> None:
-    """The reply comes with an OK status and the trailers that the handler set."""
+    """The answer arrives with the trailers that the handler set."""
 
     async def echo(request, context):
-        context.set_trailing_metadata((("x-trailer", "told"),))
+        context.set_trailing_metadata((("x-trailer", "value"),))
         return request[::-1]
 
     async with lab(grpc_transport, {"Echo": echo}) as server:
         call = server.stream("Echo", b"abc") if grpc_transport == "native" else server.unary("Echo", b"abc")
         assert await call.read() == b"cba"
         assert await call.read() is grpc.aio.EOF
-        assert dict(await call.trailing_metadata())["x-trailer"] == "told"
+        assert dict(await call.trailing_metadata())["x-trailer"] == "value"
 
 
 async def test_a_stream_without_messages_is_ok(grpc_transport: str) -> None:
-    """Nothing is an answer, too."""
+    """A handler may end without yielding a message."""
 
     async def nothing(request, context):
         return
@@ -61,8 +61,8 @@ async def test_a_stream_without_messages_is_ok(grpc_transport: str) -> None:
 
 
 @pytest.mark.parametrize("messages", [0, 2])
-async def test_a_code_that_was_set_is_the_status(grpc_transport: str, messages: int) -> None:
-    """`set_code` and `set_details` count before the first message as after it, beyond ASCII, too."""
+async def test_set_code_and_set_details_decide_the_status(grpc_transport: str, messages: int) -> None:
+    """They work before and after the first message, and with non-ASCII details."""
 
     async def then(context):
         context.set_code(grpc.StatusCode.DATA_LOSS)
@@ -75,20 +75,20 @@ async def test_a_code_that_was_set_is_the_status(grpc_transport: str, messages: 
 
 @pytest.mark.parametrize("messages", [0, 2])
 async def test_abort_with_trailing_metadata(grpc_transport: str, messages: int) -> None:
-    """Text and bytes arrive with the status, also when there was no message."""
+    """Text and binary metadata arrive with the status, with and without messages before it."""
 
     async def then(context):
-        trailing = (("x-trailer", "told"), ("x-some-bin", b"\x00\xff"))
+        trailing = (("x-trailer", "value"), ("x-some-bin", b"\x00\xff"))
         await context.abort(grpc.StatusCode.ABORTED, "why", trailing)
 
     async with lab(grpc_transport, {"Abort": after(messages, then)}) as server:
         error = await ends_with(server.stream("Abort"), grpc.StatusCode.ABORTED)
     found = dict(error.trailing_metadata())
-    assert (error.details(), found["x-trailer"], found["x-some-bin"]) == ("why", "told", b"\x00\xff")
+    assert (error.details(), found["x-trailer"], found["x-some-bin"]) == ("why", "value", b"\x00\xff")
 
 
-async def test_abort_with_a_code_alone(grpc_transport: str) -> None:
-    """Details are optional."""
+async def test_abort_with_only_a_code(grpc_transport: str) -> None:
+    """The details are empty by default."""
 
     async def abort(request, context):
         await context.abort(grpc.StatusCode.OUT_OF_RANGE)
@@ -99,7 +99,7 @@ async def test_abort_with_a_code_alone(grpc_transport: str) -> None:
 
 @pytest.mark.parametrize("messages", [0, 2])
 async def test_rich_errors(grpc_transport: str, messages: int) -> None:
-    """`abort_with_status` carries typed details, before the first message and after it."""
+    """`abort_with_status` sends typed details, before and after the first message."""
     packed = Any()
     packed.Pack(RetryInfo())
     status = Status(code=8, message="full", details=[packed])
@@ -114,7 +114,7 @@ async def test_rich_errors(grpc_transport: str, messages: int) -> None:
 
 @pytest.mark.parametrize("messages", [0, 2])
 async def test_an_exception_is_an_internal_error_without_its_text(grpc_transport: str, messages: int) -> None:
-    """In mid-stream as before it, with an ErrorInfo."""
+    """The status has an ErrorInfo and hides the text of the exception, before and after the first message."""
 
     async def then(context):
         raise ValueError("secret")
@@ -125,8 +125,8 @@ async def test_an_exception_is_an_internal_error_without_its_text(grpc_transport
     assert rpc_status.from_call(error).details[0].Is(ErrorInfo.DESCRIPTOR)
 
 
-async def test_initial_metadata_leaves_before_the_first_message(grpc_transport: str) -> None:
-    """The caller learns of its admission while the handler is still at work."""
+async def test_initial_metadata_arrives_before_the_first_message(grpc_transport: str) -> None:
+    """The client receives initial metadata while the handler is still running."""
     go_on = asyncio.Event()
 
     async def handler(request, context):
@@ -142,7 +142,7 @@ async def test_initial_metadata_leaves_before_the_first_message(grpc_transport: 
 
 
 async def test_a_handler_may_write_instead_of_yielding(grpc_transport: str) -> None:
-    """grpc.aio's other style, in which the health service is written."""
+    """The style of `context.write`, which the health service uses, works on every port."""
 
     @writer
     async def handler(request, context):
@@ -154,7 +154,7 @@ async def test_a_handler_may_write_instead_of_yielding(grpc_transport: str) -> N
 
 
 async def test_metadata_reaches_the_handler(grpc_transport: str) -> None:
-    """Text and bytes, one key twice, and the name of the method's caller."""
+    """The handler receives text and binary metadata."""
     seen = {}
 
     async def handler(request, context):
@@ -168,8 +168,8 @@ async def test_metadata_reaches_the_handler(grpc_transport: str) -> None:
     assert sorted(seen["metadata"]) == sorted(given)
 
 
-async def test_the_context_is_as_that_of_grpc_aio(grpc_transport: str) -> None:
-    """A servicer, or an interceptor, finds the same facts."""
+async def test_the_context_behaves_like_that_of_grpc_aio(grpc_transport: str) -> None:
+    """Its methods return the same values on every port."""
     seen = {}
 
     async def handler(request, context):
@@ -178,7 +178,7 @@ async def test_the_context_is_as_that_of_grpc_aio(grpc_transport: str) -> None:
         seen["before"] = (context.code(), context.details(), list(context.trailing_metadata() or ()), context.done())
         context.set_code(grpc.StatusCode.ABORTED)
         context.set_details("why")
-        context.set_trailing_metadata((("x-trailer", "told"),))
+        context.set_trailing_metadata((("x-trailer", "value"),))
         seen["after"] = (context.code(), context.details(), [tuple(each) for each in context.trailing_metadata()])
         seen["limited"] = context.time_remaining() is not None
         context.disable_next_message_compression()
@@ -194,18 +194,18 @@ async def test_the_context_is_as_that_of_grpc_aio(grpc_transport: str) -> None:
         "peer": True,
         "identities": (None, None),
         "before": (None, "", [], False),
-        "after": (grpc.StatusCode.ABORTED, "why", [("x-trailer", "told")]),
+        "after": (grpc.StatusCode.ABORTED, "why", [("x-trailer", "value")]),
         "limited": False,
     }
 
 
 @pytest.mark.parametrize("ends", ["well", "badly", "by the client"])
-async def test_done_callbacks_are_called_however_it_ends(grpc_transport: str, ends: str) -> None:
-    """Once."""
-    told = asyncio.Queue()
+async def test_done_callbacks_run_after_every_end(grpc_transport: str, ends: str) -> None:
+    """Each callback runs once, after success, an abort or a disconnect."""
+    called = asyncio.Queue()
 
     async def handler(request, context):
-        context.add_done_callback(told.put_nowait)
+        context.add_done_callback(called.put_nowait)
         yield b""
         if ends == "badly":
             await context.abort(grpc.StatusCode.ABORTED, "")
@@ -217,13 +217,13 @@ async def test_done_callbacks_are_called_however_it_ends(grpc_transport: str, en
         await call.read()
         if ends == "by the client":
             call.cancel()
-        await asyncio.wait_for(told.get(), PATIENCE)
-    assert told.empty()
+        await asyncio.wait_for(called.get(), PATIENCE)
+    assert called.empty()
 
 
 @pytest.mark.parametrize("messages", [0, 2])
-async def test_a_deadline_ends_handler_and_call(grpc_transport: str, messages: int) -> None:
-    """The handler is cancelled, sees how much time it has, and the caller gets the status."""
+async def test_a_deadline_cancels_the_handler_and_ends_the_call(grpc_transport: str, messages: int) -> None:
+    """The handler can read the remaining time and is cancelled; the client gets DEADLINE_EXCEEDED."""
     seen = asyncio.Queue()
 
     async def then(context):
@@ -236,14 +236,14 @@ async def test_a_deadline_ends_handler_and_call(grpc_transport: str, messages: i
 
     async with lab(grpc_transport, {"Wait": after(messages, then)}) as server:
         await ends_with(server.stream("Wait", timeout=0.5), grpc.StatusCode.DEADLINE_EXCEEDED)
-        # gRPC rounds the deadline up on its way.
+        # gRPC rounds the deadline up.
         assert 0 <= await asyncio.wait_for(seen.get(), PATIENCE) <= 0.6
         assert await asyncio.wait_for(seen.get(), PATIENCE) == "cancelled"
 
 
 @pytest.mark.parametrize("messages", [0, 1])
-async def test_a_caller_who_leaves_cancels_an_idle_handler(grpc_transport: str, messages: int) -> None:
-    """At once, while it waits: before its first message as after it, with CancelledError inside it."""
+async def test_a_disconnect_cancels_a_waiting_handler(grpc_transport: str, messages: int) -> None:
+    """CancelledError is raised in the handler at once, before and after its first message."""
     waiting, cancelled = asyncio.Event(), asyncio.Event()
 
     async def then(context):
@@ -263,8 +263,8 @@ async def test_a_caller_who_leaves_cancels_an_idle_handler(grpc_transport: str, 
         await asyncio.wait_for(cancelled.wait(), PATIENCE)
 
 
-async def test_a_caller_who_leaves_stops_a_handler_that_never_waits(grpc_transport: str) -> None:
-    """A generator that is always ready neither starves the loop nor runs for nobody; its `finally` runs."""
+async def test_a_disconnect_stops_a_handler_that_never_waits(grpc_transport: str) -> None:
+    """A generator that is always ready does not block the event loop, and its `finally` runs after a disconnect."""
     ended = asyncio.Event()
 
     async def endless(request, context):
@@ -282,7 +282,7 @@ async def test_a_caller_who_leaves_stops_a_handler_that_never_waits(grpc_transpo
 
 
 async def test_a_slow_reader_gets_everything_in_order(grpc_transport: str) -> None:
-    """4 MB that nobody reads at first arrive complete."""
+    """4 MB arrive complete, although the client starts reading late."""
 
     async def much(request, context):
         for number in range(40):
@@ -296,6 +296,6 @@ async def test_a_slow_reader_gets_everything_in_order(grpc_transport: str) -> No
 
 
 async def test_an_unknown_method_is_unimplemented(grpc_transport: str) -> None:
-    """With a status, not with an HTTP error."""
+    """The client gets a gRPC status instead of an HTTP error."""
     async with lab(grpc_transport) as server:
         await ends_with(server.stream("NoSuch"), grpc.StatusCode.UNIMPLEMENTED)

@@ -1,4 +1,4 @@
-"""API keys on every port: what is open, what needs one, whose generations are seen, and how much a key may start."""
+"""API keys on every port: which calls need one, whose generations a key can see, and the limits of a key."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def keyring(tmp_path: Path) -> Keyring:
 
 
 def every_rpc(stub: Any, generation_id: str = "unknown") -> dict[str, Any]:
-    """The methods of the service, each ready to be called about a generation."""
+    """Returns every method of the service with a request for a generation."""
     return {
         "Generate": (stub.Generate, CAT),
         "Watch": (stub.Watch, pb.WatchRequest(generation_id=generation_id)),
@@ -50,13 +50,13 @@ def every_rpc(stub: Any, generation_id: str = "unknown") -> dict[str, Any]:
 
 
 async def outcome(method: Any, request: Any, metadata: Any = None) -> Any:
-    """The messages or the answer of a call."""
+    """Returns the messages of a streaming call, or the answer of a unary one."""
     call = method(request, metadata=metadata)
     return [message async for message in call] if hasattr(call, "__aiter__") else await call
 
 
-async def refusal(method: Any, request: Any, metadata: Any = None) -> tuple[grpc.StatusCode, str, float | None]:
-    """The code, the reason and the seconds to wait of a call that must be refused."""
+async def rejection(method: Any, request: Any, metadata: Any = None) -> tuple[grpc.StatusCode, str, float | None]:
+    """Returns the code, the reason and the retry delay in seconds of a call that must be rejected."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await outcome(method, request, metadata)
     info, retry = ErrorInfo(), RetryInfo()
@@ -69,7 +69,7 @@ async def refusal(method: Any, request: Any, metadata: Any = None) -> tuple[grpc
 
 
 async def test_every_rpc_needs_a_key(transport: str, keyring: Keyring) -> None:
-    """Without one, with garbage, a wrong one or one whose time is over, nothing is answered but the refusal."""
+    """Calls with no key, a malformed, a wrong or an expired one are rejected, and no generation starts."""
     keyring.add("late", expires=datetime.fromtimestamp(keyring.time, UTC))
     engine = FakeEngine()
     async with running(engine, access=keyring.access(), transport=transport) as service:
@@ -81,21 +81,21 @@ async def test_every_rpc_needs_a_key(transport: str, keyring: Keyring) -> None:
             ("KEY_EXPIRED", keyring.metadata("late")),
         ):
             for method, request in every_rpc(service.stub).values():
-                told = await refusal(method, request, metadata)
-                assert told == (grpc.StatusCode.UNAUTHENTICATED, reason, None)
+                found = await rejection(method, request, metadata)
+                assert found == (grpc.StatusCode.UNAUTHENTICATED, reason, None)
         assert not engine.jobs
 
 
-async def test_two_keys_are_none(keyring: Keyring) -> None:
-    """Which one counts must not depend on who reads it first, such as a proxy."""
+async def test_two_keys_are_rejected(keyring: Keyring) -> None:
+    """A proxy and the server could otherwise use different ones."""
     async with running(FakeEngine(), access=keyring.access()) as service:
         both = (*keyring.metadata("alice"), *keyring.metadata("bob"))
-        code, reason, _ = await refusal(service.stub.GetModel, pb.GetModelRequest(), both)
+        code, reason, _ = await rejection(service.stub.GetModel, pb.GetModelRequest(), both)
         assert (code, reason) == (grpc.StatusCode.UNAUTHENTICATED, "KEY_INVALID")
 
 
-async def test_bytes_that_are_no_text_are_no_key(keyring: Keyring) -> None:
-    """A header with any bytes is refused as every other is."""
+async def test_non_ascii_keys_are_rejected(keyring: Keyring) -> None:
+    """A header with arbitrary bytes gets the same status as a wrong key."""
     async with running(FakeEngine(), access=keyring.access(), transport="grpc-web") as service:
         for value in ("Bearer \xff\xfe\x80", "\x80\x81", "Bearer " + "\xe9" * 3000):
             connection = await Connection.open(service.address)
@@ -106,8 +106,8 @@ async def test_bytes_that_are_no_text_are_no_key(keyring: Keyring) -> None:
             assert trailers["grpc-status"] == "16"
 
 
-async def test_health_is_open_and_reflection_is_not(keyring: Keyring) -> None:
-    """Load balancers have no key; who wants to read the contract of a closed server needs one."""
+async def test_health_checks_need_no_key_and_reflection_does(keyring: Keyring) -> None:
+    """Load balancers have no key; reading the contract of a protected server needs one."""
     async with running(FakeEngine(), access=keyring.access()) as service:
         health: Any = health_pb2_grpc.HealthStub(service.channel)
         answer = await health.Check(health_pb2.HealthCheckRequest())
@@ -116,17 +116,17 @@ async def test_health_is_open_and_reflection_is_not(keyring: Keyring) -> None:
         assert (await watching.read()).status == health_pb2.HealthCheckResponse.SERVING
         watching.cancel()
         reflection: Any = reflection_pb2_grpc.ServerReflectionStub(service.channel)
-        asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
-        call = reflection.ServerReflectionInfo(iter(asked))
+        requests = [reflection_pb2.ServerReflectionRequest(list_services="")]
+        call = reflection.ServerReflectionInfo(iter(requests))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-        call = reflection.ServerReflectionInfo(iter(asked), metadata=keyring.metadata("alice"))
+        call = reflection.ServerReflectionInfo(iter(requests), metadata=keyring.metadata("alice"))
         assert (await call.read()).list_services_response.service
 
 
-async def test_unknown_methods_tell_strangers_nothing(keyring: Keyring) -> None:
-    """Whoever has no key does not learn which methods there are."""
+async def test_unknown_methods_need_a_key(keyring: Keyring) -> None:
+    """A caller without a key cannot find out which methods exist."""
     async with running(FakeEngine(), access=keyring.access()) as service:
         method = service.channel.unary_unary("/calotype.v1.Secret/Method")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -138,7 +138,7 @@ async def test_unknown_methods_tell_strangers_nothing(keyring: Keyring) -> None:
 
 
 async def test_the_page_and_health_checks_need_no_key(keyring: Keyring) -> None:
-    """A browser gets the page, which then asks for the key."""
+    """A browser can load the page, which then prompts for the key."""
     async with running(FakeEngine(), access=keyring.access(), transport="grpc-web") as service:
         for path in ("/", "/healthz", "/readyz"):
             connection = await Connection.open(service.address)
@@ -147,8 +147,8 @@ async def test_the_page_and_health_checks_need_no_key(keyring: Keyring) -> None:
             connection.close()
 
 
-async def test_what_is_anothers_does_not_exist(transport: str, keyring: Keyring) -> None:
-    """By no rpc does one user reach or notice the generation of another; the operator does by each."""
+async def test_users_cannot_see_generations_of_others(transport: str, keyring: Keyring) -> None:
+    """No method lets a user access or detect the generation of another user; operators can access all."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine, access=keyring.access(), transport=transport) as service:
@@ -158,8 +158,8 @@ async def test_what_is_anothers_does_not_exist(transport: str, keyring: Keyring)
         for known in (generation_id, "unknown"):
             rpcs = every_rpc(service.stub, known)
             for name in ("Watch", "Cancel", "Finish"):
-                told = await refusal(*rpcs[name], bob)
-                assert told == (grpc.StatusCode.NOT_FOUND, "GENERATION_NOT_FOUND", None), (known, name)
+                found = await rejection(*rpcs[name], bob)
+                assert found == (grpc.StatusCode.NOT_FOUND, "GENERATION_NOT_FOUND", None), (known, name)
         listed = pb.ListGenerationsRequest()
         for metadata, ids in ((alice, [generation_id]), (bob, []), (root, [generation_id])):
             page = await service.stub.ListGenerations(listed, metadata=metadata)
@@ -171,8 +171,8 @@ async def test_what_is_anothers_does_not_exist(transport: str, keyring: Keyring)
         engine.allow()
 
 
-async def test_a_request_id_is_the_keys_own(transport: str, keyring: Keyring) -> None:
-    """The same id of two users starts two generations; of one user, one."""
+async def test_request_ids_are_separate_for_each_key(transport: str, keyring: Keyring) -> None:
+    """The same request id starts two generations for two users, but one for the same user."""
     async with running(FakeEngine(), access=keyring.access(), transport=transport) as service:
         request = pb.GenerateRequest(prompt="a cat", request_id="mine", on_disconnect=pb.DISCONNECT_POLICY_KEEP)
         ids = []
@@ -183,7 +183,7 @@ async def test_a_request_id_is_the_keys_own(transport: str, keyring: Keyring) ->
 
 
 async def test_ownership_survives_a_restart(keyring: Keyring, tmp_path: Path) -> None:
-    """With kept state, a generation still belongs to its key."""
+    """With a state folder, a generation still belongs to its key after a restart."""
     for first in (True, False):
         store = await Store.open(tmp_path / "state")
         try:
@@ -194,24 +194,24 @@ async def test_ownership_survives_a_restart(keyring: Keyring, tmp_path: Path) ->
                     continue
                 watch = pb.WatchRequest(generation_id=generation_id)
                 assert (await outcome(service.stub.Watch, watch, keyring.metadata("alice")))[-1].image
-                code, _, _ = await refusal(service.stub.Watch, watch, keyring.metadata("bob"))
+                code, _, _ = await rejection(service.stub.Watch, watch, keyring.metadata("bob"))
                 assert code is grpc.StatusCode.NOT_FOUND
         finally:
             await store.close()
 
 
-async def test_a_key_that_is_taken_out_opens_nothing_more(transport: str, keyring: Keyring) -> None:
-    """From the next look at the file on, its calls are refused, and a stream under way is read to its end."""
+async def test_a_removed_key_is_rejected(transport: str, keyring: Keyring) -> None:
+    """After the file is reloaded, calls with the key are rejected; an active stream continues to its end."""
     engine = FakeEngine()
     engine.hold()
     access = keyring.access()
     async with running(engine, access=access, transport=transport) as service:
-        watched = FileWatcher(access.files, access.reload)
+        watcher = FileWatcher(access.files, access.reload)
         call = service.stub.Generate(CAT, metadata=keyring.metadata("alice"))
         assert (await call.read()).phase == pb.PHASE_QUEUED
         keyring.path.write_text("")
-        await asyncio.to_thread(watched.check)
-        code, reason, _ = await refusal(service.stub.GetModel, pb.GetModelRequest(), keyring.metadata("alice"))
+        await asyncio.to_thread(watcher.check)
+        code, reason, _ = await rejection(service.stub.GetModel, pb.GetModelRequest(), keyring.metadata("alice"))
         assert (code, reason) == (grpc.StatusCode.UNAUTHENTICATED, "KEY_INVALID")
         engine.allow()
         while (message := await call.read()) is not grpc.aio.EOF:
@@ -227,10 +227,10 @@ async def test_a_key_that_is_taken_out_opens_nothing_more(transport: str, keyrin
         ({"concurrent": 1}, "CONCURRENT_GENERATIONS", 2.0),
     ],
 )
-async def test_a_limit_is_reached_and_recovers(
+async def test_a_key_limit_rejects_and_recovers(
     limits: dict[str, float], reason: str, wait: float, transport: str, keyring: Keyring
 ) -> None:
-    """The refusal names the limit and the time to wait; others are not held up, and after that time it works again."""
+    """The error names the limit and the retry delay. Other keys are not affected, and a retry after the delay works."""
     keyring.add("carol", **limits)
     engine = FakeEngine()
     engine.hold()
@@ -239,19 +239,19 @@ async def test_a_limit_is_reached_and_recovers(
         request = pb.GenerateRequest(prompt="a cat", request_id="first", on_disconnect=pb.DISCONNECT_POLICY_KEEP)
         call = service.stub.Generate(request, metadata=carol)
         assert (await call.read()).phase == pb.PHASE_QUEUED
-        told = await refusal(service.stub.Generate, CAT, carol)
-        assert told[:2] == (grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
-        assert told[2] == pytest.approx(wait)
+        found = await rejection(service.stub.Generate, CAT, carol)
+        assert found[:2] == (grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        assert found[2] == pytest.approx(wait)
         engine.allow()
-        # Coming back to what one has started is no second start.
+        # A retry with the same request id does not count as a second start.
         assert (await outcome(service.stub.Generate, request, carol))[-1].phase == pb.PHASE_SUCCEEDED
         assert (await outcome(service.stub.Generate, CAT, keyring.metadata("alice")))[-1].phase == pb.PHASE_SUCCEEDED
         keyring.time += wait
         assert (await outcome(service.stub.Generate, CAT, carol))[-1].phase == pb.PHASE_SUCCEEDED
 
 
-async def test_keys_share_the_server_evenly(keyring: Keyring) -> None:
-    """Two keys on one host have a line each: who queues three pictures delays another's by one."""
+async def test_keys_share_the_queue_fairly(keyring: Keyring) -> None:
+    """Two keys on one host take turns: three queued images of one key delay the other key by one image."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine, access=keyring.access(), max_queue=8) as service:

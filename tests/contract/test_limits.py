@@ -1,4 +1,4 @@
-"""What a peer may take of either port: over real sockets, by people who take all they can."""
+"""Limits on each client of the native and the web port, over real sockets and with clients that exceed them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ METHOD = "/calotype.v1.GenerationService/Generate"
 
 @pytest.fixture(params=PORTS)
 def port(request: pytest.FixtureRequest) -> str:
-    """A port of the server."""
+    """The port under test."""
     return request.param
 
 
-async def refused(call) -> grpc.aio.AioRpcError:
-    """The status of a call that brings no message."""
+async def rejected(call) -> grpc.aio.AioRpcError:
+    """Returns the status of a call that ends without a message."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async with asyncio.timeout(PATIENCE):
             await call.read()
@@ -47,28 +47,28 @@ async def refused(call) -> grpc.aio.AioRpcError:
 
 
 async def works(service: Service) -> None:
-    """The service makes a picture."""
+    """Fails unless the service generates an image."""
     await read_until(service.stub.Generate(PROMPT), pb.PHASE_SUCCEEDED)
 
 
 def details(error: grpc.aio.AioRpcError) -> bytes:
-    """The details of a status, as they came."""
+    """Returns the serialized details of a status."""
     return next(value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin")
 
 
 async def closed(connection: Connection) -> bytes:
-    """What a connection says until the server has closed it."""
-    said = b""
+    """Returns the bytes that a connection receives until the server closes it."""
+    received = b""
     with contextlib.suppress(ConnectionResetError):
         async with asyncio.timeout(PATIENCE):
             while data := await connection.reader.read(4096):
-                said += data
+                received += data
     connection.close()
-    return said
+    return received
 
 
-async def test_a_flood_of_connections_is_cut_off_at_the_limit(port: str) -> None:
-    """Those within it stay, each further one is closed at once, on the web port with 503; then there is room again."""
+async def test_connections_above_the_limit_are_closed(port: str) -> None:
+    """Each excess connection is closed at once, on the web port with 503. After others close, new ones are accepted."""
     async with running(FakeEngine(), transport=port, ports=PortLimits(max_connections=20)) as service:
         if port == "native":
             await works(service)
@@ -76,7 +76,7 @@ async def test_a_flood_of_connections_is_cut_off_at_the_limit(port: str) -> None
         excess = flood[20 - (port == "native") :]
         ends = await asyncio.gather(*map(closed, excess))
         if port == "grpc-web":
-            # A kernel that is quick enough with its reset takes the answer along.
+            # If the kernel resets the connection early enough, the response is lost.
             assert any(end.startswith(b"HTTP/1.1 503 ") and b"retry-after" in end for end in ends)
             assert all(end == b"" or end.startswith(b"HTTP/1.1 503 ") for end in ends)
         staying = [each for each in flood if each not in excess]
@@ -85,14 +85,14 @@ async def test_a_flood_of_connections_is_cut_off_at_the_limit(port: str) -> None
             each.close()
         async with asyncio.timeout(PATIENCE):
             while True:
-                # The server learns of it in its own time.
+                # The server notices the closed connections with a delay.
                 with contextlib.suppress(AssertionError, OSError, grpc.aio.AioRpcError):
                     await works(service)
                     break
 
 
-async def test_calls_of_one_peer_are_counted(port: str) -> None:
-    """One too many is refused at once with a reason and a time; when one has ended, the next may come."""
+async def test_calls_of_one_host_are_limited(port: str) -> None:
+    """An excess call is rejected at once with a reason and a retry delay. After one call ends, the next is accepted."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine, transport=port, ports=PortLimits(max_calls_per_peer=3), max_queue=9) as service:
@@ -100,7 +100,7 @@ async def test_calls_of_one_peer_are_counted(port: str) -> None:
         for call in calls:
             await call.read()
         for _ in range(5):
-            error = await refused(service.stub.Generate(PROMPT))
+            error = await rejected(service.stub.Generate(PROMPT))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert b"TOO_MANY_CALLS" in details(error)
             assert b"google.rpc.RetryInfo" in details(error)
@@ -115,10 +115,10 @@ async def test_calls_of_one_peer_are_counted(port: str) -> None:
         engine.allow()
 
 
-async def test_a_burst_on_one_connection_is_answered_call_by_call() -> None:
-    """HTTP/2 would hold back what exceeds its streams, without a word: every call is answered at once instead.
+async def test_every_call_of_a_burst_is_answered() -> None:
+    """Excess calls are answered at once; HTTP/2 alone would silently queue those above its stream limit.
 
-    A few UNAVAILABLE, by HTTP/2 itself, when the client begins more before it has seen that others have ended.
+    HTTP/2 itself answers a few with UNAVAILABLE, if the client starts them before it sees that others have ended.
     """
     engine = FakeEngine()
     engine.hold()
@@ -126,33 +126,37 @@ async def test_a_burst_on_one_connection_is_answered_call_by_call() -> None:
         calls = [service.stub.Generate(PROMPT) for _ in range(100)]
         async with asyncio.timeout(PATIENCE):
             answers = await asyncio.gather(*(call.read() for call in calls), return_exceptions=True)
-        refusals = Counter(each.code().name for each in answers if isinstance(each, grpc.aio.AioRpcError))
-        assert refusals.total() == 96
-        assert set(refusals) <= {"RESOURCE_EXHAUSTED", "UNAVAILABLE"}
-        assert refusals["RESOURCE_EXHAUSTED"]
+        rejections = Counter(each.code().name for each in answers if isinstance(each, grpc.aio.AioRpcError))
+        assert rejections.total() == 96
+        assert set(rejections) <= {"RESOURCE_EXHAUSTED", "UNAVAILABLE"}
+        assert rejections["RESOURCE_EXHAUSTED"]
         engine.allow()
 
 
-async def test_both_ports_count_together() -> None:
-    """A host has its calls once, not once a port."""
+async def test_ports_share_the_call_limit() -> None:
+    """The limit of a host is for all ports together, not for each."""
     engine = FakeEngine()
     engine.hold()
-    peers = CallLimiter(1)
-    async with running(engine, peers=peers) as service:
+    call_limiter = CallLimiter(1)
+    async with running(engine, call_limiter=call_limiter) as service:
         web = WebServer(
-            "127.0.0.1:0", service.services.add_to, Access(), is_ready=service.services.is_serving, peers=peers
+            "127.0.0.1:0",
+            service.services.add_to,
+            Access(),
+            is_ready=service.services.is_serving,
+            call_limiter=call_limiter,
         )
         channel = WebChannel(await web.start())
         await service.stub.Generate(PROMPT).read()
-        error = await refused(GenerationServiceStub(channel).Generate(PROMPT))
+        error = await rejected(GenerationServiceStub(channel).Generate(PROMPT))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         channel.close()
         await web.stop(0)
         engine.allow()
 
 
-async def test_a_request_that_does_not_come_is_not_waited_for(port: str) -> None:
-    """The call has begun, its message has not arrived: it ends by itself, and nothing was started."""
+async def test_a_request_that_does_not_arrive_times_out(port: str) -> None:
+    """A call whose request message does not arrive ends with an error, and no generation starts."""
     engine = FakeEngine()
     async with running(engine, transport=port, ports=PortLimits(request_seconds=0.2)) as service:
         if port == "native":
@@ -161,7 +165,7 @@ async def test_a_request_that_does_not_come_is_not_waited_for(port: str) -> None
                 await asyncio.get_running_loop().create_future()
                 yield b""
 
-            error = await refused(service.channel.stream_stream(METHOD)(never()))
+            error = await rejected(service.channel.stream_stream(METHOD)(never()))
             assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             assert b"REQUEST_TOO_LATE" in details(error)
         else:
@@ -170,27 +174,27 @@ async def test_a_request_that_does_not_come_is_not_waited_for(port: str) -> None
             await connection.request("POST", METHOD, kind)
             await connection.send(frame(b"")[:3])
             assert b"grpc-status: 4\r\n" in (await connection.answer())[1]
-            # What comes late is read no longer than anything else.
+            # The rest of the request has a timeout, too.
             await connection.send(b"x")
             assert await closed(connection) == b""
         assert engine.jobs == []
         await works(service)
 
 
-async def test_a_call_without_a_request_is_refused() -> None:
-    """The client has closed its side: there is nothing to wait for."""
+async def test_a_call_without_a_request_is_rejected() -> None:
+    """A client that closes its side without a request gets INVALID_ARGUMENT."""
     async with running(FakeEngine()) as service:
 
         async def nothing():
             return
             yield
 
-        error = await refused(service.channel.stream_stream(METHOD)(nothing()))
+        error = await rejected(service.channel.stream_stream(METHOD)(nothing()))
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_a_later_head_has_no_more_time_than_the_first() -> None:
-    """A connection that was answered once is not free to trickle."""
+async def test_the_head_timeout_applies_to_later_requests() -> None:
+    """On a reused connection, an incomplete request head times out, too."""
     async with running(FakeEngine(), transport="grpc-web", ports=PortLimits(request_seconds=0.2)) as service:
         connection = await Connection.open(service.address)
         await connection.request("GET", "/healthz", {"host": service.address})
@@ -200,8 +204,8 @@ async def test_a_later_head_has_no_more_time_than_the_first() -> None:
 
 
 @pytest.mark.parametrize("tls", [False, True])
-async def test_a_connection_that_says_nothing_is_closed(port: str, tls: bool, tmp_path: Path) -> None:
-    """Nobody holds a place by connecting alone, and TLS gives no more time."""
+async def test_a_silent_connection_is_closed(port: str, tls: bool, tmp_path: Path) -> None:
+    """A connection without a request is closed after the timeout, with and without TLS."""
     authority = Authority(tmp_path) if tls else None
     limits = PortLimits(request_seconds=0.5)
     async with running(FakeEngine(), transport=port, ports=limits, authority=authority) as service:
@@ -209,8 +213,8 @@ async def test_a_connection_that_says_nothing_is_closed(port: str, tls: bool, tm
         await works(service)
 
 
-async def test_a_large_request_is_refused(port: str) -> None:
-    """One byte too many; as many as are allowed are read, and judged by other rules."""
+async def test_a_large_request_is_rejected(port: str) -> None:
+    """One byte above the limit is rejected; a request of exactly the limit is read and validated."""
     async with running(FakeEngine(), transport=port, ports=PortLimits(max_request_bytes=2000)) as service:
         for size, code in (
             (2000, grpc.StatusCode.INVALID_ARGUMENT),
@@ -220,47 +224,47 @@ async def test_a_large_request_is_refused(port: str) -> None:
             prompt = "x" * size
             while (request := pb.GenerateRequest(prompt=prompt)).ByteSize() > size:
                 prompt = prompt[1:]
-            assert (await refused(service.stub.Generate(request))).code() is code
+            assert (await rejected(service.stub.Generate(request))).code() is code
         await works(service)
 
 
-BOMBS = {
-    "huge": [("bomb", "x" * 40_000)],
-    "many": [(f"bomb-{number}", "x") for number in range(2000)],
-    "same": [("bomb", "x" * 20)] * 2000,
-    "binary": [("bomb-bin", bytes(40_000))],
+EXCESSIVE = {
+    "huge": [("large", "x" * 40_000)],
+    "many": [(f"large-{number}", "x") for number in range(2000)],
+    "same": [("large", "x" * 20)] * 2000,
+    "binary": [("large-bin", bytes(40_000))],
 }
 
 
-@pytest.mark.parametrize("kind", BOMBS)
-async def test_a_bomb_of_metadata_is_refused(port: str, kind: str) -> None:
-    """Whatever shape it has: the sum counts. Others on the same connection are not harmed."""
+@pytest.mark.parametrize("kind", EXCESSIVE)
+async def test_excessive_metadata_is_rejected(port: str, kind: str) -> None:
+    """The total size counts, for any number and size of entries. The next call succeeds."""
     engine = FakeEngine()
     async with running(engine, transport=port) as service:
         if port == "native":
-            error = await refused(service.stub.Generate(PROMPT, metadata=BOMBS[kind]))
+            error = await rejected(service.stub.Generate(PROMPT, metadata=EXCESSIVE[kind]))
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         else:
             connection = await Connection.open(service.address)
-            lines = [f"{key}: {value if isinstance(value, str) else 'A' * 55_000}" for key, value in BOMBS[kind]]
+            lines = [f"{key}: {value if isinstance(value, str) else 'A' * 55_000}" for key, value in EXCESSIVE[kind]]
             head = [f"POST {METHOD} HTTP/1.1", f"host: {service.address}", "content-length: 0", *lines, "", ""]
             with contextlib.suppress(ConnectionResetError):
                 await connection.send("\r\n".join(head).encode())
-            said = await closed(connection)
-            assert said == b"" or said.startswith(b"HTTP/1.1 400 ")
+            received = await closed(connection)
+            assert received == b"" or received.startswith(b"HTTP/1.1 400 ")
         assert engine.jobs == []
         await works(service)
 
 
 async def test_metadata_within_the_limit_passes(port: str) -> None:
-    """Tokens and traces are kilobytes, too."""
+    """Metadata of 12 kB, such as a large token, is accepted."""
     async with running(FakeEngine(), transport=port) as service:
         call = service.stub.Generate(PROMPT, metadata=[("authorization", "x" * 12_000)])
         await read_until(call, pb.PHASE_SUCCEEDED)
 
 
-async def test_a_reader_who_takes_nothing_costs_no_more_than_a_preview(port: str) -> None:
-    """The picture is made at its own pace; on the web port, where nothing is asked back, he is dropped."""
+async def test_a_stalled_reader_does_not_delay_its_generation(port: str) -> None:
+    """The generation completes at its own speed. The web port, which has no keepalive pings, drops the reader."""
     engine = FakeEngine()
     engine.preview_size = (1024, 1024)
     limits = PortLimits(stall_seconds=1)
@@ -270,7 +274,7 @@ async def test_a_reader_who_takes_nothing_costs_no_more_than_a_preview(port: str
             first = await stalled.read()
             generation = service.generations.find(first.generation_id, Caller(""))
             await until(lambda: generation.ended)
-            # Its end is there for him, whenever he reads.
+            # The reader still receives the end when it reads again.
             assert (await read_until(stalled, pb.PHASE_SUCCEEDED)).image
         else:
             connection = await Connection.open(service.address)
@@ -284,8 +288,8 @@ async def test_a_reader_who_takes_nothing_costs_no_more_than_a_preview(port: str
         await works(service)
 
 
-async def test_names_and_origins_of_others_get_nothing() -> None:
-    """A foreign Host or Origin, two of them, or none: no call begins."""
+async def test_foreign_hosts_and_origins_are_rejected() -> None:
+    """No call starts with a foreign, duplicate or missing Host, or with a foreign or duplicate Origin."""
     engine = FakeEngine()
     async with running(engine, transport="grpc-web") as service:
         ours = f"host: {service.address}"
@@ -310,7 +314,7 @@ async def test_names_and_origins_of_others_get_nothing() -> None:
             assert head.status_code in statuses, heads
             assert "access-control-allow-origin" not in header_dict(head)
             connection.close()
-        # A target with a name of its own is judged by the header still.
+        # An absolute request target does not replace the check of the Host header.
         connection = await Connection.open(service.address)
         await connection.send(b"GET http://localhost/ HTTP/1.1\r\nhost: evil.example\r\n\r\n")
         assert (await connection.answer("GET"))[0].status_code == 421
@@ -319,8 +323,8 @@ async def test_names_and_origins_of_others_get_nothing() -> None:
         await works(service)
 
 
-def test_descriptors_are_reserved_as_far_as_possible(capsys: pytest.CaptureFixture[str]) -> None:
-    """The soft limit is raised when it is too low, never above the hard one, and never lowered."""
+def test_the_open_file_limit_is_raised_as_far_as_possible(capsys: pytest.CaptureFixture[str]) -> None:
+    """The soft limit is raised if it is too low, but not above the hard limit, and it is never lowered."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         raise_open_file_limit(0)

@@ -1,4 +1,4 @@
-"""Several servers: each generation is found where it is, by native callers and through a bridge."""
+"""Several servers: calls reach the server that has the generation, from native clients and through a bridge."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.auth.access import Access
 from calotype_server.generations.store import Store
 from calotype_server.transport.cluster.forwarder import Forwarder
-from calotype_server.transport.cluster.upstreams import Upstream, Upstreams
+from calotype_server.transport.cluster.upstream import Upstream
+from calotype_server.transport.cluster.upstreams import Upstreams
 from calotype_server.transport.web.server import WebServer
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import WebChannel
@@ -34,19 +35,19 @@ KEEP = pb.DISCONNECT_POLICY_KEEP
 
 @dataclass
 class Pair:
-    """Two servers and what reaches both."""
+    """Two servers, and ways to reach both."""
 
     services: list[Service]
     engines: list[FakeEngine]
     target: str
     bridge: GenerationServiceStub
-    """A browser's, through the bridge."""
+    """Speaks grpc-web to a bridge in front of both."""
     is_ready: object
 
 
 @contextlib.asynccontextmanager
 async def pair(**options) -> AsyncIterator[Pair]:
-    """Serves while the block runs; engines are held."""
+    """Runs two servers, with held engines, while the block runs."""
     engines = [FakeEngine(), FakeEngine()]
     async with contextlib.AsyncExitStack() as stack:
         services = []
@@ -69,12 +70,12 @@ async def pair(**options) -> AsyncIterator[Pair]:
 
 
 def kept(seed: int) -> pb.GenerateRequest:
-    """A generation that goes on without readers."""
+    """Returns a request for a generation that continues without readers."""
     return pb.GenerateRequest(prompt="a red apple", seed=seed, on_disconnect=KEEP)
 
 
 async def reason_of(call) -> str:
-    """The reason with which a call fails with NOT_FOUND."""
+    """Returns the reason of a call that fails with NOT_FOUND."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await (call.read() if hasattr(call, "read") else call)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -83,8 +84,8 @@ async def reason_of(call) -> str:
     return info.reason
 
 
-async def test_a_silent_generation_says_that_it_is_alive(transport: str) -> None:
-    """In the queue and in a long step: numbers rise, nothing else changes, and the estimate does not grow."""
+async def test_a_quiet_generation_sends_heartbeats(transport: str) -> None:
+    """In the queue and during a long step, messages come whose sequence rises while nothing else changes."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine, heartbeat=0.02, transport=transport) as service:
@@ -92,15 +93,15 @@ async def test_a_silent_generation_says_that_it_is_alive(transport: str) -> None
         await read_until(first, pb.PHASE_DENOISING)
         second = service.stub.Generate(pb.GenerateRequest(prompt="x", seed=2))
         for call in (first, second):
-            told = [await call.read() for _ in range(6)][-3:]
-            assert [each.sequence for each in told] == sorted({each.sequence for each in told})
-            assert len({(each.phase, each.step, each.queue_position) for each in told}) == 1
+            received = [await call.read() for _ in range(6)][-3:]
+            assert [each.sequence for each in received] == sorted({each.sequence for each in received})
+            assert len({(each.phase, each.step, each.queue_position) for each in received}) == 1
             call.cancel()
         engine.allow()
 
 
-async def test_an_id_names_its_server(transport: str) -> None:
-    """Others answer that it is not theirs; its own server, that it knows none of that id."""
+async def test_a_generation_id_names_its_server(transport: str) -> None:
+    """Another server reports OTHER_REPLICA; the named server reports an unknown id as GENERATION_NOT_FOUND."""
     async with running(FakeEngine(), transport=transport) as service:
         made = await service.stub.Generate(pb.GenerateRequest(prompt="x")).read()
         replica = (await service.stub.GetModel(pb.GetModelRequest())).replica
@@ -110,19 +111,19 @@ async def test_an_id_names_its_server(transport: str) -> None:
             assert await reason_of(service.stub.Cancel(pb.CancelRequest(generation_id=generation_id))) == reason
 
 
-async def test_kept_state_keeps_the_name(tmp_path) -> None:
-    """Ids that were given out before a restart still lead to whoever has what they name; without state, to nobody."""
-    names = []
+async def test_the_state_folder_keeps_the_replica_tag(tmp_path) -> None:
+    """Ids from before a restart still lead to the server with their state folder; another folder has another tag."""
+    tags = []
     for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):
         store = await Store.open(folder)
         async with running(FakeEngine(), store=store) as service:
-            names.append((await service.stub.GetModel(pb.GetModelRequest())).replica)
+            tags.append((await service.stub.GetModel(pb.GetModelRequest())).replica)
         await store.close()
-    assert names[0] == names[1] != names[2]
+    assert tags[0] == tags[1] != tags[2]
 
 
-async def test_native_callers_reach_each_generation_where_it_is() -> None:
-    """In turn to each server; watched, finished, cancelled and listed by clients that did not begin it."""
+async def test_native_clients_reach_generations_on_every_server() -> None:
+    """Generations alternate between servers; other clients can watch, finish, cancel and list all of them."""
     async with pair(max_active=4) as servers:
         async with calotype.AsyncClient(servers.target) as client:
             ids = []
@@ -157,8 +158,8 @@ async def test_native_callers_reach_each_generation_where_it_is() -> None:
         await asyncio.to_thread(from_a_thread)
 
 
-async def test_who_leaves_a_loop_frees_the_slot_on_the_right_server() -> None:
-    """Both clients cancel by id, wherever the generation is."""
+async def test_leaving_a_loop_cancels_on_the_right_server() -> None:
+    """Both clients cancel by id on the server that has the generation."""
     async with pair(max_active=8) as servers:
 
         async def leave() -> None:
@@ -184,8 +185,8 @@ async def test_who_leaves_a_loop_frees_the_slot_on_the_right_server() -> None:
 
 
 @pytest.mark.parametrize("way", ["client", "bridge"])
-async def test_a_server_that_is_about_to_stop_gets_no_new_generations_and_keeps_the_others(way: str) -> None:
-    """Whether its health says so already or not; what it has can be followed, finished and cancelled."""
+async def test_a_stopping_server_gets_no_new_generations_and_keeps_its_own(way: str) -> None:
+    """New generations go to the other server, before and after the health changes; its own can still be watched."""
     async with pair(max_active=4) as servers, calotype.AsyncClient(servers.target) as client:
         stopping, other = servers.services
 
@@ -215,8 +216,8 @@ async def test_a_server_that_is_about_to_stop_gets_no_new_generations_and_keeps_
             assert not await servers.is_ready()
 
 
-async def test_browsers_reach_each_generation_where_it_is() -> None:
-    """Through the bridge: to the server with the fewest; watched, finished, cancelled, and listed in merged pages."""
+async def test_browsers_reach_generations_on_every_server() -> None:
+    """A bridge starts generations on the less busy server, and finds, finishes, cancels and lists all of them."""
     async with pair(max_active=4) as servers:
         calls, ids = [], []
         for seed in range(4):
@@ -243,8 +244,8 @@ async def test_browsers_reach_each_generation_where_it_is() -> None:
             call.cancel()
 
 
-async def test_a_full_queue_sends_browsers_to_the_next_server() -> None:
-    """Only when all are full the last refusal is passed on."""
+async def test_a_bridge_retries_a_full_queue_on_the_next_server() -> None:
+    """The error reaches the client only if all queues are full."""
     async with pair(max_queue=0) as servers:
         direct = servers.services[0].stub.Generate(kept(9))
         await read_until(direct, pb.PHASE_DENOISING)
@@ -259,8 +260,8 @@ async def test_a_full_queue_sends_browsers_to_the_next_server() -> None:
         call.cancel()
 
 
-async def test_what_went_with_its_server_is_not_found() -> None:
-    """Through the bridge and to a client, while another server is there to say so."""
+async def test_generations_of_a_lost_server_are_not_found() -> None:
+    """Another server answers NOT_FOUND to a bridge and to a client."""
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(contextlib.suppress(grpc.aio.AioRpcError))
         engine = FakeEngine()
@@ -273,21 +274,21 @@ async def test_what_went_with_its_server_is_not_found() -> None:
             calotype.AsyncClient(f"ipv4:{','.join(addresses)}") as client,
         ):
             made = await gone.stub.Generate(kept(1)).read()
-            home = await upstreams.home(made.generation_id, ())
-            assert home is not None
-            assert home.target == gone.address
+            owner = await upstreams.owner_of(made.generation_id, ())
+            assert owner is not None
+            assert owner.target == gone.address
             assert await client.cancel(made.generation_id)
             await leaving.aclose()
             await upstreams.probe()
-            assert await upstreams.home(made.generation_id, ()) is None
+            assert await upstreams.owner_of(made.generation_id, ()) is None
             assert [each.target for each in upstreams.by_health()] == addresses
             with pytest.raises(calotype.NotFound) as caught:
                 await client.watch(made.generation_id).result()
             assert caught.value.reason == "OTHER_REPLICA"
 
 
-async def test_servers_that_ask_for_keys_tell_a_bridge_who_they_are(tmp_path) -> None:
-    """It asks with the key of the caller, and a caller without one learns nothing."""
+async def test_a_bridge_identifies_servers_with_the_callers_key(tmp_path) -> None:
+    """A server that requires keys identifies itself only if the caller has a valid one."""
     keyring = Keyring(tmp_path / "keys.toml")
     keyring.add("alice")
     async with (
@@ -296,12 +297,12 @@ async def test_servers_that_ask_for_keys_tell_a_bridge_who_they_are(tmp_path) ->
     ):
         authorization = keyring.metadata("alice")
         made = await service.stub.Generate(kept(1), metadata=authorization).read()
-        assert await upstreams.home(made.generation_id, ()) is None
-        assert await upstreams.home(made.generation_id, authorization) is not None
+        assert await upstreams.owner_of(made.generation_id, ()) is None
+        assert await upstreams.owner_of(made.generation_id, authorization) is not None
 
 
-async def test_more_streams_than_a_connection_may_have() -> None:
-    """All begin at once, on several connections to a server that lets each have a hundred."""
+async def test_calls_above_the_limit_of_a_connection_use_another_one() -> None:
+    """250 calls start at once on several connections to a server that allows each connection 100 calls."""
     waiting, go = [], asyncio.Event()
 
     async def wait(request, context):
@@ -321,9 +322,9 @@ async def test_more_streams_than_a_connection_may_have() -> None:
 
     calls = [asyncio.create_task(call()) for _ in range(250)]
     await until(lambda: len(waiting) == 250)
-    assert upstream.streams == 250
+    assert upstream.active_calls == 250
     go.set()
     assert await asyncio.gather(*calls) == [b"x"] * 250
-    assert upstream.streams == 0
+    assert upstream.active_calls == 0
     await upstream.close()
     await server.stop(None)

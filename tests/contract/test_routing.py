@@ -1,4 +1,4 @@
-"""Servers behind one address: whichever is asked, each generation is found where it is."""
+"""Several servers behind one address: each finds the generations of the others."""
 
 from __future__ import annotations
 
@@ -25,28 +25,31 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 async def shared() -> AsyncIterator[tuple[str, str, str, contextlib.AsyncExitStack, Generations]]:
-    """Addresses: of a server that passes on, of itself alone, of its sibling; what stops the sibling; and its own."""
+    """Yields three addresses, the stack that stops the other server, and the generations of the first one.
+
+    The addresses are those of a routing server, of the same server without routing, and of the other server.
+    """
     async with contextlib.AsyncExitStack() as stack:
         own = await stack.enter_async_context(running(FakeEngine()))
-        sibling_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
-        sibling = await sibling_stack.enter_async_context(running(FakeEngine()))
-        addresses = {each.generations.replica: each.address for each in (own, sibling)}
+        other_stack = await stack.enter_async_context(contextlib.AsyncExitStack())
+        other = await other_stack.enter_async_context(running(FakeEngine()))
+        addresses = {each.generations.replica: each.address for each in (own, other)}
 
-        async def ask() -> dict[str, str]:
+        async def list_addresses() -> dict[str, str]:
             return addresses
 
         api = Api(LIMITS)
         api.open(own.generations)
-        siblings = PeerReplicas(own.generations.replica, ask)
-        stack.push_async_callback(siblings.close)
-        native = NativeServer(Services(RoutingServicer(GenerationServicer(api, Access()), siblings)), Access())
+        peer_replicas = PeerReplicas(own.generations.replica, list_addresses)
+        stack.push_async_callback(peer_replicas.close)
+        native = NativeServer(Services(RoutingServicer(GenerationServicer(api, Access()), peer_replicas)), Access())
         address = await native.start("127.0.0.1:0")
         stack.push_async_callback(native.stop, None)
-        yield address, own.address, sibling.address, sibling_stack, own.generations
+        yield address, own.address, other.address, other_stack, own.generations
 
 
-async def begun(address: str, seed: int) -> str:
-    """The id of a generation that has been made there."""
+async def generate(address: str, seed: int) -> str:
+    """Generates an image on a server and returns the id of the generation."""
     async with calotype.AsyncClient(address) as client:
         generation = client.generate("x", seed=seed)
         seen = [progress async for progress in generation]
@@ -54,9 +57,9 @@ async def begun(address: str, seed: int) -> str:
 
 
 async def test_every_generation_is_reached_through_one_server(shared) -> None:
-    """Its own and its sibling's: watched to the picture, listed newest first, cancelled and finished."""
+    """Generations of both servers can be watched, listed newest first, cancelled and finished."""
     address, *alone, _, _ = shared
-    ids = [await begun(each, seed) for seed, each in enumerate((*alone, *alone))]
+    ids = [await generate(each, seed) for seed, each in enumerate((*alone, *alone))]
     async with calotype.AsyncClient(address) as client:
         for generation_id in ids:
             assert (await client.watch(generation_id).result()).data
@@ -65,42 +68,42 @@ async def test_every_generation_is_reached_through_one_server(shared) -> None:
         assert [each.generation_id async for each in client.generations(page_size=1)] == ids[::-1]
 
 
-async def test_a_refusal_of_the_sibling_keeps_its_reason(shared) -> None:
-    """What it does not know is not found, in its own words."""
-    address, _, sibling, *_ = shared
-    tag = (await begun(sibling, 1)).partition(".")[0]
+async def test_errors_of_the_other_server_keep_their_reason(shared) -> None:
+    """An unknown id on the other server is reported as GENERATION_NOT_FOUND."""
+    address, _, other, *_ = shared
+    tag = (await generate(other, 1)).partition(".")[0]
     async with calotype.AsyncClient(address) as client:
-        with pytest.raises(calotype.NotFound) as refused:
+        with pytest.raises(calotype.NotFound) as rejected:
             await client.cancel(f"{tag}.nothing")
-        assert refused.value.reason == "GENERATION_NOT_FOUND"
-        with pytest.raises(calotype.NotFound) as refused:
+        assert rejected.value.reason == "GENERATION_NOT_FOUND"
+        with pytest.raises(calotype.NotFound) as rejected:
             await client.watch(f"{tag}.nothing").result()
-        assert refused.value.reason == "GENERATION_NOT_FOUND"
+        assert rejected.value.reason == "GENERATION_NOT_FOUND"
 
 
-async def test_what_a_lost_sibling_had_is_another_servers(shared) -> None:
-    """The reason tells clients to ask for it anew; lists are those of who is left."""
-    address, own, sibling, stop, _ = shared
-    kept, lost = await begun(own, 1), await begun(sibling, 2)
+async def test_generations_of_a_lost_server_belong_to_another_replica(shared) -> None:
+    """The reason OTHER_REPLICA lets clients start over; lists contain the generations of the remaining server."""
+    address, own, other, stop, _ = shared
+    kept, lost = await generate(own, 1), await generate(other, 2)
     await stop.aclose()
     async with calotype.AsyncClient(address) as client:
-        with pytest.raises(calotype.NotFound) as refused:
+        with pytest.raises(calotype.NotFound) as rejected:
             await client.cancel(lost)
-        assert refused.value.reason == "OTHER_REPLICA"
+        assert rejected.value.reason == "OTHER_REPLICA"
         assert [each.generation_id async for each in client.generations()] == [kept]
 
 
-async def test_who_takes_no_more_passes_on(shared) -> None:
-    """New work is begun by a sibling, and what has been accepted is followed here; alone, it is a refusal."""
-    address, own, sibling, stop, generations = shared
-    kept = await begun(own, 1)
+async def test_a_server_that_accepts_no_work_routes_it_to_another(shared) -> None:
+    """New generations start on the other server, accepted ones stay, and without another server the call fails."""
+    address, own, other, stop, generations = shared
+    kept = await generate(own, 1)
     generations.reject_new(retry_after=2.0)
     async with calotype.AsyncClient(address, retries=0) as client:
-        passed_on = await begun(address, 2)
-        assert passed_on.partition(".")[0] == (await begun(sibling, 3)).partition(".")[0]
-        assert (await client.watch(passed_on).result()).data
+        routed = await generate(address, 2)
+        assert routed.partition(".")[0] == (await generate(other, 3)).partition(".")[0]
+        assert (await client.watch(routed).result()).data
         assert (await client.watch(kept).result()).data
         await stop.aclose()
-        with pytest.raises(calotype.Unavailable) as refused:
+        with pytest.raises(calotype.Unavailable) as rejected:
             await client.generate("x").result()
-        assert refused.value.retry_after == 2.0
+        assert rejected.value.retry_after == 2.0

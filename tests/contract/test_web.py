@@ -1,4 +1,4 @@
-"""The web port around the calls: who may talk to it, the page, health checks, and rude connections."""
+"""The web port apart from calls: allowed origins and hosts, the page, health checks, and bad connections."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from calotype_server.auth.access import Access
 from calotype_server.errors import AddressInUse
 from calotype_server.limits import PortLimits
-from calotype_server.transport.web import uvicorn_server
 from calotype_server.transport.web.server import WebServer
+from calotype_server.transport.web.sockets import listen
 from support.grpcweb import Connection, frame
 from support.lab import NAME, PATIENCE, lab
 
@@ -26,20 +26,20 @@ EVIL = "https://evil.example"
 
 
 class Caller:
-    """Methods for a lab, and what came of them."""
+    """A method for a lab, and the number of its calls."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.methods = {"Call": self.call}
 
     async def call(self, request, context):
-        """Counts."""
+        """Counts the call and answers it."""
         self.calls += 1
         yield b"answer"
 
 
 async def ask(address: str, method: str, path: str, body: bytes | None = None, **given: str):
-    """Sends a request by hand and returns status, headers and body of the answer."""
+    """Sends a request and returns the status, headers and body of the response."""
     connection = await Connection.open(address)
     headers = {name.replace("_", "-"): value for name, value in given.items()}
     await connection.request(method, path, {"host": address, **headers}, body)
@@ -55,7 +55,7 @@ async def call(address: str, **given: str):
 
 
 async def preflight(address: str, origin: str, headers: str = "content-type,x-grpc-web,x-user-agent,grpc-timeout"):
-    """Asks as a browser does before it sends a call across origins."""
+    """Sends the CORS preflight request of a browser before a call across origins."""
     return await ask(
         address,
         "OPTIONS",
@@ -66,8 +66,8 @@ async def preflight(address: str, origin: str, headers: str = "content-type,x-gr
     )
 
 
-async def test_a_page_on_the_list_may_call() -> None:
-    """The preflight allows what grpc-web clients send, and the answer names the page's origin, nobody else's."""
+async def test_an_allowed_page_may_call() -> None:
+    """The preflight allows the headers of grpc-web clients, and the response names only the page's own origin."""
     caller = Caller()
     async with lab(methods=caller.methods, allowed_origins=[APP]) as server:
         status, headers, _ = await preflight(server.address, APP)
@@ -88,8 +88,8 @@ async def test_a_page_on_the_list_may_call() -> None:
 @pytest.mark.parametrize(
     "origin", [EVIL, "null", "http://[::1", f"{APP}.evil.example", "https://localhost:1", f"{APP}:444"]
 )
-async def test_any_other_page_is_refused_before_anything_runs(origins: list[str], origin: str) -> None:
-    """Its preflight, and the call that it makes anyway."""
+async def test_other_pages_are_rejected_before_the_handler(origins: list[str], origin: str) -> None:
+    """Both the preflight request and a call without preflight are rejected."""
     caller = Caller()
     async with lab(methods=caller.methods, allowed_origins=origins) as server:
         for status, headers, _ in (await preflight(server.address, origin), await call(server.address, origin=origin)):
@@ -98,14 +98,14 @@ async def test_any_other_page_is_refused_before_anything_runs(origins: list[str]
     assert caller.calls == 0
 
 
-async def test_a_header_that_nobody_allowed_is_refused() -> None:
-    """In the preflight."""
+async def test_a_preflight_for_another_header_is_rejected() -> None:
+    """Headers that grpc-web clients do not send are not allowed."""
     async with lab(allowed_origins=[APP]) as server:
         assert (await preflight(server.address, APP, "x-other"))[0] == 400
 
 
-async def test_the_own_page_may_call() -> None:
-    """A browser sends Origin for the server's own page, too."""
+async def test_the_servers_own_page_may_call() -> None:
+    """Browsers send Origin for the server's own page, too."""
     caller = Caller()
     async with lab(methods=caller.methods) as server:
         port = server.address.rpartition(":")[2]
@@ -114,8 +114,8 @@ async def test_the_own_page_may_call() -> None:
     assert caller.calls == 4
 
 
-async def test_every_page_may_call_when_the_operator_says_so() -> None:
-    """With a star, and still without cookies."""
+async def test_a_star_allows_every_page() -> None:
+    """With "*" every origin may call, but not with cookies."""
     async with lab(methods=Caller().methods, allowed_origins=["*"]) as server:
         status, headers, _ = await call(server.address, origin=EVIL)
     assert (status, headers["access-control-allow-origin"]) == (200, "*")
@@ -126,8 +126,8 @@ async def test_every_page_may_call_when_the_operator_says_so() -> None:
     "host",
     ["evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example", "[::1", "a@b:c", ""],
 )
-async def test_a_name_that_is_not_ours_is_refused(host: str) -> None:
-    """A name that its owner let point here makes his page "the same origin"; also for the page and health checks."""
+async def test_a_foreign_host_name_is_rejected(host: str) -> None:
+    """DNS rebinding makes a foreign page look like the same origin; this is checked for calls and the page."""
     caller = Caller()
     async with lab(methods=caller.methods) as server:
         assert (await call(server.address, host=host, origin=f"http://{host}"))[0] == 421
@@ -136,14 +136,14 @@ async def test_a_name_that_is_not_ours_is_refused(host: str) -> None:
 
 
 @pytest.mark.parametrize("allowed", ["pictures.example", "*"])
-async def test_names_are_allowed_by_the_operator(allowed: str) -> None:
-    """Upper case and ports do not matter."""
+async def test_the_operator_can_allow_host_names(allowed: str) -> None:
+    """The comparison ignores upper case and ports."""
     async with lab(methods=Caller().methods, allowed_hosts=[allowed]) as server:
         assert (await call(server.address, host="Pictures.Example:8443"))[0] == 200
 
 
 async def test_health_checks() -> None:
-    """The process lives from the start; it is ready when it says so."""
+    """/healthz always succeeds; /readyz succeeds when the server is ready."""
     ready = False
 
     async def is_ready() -> bool:
@@ -157,7 +157,7 @@ async def test_health_checks() -> None:
 
 
 async def test_the_page_is_served(tmp_path: Path) -> None:
-    """Its files, and nothing beside them; calls go on as ever."""
+    """The files of the page are served, files outside of its folder are not, and calls still work."""
     folder = tmp_path / "page"
     (folder / "assets").mkdir(parents=True)
     (folder / "index.html").write_text("<h1>Calotype</h1>")
@@ -174,17 +174,17 @@ async def test_the_page_is_served(tmp_path: Path) -> None:
         assert (await call(server.address))[0] == 200
 
 
-async def test_without_a_page_it_says_so(tmp_path: Path) -> None:
-    """A person who looks gets a sentence."""
+async def test_without_a_page_the_root_explains_itself(tmp_path: Path) -> None:
+    """A visitor gets a sentence instead of an error."""
     async with lab(page=tmp_path / "missing") as server:
         status, _, body = await ask(server.address, "GET", "/")
     assert status == 200
-    assert b"without its page" in body
+    assert b"without its web page" in body
 
 
 @pytest.mark.parametrize("ending", ["\r\n\r\n", ""])
-async def test_a_head_that_is_too_large_is_refused(ending: str) -> None:
-    """Also one that never ends."""
+async def test_a_large_request_head_is_rejected(ending: str) -> None:
+    """A complete and an endless head above the limit get 400."""
     async with lab() as server:
         connection = await Connection.open(server.address)
         await connection.send(f"GET / HTTP/1.1\r\nhost: localhost\r\nx: {'x' * 40_000}{ending}".encode())
@@ -193,8 +193,8 @@ async def test_a_head_that_is_too_large_is_refused(ending: str) -> None:
     assert head.status_code == 400
 
 
-async def test_a_connection_that_says_nothing_is_closed() -> None:
-    """And one that never ends its first head."""
+async def test_a_silent_connection_is_closed() -> None:
+    """A connection without a request, or with an incomplete head, is closed after the timeout."""
     async with lab(limits=PortLimits(request_seconds=0.05)) as server:
         for start in (b"", b"GET / HT"):
             connection = await Connection.open(server.address)
@@ -205,21 +205,21 @@ async def test_a_connection_that_says_nothing_is_closed() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other options")
-def test_accepted_connections_notice_dead_peers_and_buffer_little() -> None:
-    """The options of the listening socket are theirs, too."""
-    [listening] = uvicorn_server.listen("127.0.0.1:0")
+def test_accepted_connections_detect_dead_peers_and_have_small_buffers() -> None:
+    """Accepted connections inherit the options of the listening socket."""
+    [listening] = listen("127.0.0.1:0")
     with listening:
         listening.listen()
         with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 20
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
-            # The kernel doubles what it is asked for.
+            # The kernel doubles the requested size.
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 512 * 1024
 
 
-async def test_a_taken_address_is_explained() -> None:
-    """With the option to change, and a name that stands for several addresses is all or nothing."""
+async def test_an_address_in_use_is_an_error() -> None:
+    """The error names the option, also if only one address of a name is in use."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -231,8 +231,8 @@ async def test_a_taken_address_is_explained() -> None:
             await server.stop(0)
 
 
-async def test_localhost_is_every_address_that_it_stands_for() -> None:
-    """With one free port for all of them."""
+async def test_localhost_listens_on_all_its_addresses() -> None:
+    """One free port is chosen for all addresses of localhost."""
     server = WebServer("localhost:0", lambda _: None, Access(), is_ready=None)
     address = await server.start()
     port = int(address.rpartition(":")[2])
@@ -244,8 +244,8 @@ async def test_localhost_is_every_address_that_it_stands_for() -> None:
         await server.stop(0)
 
 
-async def test_a_websocket_is_refused_where_there_is_none() -> None:
-    """A good handshake for a path without one, and for the API where there is no API; one that is no handshake."""
+async def test_a_websocket_on_another_path_is_rejected() -> None:
+    """A valid handshake gets 403 on paths without a WebSocket and without the API; an invalid one gets 400."""
     good = {"connection": "upgrade", "upgrade": "websocket", "sec_websocket_version": "13"}
     async with lab() as server:
         for path in ("/healthz", "/v1/ws"):
@@ -254,8 +254,8 @@ async def test_a_websocket_is_refused_where_there_is_none() -> None:
         assert (await ask(server.address, "GET", "/healthz", **good))[0] == 400
 
 
-async def test_idle_connections_do_not_hold_up_a_stop() -> None:
-    """They are closed."""
+async def test_idle_connections_do_not_delay_a_stop() -> None:
+    """Stopping closes idle connections."""
     async with lab(methods=Caller().methods) as server:
         connection = await server.post("Call")
         head, _ = await connection.answer()

@@ -1,4 +1,4 @@
-"""Requests that no client sends, by the thousand: none is answered INTERNAL, and the server stays what it was."""
+"""Hundreds of malformed requests: none is answered with INTERNAL, and the server does not grow or crash."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from support.process import ServerProcess
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 COUNT = int(os.environ.get("FUZZ", "900"))
-"""Malformed requests, a third of them each over native gRPC, grpc-web and as raw HTTP."""
+"""Number of malformed requests; a third each uses native gRPC, grpc-web and raw HTTP."""
 AT_ONCE = 16
 PATIENCE = 30.0
 _NEVER = ("INTERNAL", "UNKNOWN", "DATA_LOSS")
 
 
 async def native(address: str, chance: random.Random, count: int) -> Counter[str]:
-    """Calls with bytes for messages; returns how they ended."""
+    """Makes native calls with random requests and returns how often each status occurred."""
     ends: Counter[str] = Counter()
     pending = iter(range(count))
 
@@ -36,7 +36,7 @@ async def native(address: str, chance: random.Random, count: int) -> Counter[str
                 fuzz.message(chance), metadata=fuzz.metadata(chance), timeout=PATIENCE
             )
             try:
-                # A request that happens to be good is not of interest.
+                # A request that happens to be valid only needs its first message.
                 await call.read()
                 ends["answered"] += 1
                 call.cancel()
@@ -50,7 +50,7 @@ async def native(address: str, chance: random.Random, count: int) -> Counter[str
 
 
 async def raw(address: str, chance: random.Random, count: int, *, shaped: bool) -> Counter[str]:
-    """Bytes to the web port: grpc-web calls where `shaped`, else anything; returns HTTP and gRPC statuses."""
+    """Sends bytes to the web port: grpc-web calls if `shaped`, otherwise raw HTTP. Returns the counts of statuses."""
     ends: Counter[str] = Counter()
     pending = iter(range(count))
     host, _, port = address.rpartition(":")
@@ -90,16 +90,16 @@ def _web_call(chance: random.Random) -> bytes:
 
 
 def grpc_name(code: int) -> str:
-    """The name of a status code."""
+    """Returns the name of a status code."""
     return next((each.name for each in grpc.StatusCode if each.value[0] == code), f"code {code}")
 
 
-async def test_malformed_requests_are_answered_and_harm_nobody() -> None:
-    """No INTERNAL, no 5xx but 501, no crash, no growth, no traceback in the log; then a picture is made as before."""
+async def test_malformed_requests_are_rejected_without_damage() -> None:
+    """There is no INTERNAL, 500, 502 or 503, no crash, growth or traceback, and then an image is generated."""
     chance = random.Random(int(os.environ.get("SEED", "0")))
     with ServerProcess("--log-level", "warning", "--max-queue", "4") as server:
         process, share = psutil.Process(server.process.pid), COUNT // 3
-        # Pools and caches get their size. Some of what is damaged is a good request still, and makes a picture.
+        # Fills pools and caches first. Some damaged requests are still valid and generate an image.
         async with calotype.AsyncClient(server.address) as client:
             slots = range((await client.model()).max_active)
             await asyncio.gather(*(client.generate("fox", steps=10).result() for _ in slots))
@@ -122,5 +122,5 @@ async def test_malformed_requests_are_answered_and_harm_nobody() -> None:
         assert not set(counts) & {*_NEVER, "500", "502", "503"}, (port, counts)
     assert not [line for line in server.log if "Traceback" in line or "call failed" in line], server.log
     assert after[0] <= 1.1 * before[0]
-    # The second of the threads that make files comes when it is needed.
+    # The second encoder thread starts when it is first needed.
     assert after[2] <= before[2] + 2

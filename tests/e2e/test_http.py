@@ -1,4 +1,4 @@
-"""The examples of service/HTTP.md, run as they stand against the real service."""
+"""Runs the examples of service/HTTP.md against the real service."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PAGE = Path(__file__).parents[2].joinpath("service/HTTP.md").read_text("utf-8")
 
 
 def examples(language: str) -> list[str]:
-    """The code blocks in a language."""
+    """Returns the code blocks of a language."""
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    """The service, with the bundled model."""
+    """A server process with the bundled model."""
     with ServerProcess("--log-level", "warning") as server:
         yield server
 
@@ -44,7 +44,7 @@ def run(server: ServerProcess, folder: Path, *command: str) -> str:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 @pytest.mark.parametrize("example", examples("sh"))
 def test_curl(server: ServerProcess, tmp_path: Path, example: str) -> None:
-    """Every command succeeds, and every answer is JSON or a stream that ends with its picture."""
+    """Every command succeeds, and every stream ends with its image."""
     text = example.replace("127.0.0.1:8080", server.web_address)
     printed = run(server, tmp_path, "bash", "-euo", "pipefail", "-c", text)
     if "-sfN" in example and "generations" not in example:
@@ -54,12 +54,12 @@ def test_curl(server: ServerProcess, tmp_path: Path, example: str) -> None:
         assert (tmp_path / "apple.png").read_bytes().startswith(b"\x89PNG")
         assert '"request_id":"order-4711"' in printed
     if "width_px" in example:
-        told = json.loads(printed)
-        assert [each["field"] for each in told["error"]["violations"]] == ["seed", "prompt", "width_px"]
+        answer = json.loads(printed)
+        assert [each["field"] for each in answer["error"]["violations"]] == ["seed", "prompt", "width_px"]
 
 
 @pytest.mark.parametrize("example", examples("python"))
 def test_python(server: ServerProcess, tmp_path: Path, example: str) -> None:
-    """The SDK's example writes its file."""
+    """The example with OpenAI's SDK writes its image file."""
     run(server, tmp_path, sys.executable, "-c", example.replace("127.0.0.1:8080", server.web_address))
     assert (tmp_path / "apple.png").read_bytes().startswith(b"\x89PNG")

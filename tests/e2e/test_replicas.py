@@ -1,4 +1,4 @@
-"""Several servers behind one target: killed, frozen and replaced under callers who do not notice but for time."""
+"""Several servers behind one target: callers notice only a delay when servers are killed, frozen or replaced."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ OPTIONS = (
 
 
 async def started(processes: contextlib.ExitStack, cache_dir: Path, *addresses: str) -> list[ServerProcess]:
-    """Starts servers at the same time, and waits for them."""
+    """Starts servers at the same time and waits until they are ready."""
     options = ("--cache-dir", str(cache_dir), *OPTIONS)
     servers = [ServerProcess(*options, "--grpc-address", address) for address in addresses]
     return await asyncio.gather(*(asyncio.to_thread(processes.enter_context, server) for server in servers))
 
 
 @pytest.mark.timeout(240)
-async def test_forty_callers_outlive_a_frozen_and_a_killed_server(cache_dir: Path) -> None:
-    """SIGSTOP of one in mid-stream, SIGKILL of the other: every picture byte for byte, once, nothing left running."""
+async def test_forty_callers_survive_a_frozen_and_a_killed_server(cache_dir: Path) -> None:
+    """One server gets SIGSTOP, the other SIGKILL: each image is correct and generated once, and none keeps running."""
     step = asyncio.Event()
     with contextlib.ExitStack() as processes:
         first, second = await started(processes, cache_dir, "127.0.0.1:0", "127.0.0.1:0")
@@ -71,8 +71,8 @@ async def test_forty_callers_outlive_a_frozen_and_a_killed_server(cache_dir: Pat
             pictures = await asyncio.gather(*running)
             assert any(job.homes[-2:] == [killed, frozen] for job in jobs)
             async with asyncio.timeout(60):
-                # What the frozen server had begun for callers who have it from elsewhere ends for want of readers.
-                while not all([each.phase.ended async for each in client.generations()]):  # noqa: ASYNC110 - nothing tells
+                # Generations on the frozen server end without readers after their callers moved to the other one.
+                while not all([each.phase.ended async for each in client.generations()]):  # noqa: ASYNC110 - no event to wait for
                     await asyncio.sleep(0.2)
             made = Counter([each.request_id async for each in client.generations() if each.phase == "succeeded"])
     assert set(made.values()) == {1}
@@ -84,10 +84,10 @@ async def test_forty_callers_outlive_a_frozen_and_a_killed_server(cache_dir: Pat
 
 
 @pytest.mark.timeout(240)
-async def test_a_rolling_update_cuts_no_stream(cache_dir: Path) -> None:
-    """Each of two is replaced after SIGTERM while callers and browsers stream: all get every picture in one piece.
+async def test_a_rolling_update_interrupts_no_stream(cache_dir: Path) -> None:
+    """Two servers are replaced after SIGTERM while native callers and browsers stream; no stream is interrupted.
 
-    The browsers have no client of ours, which could make good what was refused. Native callers stay where they began.
+    The browser calls do not use our client, which could retry. Native callers stay on the server they started with.
     """
     addresses = [free_address(), free_address()]
     step = asyncio.Event()
@@ -132,7 +132,7 @@ async def test_a_rolling_update_cuts_no_stream(cache_dir: Path) -> None:
 
 
 async def tags(addresses: list[str]):
-    """Yields that of each server."""
+    """Yields the tag of each server."""
     for address in addresses:
         async with calotype.AsyncClient(address) as client:
             yield (await client.model()).replica

@@ -1,4 +1,4 @@
-"""Browsers' port as an operator sees it: beside the native one, and as a bridge in a process of its own."""
+"""The web port of a real server, and of a bridge in its own process."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ RED_APPLE = pb.GenerateRequest(prompt="a red apple", seed=7, step_count=4)
 
 
 def stub(address: str) -> GenerationServiceStub:
-    """Speaks grpc-web."""
+    """Returns a stub that speaks grpc-web."""
     return GenerationServiceStub(WebChannel(address))
 
 
 async def get(address: str, path: str) -> int:
-    """Returns the status of a plain request."""
+    """Returns the HTTP status of a GET request."""
     connection = await Connection.open(address)
     await connection.request("GET", path, {"host": address})
     head, _ = await connection.answer("GET")
@@ -40,8 +40,8 @@ async def get(address: str, path: str) -> int:
     return head.status_code
 
 
-async def test_both_ports_draw_the_same_picture(server: ServerProcess) -> None:
-    """Byte for byte, with a preview at every step."""
+async def test_both_ports_return_the_same_image(server: ServerProcess) -> None:
+    """The images are equal byte for byte, and the web stream has previews."""
     async with grpc.aio.insecure_channel(server.address) as channel:
         native = [message async for message in GenerationServiceStub(channel).Generate(RED_APPLE)]
     web = [message async for message in stub(server.web_address).Generate(RED_APPLE)]
@@ -51,7 +51,7 @@ async def test_both_ports_draw_the_same_picture(server: ServerProcess) -> None:
 
 
 def test_buf_curl_reads_streams_and_error_details(server: ServerProcess) -> None:
-    """A client that we did not write: it gets every message, and every violation with its details."""
+    """`buf curl`, an independent client, receives all messages, and all violations with their details."""
 
     def curl(method: str, request: str) -> subprocess.CompletedProcess[str]:
         url = f"http://{server.web_address}/calotype.v1.GenerationService/{method}"
@@ -61,17 +61,17 @@ def test_buf_curl_reads_streams_and_error_details(server: ServerProcess) -> None
     assert json.loads(curl("GetModel", "{}").stdout)["name"] == "bundled"
     stream = curl("Generate", '{"prompt": "a red apple", "step_count": 2}')
     assert (stream.returncode, stream.stdout.count("PHASE_SUCCEEDED")) == (0, 1)
-    refused = curl("Generate", '{"width_px": 7}')
+    rejected = curl("Generate", '{"width_px": 7}')
     # buf's exit code is eight times the status code.
-    assert refused.returncode == 8 * grpc.StatusCode.INVALID_ARGUMENT.value[0]
-    assert {detail["type"] for detail in json.loads(refused.stderr)["details"]} == {
+    assert rejected.returncode == 8 * grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert {detail["type"] for detail in json.loads(rejected.stderr)["details"]} == {
         "google.rpc.BadRequest",
         "google.rpc.ErrorInfo",
     }
 
 
-async def test_sigterm_lets_a_browsers_picture_finish(cache_dir: Path) -> None:
-    """The stream under way ends with its image, and the exit code is 0."""
+async def test_sigterm_completes_an_active_browser_stream(cache_dir: Path) -> None:
+    """The active stream ends with its image, and the exit code is 0."""
     with ServerProcess("--cache-dir", str(cache_dir)) as server:
         call = stub(server.web_address).Generate(pb.GenerateRequest(prompt="a red apple", step_count=60))
         await read_until(call, pb.PHASE_DENOISING)
@@ -81,8 +81,8 @@ async def test_sigterm_lets_a_browsers_picture_finish(cache_dir: Path) -> None:
         assert server.process.wait(30) == 0
 
 
-async def test_a_bridge_passes_everything_on_and_outlives_its_server(cache_dir: Path) -> None:
-    """While the server is well, when it is killed in mid-stream, and after."""
+async def test_a_bridge_forwards_calls_and_survives_its_server(cache_dir: Path) -> None:
+    """Calls succeed while the server runs, and fail with UPSTREAM_UNAVAILABLE when it is killed during a stream."""
     with (
         ServerProcess("--cache-dir", str(cache_dir)) as server,
         BridgeProcess("--upstream", server.address) as bridge,
@@ -109,15 +109,16 @@ async def test_a_bridge_passes_everything_on_and_outlives_its_server(cache_dir: 
 
 
 def test_the_bridge_needs_no_model_libraries() -> None:
-    """Its command is there, and its modules load, where torch, diffusers and transformers are missing."""
+    """The bridge command loads without torch, diffusers and transformers."""
     code = """
 import json, sys
 for name in ("torch", "diffusers", "transformers", "accelerate"):
     sys.modules[name] = None
 import typer
-from calotype_server import bridge, cli
+from calotype_server.apps import bridge
+from calotype_server.cli.main import register
 app = typer.Typer()
-cli.register(app)
+register(app)
 print(json.dumps([command.name for command in app.registered_commands]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
@@ -127,8 +128,8 @@ print(json.dumps([command.name for command in app.registered_commands]))
 @pytest.mark.parametrize(
     "options", [("--web-address", "nonsense"), ("--allowed-origins", "example.com"), ("--allowed-hosts", "http://x")]
 )
-def test_wrong_web_settings_are_explained(options: tuple[str, str]) -> None:
-    """With the flag, by both commands."""
+def test_errors_in_web_settings_name_the_option(options: tuple[str, str]) -> None:
+    """`serve` and `bridge` exit with 2 and name the option."""
     for command in ("serve", "bridge"):
         done = subprocess.run(
             [sys.executable, "-m", "calotype", command, *options],

@@ -1,4 +1,4 @@
-"""A peer of an ASGI app who reads when the test says so, with no socket buffers in between that would hide it."""
+"""A client of an ASGI app that reads only when the test allows it, without socket buffers that would hide a stall."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import asyncio
 from typing import Any
 
 
-class Peer:
-    """Sends one request, or opens a WebSocket, and takes what comes while `reading` is set.
+class AsgiClient:
+    """Sends one request, or opens a WebSocket, and receives events while `reading` is set.
 
     Args:
-        application: Asked.
+        application: The ASGI app.
         kind: "http" or "websocket".
-        method: Of HTTP.
-        path: Below the root.
+        path: Of the request.
+        method: HTTP method.
         body: Of the request.
-        headers: Likewise.
+        headers: Of the request, in addition to host.
     """
 
     def __init__(
@@ -30,14 +30,14 @@ class Peer:
     ) -> None:
         self.reading = asyncio.Event()
         self.reading.set()
-        self.taken: list[dict[str, Any]] = []
+        self.received: list[dict[str, Any]] = []
         self.waiting = asyncio.Event()
-        """Set while the app waits for this peer to read."""
-        self._given: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        """Set while the app waits for this client to read."""
+        self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         if kind == "http":
-            self.give({"type": "http.request", "body": body, "more_body": False})
+            self.push({"type": "http.request", "body": body, "more_body": False})
         else:
-            self.give({"type": "websocket.connect"})
+            self.push({"type": "websocket.connect"})
         scope = {
             "type": kind,
             "method": method,
@@ -52,21 +52,21 @@ class Peer:
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "subprotocols": [],
         }
-        self.done = asyncio.ensure_future(application(scope, self._given.get, self._send))
+        self.done = asyncio.ensure_future(application(scope, self._incoming.get, self._send))
 
-    def give(self, event: dict[str, Any]) -> None:
-        """Lets the app receive an event."""
-        self._given.put_nowait(event)
+    def push(self, event: dict[str, Any]) -> None:
+        """Sends an event to the app."""
+        self._incoming.put_nowait(event)
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Disconnects."""
-        self.give({"type": "http.disconnect"})
-        self.give({"type": "websocket.disconnect", "code": 1006})
+        self.push({"type": "http.disconnect"})
+        self.push({"type": "websocket.disconnect", "code": 1006})
 
     async def _send(self, event: dict[str, Any]) -> None:
         if not self.reading.is_set():
             self.waiting.set()
         await self.reading.wait()
         self.waiting.clear()
-        self.taken.append(event)
+        self.received.append(event)
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Certificates for tests: an authority of their own, a server's files, and what clients trust and show."""
+"""Certificates for tests: an authority, the files of a server, and the credentials of clients."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class Authority:
-    """An authority whose server certificate lies in a folder, where it can be changed while a server runs.
+    """An authority, and a folder with the server certificate, which can change while a server runs.
 
     Args:
-        folder: Where the files are.
-        mutual: Whether clients need a certificate as well.
+        folder: Of the files.
+        mutual: Whether clients need a certificate, too.
     """
 
     def __init__(self, folder: Path, *, mutual: bool = False) -> None:
@@ -37,39 +37,39 @@ class Authority:
         return self._root.cert_pem.bytes()
 
     def issue(self) -> None:
-        """Writes another certificate for the server."""
+        """Writes a new certificate for the server."""
         leaf = self._root.issue_cert("localhost", "127.0.0.1")
         self.key.write_bytes(leaf.private_key_pem.bytes())
         self.certificate.write_bytes(b"".join(each.bytes() for each in leaf.cert_chain_pems))
 
     def renew(self) -> None:
-        """Becomes another authority: clients that trust the former must refuse what is issued now."""
+        """Replaces the authority. Clients that trust the old one must reject certificates issued from now on."""
         self._root = trustme.CA()
         self.issue()
 
     def certificates(self) -> Certificates:
-        """What a port of the server takes."""
+        """Returns the certificates for a port of the server."""
         return Certificates(self.certificate, self.key, self.ca if self.mutual else None)
 
     def options(self) -> list[str]:
-        """What `calotype serve` takes."""
+        """Returns the options for `calotype serve`."""
         mutual = ["--tls-client-ca", str(self.ca)] if self.mutual else []
         return ["--tls-certificate", str(self.certificate), "--tls-key", str(self.key), *mutual]
 
     def tls(self, *, shown: bool = True) -> TLS:
-        """What a client takes; `shown` is whether it shows its certificate, where it has one."""
+        """Returns the TLS settings for a client; `shown` is whether it sends its certificate, if it has one."""
         if self._client is None or not shown:
             return TLS(root_certificates=self.root)
         chain = b"".join(each.bytes() for each in self._client.cert_chain_pems)
         return TLS(self.root, self._client.private_key_pem.bytes(), chain)
 
     def credentials(self, *, shown: bool = True) -> grpc.ChannelCredentials:
-        """The same for a channel."""
+        """Returns the same for a channel."""
         tls = self.tls(shown=shown)
         return grpc.ssl_channel_credentials(tls.root_certificates, tls.private_key, tls.certificate_chain)
 
     def context(self, *, shown: bool = True) -> ssl.SSLContext:
-        """The same for a socket."""
+        """Returns the same for a socket."""
         context = ssl.create_default_context(cadata=self.root.decode())
         if self._client is not None and shown:
             self._client.configure_cert(context)

@@ -1,4 +1,4 @@
-"""Callers whom servers fail, and what they were shown."""
+"""Callers whose servers fail, and the messages that they received."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ STEPS = 4
 
 
 def tag(generation_id: str) -> str:
-    """Of the server that has the generation."""
+    """Returns the tag of the server that has the generation."""
     return generation_id.rpartition(".")[0]
 
 
 class Job:
-    """One caller, and what it was shown."""
+    """One caller, and the messages that it received."""
 
     def __init__(self, prompt: str) -> None:
         self.prompt = prompt
         self.seen: list[calotype.Progress] = []
 
     async def run(self, client: calotype.AsyncClient, step: asyncio.Event, steps: int = STEPS) -> bytes:
-        """Follows a generation to its picture; sets `step` with each message."""
+        """Generates an image and returns it. Sets `step` after each message."""
         generation = client.generate(self.prompt, seed=5, steps=steps)
         async for progress in generation:
             self.seen.append(progress)
@@ -35,17 +35,17 @@ class Job:
 
     @property
     def homes(self) -> list[str]:
-        """Tags of the servers that it was with, in order."""
+        """Tags of the servers that it used, in order."""
         return [home for home, _ in itertools.groupby(tag(progress.generation_id) for progress in self.seen)]
 
     def is_halfway(self, home: str) -> bool:
-        """Whether it is in the midst of its steps on that server."""
+        """Whether its generation on that server has done some but not all steps."""
         last = self.seen[-1] if self.seen else None
         return last is not None and tag(last.generation_id) == home and 1 <= last.step < last.total_steps
 
 
 async def until(condition, step: asyncio.Event) -> None:
-    """Waits for something that messages bring about."""
+    """Waits until a condition is true, and checks it after each message."""
     while not condition():
         step.clear()
         await step.wait()

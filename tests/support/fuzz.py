@@ -1,4 +1,4 @@
-"""Malformed requests: random ones that no client sends, as bytes of messages, calls and HTTP."""
+"""Random malformed requests: messages, calls and HTTP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REALS = (0.0, -1.0, 1e38, -1e-40, float("nan"), float("inf"), float("-inf"))
 
 
 def message(chance: random.Random) -> bytes:
-    """The bytes of a request: hostile values, a message cut or damaged, or nothing like one."""
+    """Returns the bytes of a request: with hostile values, truncated, damaged, or random."""
     kind = chance.randrange(5)
     if kind == 0:
         return chance.randbytes(chance.choice((0, 1, 7, 100, 3000)))
@@ -32,7 +32,7 @@ def message(chance: random.Random) -> bytes:
             damaged[chance.randrange(len(damaged))] = chance.randrange(256)
         return bytes(damaged)
     if kind == 3:
-        # Unknown fields, and groups that are never closed.
+        # Unknown fields, and groups that never end.
         return data + chance.choice(
             (b"\xfa\x7f\x03abc", b"\x0b\x0b\x0b", b"\x08" + b"\xff" * 11, b"\x0a\xff\xff\xff\x7f")
         )
@@ -40,7 +40,7 @@ def message(chance: random.Random) -> bytes:
 
 
 def hostile(chance: random.Random) -> pb.GenerateRequest:
-    """A well-formed request of which at least one value is out of all bounds."""
+    """Returns a well-formed request with at least one value far out of range."""
     request = pb.GenerateRequest(prompt=chance.choice(_TEXTS), width_px=7)
     for name in ("height_px", "step_count"):
         if chance.random() < 0.5:
@@ -64,13 +64,13 @@ def hostile(chance: random.Random) -> pb.GenerateRequest:
 
 
 def path(chance: random.Random) -> str:
-    """A method, mostly one that there is."""
+    """Returns a method path, in most cases of an existing method."""
     odd = (f"{SERVICE}/NoSuchMethod", "/no.Such/Method", "/", "//", f"{SERVICE}/", "/calotype.v1.GenerationService")
     return chance.choice(odd) if chance.random() < 0.1 else f"{SERVICE}/{chance.choice(METHODS)}"
 
 
 def metadata(chance: random.Random) -> list[tuple[str, str | bytes]]:
-    """Headers that a client may send, with values that it should not."""
+    """Returns metadata with valid names and unusual values."""
     pairs: list[tuple[str, str | bytes]] = []
     if chance.random() < 0.3:
         pairs.append(("x-request-id", chance.choice(("", "a" * 300, "~", "  spaces  "))))
@@ -82,7 +82,7 @@ def metadata(chance: random.Random) -> list[tuple[str, str | bytes]]:
 
 
 def http(chance: random.Random) -> bytes:
-    """What arrives on the web port: an HTTP request with at least one thing wrong, or no HTTP at all."""
+    """Returns bytes for the web port: an HTTP request with at least one fault, or random bytes."""
     if chance.random() < 0.15:
         return chance.randbytes(chance.randint(1, 500))
     body = chance.choice((message(chance), framed(chance), b""))
@@ -114,7 +114,7 @@ def http(chance: random.Random) -> bytes:
 
 
 def framed(chance: random.Random) -> bytes:
-    """A grpc-web frame that may lie about itself."""
+    """Returns a grpc-web frame whose flags or length may be wrong."""
     data = message(chance)
     flags = chance.choice((0, 0, 0, 1, 0x80, 0xFF))
     length = chance.choice((len(data), len(data), 0, len(data) + 1, 2**32 - 1))

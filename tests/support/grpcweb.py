@@ -1,7 +1,7 @@
-"""A grpc-web client for tests: enough of `grpc.aio.Channel` that generated stubs work on it, over a real socket.
+"""A grpc-web client for tests: the parts of `grpc.aio.Channel` that generated stubs need, over a real socket.
 
-sonora's own client does not: it refuses the arguments of current stubs, loses errors of unary calls, and shows no
-trailing metadata. Parsing HTTP is h11's part here, which shares no code with the server's parser.
+sonora's own client rejects the arguments of current stubs, loses errors of unary calls, and has no trailing metadata.
+This one parses HTTP with h11, which shares no code with the server's parser.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def frame(message: bytes, flags: int = 0) -> bytes:
-    """A message as it goes over the wire."""
+    """Returns the frame of a message."""
     return struct.pack(">BI", flags, len(message)) + message
 
 
 class Connection:
-    """One HTTP/1.1 connection on which anything can be sent, also what HTTP forbids."""
+    """One HTTP/1.1 connection that can send arbitrary bytes, including invalid HTTP."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -44,30 +44,30 @@ class Connection:
         await self.writer.drain()
 
     async def request(self, method: str, path: str, headers: dict[str, str], body: bytes | None = None) -> None:
-        """Sends a request; without a body only its head."""
+        """Sends a request, or only its head if there is no body."""
         lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         if body is not None:
             lines.append(f"content-length: {len(body)}")
         await self.send("\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b""))
 
     def expect(self, method: str = "POST") -> None:
-        """Prepares for the answer to a request of this method."""
+        """Prepares the parser for the response to a request of this method."""
         self._parser.send(h11.Request(method=method, target="/", headers=[("host", "x"), ("content-length", "0")]))
         self._parser.send(h11.EndOfMessage())
 
     def next_answer(self) -> None:
-        """Goes on to the answer of the next request on this connection."""
+        """Prepares the parser for the response to the next request on this connection."""
         self._parser.start_next_cycle()
         self.expect()
 
     async def event(self):
-        """The next event of the answer."""
+        """Returns the next event of the response."""
         while (event := self._parser.next_event()) is h11.NEED_DATA:
             self._parser.receive_data(await self.reader.read(65536))
         return event
 
     async def answer(self, method: str = "POST") -> tuple[h11.Response, bytes]:
-        """The whole answer."""
+        """Returns the complete response."""
         self.expect(method)
         head = await self.event()
         body = b""
@@ -76,23 +76,23 @@ class Connection:
         return head, body
 
     def close(self) -> None:
-        """Leaves at once, whatever is under way."""
+        """Drops the connection at once."""
         self.writer.transport.abort()
 
 
 class Frames:
-    """Takes an answer apart as it comes."""
+    """Splits a response into frames while it arrives."""
 
     def __init__(self, *, text: bool) -> None:
         self._text = text
         self._raw, self._data = b"", b""
 
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:
-        """Returns the frames that are now complete: flags and content."""
+        """Returns the flags and content of the frames that are now complete."""
         if self._text:
             self._raw += data
             whole, self._raw = self._raw[: len(self._raw) // 4 * 4], self._raw[len(self._raw) // 4 * 4 :]
-            # Frames are padded one by one.
+            # Each frame is padded separately.
             self._data += b"".join(base64.b64decode(whole[i : i + 4], validate=True) for i in range(0, len(whole), 4))
         else:
             self._data += data
@@ -107,7 +107,7 @@ class Frames:
 
 
 def parse_trailers(data: bytes) -> dict[str, str | bytes]:
-    """The trailers of a call by name, `-bin` ones decoded."""
+    """Returns the trailers of a call by name, with `-bin` values decoded."""
     trailers = {}
     for line in data.decode("ascii").splitlines():
         name, _, value = line.partition(": ")
@@ -119,7 +119,7 @@ def parse_trailers(data: bytes) -> dict[str, str | bytes]:
 def read_answer(
     answer: tuple[h11.Response, bytes], *, text: bool = False
 ) -> tuple[list[bytes], dict[str, str | bytes]]:
-    """The messages and trailers of a complete answer to a call, which is always HTTP's 200."""
+    """Returns the messages and trailers of a complete response; fails unless its HTTP status is 200."""
     head, body = answer
     assert head.status_code == 200, (head, body)
     frames = Frames(text=text).feed(body)
@@ -128,12 +128,12 @@ def read_answer(
 
 
 def header_dict(head: h11.Response) -> dict[str, str]:
-    """The headers by name."""
+    """Returns the headers by name."""
     return {name.decode(): value.decode() for name, value in head.headers}
 
 
 class WebCall:
-    """A call that streams, with the reading half of `grpc.aio.UnaryStreamCall`."""
+    """A streaming call with the reading methods of `grpc.aio.UnaryStreamCall`."""
 
     def __init__(self, channel: WebChannel, path: str, body: bytes, metadata, timeout, decode) -> None:
         self._channel = channel
@@ -159,7 +159,7 @@ class WebCall:
         return await asyncio.shield(self._sending)
 
     async def initial_metadata(self):
-        """The headers of the answer; before the first read only."""
+        """Returns the headers of the response. Call it only before the first read."""
         head = await (await self._connection()).event()
         assert isinstance(head, h11.Response), head
         assert head.status_code == 200, head
@@ -168,13 +168,13 @@ class WebCall:
         return self._initial
 
     async def read(self):
-        """The next message, or EOF; raises the status when it is not OK."""
+        """Returns the next message, or EOF. Raises the status if it is not OK."""
         if not len(self._initial):
             await self.initial_metadata()
         connection = await self._connection()
         while not self._ready:
             event = await connection.event()
-            assert isinstance(event, h11.Data), f"the answer ended without trailers: {event!r}"
+            assert isinstance(event, h11.Data), f"the response ended without trailers: {event!r}"
             self._ready = self._frames.feed(bytes(event.data))
         flags, data = self._ready.pop(0)
         if not flags & 0x80:
@@ -192,11 +192,11 @@ class WebCall:
         raise grpc.aio.AioRpcError(code, self._initial, grpc.aio.Metadata(*trailers.items()), details)
 
     async def trailing_metadata(self):
-        """What came with the status; after EOF only."""
+        """Returns the metadata that came with the status. Call it only after EOF."""
         return self.trailers
 
     def cancel(self) -> None:
-        """Leaves as a browser does: the connection is gone."""
+        """Disconnects like a browser, by dropping the connection."""
         self._sending.cancel()
         if self._sending.done() and not self._sending.cancelled():
             self._sending.result().close()
@@ -207,7 +207,7 @@ class WebCall:
 
 
 class WebUnaryCall(WebCall):
-    """A call that answers once."""
+    """A unary call."""
 
     def __await__(self):
         return self._only().__await__()
@@ -220,7 +220,7 @@ class WebUnaryCall(WebCall):
 
 
 class WebChannel:
-    """What generated stubs need of a channel."""
+    """The methods of a channel that generated stubs need."""
 
     def __init__(self, address: str, *, text: bool = False, context: ssl.SSLContext | None = None) -> None:
         self.address = address
@@ -229,15 +229,15 @@ class WebChannel:
         self.connections: list[Connection] = []
 
     def unary_stream(self, path: str, request_serializer=bytes, response_deserializer=bytes, _registered_method=False):
-        """A method that streams."""
+        """Returns a callable for a streaming method."""
         return self._method(WebCall, path, request_serializer, response_deserializer)
 
     def unary_unary(self, path: str, request_serializer=bytes, response_deserializer=bytes, _registered_method=False):
-        """A method that answers once."""
+        """Returns a callable for a unary method."""
         return self._method(WebUnaryCall, path, request_serializer, response_deserializer)
 
     def stream_stream(self, path: str, *_, **__) -> None:
-        """Not to be had in a browser."""
+        """Returns None: browsers cannot stream requests."""
 
     def _method(self, kind, path: str, encode, decode):
         def call(request, *, timeout=None, metadata=None):
@@ -246,6 +246,6 @@ class WebChannel:
         return call
 
     def close(self) -> None:
-        """Closes whatever is open."""
+        """Closes all connections."""
         for connection in self.connections:
             connection.close()

@@ -1,6 +1,6 @@
-"""Stubs of the service over server-sent events and over the WebSocket: what generated ones are over gRPC.
+"""Stubs of the service over server-sent events and the WebSocket, with the interface of generated gRPC stubs.
 
-So the contract tests run over all of them. Their clients share no code with the server: httpx, httpx-sse, websockets.
+The contract tests run over all of them. Their clients (httpx, httpx-sse, websockets) share no code with the server.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def as_json(message: Any) -> dict[str, Any]:
-    """A message in the form that HTTP takes."""
+    """Returns a message as JSON, as HTTP requests carry it."""
     return json_format.MessageToDict(message, preserving_proto_field_name=True)
 
 
 def from_json(data: dict[str, Any], kind: Any = pb.Progress) -> Any:
-    """A message that came as JSON."""
+    """Returns the message in JSON."""
     return json_format.ParseDict(data, kind())
 
 
 def as_rpc_error(error: dict[str, Any]) -> grpc.aio.AioRpcError:
-    """What a generated stub would have raised."""
+    """Returns the exception that a generated stub raises for an error."""
     details: list[Any] = [ErrorInfo(reason=error["code"], domain="calotype", metadata=error.get("metadata", {}))]
     if faults := error.get("violations"):
         details.append(BadRequest(field_violations=[BadRequest.FieldViolation(**fault) for fault in faults]))
@@ -60,18 +60,18 @@ def as_rpc_error(error: dict[str, Any]) -> grpc.aio.AioRpcError:
 
 
 def as_ended(message: pb.Progress) -> grpc.aio.AioRpcError | None:
-    """What gRPC would have ended with after the last message."""
+    """Returns the error with which gRPC ends a stream after this last message, or None."""
     if not message.HasField("error"):
         return None
     error = message.error
-    told = {"message": error.message, "code": error.reason, "status": CODES[error.code].name}
+    described = {"message": error.message, "code": error.reason, "status": CODES[error.code].name}
     if error.HasField("retry_delay"):
-        told["retry_after"] = error.retry_delay.ToNanoseconds() / 1e9
-    return as_rpc_error(told)
+        described["retry_after"] = error.retry_delay.ToNanoseconds() / 1e9
+    return as_rpc_error(described)
 
 
 class StreamCall:
-    """A call that streams, with the reading half of `grpc.aio.UnaryStreamCall`; the rest is the subclass's."""
+    """A streaming call with the reading methods of `grpc.aio.UnaryStreamCall`. Subclasses implement the transport."""
 
     def __init__(self, timeout: float | None) -> None:
         self._until = None if timeout is None else asyncio.get_running_loop().time() + timeout
@@ -79,19 +79,19 @@ class StreamCall:
         self._opening = asyncio.ensure_future(self.open())
 
     async def open(self) -> Any:
-        """Asks."""
+        """Sends the request and returns what `next` reads from."""
         raise NotImplementedError
 
     async def next(self, opened: Any) -> pb.Progress | None:
-        """The next message, or None."""
+        """Returns the next message, or None at the end."""
         raise NotImplementedError
 
     def drop(self, opened: Any) -> None:
-        """Leaves without a word."""
+        """Drops the connection."""
         raise NotImplementedError
 
     async def read(self) -> Any:
-        """The next message, or EOF; raises what the generation ended with when it was not its image."""
+        """Returns the next message, or EOF. Raises the error of a generation that ended without its image."""
         try:
             async with asyncio.timeout_at(self._until):
                 message = await self.next(await asyncio.shield(self._opening))
@@ -103,13 +103,13 @@ class StreamCall:
             self._last = message
             return message
         assert self._last is not None
-        assert self._last.phase >= pb.PHASE_SUCCEEDED, "it stopped without an end"
+        assert self._last.phase >= pb.PHASE_SUCCEEDED, "the stream stopped without a typed end"
         if (error := as_ended(self._last)) is not None:
             raise error
         return grpc.aio.EOF
 
     def cancel(self) -> None:
-        """Leaves as a browser does: the connection is gone."""
+        """Disconnects like a browser, by dropping the connection."""
         self._opening.cancel()
         if self._opening.done() and not self._opening.cancelled() and self._opening.exception() is None:
             self.drop(self._opening.result())
@@ -120,7 +120,7 @@ class StreamCall:
 
 
 class EventCall(StreamCall):
-    """Server-sent events."""
+    """A call over server-sent events."""
 
     def __init__(self, client: httpx.AsyncClient, request: httpx.Request, timeout: float | None) -> None:
         self.client = client
@@ -148,7 +148,7 @@ class EventCall(StreamCall):
 
 
 class SocketCall(StreamCall):
-    """One generation on a WebSocket of its own."""
+    """One generation on its own WebSocket."""
 
     def __init__(self, opening: Any, command: dict[str, Any], timeout: float | None) -> None:
         self._socket = opening
@@ -164,37 +164,37 @@ class SocketCall(StreamCall):
         if self._last is not None and self._last.phase >= pb.PHASE_SUCCEEDED:
             await opened.close()
             return None
-        told = await receive(opened)
-        assert told["id"] == "a"
-        if told["type"] == "error":
+        frame = await receive(opened)
+        assert frame["id"] == "a"
+        if frame["type"] == "error":
             await opened.close()
-            raise as_rpc_error(told["error"])
-        assert told["type"] == ("end" if told["progress"].phase >= pb.PHASE_SUCCEEDED else "progress")
-        return told["progress"]
+            raise as_rpc_error(frame["error"])
+        assert frame["type"] == ("end" if frame["progress"].phase >= pb.PHASE_SUCCEEDED else "progress")
+        return frame["progress"]
 
     def drop(self, opened: Any) -> None:
         opened.transport.abort()
 
 
 async def open_socket(address: str, context: ssl.SSLContext | None = None, **options: Any) -> Any:
-    """A WebSocket to a server; over TLS with a context."""
+    """Opens a WebSocket to a server; over TLS with a context."""
     url = f"{'ws' if context is None else 'wss'}://{address}/v1/ws"
     return await connect(url, proxy=None, compression=None, max_size=None, ssl=context, **options)
 
 
 async def receive(socket: Any) -> dict[str, Any]:
-    """The next thing that a WebSocket tells, with the picture that follows in it."""
-    told = json.loads(await socket.recv())
-    if "progress" in told:
-        told["progress"] = from_json(told["progress"])
-        if "image_bytes" in told:
-            told["progress"].image = await socket.recv()
-            assert len(told["progress"].image) == told["image_bytes"]
-    return told
+    """Returns the next frame of a WebSocket as JSON, including the image that follows it."""
+    frame = json.loads(await socket.recv())
+    if "progress" in frame:
+        frame["progress"] = from_json(frame["progress"])
+        if "image_bytes" in frame:
+            frame["progress"].image = await socket.recv()
+            assert len(frame["progress"].image) == frame["image_bytes"]
+    return frame
 
 
 class EventStub:
-    """`GenerationServiceStub` over server-sent events and plain requests; metadata are headers."""
+    """`GenerationServiceStub` over server-sent events and plain requests. Sends metadata as headers."""
 
     def __init__(self, client: httpx.AsyncClient, context: ssl.SSLContext | None = None) -> None:
         self.client = client
@@ -202,7 +202,7 @@ class EventStub:
         self._sockets: list[Any] = []
 
     async def aclose(self) -> None:
-        """Closes whatever is open."""
+        """Closes all connections."""
         await self.client.aclose()
         await asyncio.gather(*(socket.close() for socket in self._sockets))
 
@@ -241,7 +241,7 @@ class EventStub:
 
 
 class SocketStub(EventStub):
-    """The same over the WebSocket, as far as that goes."""
+    """`EventStub` with the WebSocket for all commands that it has."""
 
     def Generate(self, request: Any, timeout: float | None = None, metadata: Any = None) -> StreamCall:  # noqa: N802
         command = {"type": "generate", "request": as_json(request)}
@@ -262,14 +262,14 @@ class SocketStub(EventStub):
             socket = await open_socket(address, self._context, additional_headers=metadata)
             self._sockets.append(socket)
             return socket
-        except InvalidStatus as refused:
-            raise as_rpc_error(json.loads(refused.response.body)["error"]) from None
+        except InvalidStatus as rejected:
+            raise as_rpc_error(json.loads(rejected.response.body)["error"]) from None
 
     async def _command(self, name: str, request: Any, kind: Any, metadata: Any) -> Any:
         async with await self._open(metadata) as socket:
             await socket.send(json.dumps({"type": name, "id": "b", "request": as_json(request)}))
-            told = json.loads(await socket.recv())
-        if told["type"] == "error":
-            raise as_rpc_error(told["error"])
-        assert (told.pop("type"), told.pop("id")) == (name, "b")
-        return from_json(told, kind)
+            frame = json.loads(await socket.recv())
+        if frame["type"] == "error":
+            raise as_rpc_error(frame["error"])
+        assert (frame.pop("type"), frame.pop("id")) == (name, "b")
+        return from_json(frame, kind)

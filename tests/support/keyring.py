@@ -1,4 +1,4 @@
-"""A file of API keys for tests, and the keys that nobody else has."""
+"""An API key file for tests, and the keys in clear text."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class Keyring:
-    """Keys by name, and the `Access` that they open.
+    """Keys by name, and the `Access` that accepts them.
 
     Args:
-        path: Of the file, which is made.
+        path: Of the file, which is created.
 
     Attributes:
-        time: What the clocks show, in seconds; for expiry and for rates.
+        time: Seconds that the clocks for expiry and rates show.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,15 +29,15 @@ class Keyring:
         self._keys: dict[str, str] = {}
 
     def add(self, name: str, **fields: Any) -> str:
-        """Makes a key and returns it."""
+        """Creates a key and returns it."""
         self._keys[name] = keys.make(name)
         keys.append(self.path, KeyRecord(id=name, sha256=keys.digest(self._keys[name]), **fields))
         return self._keys[name]
 
     def metadata(self, name: str) -> tuple[tuple[str, str], ...]:
-        """What a call of that key's bearer carries."""
+        """Returns the metadata of a call with that key."""
         return (("authorization", f"Bearer {self._keys[name]}"),)
 
     def access(self) -> Access:
-        """Reads the file."""
+        """Returns the `Access` of the file."""
         return Access(self.path, now=lambda: self.time, clock=lambda: self.time)

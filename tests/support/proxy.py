@@ -1,4 +1,4 @@
-"""A link that can be cut: what passes between clients and a server, until it does not."""
+"""A TCP proxy between clients and a server, whose connections a test can break."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Self
 
 
 class Link:
-    """Forwards TCP connections from an address of its own; an async context manager.
+    """Forwards TCP connections from its own address to a server; an async context manager.
 
     Args:
-        target: HOST:PORT of the server, which may come and go.
+        target: HOST:PORT of the server, which may stop and restart.
 
     Attributes:
         address: HOST:PORT to connect to.
-        cuts: Connections that were cut.
-        passed: Bytes that have passed, both ways.
+        cuts: Number of connections that were broken.
+        passed: Bytes forwarded, in both directions.
     """
 
     def __init__(self, target: str) -> None:
@@ -38,7 +38,7 @@ class Link:
         await asyncio.gather(*self._tasks)
 
     def cut(self) -> None:
-        """Breaks every connection at once, without a farewell."""
+        """Aborts every connection at once, without an orderly close."""
         self.cuts += len(self._writers) // 2
         for writer in self._writers:
             writer.transport.abort()

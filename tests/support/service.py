@@ -16,7 +16,8 @@ from calotype_server.auth.access import Access
 from calotype_server.limits import PORT_LIMITS, Limits, PortLimits
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.transport.cluster.forwarder import Forwarder
-from calotype_server.transport.cluster.upstreams import CHANNEL_OPTIONS, Upstreams
+from calotype_server.transport.cluster.upstreams import Upstreams
+from calotype_server.transport.grpc.options import CHANNEL_OPTIONS
 from calotype_server.transport.grpc.server import NativeServer
 from calotype_server.transport.grpc.servicer import GenerationServicer
 from calotype_server.transport.grpc.services import Services
@@ -84,7 +85,7 @@ async def running(
     heartbeat: float = 5.0,
     limits: Limits = LIMITS,
     ports: PortLimits = PORT_LIMITS,
-    peers: CallLimiter | None = None,
+    call_limiter: CallLimiter | None = None,
     access: Access | None = None,
     authority: Authority | None = None,
     transport: str = "native",
@@ -104,7 +105,7 @@ async def running(
         heartbeat: Seconds between heartbeats.
         limits: Limits for requests.
         ports: Limits for connections and calls.
-        peers: Counts calls by host.
+        call_limiter: Counts calls by host.
         access: Identifies callers.
         authority: Issues the certificates for TLS.
         transport: One of `TRANSPORTS`.
@@ -117,7 +118,7 @@ async def running(
     services = Services(GenerationServicer(api, access))
     options = {**(web or {}), "observe": observe, "metrics": metrics}
     async with (
-        _port(services, api, access, authority, transport, ports, peers, options) as (address, channel, stub),
+        _port(services, api, access, authority, transport, ports, call_limiter, options) as (address, channel, stub),
         running_runtime(
             engine,
             service=api if opened else None,
@@ -142,7 +143,7 @@ async def _port(
     authority: Authority | None,
     transport: str,
     limits: PortLimits,
-    peers: CallLimiter | None,
+    call_limiter: CallLimiter | None,
     options: dict[str, Any],
 ) -> AsyncIterator[tuple[str, Any, Any]]:
     """Opens the port; yields its address, a channel to it (the server for HTTP transports), and a stub."""
@@ -150,7 +151,7 @@ async def _port(
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
             native = NativeServer(
-                services, access, certificates, limits=limits, peers=peers, observe=options["observe"]
+                services, access, certificates, limits=limits, call_limiter=call_limiter, observe=options["observe"]
             )
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
@@ -180,7 +181,7 @@ async def _port(
                 is_ready=services.is_serving,
                 api=api,
                 limits=limits,
-                peers=peers,
+                call_limiter=call_limiter,
                 **options,
             )
         address = await web.start()

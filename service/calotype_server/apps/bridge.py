@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from calotype_server.settings import BridgeSettings
-    from calotype_server.transport.cluster.upstreams import Connect
+    from calotype_server.transport.cluster.upstream import Connect
 
 __all__ = ["serve"]
 
@@ -67,7 +67,7 @@ async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> No
         )
         address = await web.start()
         try:
-            exposure.watch()
+            exposure.watch_files()
             async with serve_metrics(settings.metrics_address, metrics.render):
                 announce(address)
                 await signals.stopping()

@@ -108,14 +108,14 @@ class _Ports:
 
     def __init__(self, settings: Settings, service: Api, exposure: Exposure, instruments: Instruments) -> None:
         limits, metrics, observe = settings.port_limits, instruments.metrics, instruments.observe
-        peers = CallLimiter(limits.max_calls_per_peer)
+        call_limiter = CallLimiter(limits.max_calls_per_peer)
         self._settings = settings
         self._exposure = exposure
         self._metrics = metrics
         self._services = services = Services(GenerationServicer(service, exposure.access))
         metrics.bind_gauges(serving=lambda: services.serving)
         self._native = NativeServer(
-            services, exposure.access, exposure.certificates, limits=limits, peers=peers, observe=observe
+            services, exposure.access, exposure.certificates, limits=limits, call_limiter=call_limiter, observe=observe
         )
         self._web = WebServer(
             settings.web_address,
@@ -127,7 +127,7 @@ class _Ports:
             allowed_origins=settings.allowed_origins,
             allowed_hosts=settings.allowed_hosts,
             limits=limits,
-            peers=peers,
+            call_limiter=call_limiter,
             observe=observe,
             metrics=None if settings.metrics_address else metrics.render,
         )
@@ -139,7 +139,7 @@ class _Ports:
             await self.set_serving(False)
             stack.push_async_callback(self._native.stop, 0)
             self.grpc_address = await self._native.start(self._settings.grpc_address)
-            self._exposure.watch()
+            self._exposure.watch_files()
             stack.push_async_callback(self._exposure.close)
             stack.push_async_callback(self._web.stop, 0)
             self.web_address = await self._web.start()

@@ -1,4 +1,4 @@
-"""grpc-web calls as their clients and servers come and go: connections, readers who stall, stopping, other apps."""
+"""grpc-web calls: connections, disconnects, stalled readers, a stopping server, and use as an ASGI app."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def count(request, context):
 
 
 async def test_pipelined_requests_are_answered_in_order() -> None:
-    """Nothing of the second is taken for a part of the first."""
+    """Bytes of one request never become part of another."""
     async with lab(methods={"Echo": echo}) as server:
         connection = await Connection.open(server.address)
         for message in (b"first", b"second", b"third"):
@@ -42,8 +42,8 @@ async def test_pipelined_requests_are_answered_in_order() -> None:
     assert answers == [[b"first"], [b"second"], [b"third"]]
 
 
-async def test_a_client_who_pipelines_and_leaves_cancels_the_running_call() -> None:
-    """The server below tells it only to the newest request."""
+async def test_a_disconnect_with_pipelined_requests_cancels_the_active_call() -> None:
+    """Without our changes, uvicorn reports a disconnect only to the newest request."""
     waiting, cancelled = asyncio.Event(), asyncio.Event()
 
     async def wait(request, context):
@@ -63,8 +63,8 @@ async def test_a_client_who_pipelines_and_leaves_cancels_the_running_call() -> N
         await asyncio.wait_for(cancelled.wait(), PATIENCE)
 
 
-async def test_leaving_after_the_end_harms_nobody() -> None:
-    """A connection that closes late, or is used again, is nothing special."""
+async def test_a_disconnect_after_the_end_has_no_effect() -> None:
+    """The next call works after a connection has closed late."""
     async with lab(methods={"Echo": echo}) as server:
         connection = await server.post("Echo", frame(b"1"))
         assert read_answer(await connection.answer())[0] == [b"1"]
@@ -74,8 +74,8 @@ async def test_leaving_after_the_end_harms_nobody() -> None:
         connection.close()
 
 
-async def test_a_reader_who_stalls_is_dropped() -> None:
-    """One that takes nothing for as long as the limit says loses its connection, and the handler is ended."""
+async def test_a_stalled_reader_is_dropped() -> None:
+    """After the stall timeout the connection closes and the handler ends."""
     ended = asyncio.Event()
 
     async def endless(request, context):
@@ -91,8 +91,8 @@ async def test_a_reader_who_stalls_is_dropped() -> None:
         connection.close()
 
 
-async def test_a_stalled_reader_holds_little_of_what_is_sent() -> None:
-    """A handler is held back as soon as the buffers between are full, which are small."""
+async def test_buffers_for_a_stalled_reader_are_small() -> None:
+    """A handler must wait as soon as the small buffers between it and the reader are full."""
     sent = 0
 
     async def endless(request, context):
@@ -115,8 +115,8 @@ async def test_a_stalled_reader_holds_little_of_what_is_sent() -> None:
     assert 0 < sent < 2_000_000
 
 
-async def test_stopping_lets_calls_end_and_refuses_new_ones() -> None:
-    """What runs ends well within the grace; what comes on an open connection is UNAVAILABLE with details."""
+async def test_stopping_completes_active_calls_and_rejects_new_ones() -> None:
+    """An active call completes within the grace period; a new call gets UNAVAILABLE with details."""
     go_on, waiting = asyncio.Event(), asyncio.Event()
 
     async def wait(request, context):
@@ -142,8 +142,8 @@ async def test_stopping_lets_calls_end_and_refuses_new_ones() -> None:
         idle.close()
 
 
-async def test_what_has_not_ended_after_the_grace_is_ended() -> None:
-    """With UNAVAILABLE after the messages that were sent, and a handler that has unwound."""
+async def test_calls_still_active_after_the_grace_period_are_ended() -> None:
+    """The client gets UNAVAILABLE after the messages sent so far, and the handler has unwound."""
     unwound = asyncio.Event()
 
     async def wait(request, context):
@@ -178,7 +178,7 @@ REQUEST = {"type": "http.request", "body": frame(b""), "more_body": False}
 
 
 async def call_application(application, scope: dict, events: list[dict]) -> list[dict]:
-    """Sends events and returns those that come back, by functions that return awaitables but no coroutines."""
+    """Sends events and returns the received ones. Its functions return awaitables that are not coroutines."""
     loop = asyncio.get_running_loop()
     sent, left = [], list(events)
 
@@ -199,17 +199,17 @@ async def call_application(application, scope: dict, events: list[dict]) -> list
 
 
 class TestAsApplication:
-    """What another ASGI server, or an app around this one, may do; without a socket."""
+    """Behaviour that another ASGI server, or an app around this one, may rely on; without a socket."""
 
     @staticmethod
     def app(fallback=None) -> GrpcWeb:
-        """One with a method."""
+        """Returns an app with one method."""
         app = GrpcWeb(fallback)
         app.add_generic_rpc_handlers([handlers({"Count": count})])
         return app
 
-    async def test_an_end_of_the_request_that_comes_late_loses_no_message(self) -> None:
-        """A proxy may send the last, empty piece long after the message, while the answer already waits to be read."""
+    async def test_a_late_end_of_the_request_loses_no_message(self) -> None:
+        """A proxy may send the last, empty piece long after the message, while the response is ready to send."""
         sent, arriving, room = [], asyncio.Queue(), asyncio.Event()
 
         async def send(event):
@@ -228,31 +228,31 @@ class TestAsApplication:
         assert [data for _, data in frames[:-1]] == [b"0", b"1", b"2"]
 
     async def test_awaitables_need_not_be_coroutines(self) -> None:
-        """As those of granian are not."""
+        """The awaitables of granian are not coroutines."""
         sent = await call_application(self.app(), SCOPE, [REQUEST])
         body = b"".join(event.get("body", b"") for event in sent)
         assert [data for _, data in Frames(text=False).feed(body)][:3] == [b"0", b"1", b"2"]
 
     async def test_it_may_be_mounted_under_a_path(self) -> None:
-        """`root_path` is no part of a method's name."""
+        """`root_path` is not part of the method path."""
         scope = {**SCOPE, "root_path": "/api", "path": f"/api/{NAME}/Count"}
         sent = await call_application(self.app(), scope, [REQUEST])
         assert sent[0]["status"] == 200
         assert b"grpc-status: 0" in sent[-1]["body"]
 
     @pytest.mark.parametrize("kind", ["lifespan", "websocket"])
-    async def test_other_protocols_are_for_the_application_behind(self, kind: str) -> None:
-        """Untouched."""
+    async def test_other_protocols_go_to_the_fallback_app(self, kind: str) -> None:
+        """They are passed on unchanged."""
         seen = []
 
-        async def behind(scope, receive, send):
+        async def fallback(scope, receive, send):
             seen.append(scope["type"])
 
-        await call_application(self.app(behind), {"type": kind}, [])
+        await call_application(self.app(fallback), {"type": kind}, [])
         assert seen == [kind]
 
-    async def test_a_handler_that_ignores_its_cancellation_writes_no_more(self) -> None:
-        """The status is the last thing sent, whatever the handler does."""
+    async def test_a_handler_that_ignores_its_cancellation_cannot_write(self) -> None:
+        """Nothing follows the status, even if the handler yields another message."""
 
         async def stubborn(request, context):
             try:
@@ -269,8 +269,8 @@ class TestAsApplication:
         assert [event.get("more_body") for event in sent] == [None, False]
 
 
-async def test_interceptors_surround_every_call() -> None:
-    """The outermost first, with the method and the metadata, and what they return is called."""
+async def test_interceptors_apply_to_every_call() -> None:
+    """They run outermost first, with the method and the metadata, and the handler they return is called."""
     order = []
 
     class Note(grpc.aio.ServerInterceptor):

@@ -1,7 +1,6 @@
-"""grpc-web requests byte by byte: what clients, browsers, proxies and strangers send, and what must come back.
+"""grpc-web requests byte by byte, from clients, browsers, proxies and attackers, and the responses to them.
 
-With `test_grpcweb.py` and the suites that run over every port, this has a case for each thing that sonora 0.2.3 does
-wrong.
+Together with `test_calls.py` and the suites that run over every port, this has a case for each fault of sonora 0.2.3.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ DEADLINE_EXCEEDED = "4"
 
 
 @pytest.mark.parametrize("text", [False, True])
-async def test_a_request_may_come_byte_by_byte(text: bool) -> None:
-    """Wherever the pieces end: within the length, or within four characters of base64."""
+async def test_a_request_may_arrive_byte_by_byte(text: bool) -> None:
+    """Pieces may end anywhere, also within the length prefix or within 4 characters of base64."""
     wire = frame(b"a message")
     body = base64.b64encode(wire) if text else wire
     kind = f"application/grpc-web{'-text' if text else ''}+proto"
@@ -38,7 +37,7 @@ async def test_a_request_may_come_byte_by_byte(text: bool) -> None:
 
 
 async def test_base64_may_be_padded_in_the_middle() -> None:
-    """A client that encodes its pieces one by one pads each."""
+    """A client that encodes its pieces separately pads each of them."""
     wire = frame(b"a message")
     body = base64.b64encode(wire[:4]) + base64.b64encode(wire[4:])
     assert b"=" in body[:-4]
@@ -59,8 +58,8 @@ async def test_base64_may_be_padded_in_the_middle() -> None:
     ],
 )
 @pytest.mark.parametrize("accept", ["*/*", "application/grpc-web-text"])
-async def test_the_answer_has_the_type_of_the_request(sent: str, received: str, accept: str) -> None:
-    """Whatever Accept says: browsers send */*, and that is no type."""
+async def test_the_response_has_the_content_type_of_the_request(sent: str, received: str, accept: str) -> None:
+    """Accept has no influence: browsers send */*, which is not a type."""
     text = "text" in sent
     body = base64.b64encode(frame(b"x")) if text else frame(b"x")
     async with lab(methods={"Echo": echo}) as server:
@@ -87,7 +86,7 @@ async def test_the_answer_has_the_type_of_the_request(sent: str, received: str, 
     ids=["empty", "half a prefix", "truncated", "trailing", "two messages", "trailers", "compressed", "oversized"],
 )
 async def test_a_body_that_is_not_one_message_never_reaches_a_handler(body: bytes, expected: str) -> None:
-    """Each gets a status, in either mode, and the connection goes on."""
+    """Each gets a status, in binary and in text mode."""
     called = []
 
     async def handler(request, context):
@@ -102,14 +101,14 @@ async def test_a_body_that_is_not_one_message_never_reaches_a_handler(body: byte
 
 
 @pytest.mark.parametrize("body", [b"AAAA!AAA", b"AAAAA", b"AAAA AAAA", b"=AAA", "größe".encode()])
-async def test_bad_base64_is_refused(body: bytes) -> None:
-    """With a status."""
+async def test_invalid_base64_is_rejected(body: bytes) -> None:
+    """The call ends with INVALID_ARGUMENT."""
     async with lab(methods={"Echo": echo}) as server:
         assert await status(server, "Echo", body, content_type="application/grpc-web-text") == INVALID_ARGUMENT
 
 
 async def test_the_largest_request_passes_and_one_byte_more_does_not() -> None:
-    """The limit is of the message, in both modes."""
+    """The limit applies to the message, in binary and in text mode."""
     async with lab(methods={"Echo": echo}, limits=PortLimits(max_request_bytes=1000)) as server:
         for text in (False, True):
             kind = f"application/grpc-web{'-text' if text else ''}"
@@ -121,8 +120,8 @@ async def test_the_largest_request_passes_and_one_byte_more_does_not() -> None:
             assert await status(server, "Echo", body, content_type=kind) == RESOURCE_EXHAUSTED
 
 
-async def test_an_endless_upload_is_cut_off() -> None:
-    """Without a length announced: the answer comes while the client is still sending."""
+async def test_an_endless_upload_is_rejected() -> None:
+    """Without a content-length, the response arrives while the client is still sending."""
     async with lab(methods={"Echo": echo}) as server:
         connection = await server.post("Echo", transfer_encoding="chunked")
         connection.expect()
@@ -139,8 +138,8 @@ async def _send_forever(connection: Connection) -> None:
         await connection.send(b"400\r\n" + b"x" * 1024 + b"\r\n")
 
 
-async def test_an_upload_that_never_ends_is_given_up() -> None:
-    """A client that sends half a request and waits gets a status, not a place for ever."""
+async def test_an_incomplete_upload_times_out() -> None:
+    """A client that sends part of a request and then waits gets a status."""
     async with lab(methods={"Echo": echo}, limits=PortLimits(request_seconds=0.05)) as server:
         connection = await server.post("Echo", transfer_encoding="chunked")
         await connection.send(b"3\r\n\0\0\0\r\n")
@@ -148,8 +147,8 @@ async def test_an_upload_that_never_ends_is_given_up() -> None:
         connection.close()
 
 
-async def test_a_client_who_leaves_while_sending_is_forgotten() -> None:
-    """No handler runs, and no call is left."""
+async def test_a_disconnect_while_sending_ends_the_call() -> None:
+    """No active call remains."""
     async with lab(methods={"Echo": echo}) as server:
         connection = await server.post("Echo", transfer_encoding="chunked")
         await connection.send(b"3\r\n\0\0\0\r\n")
@@ -159,8 +158,8 @@ async def test_a_client_who_leaves_while_sending_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "1", "S", "abc", "-1S", "1.5S", "123456789S", "1x", "1 S", "\u0661S"])
-async def test_a_timeout_that_is_none_is_refused(value: str) -> None:
-    """Not taken for no timeout, which would run for ever."""
+async def test_an_invalid_timeout_is_rejected(value: str) -> None:
+    """It must not mean "no timeout", because then the call would run for ever."""
     async with lab(methods={"Echo": echo}) as server:
         connection = await Connection.open(server.address)
         kind = {"host": server.address, "content-type": "application/grpc-web"}
@@ -176,8 +175,8 @@ async def test_a_timeout_that_is_none_is_refused(value: str) -> None:
 @pytest.mark.parametrize(
     ("value", "seconds"), [("2H", 7200), ("3M", 180), ("4S", 4), ("99999999m", 99999.999), ("99999999u", 99.999999)]
 )
-async def test_every_unit_of_a_timeout_is_known(value: str, seconds: float) -> None:
-    """From hours to microseconds."""
+async def test_every_unit_of_a_timeout_is_supported(value: str, seconds: float) -> None:
+    """Units from hours to microseconds are converted correctly."""
     seen = []
 
     async def handler(request, context):
@@ -191,8 +190,8 @@ async def test_every_unit_of_a_timeout_is_known(value: str, seconds: float) -> N
     assert seconds * 0.5 < seen[0] <= seconds
 
 
-async def test_metadata_is_what_the_caller_meant() -> None:
-    """Binary values padded or not, or joined by HTTP; not cookies and other headers of HTTP, nor what is not ASCII."""
+async def test_metadata_excludes_http_headers_and_decodes_binary_values() -> None:
+    """Metadata has binary values with and without padding, but no cookies, HTTP headers or non-ASCII values."""
     seen = {}
 
     async def handler(request, context):
@@ -232,8 +231,8 @@ async def test_metadata_is_what_the_caller_meant() -> None:
 @pytest.mark.parametrize(
     "bad", [("X-Upper", "a"), ("x-text", "a\r\ngrpc-status: 0"), ("x-text", "é"), ("x-a-bin", "a")]
 )
-async def test_metadata_that_would_break_the_answer_is_an_error(bad) -> None:
-    """A servicer cannot write a second status into the trailers."""
+async def test_a_servicer_cannot_inject_trailers(bad) -> None:
+    """Trailing metadata that could look like another trailer is an error."""
 
     async def handler(request, context):
         context.set_trailing_metadata((bad,))
@@ -243,8 +242,8 @@ async def test_metadata_that_would_break_the_answer_is_an_error(bad) -> None:
         assert await status(server, "Call") == INTERNAL
 
 
-async def test_a_method_that_streams_requests_is_explained() -> None:
-    """UNIMPLEMENTED says where it is to be had."""
+async def test_a_method_with_streamed_requests_is_unimplemented() -> None:
+    """The status names the gRPC port, which offers the method."""
 
     @bidi
     async def chat(requests, context):
@@ -261,8 +260,8 @@ async def test_a_method_that_streams_requests_is_explained() -> None:
 @pytest.mark.parametrize(
     "kind", ["text/plain", "application/json", "application/grpc", "application/grpc-web+json", ""]
 )
-async def test_another_type_is_refused_before_anything_runs(kind: str) -> None:
-    """A page of any site may send text/plain without asking first."""
+async def test_other_content_types_are_rejected_before_the_handler(kind: str) -> None:
+    """Pages of any site can send text/plain without a CORS preflight request."""
     called = []
 
     async def handler(request, context):
@@ -277,8 +276,8 @@ async def test_another_type_is_refused_before_anything_runs(kind: str) -> None:
     assert "application/grpc-web" in header_dict(head)["accept-post"]
 
 
-async def test_a_call_is_a_post() -> None:
-    """Any other method is told so."""
+async def test_other_http_methods_are_rejected() -> None:
+    """The response is 405 and names POST."""
     async with lab(methods={"Echo": echo}) as server:
         for method in ("GET", "PUT", "OPTIONS"):
             connection = await Connection.open(server.address)

@@ -1,4 +1,4 @@
-"""Server-sent events: what an EventSource and `curl -N` may rely on beyond what every transport promises."""
+"""Server-sent events: the behaviour that EventSource and `curl -N` need, beyond that of every transport."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ APPLE = {"prompt": "a red apple", "seed": 7}
 
 @pytest.fixture
 def engine() -> FakeEngine:
-    """One whose steps happen when the test says so."""
+    """An engine whose steps the test releases."""
     engine = FakeEngine()
     engine.hold()
     return engine
@@ -37,87 +37,87 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 async def service(engine: FakeEngine) -> AsyncIterator[Service]:
-    """A server around it."""
+    """A server with that engine."""
     async with running(engine, transport="sse") as service:
         yield service
 
 
 @pytest.fixture
 def client(service: Service) -> httpx.AsyncClient:
-    """One of HTTP."""
+    """An HTTP client of the server."""
     return service.stub.client
 
 
 async def read_to(events, step: int):
-    """Reads up to the first event of a step."""
-    async for event in sse:
+    """Reads until the first event of a step and returns it."""
+    async for event in events:
         if json.loads(event.data).get("step", 0) >= step:
             return event
     raise AssertionError
 
 
 async def rest(events) -> list:
-    """What is left of a stream."""
-    return [event async for event in sse]
+    """Returns the remaining events of a stream."""
+    return [event async for event in events]
 
 
 @pytest.mark.proves("sse", "streams")
-async def test_a_stream_is_as_browsers_and_proxies_want_it(client, engine: FakeEngine) -> None:
-    """Its type, never cached or buffered, ids that name the generation and rise, and a time to reconnect."""
+async def test_headers_and_ids_suit_browsers_and_proxies(client, engine: FakeEngine) -> None:
+    """The stream has the right type, is not cached or buffered, and has increasing ids and a reconnect delay."""
     engine.allow()
     async with client.stream("GET", "/generate", params=APPLE) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert response.headers["cache-control"] == "no-store"
         assert response.headers["x-accel-buffering"] == "no"
         assert response.headers["x-request-id"]
-        told = await rest(EventSource(response).aiter_sse())
-    assert {event.event for event in told[:-1]} == {"progress"}
-    assert told[-1].event == "end"
-    assert told[0].retry == 1000
-    sequences = [int(event.id.partition(":")[2]) for event in told]
+        received = await rest(EventSource(response).aiter_sse())
+    assert {event.event for event in received[:-1]} == {"progress"}
+    assert received[-1].event == "end"
+    assert received[0].retry == 1000
+    sequences = [int(event.id.partition(":")[2]) for event in received]
     assert sequences == sorted(set(sequences))
-    last = json.loads(told[-1].data)
+    last = json.loads(received[-1].data)
     assert (last["phase"], last["seed"]) == ("PHASE_SUCCEEDED", "7")
     assert base64.b64decode(last["image"]).startswith(b"\x89PNG")
 
 
 @pytest.mark.proves("sse", "resumes")
-async def test_last_event_id_goes_on_where_the_link_broke(client, engine: FakeEngine) -> None:
-    """The same URL with the last id, as an EventSource asks again: nothing is begun anew, nothing told twice."""
+async def test_last_event_id_resumes_after_a_disconnect(client, engine: FakeEngine) -> None:
+    """The same URL with the last id continues without a new generation or repeated events, as EventSource expects."""
     async with client.stream("GET", "/generate", params=APPLE) as response:
         engine.allow(2)
         seen = await read_to(EventSource(response).aiter_sse(), 2)
     resuming = {"last-event-id": seen.id}
     async with client.stream("GET", "/generate", params=APPLE, headers=resuming) as response:
         engine.allow()
-        told = await rest(EventSource(response).aiter_sse())
+        received = await rest(EventSource(response).aiter_sse())
     assert len(engine.jobs) == 1
-    assert {event.id.partition(":")[0] for event in told} == {seen.id.partition(":")[0]}
-    assert all(int(event.id.partition(":")[2]) > int(seen.id.partition(":")[2]) for event in told)
-    assert told[-1].event == "end"
+    assert {event.id.partition(":")[0] for event in received} == {seen.id.partition(":")[0]}
+    assert all(int(event.id.partition(":")[2]) > int(seen.id.partition(":")[2]) for event in received)
+    assert received[-1].event == "end"
     for path in ("/generate", f"/generations/{seen.id.partition(':')[0]}/events"):
         again = await client.get(
-            path, params=APPLE if path == "/generate" else {}, headers={"last-event-id": told[-1].id}
+            path, params=APPLE if path == "/generate" else {}, headers={"last-event-id": received[-1].id}
         )
-        # What an EventSource takes for "do not come back".
+        # This status makes an EventSource stop reconnecting.
         assert (again.status_code, again.content) == (204, b"")
-    posted = await client.post("/generate", json=APPLE, headers={"last-event-id": told[-1].id})
+    posted = await client.post("/generate", json=APPLE, headers={"last-event-id": received[-1].id})
     assert posted.status_code == 204
 
 
 @pytest.mark.parametrize(("given", "status"), [("nonsense", 400), ("a:b", 400), ("nobody:3", 404)])
-async def test_a_last_event_id_of_nobody_is_refused(client, given: str, status: int) -> None:
-    """Nothing is begun in its place."""
+async def test_an_invalid_last_event_id_is_rejected(client, given: str, status: int) -> None:
+    """The error has a message, and no new generation starts."""
     response = await client.get("/generate", params=APPLE, headers={"last-event-id": given})
     assert response.status_code == status
     assert response.json()["error"]["message"]
 
 
 @pytest.mark.proves("sse", "cancels")
-async def test_leaving_a_get_gives_time_to_come_back_and_a_post_does_not(
+async def test_a_disconnect_cancels_a_post_at_once_and_a_get_after_a_grace(
     client, service: Service, engine: FakeEngine
 ) -> None:
-    """An EventSource reconnects by itself; whoever ends a `curl` wants no more of it."""
+    """A GET waits for an EventSource to reconnect; a POST is cancelled when `curl` ends."""
     kept = await started(client, "GET", params=APPLE)
     await until(lambda: not service.generations.find(kept, Caller("")).readers)
     assert not engine.stops[0].is_set()
@@ -133,7 +133,7 @@ async def test_leaving_a_get_gives_time_to_come_back_and_a_post_does_not(
 
 
 async def started(client, method: str, **options) -> str:
-    """Starts a generation, waits until it denoises, leaves, and returns its id."""
+    """Starts a generation, waits until it denoises, disconnects, and returns its id."""
     async with client.stream(method, "/generate", **options) as response:
         async for event in EventSource(response).aiter_sse():
             message = json.loads(event.data)
@@ -142,14 +142,14 @@ async def started(client, method: str, **options) -> str:
     raise AssertionError
 
 
-async def test_pictures_may_come_by_url(client, service: Service, engine: FakeEngine) -> None:
-    """Events stay small; a preview's URL gives one that is as new, and the final image once there is no other."""
+async def test_images_can_be_sent_as_urls(client, service: Service, engine: FakeEngine) -> None:
+    """A preview's URL returns that preview or a newer one, and after the end the final image."""
     async with client.stream("POST", "/generate", params={"images": "url"}, json=APPLE) as response:
-        sse = EventSource(response).aiter_sse()
+        events = EventSource(response).aiter_sse()
         engine.allow(1)
-        message = json.loads((await read_to(sse, 1)).data)
+        message = json.loads((await read_to(events, 1)).data)
         while "image_url" not in message:
-            message = json.loads((await anext(sse)).data)
+            message = json.loads((await anext(events)).data)
         assert "image" not in message
         assert message["image_url"].startswith("/v1/generations/")
         url = f"http://{service.address}{message['image_url']}"
@@ -162,7 +162,7 @@ async def test_pictures_may_come_by_url(client, service: Service, engine: FakeEn
         assert [future.status_code, early.status_code] == [404, 404]
         assert float(early.headers["retry-after"]) > 0
         engine.allow()
-        last = json.loads((await rest(sse))[-1].data)
+        last = json.loads((await rest(events))[-1].data)
     final = await client.get(f"http://{service.address}{last['image_url']}")
     assert final.headers["content-type"] == "image/png"
     assert "immutable" in final.headers["cache-control"]
@@ -171,8 +171,8 @@ async def test_pictures_may_come_by_url(client, service: Service, engine: FakeEn
     assert (state["phase"], state["image_url"]) == ("PHASE_SUCCEEDED", last["image_url"])
 
 
-async def test_what_was_withdrawn_or_failed_has_no_picture(client, engine: FakeEngine) -> None:
-    """404, with the reason in words."""
+async def test_a_failed_generation_has_no_image(client, engine: FakeEngine) -> None:
+    """Its image URLs answer 404 without the text of the exception."""
     engine.failure = RuntimeError("secret")
     engine.allow()
     response = await client.post("/generate", json=APPLE)
@@ -184,9 +184,9 @@ async def test_what_was_withdrawn_or_failed_has_no_picture(client, engine: FakeE
         assert "secret" not in gone.text
 
 
-async def test_silence_is_filled_with_comments(client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proxies that close what says nothing keep a stream that waits in the queue."""
-    monkeypatch.setattr(sse, "_HEARTBEAT_SECONDS", 0.05)
+async def test_comments_keep_a_quiet_stream_open(client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queued generation sends comments, so that proxies do not close the idle connection."""
+    monkeypatch.setattr(sse, "KEEPALIVE_SECONDS", 0.05)
     async with client.stream("POST", "/generate", json=APPLE) as response:
         async with asyncio.timeout(20):
             async for line in response.aiter_lines():
@@ -195,7 +195,7 @@ async def test_silence_is_filled_with_comments(client, monkeypatch: pytest.Monke
 
 
 async def test_a_large_final_image_comes_in_one_event(client, engine: FakeEngine, monkeypatch) -> None:
-    """Chunks are a matter of gRPC's limits."""
+    """HTTP has no message size limit, so the image is not split into chunks as in gRPC."""
     from calotype_server.api import encoding
 
     monkeypatch.setattr(encoding, "_CHUNK_BYTES", 10)

@@ -1,4 +1,4 @@
-"""OpenAI's own SDK for Python, unchanged, as a client; and what its users' other clients may send."""
+"""OpenAI's unmodified Python SDK as a client, and requests that other OpenAI clients may send."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def engine() -> FakeEngine:
-    """One that runs freely unless told to hold."""
+    """An engine that runs without waiting, unless a test holds it."""
     return FakeEngine()
 
 
 @pytest.fixture
 async def service(engine: FakeEngine) -> AsyncIterator[Service]:
-    """A server around it."""
+    """A server with that engine."""
     async with running(engine, transport="sse") as service:
         yield service
 
 
 @pytest.fixture
 async def sdk(service: Service) -> AsyncIterator[openai.AsyncOpenAI]:
-    """The SDK, told only where the server is and some key."""
+    """The SDK, configured only with the address of the server and any key."""
     async with openai.AsyncOpenAI(base_url=f"http://{service.address}/v1", api_key="any", max_retries=0) as sdk:
         yield sdk
 
 
-async def test_an_image_is_made(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
-    """The answer has the fields of the SDK's types, and the file in the format and of the size asked for."""
+async def test_an_image_is_generated(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    """The response has the fields of the SDK's types, and an image of the requested format and size."""
     answer = await sdk.images.generate(
         prompt="a red apple",
         model="fake",
@@ -69,8 +69,8 @@ async def test_an_image_is_made(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> 
     assert (job.width, job.height, job.output.quality, job.preview.method) == (128, 64, 80, "none")
 
 
-async def test_several_images_have_seeds_of_their_own(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
-    """`n` images come in the order of their seeds."""
+async def test_several_images_have_consecutive_seeds(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    """The `n` images are returned in the order of their seeds."""
     answer = await sdk.images.generate(prompt="a red apple", n=3, extra_body={"seed": 7})
     assert [image.seed for image in answer.data] == [7, 8, 9]
     assert sorted(job.seed for job in engine.jobs) == [7, 8, 9]
@@ -80,27 +80,27 @@ async def test_several_images_have_seeds_of_their_own(sdk: openai.AsyncOpenAI, e
 @pytest.mark.proves("openai", "streams")
 @pytest.mark.parametrize("count", [0, 1, 3])
 async def test_a_stream_shows_partial_images(sdk: openai.AsyncOpenAI, engine: FakeEngine, count: int) -> None:
-    """As many as were asked for, evenly over the steps, and the completed image."""
+    """The requested number of previews, spread evenly over the steps, and then the completed image."""
     engine.hold()
     stream = await sdk.images.generate(
         prompt="a red apple", stream=True, partial_images=count, extra_body={"step_count": 8}
     )
-    told = []
+    received = []
 
     async def read() -> None:
         async for event in stream:
-            told.append(event)
+            received.append(event)
             if event.type == "image_generation.partial_image":
                 engine.allow(1)
 
     reading = asyncio.create_task(read())
-    # The reader lets the steps go on: one that keeps up loses none.
+    # The reader releases the steps, so it keeps up and misses no preview.
     engine.allow(8 // (count + 1))
     while not reading.done():
         engine.allow(1)
         await asyncio.wait([reading], timeout=0.02)
     await reading
-    *partial, completed = told
+    *partial, completed = received
     assert [event.type for event in partial] == ["image_generation.partial_image"] * len(partial)
     assert len(partial) == count
     assert [event.partial_image_index for event in partial] == list(range(len(partial)))
@@ -113,7 +113,7 @@ async def test_a_stream_shows_partial_images(sdk: openai.AsyncOpenAI, engine: Fa
 
 
 @pytest.mark.proves("openai", "cancels")
-async def test_leaving_a_stream_cancels(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+async def test_closing_a_stream_cancels(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
     """Closing the SDK's stream frees the engine."""
     engine.hold()
     stream = await sdk.images.generate(prompt="a red apple", stream=True, partial_images=1)
@@ -123,8 +123,8 @@ async def test_leaving_a_stream_cancels(sdk: openai.AsyncOpenAI, engine: FakeEng
     engine.allow()
 
 
-async def test_leaving_without_a_stream_cancels_all(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
-    """The one that runs and those that wait."""
+async def test_a_disconnect_cancels_all_images_of_a_request(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    """Both the active generation and the queued ones are cancelled."""
     engine.hold()
     asking = asyncio.create_task(sdk.images.generate(prompt="a red apple", n=3))
     assert await asyncio.to_thread(engine.at_step.acquire, timeout=20)
@@ -136,8 +136,8 @@ async def test_leaving_without_a_stream_cancels_all(sdk: openai.AsyncOpenAI, eng
 
 
 @pytest.mark.proves("openai", "errors")
-async def test_everything_that_is_wrong_is_named(sdk: openai.AsyncOpenAI) -> None:
-    """The SDK's BadRequestError: values that make no sense here, unknown fields, and what the model cannot do."""
+async def test_all_violations_are_reported_together(sdk: openai.AsyncOpenAI) -> None:
+    """The SDK raises BadRequestError for unsupported values, unknown fields, and options that the model lacks."""
     with pytest.raises(openai.BadRequestError) as caught:
         await sdk.images.generate(
             prompt="",
@@ -152,13 +152,13 @@ async def test_everything_that_is_wrong_is_named(sdk: openai.AsyncOpenAI) -> Non
         )
     error = caught.value
     assert (error.type, error.code, error.param) == ("invalid_request_error", "INVALID_REQUEST", "n")
-    named = {each["field"] for each in error.body["violations"]}
+    reported = {each["field"] for each in error.body["violations"]}
     wrong = {"prompt", "model", "n", "size", "background", "output_compression", "response_format", "seed", "strength"}
-    assert named == wrong | {"partial_images"}
+    assert reported == wrong | {"partial_images"}
 
 
-async def test_errors_are_the_sdks_own(sdk: openai.AsyncOpenAI, service: Service, engine: FakeEngine) -> None:
-    """Full queue, failed generation, unknown model, draining: each has its class, its code, and says when to retry."""
+async def test_errors_become_the_sdks_exceptions(sdk: openai.AsyncOpenAI, service: Service, engine: FakeEngine) -> None:
+    """A full queue, a failed generation, an unknown model and draining each have a class, a code and retry advice."""
     engine.failure = errors.NumericalFailure("Numbers.")
     with pytest.raises(openai.InternalServerError) as caught:
         await sdk.images.generate(prompt="a red apple")
@@ -181,27 +181,27 @@ async def test_errors_are_the_sdks_own(sdk: openai.AsyncOpenAI, service: Service
     engine.allow()
 
 
-async def test_the_sdk_retries_by_itself(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the model is loading it asks again, after the time that it is told."""
+async def test_the_sdk_retries_while_the_model_loads(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK retries after the delay in the response."""
     monkeypatch.setattr(api, "_LOADING_RETRY_SECONDS", 0.01)
     async with (
         running(engine, transport="sse", opened=False) as service,
         openai.AsyncOpenAI(base_url=f"http://{service.address}/v1", api_key="any", max_retries=1) as sdk,
     ):
-        refused = asyncio.Event()
+        rejected = asyncio.Event()
 
         async def note(response: httpx2.Response) -> None:
             if response.status_code == 503:
                 service.api.open(service.generations)
-                refused.set()
+                rejected.set()
 
         sdk._client.event_hooks["response"].append(note)
         assert (await sdk.images.generate(prompt="a red apple")).data
-        assert refused.is_set()
+        assert rejected.is_set()
 
 
 async def test_models_are_listed(sdk: openai.AsyncOpenAI) -> None:
-    """The one that is loaded."""
+    """The list contains the loaded model."""
     models = [model async for model in await sdk.models.list()]
     assert [(model.id, model.owned_by) for model in models] == [("fake", "calotype")]
     assert (await sdk.models.retrieve("fake")).created == models[0].created

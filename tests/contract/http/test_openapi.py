@@ -1,4 +1,4 @@
-"""The OpenAPI document: that it is one, that it is true, and that whatever fits or breaks it does no harm."""
+"""The OpenAPI document is valid and complete, and the server handles requests that match or violate it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import httpx
 import pytest
 import requests
 import schemathesis
-import schemathesis.specs.openapi.schemas  # else imported late, while other threads are at work
+import schemathesis.specs.openapi.schemas  # imported now, before other threads run
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 EXAMPLES = int(os.environ.get("SCHEMATHESIS", "10"))
-"""For each operation and mode."""
+"""Number of requests for each operation and mode."""
 
 CHECKS = {
-    # Some do not even reach the API: paths that no route matches.
+    # Some requests do not reach the API, because no route matches their path.
     GenerationMode.NEGATIVE: [not_a_server_error, unsupported_method],
     GenerationMode.POSITIVE: [
         not_a_server_error,
@@ -48,7 +48,7 @@ CHECKS = {
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """A server in a thread of its own, for clients that block."""
+    """The URL of a server in its own thread, for blocking clients."""
     ready = threading.Event()
     found: dict[str, Any] = {}
 
@@ -69,45 +69,45 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def document(url: str) -> dict[str, Any]:
-    """The document as it is served."""
+    """The served document."""
     return httpx.get(f"{url}/openapi.json").json()
 
 
 @pytest.fixture
 def session() -> Iterator[requests.Session]:
-    """Connections that are closed in the end."""
+    """An HTTP session that is closed after the test."""
     with requests.Session() as session:
         yield session
 
 
 @pytest.fixture(scope="module")
 def described(url: str) -> Any:
-    """The same for schemathesis."""
+    """The document as loaded by schemathesis."""
     return schemathesis.openapi.from_url(f"{url}/openapi.json")
 
 
 @pytest.mark.timeout(120 * EXAMPLES)
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
-def test_no_request_breaks_the_server_or_the_description(
+def test_responses_match_the_document_for_any_request(
     described: Any, session: requests.Session, mode: GenerationMode
 ) -> None:
-    """Requests that fit the document and requests that do not: no 5xx, and every answer is one that is described."""
+    """Valid and invalid requests get no 5xx, and every response is one that the document describes."""
     for operation in (found.ok() for found in described.get_all_operations()):
         if mode is GenerationMode.NEGATIVE and operation.path in ("/model", "/models"):
-            continue  # nothing can be wrong with what takes nothing
+            continue  # these take no input that could be invalid
 
         @given(operation.as_strategy(generation_mode=mode))
         @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-        def ask(case: Any) -> None:
-            # Not by schemathesis' own client, which cannot read events with the urllib3 that sonora asks for.
+        def send(case: Any) -> None:
+            # schemathesis' own client cannot read events with the urllib3 version that sonora requires.
             response = session.request(**case.as_transport_kwargs(), timeout=20)
             case.validate_response(response, checks=CHECKS[mode])
 
-        ask()
+        send()
 
 
 def test_the_document_describes_the_proto(document: dict[str, Any]) -> None:
-    """OpenAPI 3.1 whose schemas have every field of the messages, with the proto's comments."""
+    """The document is OpenAPI 3.1, and its schemas have every field of the messages with the proto's comments."""
     assert document["openapi"].startswith("3.1")
     for message in (pb.GenerateRequest, pb.Progress, pb.Model, pb.GenerationSummary):
         described = document["components"]["schemas"][message.DESCRIPTOR.name]["properties"]
@@ -117,8 +117,8 @@ def test_the_document_describes_the_proto(document: dict[str, Any]) -> None:
     assert seed["description"].startswith("Seed of the initial noise, 0 to 9007199254740991")
 
 
-def test_every_reference_leads_somewhere(document: dict[str, Any], url: str) -> None:
-    """Also those on the page, which needs nothing from elsewhere and no script."""
+def test_every_reference_resolves(document: dict[str, Any], url: str) -> None:
+    """References in the document and on its page resolve; the page has no scripts and no external resources."""
     schemas = document["components"]["schemas"]
     assert set(re.findall(r'"#/components/schemas/([^"]+)"', httpx.get(f"{url}/openapi.json").text)) <= set(schemas)
     page = httpx.get(f"{url}/docs")

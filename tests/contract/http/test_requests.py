@@ -1,4 +1,4 @@
-"""What HTTP requests are held to: their form, size and time, who may send them, and how they are refused."""
+"""Requirements on HTTP requests: format, size, time and origin, and the responses to rejected ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ APP = "https://app.example"
 
 @pytest.fixture
 async def service() -> AsyncIterator[Service]:
-    """A server that lets pages of one other site in."""
+    """A server that allows pages of one other site."""
     ports = PortLimits(request_seconds=0.2)
     async with running(FakeEngine(), transport="sse", ports=ports, web={"allowed_origins": [APP]}) as service:
         yield service
@@ -35,12 +35,12 @@ async def service() -> AsyncIterator[Service]:
 
 @pytest.fixture
 def client(service: Service) -> httpx.AsyncClient:
-    """One of HTTP."""
+    """An HTTP client of the server."""
     return service.stub.client
 
 
 def fields(response: httpx.Response) -> list[str]:
-    """What is named as wrong."""
+    """Returns the fields of the violations in a response."""
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["param"] == error["violations"][0]["field"]
@@ -48,8 +48,8 @@ def fields(response: httpx.Response) -> list[str]:
 
 
 @pytest.mark.proves("sse", "errors")
-async def test_wrong_types_and_broken_rules_are_named_together(client: httpx.AsyncClient) -> None:
-    """What cannot be read does not hide what is out of range, and is not told twice."""
+async def test_parsing_and_validation_errors_are_reported_together(client: httpx.AsyncClient) -> None:
+    """A field of the wrong type does not hide a field that is out of range, and is reported once."""
     body = {
         "prompt": 5,
         "width_px": 63,
@@ -61,8 +61,8 @@ async def test_wrong_types_and_broken_rules_are_named_together(client: httpx.Asy
         "odd": None,
         "strange": 1,
     }
-    named = fields(await client.post("/generate", json=body))
-    unread = [
+    reported = fields(await client.post("/generate", json=body))
+    unparsable = [
         "prompt",
         "step_count",
         "preview.every_steps",
@@ -71,7 +71,7 @@ async def test_wrong_types_and_broken_rules_are_named_together(client: httpx.Asy
         "disconnect_grace",
         "strange",
     ]
-    assert named == [*unread, "width_px", "seed", "preview.quality"]
+    assert reported == [*unparsable, "width_px", "seed", "preview.quality"]
     query = {"width_px": "63", "seed": "x", "preview.quality": "1000", "preview.odd": "1", "odd": "1"}
     assert fields(await client.get("/generate", params=query)) == [
         *("seed", "preview.odd", "odd", "prompt", "width_px", "preview.quality")
@@ -94,15 +94,15 @@ async def test_wrong_types_and_broken_rules_are_named_together(client: httpx.Asy
     ],
 )
 @pytest.mark.parametrize("path", ["/generate", "/images/generations"])
-async def test_what_is_no_request_is_refused(client: httpx.AsyncClient, path: str, content: bytes, kind: str) -> None:
-    """In the same shape, with 400."""
+async def test_a_malformed_body_is_rejected(client: httpx.AsyncClient, path: str, content: bytes, kind: str) -> None:
+    """The response is 400 in the common error format."""
     response = await client.post(path, content=content, headers={"content-type": kind})
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_numbers_and_names_are_as_protojson_has_them(client: httpx.AsyncClient) -> None:
-    """64-bit integers as strings or numbers, null as if left out, enums by name, durations in seconds."""
+async def test_json_follows_the_proto3_mapping(client: httpx.AsyncClient) -> None:
+    """64-bit integers may be strings or numbers, null means absent, and durations are in seconds."""
     for seed in (7, "7"):
         body = {
             **APPLE,
@@ -111,12 +111,12 @@ async def test_numbers_and_names_are_as_protojson_has_them(client: httpx.AsyncCl
             "disconnect_grace": "1.5s",
             "output": {"metadata": False},
         }
-        told = (await client.post("/generate", json=body)).text
-        assert '"seed":"7"' in told
+        text = (await client.post("/generate", json=body)).text
+        assert '"seed":"7"' in text
 
 
-async def test_a_request_has_a_size_and_a_time(service: Service, client: httpx.AsyncClient) -> None:
-    """413 for too many bytes, announced or not, and 408 for a body that does not come."""
+async def test_size_and_arrival_time_are_limited(service: Service, client: httpx.AsyncClient) -> None:
+    """Too many bytes, announced or not, get 413; a body that does not arrive gets 408."""
 
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(100):
@@ -133,8 +133,8 @@ async def test_a_request_has_a_size_and_a_time(service: Service, client: httpx.A
     assert (head.status_code, json.loads(body)["error"]["code"]) == (408, "REQUEST_TOO_LATE")
 
 
-async def test_only_pages_that_may_call_start_anything(client: httpx.AsyncClient) -> None:
-    """A foreign page gets 403, also for an `<img>`, which tells no origin; one on the list may read the answer."""
+async def test_only_allowed_pages_start_generations(client: httpx.AsyncClient) -> None:
+    """A foreign page gets 403, also for an `<img>`, which sends no origin; an allowed page can read the response."""
     assert (await client.post("/generate", json=APPLE, headers={"origin": "https://evil.example"})).status_code == 403
     for site in ("cross-site", "same-site"):
         image = await client.get("/generate", params=APPLE, headers={"sec-fetch-site": site})
@@ -142,14 +142,18 @@ async def test_only_pages_that_may_call_start_anything(client: httpx.AsyncClient
     allowed = await client.get("/generate", params=APPLE, headers={"sec-fetch-site": "cross-site", "origin": APP})
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == APP
-    asked = {"origin": APP, "access-control-request-method": "GET", "access-control-request-headers": "last-event-id"}
-    assert (await client.options("/generate", headers=asked)).status_code == 200
+    preflight = {
+        "origin": APP,
+        "access-control-request-method": "GET",
+        "access-control-request-headers": "last-event-id",
+    }
+    assert (await client.options("/generate", headers=preflight)).status_code == 200
     for site in ("none", "same-origin"):
         assert (await client.get("/generate", params=APPLE, headers={"sec-fetch-site": site})).status_code == 200
 
 
-async def test_what_is_not_there_and_what_is_not_allowed(client: httpx.AsyncClient) -> None:
-    """404 and 405 in the same shape; the id of a request comes back, one that is not fit for a header does not."""
+async def test_unknown_paths_and_methods_get_the_common_error_format(client: httpx.AsyncClient) -> None:
+    """404 and 405 have the common error format and repeat the request id, unless it is unfit for a header."""
     for method, path, status in (("GET", "/nothing", 404), ("DELETE", "/generate", 405), ("POST", "/models", 405)):
         response = await client.request(method, path, headers={"x-request-id": "mine"})
         assert (response.status_code, response.json()["error"]["type"]) == (status, "invalid_request_error")
@@ -158,8 +162,8 @@ async def test_what_is_not_there_and_what_is_not_allowed(client: httpx.AsyncClie
     assert odd.headers["x-request-id"].isascii()
 
 
-async def test_loading_is_told_with_a_time_to_come_back() -> None:
-    """503 for everything, before the model is there."""
+async def test_requests_during_loading_get_a_retry_delay() -> None:
+    """Every operation answers 503 with retry-after while the model loads."""
     async with running(FakeEngine(), transport="sse", opened=False) as service:
         for method, path, options in (
             ("POST", "/generate", {"json": APPLE}),
@@ -172,8 +176,8 @@ async def test_loading_is_told_with_a_time_to_come_back() -> None:
             assert response.headers["retry-after"] == "2"
 
 
-async def test_an_unexpected_exception_stays_inside(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """500 without its text, and the next request is answered."""
+async def test_an_unexpected_exception_is_hidden(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The response is 500 without the text of the exception, and the next request succeeds."""
 
     def broken(*_: object) -> None:
         raise ValueError("secret")
@@ -188,7 +192,7 @@ async def test_an_unexpected_exception_stays_inside(client: httpx.AsyncClient, m
 
 
 async def test_a_failed_generation_has_the_status_of_its_error(client: httpx.AsyncClient, service: Service) -> None:
-    """Where no stream tells it: here, of one that somebody else cancels."""
+    """Without a stream, the HTTP status shows why: here, another client cancelled the generation."""
     engine = service.engine
     engine.hold()
     asking = asyncio.create_task(client.post("/images/generations", json=APPLE))

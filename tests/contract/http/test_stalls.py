@@ -1,4 +1,4 @@
-"""Readers over HTTP who take nothing: they cost one preview, lose the others, get the end, and are given up in time."""
+"""Slow and stalled HTTP readers: they skip previews, receive the end, and are dropped after the stall timeout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from calotype_server.errors import StateUnavailable
 from calotype_server.limits import PortLimits
 from calotype_server.transport.http import HttpApi
 from calotype_server.transport.net.call_limits import CallLimiter
-from support.asgi import Peer
+from support.asgi import AsgiClient
 from support.engine.fake_engine import FakeEngine
 from support.http import from_json
 from support.lab import until
@@ -28,112 +28,112 @@ REQUEST = {"prompt": "a red apple", "seed": 7, "step_count": STEPS}
 
 
 def site(service: Service, stall_seconds: float = 20.0) -> Starlette:
-    """The API without a port."""
+    """Returns the HTTP API as an app without a port."""
     limits = PortLimits(stall_seconds=stall_seconds)
     return Starlette(routes=HttpApi(service.api, Access(), limits, CallLimiter(9)).routes)
 
 
-def open_peer(service: Service, way: str, stall_seconds: float = 20.0) -> Peer:
-    """Starts a generation."""
+def open_client(service: Service, way: str, stall_seconds: float = 20.0) -> AsgiClient:
+    """Starts a generation and returns its reader."""
     application = site(service, stall_seconds)
     if way == "sse":
-        return Peer(application, "http", "/v1/generate", body=json.dumps(REQUEST).encode())
-    peer = Peer(application, "websocket", "/v1/ws")
-    peer.give({"type": "websocket.receive", "text": json.dumps({"type": "generate", "id": "a", "request": REQUEST})})
-    return peer
+        return AsgiClient(application, "http", "/v1/generate", body=json.dumps(REQUEST).encode())
+    client = AsgiClient(application, "websocket", "/v1/ws")
+    client.push({"type": "websocket.receive", "text": json.dumps({"type": "generate", "id": "a", "request": REQUEST})})
+    return client
 
 
-def messages(peer: Peer) -> list[Any]:
-    """What was told."""
-    told = []
-    for event in peer.taken:
+def messages(client: AsgiClient) -> list[Any]:
+    """Returns the messages that a client has received."""
+    received = []
+    for event in client.received:
         if event["type"] == "http.response.body":
             lines = [line for line in event["body"].decode().splitlines() if line.startswith("data: ")]
-            told += [json.loads(line.removeprefix("data: ")) for line in lines]
+            received += [json.loads(line.removeprefix("data: ")) for line in lines]
         elif event["type"] == "websocket.send" and event.get("text"):
-            told.append(json.loads(event["text"])["progress"])
-    return [from_json(each) for each in told]
+            received.append(json.loads(event["text"])["progress"])
+    return [from_json(each) for each in received]
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_slow_reader_gets_the_newest_and_the_end(way: str) -> None:
-    """All steps happen while it sleeps: it then gets what was on its way, and the end, which counts what was lost."""
+async def test_a_slow_reader_skips_to_the_newest_preview_and_the_end(way: str) -> None:
+    """A reader that pauses during all steps receives at most one old message, and the end with the skipped count."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine) as service:
-        peer = open_peer(service, way)
-        await until(lambda: any(message.phase == 3 for message in messages(peer)))
-        peer.reading.clear()
+        client = open_client(service, way)
+        await until(lambda: any(message.phase == 3 for message in messages(client)))
+        client.reading.clear()
         engine.allow(1)
-        await peer.waiting.wait()
-        before = len(messages(peer))
+        await client.waiting.wait()
+        before = len(messages(client))
         engine.allow()
         await until(lambda: service.generations.newest(Caller("ipv4:127.0.0.1"))[0].ended)
-        peer.reading.set()
-        await until(lambda: messages(peer)[-1].phase >= 5)
-        told = messages(peer)[before:]
-        peer.leave()
-        await peer.done
-    assert len(told) <= 2
-    assert told[-1].previews_dropped >= STEPS - 2
-    assert told[-1].chunk_count == 1
+        client.reading.set()
+        await until(lambda: messages(client)[-1].phase >= 5)
+        received = messages(client)[before:]
+        client.disconnect()
+        await client.done
+    assert len(received) <= 2
+    assert received[-1].previews_dropped >= STEPS - 2
+    assert received[-1].chunk_count == 1
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_reader_who_stalls_is_given_up(way: str) -> None:
-    """After the time that it has, as if it had left: its generation is cancelled before the next step."""
+async def test_a_stalled_reader_is_dropped(way: str) -> None:
+    """After the stall timeout it counts as disconnected: its generation is cancelled before the next step."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine) as service:
-        peer = open_peer(service, way, stall_seconds=0.05)
-        await until(lambda: any(message.phase == 3 for message in messages(peer)))
-        peer.reading.clear()
+        client = open_client(service, way, stall_seconds=0.05)
+        await until(lambda: any(message.phase == 3 for message in messages(client)))
+        client.reading.clear()
         engine.allow(1)
         await until(lambda: engine.stops[0].is_set())
         if way == "sse":
-            await peer.done
-        peer.leave()
-        await peer.done
+            await client.done
+        client.disconnect()
+        await client.done
         engine.allow()
         await service.generations.idle()
 
 
-async def test_who_leaves_before_the_answer_begins_has_left() -> None:
-    """The generation was accepted, and nobody ever read a byte: it is cancelled all the same."""
+async def test_a_disconnect_before_the_response_starts_cancels() -> None:
+    """A generation whose client never read a byte is cancelled when that client disconnects."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine) as service:
         application = site(service)
-        peer = Peer(application, "http", "/v1/generate", body=json.dumps(REQUEST).encode())
-        peer.reading.clear()
-        peer.leave()
+        client = AsgiClient(application, "http", "/v1/generate", body=json.dumps(REQUEST).encode())
+        client.reading.clear()
+        client.disconnect()
         await until(lambda: bool(engine.stops))
-        await until(lambda: peer.waiting.is_set())
-        peer.done.cancel()
+        await until(lambda: client.waiting.is_set())
+        client.done.cancel()
         await until(lambda: engine.stops[0].is_set())
         engine.allow()
         await service.generations.idle()
 
 
-async def test_what_cannot_be_kept_is_told_where_there_is_no_status_any_more() -> None:
-    """A watcher whose answer has begun gets an event `error`, and the stream ends."""
+async def test_an_error_after_the_status_becomes_an_event() -> None:
+    """A watcher whose response has started receives an `error` event, and the stream ends."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine) as service:
-        peer = open_peer(service, "sse")
-        await until(lambda: bool(messages(peer)))
+        client = open_client(service, "sse")
+        await until(lambda: bool(messages(client)))
         generation = service.generations.newest(Caller("ipv4:127.0.0.1"))[0]
 
         async def lost() -> None:
             raise StateUnavailable("It cannot be kept.")
 
         generation.accepted = lost
-        watcher = Peer(site(service), "http", f"/v1/generations/{generation.id}/events", method="GET")
+        watcher = AsgiClient(site(service), "http", f"/v1/generations/{generation.id}/events", method="GET")
         await watcher.done
         engine.allow()
-        await until(lambda: messages(peer)[-1].phase >= 5)
-        await peer.done
-    told = b"".join(event.get("body", b"") for event in watcher.taken).decode()
-    assert told.startswith("event: error\n")
-    assert '"code":"STATE_UNAVAILABLE"' in told
-    assert [event["type"] for event in watcher.taken].count("http.response.start") == 1
+        await until(lambda: messages(client)[-1].phase >= 5)
+        await client.done
+    text = b"".join(event.get("body", b"") for event in watcher.received).decode()
+    assert text.startswith("event: error\n")
+    assert '"code":"STATE_UNAVAILABLE"' in text
+    assert [event["type"] for event in watcher.received].count("http.response.start") == 1

@@ -1,4 +1,4 @@
-"""The WebSocket: several generations on one, commands among them, and what is closed how."""
+"""The WebSocket: several generations on one connection, commands while they run, and close codes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEPT = {**APPLE, "on_disconnect": "DISCONNECT_POLICY_KEEP"}
 
 @pytest.fixture
 def engine() -> FakeEngine:
-    """One whose steps happen when the test says so."""
+    """An engine whose steps the test releases."""
     engine = FakeEngine()
     engine.hold()
     return engine
@@ -38,44 +38,44 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 async def service(engine: FakeEngine) -> AsyncIterator[Service]:
-    """A server around it, with two slots."""
+    """A server with that engine and two slots."""
     async with running(engine, transport="websocket", max_active=2, max_queue=40) as service:
         yield service
 
 
 @pytest.fixture
 async def socket(service: Service) -> AsyncIterator[Any]:
-    """A connection."""
+    """An open WebSocket."""
     async with await open_socket(service.address) as socket:
         yield socket
 
 
-async def send(socket, kind: str, name: str = "a", **further) -> None:
+async def send(socket, kind: str, name: str = "a", **fields) -> None:
     """Sends a command."""
-    await socket.send(json.dumps({"type": kind, "id": name, **further}))
+    await socket.send(json.dumps({"type": kind, "id": name, **fields}))
 
 
 async def read_until(socket, condition) -> dict[str, Any]:
-    """The first thing told of which something holds."""
+    """Reads until a frame satisfies the condition, and returns it."""
     async with asyncio.timeout(20):
-        while not condition(told := await receive(socket)):
+        while not condition(frame := await receive(socket)):
             pass
-    return told
+    return frame
 
 
 async def read_ends(socket, *names: str) -> dict[str, pb.Progress]:
-    """Reads until each of the named generations has ended."""
+    """Reads until each of the named generations has ended, and returns their last messages."""
     ends: dict[str, pb.Progress] = {}
     while len(ends) < len(names):
-        told = await read_until(socket, lambda told: told["type"] == "end")
-        ends[told["id"]] = told["progress"]
+        frame = await read_until(socket, lambda frame: frame["type"] == "end")
+        ends[frame["id"]] = frame["progress"]
     assert set(ends) == set(names)
     return ends
 
 
 @pytest.mark.proves("websocket", "streams")
 async def test_several_generations_share_a_connection(socket, engine: FakeEngine) -> None:
-    """Each message says whose it is, and each picture follows its message."""
+    """Each message has the id of its generation, and is followed by its image."""
     engine.allow()
     for seed, name in enumerate("abc"):
         await send(socket, "generate", name, request={"prompt": name, "seed": seed})
@@ -85,30 +85,30 @@ async def test_several_generations_share_a_connection(socket, engine: FakeEngine
     assert len({end.generation_id for end in ends.values()}) == 3
 
 
-async def test_commands_are_obeyed_while_pictures_come(socket, engine: FakeEngine) -> None:
-    """One is cancelled and one finished on the connection that follows both; the answers carry the commands' ids."""
+async def test_commands_work_while_generations_run(socket, engine: FakeEngine) -> None:
+    """Cancel and finish work on the connection that follows both generations; the answers have the commands' ids."""
     ids = {}
     for name in "ab":
         await send(socket, "generate", name, request=APPLE)
     while len(ids) < 2:
-        told = await read_until(socket, lambda told: told["progress"].phase == pb.PHASE_DENOISING)
-        ids[told["id"]] = told["progress"].generation_id
+        frame = await read_until(socket, lambda frame: frame["progress"].phase == pb.PHASE_DENOISING)
+        ids[frame["id"]] = frame["progress"].generation_id
     await send(socket, "cancel", "c", request={"generation_id": ids["a"]})
-    answer = await read_until(socket, lambda told: told["type"] == "cancel")
+    answer = await read_until(socket, lambda frame: frame["type"] == "cancel")
     assert answer == {"type": "cancel", "id": "c", "phase": "PHASE_DENOISING"}
     await send(socket, "finish", "d", request={"generation_id": ids["b"]})
-    assert (await read_until(socket, lambda told: told["type"] == "finish"))["id"] == "d"
+    assert (await read_until(socket, lambda frame: frame["type"] == "finish"))["id"] == "d"
     engine.allow()
     ends = await read_ends(socket, "a", "b")
     assert ends["a"].error.reason == "CANCELLED"
     assert (ends["b"].phase, ends["b"].finished_early) == (pb.PHASE_SUCCEEDED, True)
 
 
-async def test_leaving_one_generation_leaves_the_others(socket, service: Service, engine: FakeEngine) -> None:
-    """Its policy applies as if the connection had been its own; its name can be used again."""
+async def test_leaving_one_generation_does_not_affect_the_others(socket, service: Service, engine: FakeEngine) -> None:
+    """The disconnect policy of that generation applies, and its id can be used again."""
     for name in "ab":
         await send(socket, "generate", name, request={"prompt": name})
-        await read_until(socket, lambda told, name=name: told["id"] == name and told["progress"].step == 0)
+        await read_until(socket, lambda frame, name=name: frame["id"] == name and frame["progress"].step == 0)
     await until(lambda: len(engine.stops) == 2)
     await send(socket, "leave", "a")
     left = engine.stops[[job.prompt for job in engine.jobs].index("a")]
@@ -120,8 +120,8 @@ async def test_leaving_one_generation_leaves_the_others(socket, service: Service
 
 
 @pytest.mark.proves("websocket", "cancels")
-async def test_closing_leaves_all_as_each_wants_it(service: Service, engine: FakeEngine) -> None:
-    """The kept one goes on, the other is cancelled."""
+async def test_closing_applies_each_disconnect_policy(service: Service, engine: FakeEngine) -> None:
+    """The generation with KEEP continues, and the other one is cancelled."""
     async with await open_socket(service.address) as socket:
         for name, request in (("a", {**APPLE, "prompt": "dropped"}), ("b", {**KEPT, "prompt": "kept"})):
             await send(socket, "generate", name, request=request)
@@ -151,32 +151,34 @@ async def test_closing_leaves_all_as_each_wants_it(service: Service, engine: Fak
         ('{"type": "watch", "request": {"after_sequence": -1}}', ["generation_id", "after_sequence"]),
     ],
 )
-async def test_bad_commands_are_answered_and_harm_nothing(socket, engine: FakeEngine, text: str, fields) -> None:
-    """Every violation is named, and what runs goes on."""
+async def test_invalid_commands_get_an_error_and_affect_nothing_else(
+    socket, engine: FakeEngine, text: str, fields
+) -> None:
+    """The error lists every violation, and an active generation continues."""
     await send(socket, "generate", "good", request=APPLE)
     await socket.send(text)
-    error = await read_until(socket, lambda told: told["type"] == "error")
+    error = await read_until(socket, lambda frame: frame["type"] == "error")
     assert [each["field"] for each in error["error"]["violations"]] == fields
     engine.allow()
     assert (await read_ends(socket, "good"))["good"].phase == pb.PHASE_SUCCEEDED
 
 
-async def test_a_name_in_use_and_one_too_many_are_refused(socket, service: Service, engine: FakeEngine) -> None:
-    """One connection cannot hold more than its share."""
+async def test_a_duplicate_id_and_too_many_streams_are_rejected(socket, service: Service, engine: FakeEngine) -> None:
+    """One connection follows at most MAX_STREAMS generations, each with its own id."""
     for number in range(MAX_STREAMS):
         await send(socket, "generate", str(number), request=APPLE)
     await send(socket, "generate", "0", request=APPLE)
-    taken = await read_until(socket, lambda told: told["type"] == "error")
+    taken = await read_until(socket, lambda frame: frame["type"] == "error")
     assert (taken["id"], taken["error"]["violations"][0]["field"]) == ("0", "id")
     await send(socket, "generate", "more", request=APPLE)
-    many = await read_until(socket, lambda told: told["type"] == "error")
+    many = await read_until(socket, lambda frame: frame["type"] == "error")
     assert (many["id"], many["error"]["code"]) == ("more", "TOO_MANY_STREAMS")
     engine.allow()
 
 
 @pytest.mark.parametrize(("given", "code"), [(b"binary", 1003), ("x" * 70_000, 1009)])
-async def test_what_is_no_command_closes_the_connection(socket, given, code: int) -> None:
-    """Binary frames are the server's; messages have a size."""
+async def test_binary_and_oversized_frames_close_the_connection(socket, given, code: int) -> None:
+    """Clients may not send binary frames, or frames above the size limit."""
     await socket.send(given)
     with pytest.raises(ConnectionClosed):
         async with asyncio.timeout(20):
@@ -185,13 +187,13 @@ async def test_what_is_no_command_closes_the_connection(socket, given, code: int
 
 
 async def test_pings_are_answered(socket) -> None:
-    """So a client can tell a dead link."""
+    """A client can detect a dead connection."""
     async with asyncio.timeout(20):
         await (await socket.ping())
 
 
 async def test_foreign_pages_cannot_connect(service: Service) -> None:
-    """CORS does not hold for WebSockets: the guard does."""
+    """CORS does not apply to WebSockets, but the origin and host check does."""
     for origin, host in (("https://evil.example", None), (None, "evil.example")):
         headers = {"Host": host} if host else {}
         with pytest.raises(InvalidStatus) as caught:
@@ -199,14 +201,16 @@ async def test_foreign_pages_cannot_connect(service: Service) -> None:
         assert caught.value.response.status_code == 403
 
 
-async def test_a_server_that_stops_says_so(service: Service, socket, engine: FakeEngine) -> None:
-    """What runs gets its typed end, then the connection is closed with 1012, service restart."""
+async def test_a_stopping_server_ends_generations_and_closes_with_1012(
+    service: Service, socket, engine: FakeEngine
+) -> None:
+    """Active generations receive their typed end, and then the connection closes with 1012 (service restart)."""
     await send(socket, "generate", request=APPLE)
-    await read_until(socket, lambda told: told["progress"].phase == pb.PHASE_DENOISING)
+    await read_until(socket, lambda frame: frame["progress"].phase == pb.PHASE_DENOISING)
     service.generations.reject_new(retry_after=5.0)
     await send(socket, "generate", "b", request=APPLE)
-    refused = await read_until(socket, lambda told: told["id"] == "b")
-    assert (refused["error"]["code"], refused["error"]["retry_after"]) == ("NOT_READY", 5.0)
+    rejected = await read_until(socket, lambda frame: frame["id"] == "b")
+    assert (rejected["error"]["code"], rejected["error"]["retry_after"]) == ("NOT_READY", 5.0)
     ending = asyncio.create_task(service.generations.abort_all())
     await asyncio.sleep(0)
     engine.allow()
@@ -218,8 +222,8 @@ async def test_a_server_that_stops_says_so(service: Service, socket, engine: Fak
     assert socket.close_code == 1012
 
 
-async def test_a_browser_shows_its_key_as_a_subprotocol(tmp_path: Path) -> None:
-    """It cannot set headers: the key is taken from the offer, and never sent back."""
+async def test_a_browser_sends_its_key_as_a_subprotocol(tmp_path: Path) -> None:
+    """Browsers cannot set headers, so the key may be an offered subprotocol, which the server never accepts."""
     keyring = Keyring(tmp_path / "keys.toml")
     key = keyring.add("alice")
     async with running(FakeEngine(), transport="websocket", access=keyring.access()) as service:
@@ -234,24 +238,24 @@ async def test_a_browser_shows_its_key_as_a_subprotocol(tmp_path: Path) -> None:
             assert (await read_ends(socket, "a"))["a"].phase == pb.PHASE_SUCCEEDED
 
 
-async def test_each_generation_counts_as_a_call_of_its_peer() -> None:
-    """One connection is no way around what a peer may have under way."""
+async def test_each_generation_counts_as_a_call_of_its_host() -> None:
+    """Several generations on one connection count towards the call limit of the host."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine, transport="websocket", ports=PortLimits(max_calls_per_peer=3), max_queue=9) as service:
         async with await open_socket(service.address) as socket:
             for number in range(3):
                 await send(socket, "generate", str(number), request=APPLE)
-            refused = await read_until(socket, lambda told: told["type"] == "error")
-            assert (refused["id"], refused["error"]["code"]) == ("2", "TOO_MANY_CALLS")
+            rejected = await read_until(socket, lambda frame: frame["type"] == "error")
+            assert (rejected["id"], rejected["error"]["code"]) == ("2", "TOO_MANY_CALLS")
             with pytest.raises(InvalidStatus) as caught:
                 await open_socket(service.address)
             assert caught.value.response.status_code == 429
         engine.allow()
 
 
-async def test_a_connection_outlives_the_time_of_a_head() -> None:
-    """That is for requests; a WebSocket may say nothing for as long as it likes."""
+async def test_the_request_timeout_does_not_apply_to_websockets() -> None:
+    """A WebSocket may stay quiet longer than a request may take to arrive."""
     async with running(FakeEngine(), transport="websocket", ports=PortLimits(request_seconds=0.05)) as service:
         socket = await open_socket(service.address)
         with pytest.raises(TimeoutError):

@@ -1,4 +1,4 @@
-"""Where a server may listen, and what the command line makes of keys and certificates."""
+"""Where a server may listen, and the command-line options for keys and certificates."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ CERTIFICATE = {"tls_certificate": "a.pem", "tls_key": "a.key"}
 
 
 def check(*addresses: str, **options: object) -> None:
-    """Checks addresses as `serve` would."""
+    """Checks addresses as `serve` does."""
     check_exposure(Settings(**options), {f"--{number}": address for number, address in enumerate(addresses)})
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "127.9.9.9:1", "localhost:0", "[::1]:0"])
-def test_loopback_is_open(address: str) -> None:
-    """On this machine alone nothing is asked for."""
+def test_loopback_needs_no_protection(address: str) -> None:
+    """A port that only this machine can reach needs neither TLS nor keys."""
     check(address)
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:80", "[2001:db8::1]:80"])
 @pytest.mark.parametrize(
-    ("options", "said", "unsaid"),
+    ("options", "present", "absent"),
     [
         ({}, ["--tls-certificate FILE --tls-key FILE", "--api-keys FILE"], []),
         (CERTIFICATE, ["without a key", "--api-keys FILE"], ["--tls-certificate"]),
         ({"api_keys": "keys.toml"}, ["without encryption", "--tls-certificate"], ["--api-keys"]),
     ],
 )
-def test_elsewhere_both_are_needed(address: str, options: dict, said: list[str], unsaid: list[str]) -> None:
-    """The refusal names the address and exactly what is missing, and the two other ways out."""
+def test_other_addresses_need_tls_and_keys(address: str, options: dict, present: list[str], absent: list[str]) -> None:
+    """The error names the exposed address, exactly the missing options, and the two alternatives."""
     with pytest.raises(Exposed) as caught:
         check("127.0.0.1:0", address, **options)
     text = str(caught.value)
     assert f"--1 {address}" in text
     assert "--0" not in text
     assert "--insecure" in text
-    assert all(each in text for each in said)
-    assert not any(each in text for each in unsaid)
+    assert all(each in text for each in present)
+    assert not any(each in text for each in absent)
 
 
-def test_both_or_a_word_let_it_listen(monkeypatch) -> None:
-    """With TLS and keys there is nothing to say; with --insecure there is a warning."""
+def test_tls_with_keys_or_insecure_allows_listening(monkeypatch) -> None:
+    """TLS and keys log nothing; `--insecure` logs a warning."""
     log = structlog.testing.CapturingLogger()
     monkeypatch.setattr(exposure, "_log", log)
     check("0.0.0.0:0", **CERTIFICATE, api_keys="keys.toml")
@@ -70,8 +70,8 @@ def test_both_or_a_word_let_it_listen(monkeypatch) -> None:
     assert [call.method_name for call in log.calls] == ["warning"]
 
 
-def test_a_bridge_may_leave_keys_to_its_upstream() -> None:
-    """It passes them on; that the upstream checks them, the operator has to say."""
+def test_a_bridge_may_rely_on_keys_checked_upstream() -> None:
+    """A bridge forwards keys, so the operator can declare that the upstream checks them."""
     with pytest.raises(Exposed, match="api-keys"):
         check_exposure(BridgeSettings(**CERTIFICATE), {"--web-address": "0.0.0.0:0"})
     check_exposure(BridgeSettings(**CERTIFICATE, upstream_checks_keys=True), {"--web-address": "0.0.0.0:0"})
@@ -86,32 +86,32 @@ def test_a_bridge_may_leave_keys_to_its_upstream() -> None:
         ["bridge", "--upstream-certificate", "a.pem"],
     ],
 )
-def test_halves_are_refused(arguments: list[str]) -> None:
-    """A certificate without its key, or the other way round, is a usage error."""
+def test_incomplete_tls_options_are_rejected(arguments: list[str]) -> None:
+    """A certificate without its key, or a key without its certificate, is a usage error."""
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert "--tls-key" in result.output or "--upstream-key" in result.output
 
 
 @pytest.mark.parametrize("command", ["serve", "bridge"])
-def test_what_cannot_be_used_ends_the_start(command: str, tmp_path: Path) -> None:
-    """An exposed address, a broken file of keys and a wrong certificate are each one sentence and exit code 1."""
+def test_unusable_settings_end_the_start_with_one_sentence(command: str, tmp_path: Path) -> None:
+    """An exposed address, a broken key file and a wrong certificate each print one sentence and exit with 1."""
     (tmp_path / "keys.toml").write_text("[[key")
     authority = Authority(tmp_path)
     authority.key.write_text("no key")
-    for options, said in (
+    for options, expected in (
         (["--web-address", "0.0.0.0:0"], "--insecure"),
         (["--api-keys", str(tmp_path / "keys.toml")], "is not TOML"),
         (authority.options(), "server.key"),
     ):
         result = CliRunner().invoke(app, [command, *options])
         assert result.exit_code == 1
-        assert said in result.output
+        assert expected in result.output
         assert "Traceback" not in result.output
 
 
 def test_a_bridge_with_a_wrong_certificate_for_its_upstream_does_not_start(tmp_path: Path) -> None:
-    """It would find out with the first call only, and blame the upstream."""
+    """Otherwise the first call would fail and blame the upstream."""
     authority = Authority(tmp_path)
     authority.key.write_text("no key")
     upstream = ["--upstream-certificate", str(authority.certificate), "--upstream-key", str(authority.key)]
@@ -121,7 +121,7 @@ def test_a_bridge_with_a_wrong_certificate_for_its_upstream_does_not_start(tmp_p
 
 
 def test_keys_add_prints_the_key_once(tmp_path: Path) -> None:
-    """The key opens a server with that file, which holds role, expiry and limits, and not the key."""
+    """The printed key is valid for a server with that file; the file holds role, expiry and limits, but not the key."""
     path = tmp_path / "keys.toml"
     limits = ["--requests-per-minute", "5", "--concurrent", "2", "--expires", "30"]
     result = CliRunner().invoke(app, ["keys", "add", "--name", "alice", "--file", str(path), *limits])
@@ -136,7 +136,7 @@ def test_keys_add_prints_the_key_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "said"),
+    ("options", "code", "expected"),
     [
         (["--name", "bob"], 1, "already"),
         (["--name", "a b"], 2, "--name"),
@@ -145,12 +145,14 @@ def test_keys_add_prints_the_key_once(tmp_path: Path) -> None:
         (["--name", "x", "--expires", "2027-01-01"], 2, "time zone"),
     ],
 )
-def test_keys_add_refuses_and_changes_nothing(options: list[str], code: int, said: str, tmp_path: Path) -> None:
-    """What is wrong is named by its option, and the file stays as it was."""
+def test_rejected_keys_add_leaves_the_file_unchanged(
+    options: list[str], code: int, expected: str, tmp_path: Path
+) -> None:
+    """The error names the wrong option, and the file does not change."""
     keyring = Keyring(tmp_path / "keys.toml")
     keyring.add("bob")
     before = keyring.path.read_text()
     result = CliRunner().invoke(app, ["keys", "add", "--file", str(keyring.path), *options])
     assert result.exit_code == code
-    assert said in result.output
+    assert expected in result.output
     assert keyring.path.read_text() == before

@@ -1,4 +1,4 @@
-"""The wire format, for any bytes."""
+"""The grpc-web wire format, for arbitrary bytes."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calotype_server.transport.grpcweb import framing
-from calotype_server.transport.grpcweb.framing import Refused, Status, decode_request, encode_message
+from calotype_server.transport.grpcweb.framing import CallRejected, Status, decode_request, encode_message
 from support.grpcweb import Frames, frame, parse_trailers
 
 
 @given(st.binary(), st.booleans())
-def test_any_body_is_a_message_or_refused(body: bytes, text: bool) -> None:
-    """Nothing else is raised, and what is accepted is what was framed."""
+def test_any_body_is_decoded_or_rejected(body: bytes, text: bool) -> None:
+    """No other exception is raised, and an accepted body is exactly one frame."""
     try:
         message = decode_request(body, text=text)
-    except Refused as refused:
-        assert refused.status.details
+    except CallRejected as rejected:
+        assert rejected.status.details
     else:
         assert text or body == frame(message)
 
 
 @given(st.binary(), st.data())
-def test_text_is_read_however_its_pieces_were_padded(message: bytes, data: st.DataObject) -> None:
-    """A client may encode any pieces one by one."""
+def test_base64_may_be_padded_anywhere(message: bytes, data: st.DataObject) -> None:
+    """A client may encode pieces of the frame separately."""
     wire = frame(message)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=4)))
     pieces = [wire[start:end] for start, end in zip([0, *cuts], [*cuts, len(wire)], strict=True)]
@@ -38,14 +38,14 @@ def test_text_is_read_however_its_pieces_were_padded(message: bytes, data: st.Da
 
 
 @given(st.binary(), st.booleans())
-def test_what_is_written_is_read_by_another(message: bytes, text: bool) -> None:
-    """Messages come back as they were."""
+def test_encoded_messages_are_decoded_by_an_independent_decoder(message: bytes, text: bool) -> None:
+    """The decoded message equals the original."""
     assert Frames(text=text).feed(encode_message(message, text=text)) == [(0, message)]
 
 
 @given(st.text(), st.booleans())
-def test_no_text_of_a_status_breaks_the_trailers(details: str, text: bool) -> None:
-    """Neither line breaks nor other alphabets: the trailers stay what they are."""
+def test_any_status_text_keeps_the_trailers_intact(details: str, text: bool) -> None:
+    """Line breaks and non-ASCII characters in the text do not add or change trailers."""
     status = Status(grpc.StatusCode.ABORTED, details.encode("utf-8", "ignore").decode(), (("x-a-bin", b"\r\n"),))
     [(flags, data)] = Frames(text=text).feed(framing.encode_trailers(status, text=text))
     trailers = parse_trailers(data)
@@ -55,16 +55,16 @@ def test_no_text_of_a_status_breaks_the_trailers(details: str, text: bool) -> No
 
 
 @given(st.text(max_size=12))
-def test_any_timeout_is_seconds_or_refused(value: str) -> None:
-    """Nothing else is raised."""
+def test_any_timeout_is_parsed_or_rejected(value: str) -> None:
+    """No other exception is raised."""
     try:
         assert framing.parse_timeout(value) >= 0
-    except Refused as refused:
-        assert "grpc-timeout" in refused.status.details
+    except CallRejected as rejected:
+        assert "grpc-timeout" in rejected.status.details
 
 
 @pytest.mark.parametrize("metadata", [(("a", 1),), (("a b", "x"),), (("", "x"),), (("a-bin", "x"),), (("a", b"x"),)])
-def test_metadata_that_is_none_is_refused(metadata) -> None:
-    """By its key."""
+def test_invalid_metadata_is_rejected(metadata) -> None:
+    """The error names the key."""
     with pytest.raises(ValueError, match="metadata was invalid"):
         framing.check_metadata(metadata)

@@ -1,4 +1,4 @@
-"""The page, as the web port hands it out."""
+"""The page as served by the web port."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.grpcweb import Connection
 
 @pytest.fixture
 async def address():
-    """A web port with the built page and no service behind it."""
+    """The address of a web port with the built page and without a service."""
 
     async def ready() -> bool:
         return True
@@ -36,7 +36,7 @@ async def get(address: str, path: str):
 
 
 def linked(html: str) -> list[str]:
-    """Returns the addresses that a document loads from."""
+    """Returns the URLs that a document loads."""
     found = []
 
     class Parser(HTMLParser):
@@ -47,8 +47,8 @@ def linked(html: str) -> list[str]:
     return found
 
 
-async def test_the_page_and_all_that_it_loads_are_there(address):
-    """Everything that the document names is served from beside it, and nothing comes from elsewhere."""
+async def test_the_page_and_its_resources_are_served(address):
+    """All resources of the document are served from the same origin."""
     status, headers, body = await get(address, "/")
     assert status == 200
     assert headers["content-type"].startswith("text/html")
@@ -62,7 +62,7 @@ async def test_the_page_and_all_that_it_loads_are_there(address):
 
 
 async def test_the_page_needs_no_inline_script_or_style(address):
-    """Its content security policy allows neither, and the document has none."""
+    """The content security policy allows neither, and the document contains neither."""
     _, headers, body = await get(address, "/")
     policy = headers["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -72,8 +72,8 @@ async def test_the_page_needs_no_inline_script_or_style(address):
     assert not re.search(rb"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=", body)
 
 
-async def test_only_files_named_for_their_content_are_kept(address):
-    """Browsers ask again for the document, never for what it loads, and an error is not kept."""
+async def test_only_files_with_a_content_hash_are_cached(address):
+    """Browsers revalidate the document, cache its assets permanently, and do not cache errors."""
     _, document, body = await get(address, "/")
     assert document["cache-control"] == "no-cache"
     asset = next(link for link in linked(body.decode()) if link.startswith("./assets/"))
@@ -84,8 +84,8 @@ async def test_only_files_named_for_their_content_are_kept(address):
 
 
 @pytest.mark.parametrize("path", ["/../pyproject.toml", "/%2e%2e/settings.py", "/assets/%2e%2e/%2e%2e/settings.py"])
-async def test_nothing_outside_the_page_is_served(address, path):
-    """A path cannot climb out of the folder."""
+async def test_paths_cannot_leave_the_page_folder(address, path):
+    """A path with parent folders does not return files outside of the page folder."""
     status, _, body = await get(address, path)
     assert status in (400, 404)
     assert b"CALOTYPE_" not in body

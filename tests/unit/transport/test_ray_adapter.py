@@ -1,4 +1,4 @@
-"""A servicer as a class with a method for each RPC, as Ray Serve calls it."""
+"""The class with one method per RPC that Ray Serve calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from calotype_server.transport.grpc.interceptors import interceptors
 
 
 class ServeContext:
-    """What Serve gives: it can be told a status, and told from."""
+    """Imitates Serve's context, which stores a status and trailing metadata."""
 
     def __init__(self) -> None:
         self.status, self.trailing = (grpc.StatusCode.OK, ""), []
@@ -42,7 +42,7 @@ class ServeContext:
 
 
 class Servicer(GenerationServiceServicer):
-    """Two messages and an error; an answer or an error."""
+    """`Generate` yields two messages and raises; `Cancel` returns or raises."""
 
     closed = False
 
@@ -62,7 +62,7 @@ class Servicer(GenerationServiceServicer):
 
 @rpc_methods(pb.DESCRIPTOR.services_by_name["GenerationService"])
 class Replica(RayServicer):
-    """As in `ray_app`."""
+    """Like the replica in `apps.ray`."""
 
     def __init__(self) -> None:
         self.handlers = HandlerRegistry(interceptors(Access()))
@@ -71,12 +71,12 @@ class Replica(RayServicer):
 
 
 def details(context: ServeContext) -> status_pb2.Status:
-    """The rich status that goes with the code."""
+    """Returns the status with its details."""
     return status_pb2.Status.FromString(dict(context.trailing)["grpc-status-details-bin"])
 
 
-async def test_messages_pass_and_an_error_becomes_the_status() -> None:
-    """A stream returns with its status set, since what is raised would lose the details."""
+async def test_a_stream_forwards_messages_and_sets_the_status_of_an_error() -> None:
+    """The method sets the status and returns, since Serve drops the details of a raised error."""
     context = ServeContext()
     seen = [message async for message in Replica().Generate(pb.GenerateRequest(), context)]
     assert [(message.sequence, message.seed) for message in seen] == [(1, 1), (2, 0)]
@@ -85,7 +85,7 @@ async def test_messages_pass_and_an_error_becomes_the_status() -> None:
 
 
 async def test_leaving_a_stream_closes_the_servicer() -> None:
-    """As soon as Serve closes the generator."""
+    """When Serve closes the generator, the servicer's generator is closed at once."""
     replica = Replica()
     stream = replica.Generate(pb.GenerateRequest(), ServeContext())
     await anext(stream)
@@ -94,21 +94,21 @@ async def test_leaving_a_stream_closes_the_servicer() -> None:
     assert replica.servicer.closed
 
 
-async def test_single_answers_pass_and_exceptions_are_hidden() -> None:
-    """An answer is returned; a bug is INTERNAL without its text."""
+async def test_a_unary_method_returns_its_answer_and_hides_exceptions() -> None:
+    """An answer is returned; an unexpected exception becomes INTERNAL without its text."""
     context = ServeContext()
     answer = await Replica().Cancel(pb.CancelRequest(generation_id="x"), context)
     assert answer.phase == pb.PHASE_QUEUED
     assert context.status == (grpc.StatusCode.OK, "")
-    refused = await Replica().Cancel(pb.CancelRequest(), context)
-    assert refused.SerializeToString() == b""
+    rejected = await Replica().Cancel(pb.CancelRequest(), context)
+    assert rejected.SerializeToString() == b""
     assert context.status[0] is grpc.StatusCode.INTERNAL
     assert "secret" not in context.status[1]
 
 
 @pytest.mark.parametrize("method", ["Generate", "Cancel"])
-async def test_a_call_without_a_key_is_refused(tmp_path, method: str) -> None:
-    """Interceptors surround every method, streaming or not."""
+async def test_a_call_without_a_key_is_rejected(tmp_path, method: str) -> None:
+    """Interceptors apply to streaming and unary methods."""
     keys = tmp_path / "keys"
     keys.write_text("")
     replica, context = Replica(), ServeContext()
@@ -123,5 +123,5 @@ async def test_a_call_without_a_key_is_refused(tmp_path, method: str) -> None:
 
 
 def test_the_class_can_be_pickled() -> None:
-    """Ray sends it to other processes by reference, or by value where it is not importable."""
+    """Ray pickles the class to send it to other processes."""
     assert pickle.loads(pickle.dumps(Replica)) is Replica

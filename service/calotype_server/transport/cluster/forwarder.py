@@ -1,7 +1,7 @@
-"""Calls of a web port passed on to servers elsewhere, as bytes, so that any service passes.
+"""Forwards the calls of a bridge to its upstream servers, as bytes, so that any service works.
 
-Of a request that concerns one generation, the id is read, for the server that has it; the lists of several servers are
-made one. Nothing else is decoded.
+It decodes only two things: the generation id of `Watch`, `Cancel` and `Finish`, to find the server that has the
+generation, and the lists of several servers, to merge them.
 """
 
 from __future__ import annotations
@@ -16,32 +16,38 @@ from google.protobuf.message import DecodeError
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.validation import validate_page
 from calotype_server.errors import UpstreamUnavailable
-from calotype_server.transport.cluster.upstreams import Health
+from calotype_server.transport.cluster.upstream import Health
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
 
-    from calotype_server.transport.cluster.upstreams import Upstream, Upstreams
+    from calotype_server.transport.cluster.upstream import Upstream
+    from calotype_server.transport.cluster.upstreams import Upstreams
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
-__all__ = ["Forwarder", "fail", "merge_pages", "outgoing"]
+__all__ = ["Forwarder", "abort_like", "forwarded_metadata", "merge_pages"]
 
 _METHOD = re.compile(r"/\w+(\.\w+)+/\w+")
 _SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
-_OF_ONE_GENERATION = {f"/{_SERVICE}/{name}" for name in ("Watch", "Cancel", "Finish")}
+_BY_GENERATION = {f"/{_SERVICE}/{name}" for name in ("Watch", "Cancel", "Finish")}
+"""Methods that only the server with the generation can answer."""
+
 _LIST = f"/{_SERVICE}/ListGenerations"
 _DETAILS = "grpc-status-details-bin"
 _RETRY_SECONDS = 2.0
 _LIST_SECONDS = 5.0
-"""For a server to tell its part of a list."""
+"""Time for an upstream to return its part of a list."""
+
+_RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+"""Statuses after which another upstream may accept the call."""
 
 
 class Forwarder(grpc.GenericRpcHandler):
-    """Answers every method with what a server answers: messages, metadata, status; deadline and cancel go with it.
+    """Answers every method with the messages, metadata and status of an upstream; passes on deadlines and cancels.
 
-    A method that answers once is a stream of one message here, which grpc-web does not tell apart. While nothing has
-    been passed on, a call that a server cannot take goes to the next.
+    It handles a unary method as a stream of one message, which looks the same in grpc-web. As long as it has passed
+    nothing on, it retries a call that an upstream cannot accept with the next one.
 
     Args:
         upstreams: The servers.
@@ -64,25 +70,25 @@ class Forwarder(grpc.GenericRpcHandler):
             while True:
                 upstream = candidates.pop(0)
                 with upstream.channel() as channel:
-                    call, begun = _call(channel, path, request, context), False
+                    call, started = _call(channel, path, request, context), False
                     try:
-                        if initial := _returning(await call.initial_metadata()):
-                            begun = True
+                        if initial := _returned_metadata(await call.initial_metadata()):
+                            started = True
                             await context.send_initial_metadata(initial)
                         message = await call.read()
-                        if not begun:
-                            begun = True
+                        if not started:
+                            started = True
                             await context.send_initial_metadata(())
                         while message is not grpc.aio.EOF:
                             yield message
                             message = await call.read()
-                        context.set_trailing_metadata(_returning(await call.trailing_metadata()))
+                        context.set_trailing_metadata(_returned_metadata(await call.trailing_metadata()))
                         return
                     except grpc.aio.AioRpcError as error:
-                        if _is_broken(error):
+                        if _is_connection_error(error):
                             upstream.health = Health.LOST
-                        if begun or not candidates or error.code() not in _ANOTHER_MAY:
-                            await fail(error, context)
+                        if started or not candidates or error.code() not in _RETRYABLE:
+                            await abort_like(error, context)
                     finally:
                         call.cancel()
 
@@ -90,19 +96,19 @@ class Forwarder(grpc.GenericRpcHandler):
         return handler
 
     async def _candidates(self, path: str, request: bytes, context: Context) -> list[Upstream]:
-        """Returns the servers that may answer, the likeliest first."""
-        if path in _OF_ONE_GENERATION:
-            metadata = outgoing(context.invocation_metadata())
-            if (home := await self._upstreams.home(_generation_id(request), metadata)) is not None:
-                return [home]
-        # Where it is gone, any server knows how to say so.
+        """Returns the servers that may answer, best first."""
+        if path in _BY_GENERATION:
+            metadata = forwarded_metadata(context)
+            if (owner := await self._upstreams.owner_of(_generation_id(request), metadata)) is not None:
+                return [owner]
+        # If the owner is gone, any server returns the right error.
         if not (candidates := self._upstreams.by_health()):
             raise _unavailable()
         return candidates
 
 
 def merge_pages(pages: Sequence[pb.ListGenerationsResponse], size: int) -> pb.ListGenerationsResponse:
-    """Makes one page of those of several servers, all cut at the same moment: the newest `size` of them all."""
+    """Merges pages of several servers that end before the same time into one page of the newest `size` entries."""
     known = [summary for page in pages for summary in page.generations]
     known.sort(key=lambda summary: -summary.create_time.ToNanoseconds())
     merged = pb.ListGenerationsResponse(generations=known[:size])
@@ -112,25 +118,25 @@ def merge_pages(pages: Sequence[pb.ListGenerationsResponse], size: int) -> pb.Li
 
 
 async def _list_all(upstreams: Sequence[Upstream], request: bytes, context: Context) -> bytes:
-    """Asks all for the same page; those that cannot be reached have nothing to tell."""
+    """Requests the same page from all servers and merges the results. Leaves out servers that do not respond."""
     deadline = context.time_remaining()
-    limit = _LIST_SECONDS if deadline is None else min(deadline, _LIST_SECONDS)
+    seconds = _LIST_SECONDS if deadline is None else min(deadline, _LIST_SECONDS)
 
-    async def ask(upstream: Upstream) -> bytes | grpc.aio.AioRpcError:
+    async def fetch(upstream: Upstream) -> bytes | grpc.aio.AioRpcError:
         with upstream.channel() as channel:
             try:
-                answer: bytes = await _call(channel, _LIST, request, context, limit).read()
+                page: bytes = await _call(channel, _LIST, request, context, seconds).read()
             except grpc.aio.AioRpcError as error:
                 return error
-            return answer
+            return page
 
-    answers = await asyncio.gather(*(ask(each) for each in upstreams if each.health is not Health.LOST))
-    pages = [pb.ListGenerationsResponse.FromString(each) for each in answers if isinstance(each, bytes)]
+    results = await asyncio.gather(*(fetch(each) for each in upstreams if each.health is not Health.LOST))
+    pages = [pb.ListGenerationsResponse.FromString(each) for each in results if isinstance(each, bytes)]
     if not pages:
-        failed = next((each for each in answers if isinstance(each, grpc.aio.AioRpcError)), None)
-        if failed is None:
+        error = next((each for each in results if isinstance(each, grpc.aio.AioRpcError)), None)
+        if error is None:
             raise _unavailable()
-        await fail(failed, context)
+        await abort_like(error, context)
     size, _ = validate_page(pb.ListGenerationsRequest.FromString(request))
     return merge_pages(pages, size).SerializeToString()
 
@@ -138,46 +144,47 @@ async def _list_all(upstreams: Sequence[Upstream], request: bytes, context: Cont
 def _call(channel: grpc.aio.Channel, path: str, request: bytes, context: Context, timeout: float | None = None) -> Any:
     method: Any = channel.unary_stream(path)
     timeout = context.time_remaining() if timeout is None else timeout
-    return method(request, timeout=timeout, metadata=outgoing(context.invocation_metadata()))
+    return method(request, timeout=timeout, metadata=forwarded_metadata(context))
 
 
 def _generation_id(request: bytes) -> str:
-    """Reads the id that a request begins with; empty when it is none, which the server then says."""
+    """Returns the generation id, the first field of the request; "" if it cannot be decoded, which a server reports."""
     try:
         return pb.CancelRequest.FromString(request).generation_id
     except DecodeError:
         return ""
 
 
-_ANOTHER_MAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
-
-
-def _is_broken(error: grpc.aio.AioRpcError) -> bool:
-    """Whether the connection failed, rather than the server having said so."""
-    details = any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
-    # A proxy resets a call whose server is gone, which gRPC takes for a cancel.
+def _is_connection_error(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the connection failed, as opposed to a status that the server sent."""
+    has_details = any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
+    # A proxy resets a call whose server is gone; gRPC reports that as a cancel.
     is_reset = error.code() is grpc.StatusCode.CANCELLED and "RST_STREAM" in (error.details() or "")
-    return is_reset or (error.code() is grpc.StatusCode.UNAVAILABLE and not details)
+    return is_reset or (error.code() is grpc.StatusCode.UNAVAILABLE and not has_details)
 
 
 def _unavailable() -> UpstreamUnavailable:
     return UpstreamUnavailable("The server behind this bridge cannot be reached.", retry_after=_RETRY_SECONDS)
 
 
-async def fail(error: grpc.aio.AioRpcError, context: Context) -> None:
-    """Ends a call as the one that was made for it has ended."""
-    if _is_broken(error):
-        # gRPC's own words for a connection that failed: addresses and system errors, which are not the caller's.
+async def abort_like(error: grpc.aio.AioRpcError, context: Context) -> None:
+    """Aborts a call with the status of the call that was made on its behalf.
+
+    Raises:
+        UpstreamUnavailable: The connection failed. gRPC's own text would reveal addresses and system errors.
+        grpc.aio.AbortError: In all other cases.
+    """
+    if _is_connection_error(error):
         raise _unavailable() from None
-    await context.abort(error.code(), error.details() or "", tuple(_returning(error.trailing_metadata())))
+    await context.abort(error.code(), error.details() or "", tuple(_returned_metadata(error.trailing_metadata())))
 
 
-def outgoing(metadata: Any) -> list[tuple[str, Any]]:
-    """Returns what of a call's metadata goes with the call that is made for it."""
-    # gRPC names itself, and refuses to be named by others.
-    return [(key, value) for key, value in metadata if key != "user-agent"]
+def forwarded_metadata(context: Context) -> list[tuple[str, Any]]:
+    """Returns the metadata of a call for the call that is made on its behalf."""
+    # gRPC sets its own user-agent and rejects another one.
+    return [(key, value) for key, value in context.invocation_metadata() or () if key != "user-agent"]
 
 
-def _returning(metadata: Any) -> list[tuple[str, Any]]:
-    """Returns what the upstream said, without what gRPC says of the connection to it."""
+def _returned_metadata(metadata: Any) -> list[tuple[str, Any]]:
+    """Returns the upstream's metadata, without the entries that describe our connection to it."""
     return [(key, value) for key, value in metadata or () if key == _DETAILS or not key.startswith("grpc-")]

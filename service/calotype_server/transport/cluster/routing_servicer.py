@@ -1,7 +1,8 @@
-"""Several servers behind one address that tells nobody which of them answers: they pass calls on among themselves.
+"""Routes calls between several servers behind one address, whose load balancer sends a call to any of them.
 
-`Watch`, `Cancel` and `Finish` are for the server that has begun the generation, which its id names; a list is that of
-all. Everything else is answered here; but when this server takes no more, others begin what is asked of it.
+`Watch`, `Cancel` and `Finish` go to the server that started the generation, which its id names. A list is merged from
+all servers. Every other call is answered by the server that receives it, but if that server accepts no new work,
+`Generate` goes to another one.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer, GenerationS
 from calotype_server.api.validation import validate_page
 from calotype_server.errors import NotReady
 from calotype_server.generations.ids import tag_of
-from calotype_server.transport.cluster.forwarder import fail, merge_pages, outgoing
-from calotype_server.transport.cluster.upstreams import CHANNEL_OPTIONS, Health, Upstream
+from calotype_server.transport.cluster.forwarder import abort_like, forwarded_metadata, merge_pages
+from calotype_server.transport.cluster.upstream import Health, Upstream
+from calotype_server.transport.grpc.options import CHANNEL_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
@@ -29,47 +31,47 @@ if TYPE_CHECKING:
 __all__ = ["PeerReplicas", "RoutingServicer"]
 
 _ANSWER_SECONDS = 5.0
-"""For a sibling to answer what is asked at once."""
+"""Time for another replica to answer a unary call."""
 
 
 class PeerReplicas:
-    """The other servers.
+    """The other servers behind the same address.
 
     Args:
-        tag: Of this server.
-        ask: Returns the address of the native port of each server by its tag, this one included.
+        tag: Tag of this server, see `generations.ids`.
+        list_addresses: Returns the address of the native port of each server by its tag, including this one.
     """
 
-    def __init__(self, tag: str, ask: Callable[[], Awaitable[Mapping[str, str]]]) -> None:
+    def __init__(self, tag: str, list_addresses: Callable[[], Awaitable[Mapping[str, str]]]) -> None:
         self._tag = tag
-        self._ask = ask
+        self._list_addresses = list_addresses
         self._known: dict[str, Upstream] = {}
 
     async def refresh(self) -> None:
-        """Asks who is there. Those who are gone are forgotten when their last call has ended."""
-        addresses = dict(await self._ask())
+        """Updates the list of servers. A removed server stays until its last call has ended."""
+        addresses = dict(await self._list_addresses())
         addresses.pop(self._tag, None)
         for tag in addresses.keys() - self._known.keys():
             self._known[tag] = Upstream(addresses[tag], grpc.aio.insecure_channel, CHANNEL_OPTIONS)
-        for tag in [tag for tag, each in self._known.items() if tag not in addresses and not each.streams]:
+        for tag in [tag for tag, each in self._known.items() if tag not in addresses and not each.active_calls]:
             await self._known.pop(tag).close()
 
-    async def home(self, generation_id: str) -> Upstream | None:
-        """Returns the sibling that has begun a generation. None when it is this server, or none, or does not answer."""
+    async def owner_of(self, generation_id: str) -> Upstream | None:
+        """Returns the other server that has a generation. None if this one has it, or if no other one responds."""
         tag = tag_of(generation_id)
         if tag in ("", self._tag):
             return None
         if tag not in self._known:
             await self.refresh()
         found = self._known.get(tag)
-        return found if found is not None and await _answers(found) else None
+        return found if found is not None and await _responds(found) else None
 
-    async def all(self) -> list[Upstream]:
-        """Returns those that answer."""
+    async def responding(self) -> list[Upstream]:
+        """Returns the servers that respond to a health check."""
         await self.refresh()
         known = list(self._known.values())
-        answers = await asyncio.gather(*map(_answers, known))
-        return [each for each, answering in zip(known, answers, strict=True) if answering]
+        responses = await asyncio.gather(*map(_responds, known))
+        return [each for each, responds in zip(known, responses, strict=True) if responds]
 
     async def close(self) -> None:
         """Closes all channels."""
@@ -78,47 +80,50 @@ class PeerReplicas:
 
 
 class RoutingServicer(GenerationServiceServicer):
-    """`calotype.v1.GenerationService` of all siblings.
+    """`calotype.v1.GenerationService` of all replicas together.
 
     Args:
-        own: Answers for this server.
-        siblings: The others.
+        local: The servicer of this server.
+        peer_replicas: The other servers.
     """
 
-    def __init__(self, own: GenerationServiceServicer, siblings: PeerReplicas) -> None:
-        self._own: Any = own
-        self._siblings = siblings
+    def __init__(self, local: GenerationServiceServicer, peer_replicas: PeerReplicas) -> None:
+        self._local: Any = local
+        self._peer_replicas = peer_replicas
 
     async def Generate(  # noqa: N802 - the name in the proto
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.Progress, None]:
-        """Starts a generation; see the proto. Here, but for a server that stops, or whose engine is dead."""
+        """Starts a generation here, or on another replica if this one is stopping or its engine is dead."""
         try:
-            async with contextlib.aclosing(self._own.Generate(request, context)) as messages:
+            async with contextlib.aclosing(self._local.Generate(request, context)) as messages:
                 async for message in messages:
                     yield message
             return
         except NotReady:
-            others = await self._siblings.all()
+            others = await self._peer_replicas.responding()
             if not others:
                 raise
-        home = min(others, key=lambda each: each.streams)
-        async with contextlib.aclosing(_passed_on("Generate", request, home, context)) as messages:
+        target = min(others, key=lambda each: each.active_calls)
+        async with contextlib.aclosing(_forward_stream("Generate", request, target, context)) as messages:
             async for message in messages:
                 yield message
 
     async def GetModel(  # noqa: N802
         self, request: pb.GetModelRequest, context: Context
     ) -> pb.Model:
-        """Describes the model, which all have; see the proto."""
-        return await self._own.GetModel(request, context)  # type: ignore[no-any-return]
+        """Describes the model, which is the same on all replicas."""
+        return await self._local.GetModel(request, context)  # type: ignore[no-any-return]
 
     async def Watch(  # noqa: N802
         self, request: pb.WatchRequest, context: Context
     ) -> AsyncGenerator[pb.Progress, None]:
-        """Streams a generation that was started before; see the proto."""
-        home = await self._siblings.home(request.generation_id)
-        stream = self._own.Watch(request, context) if home is None else _passed_on("Watch", request, home, context)
+        """Streams a generation from the replica that has it."""
+        owner = await self._peer_replicas.owner_of(request.generation_id)
+        if owner is None:
+            stream = self._local.Watch(request, context)
+        else:
+            stream = _forward_stream("Watch", request, owner, context)
         async with contextlib.aclosing(stream) as messages:
             async for message in messages:
                 yield message
@@ -126,45 +131,46 @@ class RoutingServicer(GenerationServiceServicer):
     async def Cancel(  # noqa: N802
         self, request: pb.CancelRequest, context: Context
     ) -> pb.CancelResponse:
-        """Cancels by id; see the proto."""
-        return await self._once("Cancel", request, context)  # type: ignore[no-any-return]
+        """Cancels a generation on the replica that has it."""
+        return await self._forward_unary("Cancel", request, context)  # type: ignore[no-any-return]
 
     async def Finish(  # noqa: N802
         self, request: pb.FinishRequest, context: Context
     ) -> pb.FinishResponse:
-        """Ends early by id; see the proto."""
-        return await self._once("Finish", request, context)  # type: ignore[no-any-return]
+        """Finishes a generation early on the replica that has it."""
+        return await self._forward_unary("Finish", request, context)  # type: ignore[no-any-return]
 
     async def ListGenerations(  # noqa: N802
         self, request: pb.ListGenerationsRequest, context: Context
     ) -> pb.ListGenerationsResponse:
-        """Lists what the caller may see, of all that answer; see the proto."""
+        """Merges the lists of all replicas that respond."""
         size, _ = validate_page(request)
-        pages = [await self._own.ListGenerations(request, context)]
+        pages = [await self._local.ListGenerations(request, context)]
 
-        async def ask(sibling: Upstream) -> None:
-            with contextlib.suppress(grpc.aio.AioRpcError), sibling.channel() as channel:
-                stub: Any = GenerationServiceStub(channel)
-                how = {"timeout": _ANSWER_SECONDS, "metadata": outgoing(context.invocation_metadata())}
-                pages.append(await stub.ListGenerations(request, **how))
+        async def fetch(replica: Upstream) -> None:
+            with contextlib.suppress(grpc.aio.AioRpcError), replica.channel() as channel:
+                pages.append(await _call_unary(GenerationServiceStub(channel), "ListGenerations", request, context))
 
-        await asyncio.gather(*map(ask, await self._siblings.all()))
+        await asyncio.gather(*map(fetch, await self._peer_replicas.responding()))
         return merge_pages(pages, size)
 
-    async def _once(self, method: str, request: Any, context: Context) -> Any:
-        home = await self._siblings.home(request.generation_id)
-        if home is None:
-            return await getattr(self._own, method)(request, context)
-        async with _at(home, context) as stub:
-            how = {"timeout": _ANSWER_SECONDS, "metadata": outgoing(context.invocation_metadata())}
-            return await getattr(stub, method)(request, **how)
+    async def _forward_unary(self, method: str, request: Any, context: Context) -> Any:
+        owner = await self._peer_replicas.owner_of(request.generation_id)
+        if owner is None:
+            return await getattr(self._local, method)(request, context)
+        async with _stub(owner, context) as stub:
+            return await _call_unary(stub, method, request, context)
 
 
-async def _passed_on(
-    method: str, request: Any, sibling: Upstream, context: Context
+async def _call_unary(stub: Any, method: str, request: Any, context: Context) -> Any:
+    return await getattr(stub, method)(request, timeout=_ANSWER_SECONDS, metadata=forwarded_metadata(context))
+
+
+async def _forward_stream(
+    method: str, request: Any, replica: Upstream, context: Context
 ) -> AsyncGenerator[pb.Progress, None]:
-    async with _at(sibling, context) as stub:
-        call = getattr(stub, method)(request, metadata=outgoing(context.invocation_metadata()))
+    async with _stub(replica, context) as stub:
+        call = getattr(stub, method)(request, metadata=forwarded_metadata(context))
         try:
             async for message in call:
                 yield message
@@ -173,15 +179,15 @@ async def _passed_on(
 
 
 @contextlib.asynccontextmanager
-async def _at(sibling: Upstream, context: Context) -> AsyncIterator[Any]:
-    """Lends a stub; an error of its calls becomes that of the call that they are made for."""
-    with sibling.channel() as channel:
+async def _stub(replica: Upstream, context: Context) -> AsyncIterator[Any]:
+    """Yields a stub for one call on another replica. If that call fails, `context` is aborted with the same status."""
+    with replica.channel() as channel:
         try:
             yield GenerationServiceStub(channel)
         except grpc.aio.AioRpcError as error:
-            await fail(error, context)
+            await abort_like(error, context)
 
 
-async def _answers(sibling: Upstream) -> bool:
-    await sibling.probe()
-    return sibling.health is not Health.LOST
+async def _responds(replica: Upstream) -> bool:
+    await replica.probe()
+    return replica.health is not Health.LOST

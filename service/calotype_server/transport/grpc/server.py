@@ -1,4 +1,4 @@
-"""The grpc.aio port: options, reflection, and an orderly stop."""
+"""The native gRPC port on grpc.aio, with reflection and a graceful stop."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from grpc_reflection.v1alpha import reflection
 from calotype_server.limits import PORT_LIMITS, PortLimits
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.transport.grpc.interceptors import interceptors
+from calotype_server.transport.grpc.options import server_options
 from calotype_server.transport.grpc.request_guard import RequestGuard
-from calotype_server.transport.net.address import check_free, in_use
+from calotype_server.transport.net.address import address_in_use, check_free
 from calotype_server.transport.net.call_limits import CallLimiter
 
 if TYPE_CHECKING:
@@ -28,12 +29,12 @@ class NativeServer:
     """Serves native gRPC on one address, with reflection.
 
     Args:
-        services: What to serve.
-        access: Who may call.
+        services: The services to offer.
+        access: Checks keys.
         certificates: For TLS, or None for plaintext.
-        limits: What a peer may take.
-        peers: Counts the calls of all ports; None for a count of its own.
-        observe: Told of calls and messages.
+        limits: What each connection and each host may use.
+        call_limiter: Counts the calls of a host on all ports; None to count those of this port only.
+        observe: Receives events about calls and messages.
     """
 
     def __init__(
@@ -43,14 +44,14 @@ class NativeServer:
         certificates: Certificates | None = None,
         *,
         limits: PortLimits = PORT_LIMITS,
-        peers: CallLimiter | None = None,
+        call_limiter: CallLimiter | None = None,
         observe: Observe = ignore,
     ) -> None:
         self._certificates = certificates
-        intake = RequestGuard(peers or CallLimiter(limits.max_calls_per_peer), limits.request_seconds, observe)
+        guard = RequestGuard(call_limiter or CallLimiter(limits.max_calls_per_peer), limits.request_seconds)
         self._server = grpc.aio.server(
-            interceptors=(intake, *interceptors(access, "native", observe)),
-            options=_options(limits),
+            interceptors=interceptors(access, "native", observe, guard),
+            options=server_options(limits),
             # JPEG and PNG do not compress: gzip would only cost time.
             compression=grpc.Compression.NoCompression,
         )
@@ -61,7 +62,7 @@ class NativeServer:
         """Listens on HOST:PORT and returns it with the real port.
 
         Raises:
-            AddressInUse: The address is taken or not one of this machine's.
+            AddressInUse: The address is in use, or does not belong to this machine.
         """
         check_free(address, _OPTION)
         try:
@@ -71,39 +72,10 @@ class NativeServer:
                 port = self._server.add_secure_port(address, self._certificates.grpc_credentials())
         except RuntimeError:
             await self._server.stop(None)
-            raise in_use(address, _OPTION) from None
+            raise address_in_use(address, _OPTION) from None
         await self._server.start()
         return f"{address.rpartition(':')[0]}:{port}"
 
     async def stop(self, grace: float) -> None:
-        """Closes the port; calls under way get `grace` seconds to deliver their end."""
+        """Closes the port. Active calls have `grace` seconds to send their last message."""
         await self._server.stop(grace)
-
-
-def _options(limits: PortLimits) -> list[tuple[str, int]]:
-    return [
-        # A second server on the same port must fail, not share it.
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_allowed_incoming_connections", limits.max_connections),
-        # A client keeps what exceeds this to itself, without a word; so it is more than a peer is allowed.
-        ("grpc.max_concurrent_streams", 2 * limits.max_calls_per_peer),
-        ("grpc.max_receive_message_length", limits.max_request_bytes),
-        ("grpc.max_send_message_length", 8 * 1024 * 1024),
-        # The first is a threshold from which calls are refused by chance.
-        ("grpc.max_metadata_size", limits.max_metadata_bytes),
-        ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
-        ("grpc.server_handshake_timeout_ms", _ms(limits.request_seconds)),
-        # A vanished peer is noticed also while nothing is sent; the timeout is TCP_USER_TIMEOUT too.
-        ("grpc.keepalive_time_ms", _ms(limits.keepalive_seconds)),
-        ("grpc.keepalive_timeout_ms", _ms(limits.keepalive_timeout_seconds)),
-        # What a frozen process is given: the kernel acknowledges for it.
-        ("grpc.http2.ping_timeout_ms", _ms(limits.keepalive_timeout_seconds)),
-        ("grpc.keepalive_permit_without_calls", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.http2.max_ping_strikes", 5),
-        ("grpc.max_connection_idle_ms", _ms(limits.idle_seconds)),
-    ]
-
-
-def _ms(seconds: float) -> int:
-    return round(seconds * 1000)

@@ -1,4 +1,4 @@
-"""What every gRPC port offers: the service and its health."""
+"""The services that every gRPC port offers: generation and health."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 
 class Services:
-    """The servicers that all ports share, so that a change of health is seen on each.
+    """The servicers that all ports share, so that every port reports the same health.
 
     Args:
         servicer: Answers the calls.
@@ -35,28 +35,28 @@ class Services:
         self._serving = False
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Registers everything on a server."""
+        """Registers all services on a server."""
         add_GenerationServiceServicer_to_server(self._servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
 
     @property
     def serving(self) -> bool:
-        """Whether calls are welcome, as `set_serving` said."""
+        """Whether the server accepts calls, as last set by `set_serving`."""
         return self._serving
 
     async def is_serving(self) -> bool:
-        """Whether calls are welcome; as a question that may take time, which a bridge's does."""
+        """Returns `serving`. Asynchronous because a bridge has to ask its upstreams for the same answer."""
         return self._serving
 
     async def set_serving(self, serving: bool) -> None:
-        """Tells health checks, of the service and of the whole server, whether calls are welcome."""
+        """Sets the health of the service and of the whole server."""
         self._serving = serving
         response = health_pb2.HealthCheckResponse
         for service in (_SERVICE, ""):
             await self._health.set(service, response.SERVING if serving else response.NOT_SERVING)
 
     def release_watchers(self) -> None:
-        """Ends the calls of those who watch the health: a server that stops would wait for them in vain."""
+        """Ends all health `Watch` calls, which would otherwise keep a stopping server waiting."""
         self._health.stopping.set()
 
 
@@ -66,7 +66,7 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
         self.stopping = asyncio.Event()
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - the name in the proto
-        """Tells the health whenever it changes."""
+        """Sends the health now and after every change."""
         watching = asyncio.ensure_future(super().Watch(request, context))
         stopping = asyncio.ensure_future(self.stopping.wait())
         try:

@@ -1,16 +1,16 @@
-"""grpc-web over ASGI: sonora's server and registry, with the path of a request rewritten.
+"""grpc-web over ASGI. It uses sonora's service registry and framing, and replaces the rest of sonora's server.
 
-sonora 0.2.3 loses messages, statuses, errors and cancels; `tests/contract/grpcweb/test_calls.py` has a case for each.
-What is kept of it: that it is a `grpc.Server`, which generated `add_..._to_server` functions fill, its registry, and
-its framing. One call runs through these modules:
+sonora 0.2.3 loses messages, statuses, errors and cancels; `tests/contract/grpcweb` has a test for each case. Two parts
+of it are used: its base class, a `grpc.Server` that generated `add_..._to_server` functions accept, and its framing.
+A call passes through these modules:
 
-| module | what it owns |
+| module | responsibility |
 |---|---|
-| `server` | which requests are calls; interceptors; an orderly stop |
-| `call` | one call: request, handler, deadline, disconnect, the one status that ends it |
-| `context` | what a servicer sees of it: `grpc.aio.ServicerContext` |
-| `response` | frames to the client, and readers who do not read |
-| `framing` | bytes and headers to messages and metadata, and back |
+| `server` | recognizes calls, applies interceptors, stops gracefully |
+| `call` | runs one call: request, handler, deadline, disconnect, and the one final status |
+| `context` | the servicer's view of a call: `grpc.aio.ServicerContext` |
+| `response` | sends frames to the client and drops stalled readers |
+| `framing` | converts bytes and headers to messages and metadata, and back |
 """
 
 from __future__ import annotations

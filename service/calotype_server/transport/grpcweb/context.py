@@ -1,13 +1,14 @@
-"""What a servicer sees of a grpc-web call."""
+"""The servicer's view of a grpc-web call."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
 
+from calotype_server.transport.grpc.context import AbortMixin
 from calotype_server.transport.grpcweb.framing import Status, check_metadata
 
 if TYPE_CHECKING:
@@ -23,14 +24,14 @@ _log = structlog.get_logger(__name__)
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-class Context(grpc.aio.ServicerContext[Any, Any]):
-    """A `grpc.aio.ServicerContext` that behaves as that of a native call, so that one servicer serves both.
+class Context(AbortMixin, grpc.aio.ServicerContext[Any, Any]):
+    """A `grpc.aio.ServicerContext` that behaves like that of a native call, so that one servicer serves both.
 
     Args:
-        response: Where messages go.
+        response: Sends messages to the client.
         metadata: Of the invocation.
         deadline: On the clock of `time.monotonic`, or None.
-        peer: As gRPC writes addresses, such as ipv4:127.0.0.1:4711.
+        peer: Address of the client in gRPC's notation, such as ipv4:127.0.0.1:4711.
     """
 
     def __init__(self, response: Response, metadata: tuple[Metadatum, ...], deadline: float | None, peer: str) -> None:
@@ -41,54 +42,32 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         self._code: grpc.StatusCode | None = None
         self._details = ""
         self._trailing: tuple[Metadatum, ...] = ()
-        self._abort: grpc.aio.AbortError | None = None
         self._callbacks: list[Callable[[Any], object]] = []
         self._cancelled = False
         self._done = False
         self.serializer: Callable[[Any], bytes] | None = None
-        """Of the method's responses; None when they are bytes."""
+        """Of the method's responses; None if they are bytes."""
 
     async def read(self) -> Any:
-        """Returns EOF: the one request was given to the handler."""
+        """Returns EOF: the handler already has the only request."""
         return grpc.aio.EOF
 
     async def write(self, message: Any) -> None:
         """Sends a message."""
-        if self._abort is not None:
-            raise self._abort
+        if self._abort_error is not None:
+            raise self._abort_error
         await self._response.write(message if self.serializer is None else self.serializer(message))
 
     async def send_initial_metadata(self, initial_metadata: Any) -> None:
-        """Sends the headers now, instead of with the first message."""
+        """Sends the headers now instead of with the first message."""
         await self._response.start(check_metadata(initial_metadata))
 
-    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
-        """Ends the call by raising.
-
-        Raises:
-            grpc.aio.AbortError: Always.
-        """
-        if self._abort is not None:
-            raise grpc.aio.UsageError("Abort already called!")
-        self._abort = grpc.aio.AbortError("Locally aborted.")
-        if code is grpc.StatusCode.OK:
-            code, details = grpc.StatusCode.UNKNOWN, details or "abort() was called with OK."
-        if trailing_metadata:
-            self.set_trailing_metadata(trailing_metadata)
-        self._code = code
-        self._details = details
-        raise self._abort
-
-    async def abort_with_status(self, status: Any) -> NoReturn:
-        """Ends the call by raising, as `abort` does."""
-        await self.abort(status.code, status.details, status.trailing_metadata)
-
     def set_code(self, code: grpc.StatusCode | int) -> None:
-        """Decides the status of a call whose handler returns."""
+        """Sets the status code for when the handler returns."""
         self._code = code if isinstance(code, grpc.StatusCode) else _CODES.get(code, grpc.StatusCode.UNKNOWN)
 
     def set_details(self, details: str) -> None:
-        """Decides the text of the status."""
+        """Sets the text of the status."""
         self._details = details
 
     def code(self) -> grpc.StatusCode | None:  # type: ignore[override]  # None at first, as in grpc.aio
@@ -96,19 +75,19 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         return self._code
 
     def details(self) -> str:
-        """Returns the text of the status so far."""
+        """Returns the text of the status that was set, or ""."""
         return self._details
 
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
-        """Decides what comes with the status."""
+        """Sets the metadata to send with the status."""
         self._trailing = check_metadata(trailing_metadata)
 
     def trailing_metadata(self) -> Any:
-        """Returns what will come with the status."""
+        """Returns the metadata to send with the status."""
         return self._trailing
 
     def invocation_metadata(self) -> Any:
-        """Returns what came with the request."""
+        """Returns the metadata that came with the request."""
         return self._metadata
 
     def set_compression(self, compression: grpc.Compression) -> None:
@@ -118,44 +97,48 @@ class Context(grpc.aio.ServicerContext[Any, Any]):
         """Does nothing: responses are not compressed."""
 
     def peer(self) -> str:
-        """Returns the address of the client, or of the proxy before it."""
+        """Returns the address of the client, or of the proxy in front of this server."""
         return self._peer
 
     def peer_identities(self) -> Iterable[bytes] | None:
-        """Returns None: the port is not authenticated."""
+        """Returns None: the port does not authenticate peers by certificate."""
         return None
 
     def peer_identity_key(self) -> str | None:
-        """Returns None: the port is not authenticated."""
+        """Returns None: the port does not authenticate peers by certificate."""
         return None
 
     def auth_context(self) -> Mapping[str, Iterable[bytes]]:
-        """Returns nothing: the port is not authenticated."""
+        """Returns an empty mapping: the port does not authenticate peers by certificate."""
         return {}
 
     def time_remaining(self) -> float | None:  # type: ignore[override]  # None without a deadline, as in grpc.aio
-        """Returns the seconds to the deadline, not below 0, or None when there is none."""
+        """Returns the seconds until the deadline, 0 or more, or None without a deadline."""
         return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
 
     def add_done_callback(self, callback: Callable[[Any], object]) -> None:
-        """Calls `callback` with this context when the call is over, however it ended."""
+        """Calls `callback` with this context when the call ends for any reason."""
         self._callbacks.append(callback)
 
     def cancelled(self) -> bool:
-        """Whether the call ended before its handler."""
+        """Whether the call ended before its handler did."""
         return self._cancelled
 
     def done(self) -> bool:
-        """Whether the call is over."""
+        """Whether the call has ended."""
         return self._done
 
     @property
     def status(self) -> Status:
-        """What the handler decided, so far."""
+        """The status that the handler has set so far; OK by default."""
         return Status(self._code or grpc.StatusCode.OK, self._details, self._trailing)
 
     def finish(self, *, cancelled: bool) -> None:
-        """Ends the call and tells those who asked."""
+        """Marks the call as ended and runs the done callbacks.
+
+        Args:
+            cancelled: Whether the call ended before its handler did.
+        """
         self._cancelled = cancelled
         self._done = True
         for callback in self._callbacks:

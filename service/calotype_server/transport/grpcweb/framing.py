@@ -1,7 +1,7 @@
-"""Bytes and headers to messages and metadata, and back.
+"""Converts bytes and headers to messages and metadata, and back.
 
-The wire format is `PROTOCOL-WEB.md` of grpc/grpc: a message is a flag byte, four bytes of length, and the bytes; the
-trailers are one more such frame, with the highest bit of the flag set. In text mode all of it is base64.
+The wire format is defined in `PROTOCOL-WEB.md` of grpc/grpc. A message is a flag byte, four bytes of length, and the
+bytes. The trailers are one more such frame, with the highest bit of the flag set. In text mode all of it is base64.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ACCEPTED",
-    "Refused",
+    "CallRejected",
     "Status",
     "check_metadata",
     "decode_metadata",
@@ -73,8 +73,8 @@ class Status(NamedTuple):
     trailing_metadata: Sequence[Metadatum] = ()
 
 
-class Refused(Exception):
-    """The call ends before its handler has begun."""
+class CallRejected(Exception):
+    """The request violates the protocol, so the call ends before its handler starts."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(details)
@@ -82,35 +82,35 @@ class Refused(Exception):
 
 
 def header(headers: Headers, name: bytes) -> str | None:
-    """Returns the first header of that name."""
+    """Returns the first header with that name, or None."""
     return next((value.decode("latin-1") for key, value in headers if key == name), None)
 
 
 def is_text(headers: Headers) -> bool | None:
-    """Returns whether a request is in text mode, or None when it is not grpc-web at all."""
+    """Returns whether a request is in text mode, or None if it is not grpc-web."""
     content_type = header(headers, b"content-type") or ""
     return ACCEPTED.get(content_type.partition(";")[0].strip().lower())
 
 
 def parse_timeout(value: str) -> float:
-    """Returns the seconds of a `grpc-timeout`: up to eight digits and a unit.
+    """Returns the seconds of a `grpc-timeout`: at most 8 digits and a unit.
 
     Raises:
-        Refused: It is something else.
+        CallRejected: The value has another form.
     """
     number, unit = value[:-1], value[-1:]
     if unit not in _UNITS or not (number.isascii() and number.isdecimal()) or len(number) > 8:
-        raise Refused(
-            grpc.StatusCode.INVALID_ARGUMENT, f"grpc-timeout: {value[:20]!r} is not up to 8 digits and a unit."
+        raise CallRejected(
+            grpc.StatusCode.INVALID_ARGUMENT, f"grpc-timeout: {value[:20]!r} is not at most 8 digits and a unit."
         )
     return int(number) * _UNITS[unit]
 
 
 def decode_metadata(headers: Headers) -> tuple[Metadatum, ...]:
-    """Returns what a servicer may see: not the headers of HTTP, of browsers and of gRPC itself, nor cookies.
+    """Returns the call's metadata: all headers except cookies and those of HTTP, browsers and gRPC itself.
 
     Raises:
-        Refused: The value of a `-bin` header is not base64.
+        CallRejected: The value of a `-bin` header is not base64.
     """
     metadata: list[Metadatum] = []
     for raw_key, raw_value in headers:
@@ -118,10 +118,10 @@ def decode_metadata(headers: Headers) -> tuple[Metadatum, ...]:
         if key in _NOT_METADATA or key.startswith(_NOT_METADATA_PREFIXES):
             continue
         if key.endswith("-bin"):
-            # HTTP may have joined several values; padding is optional.
+            # HTTP may join several values with commas; padding is optional.
             metadata += [(key, _from_base64(part.strip(), key)) for part in value.split(",")]
         elif _VALUE.fullmatch(value):
-            # gRPC knows printable ASCII only; anything else is some other layer's header.
+            # gRPC allows printable ASCII only; any other value belongs to another layer.
             metadata.append((key, value))
     return tuple(metadata)
 
@@ -130,7 +130,7 @@ def _from_base64(value: str, key: str) -> bytes:
     try:
         return base64.b64decode(value + "=" * (-len(value) % 4), validate=True)
     except ValueError:
-        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"{key}: the value is not base64.") from None
+        raise CallRejected(grpc.StatusCode.INVALID_ARGUMENT, f"{key}: the value is not base64.") from None
 
 
 def wire_size(limit: int, *, text: bool) -> int:
@@ -140,43 +140,47 @@ def wire_size(limit: int, *, text: bool) -> int:
 
 
 def decode_request(body: bytes, *, text: bool) -> bytes:
-    """Returns the one message that a request holds.
+    """Returns the one message in the body of a request.
 
     Raises:
-        Refused: The body is anything but one uncompressed message.
+        CallRejected: The body is not exactly one uncompressed message.
     """
     malformed = grpc.StatusCode.INVALID_ARGUMENT
     if text:
         body = _from_text(body)
     if len(body) < _PREFIX.size:
-        raise Refused(malformed, f"The request has {len(body)} bytes; a message begins with {_PREFIX.size} of its own.")
+        raise CallRejected(malformed, f"The request has {len(body)} bytes; a message has at least {_PREFIX.size}.")
     flags, length = _PREFIX.unpack_from(body)
     message = body[_PREFIX.size :]
     if flags & _TRAILERS_FLAG:
-        raise Refused(malformed, "The request begins with trailers instead of a message.")
+        raise CallRejected(malformed, "The request starts with trailers instead of a message.")
     if flags & _COMPRESSED_FLAG:
-        raise Refused(grpc.StatusCode.UNIMPLEMENTED, "Compressed requests are not supported: send identity.")
+        raise CallRejected(
+            grpc.StatusCode.UNIMPLEMENTED, "Compressed requests are not supported: send the message uncompressed."
+        )
     if len(message) != length:
-        raise Refused(malformed, f"The request announces one message of {length} bytes, and has {len(message)}.")
+        raise CallRejected(malformed, f"The request announces a message of {length} bytes but has {len(message)}.")
     return message
 
 
 def _from_text(body: bytes) -> bytes:
-    """Decodes base64 that may have been padded wherever the sender's pieces ended."""
+    """Decodes base64 with padding anywhere: a sender may encode each piece separately."""
     segments = _BASE64_SEGMENT.findall(body)
     if sum(map(len, segments)) == len(body):
         try:
             return b"".join(base64.b64decode(segment, validate=True) for segment in segments)
         except binascii.Error:
             pass
-    raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "The request is not base64, as its content type says.")
+    raise CallRejected(
+        grpc.StatusCode.INVALID_ARGUMENT, "The request is not base64, although its content type says so."
+    )
 
 
 def check_metadata(metadata: Iterable[Metadatum]) -> tuple[Metadatum, ...]:
     """Returns `metadata` as a tuple.
 
     Raises:
-        ValueError: A key or value is not what gRPC allows; on the wire it could pass for another header.
+        ValueError: gRPC does not allow a key or value; on the wire it could look like another header.
     """
     checked = tuple((key, value) for key, value in metadata)
     for key, value in checked:
@@ -197,10 +201,10 @@ def encode_message(message: bytes, *, text: bool) -> bytes:
 
 
 def encode_trailers(status: Status, *, text: bool) -> bytes:
-    """Returns the frame that ends a response."""
+    """Returns the frame with the trailers, which ends a response."""
     trailers = [("grpc-status", str(status.code.value[0]))]
     if status.details:
-        # Percent-encoded UTF-8, but for the printable ASCII that is not the percent sign itself.
+        # Percent-encoded UTF-8, except for printable ASCII other than the percent sign.
         trailers.append(("grpc-message", quote(status.details, safe=_UNQUOTED, errors="replace")))
     trailers += protocol.encode_headers(status.trailing_metadata)
     return _to_wire(protocol.wrap_message(True, False, protocol.pack_trailers(trailers)), text)

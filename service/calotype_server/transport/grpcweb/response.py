@@ -1,4 +1,4 @@
-"""Frames to the client, and what to do with one who does not read."""
+"""Sends frames to a grpc-web client and detects stalled readers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["Response", "Stalled"]
 
 
 class Stalled(Exception):
-    """The client took nothing for too long. Nothing more can be told to it, the status least of all."""
+    """The client read nothing for too long. Nothing more can be sent to it, not even a status."""
 
 
 class Response:
-    """The answer to one call: headers once, then frames, then trailers, each written whole.
+    """The response to one call: headers once, then frames, then trailers. Each is written as a whole.
 
-    Errors are always trailers in the body of a 200: a page of another origin need not be allowed to see headers, and
-    what comes before the first message looks the same as what comes after it.
+    Errors are always trailers in the body of an HTTP 200. Pages of other origins may not be allowed to read headers,
+    and this way an error before the first message looks the same as one after it.
 
     Args:
-        send: Of ASGI.
+        send: The ASGI send function.
         text: Whether to write base64.
         timeout: Seconds that the client may leave one frame unread.
     """
@@ -41,49 +41,59 @@ class Response:
         self._closed = False
 
     async def start(self, metadata: Sequence[Metadatum] = ()) -> None:
-        """Sends the headers at once.
+        """Sends the headers now.
 
         Raises:
-            grpc.aio.UsageError: They have been sent.
+            grpc.aio.UsageError: They were already sent.
+            Stalled: The client does not read.
         """
         if self._started:
             raise grpc.aio.UsageError("Initial metadata has been sent already.")
         await self._send_headers(framing.encode_headers(metadata))
-        # Some servers hold the headers back until there is a body.
+        # Some servers hold the headers back until the first piece of the body.
         await self._send(b"", more=True)
 
     async def write(self, message: bytes) -> None:
-        """Sends a message."""
+        """Sends a message.
+
+        Raises:
+            Stalled: The client does not read.
+            asyncio.CancelledError: The status is already decided.
+        """
         if self._closed:
-            # The status is decided: a handler that swallowed its cancellation writes no more.
+            # Stops a handler that swallowed its cancellation.
             raise asyncio.CancelledError
         if not self._started:
             await self._send_headers()
         await self._send(framing.encode_message(message, text=self._text), more=True)
-        # A send that never waits must not keep the loop from noticing that the client has left.
+        # Lets the event loop notice a disconnect even if sending never has to wait.
         await asyncio.sleep(0)
 
     def close(self) -> None:
-        """Lets no message follow."""
+        """Prevents further messages."""
         self._closed = True
 
     async def finish(self, status: Status) -> None:
-        """Sends the trailers; nothing may follow."""
+        """Sends the trailers, after which nothing may follow.
+
+        Raises:
+            Stalled: The client does not read.
+        """
         self.close()
         trailers = framing.encode_trailers(status, text=self._text)
         if not self._started:
             await self._send_headers([(b"content-length", str(len(trailers)).encode())])
         await self._send(trailers, more=False)
 
-    async def _send_headers(self, further: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    async def _send_headers(self, extra: Sequence[tuple[bytes, bytes]] = ()) -> None:
         self._started = True
-        kind = b"application/grpc-web-text+proto" if self._text else b"application/grpc-web+proto"
+        content_type = b"application/grpc-web-text+proto" if self._text else b"application/grpc-web+proto"
         headers = [
-            (b"content-type", kind),
+            (b"content-type", content_type),
             (b"cache-control", b"no-store"),
-            # nginx would collect the stream until it is over.
+            # Otherwise nginx buffers the stream until it ends.
             (b"x-accel-buffering", b"no"),
-            *further,
+            *extra,
         ]
         await self._send_in_time({"type": "http.response.start", "status": 200, "headers": headers})
 

@@ -1,4 +1,4 @@
-"""Which requests are calls, what surrounds them, and an orderly stop."""
+"""Recognizes grpc-web calls, applies limits and interceptors to them, and stops gracefully."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from grpc_status import rpc_status
 from sonora.asgi import grpcASGI
 from starlette.responses import PlainTextResponse
 
-from calotype_server.api import encoding
 from calotype_server.errors import NotReady, ServiceError
 from calotype_server.limits import PORT_LIMITS, PortLimits
 from calotype_server.observability.events import CallRefused, Observe, ignore
+from calotype_server.transport.grpc.dispatch import find_handler
 from calotype_server.transport.grpcweb import framing
-from calotype_server.transport.grpcweb.call import Call
-from calotype_server.transport.grpcweb.framing import Status
+from calotype_server.transport.grpcweb.call import Call, status_of
 from calotype_server.transport.net.call_limits import CallLimiter
 
 if TYPE_CHECKING:
@@ -24,23 +22,25 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from calotype_server.transport.grpcweb.framing import Status
+
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 __all__ = ["GrpcWeb"]
 
 _RETRY_SECONDS = 5.0
-"""After which a server that stops is likely to be back."""
+"""Time after which a stopping server has probably restarted."""
 
 
 class GrpcWeb(grpcASGI):  # type: ignore[misc]
     """An ASGI app that answers grpc-web, and a `grpc.Server` to register servicers on.
 
     Args:
-        application: The ASGI app for every other request.
-        interceptors: As those of a native server, the outermost first.
-        limits: What a peer may take.
-        peers: Counts the calls of all ports; None for a count of its own.
-        observe: Told of calls that are refused because there are too many.
+        application: The ASGI app for all other requests.
+        interceptors: Of every call, outermost first.
+        limits: Sizes and timeouts.
+        call_limiter: Counts the calls of a host on all ports; None to count those of this port only.
+        observe: Receives an event for each call rejected by the call limiter.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
         *,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         limits: PortLimits = PORT_LIMITS,
-        peers: CallLimiter | None = None,
+        call_limiter: CallLimiter | None = None,
         observe: Observe = ignore,
     ) -> None:
         super().__init__(application, enable_cors=False)
         self._interceptors = tuple(interceptors)
         self._limits = limits
-        self._peers = peers or CallLimiter(limits.max_calls_per_peer)
+        self._call_limiter = call_limiter or CallLimiter(limits.max_calls_per_peer)
         self._observe = observe
         self._calls: set[Call] = set()
         self._idle = asyncio.Event()
@@ -64,7 +64,7 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
 
     @property
     def active_calls(self) -> int:
-        """Calls that have not been answered to the end."""
+        """Number of calls whose response is not complete."""
         return len(self._calls)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -77,59 +77,49 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
         if text is None and self._get_rpc_handler(path) is None:
             await self._application(scope, receive, send)
         elif scope["method"] != "POST":
-            refusal = PlainTextResponse("A call is a POST.\n", 405, {"allow": "POST"})
-            await refusal(scope, receive, send)
+            rejection = PlainTextResponse("Use POST.\n", 405, {"allow": "POST"})
+            await rejection(scope, receive, send)
         elif text is None:
-            # Any other type a page of another origin could send without asking first.
+            # Pages of other origins could send some other types without a CORS preflight request.
             accepted = ", ".join(framing.ACCEPTED)
-            refusal = PlainTextResponse(f"A call has one of these types: {accepted}\n", 415, {"accept-post": accepted})
-            await refusal(scope, receive, send)
+            rejection = PlainTextResponse(
+                f"Use one of these content types: {accepted}\n", 415, {"accept-post": accepted}
+            )
+            await rejection(scope, receive, send)
         else:
             await self._run(Call(path, scope, receive, send, text=text, limits=self._limits))
 
     async def stop(self, grace: float | None = None) -> None:
-        """Refuses new calls; those under way get `grace` seconds to end, and then UNAVAILABLE."""
+        """Rejects new calls. Active calls have `grace` seconds to end; those still active then end with UNAVAILABLE."""
         self._stopping = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), grace or 0)
         for call in list(self._calls):
-            call.end(_stopping())
-        # Each is bounded by the time that a reader has.
+            call.end(_stopping_status())
+        # The stall timeout bounds this wait.
         await self._idle.wait()
 
     async def _run(self, call: Call) -> None:
         self._calls.add(call)
         self._idle.clear()
         if self._stopping:
-            call.end(_stopping())
+            call.end(_stopping_status())
         try:
             with contextlib.ExitStack() as counted:
                 try:
-                    counted.enter_context(self._peers.admit(call.peer))
+                    counted.enter_context(self._call_limiter.admit(call.peer))
                 except ServiceError as error:
                     self._observe(CallRefused(error.reason))
-                    call.end(_status(error))
-                await call.run(self._resolve)
+                    call.end(status_of(error))
+                await call.run(self._find_handler)
         finally:
             self._calls.discard(call)
             if not self._calls:
                 self._idle.set()
 
-    async def _resolve(self, details: grpc.HandlerCallDetails) -> Handler | None:
-        """Asks the interceptors, and at last the registry."""
-
-        async def ask(index: int, details: grpc.HandlerCallDetails) -> Any:
-            if index == len(self._interceptors):
-                return next(filter(None, (handler.service(details) for handler in self._handlers)), None)
-            return await self._interceptors[index].intercept_service(lambda given: ask(index + 1, given), details)
-
-        handler: Handler | None = await ask(0, details)
-        return handler
+    async def _find_handler(self, details: grpc.HandlerCallDetails) -> Handler | None:
+        return await find_handler(details, self._interceptors, self._handlers)
 
 
-def _stopping() -> Status:
-    return _status(NotReady("The server is stopping.", retry_after=_RETRY_SECONDS))
-
-
-def _status(error: ServiceError) -> Status:
-    return Status(*rpc_status.to_status(encoding.encode_error(error)))
+def _stopping_status() -> Status:
+    return status_of(NotReady("The server is stopping.", retry_after=_RETRY_SECONDS))

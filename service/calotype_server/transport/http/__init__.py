@@ -1,4 +1,4 @@
-"""HTTP for whoever does not speak gRPC: server-sent events, a WebSocket, OpenAI's images API, and their description."""
+"""HTTP for clients without gRPC: server-sent events, a WebSocket, OpenAI's images API, and their OpenAPI document."""
 
 from calotype_server.transport.http.application import HttpApi
 

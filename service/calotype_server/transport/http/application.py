@@ -1,4 +1,4 @@
-"""Puts the HTTP API together: routes, errors, the OpenAPI document and a page that shows it."""
+"""Assembles the HTTP API: routes, errors, the OpenAPI document and a page that shows it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from starlette.routing import Mount, Route
 
 from calotype_server import __version__
 from calotype_server.observability.events import Observe, ignore
-from calotype_server.transport.http.calotype_routes import native_routes
+from calotype_server.transport.http.calotype_routes import calotype_routes
 from calotype_server.transport.http.docs import STYLE, render
 from calotype_server.transport.http.middleware import HttpMiddleware
 from calotype_server.transport.http.openai_models import ImageEvent
 from calotype_server.transport.http.openai_routes import openai_routes
 from calotype_server.transport.http.page import HEADERS
 from calotype_server.transport.http.problems import ERRORS, handle_errors
-from calotype_server.transport.http.websocket import socket_routes
+from calotype_server.transport.http.websocket import websocket_routes
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
 __all__ = ["HttpApi"]
 
 _PREFIX = "/v1"
-_DESCRIPTION = """Streams an image while a diffusion model denoises it. JSON has the names of the proto (snake_case);
-64-bit integers come as strings, durations as "1.5s", and what is 0, empty or absent is left out. `/v1/ws` is a
-WebSocket for the same, which OpenAPI cannot describe."""
+_DESCRIPTION = """Streams an image while a diffusion model denoises it. JSON uses the field names of the proto
+(snake_case). 64-bit integers are strings, durations look like "1.5s", and fields that are 0, empty or absent are left
+out. `/v1/ws` is a WebSocket with the same features, which OpenAPI cannot describe."""
 
 
 class HttpApi:
-    """The HTTP API, to be served at the root.
+    """The HTTP API, to be mounted at the root.
 
     Args:
-        api: Does what is asked for.
-        access: Who may call. The document and its page are for everybody.
-        limits: What a peer may take.
-        peers: Counts what each has under way.
-        observe: Told of requests and of what is sent.
+        api: Implements the operations.
+        access: Checks keys. The document and its page need none.
+        limits: Sizes and timeouts.
+        call_limiter: Counts the calls of each host.
+        observe: Receives events about requests and messages.
     """
 
     def __init__(
-        self, api: Api, access: Access, limits: PortLimits, peers: CallLimiter, observe: Observe = ignore
+        self, api: Api, access: Access, limits: PortLimits, call_limiter: CallLimiter, observe: Observe = ignore
     ) -> None:
         self._application = application = FastAPI(
             title="Calotype",
@@ -62,31 +62,31 @@ class HttpApi:
             responses=ERRORS,
         )
         handle_errors(application, observe)
-        for routes in (openai_routes(api), native_routes(api), socket_routes(api, peers, observe)):
+        for routes in (openai_routes(api), calotype_routes(api), websocket_routes(api, call_limiter, observe)):
             application.include_router(routes)
-        self._edge = HttpMiddleware(application, access, limits, peers, observe)
+        self._middleware = HttpMiddleware(application, access, limits, call_limiter, observe)
         self._page: str | None = None
 
     @property
     def document(self) -> dict[str, Any]:
         """The OpenAPI document."""
         document = self._application.openapi()
-        # Those of events, which OpenAPI 3.1 has no place for.
+        # OpenAPI 3.1 cannot describe events, so their schemas are added here.
         event = ImageEvent.model_json_schema(ref_template="#/components/schemas/{model}")
         document["components"]["schemas"] |= event.pop("$defs") | {event["title"]: event}
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        # Without keys on the server, none is asked for.
+        # The empty entry is for servers without keys.
         document["security"] = [{"key": []}, {}]
         return document
 
     @property
     def routes(self) -> list[BaseRoute]:
-        """The API under /v1, its document and the page that shows it."""
+        """The API under /v1, its document and the page that shows the document."""
         return [
             Route("/openapi.json", self._openapi),
             Route("/docs", self._docs),
             Route("/docs.css", self._style),
-            Mount(_PREFIX, self._edge),
+            Mount(_PREFIX, self._middleware),
         ]
 
     async def _openapi(self, _: Request) -> Response:

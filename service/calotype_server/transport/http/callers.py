@@ -1,4 +1,4 @@
-"""Whose request it is: decided at the edge, before anything of it is read."""
+"""Identifies the caller of a request in the middleware, before its body is read."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _KEY = "calotype.caller"
 
 
 def admit(access: Access, scope: Any) -> None:
-    """Notes who sends a request or opens a WebSocket.
+    """Stores the caller of a request or WebSocket in its scope, and binds its id to the log.
 
     Raises:
-        Unauthenticated: It comes without a good key.
+        Unauthenticated: It has no valid key.
     """
     caller = access.authenticate(from_scope(scope), peer_of(scope))
     structlog.contextvars.bind_contextvars(caller=caller.id)
@@ -31,5 +31,5 @@ def admit(access: Access, scope: Any) -> None:
 
 
 def caller_of(connection: HTTPConnection) -> Caller:
-    """Returns who that is."""
+    """Returns the caller that `admit` stored."""
     return cast(Caller, connection.scope[_KEY])

@@ -1,4 +1,4 @@
-"""The OpenAPI document as a page: plain HTML, no script, nothing from elsewhere."""
+"""Renders the OpenAPI document as plain HTML without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _TEMPLATES = Environment(
 
 
 def render(document: dict[str, Any], prefix: str) -> str:
-    """Returns the page.
+    """Returns the page as HTML.
 
     Args:
         document: OpenAPI 3.1.
-        prefix: What comes before every path in it.
+        prefix: Prepended to every path in the document.
     """
     schemas = document["components"]["schemas"]
     template = _TEMPLATES.get_template("docs.html")
@@ -29,7 +29,7 @@ def render(document: dict[str, Any], prefix: str) -> str:
 
 
 def kind(schema: dict[str, Any]) -> tuple[str, str]:
-    """Returns what a schema is, in words, and the name of the one that it refers to or is made of, or nothing."""
+    """Returns a description of a schema in words, and the name of the schema that it refers to; either may be ""."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return "", name

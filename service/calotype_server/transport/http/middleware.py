@@ -1,4 +1,4 @@
-"""Around every HTTP request and WebSocket: bounds on what comes and on readers who take nothing, ids, last resorts."""
+"""Surrounds every HTTP request and WebSocket: identifies callers, applies limits, binds log ids, handles errors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from uvicorn.protocols.utils import ClientDisconnected
 
-from calotype_server.errors import RequestTooLarge, RequestTooLate, ServiceError
+from calotype_server.errors import ServiceError
 from calotype_server.observability.events import CallEnded, CallRefused, MessageSent, Observe, ignore
 from calotype_server.transport.http.callers import admit
-from calotype_server.transport.http.problems import answer
-from calotype_server.transport.net.body import Gone, TooLarge, TooSlow, read_body
+from calotype_server.transport.http.problems import error_response
+from calotype_server.transport.net.body import ClientGone, read_body
 from calotype_server.transport.net.credentials import peer_of
 from calotype_server.transport.net.request_id import bind_request_id, bind_traceparent
 
@@ -23,94 +23,88 @@ if TYPE_CHECKING:
 
 __all__ = ["HttpMiddleware"]
 
-_READ = (b"traceparent", b"x-request-id")
+_LOGGED_HEADERS = (b"traceparent", b"x-request-id")
 
 _log = structlog.get_logger(__name__)
 
 
 class HttpMiddleware:
-    """An ASGI middleware through which everything of the HTTP API comes and leaves.
+    """An ASGI middleware around the whole HTTP API.
 
     Args:
-        application: What is surrounded.
-        access: Who may call.
-        limits: What a peer may take.
-        peers: Counts what each has under way.
-        observe: Told of requests and of what is sent.
+        application: The app inside.
+        access: Checks keys.
+        limits: Sizes and timeouts.
+        call_limiter: Counts the calls of each host.
+        observe: Receives events about requests and messages.
     """
 
     def __init__(
-        self, application: Any, access: Access, limits: PortLimits, peers: CallLimiter, observe: Observe = ignore
+        self, application: Any, access: Access, limits: PortLimits, call_limiter: CallLimiter, observe: Observe = ignore
     ) -> None:
         self._application = application
         self._access = access
         self._limits = limits
-        self._peers = peers
+        self._call_limiter = call_limiter
         self._observe = observe
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Passes one request on."""
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in _READ}
+        """Handles one request or WebSocket."""
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in _LOGGED_HEADERS}
         bind_traceparent(headers.get(b"traceparent"))
         transport = "websocket" if scope["type"] == "websocket" else "http"
         request_id = bind_request_id(headers.get(b"x-request-id"))
-        exit_ = _ResponseSender(send, self._limits.stall_seconds, request_id, transport, self._observe)
+        sender = _ResponseSender(send, self._limits.stall_seconds, request_id, transport, self._observe)
         try:
             admit(self._access, scope)
-            with self._peers.admit(peer_of(scope)):
+            with self._call_limiter.admit(peer_of(scope)):
                 if scope["type"] == "http":
                     receive = await self._with_body(scope, receive)
-                await self._application(scope, receive, exit_.send)
-        except (Gone, ClientDisconnected):
+                await self._application(scope, receive, sender.send)
+        except (ClientGone, ClientDisconnected):
             return
         except ServiceError as error:
             self._observe(CallRefused(error.reason))
-            await answer(error)(scope, receive, exit_.send)
+            await error_response(error)(scope, receive, sender.send)
             if scope["type"] == "websocket":
-                # It was answered, but uvicorn takes a return for an oversight and logs it as an error.
+                # The response is sent, but uvicorn logs an error if a WebSocket app returns without accepting.
                 raise ClientDisconnected from None
         except Exception as error:
-            if exit_.stalled:
-                # Not finishing makes the server close the connection.
-                _log.warning("a reader stalled and was dropped", seconds=self._limits.stall_seconds)
+            if sender.stalled:
+                # Returning without a final event makes the server close the connection.
+                _log.warning("dropped a stalled reader", seconds=self._limits.stall_seconds)
             else:
                 _log.error("request failed", path=scope["path"], exc_info=error)
         finally:
-            # Set by the router; of the few functions that there are.
+            # The router sets the endpoint; there are few, so the metrics stay bounded.
             endpoint = getattr(scope.get("endpoint"), "__name__", "other")
-            self._observe(CallEnded(transport, endpoint, exit_.status))
+            self._observe(CallEnded(transport, endpoint, sender.status))
 
     async def _with_body(self, scope: Any, receive: Any) -> Any:
-        """Reads the body and returns a `receive` that hands it out, whole."""
+        """Reads the body and returns a `receive` that first returns it as a whole."""
         limits = self._limits
-        try:
-            body = await read_body(scope, receive, most=limits.max_request_bytes, seconds=limits.request_seconds)
-        except TooLarge:
-            raise RequestTooLarge(f"The request is larger than {limits.max_request_bytes} bytes.") from None
-        except TooSlow:
-            late = f"The request had not arrived after {limits.request_seconds:g} seconds."
-            raise RequestTooLate(late) from None
-        whole = {"type": "http.request", "body": body, "more_body": False}
-        waiting = [whole]
+        body = await read_body(scope, receive, max_bytes=limits.max_request_bytes, seconds=limits.request_seconds)
+        pending = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def received() -> Any:
-            return waiting.pop() if waiting else await receive()
+        async def receive_with_body() -> Any:
+            return pending.pop() if pending else await receive()
 
-        return received
+        return receive_with_body
 
 
 class _ResponseSender:
-    """Where everything leaves.
+    """Sends the events of a response: adds the request id, counts bytes, and times out.
 
     Args:
-        send: Of ASGI.
-        seconds: Time that a client may leave one piece unread.
-        request_id: Told in the head of the answer.
+        send: The ASGI send function.
+        seconds: Time that a client may leave one event unread.
+        request_id: Sent as the header `x-request-id`.
         transport: Its name in the metrics.
-        observe: Told of what is sent.
+        observe: Receives an event for each message.
 
     Attributes:
-        status: Number of the answer's status, as text; 499 while there is none, as for a client who has left.
+        status: HTTP status of the response, as text. 499 as long as there is none, as for a client that disconnected.
+        stalled: Whether the client did not read in time.
     """
 
     def __init__(self, send: Any, seconds: float, request_id: str, transport: str, observe: Observe) -> None:
@@ -123,11 +117,15 @@ class _ResponseSender:
         self.stalled = False
 
     async def send(self, event: Any) -> None:
-        """Sends one piece."""
+        """Sends one event.
+
+        Raises:
+            TimeoutError: The client did not read in time.
+        """
         if event["type"] == "http.response.start":
-            named = (b"x-request-id", self._request_id.encode("ascii"))
-            event = {**event, "headers": [*event.get("headers", ()), named]}
-        self._count(event)
+            header = (b"x-request-id", self._request_id.encode("ascii"))
+            event = {**event, "headers": [*event.get("headers", ()), header]}
+        self._record(event)
         try:
             async with asyncio.timeout(self._seconds):
                 await self._send(event)
@@ -135,7 +133,7 @@ class _ResponseSender:
             self.stalled = True
             raise
 
-    def _count(self, event: Any) -> None:
+    def _record(self, event: Any) -> None:
         match event["type"]:
             case "http.response.start" | "websocket.http.response.start":
                 self.status = str(event["status"])

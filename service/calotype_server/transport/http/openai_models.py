@@ -1,6 +1,6 @@
-"""What OpenAI's images API takes and gives, as far as there is a meaning for it here.
+"""Requests and responses of OpenAI's images API, as far as Calotype implements it.
 
-https://platform.openai.com/docs/api-reference/images and the types of the official SDKs.
+Sources: https://platform.openai.com/docs/api-reference/images and the types of the official SDKs.
 """
 
 from __future__ import annotations
@@ -9,54 +9,75 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from calotype_server.transport.http.schema import Given, Text
+from calotype_server.limits import JPEG_QUALITY_MAX
+from calotype_server.transport.http.schema import RequestModel, Text
 
-__all__ = ["Image", "ImageEvent", "ImagesRequest", "ImagesResponse", "ModelEntry", "ModelList", "Usage"]
+__all__ = [
+    "FileFormat",
+    "Image",
+    "ImageEvent",
+    "ImagesRequest",
+    "ImagesResponse",
+    "ModelEntry",
+    "ModelList",
+    "Quality",
+    "Usage",
+]
+
+FileFormat = Literal["png", "jpeg", "webp"]
+Quality = Literal["low", "medium", "high"]
 
 
-class ImagesRequest(Given):
-    """A request for images. What OpenAI's API knows and is not here is refused, as is what Calotype cannot do."""
+class ImagesRequest(RequestModel):
+    """A request for images. Fields and values of OpenAI's API that Calotype does not support are rejected."""
 
     model_config = ConfigDict(json_schema_extra={"required": ["prompt"]})
 
-    prompt: Annotated[Text, Field(description="What the picture shows.")] = ""
-    model: Annotated[Text | None, Field(description="The loaded one, as `GET /v1/models` names it.")] = None
+    prompt: Annotated[Text, Field(description="What the image shows.")] = ""
+    model: Annotated[Text | None, Field(description="The loaded model, as named by `GET /v1/models`.")] = None
     n: Annotated[int, Field(ge=1, le=10, description="Number of images; 1 with `stream`.")] = 1
     size: Annotated[
         str,
-        Field(pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$", description="WIDTHxHEIGHT in pixels; auto: the model's own."),
+        Field(
+            pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$",
+            description="WIDTHxHEIGHT in pixels; auto: the model's native size.",
+        ),
     ] = "auto"
     quality: Annotated[
         Literal["auto", "low", "medium", "high", "standard", "hd"],
-        Field(description="low: half of the default steps; high, hd: twice as many; the others: the default."),
+        Field(description="low: half the default number of steps; high, hd: twice; the others: the default."),
     ] = "auto"
-    output_format: Annotated[Literal["png", "jpeg", "webp"], Field(description="File format.")] = "png"
+    output_format: Annotated[FileFormat, Field(description="File format.")] = "png"
     output_compression: Annotated[
-        int | None, Field(ge=0, le=100, description="Quality of JPEG (at most 95 is used) and WebP.")
+        int | None, Field(ge=0, le=100, description=f"Quality of JPEG (capped at {JPEG_QUALITY_MAX}) and WebP.")
     ] = None
-    background: Annotated[Literal["auto", "opaque"], Field(description="There are no transparent ones.")] = "auto"
-    moderation: Annotated[Literal["auto", "low"], Field(description="Changes nothing: the model decides.")] = "auto"
-    response_format: Annotated[Literal["b64_json"], Field(description="URLs are not offered here.")] = "b64_json"
-    stream: Annotated[bool, Field(description="Whether to answer with server-sent events.")] = False
+    background: Annotated[
+        Literal["auto", "opaque"], Field(description="Transparent backgrounds are not supported.")
+    ] = "auto"
+    moderation: Annotated[Literal["auto", "low"], Field(description="Has no effect: the model decides.")] = "auto"
+    response_format: Annotated[Literal["b64_json"], Field(description="URLs are not supported.")] = "b64_json"
+    stream: Annotated[bool, Field(description="Whether to respond with server-sent events.")] = False
     partial_images: Annotated[
-        int | None, Field(ge=0, le=3, description="With `stream`: previews at most, evenly over the steps. Default: 0.")
+        int | None,
+        Field(ge=0, le=3, description="With `stream`: at most this many previews, spread evenly. Default: 0."),
     ] = None
-    user: Annotated[Text | None, Field(max_length=512, description="Changes nothing.")] = None
-    safety_identifier: Annotated[Text | None, Field(max_length=512, description="Changes nothing.")] = None
-    negative_prompt: Annotated[Text | None, Field(description="Calotype's: what the picture should not show.")] = None
+    user: Annotated[Text | None, Field(max_length=512, description="Has no effect.")] = None
+    safety_identifier: Annotated[Text | None, Field(max_length=512, description="Has no effect.")] = None
+    negative_prompt: Annotated[Text | None, Field(description="Calotype only: what the image should not show.")] = None
     seed: Annotated[
         int | None,
         Field(
-            ge=-(2**63), le=2**63 - 11, description="Calotype's: seed of the first image, rising from one to the next."
+            ge=-(2**63), le=2**63 - 11, description="Calotype only: seed of the first image; each next image adds 1."
         ),
     ] = None
     step_count: Annotated[
-        int | None, Field(ge=-(2**31), le=2**31 - 1, description="Calotype's: denoising steps, in place of `quality`.")
+        int | None,
+        Field(ge=-(2**31), le=2**31 - 1, description="Calotype only: denoising steps, instead of `quality`."),
     ] = None
     guidance_scale: Annotated[
-        float | None, Field(ge=-1e38, le=1e38, description="Calotype's: strength of classifier-free guidance.")
+        float | None, Field(ge=-1e38, le=1e38, description="Calotype only: strength of classifier-free guidance.")
     ] = None
-    scheduler: Annotated[Text | None, Field(description="Calotype's: one of the model's schedulers.")] = None
+    scheduler: Annotated[Text | None, Field(description="Calotype only: one of the model's schedulers.")] = None
 
 
 class InputTokens(BaseModel):
@@ -67,7 +88,7 @@ class InputTokens(BaseModel):
 
 
 class Usage(BaseModel):
-    """There for the SDKs, which expect it; nothing is counted in tokens here, so all are 0."""
+    """Present because the SDKs expect it. Calotype counts no tokens, so all values are 0."""
 
     input_tokens: int = 0
     input_tokens_details: InputTokens = InputTokens()
@@ -78,18 +99,18 @@ class Usage(BaseModel):
 class Image(BaseModel):
     """One image."""
 
-    b64_json: str = Field(description="The file, in base64.")
-    seed: int = Field(description="Calotype's: the seed in use.")
+    b64_json: str = Field(description="The image file, in base64.")
+    seed: int = Field(description="Calotype only: the seed used.")
 
 
 class ImagesResponse(BaseModel):
-    """The answer without `stream`."""
+    """The response without `stream`."""
 
-    created: int = Field(description="When, in seconds of Unix time.")
+    created: int = Field(description="Unix time in seconds.")
     data: list[Image]
     background: Literal["opaque"] = "opaque"
-    output_format: Literal["png", "jpeg", "webp"]
-    quality: Literal["low", "medium", "high"]
+    output_format: FileFormat
+    quality: Quality
     size: str = Field(description="WIDTHxHEIGHT in pixels.")
     usage: Usage = Usage()
 
@@ -101,12 +122,12 @@ class ImageEvent(BaseModel):
     b64_json: str
     created_at: int
     background: Literal["opaque"] = "opaque"
-    output_format: Literal["png", "jpeg", "webp"] = Field(description="Of this file: partial images are JPEG.")
-    quality: Literal["low", "medium", "high"]
-    size: str = Field(description="Of the final image.")
-    partial_image_index: int | None = Field(None, description="Of a partial image: 0, 1, 2.")
-    usage: Usage | None = Field(None, description="Of the completed one.")
-    seed: int = Field(description="Calotype's: the seed in use.")
+    output_format: FileFormat = Field(description="Of this image: partial images are JPEG.")
+    quality: Quality
+    size: str = Field(description="Size of the final image.")
+    partial_image_index: int | None = Field(None, description="Of a partial image, from 0 to 2.")
+    usage: Usage | None = Field(None, description="Of the completed image.")
+    seed: int = Field(description="Calotype only: the seed used.")
 
 
 class ModelEntry(BaseModel):
@@ -114,12 +135,12 @@ class ModelEntry(BaseModel):
 
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(description="When it was loaded, in seconds of Unix time.")
+    created: int = Field(description="Unix time in seconds at which it was loaded.")
     owned_by: Literal["calotype"] = "calotype"
 
 
 class ModelList(BaseModel):
-    """All models that are loaded: one."""
+    """All loaded models: always one."""
 
     object: Literal["list"] = "list"
     data: list[ModelEntry]

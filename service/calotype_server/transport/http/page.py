@@ -1,4 +1,4 @@
-"""The built page, served with a content security policy that lets it do what it does and nothing else."""
+"""Serves the built page with a content security policy that allows only what the page needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _POLICY = "; ".join(
         "script-src 'self'",
         "style-src 'self'",
         "font-src 'self'",
-        # Previews are shown from memory.
+        # Previews are displayed from memory.
         "img-src 'self' blob:",
         "connect-src 'self'",
         "base-uri 'none'",
@@ -36,12 +36,12 @@ HEADERS = {
 
 
 class Page(StaticFiles):
-    """Static files; those under `assets/` are named for their content and never change."""
+    """Static files. Files under `assets/` have a hash of their content in their name, so they never change."""
 
     async def get_response(self, path: str, scope: Any) -> Response:
-        """Answers with a file, or with 404 or 405."""
+        """Returns a file, or 404 or 405."""
         response = await super().get_response(path, scope)
-        lasting = path.startswith("assets/") and response.status_code == 200
-        response.headers["cache-control"] = "public, max-age=31536000, immutable" if lasting else "no-cache"
+        immutable = path.startswith("assets/") and response.status_code == 200
+        response.headers["cache-control"] = "public, max-age=31536000, immutable" if immutable else "no-cache"
         response.headers.update(HEADERS)
         return response

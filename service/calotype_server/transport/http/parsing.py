@@ -1,4 +1,4 @@
-"""From JSON and query strings to messages, with everything that is wrong with them named at once."""
+"""Parses JSON and query strings to messages, and reports all violations at once."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Parsed(Generic[T]):
-    """What was understood of a request, and what was not: further checks add to the violations."""
+    """The valid parts of a request, and the violations found so far. Later checks may add more."""
 
     value: T
     violations: list[Violation]
 
 
 def parse(model: type[M], data: Any) -> Parsed[M]:
-    """Returns the model made of what is right with `data`. Every field of `model` must have a default."""
+    """Returns a model of the valid fields of `data`. Every field of `model` must have a default."""
     violations: list[Violation] = []
     for _ in range(2):
         try:
@@ -48,14 +48,14 @@ def parse(model: type[M], data: Any) -> Parsed[M]:
 
 
 def parse_message(kind: type[P], data: Any) -> Parsed[P]:
-    """Returns the message made of what is right with its JSON."""
+    """Returns a message of the valid fields of `data`, its JSON."""
     parsed = parse(request_model(kind), data)
     given = parsed.value.model_dump(exclude_none=True)
     return Parsed(json_format.ParseDict(given, kind()), parsed.violations)
 
 
 def parse_query(kind: type[P], query: Mapping[str, str]) -> Parsed[P]:
-    """Returns the message made of a query in which dots lead into messages: preview.quality=80."""
+    """Returns a message of the valid fields of a query; dots lead into messages, as in preview.quality=80."""
     data: dict[str, Any] = {}
     for name, value in query.items():
         outer, dot, inner = name.partition(".")
@@ -67,7 +67,7 @@ def parse_query(kind: type[P], query: Mapping[str, str]) -> Parsed[P]:
 
 
 def query_parameters(kind: type[Message], *, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Returns the query of `parse_query` as OpenAPI describes it."""
+    """Returns the OpenAPI description of a query for `parse_query`, except the parameters named in `without`."""
     root = request_model(kind).model_json_schema()
 
     def flatten(schema: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
@@ -84,10 +84,10 @@ def query_parameters(kind: type[Message], *, without: tuple[str, ...] = ()) -> l
 
 
 class Lenient:
-    """Annotates a FastAPI body of type `Parsed`: described as `model`, and never refused before all is checked.
+    """Annotates a FastAPI body of type `Parsed`: documented as `model`, and never rejected while it is parsed.
 
     Args:
-        model: What the body should be; of a message, the message's.
+        model: Model or message type of the body.
     """
 
     def __init__(self, model: type[BaseModel] | type[Message]) -> None:
@@ -102,7 +102,7 @@ class Lenient:
 
 
 def sentence(error: Any) -> str:
-    """Returns what is wrong according to one of pydantic's errors, as validation would say it."""
+    """Returns the text of one of pydantic's errors in the style of Calotype's own violations."""
     if error["type"] == "extra_forbidden":
         return "is unknown"
     if error["type"] in ("model_type", "model_attributes_type"):
@@ -112,7 +112,7 @@ def sentence(error: Any) -> str:
 
 
 def _printable(name: str) -> str:
-    """Names of unknown fields are the caller's, and may be anything."""
+    """Returns a field name that can be sent back: callers choose the names of unknown fields."""
     return name.encode("utf-8", "replace").decode()[:80]
 
 

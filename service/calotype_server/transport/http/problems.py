@@ -1,4 +1,4 @@
-"""Errors over HTTP: one shape, that of OpenAI's API with what Calotype knows besides."""
+"""Errors over HTTP: all in the format of OpenAI's API, with additional fields."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from calotype_server.transport.http.parsing import sentence
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
-__all__ = ["ERRORS", "answer", "describe", "handle_errors"]
+__all__ = ["ERRORS", "describe", "error_response", "handle_errors"]
 
-# As google.rpc.Code maps them, https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto
+# As mapped by google.rpc.Code, https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto
 _STATUSES = {
     "CANCELLED": 499,
     "INVALID_ARGUMENT": 400,
@@ -38,7 +38,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 class Fault(BaseModel):
-    """One thing wrong with a request."""
+    """One violation in a request."""
 
     field: str = Field(description="Name of the field; dots lead into objects.")
     description: str = Field(description="What is wrong with it.")
@@ -48,30 +48,32 @@ class ErrorDetail(BaseModel):
     """What went wrong."""
 
     message: str = Field(description="One sentence for people.")
-    type: str = Field(description="As OpenAI's API: invalid_request_error, rate_limit_error, server_error, and so on.")
-    param: str | None = Field(description="The first field that is wrong, if any is.")
+    type: str = Field(
+        description="As in OpenAI's API: invalid_request_error, rate_limit_error, server_error, and so on."
+    )
+    param: str | None = Field(description="The first invalid field, if there is one.")
     code: str = Field(description="Machine-readable, in UPPER_SNAKE_CASE, the same as `ErrorInfo.reason` over gRPC.")
     status: str = Field(description="Name of the gRPC status code, such as INVALID_ARGUMENT.")
-    violations: list[Fault] = Field(default=[], description="Everything that is wrong with the request.")
-    retry_after: float | None = Field(default=None, description="Seconds after which trying again makes sense.")
-    metadata: dict[str, str] = Field(default={}, description="Facts for programs.")
+    violations: list[Fault] = Field(default=[], description="All violations in the request.")
+    retry_after: float | None = Field(default=None, description="Seconds to wait before a retry.")
+    metadata: dict[str, str] = Field(default={}, description="Machine-readable details.")
 
 
 class Problem(BaseModel):
-    """The body of every answer that is not a success."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": Problem, "description": "Refused: `error.violations` names everything that is wrong."},
-    "5XX": {"model": Problem, "description": "The server cannot do it; it is not the caller's fault."},
+    "4XX": {"model": Problem, "description": "Rejected: `error.violations` lists all violations."},
+    "5XX": {"model": Problem, "description": "The server failed; the request is not the cause."},
 }
-"""For `responses` of every operation."""
+"""Error responses of every operation, for OpenAPI."""
 
 
 def describe(error: ServiceError) -> dict[str, Any]:
-    """Returns an error in the shape of `Problem`."""
+    """Returns an error as the JSON of `Problem`."""
     violations = error.violations if isinstance(error, InvalidRequest) else ()
     detail = ErrorDetail(
         message=error.message,
@@ -86,10 +88,10 @@ def describe(error: ServiceError) -> dict[str, Any]:
     return {"error": detail.model_dump(exclude_defaults=True)}
 
 
-def answer(error: ServiceError) -> JSONResponse:
-    """Returns the response that tells an error."""
+def error_response(error: ServiceError) -> JSONResponse:
+    """Returns the response for an error."""
     status = _status(error)
-    # Read by OpenAI's clients, which would draw a picture that failed for good twice again.
+    # OpenAI's SDKs read this; they would otherwise retry twice after a permanent failure.
     headers = {"x-should-retry": "false" if error.retry_after is None else "true"}
     if error.retry_after is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after))
@@ -99,13 +101,13 @@ def answer(error: ServiceError) -> JSONResponse:
 
 
 def handle_errors(application: FastAPI, observe: Observe = ignore) -> None:
-    """Has every error of an application answered in this shape, and counted where it is a refusal."""
+    """Registers handlers that answer every error of an app in this format, and observe the rejected requests."""
 
     async def known(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ServiceError)
         if not isinstance(error, GenerationError):
             observe(CallRefused(error.reason))
-        return answer(error)
+        return error_response(error)
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -114,7 +116,7 @@ def handle_errors(application: FastAPI, observe: Observe = ignore) -> None:
             path = [str(part) for part in each["loc"][1:] if not isinstance(part, int)]
             violations.append(Violation(".".join(path) or str(each["loc"][0]), sentence(each)))
         observe(CallRefused(InvalidRequest.reason))
-        return answer(InvalidRequest(violations))
+        return error_response(InvalidRequest(violations))
 
     async def plain(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -125,7 +127,7 @@ def handle_errors(application: FastAPI, observe: Observe = ignore) -> None:
         return JSONResponse(body, status, {**(error.headers or {}), "x-should-retry": "false"})
 
     async def unexpected(_: Request, __: Exception) -> JSONResponse:
-        return answer(GenerationFailed("Internal error."))
+        return error_response(GenerationFailed("Internal error."))
 
     application.add_exception_handler(ServiceError, known)
     application.add_exception_handler(RequestValidationError, invalid)

@@ -1,7 +1,7 @@
-"""The proto's messages as pydantic models: what reads JSON requests, and what describes the API, both from the proto.
+"""Derives pydantic models from the proto's messages, to parse JSON requests and to describe the API.
 
-JSON is the canonical form of proto3 with the proto's own names (snake_case): enums by name, 64-bit integers as strings,
-durations as "1.5s", bytes in base64; what is 0, empty or absent is left out.
+JSON is the canonical form of proto3 with the proto's own field names (snake_case): enums by name, 64-bit integers as
+strings, durations as "1.5s", bytes in base64. Fields that are 0, empty or absent are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor
     from google.protobuf.message import Message
 
-__all__ = ["Given", "Text", "as_json", "request_model", "response_model"]
+__all__ = ["RequestModel", "Text", "as_json", "request_model", "response_model"]
 
 _MAX_FLOAT = 3.4028234663852886e38
 
@@ -41,7 +41,7 @@ def _in_unicode(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_in_unicode)]
-"""A string that can be written as UTF-8, which not all of JSON's can."""
+"""A string that can be encoded as UTF-8. JSON also allows others."""
 
 _SCALARS: dict[int, Any] = {
     FieldDescriptor.TYPE_STRING: Text,
@@ -53,8 +53,8 @@ _SCALARS: dict[int, Any] = {
 _WELL_KNOWN = {"google.protobuf.Duration": _DURATION, "google.protobuf.Timestamp": _TIMESTAMP}
 
 
-class Given(BaseModel):
-    """Base of what clients send: unknown fields are refused, and null is as if left out."""
+class RequestModel(BaseModel):
+    """Base of all requests: unknown fields are rejected, and null means absent."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -67,17 +67,17 @@ class Given(BaseModel):
 
 
 def as_json(message: Message) -> dict[str, Any]:
-    """Returns a message in its JSON form."""
+    """Returns a message as JSON."""
     return json_format.MessageToDict(message, preserving_proto_field_name=True)
 
 
 def request_model(message: type[Message]) -> type[BaseModel]:
-    """Returns the model of a message that clients send."""
-    return _model(message.DESCRIPTOR, Given)
+    """Returns the model of a message in requests."""
+    return _model(message.DESCRIPTOR, RequestModel)
 
 
 def response_model(message: type[Message]) -> type[BaseModel]:
-    """Returns the model of a message that clients get."""
+    """Returns the model of a message in responses."""
     return _model(message.DESCRIPTOR, BaseModel)
 
 
@@ -96,7 +96,7 @@ def _model(message: Descriptor, base: type[BaseModel]) -> type[BaseModel]:
 
 
 def _without_default(schema: dict[str, Any]) -> None:
-    # None stands for "left out", and is no value of the field.
+    # None means "absent" and is not a value of the field.
     del schema["default"]
 
 
@@ -107,7 +107,7 @@ def _type(field: FieldDescriptor, base: type[BaseModel]) -> Any:
         known = _WELL_KNOWN.get(field.message_type.full_name)
         return known or _model(field.message_type, base)
     if field.type == FieldDescriptor.TYPE_INT64:
-        return _INT64 if base is Given else _INT64_STRING
+        return _INT64 if base is RequestModel else _INT64_STRING
     return _SCALARS[field.type]
 
 
@@ -121,7 +121,7 @@ def _comment(full_name: str) -> str:
 
 @functools.cache
 def _comments() -> dict[str, str]:
-    """The comments of the proto by the full name of what they describe."""
+    """Returns the comments of the proto by the full name of the element that they describe."""
     found = {}
     data = resources.files(__package__).joinpath("proto.binpb").read_bytes()
     for file in FileDescriptorSet.FromString(data).file:

@@ -1,8 +1,7 @@
-"""Server-sent events: a generation as a stream of them, and taking one up again."""
+"""Server-sent events: encodes a generation as events, and resumes from the id of the last one."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,40 +15,54 @@ from calotype_server.transport.http.schema import as_json
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
+    from contextlib import AsyncExitStack
 
-    from calotype_server.api.service import Following
+    from calotype_server.api.progress_stream import ProgressStream
 
-__all__ = ["EventStream", "Images", "event", "event_name", "parse_last_event_id", "progress_events", "progress_json"]
+__all__ = [
+    "GENERATION_ID",
+    "KEEPALIVE_SECONDS",
+    "EventStream",
+    "Images",
+    "event",
+    "event_name",
+    "parse_last_event_id",
+    "progress_events",
+    "progress_json",
+]
 
 Images = Literal["base64", "url"]
 
-_HEARTBEAT_SECONDS = 15
-"""Between comments that keep proxies from closing a stream in which nothing happens."""
+KEEPALIVE_SECONDS = 15
+"""Between comments, which keep proxies from closing a quiet stream."""
+
+GENERATION_ID = r"[A-Za-z0-9._-]{1,128}"
+"""Pattern of a generation id."""
 
 _RECONNECT_MILLISECONDS = 1000
-_EVENT_ID = re.compile(r"([\w.-]{1,128}):([0-9]{1,18})", re.ASCII)
+_EVENT_ID = re.compile(rf"({GENERATION_ID}):([0-9]{{1,18}})")
 
 
 class EventStream(EventSourceResponse):
-    """Answers with events made of what is followed, and stops following when it is over or the client has left.
+    """A response of server-sent events.
 
     Args:
-        following: Closed in the end.
-        events: What is told of it.
+        events: Of a generation.
+        resources: Closed when the events end or the client disconnects; contains the stream that `events` reads.
     """
 
-    def __init__(self, following: Following, events: AsyncIterator[ServerSentEvent]) -> None:
-        super().__init__(_with_refusal(events), sep="\n", ping=_HEARTBEAT_SECONDS)
-        self._following = following
+    def __init__(self, events: AsyncIterator[ServerSentEvent], resources: AsyncExitStack) -> None:
+        super().__init__(_with_error_event(events), sep="\n", ping=KEEPALIVE_SECONDS)
+        self._resources = resources
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Sends the events."""
-        async with contextlib.aclosing(self._following):
+        async with self._resources:
             await super().__call__(scope, receive, send)
 
 
-async def _with_refusal(events: AsyncIterator[ServerSentEvent]) -> AsyncIterator[ServerSentEvent]:
-    """Tells as an event what can no longer be told as a status."""
+async def _with_error_event(events: AsyncIterator[ServerSentEvent]) -> AsyncIterator[ServerSentEvent]:
+    """Adds an event for an error that occurs after the HTTP status was sent."""
     try:
         async for each in events:
             yield each
@@ -57,33 +70,39 @@ async def _with_refusal(events: AsyncIterator[ServerSentEvent]) -> AsyncIterator
         yield event("error", describe(error))
 
 
-async def progress_events(following: Following, images: Images, base: str) -> AsyncGenerator[ServerSentEvent, None]:
-    """Yields an event `progress` for each message, and `end` for the last.
+async def progress_events(stream: ProgressStream, images: Images, base: str) -> AsyncGenerator[ServerSentEvent, None]:
+    """Yields a `progress` event for each message, and `end` for the last one.
 
     Args:
-        following: What is told.
-        images: Whether they are inside, or where to get them.
-        base: Of the URLs of images.
+        stream: The messages of a generation.
+        images: Whether images are inside the events or referenced by URL.
+        base: Path under which the API is mounted, for these URLs.
     """
     retry: int | None = _RECONNECT_MILLISECONDS
-    async for message in following:
-        place = f"{message.generation_id}:{message.sequence}"
-        yield event(event_name(message), progress_json(message, images, base), id=place, retry=retry)
+    async for message in stream:
+        event_id = f"{message.generation_id}:{message.sequence}"
+        yield event(event_name(message), progress_json(message, images, base), id=event_id, retry=retry)
         retry = None
 
 
 def event_name(message: pb.Progress) -> str:
-    """Returns what a message is called where messages have names: the last one `end`, the others `progress`."""
+    """Returns the name of the event for a message: `end` for the last one, otherwise `progress`."""
     return "end" if message.phase >= pb.PHASE_SUCCEEDED else "progress"
 
 
-def event(name: str, data: dict[str, Any], **further: Any) -> ServerSentEvent:
-    """Returns an event with JSON for data, on one line."""
-    return ServerSentEvent(json.dumps(data, separators=(",", ":")), event=name, sep="\n", **further)
+def event(name: str, data: dict[str, Any], **fields: Any) -> ServerSentEvent:
+    """Returns an event whose data is JSON on one line.
+
+    Args:
+        name: Of the event.
+        data: Encoded as JSON.
+        fields: Further fields of the event, such as `id` and `retry`.
+    """
+    return ServerSentEvent(json.dumps(data, separators=(",", ":")), event=name, sep="\n", **fields)
 
 
 def progress_json(message: pb.Progress, images: Images, base: str) -> dict[str, Any]:
-    """Returns a message in its JSON form, where wanted with `image_url` in place of `image`."""
+    """Returns a message as JSON; arguments as for `progress_events`. Clears `image` of the message for "url"."""
     if images == "url" and message.image:
         path = "image" if message.chunk_count else f"preview/{message.sequence}"
         message.ClearField("image")
@@ -92,10 +111,10 @@ def progress_json(message: pb.Progress, images: Images, base: str) -> dict[str, 
 
 
 def parse_last_event_id(given: str) -> tuple[str, int]:
-    """Returns the generation and the number of the message that a client has seen last.
+    """Returns the generation id and the sequence number in the id of the last event that a client received.
 
     Raises:
-        InvalidRequest: It is not the id of an event of this server.
+        InvalidRequest: It is not the id of an event of this API.
     """
     found = _EVENT_ID.fullmatch(given)
     if found is None:

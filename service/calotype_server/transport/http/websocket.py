@@ -1,22 +1,21 @@
-"""A WebSocket: several generations at once, pictures as binary frames, and commands while they run.
+"""A WebSocket: several generations at the same time, images as binary frames, and commands while they run.
 
-Text frames are JSON objects. A client sends commands; `id` is the client's own name for what it starts or asks:
+Text frames are JSON objects. The client sends commands; `id` is its own name for a generation or a command:
 
-    {"type": "generate", "id": "a", "request": GenerateRequest}    then `progress` and `end` with this id
-    {"type": "watch",    "id": "b", "request": WatchRequest}       likewise
-    {"type": "leave",    "id": "a"}                                no more of it; `on_disconnect` says what follows
-    {"type": "cancel",   "id": "c", "request": CancelRequest}      answered by the same with `phase`
-    {"type": "finish",   "id": "d", "request": FinishRequest}      likewise
+    {"type": "generate", "id": "a", "request": GenerateRequest}    answered by `progress` and `end` with this id
+    {"type": "watch",    "id": "b", "request": WatchRequest}       answered in the same way
+    {"type": "leave",    "id": "a"}                                stops messages; `on_disconnect` decides what follows
+    {"type": "cancel",   "id": "c", "request": CancelRequest}      answered by the same type with `phase`
+    {"type": "finish",   "id": "d", "request": FinishRequest}      answered by the same type with `phase`
 
-The server sends `{"type": "progress" | "end", "id", "progress": Progress}`, where `"image_bytes"` tells that the next
-frame is binary and holds a picture of so many bytes, and `{"type": "error", "id", "error"}`. What cannot be understood
-is answered by an error and harms nothing else.
+The server sends `{"type": "progress" | "end", "id", "progress": Progress}`. With `"image_bytes"` in it, the next frame
+is binary and contains an image of that size. Errors are `{"type": "error", "id", "error"}`. An invalid command is
+answered with an error and affects nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,49 +28,54 @@ from calotype_server.auth.access import bearer_in_subprotocols
 from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, TooManyStreams, Violation
 from calotype_server.observability.events import CallRefused, Observe, ignore
 from calotype_server.transport.http.callers import caller_of
-from calotype_server.transport.http.parsing import parse, parse_message
+from calotype_server.transport.http.generation_stream import generation_stream
+from calotype_server.transport.http.parsing import Parsed, parse, parse_message
 from calotype_server.transport.http.problems import describe
-from calotype_server.transport.http.schema import Given, Text, as_json
+from calotype_server.transport.http.schema import RequestModel, Text, as_json
 from calotype_server.transport.http.sse import event_name
 from calotype_server.transport.net.credentials import peer_of
 
 if TYPE_CHECKING:
-    from calotype_server.api.service import Api, Following
+    from collections.abc import Callable
+
+    from google.protobuf.message import Message
+
+    from calotype_server.api.service import Api
     from calotype_server.transport.net.call_limits import CallLimiter
 
-__all__ = ["MAX_STREAMS", "socket_routes"]
+__all__ = ["MAX_STREAMS", "websocket_routes"]
 
 _log = structlog.get_logger(__name__)
 
 MAX_STREAMS = 32
-"""Generations that one WebSocket may carry at the same time."""
+"""Largest number of generations that one WebSocket can follow at the same time."""
 
 _UNSUPPORTED_DATA = 1003
-_KINDS = ("generate", "watch", "leave", "cancel", "finish")
+_COMMANDS = ("generate", "watch", "leave", "cancel", "finish")
 
 
-class _Command(Given):
+class _Command(RequestModel):
     type: Literal["", "generate", "watch", "leave", "cancel", "finish"] = ""
     id: Annotated[Text, Field(max_length=128)] = ""
     request: dict[str, Any] = Field(default_factory=dict)
 
 
-def socket_routes(api: Api, peers: CallLimiter, observe: Observe = ignore) -> APIRouter:
+def websocket_routes(api: Api, call_limiter: CallLimiter, observe: Observe = ignore) -> APIRouter:
     """Returns the route.
 
     Args:
-        api: Does what is asked for.
-        peers: Counts what each has under way.
-        observe: Told of refusals.
+        api: Implements the operations.
+        call_limiter: Counts each followed generation as a call of its host.
+        observe: Receives an event for each rejected command.
     """
     routes = APIRouter()
 
     @routes.websocket("/ws")
     async def connect(socket: WebSocket) -> None:
-        # One that carries a key must not be sent back.
+        # The accepted subprotocol is sent back, so one that carries a key is never accepted.
         offered = (each for each in socket.scope["subprotocols"] if bearer_in_subprotocols([each]) is None)
         await socket.accept(next(offered, None))
-        await _Session(socket, api, peers, observe).run()
+        await _Session(socket, api, call_limiter, observe).run()
 
     return routes
 
@@ -81,122 +85,119 @@ class _Session:
 
     Args:
         socket: Accepted.
-        api: Does what is asked for.
-        peers: Counts each generation that is followed as a call.
-        observe: Told of refusals.
+        api: Implements the operations.
+        call_limiter: Counts each followed generation as a call of its host.
+        observe: Receives an event for each rejected command.
     """
 
-    def __init__(self, socket: WebSocket, api: Api, peers: CallLimiter, observe: Observe) -> None:
+    def __init__(self, socket: WebSocket, api: Api, call_limiter: CallLimiter, observe: Observe) -> None:
         self._socket = socket
         self._api = api
         self._caller = caller_of(socket)
-        self._peers = peers
+        self._call_limiter = call_limiter
         self._observe = observe
         self._streams: dict[str, asyncio.Task[None]] = {}
-        self._sending = asyncio.Lock()
+        self._send_lock = asyncio.Lock()
 
     async def run(self) -> None:
-        """Obeys until the client leaves; what it followed is then left."""
+        """Executes commands until the client disconnects, and then stops stream all generations."""
         try:
             while (received := await self._socket.receive())["type"] == "websocket.receive":
                 if received.get("text") is None:
-                    await self._socket.close(_UNSUPPORTED_DATA, "Commands are text.")
+                    await self._socket.close(_UNSUPPORTED_DATA, "Commands must be text frames.")
                     return
-                await self._obey(received["text"])
+                await self._handle(received["text"])
         finally:
             streams = list(self._streams.values())
             for stream in streams:
                 stream.cancel()
             await asyncio.gather(*streams, return_exceptions=True)
 
-    async def _obey(self, text: str) -> None:
-        name = ""
+    async def _handle(self, text: str) -> None:
+        command_id = ""
         try:
-            command = parse(_Command, _decoded(text))
-            name = command.value.id
-            await self._carry_out(command.value, command.violations)
+            command = parse(_Command, _from_json(text))
+            command_id = command.value.id
+            self._check(command.value, command.violations)
+            await self._execute(command.value)
         except ServiceError as error:
-            await self._refuse(name, error)
+            await self._send_error(command_id, error)
 
-    async def _refuse(self, name: str, error: ServiceError) -> None:
-        self._observe(CallRefused(error.reason))
-        await self._send({"type": "error", "id": name, "error": describe(error)["error"]})
-
-    async def _carry_out(self, command: _Command, violations: list[Violation]) -> None:
+    def _check(self, command: _Command, violations: list[Violation]) -> None:
+        """Raises `InvalidRequest` with the given violations and those of this connection's state."""
         if not command.type and not any(each.field == "type" for each in violations):
-            violations.append(Violation("type", f"must be one of {', '.join(_KINDS)}"))
+            violations.append(Violation("type", f"must be one of {', '.join(_COMMANDS)}"))
         if command.type in ("generate", "watch") and command.id in self._streams:
-            violations.append(Violation("id", "is that of another generation which this connection follows"))
+            violations.append(Violation("id", "is in use for another generation on this connection"))
         if command.type == "leave" and command.id not in self._streams:
-            violations.append(Violation("id", "is not that of a generation which this connection follows"))
-        if violations:
-            raise InvalidRequest(violations)
+            violations.append(Violation("id", "is not the id of a generation that this connection follows"))
+        _reject(violations)
+
+    async def _execute(self, command: _Command) -> None:
         match command.type:
             case "leave":
                 self._streams[command.id].cancel()
             case "cancel":
-                given = parse_message(pb.CancelRequest, command.request)
-                _check(given.violations)
-                await self._send(
-                    {"type": "cancel", "id": command.id, **as_json(self._api.cancel(given.value, self._caller))}
-                )
+                await self._answer(command, parse_message(pb.CancelRequest, command.request), self._api.cancel)
             case "finish":
-                asked = parse_message(pb.FinishRequest, command.request)
-                _check(asked.violations)
-                await self._send(
-                    {"type": "finish", "id": command.id, **as_json(self._api.finish(asked.value, self._caller))}
-                )
+                await self._answer(command, parse_message(pb.FinishRequest, command.request), self._api.finish)
             case _:
                 if len(self._streams) >= MAX_STREAMS:
-                    raise TooManyStreams(f"One connection follows up to {MAX_STREAMS} generations.", retry_after=1.0)
+                    raise TooManyStreams(
+                        f"One connection can follow at most {MAX_STREAMS} generations.", retry_after=1.0
+                    )
                 self._streams[command.id] = asyncio.create_task(self._stream(command))
 
+    async def _answer(self, command: _Command, parsed: Parsed[Any], method: Callable[..., Message]) -> None:
+        """Calls a method that returns one message, and sends it."""
+        _reject(parsed.violations)
+        await self._send({"type": command.type, "id": command.id, **as_json(method(parsed.value, self._caller))})
+
     async def _stream(self, command: _Command) -> None:
-        """Sends all of one generation. A reader who is slow holds it up, and so gets the newest when it goes on."""
+        """Sends all messages of a generation. A slow reader delays sending, and skips to the newest preview."""
         try:
-            with self._peers.admit(peer_of(self._socket.scope)):
-                async with contextlib.aclosing(await self._begin(command)) as following:
-                    async for message in following:
-                        await self._tell(command.id, message)
+            message_type: Any = pb.GenerateRequest if command.type == "generate" else pb.WatchRequest
+            parsed: Parsed[Any] = parse_message(message_type, command.request)
+            with self._call_limiter.admit(peer_of(self._socket.scope)):
+                async with generation_stream(self._api, parsed, self._caller) as stream:
+                    async for message in stream:
+                        await self._send_progress(command.id, message)
         except ServiceError as error:
-            await self._refuse(command.id, error)
+            await self._send_error(command.id, error)
         except WebSocketDisconnect:
             raise
         except Exception as error:
             _log.error("request failed", exc_info=error)
-            await self._refuse(command.id, GenerationFailed("Internal error."))
+            await self._send_error(command.id, GenerationFailed("Internal error."))
         finally:
             del self._streams[command.id]
 
-    async def _begin(self, command: _Command) -> Following:
-        if command.type == "generate":
-            asked = parse_message(pb.GenerateRequest, command.request)
-            return await self._api.generate(asked.value, self._caller, whole=True, violations=asked.violations)
-        watch = parse_message(pb.WatchRequest, command.request)
-        return self._api.watch(watch.value, self._caller, whole=True, violations=watch.violations)
+    async def _send_error(self, command_id: str, error: ServiceError) -> None:
+        self._observe(CallRefused(error.reason))
+        await self._send({"type": "error", "id": command_id, "error": describe(error)["error"]})
 
-    async def _tell(self, name: str, message: pb.Progress) -> None:
+    async def _send_progress(self, command_id: str, message: pb.Progress) -> None:
         image = message.image
         message.ClearField("image")
-        told: dict[str, Any] = {"type": event_name(message), "id": name, "progress": as_json(message)}
+        frame: dict[str, Any] = {"type": event_name(message), "id": command_id, "progress": as_json(message)}
         if image:
-            told["image_bytes"] = len(image)
-        await self._send(told, image)
+            frame["image_bytes"] = len(image)
+        await self._send(frame, image)
 
-    async def _send(self, told: dict[str, Any], image: bytes = b"") -> None:
-        async with self._sending:
-            await self._socket.send_text(json.dumps(told, separators=(",", ":")))
+    async def _send(self, frame: dict[str, Any], image: bytes = b"") -> None:
+        async with self._send_lock:
+            await self._socket.send_text(json.dumps(frame, separators=(",", ":")))
             if image:
                 await self._socket.send_bytes(image)
 
 
-def _decoded(text: str) -> Any:
+def _from_json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         raise InvalidRequest([Violation("command", "must be JSON")]) from None
 
 
-def _check(violations: list[Violation]) -> None:
+def _reject(violations: list[Violation]) -> None:
     if violations:
         raise InvalidRequest(violations)

@@ -1,1 +1,1 @@
-"""What all ports share: addresses, certificates, credentials and limits."""
+"""Shared by all ports: addresses, certificates, credentials and limits."""

@@ -1,4 +1,4 @@
-"""Addresses to listen on, and what to say when they are taken."""
+"""Resolves and checks the addresses that ports listen on."""
 
 from __future__ import annotations
 
@@ -10,25 +10,29 @@ from urllib.parse import urlsplit
 
 from calotype_server.errors import AddressInUse
 
-__all__ = ["check_free", "in_use", "is_loopback", "resolve"]
+__all__ = ["address_in_use", "check_free", "is_loopback", "resolve"]
 
 
 def resolve(address: str, option: str) -> list[tuple[socket.AddressFamily, Any]]:
-    """Returns every family and socket address that HOST:PORT stands for; localhost stands for several.
+    """Returns the family and socket address of everything that HOST:PORT resolves to; localhost has several.
+
+    Args:
+        address: HOST:PORT.
+        option: The flag that sets it, for the error.
 
     Raises:
-        AddressInUse: It stands for none.
+        AddressInUse: It resolves to nothing.
     """
     host, _, port = address.rpartition(":")
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError:
-        raise in_use(address, option) from None
+        raise address_in_use(address, option) from None
     return [(family, target) for family, _, _, _, target in found]
 
 
 def is_loopback(address: str) -> bool:
-    """Whether HOST or HOST:PORT stands for this machine alone, without asking a name server."""
+    """Whether HOST or HOST:PORT means this machine only. Does not use DNS."""
     try:
         host = urlsplit(f"//{address}").hostname or ""
         if host == "localhost" or host.endswith(".localhost"):
@@ -39,9 +43,9 @@ def is_loopback(address: str) -> bool:
 
 
 def check_free(address: str, option: str) -> None:
-    """Raises `AddressInUse` unless every address that HOST:PORT stands for is free.
+    """Raises `AddressInUse` unless every address that HOST:PORT resolves to is free.
 
-    gRPC is content when it gets one of them.
+    gRPC alone is satisfied with one of them.
     """
     if address.endswith(":0"):
         return
@@ -52,11 +56,11 @@ def check_free(address: str, option: str) -> None:
                 probe.bind(target)
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
-                    raise in_use(address, option) from None
+                    raise address_in_use(address, option) from None
 
 
-def in_use(address: str, option: str) -> AddressInUse:
-    """Makes the error that tells which option to change."""
+def address_in_use(address: str, option: str) -> AddressInUse:
+    """Returns the error for an address that cannot be used, which names the flag to change."""
     return AddressInUse(
         f"Cannot listen on {address}: it is in use, or not an address of this machine. Stop the other server, "
         f"or choose another address with {option} HOST:PORT (port 0 picks a free one)."

@@ -1,53 +1,57 @@
-"""Reading the body of an HTTP request, bounded in bytes and time."""
+"""Reads the body of an HTTP request, with limits on its size and its time to arrive."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-__all__ = ["Gone", "TooLarge", "TooSlow", "read_body"]
+from calotype_server.errors import RequestTooLarge, RequestTooLate
+
+__all__ = ["ClientGone", "read_body", "request_too_late"]
 
 
-class Gone(Exception):
-    """There is nobody left to answer."""
+class ClientGone(Exception):
+    """The client disconnected, so nobody receives an answer."""
 
 
-class TooLarge(Exception):
-    """The body has more bytes than are accepted."""
-
-
-class TooSlow(Exception):
-    """The body has not arrived in time."""
-
-
-async def read_body(scope: Any, receive: Any, *, most: int, seconds: float) -> bytes:
+async def read_body(
+    scope: Any, receive: Any, *, max_bytes: int, seconds: float, max_wire_bytes: int | None = None
+) -> bytes:
     """Reads a body to its end.
 
     Args:
-        scope: Of ASGI.
-        receive: Likewise.
-        most: Bytes accepted.
-        seconds: Time to send them.
+        scope: The ASGI scope.
+        receive: The ASGI receive function.
+        max_bytes: Largest request, in bytes, as named in the error.
+        seconds: Time for the body to arrive.
+        max_wire_bytes: Largest body, in bytes, where an encoding makes it larger than the request.
 
     Raises:
-        Gone: The client has left.
-        TooLarge: It has more bytes, or says that it will have.
-        TooSlow: It has not arrived in time.
+        ClientGone: The client disconnected.
+        RequestTooLarge: The body is larger, or its content-length announces that it will be.
+        RequestTooLate: The body did not arrive in time.
     """
+    limit = max_bytes if max_wire_bytes is None else max_wire_bytes
+    too_large = RequestTooLarge(f"The request is larger than {max_bytes} bytes.")
     announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-    if announced.isdigit() and int(announced) > most:
-        raise TooLarge
+    if announced.isdigit() and int(announced) > limit:
+        raise too_large
     body, more = bytearray(), True
     try:
         async with asyncio.timeout(seconds):
             while more:
                 event = await receive()
                 if event["type"] == "http.disconnect":
-                    raise Gone
+                    raise ClientGone
                 body += event.get("body", b"")
                 more = event.get("more_body", False)
-                if len(body) > most:
-                    raise TooLarge
+                if len(body) > limit:
+                    raise too_large
     except TimeoutError:
-        raise TooSlow from None
+        raise request_too_late(seconds) from None
     return bytes(body)
+
+
+def request_too_late(seconds: float) -> RequestTooLate:
+    """Returns the error for a request that did not arrive within `seconds`."""
+    return RequestTooLate(f"The request did not arrive within {seconds:g} seconds.")

@@ -1,4 +1,4 @@
-"""How many calls each peer has under way, on all ports together."""
+"""Limits the number of simultaneous calls of each host, over all ports."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _RETRY_SECONDS = 1.0
 
 
 class CallLimiter:
-    """Counts calls by the host that they come from, and refuses one too many. Lives in the event loop.
+    """Counts calls by the host they come from, and rejects calls above the limit. Not thread-safe.
 
     Args:
-        most: Calls of one host at the same time.
+        max_calls: Largest number of simultaneous calls from one host.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_calls: int) -> None:
+        self._max_calls = max_calls
         self._calls: Counter[str] = Counter()
 
     @contextlib.contextmanager
@@ -32,17 +32,17 @@ class CallLimiter:
         """Counts a call while the block runs.
 
         Args:
-            peer: As gRPC writes addresses, such as ipv4:127.0.0.1:4711.
+            peer: Address in gRPC's notation, such as ipv4:127.0.0.1:4711.
 
         Raises:
-            TooManyCalls: The host has as many as it may.
+            TooManyCalls: The host has reached its limit.
         """
         host = peer.rpartition(":")[0]
-        if self._calls[host] >= self._most:
+        if self._calls[host] >= self._max_calls:
             raise TooManyCalls(
-                f"You have {self._most} calls under way already.",
+                f"Your host already has {self._max_calls} active calls.",
                 retry_after=_RETRY_SECONDS,
-                metadata={"max_calls_per_peer": str(self._most)},
+                metadata={"max_calls_per_peer": str(self._max_calls)},
             )
         self._calls[host] += 1
         try:

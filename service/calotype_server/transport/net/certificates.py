@@ -1,4 +1,4 @@
-"""The certificates of both ports, and of the bridge towards its upstream."""
+"""TLS certificates of the ports, and of the bridge when it connects to its upstream."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ __all__ = ["Certificates", "upstream_credentials"]
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """What new connections get, on either port."""
+    """What new connections use, on either port."""
 
     context: ssl.SSLContext
     configuration: Any  # grpc.ServerCertificateConfiguration
 
 
 class Certificates:
-    """The server's certificate and key, and who signs those of clients. A reload counts for new connections.
+    """The server's certificate and key, and the authorities for client certificates. A reload affects new connections.
 
     Args:
-        certificate: The server's, PEM, with those between it and the authority.
-        key: Its private key, PEM, without a passphrase.
-        client_ca: Authorities one of which must have signed a client's certificate (mTLS), PEM; None to ask for none.
+        certificate: PEM file with the server's certificate, followed by any intermediate certificates.
+        key: PEM file with its private key, without a passphrase.
+        client_ca: PEM file of authorities, one of which must have signed each client's certificate (mTLS). None to
+            accept clients without a certificate.
 
     Raises:
-        CertificatesUnusable: One cannot be read, or they do not belong together.
+        CertificatesUnusable: A file cannot be read, or the certificate and key do not match.
     """
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None = None) -> None:
@@ -45,27 +46,27 @@ class Certificates:
 
     @property
     def files(self) -> Sequence[Path]:
-        """What to `reload` for, when it changes."""
+        """Files whose changes call for a `reload`."""
         return [path for path in (self._certificate, self._key, self._client_ca) if path is not None]
 
     def reload(self) -> None:
         """Reads the files again.
 
         Raises:
-            CertificatesUnusable: As at first; what was read before still holds.
+            CertificatesUnusable: A file cannot be used; the certificates that were read before stay in use.
         """
         self._loaded = self._load()
 
     def ssl_context(self) -> ssl.SSLContext:
-        """Returns the context of a port that asyncio listens on."""
-        return _Newest(self)
+        """Returns the TLS context of a port that asyncio listens on."""
+        return _ReloadingContext(self)
 
     def grpc_credentials(self) -> grpc.ServerCredentials:
-        """Returns the credentials of a port that gRPC listens on."""
+        """Returns the TLS credentials of a port that gRPC listens on."""
         served = self._loaded
 
         def fetch() -> Any:
-            # Called by gRPC for each handshake, in threads of its own; None means that nothing has changed.
+            # gRPC calls this for each handshake, in its own threads; None means that nothing has changed.
             nonlocal served
             if served is self._loaded:
                 return None
@@ -83,34 +84,34 @@ class Certificates:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.set_alpn_protocols(["http/1.1"])
         try:
-            # A key with a passphrase must not make the server ask for it.
+            # Without a password function, OpenSSL would prompt for the passphrase of an encrypted key.
             context.load_cert_chain(self._certificate, self._key, password=lambda: "")
         except (OSError, ValueError) as error:
             raise CertificatesUnusable(
                 f"--tls-certificate {self._certificate} and --tls-key {self._key} are not a certificate and its key,"
-                f" in PEM and without a passphrase ({_why(error)})."
+                f" in PEM and without a passphrase ({_cause(error)})."
             ) from None
         if authorities is not None:
             try:
                 context.load_verify_locations(cadata=authorities.decode("ascii"))
             except (OSError, ValueError) as error:
                 raise CertificatesUnusable(
-                    f"--tls-client-ca {self._client_ca} holds no certificates in PEM ({_why(error)})."
+                    f"--tls-client-ca {self._client_ca} holds no certificates in PEM ({_cause(error)})."
                 ) from None
             context.verify_mode = ssl.CERT_REQUIRED
         configuration = grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
         return _Loaded(context, configuration)
 
 
-class _Newest(ssl.SSLContext):
-    """Stands for the context that was loaded last: asyncio keeps one, and asks it for each connection."""
+class _ReloadingContext(ssl.SSLContext):
+    """Delegates each new connection to the most recently loaded context, since asyncio keeps one context for ever."""
 
     _certificates: Certificates
 
-    def __new__(cls, certificates: Certificates) -> _Newest:
-        made = super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
-        made._certificates = certificates
-        return made
+    def __new__(cls, certificates: Certificates) -> _ReloadingContext:
+        context = super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
+        context._certificates = certificates
+        return context
 
     def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
         return self._certificates._loaded.context.wrap_bio(*args, **kwargs)
@@ -119,15 +120,15 @@ class _Newest(ssl.SSLContext):
 def upstream_credentials(
     ca: Path | None = None, certificate: Path | None = None, key: Path | None = None
 ) -> grpc.ChannelCredentials:
-    """Returns what a bridge shows to the server behind it, and whom it trusts.
+    """Returns the TLS credentials with which a bridge connects to its upstream servers.
 
     Args:
-        ca: Authorities to trust, PEM; None for those that come with gRPC.
-        certificate: The bridge's own, PEM, for a server that asks for one (mTLS); goes with `key`.
-        key: Its private key, PEM.
+        ca: PEM file of authorities to trust; None for those that gRPC ships with.
+        certificate: PEM file with the bridge's own certificate, for servers that require one (mTLS); needs `key`.
+        key: PEM file with its private key.
 
     Raises:
-        CertificatesUnusable: One cannot be read, or they do not belong together.
+        CertificatesUnusable: A file cannot be read, or the certificate and key do not match.
     """
     if certificate is not None and key is not None:
         try:
@@ -135,7 +136,7 @@ def upstream_credentials(
         except (OSError, ValueError) as error:
             raise CertificatesUnusable(
                 f"--upstream-certificate {certificate} and --upstream-key {key} are not a certificate and its key,"
-                f" in PEM and without a passphrase ({_why(error)})."
+                f" in PEM and without a passphrase ({_cause(error)})."
             ) from None
     return grpc.ssl_channel_credentials(
         None if ca is None else _read(ca, "--upstream-ca"),
@@ -151,5 +152,5 @@ def _read(path: Path, option: str) -> bytes:
         raise CertificatesUnusable(f"{option}: {path} cannot be read ({error.strerror}).") from None
 
 
-def _why(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     return getattr(error, "reason", None) or getattr(error, "strerror", None) or "not readable"

@@ -1,4 +1,4 @@
-"""What stands between the ports and strangers: certificates, keys, and a refusal to listen without them."""
+"""Protects the ports: certificates, keys, and a check that refuses to listen beyond this machine without them."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _log = structlog.get_logger(__name__)
 
 
 class Exposure:
-    """The keys and certificates of a process, read again when their files change.
+    """The keys and certificates of a process, reloaded when their files change.
 
     Args:
-        settings: What the operator wants.
-        addresses: HOST:PORT of each port, by the option that sets it.
+        settings: The operator's settings.
+        addresses: HOST:PORT of each port, by the flag that sets it.
 
     Attributes:
-        access: Who may call.
-        certificates: Of the ports, or None where they do not encrypt.
+        access: Checks keys.
+        certificates: For the ports, or None for plaintext.
 
     Raises:
-        Exposed: It would listen beyond this machine without both.
-        KeysUnusable: The file of the keys cannot be used.
-        CertificatesUnusable: Nor the certificates.
-        AddressInUse: An address is none.
+        Exposed: A port would be reachable from other machines without TLS or without keys.
+        KeysUnusable: The key file cannot be used.
+        CertificatesUnusable: A certificate file cannot be used.
+        AddressInUse: An address cannot be resolved.
     """
 
     def __init__(self, settings: WebSettings, addresses: Mapping[str, str]) -> None:
@@ -47,46 +47,47 @@ class Exposure:
         self.certificates: Certificates | None = None
         if settings.tls_certificate is not None and settings.tls_key is not None:
             self.certificates = Certificates(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
-        self._watched = [FileWatcher(each.files, each.reload) for each in (self.access, self.certificates) if each]
+        reloadable = [each for each in (self.access, self.certificates) if each is not None]
+        self._watchers = [FileWatcher(each.files, each.reload) for each in reloadable]
 
-    def watch(self) -> None:
-        """Begins to look at the files."""
-        for each in self._watched:
-            each.start()
+    def watch_files(self) -> None:
+        """Starts reloading keys and certificates when their files change."""
+        for watcher in self._watchers:
+            watcher.start()
 
     async def close(self) -> None:
-        """Looks no more."""
-        for each in self._watched:
-            await each.stop()
+        """Stops watching the files."""
+        for watcher in self._watchers:
+            await watcher.stop()
 
 
 def check_exposure(settings: WebSettings, addresses: Mapping[str, str]) -> None:
-    """Raises `Exposed` when others than this machine could reach a port that lets everybody in.
+    """Raises `Exposed` if other machines could reach a port without TLS or without a key. `--insecure` allows it.
 
     Args:
-        settings: What the operator wants.
-        addresses: HOST:PORT of each port, by the option that sets it.
+        settings: The operator's settings.
+        addresses: HOST:PORT of each port, by the flag that sets it.
     """
     missing = []
     if settings.tls_certificate is None:
         missing.append("--tls-certificate FILE --tls-key FILE")
     if not settings.checks_keys:
-        missing.append("--api-keys FILE (`calotype keys add --file FILE --name NAME` makes it)")
+        missing.append("--api-keys FILE (created by `calotype keys add --file FILE --name NAME`)")
     exposed = [f"{option} {address}" for option, address in addresses.items() if not _is_loopback(address, option)]
     if not missing or not exposed:
         return
     if settings.insecure:
-        _log.warning("strangers may reach this server: --insecure was given", addresses=exposed, missing=missing)
+        _log.warning("other machines may reach this server: --insecure is set", addresses=exposed, missing=missing)
         return
     raise Exposed(
-        f"Other machines could reach {' and '.join(exposed)} without {_both(settings)}. Give {' and '.join(missing)};"
-        " or listen on 127.0.0.1; or, where something else keeps strangers out, give --insecure."
+        f"Other machines could reach {' and '.join(exposed)} without {_missing_protection(settings)}. Set "
+        f"{' and '.join(missing)}; or listen on 127.0.0.1; or, if something else protects the port, set --insecure."
     )
 
 
-def _both(settings: WebSettings) -> str:
-    lacks = {"encryption": settings.tls_certificate is None, "a key": not settings.checks_keys}
-    return " and ".join(what for what, lacking in lacks.items() if lacking)
+def _missing_protection(settings: WebSettings) -> str:
+    missing = {"encryption": settings.tls_certificate is None, "a key": not settings.checks_keys}
+    return " and ".join(name for name, is_missing in missing.items() if is_missing)
 
 
 def _is_loopback(address: str, option: str) -> bool:

@@ -1,4 +1,4 @@
-"""File descriptors: every connection takes one, and many systems give a process 1024 unless it asks for more."""
+"""Raises the limit on open files: every connection uses one, and many systems allow 1024 per process by default."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ __all__ = ["raise_open_file_limit"]
 
 _log = structlog.get_logger(__name__)
 
-_OTHERS = 128
-"""For files, threads' pipes, and connections that are about to be refused."""
+_RESERVE = 128
+"""Open files besides connections: regular files, pipes, and connections that are about to be rejected."""
 
 
 def raise_open_file_limit(connections: int) -> None:
-    """Lets this process open as many sockets, as far as the system allows; a warning says when that is too few.
+    """Raises this process's limit on open files, as far as the system allows; logs a warning if that is too few.
 
     Args:
-        connections: On all ports together.
+        connections: Largest number of connections on all ports together.
     """
-    needed = connections + _OTHERS
+    needed = connections + _RESERVE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
-    possible = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
-    if possible < needed:
-        _log.warning("fewer files may be open than there may be connections", needed=needed, allowed=possible)
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        _log.warning("the open file limit is too low for max_connections", needed=needed, allowed=allowed)

@@ -1,4 +1,4 @@
-"""Log lines of a call carry its id, the caller's or one drawn here, and the caller's span if it has one."""
+"""Binds a call's request id and trace context to its log lines."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ import structlog
 
 __all__ = ["bind_request_id", "bind_traceparent"]
 
+_MAX_CHARS = 64
+
 _TRACEPARENT = re.compile("00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 """W3C Trace Context, version 00."""
 
 
 def bind_request_id(given: object) -> str:
-    """Binds what came as `x-request-id` to the log, where it is fit for that, else a new id; returns which."""
-    fit = isinstance(given, str) and given.isascii() and given.isprintable() and given
-    request_id = given[:64] if fit and isinstance(given, str) else secrets.token_hex(4)
+    """Binds a request id to the log and returns it.
+
+    Args:
+        given: The value of `x-request-id`. Used, cut to 64 characters, if it is printable ASCII; otherwise a new id.
+    """
+    if isinstance(given, str) and given and given.isascii() and given.isprintable():
+        request_id = given[:_MAX_CHARS]
+    else:
+        request_id = secrets.token_hex(4)
     structlog.contextvars.bind_contextvars(request=request_id)
     return request_id
 
 
 def bind_traceparent(given: object) -> None:
-    """Binds what came as `traceparent` to the log, if it is one; whoever traces this task finds it there."""
+    """Binds the value of `traceparent` to the log if it is valid; the tracer reads it from there."""
     if isinstance(given, str) and _TRACEPARENT.fullmatch(given):
         structlog.contextvars.bind_contextvars(traceparent=given)

@@ -1,1 +1,1 @@
-"""The web port: page, grpc-web, HTTP and metrics behind one uvicorn server."""
+"""The web port: page, grpc-web, HTTP API and metrics behind one uvicorn server."""

@@ -1,8 +1,8 @@
-"""`/metrics`, who may read it, and a port of its own for it.
+"""The `/metrics` endpoint on the web port or on its own port, and who may read it.
 
-Metrics tell how much a service is used, which is nobody's business by default. So there are two ways to them: on the
-web port, for operators' keys, or where there are no keys for readers on this machine; or on an address that the
-operator names for them, for everybody who reaches it.
+Metrics show how much a service is used, so they are private by default. There are two ways to read them: on the web
+port with an operator's key (without keys, only from this machine), or on a separate address that the operator
+configures, which is open to everyone who can reach it.
 """
 
 from __future__ import annotations
@@ -32,25 +32,28 @@ if TYPE_CHECKING:
 __all__ = ["MetricsServer", "Render", "metrics_route", "serve_metrics"]
 
 Render = Callable[[str], tuple[bytes, str]]
-"""Takes an `Accept` header, returns all metrics and their content type."""
+"""Renders all metrics for an `Accept` header. Returns the body and its content type."""
 
 _log = structlog.get_logger(__name__)
 
 _OPTION = "--metrics-address"
 
-_FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
-"""Headers by which proxies tell that the reader is elsewhere."""
+_PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
+"""Headers that proxies add, which show that the client may be on another machine."""
 
 
 def authorize_scrape(request: Request, access: Access, address: str) -> tuple[int, str] | None:
-    """Decides about a reader on the web port: None to let them read, or the status and sentence that says why not.
+    """Decides whether a request on the web port may read the metrics.
 
-    Without keys, a proxy on this machine could let the world in to a port on loopback; it mostly shows in the headers.
+    A proxy on this machine could expose a loopback port to other machines; its headers usually reveal it.
 
     Args:
-        request: The reader's.
-        access: The keys.
-        address: HOST:PORT that the port listens on.
+        request: The request.
+        access: Checks keys.
+        address: HOST:PORT that the web port listens on.
+
+    Returns:
+        None if it may, otherwise the HTTP status and one sentence with the reason.
     """
     try:
         caller = access.authenticate(request.headers.get("authorization"), "")
@@ -59,36 +62,36 @@ def authorize_scrape(request: Request, access: Access, address: str) -> tuple[in
         return 401, error.message
     except RoleRequired as error:
         return 403, error.message
-    forwarded = any(name in request.headers for name in _FORWARDED)
-    if caller.has_key or (is_loopback(address) and is_loopback(request.headers.get("host", "")) and not forwarded):
+    proxied = any(name in request.headers for name in _PROXY_HEADERS)
+    if caller.has_key or (is_loopback(address) and is_loopback(request.headers.get("host", "")) and not proxied):
         return None
-    return 403, f"Without keys, metrics are for readers on this machine; see {_OPTION}."
+    return 403, f"Without API keys, only clients on this machine may read metrics; see {_OPTION}."
 
 
 def metrics_route(render: Render, access: Access, address: str) -> Route:
-    """Returns the route `/metrics` of a web port, for those whom `authorize_scrape` lets read."""
+    """Returns the route `/metrics` of a web port; arguments as for `authorize_scrape`."""
 
     async def metrics(request: Request) -> Response:
-        refused = authorize_scrape(request, access, address)
-        if refused is None:
-            return _answer(render, request)
-        status, reason = refused
+        rejected = authorize_scrape(request, access, address)
+        if rejected is None:
+            return _response(render, request)
+        status, reason = rejected
         return PlainTextResponse(f"{reason}\n", status, {"www-authenticate": "Bearer"} if status == 401 else None)
 
     return Route("/metrics", metrics)
 
 
-def _answer(render: Render, request: Request) -> Response:
+def _response(render: Render, request: Request) -> Response:
     body, content_type = render(request.headers.get("accept", ""))
     return Response(body, headers={"content-type": content_type, "cache-control": "no-store"})
 
 
 @contextlib.asynccontextmanager
 async def serve_metrics(address: str | None, render: Render) -> AsyncIterator[None]:
-    """Serves `/metrics` on `address` while the block runs; nothing happens without an address.
+    """Serves `/metrics` on `address` while the block runs. Does nothing if `address` is None.
 
     Raises:
-        AddressInUse: The address is taken or not one of this machine's.
+        AddressInUse: The address is in use, or does not belong to this machine.
     """
     if address is None:
         yield
@@ -102,31 +105,31 @@ async def serve_metrics(address: str | None, render: Render) -> AsyncIterator[No
 
 
 class MetricsServer:
-    """Serves `/metrics`, and nothing else, to whoever reaches its address.
+    """Serves only `/metrics`, to every client that reaches its address.
 
     Args:
         address: HOST:PORT to listen on; port 0 picks a free one.
-        render: Makes the answer.
+        render: Renders the metrics.
     """
 
     def __init__(self, address: str, render: Render) -> None:
         async def metrics(request: Request) -> Response:
-            return _answer(render, request)
+            return _response(render, request)
 
         application = Starlette(routes=[Route("/metrics", metrics)])
-        # A page in a browser on this machine must not read it; in a network, scrapers come under any name.
+        # On loopback, pages in a local browser must not read metrics; in a network, scrapers use any host name.
         hosts = () if is_loopback(address) else (ANY,)
-        self._listener = UvicornServer(OriginHostMiddleware(application, hosts=hosts), option=_OPTION)
+        self._server = UvicornServer(OriginHostMiddleware(application, hosts=hosts), option=_OPTION)
         self._address = address
 
     async def start(self) -> str:
         """Listens and returns the address with the real port.
 
         Raises:
-            AddressInUse: The address is taken or not one of this machine's.
+            AddressInUse: The address is in use, or does not belong to this machine.
         """
-        return await self._listener.start(self._address)
+        return await self._server.start(self._address)
 
     async def stop(self) -> None:
         """Closes the port."""
-        await self._listener.stop()
+        await self._server.stop()

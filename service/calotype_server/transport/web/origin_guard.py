@@ -1,8 +1,8 @@
-"""Who may talk to the web port: pages of which origins, under which names.
+"""Restricts which web pages may call the web port, and under which host names it answers.
 
-A page of any site can make its visitor's browser send requests to addresses that only that browser reaches, such as
-127.0.0.1. Two headers tell: `Origin`, the page's own, and `Host`, the name that was looked up. The second catches DNS
-rebinding, where a page of evil.example lets its name point to 127.0.0.1 and so becomes "the same origin".
+Any web page can make its visitor's browser send requests to addresses that only this browser can reach, such as
+127.0.0.1. Two headers reveal that: `Origin` names the page's site, and `Host` the name that the browser looked up. The
+second catches DNS rebinding, where evil.example points its own name to 127.0.0.1 to appear as the same origin.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ from starlette.responses import PlainTextResponse
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["OriginHostMiddleware"]
+__all__ = ["ANY", "OriginHostMiddleware"]
 
 ANY = "*"
 
+_CHECKED = (b"host", b"origin")
+
 _HSTS = (b"strict-transport-security", b"max-age=31536000")
-"""Browsers that were here over TLS never come in the clear again, for a year."""
+"""After one visit over TLS, browsers use only TLS for one year."""
 
 
 class OriginHostMiddleware:
-    """An ASGI middleware that refuses requests of foreign pages and for foreign names, and keeps browsers to TLS.
+    """An ASGI middleware that rejects requests from foreign pages and for foreign host names. Adds HSTS over TLS.
 
-    Requests without an `Origin` pass: they are not a page's doing. IP addresses and localhost are always names of this
-    server, since nobody can let them point elsewhere.
+    Requests without `Origin` pass, since no page of another site sends them. IP addresses and localhost are always
+    accepted as host names, because DNS cannot point them elsewhere.
 
     Args:
-        application: What is guarded.
-        origins: Of pages elsewhere that may call, as https://example.com; "*" for all.
-        hosts: Names under which this server is reached; "*" for all.
+        application: The protected app.
+        origins: Origins of other sites whose pages may call, as https://example.com; "*" for all.
+        hosts: Host names under which this server is reached; "*" for all.
     """
 
     def __init__(self, application: Any, *, origins: Sequence[str] = (), hosts: Sequence[str] = ()) -> None:
@@ -42,39 +44,40 @@ class OriginHostMiddleware:
         self._hosts = frozenset(host.lower() for host in hosts)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Passes a request on, or refuses it."""
+        """Passes a request on, or rejects it."""
         if scope["type"] not in ("http", "websocket"):
             await self._application(scope, receive, send)
             return
-        read = [(key, value.decode("latin-1").lower()) for key, value in scope["headers"] if key in _READ]
-        headers = dict(read)
+        found = [(key, value.decode("latin-1").lower()) for key, value in scope["headers"] if key in _CHECKED]
+        headers = dict(found)
         host = headers.get(b"host", "")
-        if len(headers) < len(read):
-            # Whoever stands in between may have read the other one.
-            refusal: PlainTextResponse | None = PlainTextResponse("Host and Origin are said once.\n", 400)
+        if len(headers) < len(found):
+            # A proxy in front of this server may have checked the other one.
+            rejection: PlainTextResponse | None = PlainTextResponse("Duplicate Host or Origin header.\n", 400)
         else:
-            refusal = self._judge(host, headers.get(b"origin"))
+            rejection = self._check(host, headers.get(b"origin"))
         if scope.get("scheme") == "https" and _split(f"//{host}")[1] != "localhost":
-            # On localhost it would count for everything else that is developed there.
+            # On localhost, HSTS would affect every other local server.
             send = _with_header(send, _HSTS)
-        if refusal is None:
+        if rejection is None:
             await self._application(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await refusal(scope, receive, send)
+            await rejection(scope, receive, send)
 
-    def _judge(self, host: str, origin: str | None) -> PlainTextResponse | None:
+    def _check(self, host: str, origin: str | None) -> PlainTextResponse | None:
+        """Returns the response to a request that must be rejected, or None."""
         name = _split(f"//{host}")[1]
-        if not self._is_ours(name):
-            return PlainTextResponse(f"This server does not answer as {name!r}; see --allowed-hosts.\n", 421)
+        if not self._is_own_name(name):
+            return PlainTextResponse(f"This server does not answer to the name {name!r}; see --allowed-hosts.\n", 421)
         if origin is None or ANY in self._origins or origin in self._origins:
             return None
         if _split(origin)[0] == host:
             return None
-        return PlainTextResponse(f"Pages of {origin!r} may not call this server; see --allowed-origins.\n", 403)
+        return PlainTextResponse(f"Pages from {origin!r} may not call this server; see --allowed-origins.\n", 403)
 
-    def _is_ours(self, name: str) -> bool:
+    def _is_own_name(self, name: str) -> bool:
         if ANY in self._hosts or name in self._hosts or name == "localhost" or name.endswith(".localhost"):
             return True
         try:
@@ -82,9 +85,6 @@ class OriginHostMiddleware:
         except ValueError:
             return False
         return True
-
-
-_READ = (b"host", b"origin")
 
 
 def _with_header(send: Any, header: tuple[bytes, bytes]) -> Any:
@@ -97,7 +97,7 @@ def _with_header(send: Any, header: tuple[bytes, bytes]) -> Any:
 
 
 def _split(url: str) -> tuple[str, str]:
-    """Returns the authority of a URL and the host in it, both empty when it is none."""
+    """Returns the authority of a URL and the host in it; both are empty if the URL is invalid."""
     try:
         parts = urlsplit(url)
         return parts.netloc, parts.hostname or ""

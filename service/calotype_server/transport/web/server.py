@@ -1,4 +1,4 @@
-"""The web port: grpc-web, the HTTP API, the page and health checks, behind one guard."""
+"""The web port: grpc-web, the HTTP API, the page and health checks, behind one host and origin check."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["PAGE", "WebServer"]
 
 PAGE = Path(__file__).parents[2] / "page"
-"""The built page, where there is one."""
+"""Folder of the built page; absent if the page was not built."""
 
 _CORS_REQUEST_HEADERS = (
     "authorization",
@@ -54,20 +54,20 @@ class WebServer:
     """Serves browsers on one address.
 
     Args:
-        address: HOST:PORT to listen on; port 0 picks a free one. HOST is one of the allowed hosts.
-        register: Adds services to the server that it is given; as for a native one.
-        access: Who may call. The page and health checks are for everybody.
+        address: HOST:PORT to listen on; port 0 picks a free one. HOST becomes one of the allowed hosts.
+        register: Registers gRPC services on the server that it receives.
+        access: Checks keys. The page and health checks need none.
         certificates: For TLS, or None for plaintext.
-        is_ready: Whether calls are welcome, for `/readyz`.
-        api: What the HTTP API offers; without one there is none.
-        allowed_origins: Of pages elsewhere that may call, as https://example.com; "*" for all.
-        allowed_hosts: Names under which this server is reached; "*" for all.
+        is_ready: Whether the server accepts calls, for `/readyz`.
+        api: Backs the HTTP API; None for no HTTP API.
+        allowed_origins: Origins of other sites whose pages may call, as https://example.com; "*" for all.
+        allowed_hosts: Host names under which this server is reached; "*" for all.
         page: Folder of the built page.
-        limits: What a peer may take.
-        peers: Counts the calls of all ports; None for a count of its own.
-        transport: Its name in the metrics.
-        observe: Told of calls and messages.
-        metrics: Makes the answer of `/metrics`; None for no such path.
+        limits: What each connection and each host may use.
+        call_limiter: Counts the calls of a host on all ports; None to count those of this port only.
+        transport: Name of the port in the metrics.
+        observe: Receives events about calls and messages.
+        metrics: Renders `/metrics`; None for no such path.
     """
 
     def __init__(
@@ -83,17 +83,21 @@ class WebServer:
         allowed_hosts: Sequence[str] = (),
         page: Path = PAGE,
         limits: PortLimits = PORT_LIMITS,
-        peers: CallLimiter | None = None,
+        call_limiter: CallLimiter | None = None,
         transport: str = "grpc-web",
         observe: Observe = ignore,
         metrics: Render | None = None,
     ) -> None:
-        peers = peers or CallLimiter(limits.max_calls_per_peer)
-        measured = [] if metrics is None else [metrics_route(metrics, access, address)]
-        http = HttpApi(api, access, limits, peers, observe).routes if api is not None else []
-        site = Starlette(routes=[*measured, *http, *_routes(is_ready, page)])
-        around = interceptors(access, transport, observe)
-        self._grpc_web = GrpcWeb(site, interceptors=around, limits=limits, peers=peers, observe=observe)
+        call_limiter = call_limiter or CallLimiter(limits.max_calls_per_peer)
+        metrics_routes = [] if metrics is None else [metrics_route(metrics, access, address)]
+        api_routes = [] if api is None else HttpApi(api, access, limits, call_limiter, observe).routes
+        self._grpc_web = GrpcWeb(
+            Starlette(routes=[*metrics_routes, *api_routes, *_site_routes(is_ready, page)]),
+            interceptors=interceptors(access, transport, observe),
+            limits=limits,
+            call_limiter=call_limiter,
+            observe=observe,
+        )
         register(self._grpc_web)
         application = CORSMiddleware(
             self._grpc_web,
@@ -105,31 +109,33 @@ class WebServer:
         )
         hosts = (*allowed_hosts, address.rpartition(":")[0])
         context = None if certificates is None else certificates.ssl_context()
-        self._listener = UvicornServer(
+        self._server = UvicornServer(
             OriginHostMiddleware(application, origins=allowed_origins, hosts=hosts), limits, context
         )
         self._address = address
 
     @property
     def active_calls(self) -> int:
-        """Calls that have not been answered to the end."""
+        """Number of grpc-web calls whose response is not complete."""
         return self._grpc_web.active_calls
 
     async def start(self) -> str:
         """Listens and returns the address with the real port.
 
         Raises:
-            AddressInUse: The address is taken or not one of this machine's.
+            AddressInUse: The address is in use, or does not belong to this machine.
         """
-        return await self._listener.start(self._address)
+        return await self._server.start(self._address)
 
     async def stop(self, grace: float) -> None:
-        """Closes the port; calls under way get `grace` seconds to deliver their end, new ones get UNAVAILABLE."""
+        """Closes the port. Active calls have `grace` seconds to send their last message; new ones get UNAVAILABLE."""
         await self._grpc_web.stop(grace)
-        await self._listener.stop()
+        await self._server.stop()
 
 
-def _routes(is_ready: Callable[[], Awaitable[bool]], page: Path) -> list[BaseRoute]:
+def _site_routes(is_ready: Callable[[], Awaitable[bool]], page: Path) -> list[BaseRoute]:
+    """Returns the routes of the health checks and the page."""
+
     async def alive(_: Request) -> PlainTextResponse:
         return PlainTextResponse("ok\n")
 
@@ -137,7 +143,7 @@ def _routes(is_ready: Callable[[], Awaitable[bool]], page: Path) -> list[BaseRou
         return PlainTextResponse("ready\n") if await is_ready() else PlainTextResponse("not ready\n", 503)
 
     async def no_page(_: Request) -> PlainTextResponse:
-        return PlainTextResponse("Calotype answers grpc-web here. It was installed without its page.\n")
+        return PlainTextResponse("This port answers grpc-web. Calotype was installed without its web page.\n")
 
     root = Mount("/", Page(directory=page, html=True)) if page.is_dir() else Route("/", no_page)
     return [Route("/healthz", alive), Route("/readyz", ready), root]

@@ -1,4 +1,4 @@
-"""TLS handshakes of the web port: bounded in time and in number, as what follows them is."""
+"""TLS handshakes of the web port, limited in time and in number like the connections that follow them."""
 
 from __future__ import annotations
 
@@ -11,86 +11,87 @@ if TYPE_CHECKING:
 
     from calotype_server.limits import PortLimits
 
-__all__ = ["Handshakes"]
+__all__ = ["TlsHandshakes"]
 
 
-class Handshakes:
-    """Makes the protocols of new connections, which begin to speak HTTP when their handshake is done.
+class TlsHandshakes:
+    """Creates the protocols of new connections, which switch to HTTP when their handshake is complete.
 
-    asyncio alone would wait a minute for each, and uvicorn counts none before its end.
+    asyncio alone would allow each handshake one minute, and uvicorn does not count connections before they complete it.
 
     Args:
-        http: Makes the protocol that follows; called as by uvicorn.
-        context: Of TLS.
-        limits: What a peer may take.
+        http: Creates the HTTP protocol of a connection from uvicorn's keyword arguments.
+        context: For TLS.
+        limits: Number of connections and time for a handshake.
     """
 
     def __init__(self, http: Callable[..., asyncio.Protocol], context: ssl.SSLContext, limits: PortLimits) -> None:
         self._http = http
         self._context = context
         self._limits = limits
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._active: set[asyncio.Task[None]] = set()
 
-    def __call__(self, **uvicorns: Any) -> asyncio.Protocol:
-        """Returns the protocol of one connection."""
-        return _Beginning(self, uvicorns)
+    def __call__(self, **uvicorn_arguments: Any) -> asyncio.Protocol:
+        """Returns the protocol of one connection; called by uvicorn."""
+        return _BeforeHandshake(self, uvicorn_arguments)
 
-    def begin(self, transport: asyncio.Transport, uvicorns: dict[str, Any]) -> None:
-        """Begins the handshake on a connection, or closes it when there are too many."""
-        if len(self._under_way) + len(uvicorns["server_state"].connections) >= self._limits.max_connections:
+    def start(self, transport: asyncio.Transport, uvicorn_arguments: dict[str, Any]) -> None:
+        """Starts the handshake of a connection, or closes the connection if there are too many."""
+        connections = len(self._active) + len(uvicorn_arguments["server_state"].connections)
+        if connections >= self._limits.max_connections:
             transport.abort()
             return
-        # What arrives from now on is the handshake's.
+        # From now on, incoming bytes belong to the handshake.
         transport.pause_reading()
-        task = asyncio.create_task(self._shake(transport, uvicorns))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        task = asyncio.create_task(self._shake_hands(transport, uvicorn_arguments))
+        self._active.add(task)
+        task.add_done_callback(self._active.discard)
 
     def close(self) -> None:
-        """Ends those under way."""
-        for task in self._under_way:
+        """Cancels all active handshakes."""
+        for task in self._active:
             task.cancel()
 
-    async def _shake(self, transport: asyncio.Transport, uvicorns: dict[str, Any]) -> None:
-        early = _Early()
+    async def _shake_hands(self, transport: asyncio.Transport, uvicorn_arguments: dict[str, Any]) -> None:
+        early = _EarlyData()
         loop, seconds = asyncio.get_running_loop(), self._limits.request_seconds
         try:
             encrypted = await loop.start_tls(
                 transport, early, self._context, server_side=True, ssl_handshake_timeout=seconds
             )
         except OSError:
-            # No TLS, a certificate that is not ours to trust, too slow, or gone. It is closed.
+            # Not TLS, an untrusted certificate, a timeout or a disconnect; asyncio has closed the connection.
             return
-        if encrypted is None or early.gone:
+        if encrypted is None or early.lost:
             return
-        protocol = self._http(**uvicorns)
+        protocol = self._http(**uvicorn_arguments)
         encrypted.set_protocol(protocol)
         protocol.connection_made(encrypted)
-        for data in early.data:
+        for data in early.received:
             protocol.data_received(data)
 
 
-class _Early(asyncio.Protocol):
-    """Holds what comes with the end of a handshake, before it is known here that it has ended."""
+class _EarlyData(asyncio.Protocol):
+    """Holds bytes that arrive together with the end of the handshake, before `start_tls` returns."""
 
     def __init__(self) -> None:
-        self.data: list[bytes] = []
-        self.gone = False
+        self.received: list[bytes] = []
+        self.lost = False
 
     def data_received(self, data: bytes) -> None:
-        self.data.append(data)
+        self.received.append(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.gone = True
+        self.lost = True
 
 
-class _Beginning(asyncio.Protocol):
-    """What a connection is until its handshake."""
+class _BeforeHandshake(asyncio.Protocol):
+    """The protocol of a connection before its handshake."""
 
-    def __init__(self, handshakes: Handshakes, uvicorns: dict[str, Any]) -> None:
+    def __init__(self, handshakes: TlsHandshakes, uvicorn_arguments: dict[str, Any]) -> None:
         self._handshakes = handshakes
-        self._uvicorns = uvicorns
+        self._uvicorn_arguments = uvicorn_arguments
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self._handshakes.begin(transport, self._uvicorns)
+        self._handshakes.start(transport, self._uvicorn_arguments)

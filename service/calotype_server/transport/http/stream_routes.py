@@ -1,0 +1,140 @@
+"""HTTP routes that start or follow a generation and answer with server-sent events."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Body, Header, Query, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server.transport.http.callers import caller_of
+from calotype_server.transport.http.generation_stream import generation_stream
+from calotype_server.transport.http.parsing import Lenient, Parsed, parse_query, query_parameters
+from calotype_server.transport.http.request_parts import GenerationId, base_path, query_fields
+from calotype_server.transport.http.sse import (
+    KEEPALIVE_SECONDS,
+    EventStream,
+    Images,
+    parse_last_event_id,
+    progress_events,
+)
+
+if TYPE_CHECKING:
+    from calotype_server.api.service import Api
+
+__all__ = ["StreamRoutes"]
+
+_RECONNECT_GRACE = "10s"
+"""Time for an EventSource to reconnect; it waits a few seconds of its own choice."""
+
+_Images = Annotated[
+    Images, Query(description="Whether images are inside the events, or `image_url` links to them instead.")
+]
+_LastEventId = Annotated[
+    str | None, Header(description="Id of the last event received: continues after it instead of starting over.")
+]
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Events named `progress`, and `end` for the last one. Their data is a `Progress` in JSON, their "
+        f"id `GENERATION_ID:SEQUENCE`. A comment every {KEEPALIVE_SECONDS} seconds keeps the connection open.",
+        # Only OpenAPI 3.2 can describe the schema of each event.
+        "content": {"text/event-stream": {}},
+    }
+}
+_ENDED: dict[int | str, dict[str, Any]] = {204: {"description": "`Last-Event-ID` was the last event of its stream."}}
+
+
+class StreamRoutes:
+    """The routes, as methods.
+
+    Args:
+        api: Implements the operations.
+    """
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+
+    def add_to(self, routes: APIRouter) -> None:
+        """Registers the routes."""
+        responses = _EVENTS | _ENDED
+        routes.post("/generate", summary="Start a generation and follow it", responses=responses)(self.generate)
+        routes.get(
+            "/generate",
+            summary="The same for a browser's EventSource",
+            responses=responses,
+            openapi_extra={"parameters": query_parameters(pb.GenerateRequest)},
+        )(self.generate_by_get)
+        routes.get(
+            "/generations/{generation_id}/events",
+            summary="Follow a generation that was started before",
+            responses=responses,
+            openapi_extra={"parameters": query_parameters(pb.WatchRequest, without=("generation_id",))},
+        )(self.watch)
+
+    async def generate(
+        self,
+        request: Request,
+        body: Annotated[Parsed[pb.GenerateRequest], Body(), Lenient(pb.GenerateRequest)],
+        images: _Images = "base64",
+        last_event_id: _LastEventId = None,
+    ) -> Response:
+        """Streams server-sent events until the end. `on_disconnect` decides what a disconnect does."""
+        if last_event_id:
+            return await self._resume(last_event_id, request, images)
+        return await self._stream(body, request, images)
+
+    async def generate_by_get(
+        self, request: Request, images: _Images = "base64", last_event_id: _LastEventId = None
+    ) -> Response:
+        """Like `POST`, with the request in the query: dots lead into objects, as in `preview.max_edge_px=256`.
+
+        An EventSource reconnects automatically, so the default of `disconnect_grace` is 10s.
+        """
+        _reject_other_sites(request)
+        if last_event_id:
+            return await self._resume(last_event_id, request, images)
+        query = {"disconnect_grace": _RECONNECT_GRACE, **query_fields(request)}
+        return await self._stream(parse_query(pb.GenerateRequest, query), request, images)
+
+    async def watch(
+        self,
+        request: Request,
+        generation_id: GenerationId,
+        images: _Images = "base64",
+        last_event_id: _LastEventId = None,
+    ) -> Response:
+        """Works from any connection. Starts with the newest preview, or the end, and continues with new events."""
+        if last_event_id:
+            return await self._resume(last_event_id, request, images)
+        parsed = parse_query(pb.WatchRequest, {**query_fields(request), "generation_id": generation_id})
+        return await self._stream(parsed, request, images)
+
+    async def _resume(self, last_event_id: str, request: Request, images: Images) -> Response:
+        generation_id, sequence = parse_last_event_id(last_event_id)
+        watch = pb.WatchRequest(generation_id=generation_id, after_sequence=sequence)
+        return await self._stream(Parsed(watch, []), request, images)
+
+    async def _stream(
+        self, parsed: Parsed[pb.GenerateRequest] | Parsed[pb.WatchRequest], request: Request, images: Images
+    ) -> Response:
+        async with contextlib.AsyncExitStack() as resources:
+            stream = await resources.enter_async_context(generation_stream(self._api, parsed, caller_of(request)))
+            state = stream.generation.events.state
+            if (
+                isinstance(parsed.value, pb.WatchRequest)
+                and state.end is not None
+                and state.sequence <= parsed.value.after_sequence
+            ):
+                # This status makes an EventSource stop reconnecting.
+                return Response(status_code=204)
+            return EventStream(progress_events(stream, images, base_path(request)), resources.pop_all())
+
+
+def _reject_other_sites(request: Request) -> None:
+    """Prevents pages of other sites from starting generations with an `<img>` or a link, which send no `Origin`."""
+    site = request.headers.get("sec-fetch-site", "none")
+    if "origin" not in request.headers and site not in ("none", "same-origin"):
+        raise HTTPException(403, "Pages of other sites may not start generations")

@@ -226,6 +226,9 @@ class Settings(WebSettings):
     cache_dir: Path = Field(
         Path("~/.cache/calotype"), description="Folder for what was measured of a model, such as its preview head."
     )
+    measure_again: bool = Field(
+        False, description="Ignore the cached batching plan of the model at this start, and measure a new one."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines to log.")
     log_format: Literal["console", "json"] = Field("console", description="Log for people, or for machines.")
     log_prompts: bool = Field(False, description="Log what people ask for. Default: no prompt is ever logged.")

@@ -1,4 +1,4 @@
-"""What the server asks of an engine. Everything heavy depends on this, never the reverse."""
+"""The interface between the server and an engine. Heavy code depends on this module, never the other way round."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ __all__ = ["Engine", "Stop"]
 
 
 class Stop:
-    """Asks a run to end. From any thread, and once for all."""
+    """Asks a run to end. Safe to use from any thread; it cannot be undone."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
         self._set = False
-        self.finishing = False
-        """Whether the run shall end with the picture as it is after the step under way."""
+        self._finishing = False
+
+    @property
+    def finishing(self) -> bool:
+        """Whether the run should end with the predicted image of the current step."""
+        return self._finishing
 
     def finish(self) -> None:
-        """Asks for the picture as it is."""
-        self.finishing = True
+        """Asks the run to end early with the image as it is."""
+        self._finishing = True
 
     def set(self) -> None:
-        """Asks."""
+        """Asks the run to end without an image, and calls the callbacks."""
         with self._lock:
             self._set = True
             callbacks, self._callbacks = self._callbacks, []
@@ -36,11 +40,11 @@ class Stop:
             callback()
 
     def is_set(self) -> bool:
-        """Whether the run shall end."""
+        """Whether the run should end without an image."""
         return self._set
 
     def call(self, callback: Callable[[], None]) -> None:
-        """Has `callback` called when the run shall end: at once if that is so already. It must not block or raise."""
+        """Registers a function for `set` to call, or calls it now if that has happened. It must not block or raise."""
         with self._lock:
             if not self._set:
                 self._callbacks.append(callback)
@@ -53,25 +57,25 @@ class Engine(Protocol):
 
     @property
     def model(self) -> ModelInfo:
-        """What the model can do and does by default."""
+        """Capabilities and defaults of the model."""
         ...
 
     def run(self, job: Job, report: Callable[[Event], None], stop: Stop) -> Pixels:
-        """Generates one picture; blocks the calling thread until the device is free of it.
+        """Generates one image. Blocks the calling thread until the device no longer works on it.
 
         Args:
             job: What to generate.
-            report: Takes `EncodingPrompt`, `Denoising`, `PreviewReady` and `Decoding` as they happen; called from this
-                and other threads, and it must not block.
-            stop: When set, the work ends before the next denoising step; a wait for the device ends at once. When it is
-                `finishing`, the predicted picture of the step under way is decoded and returned.
+            report: Receives `EncodingPrompt`, `Denoising`, `PreviewReady` and `Decoding` as they happen. This thread
+                and others call it, and it must not block.
+            stop: If set, the run ends before the next denoising step; a wait for the device ends at once. If
+                `finishing`, the predicted image of the current step is decoded and returned.
 
         Raises:
             Cancelled: `stop` was set.
-            GenerationError: Any other way to fail; `EngineDead` when no further call can succeed.
+            GenerationError: The generation failed; `EngineDead` if no further call can succeed.
         """
         ...
 
     def close(self) -> None:
-        """Frees threads; no `run` may be under way."""
+        """Ends the engine's threads. No `run` may be active."""
         ...

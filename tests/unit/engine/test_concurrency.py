@@ -13,7 +13,7 @@ from calotype_server.engine.batching import plan as plan_module
 from calotype_server.engine.batching.measure import Knee, Threads
 from calotype_server.engine.batching.plan import Plan, make_plan
 from calotype_server.engine.capabilities import Defaults, describe
-from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.protocol import Stop
 from calotype_server.types import Denoising, PreviewMethod, PreviewOptions, PreviewReady
 from support.engine import tiny
@@ -39,7 +39,7 @@ def open_engine(tmp_path):
     def open_one(pipeline=None, **options):
         options = {"max_active": len(JOBS), "max_rows": 8, "threads": 1, **options}
         batches = []
-        engine = DiffusersEngine(
+        engine = build_engine(
             "tiny",
             pipeline or tiny.build("sd15"),
             defaults=Defaults(),
@@ -78,7 +78,7 @@ class TestPictures:
         batches.clear()
         for picture, single in zip(together(engine, JOBS), alone, strict=True):
             assert largest_difference(picture, single) <= 1
-        assert max(len(batch.streams) for batch in batches) > 1
+        assert max(len(batch.sessions) for batch in batches) > 1
 
     def test_deterministic_pictures_are_bitwise_the_same(self, open_engine):
         """Rounding does not depend on the company when every batch has the same size."""
@@ -238,7 +238,7 @@ class TestPlan:
         assert "differ" in engine.model.unbatched_reason
         alone = [Run(engine)(job) for job in JOBS[:3]]
         assert together(engine, JOBS[:3]) == alone
-        assert {len(batch.streams) for batch in batches} == {1}
+        assert {len(batch.sessions) for batch in batches} == {1}
 
 
 class TestStop:

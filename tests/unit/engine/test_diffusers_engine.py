@@ -11,7 +11,7 @@ import torch
 
 from calotype_server import errors
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.preview import pipeline_previews as previews_module
 from calotype_server.engine.protocol import Stop
 from calotype_server.engine.request_view import make_scheduler, request_view
@@ -43,7 +43,7 @@ def pipeline():
 @pytest.fixture
 def engine(pipeline, heads):
     """An engine over that pipeline."""
-    engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+    engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
     yield engine
     engine.close()
 
@@ -112,7 +112,7 @@ class TestPicture:
                 return super().__call__(**arguments)
 
         pipeline.__class__ = Recording
-        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+        engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
         calls.clear()
         Run(engine)(dataclasses.replace(JOB, negative_prompt=None, guidance_scale=None))
         Run(engine)(dataclasses.replace(JOB, negative_prompt="", guidance_scale=0.0))
@@ -194,7 +194,7 @@ class TestEvents:
             raise ValueError("no tail to plant in")
 
         monkeypatch.setattr(previews_module, "calibrate", fail)
-        engine = DiffusersEngine(
+        engine = build_engine(
             "tiny",
             pipeline,
             defaults=Defaults(),
@@ -220,7 +220,7 @@ class TestEvents:
             raise AssertionError("calibrated again")
 
         monkeypatch.setattr(previews_module, "calibrate", fail)
-        second = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+        second = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
         run = Run(second)
         on_evaluation(pipeline, lambda number: run.wait_for_step(number - 1))
         run()
@@ -230,7 +230,7 @@ class TestEvents:
     def test_closing_ends_the_preview_thread(self, pipeline, heads):
         """A closed engine leaves no thread behind."""
         before = set(threading.enumerate())
-        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+        engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
         (thread,) = (each for each in set(threading.enumerate()) - before if each.name == "calotype-preview")
         engine.close()
         assert not thread.is_alive()

@@ -7,7 +7,7 @@ import torch
 
 from calotype_server import errors
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.preview.decoders import VaeDecoder
 from calotype_server.types import Decoding, Denoising, Withdrawn
 from support.checker import guarded
@@ -21,7 +21,7 @@ def open_engine(tmp_path):
     opened = []
 
     def open_one(pipeline, **options):
-        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1, **options)
+        engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1, **options)
         opened.append(engine)
         return engine
 

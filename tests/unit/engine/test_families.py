@@ -9,7 +9,7 @@ import pytest
 
 from calotype_server.engine import diffusers_engine as engine_module
 from calotype_server.engine.capabilities import Defaults, denoiser_name
-from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.preview import pipeline_previews as previews_module
 from calotype_server.types import (
     Decoding,
@@ -64,7 +64,7 @@ def test_engine_drives_the_family(family, tmp_path, monkeypatch):
     monkeypatch.setattr(previews_module, "calibrate", functools.partial(previews_module.calibrate, budget=0.0))
     monkeypatch.setattr(engine_module, "make_scheduler", counting)
     pipeline = unbinned(tiny.prompted(family))
-    engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
+    engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
     assert engine.model.preview_methods == DRAWN
     steps = 3
     guidance, scheduler = engine.model.guidance_scale, engine.model.scheduler

@@ -9,9 +9,9 @@ import structlog
 import torch
 
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.preview.budget import PreviewBudget
-from calotype_server.engine.preview.device_stream import CpuLane
+from calotype_server.engine.preview.device_stream import CpuStream
 from calotype_server.engine.preview.renderer import PreviewRenderer
 from calotype_server.engine.tap import Step
 from calotype_server.observability.events import BatchDone, PreviewFailed, PreviewRendered, StepDone
@@ -55,7 +55,7 @@ def test_steps_batches_and_previews_are_told(tmp_path):
     """One for each step but the first, before which nothing came; alone, the rows are the two of guidance."""
     seen = []
     pipeline = tiny.build("sd15")
-    engine = DiffusersEngine(
+    engine = build_engine(
         "tiny",
         pipeline,
         defaults=Defaults(),
@@ -86,7 +86,7 @@ def test_steps_batches_and_previews_are_told(tmp_path):
 
 def test_who_shares_batches_is_told_how_many_rows():
     """The mean over a request's own calls, those of its company included."""
-    with Party() as party, party.batcher.stream() as stream:
+    with Party() as party, party.batcher.open_session() as stream:
         assert stream.mean_rows == 0
         party.step(stream, 1)
         assert stream.mean_rows == 1
@@ -137,7 +137,7 @@ def test_the_preview_thread_logs_for_whom_it_draws(entries):
             LIBRARY.warning("an odd colour")
             raise ValueError("no")
 
-    renderer = PreviewRenderer({PreviewMethod.HEAD: Decoder()}, PreviewBudget(0.02), CpuLane(), observe=seen.append)
+    renderer = PreviewRenderer({PreviewMethod.HEAD: Decoder()}, PreviewBudget(0.02), CpuStream(), observe=seen.append)
     job = Job("p", None, 64, 32, 9, None, 0, "DDIMScheduler", PreviewOptions(method=PreviewMethod.HEAD))
     ones = torch.ones(1, 4, 2, 2)
     step = Step(1, 9, ones, ones, level=None, reported=ones, scheduler=None)

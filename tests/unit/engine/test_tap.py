@@ -8,7 +8,7 @@ import diffusers
 import pytest
 import torch
 
-from calotype_server.engine.batching.proxy import DenoiserProxy
+from calotype_server.engine.denoiser_proxy import DenoiserProxy
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.tap import StepTap, Stopped

@@ -60,7 +60,7 @@ def batched(family, cases, **options):
     def request(case):
         # Torch keeps the number by thread.
         torch.set_num_threads(1)
-        with batcher.stream() as stream:
+        with batcher.open_session() as stream:
             scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
             StepTap(
                 scheduler,
@@ -81,7 +81,7 @@ def batched(family, cases, **options):
 def test_batched_is_as_alone(family):
     """Requests of different seeds, prompts, steps, guidance and sizes come out as if each had been the only one."""
     pictures, records = batched(family, CASES)
-    assert max(len(record.streams) for record in records) > 1
+    assert max(len(record.sessions) for record in records) > 1
     assert all(record.rows <= MAX_ROWS for record in records)
     for case, picture in zip(CASES, pictures, strict=True):
         expected = alone(family, case)
@@ -95,7 +95,7 @@ def test_deterministic_is_bitwise(family):
     (single,), _ = batched(family, CASES[:1], deterministic=True)
     (first, *_), records = batched(family, CASES[:3], deterministic=True)
     (*_, last), _ = batched(family, [CASES[2], CASES[0]], deterministic=True)
-    assert max(len(record.streams) for record in records) > 1
+    assert max(len(record.sessions) for record in records) > 1
     assert {record.padded_rows for record in records} == {MAX_ROWS}
     assert torch.equal(first, single)
     assert torch.equal(last, single)

@@ -70,7 +70,7 @@ def test_contention_says_how_much_of_it_the_denoiser_feels() -> None:
     """Where the denoiser uses half of the cores, half of the work is in its way."""
     budget = measured(head=0.08)
     assert budget.stride(HEAD, PIXELS) == 4
-    budget.contention = 0.5
+    budget.set_contention(0.5)
     assert budget.stride(HEAD, PIXELS) == 2
 
 
@@ -118,7 +118,7 @@ def test_nothing_to_draw_with_is_no_choice() -> None:
 def test_the_share_is_kept(share, step, encode, decoders, methods, current, contention, scale) -> None:
     """Whatever was measured, the cost spread over the steps to the next preview is at most the share."""
     budget = measured(share, step=step, encode=encode, **{method.value: cost for method, cost in decoders.items()})
-    budget.contention = contention
+    budget.set_contention(contention)
     pixels = scale * PIXELS
     choice = budget.choose(methods, pixels, current)
     assert (choice is None) == (not methods)

@@ -67,22 +67,22 @@ class TestCalibrate:
         pipeline = tiny.prompted(family)
         model = self.small(pipeline)
         first, second = (calibrate(pipeline, model, budget=0.0) for _ in range(2))
-        assert torch.isfinite(first.planted.inputs).all()
+        assert torch.isfinite(first.calibration.inputs).all()
         assert first.scale == second.scale
-        assert torch.equal(first.planted.inputs, second.planted.inputs)
-        assert torch.equal(first.planted.products, second.planted.products)
+        assert torch.equal(first.calibration.inputs, second.calibration.inputs)
+        assert torch.equal(first.calibration.products, second.calibration.products)
 
     def test_other_seed_gives_another_head(self, sd15):
         """The planted latents come from the seed."""
         model = self.small(sd15)
         first, second = (calibrate(sd15, model, seed=seed, budget=0.0) for seed in (0, 1))
-        assert not torch.equal(first.planted.inputs, second.planted.inputs)
+        assert not torch.equal(first.calibration.inputs, second.calibration.inputs)
 
     @pytest.mark.parametrize(("budget", "pictures"), [(0.0, 4), (float("inf"), 24)])
     def test_budget_decides_how_many_pictures(self, sd15, budget, pictures):
         """Out of time, four pictures must do; otherwise there are twenty-four."""
         head = calibrate(sd15, self.small(sd15, side=32), budget=budget)
-        assert head.planted.count == pictures * 4 * 4
+        assert head.calibration.count == pictures * 4 * 4
 
     def test_shared_pipeline_is_not_changed(self, sd15):
         """Calibration runs on views."""

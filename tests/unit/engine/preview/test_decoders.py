@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.preview.decoders import VaeDecoder
 from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.tap import StepTap
@@ -78,7 +78,7 @@ def job_of(pipeline, method):
 def test_the_full_vae_shows_what_the_pipeline_would_decode(family, tmp_path):
     """Each preview is the pipeline's own decoding of that step's predicted x0."""
     pipeline = tiny.prompted(family)
-    engine = DiffusersEngine(
+    engine = build_engine(
         "tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1, preview_methods={PreviewMethod.FULL_VAE}
     )
     job = job_of(pipeline, PreviewMethod.FULL_VAE)
@@ -95,7 +95,7 @@ def test_the_full_vae_shows_what_the_pipeline_would_decode(family, tmp_path):
 def test_a_tiny_vae_draws_in_place_of_the_full_one(family, tmp_path):
     """Each preview is the small decoder's own picture of x0 in the denoiser's scale."""
     pipeline, vae = tiny.prompted(family), seeded_tiny_vae()
-    engine = DiffusersEngine(
+    engine = build_engine(
         "tiny",
         pipeline,
         defaults=Defaults(),
@@ -114,7 +114,7 @@ def test_a_tiny_vae_draws_in_place_of_the_full_one(family, tmp_path):
 
 def test_a_tiny_vae_that_does_not_fit_is_not_offered(tmp_path, logs):
     """One that raises when it is tried at load is left out, with a line in the log; the others draw."""
-    engine = DiffusersEngine(
+    engine = build_engine(
         "tiny",
         tiny.build("sd15"),
         defaults=Defaults(),

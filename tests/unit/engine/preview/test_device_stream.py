@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
-from calotype_server.engine.preview.device_stream import CpuLane, lane_for
+from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.preview.device_stream import CpuStream, device_stream
 from calotype_server.types import PreviewMethod, PreviewOptions, PreviewReady
 from support.engine import tiny
 from support.runs import JOB, STEPS, Run
@@ -17,8 +17,8 @@ cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
 
 def test_the_cpu_has_nothing_to_wait_for():
     """A block is counted by the processor's time, known when it has ended."""
-    lane = lane_for(torch.device("cpu"))
-    assert isinstance(lane, CpuLane)
+    lane = device_stream(torch.device("cpu"))
+    assert isinstance(lane, CpuStream)
     with lane.after([lane.mark()]) as spent:
         assert spent.seconds == 0.0
         sum(range(200_000))
@@ -27,7 +27,7 @@ def test_the_cpu_has_nothing_to_wait_for():
 
 def test_an_error_in_a_block_comes_out():
     """The lane is usable afterwards."""
-    lane = CpuLane()
+    lane = CpuStream()
     with pytest.raises(ValueError, match="drawn badly"), lane.after([None]):
         raise ValueError("drawn badly")
     with lane.after([None]):
@@ -39,7 +39,7 @@ def test_an_error_in_a_block_comes_out():
 def test_the_side_stream_sees_what_was_marked():
     """What is read within a block is what the denoiser's stream had issued, however long that takes."""
     device = torch.device("cuda", 0)
-    lane = lane_for(device)
+    lane = device_stream(device)
     values = torch.zeros(1 << 20, device=device)
     torch.cuda._sleep(100_000_000)
     values += 1
@@ -57,7 +57,7 @@ def test_previews_on_cuda_equal_those_of_the_cpu(method, tmp_path):
     shown = {}
     for device in ("cpu", "cuda"):
         pipeline = tiny.build("sd15").to(device)
-        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
+        engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
         run = Run(engine)
         run.wait_before_each_evaluation(pipeline.unet)
         run(job)

@@ -140,7 +140,7 @@ class TestLessons:
         decode = self.other_decoder()
         head = PreviewHead(2, observed(linear_decoder(), *range(4)))
         latents = torch.randn(1, 4, 16, 16, generator=seeded(5))
-        taught = head.taught(PreviewHead.observe(2, latents, decode(latents)))
+        taught = head.updated(PreviewHead.observe(2, latents, decode(latents)))
         before, after = ((each.decode(latents, 32, 32) - decode(latents)).square().mean() for each in (head, taught))
         assert after < 0.5 * before
 
@@ -150,7 +150,7 @@ class TestLessons:
         head = PreviewHead(2, observed(linear_decoder(), *range(4)))
         errors = [error(head, decode)]
         for seed in range(10, 26):
-            head = head.taught(observed(decode, seed))
+            head = head.updated(observed(decode, seed))
             errors.append(error(head, decode))
         assert errors[0] > errors[4] > errors[16]
         assert errors[16] < 0.05 * errors[0]
@@ -160,9 +160,9 @@ class TestLessons:
         head = PreviewHead(2, observed(linear_decoder(), 0, 1))
         latents = torch.randn(1, 4, 8, 8, generator=seeded())
         before = head.decode(latents, 16, 16)
-        head.taught(observed(self.other_decoder(), 2))
+        head.updated(observed(self.other_decoder(), 2))
         assert torch.equal(head.decode(latents, 16, 16), before)
-        assert head.seen is None
+        assert head.learned is None
 
     def test_old_lessons_fade(self):
         """However many images there were, what has been seen weighs no more than the last few hundred of them."""
@@ -170,8 +170,8 @@ class TestLessons:
         head = PreviewHead(2, observed(decode, 0, 1))
         counts = []
         for _ in range(600):
-            head = head.taught(lesson)
-            counts.append(head.seen.count / lesson.count)
+            head = head.updated(lesson)
+            counts.append(head.learned.count / lesson.count)
         assert counts == sorted(counts)
         assert counts[-1] == pytest.approx(3.0 * 128, rel=0.02)
 
@@ -180,7 +180,7 @@ class TestLessons:
         """A broken picture leaves a head that draws as before."""
         head = PreviewHead(2, observed(linear_decoder(), 0, 1))
         latents = torch.randn(1, 4, 8, 8, generator=seeded())
-        taught = head.taught(PreviewHead.observe(2, latents, torch.full((1, 3, 16, 16), poison)))
+        taught = head.updated(PreviewHead.observe(2, latents, torch.full((1, 3, 16, 16), poison)))
         assert torch.equal(taught.decode(latents, 16, 16), head.decode(latents, 16, 16))
 
     def test_a_large_image_teaches_by_a_sample(self):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.preview.budget import PreviewBudget
-from calotype_server.engine.preview.cache import cache_path, load_head
+from calotype_server.engine.preview.head_cache import head_path, load_head
 from calotype_server.engine.preview.decoders import HeadDecoder
 from calotype_server.types import PreviewMethod, PreviewOptions
 from support.engine import tiny
@@ -18,7 +18,7 @@ from support.runs import JOB, PATIENCE, Run
 
 def start(cache, **others):
     """An engine on the tiny SD1.5."""
-    return DiffusersEngine("tiny", tiny.shared("sd15"), defaults=Defaults(), cache_dir=cache, threads=1, **others)
+    return build_engine("tiny", tiny.shared("sd15"), defaults=Defaults(), cache_dir=cache, threads=1, **others)
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def calibrated(tmp_path_factory):
     """The bytes of a freshly fitted head."""
     cache = tmp_path_factory.mktemp("cache")
     start(cache).close()
-    return cache_path(cache, tiny.shared("sd15")).read_bytes()
+    return head_path(cache, tiny.shared("sd15")).read_bytes()
 
 
 @pytest.fixture
 def path(tmp_path, calibrated):
     """Where the head is kept, with that head in place."""
-    path = cache_path(tmp_path, tiny.shared("sd15"))
+    path = head_path(tmp_path, tiny.shared("sd15"))
     path.parent.mkdir(parents=True)
     path.write_bytes(calibrated)
     return path
@@ -47,7 +47,7 @@ def test_each_finished_image_is_a_lesson(tmp_path, path, method):
     engine.close()
     kept = load_head(path)
     # Each picture of 64x48 has 48 cells, which count three times; the first has begun to fade.
-    assert kept.seen.count == pytest.approx(48 * 3 * (1 + 127 / 128))
+    assert kept.learned.count == pytest.approx(48 * 3 * (1 + 127 / 128))
 
 
 def test_lessons_go_on_after_a_restart(tmp_path, path):
@@ -57,7 +57,7 @@ def test_lessons_go_on_after_a_restart(tmp_path, path):
         engine = start(tmp_path)
         Run(engine)(dataclasses.replace(JOB, seed=seed))
         engine.close()
-        counts.append(load_head(path).seen.count)
+        counts.append(load_head(path).learned.count)
     assert counts == [pytest.approx(48 * 3), pytest.approx(48 * 3 * (1 + 127 / 128))]
 
 
@@ -69,7 +69,7 @@ def test_lessons_are_saved_now_and_then(tmp_path, path):
     learnt = threading.Event()
     engine._previews._renderer.when_idle(learnt.set)
     assert learnt.wait(PATIENCE)
-    assert load_head(path).seen is not None
+    assert load_head(path).learned is not None
     engine.close()
 
 
@@ -97,7 +97,7 @@ def test_lessons_draw_this_models_images_better(tmp_path, path):
 def test_the_same_model_gives_the_same_head(tmp_path, calibrated):
     """Calibration is deterministic to the last byte of its file."""
     start(tmp_path).close()
-    assert cache_path(tmp_path, tiny.shared("sd15")).read_bytes() == calibrated
+    assert head_path(tmp_path, tiny.shared("sd15")).read_bytes() == calibrated
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[:-100], lambda whole: whole[:0], lambda whole: b"{}" + whole])
@@ -124,7 +124,7 @@ def test_decoders_are_measured_as_the_preview_thread_runs_them(tmp_path, path, m
     """By one thread: the processor's time of a second one would not be seen."""
     seen = []
     monkeypatch.setattr(HeadDecoder, "decode", lambda *_: seen.append(torch.get_num_threads()))
-    DiffusersEngine("tiny", tiny.shared("sd15"), defaults=Defaults(), cache_dir=tmp_path, threads=3).close()
+    build_engine("tiny", tiny.shared("sd15"), defaults=Defaults(), cache_dir=tmp_path, threads=3).close()
     assert set(seen) == {1}
 
 

@@ -11,7 +11,7 @@ import torch
 
 from calotype_server.engine.preview import queue as feed_module
 from calotype_server.engine.preview.budget import PreviewBudget
-from calotype_server.engine.preview.device_stream import CpuLane
+from calotype_server.engine.preview.device_stream import CpuStream
 from calotype_server.engine.preview.renderer import PreviewRenderer
 from calotype_server.engine.tap import Step
 from calotype_server.types import Denoising, Job, Pixels, PreviewMethod, PreviewOptions, PreviewReady
@@ -52,7 +52,7 @@ class Drawer:
 
 def renderer_of(drawer, **others):
     """A renderer with one decoder."""
-    return PreviewRenderer({PreviewMethod.HEAD: drawer}, PreviewBudget(0.02), CpuLane(), **others)
+    return PreviewRenderer({PreviewMethod.HEAD: drawer}, PreviewBudget(0.02), CpuStream(), **others)
 
 
 @pytest.fixture
@@ -375,7 +375,7 @@ def test_a_reporter_that_raises_harms_nobody_else(renderer, events, logs):
 def test_the_budget_learns_what_decoding_took(head, events):
     """Each picture tells the budget the processor's time, for its size."""
     budget = PreviewBudget(0.02)
-    renderer = PreviewRenderer({PreviewMethod.HEAD: head}, budget, CpuLane())
+    renderer = PreviewRenderer({PreviewMethod.HEAD: head}, budget, CpuStream())
     assert budget.cost(PreviewMethod.HEAD, JOB.pixel_count) is None
     renderer.feed(JOB, events.put).offer(step(1))
     renderer.close()

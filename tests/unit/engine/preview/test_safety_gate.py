@@ -7,8 +7,8 @@ import torch
 
 from calotype_server import errors
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
-from calotype_server.engine.preview.cache import cache_path
+from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.preview.head_cache import head_path
 from calotype_server.engine.preview.safety_gate import SafetyGate, blurred
 from calotype_server.types import PreviewMethod, PreviewOptions, PreviewReady, Withdrawn
 from support.checker import guarded
@@ -32,7 +32,7 @@ def run(heads):
 
     def run_with(*verdicts, job=HEAD):
         pipeline = guarded(*verdicts)
-        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+        engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
         engines.append(engine)
         run = Run(engine)
         run.wait_before_each_evaluation(pipeline.unet)
@@ -88,7 +88,7 @@ def test_a_final_objection_withdraws_previews_and_withholds_the_picture(run, mid
 
 def test_nothing_is_learnt_from_a_withheld_picture(run, heads):
     """What the checker blackened is not what the decoder made."""
-    path = cache_path(heads, guarded())
+    path = head_path(heads, guarded())
     run(False, False).engine.close()
     before = path.read_bytes()
     run(False, True).engine.close()

@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from calotype_server import errors
-from calotype_server.engine import diffusers_engine as engine_module
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.batching import plan as plan_module
 from calotype_server.engine.batching.measure import Knee, Threads
-from calotype_server.engine.batching.plan import Plan, make_plan
-from calotype_server.engine.capabilities import Defaults, describe
-from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.protocol import Stop
 from calotype_server.types import Denoising, PreviewMethod, PreviewOptions, PreviewReady
 from support.engine import tiny
@@ -99,7 +97,7 @@ class TestPictures:
 
     def test_small_calls_have_one_thread_and_all_else_has_all(self, open_engine, monkeypatch):
         """One request's step is not worth handing out; a batch, the prompt and the picture are."""
-        monkeypatch.setattr(engine_module, "pick_threads", lambda *_: 1)
+        monkeypatch.setattr(plan_module, "pick_threads", lambda *_: 1)
         monkeypatch.setattr(plan_module, "knee", lambda *_, **__: Knee(8, Threads(1, 3, 4)))
         pipeline, seen = tiny.build("sd15"), []
         before = torch.get_num_threads()
@@ -200,25 +198,6 @@ class TestFates:
 
 class TestPlan:
     """What is decided when the model is loaded."""
-
-    def test_one_at_a_time_measures_nothing(self):
-        """`--max-active 1` neither shares the denoiser nor spends time to find out whether it could."""
-        pipeline = tiny.build("sd15")
-        calls = []
-        pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-        plan = make_plan(pipeline, describe("tiny", pipeline, Defaults()), max_active=1, threads=(1, 2))
-        assert plan == Plan(1, 0, "The server was started with --max-active 1.")
-        assert not calls
-
-    def test_a_deterministic_plan_measures_nothing(self, monkeypatch):
-        """The next start must find the same bucket and threads, however busy the machine is."""
-        monkeypatch.setattr(plan_module, "knee", lambda *_, **__: 1 / 0)
-        pipeline = tiny.build("sd15")
-        plan = make_plan(
-            pipeline, describe("tiny", pipeline, Defaults()), max_active=None, threads=(1, 2), deterministic=True
-        )
-        assert (plan.max_rows, plan.reason) == (8, "")
-        assert plan.threads.of(1) == plan.threads.of(8) == 2
 
     def test_a_model_that_keeps_state_serves_one_at_a_time(self, open_engine):
         """A cache between steps would mix requests up: the plan says so, and a picture is still made."""

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from calotype_server import errors
-from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.preview import pipeline_previews as previews_module
 from calotype_server.engine.protocol import Stop
 from calotype_server.engine.request_view import make_scheduler, request_view
@@ -351,7 +351,7 @@ class TestFailure:
 
         hook = on_evaluation(pipeline, fail)
         text = self.failing(run, errors.OutOfMemory)
-        assert "smaller picture" in text
+        assert "smaller image" in text
         assert "40 GiB" not in text
         hook.remove()
         self.next_works(run)

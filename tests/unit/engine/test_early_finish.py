@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from calotype_server import errors
-from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.preview.decoders import VaeDecoder
 from calotype_server.types import Decoding, Denoising, Withdrawn
 from support.checker import guarded
@@ -54,8 +54,8 @@ def test_the_picture_is_the_full_decode_of_the_predicted_x0(open_engine, family,
         JOB, width=width, height=height, scheduler=engine.model.scheduler, guidance_scale=engine.model.guidance_scale
     )
     steps = []
-    decode = engine._finisher.decode
-    monkeypatch.setattr(engine._finisher, "decode", lambda step, *size: steps.append(step) or decode(step, *size))
+    decode = engine._parts.finisher.decode
+    monkeypatch.setattr(engine._parts.finisher, "decode", lambda step, *size: steps.append(step) or decode(step, *size))
     run, picture = finishing_at(engine, Denoising(0, job.step_count), job)
     (step,) = steps
     assert step.number == 1
@@ -100,7 +100,7 @@ def test_trouble_while_finishing_has_a_name(open_engine, monkeypatch, trouble, e
     def fail(*_):
         raise trouble
 
-    monkeypatch.setattr(engine._finisher, "decode", fail)
+    monkeypatch.setattr(engine._parts.finisher, "decode", fail)
     run = Run(engine)
     run.stop.finish()
     with pytest.raises(expected) as caught:

@@ -7,10 +7,9 @@ import threading
 
 import pytest
 
-from calotype_server.engine import diffusers_engine as engine_module
-from calotype_server.engine.capabilities import Defaults, denoiser_name
+from calotype_server.engine import assembly, generation_run
 from calotype_server.engine.assembly import build_engine
-from calotype_server.engine.preview import pipeline_previews as previews_module
+from calotype_server.engine.capabilities import Defaults, denoiser_name
 from calotype_server.types import (
     Decoding,
     Denoising,
@@ -42,7 +41,7 @@ def unbinned(pipeline):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_engine_drives_the_family(family, tmp_path, monkeypatch):
     """Any family gives its events, a preview at each step by either method, and the very picture it gives without."""
-    described, made = engine_module.describe, engine_module.make_scheduler
+    described, made = assembly.describe, generation_run.make_scheduler
     taken = []
 
     def small(*args):
@@ -60,9 +59,8 @@ def test_engine_drives_the_family(family, tmp_path, monkeypatch):
         scheduler.step = counted
         return scheduler
 
-    monkeypatch.setattr(engine_module, "describe", small)
-    monkeypatch.setattr(previews_module, "calibrate", functools.partial(previews_module.calibrate, budget=0.0))
-    monkeypatch.setattr(engine_module, "make_scheduler", counting)
+    monkeypatch.setattr(assembly, "describe", small)
+    monkeypatch.setattr(generation_run, "make_scheduler", counting)
     pipeline = unbinned(tiny.prompted(family))
     engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
     assert engine.model.preview_methods == DRAWN

@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from calotype_server.apps import runtime
+from calotype_server.engine.factory import load_engine
 from calotype_server.engine import loading
 from calotype_server.engine.capabilities import Defaults, describe, read_defaults
 from calotype_server.engine.loading import load_pipeline, load_tiny_vae, pick_device, pick_dtype
@@ -227,7 +227,7 @@ class TestHub:
         ("error", "hint"),
         [
             # The tool was called huggingface-cli before huggingface_hub 1.0.
-            (GatedRepoError, "accept the terms of 'some-org/some-model' and to log in: hf auth login"),
+            (GatedRepoError, "accept the terms of 'some-org/some-model' and log in: hf auth login"),
             (RepositoryNotFoundError, "has no model"),
         ],
     )
@@ -355,7 +355,7 @@ class TestServing:
     def engine(folder, tmp_path, **settings):
         """The engine that `calotype serve` would run."""
         chosen = Settings(model=str(folder), device="cpu", threads=1, cache_dir=tmp_path, **settings)
-        engine = runtime._load_engine(chosen, PreviewBudget(chosen.preview_budget), ignore)
+        engine = load_engine(chosen, PreviewBudget(chosen.preview_budget), ignore)
         engine.close()
         return engine.model.preview_methods
 

@@ -8,8 +8,8 @@ import pytest
 import structlog
 import torch
 
-from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.engine.preview.device_stream import CpuStream
 from calotype_server.engine.preview.renderer import PreviewRenderer
@@ -17,7 +17,7 @@ from calotype_server.engine.tap import Step
 from calotype_server.observability.events import BatchDone, PreviewFailed, PreviewRendered, StepDone
 from calotype_server.types import Decoding, Job, PreviewMethod, PreviewOptions
 from support.engine import tiny
-from support.engine.batching import Party
+from support.engine.batching import Callers
 from support.runs import PATIENCE, STEPS, Run
 
 LIBRARY = logging.getLogger("a.library")
@@ -86,15 +86,15 @@ def test_steps_batches_and_previews_are_told(tmp_path):
 
 def test_who_shares_batches_is_told_how_many_rows():
     """The mean over a request's own calls, those of its company included."""
-    with Party() as party, party.batcher.open_session() as stream:
-        assert stream.mean_rows == 0
-        party.step(stream, 1)
-        assert stream.mean_rows == 1
-        with party.held(2):
-            futures = [party.start(party.step, stream, 2), party.start(party.call, 3, 0, 2)]
+    with Callers() as callers, callers.batcher.open_session() as session:
+        assert session.mean_rows == 0
+        callers.step(session, 1)
+        assert session.mean_rows == 1
+        with callers.held(2):
+            futures = [callers.start(callers.step, session, 2), callers.start(callers.call, 3, 0, 2)]
         for future in futures:
             future.result(PATIENCE)
-        assert stream.mean_rows == (1 + 3) / 2
+        assert session.mean_rows == (1 + 3) / 2
 
 
 def test_the_device_thread_logs_for_whom_it_works(entries):
@@ -103,9 +103,9 @@ def test_the_device_thread_logs_for_whom_it_works(entries):
     def act(rows):
         LIBRARY.warning("a slow kernel")
 
-    with Party(act) as party:
-        bound(request="r1", generation="g1").run(party.call, 1)
-        bound(request="r2", generation="g2").run(party.call, 2)
+    with Callers(act) as callers:
+        bound(request="r1", generation="g1").run(callers.call, 1)
+        bound(request="r2", generation="g2").run(callers.call, 2)
     lines = [(line["thread"], line["request"], line["generation"]) for line in entries]
     assert lines == [("calotype-device", "r1", "g1"), ("calotype-device", "r2", "g2")]
 
@@ -117,10 +117,10 @@ def test_memory_that_runs_out_is_logged_for_each_who_felt_it(entries):
         if len(rows) > 1:
             raise MemoryError
 
-    with Party(act) as party:
-        with party.held(2):
+    with Callers(act) as callers:
+        with callers.held(2):
             contexts = [bound(request=f"r{number}", generation=f"g{number}") for number in range(2)]
-            futures = [party.start(context.run, party.call, 1) for context in contexts]
+            futures = [callers.start(context.run, callers.call, 1) for context in contexts]
         for future in futures:
             future.result(PATIENCE)
     ids = {(line["request"], line["generation"]) for line in entries if line["event"] == "memory ran out"}
@@ -142,17 +142,17 @@ def test_the_preview_thread_logs_for_whom_it_draws(entries):
     ones = torch.ones(1, 4, 2, 2)
     step = Step(1, 9, ones, ones, level=None, reported=ones, scheduler=None)
     try:
-        feed = bound(request="r1", generation="g1").run(renderer.feed, job, lambda _: told.release())
-        feed.offer(step)
+        preview_queue = bound(request="r1", generation="g1").run(renderer.open_queue, job, lambda _: told.release())
+        preview_queue.offer(step)
         assert told.acquire(timeout=PATIENCE)
-        chored = threading.Event()
+        task_done = threading.Event()
 
-        def chore():
+        def task():
             LIBRARY.warning("an odd lesson")
-            chored.set()
+            task_done.set()
 
-        bound(request="r2", generation="g2").run(renderer.when_idle, chore)
-        assert chored.wait(PATIENCE)
+        bound(request="r2", generation="g2").run(renderer.when_idle, task)
+        assert task_done.wait(PATIENCE)
     finally:
         renderer.close()
     lines = [(line["event"], line["request"], line["generation"]) for line in entries]

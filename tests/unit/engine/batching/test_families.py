@@ -60,15 +60,15 @@ def batched(family, cases, **options):
     def request(case):
         # Torch keeps the number by thread.
         torch.set_num_threads(1)
-        with batcher.open_session() as stream:
+        with batcher.open_session() as session:
             scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
             StepTap(
                 scheduler,
                 on_start=lambda _: start.wait(PATIENCE),
-                on_step=lambda step: stream.expect_no_more() if step.number == step.total else None,
+                on_step=lambda step: session.expect_no_more() if step.number == step.total else None,
                 should_stop=lambda: False,
             )
-            view = request_view(pipeline, scheduler, **shared, **{name: stream.proxy()})
+            view = request_view(pipeline, scheduler, **shared, **{name: session.proxy()})
             return view(**arguments(family, case))[0]
 
     with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:

@@ -75,10 +75,10 @@ class TestFile:
     @pytest.mark.parametrize(
         "damage",
         [
-            lambda text: "",
+            lambda _: "",
             lambda text: text[:-20],
-            lambda text: "[]",
-            lambda text: "\x00" * 50,
+            lambda _: "[]",
+            lambda _: "\x00" * 50,
             lambda text: text.replace('"max_active": 8', '"max_active": 9'),
             lambda text: text.replace('"weights": "abc"', '"weights": "abd"'),
         ],

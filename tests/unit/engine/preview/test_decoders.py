@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.preview.decoders import VaeDecoder
 from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.tap import StepTap

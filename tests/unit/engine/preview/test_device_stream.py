@@ -1,12 +1,12 @@
-"""Where previews are computed. The CUDA lane needs a device, and shows what the CPU shows."""
+"""Where previews are computed. The CUDA stream needs a device, and shows what the CPU shows."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.preview.device_stream import CpuStream, device_stream
 from calotype_server.types import PreviewMethod, PreviewOptions, PreviewReady
 from support.engine import tiny
@@ -17,20 +17,20 @@ cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
 
 def test_the_cpu_has_nothing_to_wait_for():
     """A block is counted by the processor's time, known when it has ended."""
-    lane = device_stream(torch.device("cpu"))
-    assert isinstance(lane, CpuStream)
-    with lane.after([lane.mark()]) as spent:
-        assert spent.seconds == 0.0
+    stream = device_stream(torch.device("cpu"))
+    assert isinstance(stream, CpuStream)
+    with stream.after([stream.record()]) as elapsed:
+        assert elapsed.seconds == 0.0
         sum(range(200_000))
-    assert spent.seconds > 0.0
+    assert elapsed.seconds > 0.0
 
 
 def test_an_error_in_a_block_comes_out():
-    """The lane is usable afterwards."""
-    lane = CpuStream()
-    with pytest.raises(ValueError, match="drawn badly"), lane.after([None]):
+    """The stream is usable afterwards."""
+    stream = CpuStream()
+    with pytest.raises(ValueError, match="drawn badly"), stream.after([None]):
         raise ValueError("drawn badly")
-    with lane.after([None]):
+    with stream.after([None]):
         pass
 
 
@@ -39,15 +39,15 @@ def test_an_error_in_a_block_comes_out():
 def test_the_side_stream_sees_what_was_marked():
     """What is read within a block is what the denoiser's stream had issued, however long that takes."""
     device = torch.device("cuda", 0)
-    lane = device_stream(device)
+    stream = device_stream(device)
     values = torch.zeros(1 << 20, device=device)
     torch.cuda._sleep(100_000_000)
     values += 1
-    mark = lane.mark()
-    with lane.after([mark]) as spent:
+    event = stream.record()
+    with stream.after([event]) as elapsed:
         total = values.sum()
     assert float(total) == 1 << 20
-    assert spent.seconds >= 0
+    assert elapsed.seconds >= 0
 
 
 @pytest.mark.parametrize("method", [pytest.param(each, marks=cuda) for each in ("head", "full_vae")])

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from calotype_server.engine import disk_cache
 from calotype_server.engine.preview import head_cache
-from calotype_server.engine.preview.head_cache import head_path, load_head, save_head
 from calotype_server.engine.preview.head import PreviewHead
+from calotype_server.engine.preview.head_cache import head_path, load_head, save_head
 from support.engine import tiny
 from support.engine.heads import linear_decoder, observed, seeded
 
@@ -93,7 +94,7 @@ class TestCache:
         def full(source, target):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(head_cache.os, "replace", full)
+        monkeypatch.setattr(disk_cache.os, "replace", full)
         save_head(tmp_path / "head.safetensors", head)
         assert [entry["log_level"] for entry in logs] == ["warning"]
         assert list(tmp_path.iterdir()) == []
@@ -107,7 +108,7 @@ class TestCache:
         def full(source, target):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(head_cache.os, "replace", full)
+        monkeypatch.setattr(disk_cache.os, "replace", full)
         save_head(path, PreviewHead(1, head.calibration))
         assert path.read_bytes() == before
 

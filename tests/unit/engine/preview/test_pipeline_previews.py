@@ -6,11 +6,11 @@ import threading
 import pytest
 import torch
 
-from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.preview.budget import PreviewBudget
-from calotype_server.engine.preview.head_cache import head_path, load_head
 from calotype_server.engine.preview.decoders import HeadDecoder
+from calotype_server.engine.preview.head_cache import head_path, load_head
 from calotype_server.types import PreviewMethod, PreviewOptions
 from support.engine import tiny
 from support.runs import JOB, PATIENCE, Run
@@ -67,7 +67,7 @@ def test_lessons_are_saved_now_and_then(tmp_path, path):
     for _ in range(8):
         Run(engine)()
     learnt = threading.Event()
-    engine._previews._renderer.when_idle(learnt.set)
+    engine._parts.previews._renderer.when_idle(learnt.set)
     assert learnt.wait(PATIENCE)
     assert load_head(path).learned is not None
     engine.close()

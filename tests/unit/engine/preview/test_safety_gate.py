@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from calotype_server import errors
-from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.preview.head_cache import head_path
-from calotype_server.engine.preview.safety_gate import SafetyGate, blurred
+from calotype_server.engine.preview.safety_gate import blurred, safety_gate
 from calotype_server.types import PreviewMethod, PreviewOptions, PreviewReady, Withdrawn
 from support.checker import guarded
 from support.engine import tiny
@@ -121,9 +121,9 @@ def test_no_preview_is_no_check_on_the_way(run):
 
 def test_pipelines_without_a_checker_need_no_gate(sd15):
     """They have an attribute for one, or none at all."""
-    assert not SafetyGate.needed(sd15)
-    assert not SafetyGate.needed(tiny.shared("flux"))
-    assert SafetyGate.needed(guarded())
+    assert safety_gate(sd15, decoder=None) is None
+    assert safety_gate(tiny.shared("flux"), decoder=None) is None
+    assert safety_gate(guarded(), decoder=None) is not None
 
 
 @pytest.mark.parametrize(

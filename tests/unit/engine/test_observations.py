@@ -1,4 +1,4 @@
-"""What the engine lets others see: each step, each batch, each preview; and whose log lines its threads write."""
+"""Observations of steps, batches and previews, and the ids in the log lines of the engine's threads."""
 
 import contextvars
 import logging
@@ -25,7 +25,7 @@ LIBRARY = logging.getLogger("a.library")
 
 @pytest.fixture
 def entries():
-    """What is logged, ours and a library's, with what was bound, and by which thread."""
+    """All log lines, Calotype's and a library's, with their bound ids and their threads."""
     found = []
 
     def keep(event, **others):
@@ -45,14 +45,14 @@ def entries():
 
 
 def bound(**ids):
-    """A context of a call, as its thread has it."""
+    """Returns the context of a call with these ids."""
     context = contextvars.copy_context()
     context.run(structlog.contextvars.bind_contextvars, **ids)
     return context
 
 
-def test_steps_batches_and_previews_are_told(tmp_path):
-    """One for each step but the first, before which nothing came; alone, the rows are the two of guidance."""
+def test_steps_batches_and_previews_are_observed(tmp_path):
+    """There is one observation for each step after the first, each batch of two rows, and each preview."""
     seen = []
     pipeline = tiny.build("sd15")
     engine = build_engine(
@@ -84,8 +84,8 @@ def test_steps_batches_and_previews_are_told(tmp_path):
     assert decoding.batch_rows == 2
 
 
-def test_who_shares_batches_is_told_how_many_rows():
-    """The mean over a request's own calls, those of its company included."""
+def test_a_session_knows_its_mean_number_of_rows():
+    """The mean counts all rows in the batches of the session's own calls."""
     with Callers() as callers, callers.batcher.open_session() as session:
         assert session.mean_rows == 0
         callers.step(session, 1)
@@ -97,8 +97,8 @@ def test_who_shares_batches_is_told_how_many_rows():
         assert session.mean_rows == (1 + 3) / 2
 
 
-def test_the_device_thread_logs_for_whom_it_works(entries):
-    """What the denoiser itself logs carries the request's and the generation's id."""
+def test_lines_of_the_device_thread_carry_the_requests_ids(entries):
+    """Lines that the denoiser logs carry the ids of the request and the generation."""
 
     def act(rows):
         LIBRARY.warning("a slow kernel")
@@ -110,8 +110,8 @@ def test_the_device_thread_logs_for_whom_it_works(entries):
     assert lines == [("calotype-device", "r1", "g1"), ("calotype-device", "r2", "g2")]
 
 
-def test_memory_that_runs_out_is_logged_for_each_who_felt_it(entries):
-    """One line with the ids of each generation whose batch was halved."""
+def test_exhausted_memory_is_logged_for_each_request(entries):
+    """There is one line with the ids of each generation whose batch was split."""
 
     def act(rows):
         if len(rows) > 1:
@@ -128,13 +128,13 @@ def test_memory_that_runs_out_is_logged_for_each_who_felt_it(entries):
     assert {line["thread"] for line in entries} == {"calotype-device"}
 
 
-def test_the_preview_thread_logs_for_whom_it_draws(entries):
-    """What a decoder logs, and that it failed, carry the ids of the generation whose preview it is."""
-    seen, told = [], threading.Semaphore(0)
+def test_lines_of_the_preview_thread_carry_the_generations_ids(entries):
+    """Lines about a preview, and lines of an idle task, carry the ids of their generation."""
+    seen, reported = [], threading.Semaphore(0)
 
     class Decoder:
         def decode(self, latents, width, height):
-            LIBRARY.warning("an odd colour")
+            LIBRARY.warning("an unusual colour")
             raise ValueError("no")
 
     renderer = PreviewRenderer({PreviewMethod.HEAD: Decoder()}, PreviewBudget(0.02), CpuStream(), observe=seen.append)
@@ -142,13 +142,13 @@ def test_the_preview_thread_logs_for_whom_it_draws(entries):
     ones = torch.ones(1, 4, 2, 2)
     step = Step(1, 9, ones, ones, level=None, reported=ones, scheduler=None)
     try:
-        preview_queue = bound(request="r1", generation="g1").run(renderer.open_queue, job, lambda _: told.release())
+        preview_queue = bound(request="r1", generation="g1").run(renderer.open_queue, job, lambda _: reported.release())
         preview_queue.offer(step)
-        assert told.acquire(timeout=PATIENCE)
+        assert reported.acquire(timeout=PATIENCE)
         task_done = threading.Event()
 
         def task():
-            LIBRARY.warning("an odd lesson")
+            LIBRARY.warning("an unusual image")
             task_done.set()
 
         bound(request="r2", generation="g2").run(renderer.when_idle, task)
@@ -156,6 +156,10 @@ def test_the_preview_thread_logs_for_whom_it_draws(entries):
     finally:
         renderer.close()
     lines = [(line["event"], line["request"], line["generation"]) for line in entries]
-    assert lines == [("an odd colour", "r1", "g1"), ("preview failed", "r1", "g1"), ("an odd lesson", "r2", "g2")]
+    assert lines == [
+        ("an unusual colour", "r1", "g1"),
+        ("preview failed", "r1", "g1"),
+        ("an unusual image", "r2", "g2"),
+    ]
     assert {line["thread"] for line in entries} == {"calotype-preview"}
     assert seen == [PreviewFailed()]

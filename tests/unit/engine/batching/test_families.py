@@ -1,4 +1,4 @@
-"""Every family draws the same batched as alone, through its unmodified pipeline."""
+"""Every model family generates the same images batched as alone, through its unmodified pipeline."""
 
 import concurrent.futures
 import dataclasses
@@ -24,7 +24,7 @@ CASES = [{"seed": 1, "steps": 3}, {"seed": 2, "steps": 5}, {"seed": 3, "steps": 
 
 
 def arguments(family, case):
-    """A call of its own prompt, and of its own size for the last case."""
+    """Returns the arguments of a pipeline call with its own prompt, and with its own size for the last case."""
     call = tiny_inputs.arguments(family, **case)
     if case["seed"] == 4:
         call["width"], call["height"] = ODD.get(family, (64, 96))
@@ -41,14 +41,14 @@ def arguments(family, case):
 
 
 def alone(family, case):
-    """What the pipeline draws by itself."""
+    """Returns the result of the pipeline alone."""
     pipeline = tiny.shared(family)
     view = request_view(pipeline, make_scheduler(pipeline, type(pipeline.scheduler).__name__))
     return view(**arguments(family, case))[0]
 
 
 def batched(family, cases, **options):
-    """What it draws for all of them at once, and how many calls each batch had."""
+    """Returns the results of all cases at the same time, and the records of the batches."""
     pipeline = tiny.shared(family)
     name, shared = denoiser_name(pipeline), shared_components(pipeline)
     records = []
@@ -58,7 +58,7 @@ def batched(family, cases, **options):
     start = threading.Barrier(len(cases))
 
     def request(case):
-        # Torch keeps the number by thread.
+        # Torch keeps the number per thread.
         torch.set_num_threads(1)
         with batcher.open_session() as session:
             scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
@@ -78,8 +78,8 @@ def batched(family, cases, **options):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_batched_is_as_alone(family):
-    """Requests of different seeds, prompts, steps, guidance and sizes come out as if each had been the only one."""
+def test_batched_equals_alone(family):
+    """Requests with different seeds, prompts, steps, guidance and sizes give the same images as alone."""
     pictures, records = batched(family, CASES)
     assert max(len(record.sessions) for record in records) > 1
     assert all(record.rows <= MAX_ROWS for record in records)
@@ -91,7 +91,7 @@ def test_batched_is_as_alone(family):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_deterministic_is_bitwise(family):
-    """In buckets of one size the company does not matter to the last bit."""
+    """With batches of one size, other requests do not change a single bit."""
     (single,), _ = batched(family, CASES[:1], deterministic=True)
     (first, *_), records = batched(family, CASES[:3], deterministic=True)
     (*_, last), _ = batched(family, [CASES[2], CASES[0]], deterministic=True)
@@ -103,12 +103,12 @@ def test_deterministic_is_bitwise(family):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_family_may_be_batched(family):
-    """What is found out at load speaks for every family, deterministic or not."""
+    """The checks at load allow batching for every family, deterministic or not."""
     pipeline = tiny.prompted(family)
     module = getattr(pipeline, denoiser_name(pipeline))
     assert unbatchable(module) is None
     if family in ("pixart_sigma", "sana", "sana_sprint"):
-        return  # they round every size to one of the real model's, which is far too large here
+        return  # They round every size to one of the real model, which is far too large here.
     model = describe(family, pipeline, Defaults(step_count=3))
     calls = sample_calls(pipeline, dataclasses.replace(model, width=64, height=64))
     assert verify(module, calls) is None

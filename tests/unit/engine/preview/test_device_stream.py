@@ -1,4 +1,4 @@
-"""Where previews are computed. The CUDA stream needs a device, and shows what the CPU shows."""
+"""Where previews are computed. The tests of CUDA need a device, and expect the same images as on the CPU."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
 
 
 def test_the_cpu_has_nothing_to_wait_for():
-    """A block is counted by the processor's time, known when it has ended."""
+    """A block measures CPU time, which is known when it has ended."""
     stream = device_stream(torch.device("cpu"))
     assert isinstance(stream, CpuStream)
     with stream.after([stream.record()]) as elapsed:
@@ -25,19 +25,19 @@ def test_the_cpu_has_nothing_to_wait_for():
     assert elapsed.seconds > 0.0
 
 
-def test_an_error_in_a_block_comes_out():
-    """The stream is usable afterwards."""
+def test_an_error_in_a_block_is_raised():
+    """After an exception in a block the stream is still usable."""
     stream = CpuStream()
-    with pytest.raises(ValueError, match="drawn badly"), stream.after([None]):
-        raise ValueError("drawn badly")
+    with pytest.raises(ValueError, match="decoding failed"), stream.after([None]):
+        raise ValueError("decoding failed")
     with stream.after([None]):
         pass
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_side_stream_sees_what_was_marked():
-    """What is read within a block is what the denoiser's stream had issued, however long that takes."""
+def test_the_side_stream_waits_for_recorded_work():
+    """A block reads the results of all work that was launched before the recorded event."""
     device = torch.device("cuda", 0)
     stream = device_stream(device)
     values = torch.zeros(1 << 20, device=device)
@@ -52,7 +52,7 @@ def test_the_side_stream_sees_what_was_marked():
 
 @pytest.mark.parametrize("method", [pytest.param(each, marks=cuda) for each in ("head", "full_vae")])
 def test_previews_on_cuda_equal_those_of_the_cpu(method, tmp_path):
-    """Each picture of each step is the same up to rounding, on either device."""
+    """Each preview is the same on both devices, up to rounding."""
     job = dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod(method)))
     shown = {}
     for device in ("cpu", "cuda"):

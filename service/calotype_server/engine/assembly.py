@@ -108,7 +108,7 @@ def build_engine(
             finisher=EarlyFinisher(_with_session(shared, batcher)),
             budget=budget,
             batcher=batcher,
-            # Besides the denoiser, a generation encodes its prompt and decodes its image: enough work for all threads.
+            # Encoding a prompt and decoding an image are enough work for all threads.
             threads=plan.threads.few if batcher is None else plan.threads.many,
         )
     )

@@ -1,4 +1,4 @@
-"""What the caches on disk have in common: a fingerprint of weights, and files that are written atomically."""
+"""Shared parts of the caches on disk: a fingerprint of weights, and atomic writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The facts about this machine that decide how fast a model runs on it."""
+"""Identifies this machine: the facts that decide how fast a model runs on it."""
 
 from __future__ import annotations
 

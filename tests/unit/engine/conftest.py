@@ -30,7 +30,7 @@ def _quick_calibration():
 
 @pytest.fixture
 def logs():
-    """What the code under test logs."""
+    """The log entries of the code under test."""
     with structlog.testing.capture_logs() as entries:
         yield entries
 

@@ -91,7 +91,7 @@ def own_noise_level(scheduler, timestep):
     """Returns alpha and sigma at the next evaluation, taken from the scheduler's own forward process."""
     probe = copy.deepcopy(scheduler)
     if getattr(probe, "step_index", None) is not None and hasattr(probe, "set_begin_index"):
-        # With a begin index set, the forward process looks at the step index, which tells equal timesteps apart.
+        # With a begin index set, the forward process looks at the step index, which distinguishes equal timesteps.
         probe.set_begin_index(0)
     if getattr(probe, "state_in_first_order", True) is False and hasattr(probe, "sigmas_interpol"):
         # KDPM2's forward process knows nothing of its second stage, halfway to the next sigma, but its scaling of the
@@ -118,7 +118,7 @@ def oracle(kind, alpha, sigma, x0, sample, data_sigma):
         case "flow_prediction":
             return noise - x0
         case "edm":
-            # Karras et al. 2022, eq. 7 and table 1: D = c_skip x + c_out F, and D shall be the truth.
+            # Karras et al. 2022, eq. 7 and table 1: D = c_skip x + c_out F, and D must be the true x0.
             total = sigma**2 + data_sigma**2
             return (x0 - data_sigma**2 / total * sample) * total**0.5 / (sigma * data_sigma)
     raise AssertionError(kind)

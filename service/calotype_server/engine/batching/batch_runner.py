@@ -46,7 +46,7 @@ class BatchRecord:
 
 
 class BatchObserver(Protocol):
-    """The owner of the calls: the `StepBatcher`. The device thread calls it."""
+    """Receives the results of batches on the device thread; implemented by `StepBatcher`."""
 
     @property
     def max_rows(self) -> int:

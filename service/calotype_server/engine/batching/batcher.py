@@ -119,7 +119,7 @@ class StepBatcher:
             self._changed.notify()
 
     def withdraw(self, slot: RequestSlot, pending: PendingCall | None) -> None:
-        """The same, and makes the request's call raise `Stopped` at once."""
+        """Stops waiting for a request, and makes its call raise `Stopped` at once."""
         with self._changed:
             self._scheduler.stop_waiting_for(slot)
             if pending is not None:

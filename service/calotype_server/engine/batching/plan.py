@@ -50,7 +50,7 @@ class PlanOptions:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How generations share the denoiser.
+    """A way for generations to share the denoiser.
 
     Attributes:
         max_active: Generations that run at once.

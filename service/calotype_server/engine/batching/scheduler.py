@@ -74,7 +74,7 @@ class PendingCall:
 
 @dataclass(eq=False, slots=True)
 class RequestSlot:
-    """What the scheduler knows about one request.
+    """The scheduler's state of one request.
 
     Attributes:
         number: Identifies the request in records of batches.

@@ -18,7 +18,7 @@ __all__ = ["CallQueue", "DenoiserSession"]
 
 
 class CallQueue(Protocol):
-    """Where sessions submit calls: the `StepBatcher`."""
+    """Runs the calls of sessions; implemented by `StepBatcher`."""
 
     @property
     def module(self) -> Any:
@@ -39,7 +39,7 @@ class CallQueue(Protocol):
         ...
 
     def withdraw(self, slot: RequestSlot, pending: PendingCall | None) -> None:
-        """The same, and makes the request's call raise `Stopped` at once."""
+        """Stops waiting for a request, and makes its call raise `Stopped` at once."""
         ...
 
 

@@ -1,8 +1,8 @@
-"""Where previews are computed: beside the denoiser, without delaying it.
+"""Computes previews next to the denoiser without delaying it.
 
-On a CPU that is the preview thread itself. On CUDA the thread uses its own stream, which waits on the device for the
-step's tensors while the denoiser's stream runs on. The CUDA implementation follows PyTorch's documentation of streams;
-its cost has not been measured yet.
+On a CPU the preview thread itself computes them. On CUDA the thread uses its own stream, which waits on the device for
+the step's tensors while the denoiser's stream runs on. The CUDA implementation follows PyTorch's documentation of
+streams; its cost has not been measured yet.
 """
 
 from __future__ import annotations

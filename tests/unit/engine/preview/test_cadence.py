@@ -15,11 +15,11 @@ def walk(options, seconds, strides):
     """Offers one step after another; returns (step, time, stride, shown) for each."""
     now = 0.0
     cadence = PreviewSchedule(options, lambda: now)
-    told = []
+    offered = []
     for number, (passed, stride) in enumerate(zip(seconds, strides, strict=True), 1):
         now += passed
-        told.append((number, now, stride, cadence.due(number, len(seconds), stride)))
-    return told
+        offered.append((number, now, stride, cadence.due(number, len(seconds), stride)))
+    return offered
 
 
 @given(OPTIONS, st.data())
@@ -46,23 +46,23 @@ def test_defaults_show_every_step():
 
 def test_every_nth_step_and_the_last():
     """With every third of ten steps, steps 3, 6, 9 and 10 are shown."""
-    told = walk(PreviewOptions(every_steps=3), [1.0] * 10, [1] * 10)
-    assert [step for step, *_, shown in told if shown] == [3, 6, 9, 10]
+    offered = walk(PreviewOptions(every_steps=3), [1.0] * 10, [1] * 10)
+    assert [step for step, *_, shown in offered if shown] == [3, 6, 9, 10]
 
 
 def test_more_than_all_steps_leaves_the_last():
     """With every thousandth of ten steps, only the last is shown."""
-    told = walk(PreviewOptions(every_steps=1000), [1.0] * 10, [1] * 10)
-    assert [step for step, *_, shown in told if shown] == [10]
+    offered = walk(PreviewOptions(every_steps=1000), [1.0] * 10, [1] * 10)
+    assert [step for step, *_, shown in offered if shown] == [10]
 
 
 def test_an_interval_is_kept_by_the_clock():
     """With steps of 0.25 s and previews 1 s apart, the first, every fourth after it, and the last are shown."""
-    told = walk(PreviewOptions(min_interval=1.0), [0.25] * 11, [1] * 11)
-    assert [step for step, *_, shown in told if shown] == [1, 5, 9, 11]
+    offered = walk(PreviewOptions(min_interval=1.0), [0.25] * 11, [1] * 11)
+    assert [step for step, *_, shown in offered if shown] == [1, 5, 9, 11]
 
 
 def test_stride_and_every_steps_combine():
     """With every second step and a stride of five, even steps at least five apart are shown."""
-    told = walk(PreviewOptions(every_steps=2), [1.0] * 20, [5] * 20)
-    assert [step for step, *_, shown in told if shown] == [2, 8, 14, 20]
+    offered = walk(PreviewOptions(every_steps=2), [1.0] * 20, [5] * 20)
+    assert [step for step, *_, shown in offered if shown] == [2, 8, 14, 20]

@@ -1,4 +1,4 @@
-"""Where previews are computed. The tests of CUDA need a device, and expect the same images as on the CPU."""
+"""Streams that previews are computed in. The tests of CUDA need a device, and expect the same images as on the CPU."""
 
 import dataclasses
 

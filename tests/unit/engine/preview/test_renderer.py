@@ -165,8 +165,8 @@ def test_a_failure_in_a_batch_affects_one_preview(renderer, head, events, logs, 
     for preview_queue, number in ((first, 2), (second, 5), (third, 7)):
         preview_queue.offer(step(number))
     head.gate.set()
-    told = dict([events.get(timeout=PATIENCE) for _ in range(4)][1:])
-    assert told == {"a": preview(2), "b": Denoising(5, 9, 1), "c": preview(7)}
+    reported = dict([events.get(timeout=PATIENCE) for _ in range(4)][1:])
+    assert reported == {"a": preview(2), "b": Denoising(5, 9, 1), "c": preview(7)}
     assert not second.invalid
     second.offer(step(6))
     assert events.get(timeout=PATIENCE) == ("b", preview(6))
@@ -181,8 +181,8 @@ def test_two_failures_in_a_batch_are_counted_once_each(renderer, head, events, l
     second.offer(step(5))
     third.offer(step(7, x0=torch.full((1, 4, 2, 2), float("inf"))))
     head.gate.set()
-    told = dict([events.get(timeout=PATIENCE) for _ in range(4)][1:])
-    assert told == {"a": preview(2), "b": Denoising(5, 9, 1), "c": Denoising(7, 9, 1)}
+    reported = dict([events.get(timeout=PATIENCE) for _ in range(4)][1:])
+    assert reported == {"a": preview(2), "b": Denoising(5, 9, 1), "c": Denoising(7, 9, 1)}
 
 
 @pytest.mark.parametrize("failure", [ValueError, SystemExit])
@@ -287,11 +287,11 @@ def test_flush_waits_for_the_last_step(renderer, events):
         preview_queue.offer(step(8))
         preview_queue.offer(step(9))
         preview_queue.flush()
-        told = []
+        reported = []
         while not events.empty():
-            told.append(events.get_nowait())
-        assert told[-1].step == 9
-        assert isinstance(told[-1], PreviewReady)
+            reported.append(events.get_nowait())
+        assert reported[-1].step == 9
+        assert isinstance(reported[-1], PreviewReady)
 
 
 @pytest.mark.parametrize("failing", [set(), {9}])
@@ -335,12 +335,12 @@ def test_steps_between_previews_are_reported_as_progress(renderer, head, events)
     """With `every_steps=4`, every fourth step and the last one have a preview; the others are progress."""
     options = dataclasses.replace(OPTIONS, every_steps=4)
     preview_queue = renderer.open_queue(dataclasses.replace(JOB, preview=options), events.put)
-    told = []
+    reported = []
     for number in range(1, 10):
         preview_queue.offer(step(number))
-        told.append(events.get(timeout=PATIENCE))
+        reported.append(events.get(timeout=PATIENCE))
     shown = {4, 8, 9}
-    assert told == [preview(number) if number in shown else Denoising(number, 9) for number in range(1, 10)]
+    assert reported == [preview(number) if number in shown else Denoising(number, 9) for number in range(1, 10)]
 
 
 def test_an_unavailable_method_shows_nothing(renderer, head, events):

@@ -15,8 +15,8 @@ from grpc_status import rpc_status
 from PIL import Image
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.capabilities import Defaults
 from calotype_server.types import Limits, Pixels, PreviewMethod
 from support.checker import guarded
 from support.engine import tiny

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from calotype_server.engine.batching.batcher import StepBatcher
-from calotype_server.engine.batching.measure import Threads, unbatchable, verify
+from calotype_server.engine.batching.measure import Threads
+from calotype_server.engine.batching.verify import unbatchable, verify
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
 from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.sample_calls import sample_calls

@@ -29,7 +29,7 @@ def main() -> None:
     head = calibrate(pipeline, model)
     for seed, prompt in enumerate(LESSONS):
         steps, picture = watched(pipeline, prompt, seed)
-        head = head.taught(PreviewHead.observe(head.scale, steps[STEPS].x0(), picture))
+        head = head.updated(PreviewHead.observe(head.scale, steps[STEPS].x0(), picture))
     shown = range(2, STEPS + 1, 2)
     width = len(shown) * (CELL + GAP) - GAP
     sheet = PIL.Image.new("RGB", (width, LABEL + len(PROMPTS) * (2 * (CELL + GAP) + GAP)), BACKGROUND)

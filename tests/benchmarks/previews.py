@@ -39,14 +39,14 @@ def measure() -> dict[str, float]:
     """Returns, for each method, milliseconds, bytes of a default preview, and PSNR at 25, 50 and 75 % of the steps."""
     pipeline, model = bundled()
     full = VaeDecoder(pipeline, pipeline.vae)
-    planted = calibrate(pipeline, model)
-    taught = planted
+    calibrated = calibrate(pipeline, model)
+    updated = calibrated
     for seed, prompt in enumerate(LESSONS):
         steps, picture = watched(pipeline, prompt, seed)
-        taught = taught.taught(PreviewHead.observe(taught.scale, steps[STEPS].x0(), picture))
+        updated = updated.updated(PreviewHead.observe(updated.scale, steps[STEPS].x0(), picture))
     decoders: dict[str, Decoder] = {
-        "head": HeadDecoder(taught),
-        "head_untaught": HeadDecoder(planted),
+        "head": HeadDecoder(updated),
+        "head_untaught": HeadDecoder(calibrated),
         "full_vae": full,
     }
     tiny = tiny_vae(pipeline)

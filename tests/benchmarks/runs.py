@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calotype_server.engine import capabilities, loading, sample_calls
-from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine import capabilities, loading
+from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.batching.measure import pick_threads
 from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.tap import Step, StepTap
 
 if TYPE_CHECKING:
+    from calotype_server.engine.diffusers_engine import DiffusersEngine
     from calotype_server.types import ModelInfo
 
 STEPS = 20
@@ -26,7 +28,7 @@ def bundled() -> tuple[Any, ModelInfo]:
     )
     pipeline.set_progress_bar_config(disable=True)
     model = capabilities.describe("bundled", pipeline, capabilities.Defaults(STEPS, GUIDANCE))
-    torch.set_num_threads(sample_calls.pick_threads(pipeline, model))
+    torch.set_num_threads(pick_threads(pipeline, model))
     return pipeline, model
 
 
@@ -58,7 +60,7 @@ def watched(pipeline: Any, prompt: str, seed: int) -> tuple[dict[int, Step], tor
 def bundled_engine(**options: Any) -> DiffusersEngine:
     """Returns the product's engine with the bundled model, on as many threads as it would take."""
     pipeline, model = bundled()
-    return DiffusersEngine(
+    return build_engine(
         model.name,
         pipeline,
         defaults=capabilities.Defaults(STEPS, GUIDANCE),

@@ -22,7 +22,7 @@ from calotype_server.engine.protocol import Stop
 from calotype_server.types import EncodingPrompt, Event, Job
 
 if TYPE_CHECKING:
-    from calotype_server.engine.batching.batcher import BatchRecord
+    from calotype_server.engine.batching.batch_runner import BatchRecord
 
 TARGET = Path("service/timeline.png")
 PROMPTS = ("a red apple", "fox", "banana", "umbrella", "cookie", "broken heart", "alien", "strawberry")
@@ -66,7 +66,7 @@ def main() -> None:
 def draw(batches: list[BatchRecord], spans: dict[int, list[float]]) -> PIL.Image.Image:
     """Returns the picture: a row for each generation, time from left to right."""
     begin, end = min(span[0] for span in spans.values()), max(span[1] for span in spans.values())
-    rows = {number: row for row, number in enumerate(sorted({s for batch in batches for s in batch.streams}))}
+    rows = {number: row for row, number in enumerate(sorted({s for batch in batches for s in batch.sessions}))}
 
     def x(moment: float) -> float:
         return LEFT + (moment - begin) / (end - begin) * (WIDTH - LEFT - 20)
@@ -82,11 +82,11 @@ def draw(batches: list[BatchRecord], spans: dict[int, list[float]]) -> PIL.Image
         pen.text((8, y + ROW // 2), f"{PROMPTS[index]}, {STEPS[index]} steps", INK, font, anchor="lm")
         pen.rectangle([x(span[0]), y + ROW // 2 - 2, x(span[1]), y + ROW // 2 + 2], IDLE)
     for number, batch in enumerate(batches):
-        for stream in batch.streams:
+        for stream in batch.sessions:
             y = TOP + ROW * rows[stream]
             box = [x(batch.started), y + 6, x(batch.started + batch.seconds) - 1, y + ROW - 6]
             pen.rectangle(box, COLOURS[number % len(COLOURS)])
-    sizes = [len(batch.streams) for batch in batches]
+    sizes = [len(batch.sessions) for batch in batches]
     note = f"{sum(sizes)} steps in {len(sizes)} calls of the denoiser; up to {max(sizes)} generations in one"
     pen.text((LEFT, TOP + ROW * len(rows) + 32), note, INK, font, anchor="lm")
     return image

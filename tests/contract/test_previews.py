@@ -15,8 +15,8 @@ from grpc_status import rpc_status
 from PIL import Image
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
 from calotype_server.limits import Limits
 from calotype_server.types import Pixels, PreviewMethod
 from support.checker import guarded
@@ -42,7 +42,7 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def tiny_service(heads: Path) -> AsyncIterator[Service]:
     """A server around a real engine with tiny weights."""
-    engine = DiffusersEngine("tiny", tiny.build("sd15"), defaults=Defaults(), cache_dir=heads, threads=1)
+    engine = build_engine("tiny", tiny.build("sd15"), defaults=Defaults(), cache_dir=heads, threads=1)
     async with running(engine) as service:
         yield service
 
@@ -194,7 +194,7 @@ async def test_a_large_final_image_arrives_in_chunks() -> None:
 @pytest.mark.parametrize(("verdicts", "withheld"), [((False, False), False), ((False, True), True)])
 async def test_withdrawn_previews_are_told(heads: Path, verdicts: tuple[bool, bool], withheld: bool) -> None:
     """A final objection is on the wire: a flag that stays, then the typed end; the status repeats it."""
-    engine = DiffusersEngine("tiny", guarded(*verdicts), defaults=Defaults(), cache_dir=heads, threads=1)
+    engine = build_engine("tiny", guarded(*verdicts), defaults=Defaults(), cache_dir=heads, threads=1)
     stream: list[pb.Progress] = []
     async with running(engine) as service:
         call = service.stub.Generate(request(method=pb.PREVIEW_METHOD_HEAD))

@@ -61,7 +61,7 @@ def test_a_device_that_gains_nothing_from_batches_is_shared_evenly(load: float) 
 def test_a_replica_that_is_never_idle_makes_as_many_as_its_capacity(max_active: int, shared: bool) -> None:
     """What `Model.capacity` says, within 6 %: at most, as a batch is not always full."""
     model = Model(((2, 0.05), (16, 0.16)), encoding=0.02, decoding=0.05, shared=shared)
-    requests = [Request(0.0, number, seat=RequestSlot(number)) for number in range(400)]
+    requests = [Request(0.0, number, slot=RequestSlot(number)) for number in range(400)]
     done = simulate(model, Fleet(1, max_active, 16, math.inf), requests)
     capacity = model.capacity(max_active, 16)
     assert 0.94 * capacity < len(requests) / done.seconds <= 1.001 * capacity

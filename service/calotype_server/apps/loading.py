@@ -6,6 +6,8 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING
 
+from calotype_server.engine import factory
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -28,14 +30,7 @@ async def load_engine(settings: Settings, observe: Observe) -> Engine:
     Raises:
         StartupError: The model cannot be used.
     """
-    return await _in_daemon_thread(lambda: _load(settings, observe))
-
-
-def _load(settings: Settings, observe: Observe) -> Engine:
-    # Here, because it imports torch, which takes seconds: a wrong address or flag is reported before that.
-    from calotype_server.engine.factory import load_engine
-
-    return load_engine(settings, observe)
+    return await _in_daemon_thread(lambda: factory.load_engine(settings, observe))
 
 
 async def _in_daemon_thread(function: Callable[[], Engine]) -> Engine:

@@ -1,4 +1,4 @@
-"""What a pipeline can do, read from the pipeline itself."""
+"""Reads the capabilities and defaults of a pipeline from the pipeline itself."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _DENOISERS = ("transformer", "unet")
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """Defaults that take precedence over the pipeline's own, each None where not given."""
+    """Defaults that override the pipeline's own; each is None if not given."""
 
     step_count: int | None = None
     guidance_scale: float | None = None
     tiny_vae: str | None = None
 
     def or_else(self, other: Defaults) -> Defaults:
-        """Returns these, and those of `other` where these are None."""
+        """Returns these defaults, with the values of `other` where these are None."""
         return Defaults(
             other.step_count if self.step_count is None else self.step_count,
             other.guidance_scale if self.guidance_scale is None else self.guidance_scale,
@@ -44,11 +44,16 @@ class Defaults:
 
 
 def read_defaults(source: Path | str) -> Defaults:
-    """Reads `calotype.json` in a local model folder: what suits its weights.
+    """Reads `calotype.json` in a local model folder: defaults that suit its weights.
 
-    Keys: `step_count`, `guidance_scale`, and `tiny_vae`, the path from there to an `AutoencoderTiny` for previews.
+    Keys: `step_count`, `guidance_scale`, and `tiny_vae`, the path of an `AutoencoderTiny` for previews, relative to the
+    folder. diffusers cannot store them: a pipeline class has one set of defaults for all weights.
 
-    diffusers has no place for them: a pipeline class has one set of defaults for all weights.
+    Args:
+        source: The folder, or a hub id, for which there is no such file.
+
+    Raises:
+        ModelUnavailable: The file is invalid.
     """
     if isinstance(source, str):
         return Defaults()
@@ -71,7 +76,11 @@ def read_defaults(source: Path | str) -> Defaults:
 
 
 def denoiser_name(pipeline: Any) -> str:
-    """Attribute of the module that is called once or twice a step."""
+    """Returns the attribute that holds the denoiser, which a pipeline calls once or twice a step.
+
+    Raises:
+        ModelUnavailable: There is none.
+    """
     for name in _DENOISERS:
         if getattr(pipeline, name, None) is not None:
             return name
@@ -88,7 +97,7 @@ def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
     if "guidance_scale" in parameters:
         guidance = defaults.guidance_scale
         default = parameters["guidance_scale"].default
-        # Qwen-Image's default is None: it has the parameter for models distilled on guidance only.
+        # Qwen-Image's default is None: the parameter is only for guidance-distilled models.
         if guidance is None and default is not None:
             guidance = float(default)
     schedulers = _schedulers(pipeline)
@@ -111,14 +120,14 @@ def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
 
 
 def tokenizers(pipeline: Any) -> list[tuple[Any, int]]:
-    """Every tokenizer with the number of tokens that the pipeline lets through, special ones included."""
+    """Returns every tokenizer with the number of tokens that the pipeline reads, special tokens included."""
     parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
     found = []
     for name, component in pipeline.components.items():
         if not name.startswith("tokenizer") or component is None:
             continue
         limit = component.model_max_length
-        # The first of two is CLIP's, which has a limit of its own; T5 and language models are cut by the pipeline.
+        # The first of two is CLIP's, which has its own limit. The pipeline truncates for T5 and language models.
         if parameter is not None and (limit > 77 or name != "tokenizer"):
             limit = parameter.default
         if limit < 1_000_000:
@@ -131,7 +140,7 @@ def _size_multiple(pipeline: Any, denoiser: Any) -> int:
     patch = denoiser.config.get("patch_size", 1)
     patched = factor * (patch if isinstance(patch, int) else 1)
     processor = getattr(pipeline, "image_processor", None)
-    # FLUX and its kin pack 2x2 latents outside the transformer, and tell only their image processor.
+    # FLUX and similar models pack 2x2 latents outside the transformer; only their image processor shows it.
     processed = processor.config.get("vae_scale_factor", 1) if processor is not None else 1
     return max(patched, processed)
 
@@ -144,9 +153,9 @@ def _native_size(pipeline: Any, denoiser: Any, multiple: int) -> tuple[int, int]
 
 
 def _schedulers(pipeline: Any) -> tuple[str, ...]:
-    """Compatible schedulers that take a step with this model's config and read its output as its own scheduler does.
+    """Returns the compatible schedulers that can step with this model's config and expect the same kind of prediction.
 
-    The list that diffusers keeps is generous: some need a package that is not there, some expect another prediction.
+    The list of diffusers is too long: some need a package that is not installed, some expect another prediction.
     """
     own = type(pipeline.scheduler).__name__
     kind = _prediction_kind(pipeline, own)
@@ -159,13 +168,13 @@ def _schedulers(pipeline: Any) -> tuple[str, ...]:
 
 
 def _max_step_counts(pipeline: Any, names: Iterable[str]) -> dict[str, int]:
-    """Those that were trained on a number of timesteps take no more steps; consistency models fewer than that."""
+    """Returns the most steps of schedulers that have a limit: the timesteps they were trained on, or fewer."""
     found = {}
     for name in names:
         scheduler = make_scheduler(pipeline, name)
         for key in ("num_train_timesteps", "original_inference_steps"):
             count = scheduler.config.get(key)
-            # Some do not say what they need beside a number, and take any.
+            # Some need more arguments than a number of steps, and accept any number.
             with contextlib.suppress(Exception):
                 scheduler.set_timesteps(count)
                 found[name] = count
@@ -174,7 +183,7 @@ def _max_step_counts(pipeline: Any, names: Iterable[str]) -> dict[str, int]:
 
 
 def _prediction_kind(pipeline: Any, name: str) -> str | None:
-    """What a scheduler takes the model's output for, or None when it cannot take a step."""
+    """Returns the kind of prediction that a scheduler expects, or None if it cannot take a step."""
     try:
         scheduler = make_scheduler(pipeline, name)
         scheduler.set_timesteps(4)
@@ -184,6 +193,6 @@ def _prediction_kind(pipeline: Any, name: str) -> str | None:
             scheduler.scale_model_input(sample, timestep)
         level = noise_level(scheduler, 0, timestep)
         stepped = scheduler.step(sample, timestep, sample, return_dict=False)[0]
-    except Exception:  # whatever the reason, it is not offered
+    except Exception:  # It is not offered, whatever the reason.
         return None
     return level.kind if level is not None and torch.isfinite(stepped).all() else None

@@ -1,4 +1,4 @@
-"""Ends a generation early: the predicted picture of a step, decoded in full by the pipeline's own tail."""
+"""Ends a generation early: decodes the predicted image of a step in full, with the pipeline's own tail."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calotype_server.engine.preview.decoders import VaeDecoder
-from calotype_server.engine.preview.safety_gate import SafetyGate
+from calotype_server.engine.preview.safety_gate import safety_gate
 
 if TYPE_CHECKING:
     from calotype_server.engine.tap import Step
 
-__all__ = ["Finisher"]
+__all__ = ["EarlyFinisher"]
 
 
-class Finisher:
+class EarlyFinisher:
     """Decodes for one generation at a time, in the generation's own thread.
 
     Args:
-        pipeline: One that may be used while requests run; not changed.
+        pipeline: A pipeline that is safe to use while requests run; not changed.
     """
 
     def __init__(self, pipeline: Any) -> None:
         self._lock = threading.Lock()
         self._decoder = VaeDecoder(pipeline, pipeline.vae)
-        self._gate = SafetyGate(pipeline, self._decoder) if SafetyGate.needed(pipeline) else None
+        self._gate = safety_gate(pipeline, self._decoder)
 
     @torch.no_grad()
     def decode(self, step: Step, width: int, height: int) -> torch.Tensor | None:
-        """Returns the picture, (1, 3, height, width) from 0 to 1, or None when the safety checker objects.
+        """Returns the image, (1, 3, height, width), 0 to 1, or None if the safety checker rejects it.
 
         Args:
-            step: One with a predicted x0.
-            width: In pixels.
-            height: In pixels.
+            step: A step with a predicted x0.
+            width: Of the image, in pixels.
+            height: Of the image, in pixels.
         """
         x0 = step.x0()
         assert x0 is not None

@@ -1,6 +1,9 @@
-"""temporary"""
+"""Loads the configured model and returns its engine. Importing this module does not import torch yet."""
+
+from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -8,16 +11,32 @@ from calotype_server import errors
 from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.types import PreviewMethod
 
+if TYPE_CHECKING:
+    from calotype_server.engine.protocol import Engine
+    from calotype_server.observability.events import Observe
+    from calotype_server.settings import Settings
+    from calotype_server.types import ModelInfo
+
+__all__ = ["load_engine"]
+
 _log = structlog.get_logger(__name__)
 
 
-def load_engine(settings, observe):
-    # OpenMP's threads spin while they wait for each other. A server shares its cores, with its own event loop at least,
-    # and spinning against it was measured to cost up to twenty times the time of a step. Read when torch is imported.
-    budget = PreviewBudget(settings.preview_budget)
+def load_engine(settings: Settings, observe: Observe) -> Engine:
+    """Loads the model that the settings name, and starts its engine. It blocks for seconds to minutes.
+
+    Args:
+        settings: The operator's settings.
+        observe: Receives the engine's observations.
+
+    Raises:
+        StartupError: The device, the model or the preview method cannot be used.
+    """
+    # OpenMP's threads spin while they wait for each other. A server shares its cores, at least with its own event loop,
+    # and spinning was measured to make a step up to twenty times slower. Torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Here, so that a wrong address or flag is told before torch has been imported for seconds.
-    from calotype_server.engine import capabilities, diffusers_engine, loading
+    # Not at the top: importing torch takes seconds, and a wrong address or flag should be reported before that.
+    from calotype_server.engine import loading
 
     device = loading.pick_device(settings.device)
     pipeline = loading.load_pipeline(
@@ -28,41 +47,49 @@ def load_engine(settings, observe):
         dtype=loading.pick_dtype(settings.dtype, device),
     )
     try:
-        given = capabilities.Defaults(settings.step_count, settings.guidance_scale, settings.tiny_vae)
-        defaults = given.or_else(capabilities.read_defaults(loading.locate(settings.model)))
-        tiny_vae = loading.load_tiny_vae(defaults.tiny_vae, like=pipeline.vae) if defaults.tiny_vae else None
-        engine = diffusers_engine.DiffusersEngine(
-            loading.display_name(settings.model),
-            pipeline,
-            defaults=defaults,
-            cache_dir=settings.cache_dir,
-            threads=settings.threads,
-            budget=budget,
-            preview_methods=settings.allowed_methods,
-            tiny_vae=tiny_vae,
-            max_active=settings.max_active,
-            max_rows=settings.max_batch_rows,
-            deterministic=settings.deterministic,
-            observe=observe,
-        )
+        engine = _build(settings, pipeline, observe)
         _check_default_method(settings, engine.model)
         return engine
     except errors.StartupError:
         raise
     except Exception as error:
-        _log.exception("the pipeline cannot be driven")
+        _log.exception("the pipeline is not supported")
         kind = type(pipeline).__name__
-        raise errors.ModelUnavailable(f"{settings.model!r} is a {kind}, which Calotype cannot drive.") from error
+        raise errors.ModelUnavailable(f"{settings.model!r} is a {kind}, which Calotype does not support.") from error
 
 
-def _check_default_method(settings, model) -> None:
-    """Otherwise every request that leaves the method open would be refused."""
+def _build(settings: Settings, pipeline: Any, observe: Observe) -> Engine:
+    from calotype_server.engine import assembly, capabilities, loading
+
+    given = capabilities.Defaults(settings.step_count, settings.guidance_scale, settings.tiny_vae)
+    defaults = given.or_else(capabilities.read_defaults(loading.locate(settings.model)))
+    tiny_vae = loading.load_tiny_vae(defaults.tiny_vae, like=pipeline.vae) if defaults.tiny_vae else None
+    return assembly.build_engine(
+        loading.display_name(settings.model),
+        pipeline,
+        defaults=defaults,
+        cache_dir=settings.cache_dir,
+        threads=settings.threads,
+        budget=PreviewBudget(settings.preview_budget),
+        preview_methods=settings.allowed_methods,
+        tiny_vae=tiny_vae,
+        max_active=settings.max_active,
+        max_rows=settings.max_batch_rows,
+        deterministic=settings.deterministic,
+        measure_again=settings.measure_again,
+        observe=observe,
+    )
+
+
+def _check_default_method(settings: Settings, model: ModelInfo) -> None:
+    """Rejects a default method that the model lacks: every request that names no method would fail."""
     method = settings.preview_method
     if method in (PreviewMethod.AUTO, PreviewMethod.NONE) or method in model.preview_methods:
         return
     others = ", ".join((PreviewMethod.AUTO, *model.preview_methods, PreviewMethod.NONE))
-    hint = " Name one that fits the model with --tiny-vae, or" if method is PreviewMethod.TINY_VAE else " Please"
+    hint = "Choose"
+    if method is PreviewMethod.TINY_VAE:
+        hint = "Name a tiny VAE that fits the model with --tiny-vae, or choose"
     raise errors.ModelUnavailable(
-        f"--preview-method is {method}, by which no previews of {settings.model!r} can be drawn."
-        f"{hint} choose another method: {others}."
+        f"--preview-method is {method}, which {settings.model!r} does not support. {hint} another method: {others}."
     )

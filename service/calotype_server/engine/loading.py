@@ -1,4 +1,4 @@
-"""From a model's name to its pipeline: `bundled`, a local diffusers folder or a hub id, all by `from_pretrained`."""
+"""Loads the pipeline of a model's name: `bundled`, a local diffusers folder or a hub id, all with `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ BUNDLED = "bundled"
 
 
 def pick_device(device: str | None) -> torch.device:
-    """Returns the device asked for, or CUDA where there is one, else the CPU.
+    """Returns the requested device, or by default the first CUDA device, or else the CPU.
 
     Raises:
-        ModelUnavailable: No such device here.
+        ModelUnavailable: There is no such device.
     """
     if device is None:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -54,7 +54,7 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """Returns the number format asked for, or what the device does best: bfloat16, float16, or float32 on a CPU."""
+    """Returns the requested number format, or the best one for the device: bfloat16, float16, or float32 on a CPU."""
     if dtype is not None:
         return getattr(torch, dtype)
     if device.type != "cuda":
@@ -71,18 +71,18 @@ def load_pipeline(
     dtype: torch.dtype,
     download: bool = True,
 ) -> Any:
-    """Loads a text-to-image pipeline: safetensors only, and never code that comes with the weights.
+    """Loads a text-to-image pipeline from safetensors only; it never runs code that comes with the weights.
 
     Args:
         model: "bundled", a path, or a hub id.
         revision: Branch, tag or commit of a hub id.
         variant: Weight variant, such as "fp16".
-        device: Where it shall run.
+        device: Where the model runs.
         dtype: Number format of the weights.
-        download: Whether a hub id may be fetched; otherwise it must be in the local cache.
+        download: Whether a hub id may be downloaded; otherwise it must be in the local cache.
 
     Raises:
-        ModelUnavailable: It is not there, not reachable, not complete, or not text-to-image.
+        ModelUnavailable: The model is missing, unreachable, incomplete, or not text-to-image.
     """
     source = locate(model)
     local = isinstance(source, Path)
@@ -116,14 +116,14 @@ def load_pipeline(
 
 
 def load_tiny_vae(name: str, like: Any) -> Any:
-    """Loads an `AutoencoderTiny` for previews: a hub id or a local folder, safetensors only.
+    """Loads an `AutoencoderTiny` for previews, from safetensors only.
 
     Args:
-        name: Which.
-        like: The VAE that it stands in for; its device and number format are taken.
+        name: A hub id or a local folder.
+        like: The VAE that it replaces; it gets the same device and number format.
 
     Raises:
-        ModelUnavailable: It is not there, not reachable, or something else.
+        ModelUnavailable: It is missing, unreachable, not an `AutoencoderTiny`, or has other latent channels.
     """
     folder = Path(name).expanduser()
     local = folder.exists() or name.startswith((".", "/", "~"))
@@ -134,23 +134,23 @@ def load_tiny_vae(name: str, like: Any) -> Any:
             )
     except Exception as error:
         raise ModelUnavailable(f"{name!r} cannot be loaded as an AutoencoderTiny ({_first_line(error)}).") from error
-    # Those that come from video models name it otherwise.
+    # VAEs of video models use another name.
     channels = like.config.get("latent_channels", like.config.get("z_dim"))
     if vae.config.latent_channels != channels:
         raise ModelUnavailable(
             f"The tiny VAE {name!r} has {vae.config.latent_channels} latent channels, the model has {channels}."
         )
-    # Its convolutions are so small that the layout of the pixels counts: a sixth less time on a CPU.
+    # Its convolutions are so small that the memory layout matters: this saves a sixth of the time on a CPU.
     return vae.to(like.device, memory_format=torch.channels_last).eval()
 
 
 def display_name(model: str) -> str:
-    """What callers are told: a folder's name without its path, otherwise the model as the operator gave it."""
+    """Returns the name that callers see: a folder's name without its path, otherwise the operator's setting."""
     return Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model
 
 
 def locate(model: str) -> Path | str:
-    """Returns the folder of a local or bundled model, or the hub id as it is.
+    """Returns the folder of a local or bundled model, or the unchanged hub id.
 
     Raises:
         ModelUnavailable: It is neither.
@@ -174,7 +174,7 @@ def locate(model: str) -> Path | str:
 
 
 def _explain(model: str, local: bool, error: Exception) -> str:
-    """What went wrong and what to do, for an operator. The cause keeps the library's own words."""
+    """Returns a message for operators: the problem and a remedy. The exception's cause keeps the library's message."""
     chain = list(_chain(error))
     first = _first_line(error)
     if local:
@@ -183,9 +183,9 @@ def _explain(model: str, local: bool, error: Exception) -> str:
             "the configs, and weights as .safetensors."
         )
     if any(isinstance(each, GatedRepoError) for each in chain):
-        return f"The hub wants you to accept the terms of {model!r} and to log in: hf auth login"
+        return f"The hub requires that you accept the terms of {model!r} and log in: hf auth login"
     if any(isinstance(each, RevisionNotFoundError) for each in chain):
-        return f"The hub has {model!r}, but not the revision that you asked for."
+        return f"The hub has {model!r}, but not the requested revision."
     if any(isinstance(each, RepositoryNotFoundError | HFValidationError) for each in chain):
         return f"The hub has no model {model!r}, or it is private and you are not logged in."
     if any(_is_unreachable(each) for each in chain):
@@ -204,7 +204,7 @@ def _first_line(error: Exception) -> str:
 def _is_unreachable(error: BaseException) -> bool:
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError | TimeoutError):
         return True
-    # `HTTPError` is that of whichever client the hub's library uses; what the hub itself answers is another.
+    # `HTTPError` belongs to the HTTP client of the hub's library. An answer of the hub is an `HfHubHTTPError`.
     return isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError)
 
 
@@ -216,7 +216,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Progress bars and advice of the libraries would tear the server's output apart."""
+    """Silences progress bars and advice of the libraries, which would break the server's log."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     diffusers.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()

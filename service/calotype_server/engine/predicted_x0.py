@@ -1,7 +1,7 @@
 """The predicted x0 of a denoising step, for any diffusers scheduler.
 
-Every scheduler's sample is `x = alpha * x0 + sigma * noise` in a space of its own. Knowing alpha and sigma at the point
-where the model was evaluated, and what the model predicts, x0 follows:
+Every scheduler's sample is `x = alpha * x0 + sigma * noise` in its own space. From alpha and sigma at the point where
+the model was evaluated, and from the kind of prediction, x0 follows:
 
 | the model predicts | x0 |
 |---|---|
@@ -11,7 +11,8 @@ where the model was evaluated, and what the model predicts, x0 follows:
 | `flow_prediction` (noise - x0; Lipman et al. 2023, arXiv 2210.02747) | `x - sigma * m` |
 | EDM (Karras et al. 2022, arXiv 2206.00364, eq. 7) | the scheduler's `precondition_outputs` |
 
-`n^2 = alpha^2 + sigma^2` is 1 for variance-preserving schedulers, and brings variance-exploding ones to the same form.
+`n^2 = alpha^2 + sigma^2` is 1 for variance-preserving schedulers; with it, the formula also holds for
+variance-exploding ones.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ __all__ = ["NoiseLevel", "noise_level", "predict_x0"]
 
 @dataclass(frozen=True, slots=True)
 class NoiseLevel:
-    """Where on the noise schedule a model evaluation took place, and what the model predicts there.
+    """The point of a model evaluation on the noise schedule.
 
-    `alpha` and `sigma` are floats or 0-d tensors; `kind` is a prediction type of the table above, or "edm".
+    Attributes:
+        kind: A prediction type of the table above, or "edm".
+        alpha: Factor of x0, a float or 0-d tensor; None for "edm".
+        sigma: Factor of the noise, a float or 0-d tensor.
     """
 
     kind: str
@@ -38,14 +42,14 @@ class NoiseLevel:
 
 
 def noise_level(scheduler: Any, evaluation: int, timestep: Any) -> NoiseLevel | None:
-    """Returns the noise level of a model evaluation, or None for a scheduler that is not understood.
+    """Returns the noise level of a model evaluation, or None for an unknown kind of scheduler.
 
-    Call it before `scheduler.step`, which moves the scheduler on.
+    Call it before `scheduler.step`, which advances the scheduler.
 
     Args:
         scheduler: Any diffusers scheduler, after `set_timesteps`.
-        evaluation: How many times `step` was called so far.
-        timestep: As it will be given to `step`.
+        evaluation: Number of calls of `step` so far.
+        timestep: The timestep that `step` will receive.
     """
     kind = scheduler.config.get("prediction_type")
     kind = {"original_sample": "sample"}.get(kind, kind)
@@ -56,14 +60,14 @@ def noise_level(scheduler: Any, evaluation: int, timestep: Any) -> NoiseLevel | 
     if sigmas is not None and kind is None and hasattr(scheduler, "scale_noise"):
         return NoiseLevel("flow_prediction", 1 - sigmas[index], sigmas[index])
     if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
-        # DPM-Solver, DEIS, UniPC, SA-Solver: sigmas hold sigma / alpha.
+        # DPM-Solver, DEIS, UniPC, SA-Solver: their `sigmas` are sigma / alpha.
         alpha, sigma = scheduler._sigma_to_alpha_sigma_t(sigmas[index])
         return NoiseLevel(kind, alpha, sigma)
     if sigmas is not None and hasattr(scheduler, "init_noise_sigma") and hasattr(scheduler, "scale_model_input"):
         if hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order:
-            # The second stage of KDPM2 sits between two sigmas.
+            # The second stage of KDPM2 lies between two sigmas.
             sigmas = scheduler.sigmas_interpol
-            # The ancestral variant keeps them one place earlier.
+            # The ancestral variant stores them one index earlier.
             index -= hasattr(scheduler, "sigmas_up")
         return NoiseLevel(kind, 1.0, sigmas[index])
     if hasattr(scheduler, "alphas_cumprod") and kind is not None:
@@ -78,10 +82,11 @@ def predict_x0(
     """Returns the predicted x0 in the scheduler's sample space, or None for an unknown prediction type.
 
     Args:
-        scheduler: The one that `level` comes from; only EDM's preconditioning is asked of it.
-        level: Of this evaluation.
+        scheduler: The scheduler of `level`; only EDM's preconditioning needs it.
+        level: Noise level of this evaluation.
         sample: Noisy latents before the step, any layout with the batch first.
-        model_output: What `step` got, after guidance; channels beyond those of `sample` (a learned variance) are cut.
+        model_output: The argument of `step`, after guidance. Channels beyond those of `sample`, a learned variance, are
+            dropped.
     """
     if model_output.shape != sample.shape and model_output.ndim == sample.ndim:
         model_output = model_output[:, : sample.shape[1]]
@@ -102,7 +107,7 @@ def predict_x0(
 
 
 def _step_index(scheduler: Any, evaluation: int, timestep: Any) -> int:
-    """The scheduler's own index, which it sets only inside its first `step`."""
+    """Returns the scheduler's own index. The scheduler sets it only inside its first `step`."""
     index = getattr(scheduler, "step_index", None)
     if index is None:
         index = getattr(scheduler, "begin_index", None)

@@ -1,4 +1,4 @@
-"""The interface between the server and an engine. It imports nothing heavy."""
+"""The interface between the server and an engine. Heavy code depends on this module, never the other way round."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ __all__ = ["Engine", "Stop"]
 
 
 class Stop:
-    """Tells a run to stop or to finish early. Thread-safe; a stop cannot be taken back."""
+    """Asks a run to end. Safe to use from any thread; it cannot be undone."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
         self._set = False
-        self.finishing = False
-        """Whether the run should end successfully after the current step, with its prediction as the image."""
+        self._finishing = False
+
+    @property
+    def finishing(self) -> bool:
+        """Whether the run should end with the predicted image of the current step."""
+        return self._finishing
 
     def finish(self) -> None:
-        """Requests an early finish."""
-        self.finishing = True
+        """Asks the run to end early with the image as it is."""
+        self._finishing = True
 
     def set(self) -> None:
-        """Requests a stop, and calls the callbacks."""
+        """Asks the run to end without an image, and calls the callbacks."""
         with self._lock:
             self._set = True
             callbacks, self._callbacks = self._callbacks, []
@@ -36,11 +40,11 @@ class Stop:
             callback()
 
     def is_set(self) -> bool:
-        """Whether a stop was requested."""
+        """Whether the run should end without an image."""
         return self._set
 
     def call(self, callback: Callable[[], None]) -> None:
-        """Registers a callback for a stop, or calls it at once after a stop. It must not block or raise."""
+        """Registers a function for `set` to call, or calls it now if that has happened. It must not block or raise."""
         with self._lock:
             if not self._set:
                 self._callbacks.append(callback)
@@ -60,20 +64,20 @@ class Engine(Protocol):
         """Generates one image. Blocks the calling thread until the device no longer works on it.
 
         Args:
-            job: The image to generate.
-            report: Called with `EncodingPrompt`, `Denoising`, `PreviewReady` and `Decoding` as they happen, from this
-                and other threads. Does not block.
-            stop: When set, the run ends before the next denoising step, and a wait for the device ends at once. When
-                `finishing`, the prediction of the current step is decoded and returned.
+            job: What to generate.
+            report: Receives `EncodingPrompt`, `Denoising`, `PreviewReady` and `Decoding` as they happen. This thread
+                and others call it, and it must not block.
+            stop: If set, the run ends before the next denoising step; a wait for the device ends at once. If
+                `finishing`, the predicted image of the current step is decoded and returned.
 
         Raises:
             Cancelled: `stop` was set.
-            GenerationError: Any other failure; `EngineDead` when no further call can succeed.
+            GenerationError: The generation failed; `EngineDead` if no further call can succeed.
         """
         ...
 
     def close(self) -> None:
-        """Ends the engine's threads. All runs must have ended."""
+        """Ends the engine's threads. No `run` may be active."""
         ...
 
     def note_preview_encoding(self, seconds: float) -> None:

@@ -1,17 +1,15 @@
-"""What is seen and measured of a model at load: its denoiser, called as a request would call it."""
+"""Arguments of realistic denoiser calls, captured from the pipeline's own code, to measure and to compare with."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import time
 from typing import TYPE_CHECKING, Any
 
-import structlog
 import torch
 
-from calotype_server.engine.batching.proxy import DenoiserProxy
 from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.denoiser_proxy import DenoiserProxy
 from calotype_server.engine.request_view import make_scheduler, request_view
 
 if TYPE_CHECKING:
@@ -19,26 +17,20 @@ if TYPE_CHECKING:
 
     from calotype_server.types import ModelInfo
 
-_log = structlog.get_logger(__name__)
-
-__all__ = ["Arguments", "denoiser_call", "pick_threads", "plain_arguments", "sample_calls"]
+__all__ = ["Arguments", "denoiser_call", "plain_arguments", "sample_calls"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a call."""
 
-_REPEATS = 5
-_LONG_CALL_SECONDS = 0.5
-"""A denoiser this slow has enough work for every core; trying fewer would only make the start slower."""
-
 
 def plain_arguments(pipeline: Any, width: int, height: int, guidance_scale: float | None) -> dict[str, Any]:
-    """Returns arguments for a call with an empty prompt, but for the number of steps."""
+    """Returns arguments for a pipeline call with an empty prompt, without the number of steps."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     call: dict[str, Any] = {"prompt": "", "width": width, "height": height}
     if "guidance_scale" in parameters and guidance_scale is not None:
         call["guidance_scale"] = guidance_scale
     if "use_resolution_binning" in parameters:
-        # It would draw at the nearest of the real model's sizes, which is larger than asked for, and shrink that.
+        # Otherwise the pipeline generates at the nearest of the real model's sizes, and then resizes the image.
         call["use_resolution_binning"] = False
     if "generator" in parameters:
         call["generator"] = torch.Generator().manual_seed(0)
@@ -46,10 +38,10 @@ def plain_arguments(pipeline: Any, width: int, height: int, guidance_scale: floa
 
 
 def sample_calls(pipeline: Any, model: ModelInfo) -> list[Arguments]:
-    """Returns the arguments of three denoiser calls of different requests, the first as that of a default request.
+    """Returns the arguments of three denoiser calls of different requests; the first is that of a default request.
 
     They differ in latents, and in timestep or prompt. The first and the last have the same prompt, so that they can be
-    joined even where prompts of different length cannot.
+    joined even if the pipeline cannot join prompts of different lengths.
     """
     return [
         _captured_call(pipeline, model, number=1, prompt="", seed=0),
@@ -59,7 +51,7 @@ def sample_calls(pipeline: Any, model: ModelInfo) -> list[Arguments]:
 
 
 def denoiser_call(pipeline: Any, model: ModelInfo) -> Callable[[], Any]:
-    """Returns a function that calls the denoiser once, as the first step of a default request does."""
+    """Returns a function that calls the denoiser once, exactly as the first step of a default request does."""
     module = getattr(pipeline, denoiser_name(pipeline))
     args, kwargs = _captured_call(pipeline, model, number=1, prompt="", seed=0)
 
@@ -70,33 +62,8 @@ def denoiser_call(pipeline: Any, model: ModelInfo) -> Callable[[], Any]:
     return call
 
 
-def pick_threads(pipeline: Any, model: ModelInfo) -> int:
-    """Returns how many threads of the CPU make the denoiser quickest: all that torch would take, or one.
-
-    A small model spends more time on handing work to threads than they save.
-    """
-    everything = torch.get_num_threads()
-    if model.device != "cpu" or everything == 1:
-        return everything
-    try:
-        call = denoiser_call(pipeline, model)
-        call()
-    except Exception:
-        _log.exception("the denoiser cannot be measured")
-        return everything
-    quickest = _seconds(call)
-    if quickest > _LONG_CALL_SECONDS:
-        return everything
-    torch.set_num_threads(1)
-    try:
-        call()
-        return 1 if _seconds(call) < quickest else everything
-    finally:
-        torch.set_num_threads(everything)
-
-
 def _captured_call(pipeline: Any, model: ModelInfo, *, number: int, prompt: str, seed: int) -> Arguments:
-    """Arguments of a request's call of that number, from 1, or of its last one if it makes fewer."""
+    """Returns the arguments of a request's call of that number, from 1, or of its last call if it makes fewer."""
     name = denoiser_name(pipeline)
     module = getattr(pipeline, name)
     captured: list[Arguments] = []
@@ -118,14 +85,4 @@ def _captured_call(pipeline: Any, model: ModelInfo, *, number: int, prompt: str,
 
 
 class _Captured(BaseException):
-    """Ends a pipeline call whose arguments have been seen."""
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    """Shortest of a few: others on the machine can only make it longer."""
-    times = []
-    for _ in range(_REPEATS):
-        begun = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begun)
-    return min(times)
+    """Ends a pipeline call once its arguments are captured."""

@@ -1,9 +1,9 @@
-"""What the views of concurrent requests share besides the denoiser, made safe for it.
+"""Makes the components that concurrent requests share, apart from the denoiser, safe for concurrent use.
 
-- A fast tokenizer keeps padding and truncation as settings of the one tokenizer, and every call sets them, `tokenize`
-  too: unguarded, prompts come out cut or filled up wrongly, in silence.
-- Some autoencoders keep the features of a decode on themselves (Qwen-Image, Wan).
-- A pipeline that has ended takes the hooks of offloading off its components and puts them on again.
+- A fast tokenizer stores padding and truncation as its own settings, and every call changes them, even `tokenize`.
+  Without a lock, prompts are silently truncated or padded wrongly.
+- Some autoencoders store the features of a decode in themselves (Qwen-Image, Wan).
+- When a pipeline ends, it removes the offloading hooks from its components and adds them again.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 
 __all__ = ["Locked", "shared_components"]
 
-_WORK_OF_A_VAE = frozenset({"decode", "encode", "forward", "tiled_decode", "tiled_encode"})
+_VAE_METHODS = frozenset({"decode", "encode", "forward", "tiled_decode", "tiled_encode"})
 
 
 def shared_components(pipeline: Any) -> dict[str, Any]:
-    """Returns what to put into every view of a pipeline, for `request_view`; call it once for each pipeline.
+    """Returns the components to use in every view of a pipeline, for `request_view`. Call it once for each pipeline.
 
-    Whoever else uses the tokenizers or the VAE while requests run must use these.
+    Any other code that uses the tokenizers or the VAE while requests run must use these components.
     """
     shared: dict[str, Any] = {"_all_hooks": []}
     tokenizers = threading.Lock()
@@ -32,17 +32,17 @@ def shared_components(pipeline: Any) -> dict[str, Any]:
             shared[name] = Locked(component, tokenizers)
     vae = pipeline.components.get("vae")
     if vae is not None:
-        shared["vae"] = Locked(_upcast(vae), threading.Lock(), _WORK_OF_A_VAE)
+        shared["vae"] = Locked(_upcast(vae), threading.Lock(), _VAE_METHODS)
     return shared
 
 
 class Locked:
-    """Passes for a component, but runs its methods one at a time.
+    """Looks like a component, but runs its methods one at a time.
 
     Args:
-        component: The real one.
-        lock: Held while a method runs; may be shared with others.
-        methods: Names of the methods to guard; None for every public one.
+        component: The real component.
+        lock: Held while a method runs; several components may share it.
+        methods: Names of the methods to guard; None for every public method.
     """
 
     def __init__(self, component: Any, lock: threading.Lock, methods: frozenset[str] | None = None) -> None:
@@ -59,7 +59,7 @@ class Locked:
 
     @property  # type: ignore[misc]  # typeshed gives it a setter
     def __class__(self) -> Any:
-        """The component's, so that it passes where a pipeline looks at types."""
+        """The component's class, so that type checks of a pipeline succeed."""
         return type(self._component)
 
     def __getattr__(self, name: str) -> Any:
@@ -83,8 +83,8 @@ class Locked:
 class _UpcastVae:
     """A VAE in float32 for latents of any precision.
 
-    Pipelines raise a float16 VAE that overflows to float32, decode, and lower it again: under the feet of another
-    request. With this one in its place they see float32 from the start, and leave it alone.
+    If a float16 VAE overflows, pipelines convert it to float32, decode, and convert it back, while other requests may
+    use it. A VAE that already is float32 is not converted.
     """
 
     def __init__(self, vae: Any) -> None:

@@ -1,7 +1,8 @@
-"""StepTap: sees every denoising step of one request from inside its scheduler.
+"""StepTap: observes every denoising step of one request from inside its scheduler.
 
-One seam gives progress, the predicted x0 and cancellation, for every pipeline that calls `scheduler.step`: also for
-those that lack `callback_on_step_end` or ignore `interrupt`. It only looks, so the result stays bit-identical.
+This one place provides progress, the predicted x0 and cancellation, for every pipeline that calls `scheduler.step`,
+including those without `callback_on_step_end` and those that ignore `interrupt`. It only observes, so the result stays
+bit-identical.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["Step", "StepTap", "Stopped"]
 
 
 class Stopped(BaseException):
-    """Ends a pipeline call from within. A `BaseException`, so that no `except Exception` on the way swallows it."""
+    """Ends a pipeline call from inside. It is a `BaseException`, so that no `except Exception` can catch it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,13 @@ class Step:
     """One finished scheduler step.
 
     Attributes:
-        number: From 1.
-        total: Steps in all: `len(scheduler.timesteps)`, which is not the step count for every scheduler.
+        number: Number of the step, from 1.
+        total: Number of all steps: `len(scheduler.timesteps)`, which differs from the step count for some schedulers.
         sample: Noisy latents before the step.
         model_output: The model's prediction, after guidance.
-        level: Noise level of the evaluation, None where unknown.
-        reported: x0 as the scheduler itself reported it, if it did.
-        scheduler: For EDM's preconditioning.
+        level: Noise level of the evaluation; None if unknown.
+        reported: x0 as reported by the scheduler, if it does.
+        scheduler: Needed for EDM's preconditioning.
     """
 
     number: int
@@ -47,7 +48,7 @@ class Step:
     scheduler: Any
 
     def x0(self) -> torch.Tensor | None:
-        """Returns the predicted x0 in the scheduler's sample space; None when the scheduler is not understood."""
+        """Returns the predicted x0 in the scheduler's sample space, or None for an unknown kind of scheduler."""
         if self.reported is not None:
             return self.reported
         if self.level is None:
@@ -56,13 +57,16 @@ class Step:
 
 
 class StepTap:
-    """Patches `set_timesteps` and `step` of one scheduler, which must be the request's own.
+    """Wraps `set_timesteps` and `step` of one scheduler, which must belong to one request.
 
     Args:
-        scheduler: A scheduler nobody else uses.
-        on_start: Called with the total when the timesteps are set: encoding has ended, denoising begins.
+        scheduler: A scheduler that only this request uses.
+        on_start: Called with the total number of steps when the timesteps are set: denoising starts.
         on_step: Called after every step.
-        should_stop: Asked when the timesteps are set, and before and after every step; True raises `Stopped`.
+        should_stop: Called when the timesteps are set, and before and after every step; True raises `Stopped`.
+
+    Attributes:
+        last: The last finished step, or None.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class StepTap:
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
         done = 0
 
-        # `wraps` keeps the signatures, in which pipelines look for `sigmas`, `eta` or `generator`.
+        # `wraps` keeps the signatures: pipelines check them for `sigmas`, `eta` or `generator`.
         @functools.wraps(set_timesteps)
         def tapped_set_timesteps(*args: Any, **kwargs: Any) -> None:
             nonlocal done
@@ -109,12 +113,12 @@ class StepTap:
 
 
 def _total(scheduler: Any) -> int:
-    """Steps that a pipeline takes. SCM and Wuerstchen list the noise-free end too, and pipelines leave it out."""
+    """Returns the number of steps that a pipeline takes. SCM and Wuerstchen list the noise-free end as well."""
     return len(scheduler.timesteps) - (type(scheduler).__name__ in ("SCMScheduler", "DDPMWuerstchenScheduler"))
 
 
 def _reported_x0(output: Any) -> torch.Tensor | None:
-    """What the scheduler says about x0. LCM's `denoised` is its consistency output: closer than its x0."""
+    """Returns the scheduler's own x0. LCM's `denoised` is its consistency output, which is closer than its x0."""
     for name in ("denoised", "pred_original_sample"):
         value = getattr(output, name, None)
         if value is not None:

@@ -70,6 +70,9 @@ class Settings(WebSettings):
         description="Make every image bit for bit the same, regardless of the other requests in its batch. This makes "
         "the server slower.",
     )
+    measure_again: bool = Field(
+        False, description="Ignore the cached batching plan of the model at this start, and measure a new one."
+    )
     max_queue: int = Field(
         32, ge=0, description="Maximum generations in the queue. When it is full, further requests are rejected."
     )

@@ -124,7 +124,7 @@ class Request:
     finished: float = math.nan
     refused: bool = False
     step: int = 0
-    seat: RequestSlot = field(default_factory=lambda: RequestSlot(0), repr=False)
+    slot: RequestSlot = field(default_factory=lambda: RequestSlot(0), repr=False)
 
 
 def parse_step_ms(table: str) -> tuple[tuple[int, float], ...]:
@@ -181,9 +181,9 @@ class Replica:
         self._on_left = on_left
         self._active = 0
         self._queue = FairQueue()
-        self._rendezvous = BatchScheduler(fleet.max_rows)
+        self._scheduler = BatchScheduler(fleet.max_rows)
         self._call: Any = SimpleNamespace(signature=_SIGNATURE, rows=model.rows)
-        self._tickets: dict[RequestSlot, Request] = {}
+        self._by_slot: dict[RequestSlot, Request] = {}
         self._chores: deque[tuple[float, Callable[[], None]]] = deque()
         """Encodings and decodings that wait for the device."""
         self._woken = env.event()
@@ -223,10 +223,10 @@ class Replica:
         """Requests come with their next calls, or have made their last ones."""
         for request in requests:
             if request.step < self._model.steps:
-                self._tickets[request.seat] = request
-                self._rendezvous.arrive(PendingCall(request.seat, self._call, self._env.now))
+                self._by_slot[request.slot] = request
+                self._scheduler.arrive(PendingCall(request.slot, self._call, self._env.now))
             else:
-                self._rendezvous.stop_waiting_for(request.seat)
+                self._scheduler.stop_waiting_for(request.slot)
                 self._spend(self._model.decoding, lambda request=request: self._leave(request))
         self._wake()
 
@@ -242,20 +242,20 @@ class Replica:
             self._woken.succeed()
 
     def _device(self) -> Iterator[simpy.Event]:
-        env, model, rendezvous = self._env, self._model, self._rendezvous
+        env, model, scheduler = self._env, self._model, self._scheduler
         while True:
             if self._chores:
                 seconds, then = self._chores.popleft()
                 yield env.timeout(seconds)
                 then()
                 continue
-            tickets, deadline = rendezvous.pick(env.now)
-            if tickets:
-                seconds = model.seconds(sum(ticket.call.rows for ticket in tickets))
+            calls, deadline = scheduler.pick(env.now)
+            if calls:
+                seconds = model.seconds(sum(pending.call.rows for pending in calls))
                 yield env.timeout(seconds)
                 self.batches += 1
-                rendezvous.observe(seconds)
-                self._answer([ticket.seat for ticket in tickets])
+                scheduler.observe(seconds)
+                self._answer([pending.slot for pending in calls])
                 continue
             self._woken = env.event()
             if deadline is None:
@@ -263,10 +263,10 @@ class Replica:
             else:
                 yield self._woken | env.timeout(max(0.0, deadline - env.now) + 1e-9)
 
-    def _answer(self, seats: Sequence[RequestSlot]) -> None:
-        requests = [self._tickets.pop(seat) for seat in seats]
+    def _answer(self, slots: Sequence[RequestSlot]) -> None:
+        requests = [self._by_slot.pop(slot) for slot in slots]
         for request in requests:
-            self._rendezvous.expect(request.seat, self._env.now)
+            self._scheduler.expect(request.slot, self._env.now)
             request.step += 1
             if request.step == 1:
                 request.first_preview = self._env.now + self._model.preview
@@ -328,7 +328,7 @@ def poisson(rate: float, count: int, seed: int, callers: int = 1_000_000) -> lis
     """
     chance = random.Random(seed)
     times = itertools.accumulate(chance.expovariate(rate) for _ in range(count))
-    return [Request(time, chance.randrange(callers), seat=RequestSlot(number)) for number, time in enumerate(times)]
+    return [Request(time, chance.randrange(callers), slot=RequestSlot(number)) for number, time in enumerate(times)]
 
 
 def simulate(model: Model, fleet: Fleet, requests: Sequence[Request], *, seed: int = 0) -> Outcome:

@@ -1,6 +1,6 @@
 """`calotype serve` that writes down every call of the denoiser: run as a process, with a file's name first.
 
-A line for each call, in JSON: when it began and how long it took, in seconds, its rows, and the numbers of its streams.
+A line for each call, in JSON: when it began and how long it took, in seconds, its rows, and its sessions' numbers.
 With `PRETEND_STEP_MS=2:50,4:60` in the environment the denoiser does not compute, it sleeps for as long as a device
 would take for so many rows. All of the rest is the product's.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.sizing.fleet import Model, parse_step_ms
 
 if TYPE_CHECKING:
-    from calotype_server.engine.batching.batcher import BatchRecord
+    from calotype_server.engine.batching.batch_runner import BatchRecord
 
 
 def main() -> None:
@@ -27,21 +27,21 @@ def main() -> None:
     # As the server does it, which imports torch later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from calotype.__main__ import main as calotype
-    from calotype_server.engine import diffusers_engine
+    from calotype_server.engine import assembly
 
     with path.open("a", buffering=1, encoding="utf-8") as lines:
 
         def write(batch: BatchRecord) -> None:
-            print(json.dumps([batch.started, batch.seconds, batch.rows, batch.streams]), file=lines)
+            print(json.dumps([batch.started, batch.seconds, batch.rows, batch.sessions]), file=lines)
 
-        make, table = diffusers_engine.DiffusersEngine, os.environ.get("PRETEND_STEP_MS")
+        make, table = assembly.build_engine, os.environ.get("PRETEND_STEP_MS")
 
         def engine(name: str, pipeline: Any, **options: Any) -> Any:
             if table:
                 _pretend(pipeline.unet, Model(parse_step_ms(table)))
             return make(name, pipeline, on_batch=write, **options)
 
-        diffusers_engine.DiffusersEngine = engine
+        assembly.build_engine = engine
         calotype()
 
 

@@ -23,7 +23,7 @@ _REPEATS = 9
 
 @torch.no_grad()
 def measure() -> Model:
-    """Times a call joined with itself, as `policy.knee` does when a model is loaded, and what surrounds the steps."""
+    """Times a call joined with itself, as `measure.knee` does when a model is loaded, and what surrounds the steps."""
     pipeline, model = bundled()
     torch.set_num_threads(1)
     module = getattr(pipeline, denoiser_name(pipeline))

@@ -1,4 +1,4 @@
-"""A denoiser whose answers are known in advance, and threads that call it."""
+"""A denoiser with predictable answers, and threads that call it through a batcher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from calotype_server.engine.batching.batcher import StepBatcher
 from support.runs import PATIENCE
 
-__all__ = ["Denoiser", "Party", "answer_to", "sample"]
+__all__ = ["Callers", "Denoiser", "answer_to", "sample"]
 
 
 class Denoiser(torch.nn.Module):
@@ -25,6 +25,7 @@ class Denoiser(torch.nn.Module):
         super().__init__()
         self.act = act
         self.sizes = []
+        """Number of rows of each call."""
 
     def forward(self, sample, timestep, return_dict=True):
         self.sizes.append(sample.shape[0])
@@ -33,17 +34,17 @@ class Denoiser(torch.nn.Module):
 
 
 def sample(value, rows=1, width=4):
-    """A batch that is all one value."""
+    """Returns a batch in which every number is `value`."""
     return torch.full((rows, width), float(value))
 
 
 def answer_to(value, timestep, rows=1, width=4):
-    """What the denoiser says to it."""
+    """Returns the denoiser's answer to `sample(value)`."""
     return sample(2 * value + timestep, rows, width)
 
 
-class Party:
-    """Calls on one batcher from threads; the device can be held, so that calls come together for certain."""
+class Callers:
+    """Calls one batcher from threads. The device can be held, so that calls are certain to wait together."""
 
     def __init__(self, act=lambda _: None, **options):
         self.module = Denoiser(self._act)
@@ -72,7 +73,7 @@ class Party:
         self.act(rows)
 
     def start(self, function, *args):
-        """Runs a function in a thread of its own, which does not outlive the process where it is stuck."""
+        """Runs a function in its own daemon thread, so that a stuck one cannot outlive the process."""
         future = concurrent.futures.Future()
 
         def run():
@@ -86,17 +87,17 @@ class Party:
         return future
 
     def call(self, value, timestep=0, rows=1, width=4):
-        """One request of one step."""
-        with self.batcher.stream() as stream:
-            return self.step(stream, value, timestep, rows, width)
+        """Makes a request of one step."""
+        with self.batcher.open_session() as session:
+            return self.step(session, value, timestep, rows, width)
 
-    def step(self, stream, value, timestep=0, rows=1, width=4):
-        """One step of a request."""
-        return stream.proxy()(sample(value, rows, width), torch.tensor(timestep))[0]
+    def step(self, session, value, timestep=0, rows=1, width=4):
+        """Makes one step of a request."""
+        return session.proxy()(sample(value, rows, width), torch.tensor(timestep))[0]
 
     @contextlib.contextmanager
     def held(self, waiting):
-        """Holds the device within a call, and lets it go when that many calls wait."""
+        """Holds the device inside a call, and releases it when `waiting` calls wait."""
         self._free.clear()
         self._held.clear()
         plug = self.start(self.call, 0)
@@ -108,13 +109,13 @@ class Party:
         plug.result(PATIENCE)
 
     def await_calls(self, count):
-        """Waits until that many calls wait for a device that is held."""
+        """Blocks until `count` calls wait for the held device."""
         changed = self.batcher._changed
         with changed:
-            assert changed.wait_for(lambda: len(self.batcher._rendezvous.waiting) >= count, PATIENCE)
+            assert changed.wait_for(lambda: len(self.batcher._scheduler.waiting) >= count, PATIENCE)
 
     def together(self, *calls):
-        """Makes calls that wait at the same time, in this order, and returns their futures, which are done."""
+        """Makes calls that wait at the same time, in this order, and returns their finished futures."""
         futures = []
         with self.held(len(calls)):
             for call in calls:

@@ -1,4 +1,4 @@
-"""An engine without a model, for tests that are about something else: its steps happen when the test says so."""
+"""An engine without a model, whose steps happen when a test allows them."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ MODEL = ModelInfo(
 
 
 def flat_pixels(width: int, height: int, value: int) -> Pixels:
-    """A grey picture."""
+    """Returns a grey image."""
     return Pixels(width, height, bytes([value % 256]) * (width * height * 3))
 
 
 class FakeEngine:
-    """Runs jobs step by step; `hold()` makes every further step wait for `allow(n)`."""
+    """Runs jobs step by step; after `hold()` every step waits for `allow(n)`."""
 
     model = MODEL
 
     def __init__(self) -> None:
         self.failure: Exception | None = None
-        """Raised after the first step of every job while set."""
+        """If set, it is raised after the first step of every job."""
         self.preview_size = (8, 8)
         """Width and height of every preview, in pixels."""
         self.jobs: list[Job] = []
@@ -62,21 +62,21 @@ class FakeEngine:
         self.active = 0
         self.most_active = 0
         self.stopped = threading.Semaphore(0)
-        """Released whenever a run ended because it was told to stop."""
+        """Released whenever a run ends because of its `stop`."""
         self.at_step = threading.Semaphore(0)
-        """Released whenever a run is about to take a step."""
+        """Released whenever a run is about to make a step."""
         self.decoding = threading.Event()
-        """Runs end their decoding when it is set, as it is until a test clears it."""
+        """Runs finish decoding when it is set; it is set until a test clears it."""
         self.decoding.set()
         self._permits: threading.Semaphore | None = None
         self._lock = threading.Lock()
 
     def hold(self) -> None:
-        """Lets no step happen until `allow`."""
+        """Blocks all steps until `allow`."""
         self._permits = threading.Semaphore(0)
 
     def allow(self, steps: int = 1_000_000) -> None:
-        """Lets steps happen."""
+        """Allows a number of steps."""
         assert self._permits is not None
         self._permits.release(steps)
 
@@ -120,7 +120,7 @@ class FakeEngine:
         """Ignores it: there is no budget."""
 
     def close(self) -> None:
-        """Releases all held steps."""
+        """Releases all held runs."""
         self.decoding.set()
         if self._permits is not None:
             self.allow()

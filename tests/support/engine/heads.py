@@ -1,4 +1,4 @@
-"""Known decoders, and what a preview head sees of them."""
+"""Decoders with known weights, and the statistics that a preview head gets from them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from calotype_server.engine.preview.head import PreviewHead
 
 
 def seeded(seed=0):
-    """A source of the same random numbers each time."""
+    """Returns a generator that always gives the same random numbers."""
     return torch.Generator().manual_seed(seed)
 
 
 def linear_decoder(scale=2, channels=4):
-    """A decoder that a head can match: a 3x3 convolution from latents to pixels, mostly within 0 to 1."""
+    """Returns a decoder that a head can match: a 3x3 convolution from latents to pixels, mostly within 0 to 1."""
     random = seeded(99)
     weight = 0.02 * torch.randn(3 * scale**2, channels, 3, 3, generator=random)
     bias = 0.5 + 0.05 * torch.randn(3 * scale**2, generator=random)
@@ -27,7 +27,7 @@ def linear_decoder(scale=2, channels=4):
 
 
 def observed(decode, *seeds, noise=0.0, side=16):
-    """The statistics of one random picture for each seed."""
+    """Returns the statistics of one random image for each seed."""
     statistics = None
     for seed in seeds:
         random = seeded(seed)
@@ -40,6 +40,6 @@ def observed(decode, *seeds, noise=0.0, side=16):
 
 
 def error(head, decode):
-    """Mean squared error of a head on pictures that it has not seen."""
+    """Returns the mean squared error of a head on an image that it was not fitted to."""
     latents = torch.randn(1, 4, 16, 16, generator=seeded(1000))
     return float(((head.decode(latents, 32, 32) - decode(latents).clamp(0, 1)) ** 2).mean())

@@ -1,4 +1,4 @@
-"""What the tiny pipelines are called with: seeded embeddings stand in for text encoders that are not there."""
+"""Arguments for calls of the tiny pipelines: seeded embeddings replace missing text encoders."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _NEGATIVE_TOKENS = 12
 
 
 def arguments(family: str, *, seed: int = 1, steps: int = 3, **others: Any) -> dict[str, Any]:
-    """Returns the arguments of a cheap call: the same seed gives the same picture, in the scheduler's own space.
+    """Returns the arguments of a cheap call. The same seed gives the same latents.
 
     Args:
         family: One of `tiny.FAMILIES`.
         seed: Of the initial noise; the prompt does not depend on it.
-        steps: Denoising steps; Sana-Sprint, which is distilled to two, takes two.
-        others: Arguments to add or to put in place.
+        steps: Denoising steps; Sana-Sprint, which is distilled to two steps, always gets two.
+        others: Arguments to add or replace.
     """
     call: dict[str, Any] = {
         "num_inference_steps": 2 if family == "sana_sprint" else steps,
@@ -34,7 +34,7 @@ def arguments(family: str, *, seed: int = 1, steps: int = 3, **others: Any) -> d
 
 
 def embeddings(family: str) -> dict[str, Any]:
-    """Returns a prompt for a family: as text where it has a text encoder, else as what such an encoder would give."""
+    """Returns a prompt for a family: text if it has a text encoder, otherwise embeddings."""
     return _PROMPTS[family]()
 
 

@@ -216,7 +216,7 @@ def _sana_transformer(**config: Any) -> diffusers.SanaTransformer2DModel:
 
 
 def _sana_vae() -> diffusers.AutoencoderDC:
-    """Shrinks 32 times; Sana's pipelines insist on multiples of 32."""
+    """Returns a VAE that shrinks 32 times, because Sana's pipelines require multiples of 32."""
     levels = 6
     blocks = ("ResBlock",) * (levels - 1) + ("EfficientViTBlock",)
     scales = ((),) * (levels - 1) + ((5,),)

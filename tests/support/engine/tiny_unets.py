@@ -1,4 +1,4 @@
-"""Tiny pipelines with a UNet, and the parts that others share: tokenizer, text encoder, VAE."""
+"""Tiny pipelines with a UNet, and parts for other pipelines: tokenizer, text encoder, VAE."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_
 
 
 def clip_tokenizer() -> transformers.CLIPTokenizer:
-    """A CLIP tokenizer that knows every byte and no merges: one token a character."""
+    """Returns a CLIP tokenizer with every byte and no merges: one token per character."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    # Byte-level BPE shows the other bytes as characters from 256 on.
+    # Byte-level BPE maps the other bytes to characters from 256 on.
     others = range(256, 256 + 256 - len(printable))
     characters = [chr(code) for code in (*printable, *others)]
     tokens = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
@@ -39,7 +39,7 @@ def _clip(*, projection: bool = False) -> Any:
 
 
 def vae(channels: int = 4, **config: Any) -> diffusers.AutoencoderKL:
-    """Shrinks eight times, as the real ones do."""
+    """Returns a VAE that shrinks eight times, like the real ones."""
     return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -53,7 +53,7 @@ def vae(channels: int = 4, **config: Any) -> diffusers.AutoencoderKL:
 
 
 def tiny_vae(channels: int = 4) -> diffusers.AutoencoderTiny:
-    """A small decoder, as TAESD: it takes latents as the denoiser has them, and enlarges eight times."""
+    """Returns a small decoder like TAESD: it takes the denoiser's latents, and enlarges eight times."""
     return diffusers.AutoencoderTiny(
         latent_channels=channels,
         encoder_block_out_channels=(8, 8, 8, 8),
@@ -64,7 +64,7 @@ def tiny_vae(channels: int = 4) -> diffusers.AutoencoderTiny:
 
 
 def shifted_vae() -> diffusers.AutoencoderKL:
-    """As in SD3 and FLUX: no quantisation convolutions, latents scaled and shifted."""
+    """Returns a VAE as in SD3 and FLUX: no quantisation convolutions, latents scaled and shifted."""
     return vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035)
 
 
@@ -83,7 +83,7 @@ def _unet(cross_attention_dim: int = 32, **config: Any) -> diffusers.UNet2DCondi
 
 
 def sd15(scheduler: Any = None) -> diffusers.StableDiffusionPipeline:
-    """Stable Diffusion 1.5, with `scheduler` in place of its DDIM."""
+    """Returns a Stable Diffusion 1.5, with `scheduler` instead of its DDIM."""
     return diffusers.StableDiffusionPipeline(
         unet=_unet(),
         vae=vae(),

@@ -1,4 +1,4 @@
-"""What a model can do and does by default, read from its pipeline."""
+"""Capabilities and defaults of a model, read from its pipeline."""
 
 import json
 from types import SimpleNamespace
@@ -52,24 +52,24 @@ NEEDING_MORE = {"LMSDiscreteScheduler", "DPMSolverSDEScheduler"}
 
 
 def model_of(pipeline, defaults=None):
-    """A pipeline's description, with the class's own defaults unless others are given."""
+    """Describes a pipeline, with the defaults of its class unless others are given."""
     return describe("tiny", pipeline, defaults or Defaults())
 
 
 @pytest.fixture(scope="module")
 def offered():
-    """The schedulers that the tiny SD1.5 is offered."""
+    """The schedulers offered for the tiny SD1.5."""
     return model_of(tiny.shared("sd15")).schedulers
 
 
 def test_every_family_is_expected():
-    """The table below leaves no family out."""
+    """The table covers every family."""
     assert set(EXPECTED) == set(tiny.FAMILIES)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_family_is_described(family):
-    """Sizes, guidance, negative prompt and steps are those of the pipeline."""
+    """Sizes, guidance, negative prompt and steps come from the pipeline."""
     pipeline = tiny.shared(family)
     model = model_of(pipeline)
     side, multiple, guidance, negative, steps = EXPECTED[family]
@@ -83,8 +83,8 @@ def test_family_is_described(family):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_multiples_of_the_size_are_drawn_exactly(family):
-    """A picture of any multiple in width and height, also an odd one, has just that size."""
+def test_multiples_of_the_size_are_generated_exactly(family):
+    """An image whose sides are any multiples, even or odd, has exactly the requested size."""
     multiple = EXPECTED[family][1]
     width, height = (factor * multiple for factor in (5, 3))
     call = arguments(family, width=width, height=height, steps=1, output_type="pt")
@@ -92,8 +92,8 @@ def test_multiples_of_the_size_are_drawn_exactly(family):
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "lumina2", "sd15"])
-def test_multiple_is_no_smaller_than_it_must_be(family):
-    """Between two multiples a pipeline refuses, fails, or draws another size than it was asked for."""
+def test_the_multiple_is_as_small_as_possible(family):
+    """Between two multiples a pipeline rejects the size, fails, or generates another size."""
     multiple = EXPECTED[family][1]
     call = arguments(family, width=3 * multiple + multiple // 2, height=3 * multiple, steps=1, output_type="pt")
     try:
@@ -104,7 +104,7 @@ def test_multiple_is_no_smaller_than_it_must_be(family):
 
 
 def test_sizes_need_not_be_square(sd15):
-    """A native size with two sides is read as height and width."""
+    """A native size with two numbers is height and width."""
     unet = SimpleNamespace(
         config={"sample_size": (8, 16)}, device=sd15.unet.device, dtype=sd15.unet.dtype, __class__=object
     )
@@ -117,15 +117,15 @@ class TestSchedulers:
     """Only schedulers that work with the model are offered."""
 
     def test_epsilon_model(self, sd15, offered):
-        """A model that predicts noise gets all that read its output so, sorted; EDM's, which do not, are left out."""
+        """A model that predicts noise gets all schedulers that expect noise, sorted; those of EDM are excluded."""
         assert list(offered) == sorted(offered)
         assert "EDMEulerScheduler" in {kind.__name__ for kind in sd15.scheduler.compatibles}
         assert set(offered) - NEEDING_MORE == set(EPSILON_SCHEDULERS)
 
     @pytest.mark.parametrize("steps", [1, 2, 4])
     @pytest.mark.parametrize("name", EPSILON_SCHEDULERS)
-    def test_offered_scheduler_draws(self, sd15, offered, name, steps):
-        """Every offered scheduler gives a finite picture, with few steps as well."""
+    def test_every_offered_scheduler_works(self, sd15, offered, name, steps):
+        """Every offered scheduler gives a finite image, also with few steps."""
         assert name in offered
         picture = request_view(sd15, make_scheduler(sd15, name))(**arguments("sd15", steps=steps, output_type="pt"))[0]
         assert torch.isfinite(picture).all()
@@ -133,7 +133,7 @@ class TestSchedulers:
 
     @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
     def test_other_predictions(self, prediction_type):
-        """What is offered depends on the prediction: some schedulers do not know every type."""
+        """The offered schedulers depend on the prediction type, because some do not support every type."""
         scheduler = diffusers.DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
         pipeline = tiny.build("sd15", scheduler=scheduler)
         offered = set(model_of(pipeline).schedulers)
@@ -147,11 +147,11 @@ class TestSchedulers:
 
     @pytest.mark.parametrize("family", ["flux", "sd3", "cogview4", "z_image"])
     def test_flow_model(self, family):
-        """A flow model is offered flow matching, also where its scheduler needs to know the size of the picture."""
+        """A flow model gets flow matching, even if its scheduler needs the size of the image."""
         assert model_of(tiny.shared(family)).schedulers == ("FlowMatchEulerDiscreteScheduler",)
 
     def test_largest_numbers_of_steps(self, sd15):
-        """Each scheduler takes as many steps as is said of it, and no more."""
+        """Each scheduler accepts the reported number of steps, and no more."""
         for pipeline, own in ((sd15, 1000), (tiny.shared("lcm"), 50)):
             most = model_of(pipeline).max_step_counts
             assert most[type(pipeline.scheduler).__name__] == own
@@ -161,11 +161,11 @@ class TestSchedulers:
             make_scheduler(tiny.shared("lcm"), "LCMScheduler").set_timesteps(51)
 
     def test_own_scheduler_is_always_offered(self):
-        """A scheduler that nothing is known of is still the model's own."""
+        """The model's own scheduler is offered even if it is of an unknown kind."""
         assert model_of(tiny.shared("sana_sprint")).schedulers == ("SCMScheduler",)
 
     def test_description_leaves_the_pipeline_alone(self, sd15):
-        """Trying the schedulers out changes nothing of the pipeline's own."""
+        """Trying the schedulers does not change the pipeline's own."""
         before = sd15.scheduler
         values = dict(vars(before))
         model_of(sd15)
@@ -175,16 +175,16 @@ class TestSchedulers:
 
 
 class TestDefaults:
-    """`calotype.json` suits the weights, the pipeline's signature the class, and the operator has the last word."""
+    """Settings override `calotype.json`, which overrides the defaults in the pipeline's signature."""
 
     def test_given_values_take_precedence(self, sd15):
-        """What is given replaces what the class says."""
+        """Given values replace the defaults of the class."""
         model = model_of(sd15, Defaults(step_count=12, guidance_scale=0.0))
         assert model.step_count == 12
         assert model.guidance_scale == 0.0
 
     def test_guidance_needs_a_parameter(self):
-        """A pipeline that takes no guidance has none, whatever the defaults say."""
+        """A pipeline without a guidance parameter has no guidance, even if the defaults name one."""
 
         class Unguided(diffusers.StableDiffusionPipeline):
             def __call__(self, prompt=None, height=None, width=None, num_inference_steps=8):
@@ -198,7 +198,7 @@ class TestDefaults:
         assert model.step_count == 8
 
     def test_or_else(self):
-        """Each value that is missing comes from the other; zero is a value."""
+        """Each missing value comes from the other defaults; zero counts as a value."""
         assert Defaults(5, None).or_else(Defaults(9, 2.0)) == Defaults(5, 2.0)
         assert Defaults(None, 0.0).or_else(Defaults(9, 2.0)) == Defaults(9, 0.0)
         assert Defaults().or_else(Defaults()) == Defaults()
@@ -214,19 +214,19 @@ class TestDefaults:
         ],
     )
     def test_file_is_read(self, tmp_path, content, expected):
-        """The file gives either value, both or none; what else it holds is ignored."""
+        """The file may have any of the values; unknown keys are ignored."""
         (tmp_path / "calotype.json").write_text(json.dumps(content))
         assert read_defaults(tmp_path) == expected
 
     def test_tiny_vae_is_a_path_from_the_file(self, tmp_path):
-        """A model folder may bring a small decoder for previews along."""
+        """A model folder may contain a small decoder for previews."""
         (tmp_path / "calotype.json").write_text(json.dumps({"tiny_vae": "small"}))
         assert read_defaults(tmp_path) == Defaults(tiny_vae=str(tmp_path / "small"))
         assert Defaults(tiny_vae="mine").or_else(Defaults(tiny_vae="its")).tiny_vae == "mine"
         assert Defaults().or_else(Defaults(tiny_vae="its")).tiny_vae == "its"
 
     def test_no_file_is_no_defaults(self, tmp_path):
-        """Most models have no such file."""
+        """Without a file there are no defaults."""
         assert read_defaults(tmp_path) == Defaults()
         assert read_defaults(tmp_path / "not" / "there") == Defaults()
 
@@ -241,46 +241,46 @@ class TestDefaults:
             '{"tiny_vae": 1}',
         ],
     )
-    def test_damaged_file_is_told(self, tmp_path, content):
-        """A file that makes no sense is told to the operator by its name, rather than by a stack trace."""
+    def test_a_damaged_file_is_reported(self, tmp_path, content):
+        """An invalid file gives an error with its name, without a stack trace."""
         (tmp_path / "calotype.json").write_text(content)
         with pytest.raises(ModelUnavailable, match=r"calotype\.json"):
             read_defaults(tmp_path)
 
 
 class TestTokenizers:
-    """How much of a prompt a model reads."""
+    """The number of prompt tokens that a model reads."""
 
     @staticmethod
     def limits(family, **lengths):
-        """The limits of a pipeline whose tokenizers have the given lengths of their own."""
+        """Returns the limits of a pipeline whose tokenizers have the given lengths."""
         pipeline = tiny.shared(family)
         replaced = {name: SimpleNamespace(model_max_length=length) for name, length in lengths.items()}
         return [limit for _, limit in tokenizers(request_view(pipeline, pipeline.scheduler, **replaced))]
 
     def test_clip(self, sd15):
-        """CLIP reads 77 tokens, and the model says so."""
+        """The limit of CLIP is 77 tokens."""
         assert tokenizers(sd15) == [(sd15.tokenizer, 77)]
         assert model_of(sd15).max_prompt_tokens == 77
 
     def test_longest_counts(self):
-        """Of CLIP and T5, T5 reads the most, as far as the pipeline lets it."""
+        """With CLIP and T5 the limit is T5's, as set by the pipeline."""
         assert self.limits("sd3", tokenizer=77, tokenizer_2=77, tokenizer_3=512)[0] == 77
         assert max(self.limits("sd3", tokenizer=77, tokenizer_2=77, tokenizer_3=512)) == 256
         assert max(self.limits("flux", tokenizer=77, tokenizer_2=512)) == 512
 
     @pytest.mark.parametrize(("family", "limit"), [("z_image", 512), ("pixart_sigma", 300), ("sana", 300)])
     def test_language_model(self, family, limit):
-        """A tokenizer without a limit of its own is cut by the pipeline."""
+        """A tokenizer without its own limit has that of the pipeline."""
         assert self.limits(family, tokenizer=10**30) == [limit]
 
     def test_no_limit_is_unknown(self):
-        """Where neither tokenizer nor pipeline has a limit, there is none to tell."""
+        """If neither tokenizer nor pipeline has a limit, none is reported."""
         pipeline = tiny.shared("sd15")
         view = request_view(pipeline, pipeline.scheduler, tokenizer=SimpleNamespace(model_max_length=10**30))
         assert tokenizers(view) == []
         assert model_of(view).max_prompt_tokens == 0
 
     def test_no_tokenizer_is_unknown(self):
-        """A pipeline without a tokenizer has no limit to tell."""
+        """A pipeline without a tokenizer has no limit."""
         assert model_of(tiny.shared("flux")).max_prompt_tokens == 0

@@ -1,4 +1,4 @@
-"""Several generations on one engine: the same pictures as alone, and each with its own fate."""
+"""Several generations on one engine: the same images as alone, and failures that stay in one generation."""
 
 import concurrent.futures
 import dataclasses
@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from calotype_server import errors
-from calotype_server.engine import diffusers_engine as engine_module
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.batching import plan as plan_module
 from calotype_server.engine.batching.measure import Knee, Threads
-from calotype_server.engine.batching.plan import Plan, make_plan
-from calotype_server.engine.capabilities import Defaults, describe
-from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.protocol import Stop
 from calotype_server.types import Denoising, PreviewMethod, PreviewOptions, PreviewReady
 from support.engine import tiny
@@ -27,19 +25,19 @@ JOBS = [
     dataclasses.replace(JOB, seed=11, scheduler="EulerDiscreteScheduler"),
 ]
 
-DOOMED_TIMESTEP = 334
-"""Of a run with three steps, and of no run with four."""
+POISONED_TIMESTEP = 334
+"""A run with three steps has it, a run with four does not."""
 
 
 @pytest.fixture
 def open_engine(tmp_path):
-    """Makes engines over tiny pipelines, which are closed in the end."""
+    """Builds engines on tiny pipelines, and closes them at the end."""
     opened = []
 
     def open_one(pipeline=None, **options):
         options = {"max_active": len(JOBS), "max_rows": 8, "threads": 1, **options}
         batches = []
-        engine = DiffusersEngine(
+        engine = build_engine(
             "tiny",
             pipeline or tiny.build("sd15"),
             defaults=Defaults(),
@@ -56,38 +54,38 @@ def open_engine(tmp_path):
 
 
 def together(engine, jobs):
-    """The pictures of jobs that run at once."""
+    """Returns the images of jobs that run at the same time."""
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as threads:
         return [run.result(PATIENCE) for run in [threads.submit(Run(engine), job) for job in jobs]]
 
 
 def largest_difference(a, b):
-    """In steps of 1/255."""
+    """Returns the largest difference of two images, in steps of 1/255."""
     assert (a.width, a.height) == (b.width, b.height)
     return max(abs(x - y) for x, y in zip(a.data, b.data, strict=True))
 
 
-class TestPictures:
-    """Company changes nothing."""
+class TestImages:
+    """An image does not depend on the other generations."""
 
-    def test_pictures_made_together_are_those_made_alone(self, open_engine):
-        """Five kinds of request share the denoiser's calls, and nobody's picture shows it."""
+    def test_images_made_together_equal_those_made_alone(self, open_engine):
+        """Five different requests that share the denoiser's calls get the same images as alone, up to rounding."""
         engine, batches = open_engine()
         assert engine.model.max_batch_rows > 1, engine.model.unbatched_reason
         alone = [Run(engine)(job) for job in JOBS]
         batches.clear()
         for picture, single in zip(together(engine, JOBS), alone, strict=True):
             assert largest_difference(picture, single) <= 1
-        assert max(len(batch.streams) for batch in batches) > 1
+        assert max(len(batch.sessions) for batch in batches) > 1
 
-    def test_deterministic_pictures_are_bitwise_the_same(self, open_engine):
-        """Rounding does not depend on the company when every batch has the same size."""
+    def test_deterministic_images_are_bitwise_the_same(self, open_engine):
+        """With batches of one size, the other requests do not change a single bit."""
         engine, _ = open_engine(deterministic=True)
         alone = [Run(engine)(job) for job in JOBS]
         assert together(engine, JOBS) == alone
 
-    def test_previews_come_for_all(self, open_engine):
-        """Each caller gets the previews of its own steps."""
+    def test_each_generation_gets_its_previews(self, open_engine):
+        """Each caller gets previews of its own steps, in order, including the last one."""
         engine, _ = open_engine()
         runs = [Run(engine) for _ in JOBS]
         with concurrent.futures.ThreadPoolExecutor(len(JOBS)) as threads:
@@ -97,9 +95,9 @@ class TestPictures:
             assert shown == sorted(shown)
             assert shown[-1] == job.step_count
 
-    def test_small_calls_have_one_thread_and_all_else_has_all(self, open_engine, monkeypatch):
-        """One request's step is not worth handing out; a batch, the prompt and the picture are."""
-        monkeypatch.setattr(engine_module, "pick_threads", lambda *_: 1)
+    def test_small_calls_use_one_thread_and_the_rest_uses_all(self, open_engine, monkeypatch):
+        """A step of one request uses one thread; encoding the prompt and decoding the image use all."""
+        monkeypatch.setattr(plan_module, "pick_threads", lambda *_: 1)
         monkeypatch.setattr(plan_module, "knee", lambda *_, **__: Knee(8, Threads(1, 3, 4)))
         pipeline, seen = tiny.build("sd15"), []
         before = torch.get_num_threads()
@@ -114,11 +112,11 @@ class TestPictures:
         assert set(seen) == {("text", 3), ("step", 1), ("picture", 3)}
 
 
-class TestFates:
-    """What happens to one does not happen to the others."""
+class TestIsolation:
+    """A failure or cancellation of one generation does not affect the others."""
 
-    def test_a_parked_request_is_cancelled_while_the_device_is_busy(self, open_engine):
-        """Its run ends before the call of another that holds the device."""
+    def test_a_waiting_request_is_cancelled_while_the_device_is_busy(self, open_engine):
+        """A cancelled run ends while another request's call still occupies the device."""
         pipeline = tiny.build("sd15")
         engine, _ = open_engine(pipeline)
         entered, release = threading.Event(), threading.Event()
@@ -132,43 +130,43 @@ class TestFates:
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
             running = threads.submit(first)
             assert entered.wait(PATIENCE)
-            parked = threads.submit(second)
+            waiting = threads.submit(second)
             second.wait_for_step(0)
             second.stop.set()
             with pytest.raises(errors.Cancelled):
-                parked.result(PATIENCE)
+                waiting.result(PATIENCE)
             assert not running.done()
             release.set()
             running.result(PATIENCE)
         handle.remove()
 
-    def test_trouble_of_one_is_not_the_trouble_of_another(self, open_engine):
-        """One request's own code raises in mid-run; its mate gets the picture it would get alone."""
+    def test_a_failing_request_does_not_affect_another(self, open_engine):
+        """If one request's own code raises, another request that runs at the same time gets its usual image."""
         engine, _ = open_engine()
-        alone, doomed = Run(engine)(JOBS[0]), Run(engine)
+        alone, failing_run = Run(engine)(JOBS[0]), Run(engine)
 
         def report(event):
-            Run.report(doomed, event)
+            Run.report(failing_run, event)
             if isinstance(event, Denoising) and event.step == 0:
-                raise RuntimeError("this caller's own trouble")
+                raise RuntimeError("a failure of this caller only")
 
-        doomed.report = report
+        failing_run.report = report
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
-            failing, healthy = threads.submit(doomed), threads.submit(Run(engine), JOBS[0])
+            failing, healthy = threads.submit(failing_run), threads.submit(Run(engine), JOBS[0])
             with pytest.raises(errors.GenerationFailed):
                 failing.result(PATIENCE)
             assert largest_difference(healthy.result(PATIENCE), alone) <= 1
 
-    def test_numbers_that_break_stay_in_their_row(self, open_engine):
-        """The request whose rows are NaN fails by name; its mates in the same batch get their pictures."""
+    def test_nan_stays_in_its_row(self, open_engine):
+        """A request whose rows are NaN fails with NumericalFailure; others in the same batch get their images."""
         pipeline = tiny.build("sd15")
         engine, batches = open_engine(pipeline)
         alone = Run(engine)(JOBS[0])
         batches.clear()
 
         def poison(module, args, kwargs, output):
-            doomed = torch.as_tensor(kwargs.get("timestep", args[1] if len(args) > 1 else 0)) == DOOMED_TIMESTEP
-            output[0][doomed.expand(len(output[0]))] = float("nan")
+            poisoned = torch.as_tensor(kwargs.get("timestep", args[1] if len(args) > 1 else 0)) == POISONED_TIMESTEP
+            output[0][poisoned.expand(len(output[0]))] = float("nan")
             return output
 
         handle = pipeline.unet.register_forward_hook(poison, with_kwargs=True)
@@ -180,8 +178,8 @@ class TestFates:
             assert largest_difference(healthy.result(PATIENCE), alone) <= 1
         handle.remove()
 
-    def test_a_dead_device_ends_everybody(self, open_engine):
-        """All that run, and all that come, are told that the engine cannot go on."""
+    def test_a_dead_device_ends_all_generations(self, open_engine):
+        """All running and all later generations fail with EngineDead."""
         pipeline = tiny.build("sd15")
         engine, _ = open_engine(pipeline)
 
@@ -199,29 +197,10 @@ class TestFates:
 
 
 class TestPlan:
-    """What is decided when the model is loaded."""
+    """The engine follows its batching plan."""
 
-    def test_one_at_a_time_measures_nothing(self):
-        """`--max-active 1` neither shares the denoiser nor spends time to find out whether it could."""
-        pipeline = tiny.build("sd15")
-        calls = []
-        pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-        plan = make_plan(pipeline, describe("tiny", pipeline, Defaults()), max_active=1, threads=(1, 2))
-        assert plan == Plan(1, 0, "The server was started with --max-active 1.")
-        assert not calls
-
-    def test_a_deterministic_plan_measures_nothing(self, monkeypatch):
-        """The next start must find the same bucket and threads, however busy the machine is."""
-        monkeypatch.setattr(plan_module, "knee", lambda *_, **__: 1 / 0)
-        pipeline = tiny.build("sd15")
-        plan = make_plan(
-            pipeline, describe("tiny", pipeline, Defaults()), max_active=None, threads=(1, 2), deterministic=True
-        )
-        assert (plan.max_rows, plan.reason) == (8, "")
-        assert plan.threads.of(1) == plan.threads.of(8) == 2
-
-    def test_a_model_that_keeps_state_serves_one_at_a_time(self, open_engine):
-        """A cache between steps would mix requests up: the plan says so, and a picture is still made."""
+    def test_a_model_with_state_serves_one_request_at_a_time(self, open_engine):
+        """A model with a cache between steps reports why it is not shared, and still generates images."""
         pipeline = tiny.build("sd15")
         pipeline.unet.is_cache_enabled = True
         engine, _ = open_engine(pipeline, max_active=4)
@@ -229,8 +208,8 @@ class TestPlan:
         assert "cache" in engine.model.unbatched_reason
         Run(engine)()
 
-    def test_a_model_whose_rows_mix_takes_turns(self, open_engine):
-        """Answers that depend on the company are found out, and calls are never joined."""
+    def test_a_model_with_dependent_rows_takes_turns(self, open_engine):
+        """If answers depend on other rows in the batch, calls are never joined, and images are as alone."""
         pipeline = tiny.build("sd15")
         pipeline.unet.register_forward_hook(lambda _, __, output: (output[0] + output[0].mean(),))
         engine, batches = open_engine(pipeline, max_active=3)
@@ -238,14 +217,14 @@ class TestPlan:
         assert "differ" in engine.model.unbatched_reason
         alone = [Run(engine)(job) for job in JOBS[:3]]
         assert together(engine, JOBS[:3]) == alone
-        assert {len(batch.streams) for batch in batches} == {1}
+        assert {len(batch.sessions) for batch in batches} == {1}
 
 
 class TestStop:
     """The signal that ends a run."""
 
-    def test_callbacks_are_called_once_whenever_they_come(self):
-        """Those registered before are called by `set`, those after it at once."""
+    def test_each_callback_is_called_once(self):
+        """`set` calls the registered callbacks; a callback that is registered later is called at once."""
         stop, called = Stop(), []
         stop.call(lambda: called.append("before"))
         assert not called

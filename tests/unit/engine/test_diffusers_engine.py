@@ -1,4 +1,4 @@
-"""The engine as the rest of the server sees it: a job goes in, events and a picture come out."""
+"""The engine behind its protocol: a job goes in, events and an image come out."""
 
 import dataclasses
 import functools
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from calotype_server import errors
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
 from calotype_server.engine.preview import pipeline_previews as previews_module
 from calotype_server.engine.protocol import Stop
 from calotype_server.engine.request_view import make_scheduler, request_view
@@ -36,14 +36,14 @@ def heads(tmp_path_factory):
 
 @pytest.fixture
 def pipeline():
-    """A pipeline that a test may do to what it likes."""
+    """A pipeline that a test may change."""
     return tiny.build("sd15")
 
 
 @pytest.fixture
 def engine(pipeline, heads):
     """An engine over that pipeline."""
-    engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+    engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
     yield engine
     engine.close()
 
@@ -55,7 +55,7 @@ def run(engine):
 
 
 def bare(job=JOB, **arguments):
-    """What the untouched pipeline draws for a job, through its own conversion to a picture."""
+    """Returns the unmodified pipeline's image for a job, converted by the pipeline itself."""
     shared = tiny.shared("sd15")
     view = request_view(shared, make_scheduler(shared, job.scheduler))
     image = view(
@@ -76,33 +76,33 @@ def on_evaluation(pipeline, act):
 
 
 def poison(module, inputs, output):
-    """Makes NaN of whatever a module returns."""
+    """Replaces everything that a module returns by NaN."""
     return tuple(torch.full_like(part, float("nan")) for part in output)
 
 
-class TestPicture:
-    """The engine draws what the pipeline draws."""
+class TestImage:
+    """The engine generates the same image as the pipeline alone."""
 
-    def test_picture_is_the_pipelines_own(self, run):
-        """The picture is that of the bare pipeline with the same seed, byte for byte."""
+    def test_the_image_is_the_pipelines_own(self, run):
+        """The image equals that of the bare pipeline with the same seed, byte for byte."""
         picture = run()
         assert (picture.width, picture.height) == (64, 48)
         assert picture == bare(guidance_scale=5.0)
 
-    def test_seed_decides(self, run):
-        """The same job gives the same picture again, another seed another one."""
+    def test_the_seed_determines_the_image(self, run):
+        """The same job gives the same image again, and another seed gives another image."""
         first = run()
         assert run() == first
         assert run(dataclasses.replace(JOB, seed=8)) != first
 
-    def test_negative_prompt_and_guidance_arrive(self, run):
-        """What the model takes is passed to it."""
+    def test_negative_prompt_and_guidance_are_passed(self, run):
+        """The negative prompt and the guidance scale reach the pipeline."""
         job = dataclasses.replace(JOB, negative_prompt="pears", guidance_scale=2.5)
         assert run(job) == bare(job, negative_prompt="pears", guidance_scale=2.5)
         assert run(job) != run(dataclasses.replace(JOB, guidance_scale=2.5))
 
     def test_absent_parameters_are_not_passed(self, pipeline, heads):
-        """What the model does not take, or the job does not say, is left to the pipeline."""
+        """Parameters that the job does not set are left to the pipeline."""
         calls = []
 
         class Recording(diffusers.StableDiffusionPipeline):
@@ -112,7 +112,7 @@ class TestPicture:
                 return super().__call__(**arguments)
 
         pipeline.__class__ = Recording
-        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+        engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
         calls.clear()
         Run(engine)(dataclasses.replace(JOB, negative_prompt=None, guidance_scale=None))
         Run(engine)(dataclasses.replace(JOB, negative_prompt="", guidance_scale=0.0))
@@ -122,29 +122,29 @@ class TestPicture:
 
     @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "UniPCMultistepScheduler"])
     def test_scheduler_by_name(self, run, name):
-        """A job is denoised by the scheduler that it names, and the shared pipeline keeps its own."""
+        """A job uses the scheduler that it names, and the shared pipeline keeps its own."""
         job = dataclasses.replace(JOB, scheduler=name)
         assert run(job) == bare(job, guidance_scale=5.0)
         assert run() == bare(guidance_scale=5.0)
 
     def test_previews_change_no_bit_with_any_scheduler(self, engine, run):
-        """Every scheduler that is offered gives the picture of the bare pipeline, with cheap previews and full ones."""
+        """With every offered scheduler the image equals that of the bare pipeline, with cheap and full previews."""
         assert len(engine.model.schedulers) >= 12
         for name in engine.model.schedulers:
             if name in ("LMSDiscreteScheduler", "DPMSolverSDEScheduler"):
-                continue  # They need packages that may not be there.
+                continue  # They need packages that may not be installed.
             expected = bare(dataclasses.replace(JOB, scheduler=name), guidance_scale=5.0)
             for method in (PreviewMethod.HEAD, PreviewMethod.FULL_VAE):
                 options = PreviewOptions(method=method)
                 assert run(dataclasses.replace(JOB, scheduler=name, preview=options)) == expected, (name, method)
 
     def test_model_is_described(self, engine):
-        """The engine says what it has loaded."""
+        """The engine describes the loaded model."""
         assert (engine.model.name, engine.model.pipeline) == ("tiny", "StableDiffusionPipeline")
         assert engine.model.scheduler == "DDIMScheduler"
 
     def test_threads_are_set_for_each_run(self, run, monkeypatch):
-        """Torch keeps the number of threads by thread, so each run sets it anew."""
+        """Each run sets torch's number of threads, because torch keeps it per thread."""
         asked = []
         monkeypatch.setattr(torch, "set_num_threads", asked.append)
         run()
@@ -152,10 +152,10 @@ class TestPicture:
 
 
 class TestEvents:
-    """What happens is told in order."""
+    """Events are reported in order."""
 
-    def test_each_step_has_its_picture(self, pipeline, run):
-        """With time enough for the preview thread every step comes with a picture, and decoding follows the last."""
+    def test_each_step_has_a_preview(self, pipeline, run):
+        """If the preview thread has enough time, every step has a preview, and decoding follows the last step."""
         on_evaluation(pipeline, lambda number: run.wait_for_step(number - 1))
         run(dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.HEAD)))
         previews = [event for event in run.events if isinstance(event, PreviewReady)]
@@ -170,31 +170,31 @@ class TestEvents:
         assert run.events[:2] == others[:2]
         assert run.events.index(others[2]) >= 2 + STEPS - 1
 
-    def test_busy_preview_thread_costs_no_steps(self, run):
-        """Without waiting, steps are told in rising order, and those replaced are counted as skipped."""
+    def test_a_busy_preview_thread_delays_no_steps(self, run):
+        """Without waiting, previews come in rising order, and replaced ones are counted as skipped."""
         run()
-        told = [event for event in run.events if isinstance(event, PreviewReady)]
-        assert [event.step for event in told] == sorted({event.step for event in told})
-        assert all(event.step <= STEPS for event in told)
-        before_last = [event for event in told if event.step < STEPS]
+        shown = [event for event in run.events if isinstance(event, PreviewReady)]
+        assert [event.step for event in shown] == sorted({event.step for event in shown})
+        assert all(event.step <= STEPS for event in shown)
+        before_last = [event for event in shown if event.step < STEPS]
         assert sum(1 + event.skipped for event in before_last) <= STEPS
         assert run.kinds.count(Decoding) == 1
 
     def test_evaluations_are_counted(self, run):
-        """A scheduler that evaluates twice a step has as many steps as it evaluates."""
+        """With a scheduler that evaluates the model twice per step, each evaluation counts as a step."""
         run(dataclasses.replace(JOB, scheduler="HeunDiscreteScheduler"))
         assert run.events[1] == Denoising(0, 2 * STEPS - 1)
         assert run.kinds.count(Decoding) == 1
 
     @pytest.mark.parametrize("others", [set(), {PreviewMethod.FULL_VAE}])
     def test_without_a_head_there_is_progress(self, pipeline, tmp_path, monkeypatch, logs, others):
-        """A pipeline that cannot be calibrated draws its picture all the same, and previews by what else there is."""
+        """A pipeline that cannot be calibrated still generates images, with previews by the remaining methods."""
 
         def fail(*args):
             raise ValueError("no tail to plant in")
 
         monkeypatch.setattr(previews_module, "calibrate", fail)
-        engine = DiffusersEngine(
+        engine = build_engine(
             "tiny",
             pipeline,
             defaults=Defaults(),
@@ -214,13 +214,13 @@ class TestEvents:
             assert run.events == [EncodingPrompt(), *steps, Decoding()]
 
     def test_head_comes_from_the_cache(self, pipeline, heads, engine, monkeypatch):
-        """The next start with the same decoder calibrates nothing, and still has pictures."""
+        """A second start with the same decoder does not calibrate, and still has previews."""
 
         def fail(*args):
             raise AssertionError("calibrated again")
 
         monkeypatch.setattr(previews_module, "calibrate", fail)
-        second = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+        second = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
         run = Run(second)
         on_evaluation(pipeline, lambda number: run.wait_for_step(number - 1))
         run()
@@ -230,18 +230,18 @@ class TestEvents:
     def test_closing_ends_the_preview_thread(self, pipeline, heads):
         """A closed engine leaves no thread behind."""
         before = set(threading.enumerate())
-        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+        engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
         (thread,) = (each for each in set(threading.enumerate()) - before if each.name == "calotype-preview")
         engine.close()
         assert not thread.is_alive()
 
 
 class TestPromptLength:
-    """A prompt that the model reads in part only is reported."""
+    """A prompt that is too long for the model is reported."""
 
     @pytest.mark.parametrize(("length", "truncated"), [(75, False), (76, True), (200, True)])
-    def test_truncation_is_told(self, run, length, truncated):
-        """Beyond 75 tokens of its own, and the two special ones, a prompt is cut, and the first event says so."""
+    def test_truncation_is_reported(self, run, length, truncated):
+        """A prompt with more than 75 tokens, plus two special ones, is truncated, and the first event says so."""
         run(dataclasses.replace(JOB, prompt="x" * length))
         notices = run.events[0].notices
         assert [notice.reason for notice in notices] == ["PROMPT_TRUNCATED"] * truncated
@@ -254,7 +254,7 @@ class TestStopping:
     """A stop ends the work within one step."""
 
     def test_stop_before_the_start(self, pipeline, run):
-        """A job that is stopped before it begins takes no step, reads no prompt and gives no picture."""
+        """A job that is stopped before it starts encodes no prompt, takes no step and gives no image."""
         evaluations = []
         on_evaluation(pipeline, evaluations.append)
         pipeline.text_encoder.register_forward_pre_hook(lambda *_: evaluations.append("text"))
@@ -265,7 +265,7 @@ class TestStopping:
         assert not {PreviewReady, Decoding} & set(run.kinds)
 
     def test_stop_while_denoising(self, pipeline, run):
-        """A stop during the second evaluation ends the job there; the engine goes on."""
+        """A stop during the second evaluation ends the job there, and the engine works for the next job."""
         evaluations = []
 
         def stop_at_two(number):
@@ -283,10 +283,10 @@ class TestStopping:
 
 
 class TestFailure:
-    """Each way to fail has a name, and the next job works."""
+    """Each failure has its own error class, and the next job works."""
 
     def failing(self, run, error):
-        """Runs a job that must fail with `error`, and returns what the caller may be told."""
+        """Runs a job that must fail with `error`, and returns the message for the caller."""
         with pytest.raises(error) as caught:
             run()
         return str(caught.value)
@@ -295,7 +295,7 @@ class TestFailure:
         assert Run(run.engine)() == bare(guidance_scale=5.0)
 
     def test_nan_ends_the_job_early(self, pipeline, run):
-        """NaN from the denoiser is seen by the preview thread and ends the job before its last step."""
+        """The preview thread notices NaN from the denoiser, which ends the job before its last step."""
         evaluations = []
 
         def wait(number):
@@ -312,7 +312,7 @@ class TestFailure:
         self.next_works(run)
 
     def test_nan_weights(self, pipeline, run):
-        """Weights of NaN give a numerical failure rather than a black picture."""
+        """NaN in the weights gives a numerical failure, not a black image."""
         with torch.no_grad():
             bias = pipeline.unet.conv_out.bias.clone()
             pipeline.unet.conv_out.bias.fill_(float("nan"))
@@ -322,7 +322,7 @@ class TestFailure:
         self.next_works(run)
 
     def test_nan_from_the_decoder(self, pipeline, run):
-        """NaN that only the decoder makes is noticed as well."""
+        """NaN that only the decoder produces is noticed as well."""
         hook = pipeline.vae.decoder.register_forward_hook(lambda *args: torch.full_like(args[2], float("nan")))
         self.failing(run, errors.NumericalFailure)
         hook.remove()
@@ -330,7 +330,7 @@ class TestFailure:
 
     @pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
     def test_pipeline_raises(self, pipeline, run, logs, kind):
-        """An exception of the pipeline, whatever its kind, is told in our words, and logged in its own."""
+        """An exception of the pipeline, of any class, is logged; the caller's message does not quote it."""
 
         def fail(number):
             if number == 2:
@@ -344,20 +344,20 @@ class TestFailure:
         self.next_works(run)
 
     def test_out_of_memory(self, pipeline, run):
-        """A device out of memory is told as that, with what may help."""
+        """Exhausted device memory gives OutOfMemory, with advice and without details."""
 
         def fail(number):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
 
         hook = on_evaluation(pipeline, fail)
         text = self.failing(run, errors.OutOfMemory)
-        assert "smaller picture" in text
+        assert "smaller image" in text
         assert "40 GiB" not in text
         hook.remove()
         self.next_works(run)
 
     def test_dead_device(self, pipeline, run, logs):
-        """A device that has failed for good is not taken for a failed picture."""
+        """A device that has failed permanently gives EngineDead, not GenerationFailed."""
 
         def fail(number):
             raise torch.AcceleratorError("CUDA error: device-side assert triggered")
@@ -368,7 +368,7 @@ class TestFailure:
         assert [entry["log_level"] for entry in logs] == ["error"]
 
     def test_failure_in_report(self, run):
-        """A reporter that raises ends its own job only."""
+        """If `report` raises, only its own job fails."""
 
         def report(event):
             raise KeyError("reporter")

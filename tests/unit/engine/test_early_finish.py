@@ -1,4 +1,4 @@
-"""Good enough: the predicted picture of the step under way becomes the final one."""
+"""Finishing early: the predicted image of the current step becomes the final image."""
 
 import dataclasses
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from calotype_server import errors
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
 from calotype_server.engine.preview.decoders import VaeDecoder
 from calotype_server.types import Decoding, Denoising, Withdrawn
 from support.checker import guarded
@@ -17,11 +17,11 @@ from support.runs import JOB, Run
 
 @pytest.fixture
 def open_engine(tmp_path):
-    """Makes engines over tiny pipelines, which are closed in the end."""
+    """Builds engines on tiny pipelines, and closes them at the end."""
     opened = []
 
     def open_one(pipeline, **options):
-        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1, **options)
+        engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1, **options)
         opened.append(engine)
         return engine
 
@@ -31,7 +31,7 @@ def open_engine(tmp_path):
 
 
 def finishing_at(engine, moment, job=JOB):
-    """Runs a job and asks for the picture when a certain event is reported; returns the run and the picture."""
+    """Runs a job and finishes it early when a certain event is reported; returns the run and the image."""
     run = Run(engine)
     report = run.report
 
@@ -45,8 +45,8 @@ def finishing_at(engine, moment, job=JOB):
 
 
 @pytest.mark.parametrize("family", ["sd15", "flux", "lcm", "sd3"])
-def test_the_picture_is_the_full_decode_of_the_predicted_x0(open_engine, family, monkeypatch):
-    """After the first step, by the pipeline's own tail, whatever the layout; no further step is taken."""
+def test_the_image_is_the_full_decode_of_the_predicted_x0(open_engine, family, monkeypatch):
+    """After the first step its predicted x0 is decoded by the pipeline's own tail, and no further step runs."""
     pipeline = tiny.prompted(family)
     engine = open_engine(pipeline)
     width = height = 4 * engine.model.size_multiple
@@ -54,8 +54,8 @@ def test_the_picture_is_the_full_decode_of_the_predicted_x0(open_engine, family,
         JOB, width=width, height=height, scheduler=engine.model.scheduler, guidance_scale=engine.model.guidance_scale
     )
     steps = []
-    decode = engine._finisher.decode
-    monkeypatch.setattr(engine._finisher, "decode", lambda step, *size: steps.append(step) or decode(step, *size))
+    decode = engine._parts.finisher.decode
+    monkeypatch.setattr(engine._parts.finisher, "decode", lambda step, *size: steps.append(step) or decode(step, *size))
     run, picture = finishing_at(engine, Denoising(0, job.step_count), job)
     (step,) = steps
     assert step.number == 1
@@ -66,8 +66,8 @@ def test_the_picture_is_the_full_decode_of_the_predicted_x0(open_engine, family,
     assert Decoding(finished_early=True) in run.events
 
 
-def test_asking_too_late_changes_nothing(open_engine):
-    """All steps are done by then: the picture is the whole one, and does not say that it was finished early."""
+def test_finishing_after_the_last_step_changes_nothing(open_engine):
+    """If all steps are done, the image is the usual one, and is not reported as finished early."""
     engine = open_engine(tiny.build("sd15"))
     whole = Run(engine)()
     run, picture = finishing_at(engine, Decoding())
@@ -75,8 +75,8 @@ def test_asking_too_late_changes_nothing(open_engine):
     assert Decoding(finished_early=True) not in run.events
 
 
-def test_a_cancel_wins_over_a_finish(open_engine):
-    """Whoever cancels wants no picture."""
+def test_a_cancel_takes_precedence_over_a_finish(open_engine):
+    """A run that is both finished and cancelled raises Cancelled."""
     engine = open_engine(tiny.build("sd15"))
     run = Run(engine)
     run.stop.finish()
@@ -86,30 +86,30 @@ def test_a_cancel_wins_over_a_finish(open_engine):
 
 
 @pytest.mark.parametrize(
-    ("trouble", "expected"),
+    ("fault", "expected"),
     [
         (torch.OutOfMemoryError(), errors.OutOfMemory),
         (torch.AcceleratorError("an illegal memory access"), errors.EngineDead),
-        (ValueError("own words"), errors.GenerationFailed),
+        (ValueError("internal details"), errors.GenerationFailed),
     ],
 )
-def test_trouble_while_finishing_has_a_name(open_engine, monkeypatch, trouble, expected):
-    """The decode at the early end fails as the one at the end does, and says nothing of the cause."""
+def test_a_failure_while_finishing_is_typed(open_engine, monkeypatch, fault, expected):
+    """A failing early decode raises the same errors as a run to the end, without internal details."""
     engine = open_engine(tiny.build("sd15"))
 
     def fail(*_):
-        raise trouble
+        raise fault
 
-    monkeypatch.setattr(engine._finisher, "decode", fail)
+    monkeypatch.setattr(engine._parts.finisher, "decode", fail)
     run = Run(engine)
     run.stop.finish()
     with pytest.raises(expected) as caught:
         run()
-    assert "own words" not in str(caught.value)
+    assert "internal details" not in str(caught.value)
 
 
-def test_the_safety_checker_is_asked_here_too(open_engine):
-    """What it objects to is withheld, although the pipeline's own end was not reached."""
+def test_an_early_image_is_checked_for_safety(open_engine):
+    """An image that the checker rejects is withheld, although the pipeline did not run to its end."""
     engine = open_engine(guarded(*[True] * 9))
     run = Run(engine)
     run.stop.finish()

@@ -1,4 +1,4 @@
-"""The engine drives every family from end to end, and previews leave no trace in its picture."""
+"""The engine supports every model family from end to end, and previews do not change the image."""
 
 import dataclasses
 import functools
@@ -7,10 +7,9 @@ import threading
 
 import pytest
 
-from calotype_server.engine import diffusers_engine as engine_module
+from calotype_server.engine import assembly, generation_run
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults, denoiser_name
-from calotype_server.engine.diffusers_engine import DiffusersEngine
-from calotype_server.engine.preview import pipeline_previews as previews_module
 from calotype_server.types import (
     Decoding,
     Denoising,
@@ -23,11 +22,11 @@ from calotype_server.types import (
 from support.engine import tiny
 from support.runs import Run
 
-DRAWN = (PreviewMethod.HEAD, PreviewMethod.FULL_VAE)
+METHODS = (PreviewMethod.HEAD, PreviewMethod.FULL_VAE)
 
 
 def unbinned(pipeline):
-    """The pipeline, unless it rounds sizes to those of the real model, which are far too large here: then not so."""
+    """Returns the pipeline without resolution binning, which rounds to sizes of the real model, far too large here."""
     kind = type(pipeline)
     if "use_resolution_binning" in inspect.signature(kind.__call__).parameters:
 
@@ -41,8 +40,8 @@ def unbinned(pipeline):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_engine_drives_the_family(family, tmp_path, monkeypatch):
-    """Any family gives its events, a preview at each step by either method, and the very picture it gives without."""
-    described, made = engine_module.describe, engine_module.make_scheduler
+    """Each family reports its events and a preview at each step by either method, and the image is as without them."""
+    described, made = assembly.describe, generation_run.make_scheduler
     taken = []
 
     def small(*args):
@@ -60,21 +59,20 @@ def test_engine_drives_the_family(family, tmp_path, monkeypatch):
         scheduler.step = counted
         return scheduler
 
-    monkeypatch.setattr(engine_module, "describe", small)
-    monkeypatch.setattr(previews_module, "calibrate", functools.partial(previews_module.calibrate, budget=0.0))
-    monkeypatch.setattr(engine_module, "make_scheduler", counting)
+    monkeypatch.setattr(assembly, "describe", small)
+    monkeypatch.setattr(generation_run, "make_scheduler", counting)
     pipeline = unbinned(tiny.prompted(family))
-    engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
-    assert engine.model.preview_methods == DRAWN
+    engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
+    assert engine.model.preview_methods == METHODS
     steps = 3
     guidance, scheduler = engine.model.guidance_scale, engine.model.scheduler
     pictures = {}
-    for method in (*DRAWN, PreviewMethod.NONE):
+    for method in (*METHODS, PreviewMethod.NONE):
         run = Run(engine)
         taken.clear()
 
         def wait_for_pictures(module, inputs, run=run):
-            # The preview thread asks the denoiser as well: once for each size that it decodes in full.
+            # The preview thread calls the denoiser too: once for each size that it decodes in full.
             if threading.current_thread().name != "calotype-preview":
                 run.wait_for_step(len(taken))
 

@@ -1,4 +1,4 @@
-"""What the engine lets others see: each step, each batch, each preview; and whose log lines its threads write."""
+"""Observations of steps, batches and previews, and the ids in the log lines of the engine's threads."""
 
 import contextvars
 import logging
@@ -8,16 +8,16 @@ import pytest
 import structlog
 import torch
 
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
 from calotype_server.engine.preview.budget import PreviewBudget
-from calotype_server.engine.preview.device_stream import CpuLane
+from calotype_server.engine.preview.device_stream import CpuStream
 from calotype_server.engine.preview.renderer import PreviewRenderer
 from calotype_server.engine.tap import Step
 from calotype_server.observability.events import BatchDone, PreviewFailed, PreviewRendered, StepDone
 from calotype_server.types import Decoding, Job, PreviewMethod, PreviewOptions
 from support.engine import tiny
-from support.engine.batching import Party
+from support.engine.batching import Callers
 from support.runs import PATIENCE, STEPS, Run
 
 LIBRARY = logging.getLogger("a.library")
@@ -25,7 +25,7 @@ LIBRARY = logging.getLogger("a.library")
 
 @pytest.fixture
 def entries():
-    """What is logged, ours and a library's, with what was bound, and by which thread."""
+    """All log lines, Calotype's and a library's, with their bound ids and their threads."""
     found = []
 
     def keep(event, **others):
@@ -45,17 +45,17 @@ def entries():
 
 
 def bound(**ids):
-    """A context of a call, as its thread has it."""
+    """Returns the context of a call with these ids."""
     context = contextvars.copy_context()
     context.run(structlog.contextvars.bind_contextvars, **ids)
     return context
 
 
-def test_steps_batches_and_previews_are_told(tmp_path):
-    """One for each step but the first, before which nothing came; alone, the rows are the two of guidance."""
+def test_steps_batches_and_previews_are_observed(tmp_path):
+    """There is one observation for each step after the first, each batch of two rows, and each preview."""
     seen = []
     pipeline = tiny.build("sd15")
-    engine = DiffusersEngine(
+    engine = build_engine(
         "tiny",
         pipeline,
         defaults=Defaults(),
@@ -84,43 +84,43 @@ def test_steps_batches_and_previews_are_told(tmp_path):
     assert decoding.batch_rows == 2
 
 
-def test_who_shares_batches_is_told_how_many_rows():
-    """The mean over a request's own calls, those of its company included."""
-    with Party() as party, party.batcher.stream() as stream:
-        assert stream.mean_rows == 0
-        party.step(stream, 1)
-        assert stream.mean_rows == 1
-        with party.held(2):
-            futures = [party.start(party.step, stream, 2), party.start(party.call, 3, 0, 2)]
+def test_a_session_knows_its_mean_number_of_rows():
+    """The mean counts all rows in the batches of the session's own calls."""
+    with Callers() as callers, callers.batcher.open_session() as session:
+        assert session.mean_rows == 0
+        callers.step(session, 1)
+        assert session.mean_rows == 1
+        with callers.held(2):
+            futures = [callers.start(callers.step, session, 2), callers.start(callers.call, 3, 0, 2)]
         for future in futures:
             future.result(PATIENCE)
-        assert stream.mean_rows == (1 + 3) / 2
+        assert session.mean_rows == (1 + 3) / 2
 
 
-def test_the_device_thread_logs_for_whom_it_works(entries):
-    """What the denoiser itself logs carries the request's and the generation's id."""
+def test_lines_of_the_device_thread_carry_the_requests_ids(entries):
+    """Lines that the denoiser logs carry the ids of the request and the generation."""
 
     def act(rows):
         LIBRARY.warning("a slow kernel")
 
-    with Party(act) as party:
-        bound(request="r1", generation="g1").run(party.call, 1)
-        bound(request="r2", generation="g2").run(party.call, 2)
+    with Callers(act) as callers:
+        bound(request="r1", generation="g1").run(callers.call, 1)
+        bound(request="r2", generation="g2").run(callers.call, 2)
     lines = [(line["thread"], line["request"], line["generation"]) for line in entries]
     assert lines == [("calotype-device", "r1", "g1"), ("calotype-device", "r2", "g2")]
 
 
-def test_memory_that_runs_out_is_logged_for_each_who_felt_it(entries):
-    """One line with the ids of each generation whose batch was halved."""
+def test_exhausted_memory_is_logged_for_each_request(entries):
+    """There is one line with the ids of each generation whose batch was split."""
 
     def act(rows):
         if len(rows) > 1:
             raise MemoryError
 
-    with Party(act) as party:
-        with party.held(2):
+    with Callers(act) as callers:
+        with callers.held(2):
             contexts = [bound(request=f"r{number}", generation=f"g{number}") for number in range(2)]
-            futures = [party.start(context.run, party.call, 1) for context in contexts]
+            futures = [callers.start(context.run, callers.call, 1) for context in contexts]
         for future in futures:
             future.result(PATIENCE)
     ids = {(line["request"], line["generation"]) for line in entries if line["event"] == "memory ran out"}
@@ -128,34 +128,38 @@ def test_memory_that_runs_out_is_logged_for_each_who_felt_it(entries):
     assert {line["thread"] for line in entries} == {"calotype-device"}
 
 
-def test_the_preview_thread_logs_for_whom_it_draws(entries):
-    """What a decoder logs, and that it failed, carry the ids of the generation whose preview it is."""
-    seen, told = [], threading.Semaphore(0)
+def test_lines_of_the_preview_thread_carry_the_generations_ids(entries):
+    """Lines about a preview, and lines of an idle task, carry the ids of their generation."""
+    seen, reported = [], threading.Semaphore(0)
 
     class Decoder:
         def decode(self, latents, width, height):
-            LIBRARY.warning("an odd colour")
+            LIBRARY.warning("an unusual colour")
             raise ValueError("no")
 
-    renderer = PreviewRenderer({PreviewMethod.HEAD: Decoder()}, PreviewBudget(0.02), CpuLane(), observe=seen.append)
+    renderer = PreviewRenderer({PreviewMethod.HEAD: Decoder()}, PreviewBudget(0.02), CpuStream(), observe=seen.append)
     job = Job("p", None, 64, 32, 9, None, 0, "DDIMScheduler", PreviewOptions(method=PreviewMethod.HEAD))
     ones = torch.ones(1, 4, 2, 2)
     step = Step(1, 9, ones, ones, level=None, reported=ones, scheduler=None)
     try:
-        feed = bound(request="r1", generation="g1").run(renderer.feed, job, lambda _: told.release())
-        feed.offer(step)
-        assert told.acquire(timeout=PATIENCE)
-        chored = threading.Event()
+        preview_queue = bound(request="r1", generation="g1").run(renderer.open_queue, job, lambda _: reported.release())
+        preview_queue.offer(step)
+        assert reported.acquire(timeout=PATIENCE)
+        task_done = threading.Event()
 
-        def chore():
-            LIBRARY.warning("an odd lesson")
-            chored.set()
+        def task():
+            LIBRARY.warning("an unusual image")
+            task_done.set()
 
-        bound(request="r2", generation="g2").run(renderer.when_idle, chore)
-        assert chored.wait(PATIENCE)
+        bound(request="r2", generation="g2").run(renderer.when_idle, task)
+        assert task_done.wait(PATIENCE)
     finally:
         renderer.close()
     lines = [(line["event"], line["request"], line["generation"]) for line in entries]
-    assert lines == [("an odd colour", "r1", "g1"), ("preview failed", "r1", "g1"), ("an odd lesson", "r2", "g2")]
+    assert lines == [
+        ("an unusual colour", "r1", "g1"),
+        ("preview failed", "r1", "g1"),
+        ("an unusual image", "r2", "g2"),
+    ]
     assert {line["thread"] for line in entries} == {"calotype-preview"}
     assert seen == [PreviewFailed()]

@@ -1,4 +1,4 @@
-"""The predicted x0 is right for every scheduler, by an oracle that knows the truth."""
+"""The predicted x0 is correct for every scheduler, checked with an oracle that knows the true x0."""
 
 import copy
 import inspect
@@ -75,7 +75,7 @@ _EDM = {
 
 
 def schedulers():
-    """Yields every configuration, with the prediction type that its oracle speaks."""
+    """Yields every configuration, with the prediction type of its oracle."""
     for name, (kind_of_scheduler, config) in _DISCRETE.items():
         for kind in _KINDS:
             if kind != "sample" or name not in _NO_SAMPLE:
@@ -88,10 +88,10 @@ def schedulers():
 
 
 def own_noise_level(scheduler, timestep):
-    """Alpha and sigma at the next evaluation, as the scheduler's own forward process mixes picture and noise."""
+    """Returns alpha and sigma at the next evaluation, taken from the scheduler's own forward process."""
     probe = copy.deepcopy(scheduler)
     if getattr(probe, "step_index", None) is not None and hasattr(probe, "set_begin_index"):
-        # With a begin index set, the forward process looks at the step index, which tells equal timesteps apart.
+        # With a begin index set, the forward process looks at the step index, which distinguishes equal timesteps.
         probe.set_begin_index(0)
     if getattr(probe, "state_in_first_order", True) is False and hasattr(probe, "sigmas_interpol"):
         # KDPM2's forward process knows nothing of its second stage, halfway to the next sigma, but its scaling of the
@@ -105,7 +105,7 @@ def own_noise_level(scheduler, timestep):
 
 
 def oracle(kind, alpha, sigma, x0, sample, data_sigma):
-    """What a perfect model answers, from the definitions of the prediction types."""
+    """Returns the answer of a perfect model, from the definitions of the prediction types."""
     noise = (sample - alpha * x0) / sigma
     norm = (alpha**2 + sigma**2) ** 0.5
     match kind:
@@ -118,14 +118,14 @@ def oracle(kind, alpha, sigma, x0, sample, data_sigma):
         case "flow_prediction":
             return noise - x0
         case "edm":
-            # Karras et al. 2022, eq. 7 and table 1: D = c_skip x + c_out F, and D shall be the truth.
+            # Karras et al. 2022, eq. 7 and table 1: D = c_skip x + c_out F, and D must be the true x0.
             total = sigma**2 + data_sigma**2
             return (x0 - data_sigma**2 / total * sample) * total**0.5 / (sigma * data_sigma)
     raise AssertionError(kind)
 
 
 def walk(scheduler, kind):
-    """Runs a scheduler on the oracle; yields x0, what we predict, and what the scheduler's step returned."""
+    """Runs a scheduler on the oracle; yields the true x0, the predicted x0, and the result of the scheduler's step."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(_STEPS)
     random = torch.Generator().manual_seed(0)
@@ -148,8 +148,8 @@ def walk(scheduler, kind):
 
 
 @pytest.mark.parametrize(("scheduler", "kind"), list(schedulers()))
-def test_x0_is_the_truth(scheduler, kind):
-    """With a model that is always right, the predicted x0 is the true one at every step."""
+def test_x0_is_exact_for_a_perfect_model(scheduler, kind):
+    """With a perfect model, the predicted x0 is the true one at every step."""
     evaluations = 0
     for x0, predicted, _, scale in walk(scheduler, kind):
         assert predicted.shape == x0.shape
@@ -160,7 +160,7 @@ def test_x0_is_the_truth(scheduler, kind):
 
 @pytest.mark.parametrize(("scheduler", "kind"), list(schedulers()))
 def test_asking_for_x0_changes_no_bit(scheduler, kind):
-    """A walk whose every step is asked for its x0 ends where one ends that nobody looks at."""
+    """Predicting x0 at every step does not change the final sample."""
     ends = []
     for watched in (False, True):
         mine, random, seen = copy.deepcopy(scheduler), torch.Generator().manual_seed(0), []
@@ -184,7 +184,7 @@ def test_asking_for_x0_changes_no_bit(scheduler, kind):
 
 @pytest.mark.parametrize(("scheduler", "kind"), list(schedulers()))
 def test_x0_agrees_with_the_scheduler(scheduler, kind):
-    """Where a scheduler reports an x0 of its own, it is the predicted one."""
+    """If a scheduler reports its own x0, it equals the predicted one."""
     compared = 0
     for _, predicted, stepped, scale in walk(scheduler, kind):
         reported = getattr(stepped, "pred_original_sample", None)
@@ -206,7 +206,7 @@ def test_x0_agrees_with_the_scheduler(scheduler, kind):
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_x0_agrees_with_a_multistep_history(scheduler):
-    """Multistep solvers keep the x0 of earlier steps and extrapolate from it; on any model's answer it is ours."""
+    """The x0 that multistep solvers store equals the predicted one, for any model output."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(_STEPS)
     random = torch.Generator().manual_seed(0)
@@ -225,7 +225,7 @@ def test_x0_agrees_with_a_multistep_history(scheduler):
 
 
 def test_kdpm2_second_stage_is_between_two_sigmas():
-    """KDPM2 evaluates the model twice a step, the second time at an interpolated sigma, and reports x0 of its own."""
+    """KDPM2 evaluates the model twice per step, the second time at an interpolated sigma, and reports its own x0."""
     scheduler = diffusers.KDPM2DiscreteScheduler(**_BETAS)
     scheduler.set_timesteps(4)
     sample, output = torch.full(_SHAPE, 3.0), torch.full(_SHAPE, 0.1)
@@ -242,7 +242,7 @@ def test_kdpm2_second_stage_is_between_two_sigmas():
 
 
 def test_tcd_second_result_is_not_x0():
-    """TCD's `step` gives a noisy sample where others give x0; the tap does not fall for it."""
+    """TCD's `step` returns a noisy sample where others return x0; the tap does not mistake it for x0."""
     scheduler = diffusers.TCDScheduler(**_BETAS, clip_sample=False)
     steps = []
     StepTap(scheduler, on_start=lambda _: None, on_step=steps.append, should_stop=lambda: False)
@@ -257,7 +257,7 @@ def test_tcd_second_result_is_not_x0():
 
 
 def test_lcm_shows_its_consistency_output():
-    """LCM reports `denoised`, which skips ahead to the picture; it is shown in place of the plain x0."""
+    """LCM reports `denoised`, which is closer to the image; it is used instead of the plain x0."""
     # The scaling makes the two differ by more than rounding.
     scheduler = diffusers.LCMScheduler(**_BETAS, clip_sample=False, timestep_scaling=0.01)
     steps = []
@@ -271,7 +271,7 @@ def test_lcm_shows_its_consistency_output():
 
 
 def test_scm_shows_what_it_reports():
-    """SCM (Sana-Sprint) has no noise level of ours; it reports x0 = cos(t) x - sin(t) m, scaled by the data's sigma."""
+    """SCM (Sana-Sprint) reports x0 = cos(t) x - sin(t) m, scaled by the data's sigma."""
     scheduler = diffusers.SCMScheduler()
     steps = []
     StepTap(scheduler, on_start=lambda _: None, on_step=steps.append, should_stop=lambda: False)
@@ -288,7 +288,7 @@ def test_scm_shows_what_it_reports():
 
 
 def test_learned_variance_is_cut_off():
-    """A model that predicts a variance too has twice the channels; only the first half says what the noise is."""
+    """A model that also predicts a variance has twice the channels; only the first half is the noise."""
     scheduler = diffusers.DDPMScheduler(**_BETAS, clip_sample=False, variance_type="learned_range")
     scheduler.set_timesteps(4)
     random = torch.Generator().manual_seed(0)
@@ -313,7 +313,7 @@ def test_packed_tokens_work_as_well():
 
 
 class UnknownScheduler:
-    """Has a config and steps, and nothing that tells its noise levels."""
+    """A scheduler with a config and steps, but without known noise levels."""
 
     def __init__(self, **config):
         self.config = config
@@ -327,14 +327,14 @@ class UnknownScheduler:
 
 @pytest.mark.parametrize("config", [{}, {"prediction_type": "epsilon"}, {"num_train_timesteps": 1000}])
 def test_unknown_scheduler_has_no_noise_level(config):
-    """A scheduler that is not understood gives None, never a guess."""
+    """An unknown kind of scheduler gives None, not a guess."""
     scheduler = UnknownScheduler(**config)
     scheduler.set_timesteps(4)
     assert noise_level(scheduler, 0, scheduler.timesteps[0]) is None
 
 
 def test_unknown_scheduler_gives_steps_without_x0():
-    """With an unknown scheduler the tap still reports every step; it only has no x0 to show."""
+    """With an unknown scheduler the tap still reports every step, without x0."""
     scheduler, steps = UnknownScheduler(), []
     StepTap(scheduler, on_start=lambda _: None, on_step=steps.append, should_stop=lambda: False)
     scheduler.set_timesteps(2)
@@ -346,6 +346,6 @@ def test_unknown_scheduler_gives_steps_without_x0():
 
 
 def test_unknown_prediction_type_gives_none():
-    """A prediction type from the future gives None, never a guess."""
+    """An unknown prediction type gives None, not a guess."""
     level = NoiseLevel("telepathy", 0.5, 0.5)
     assert predict_x0(None, level, torch.ones(_SHAPE), torch.ones(_SHAPE)) is None

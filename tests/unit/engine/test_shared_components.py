@@ -1,4 +1,4 @@
-"""Components that several requests use at once do not mix them up."""
+"""Components that several requests use at once keep the requests apart."""
 
 import concurrent.futures
 import sys
@@ -19,7 +19,7 @@ THREADS = 8
 
 @pytest.fixture
 def _hasty():
-    """Threads change as often as they can."""
+    """Makes the interpreter switch threads as often as possible."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -27,7 +27,7 @@ def _hasty():
 
 
 def in_threads(function, count=THREADS):
-    """Results of a function called with 0, 1, ... by threads that begin together."""
+    """Returns the results of a function called with 0, 1, ... by threads that start together."""
     start = threading.Barrier(count)
 
     def run(number):
@@ -41,10 +41,10 @@ def in_threads(function, count=THREADS):
 
 @pytest.mark.usefixtures("_hasty")
 class TestRaces:
-    """Each of these mixes requests up when its component is shared as it is."""
+    """Each of these components mixes up requests if it is shared without a lock."""
 
     def test_tokenizers(self):
-        """Calls that fill up and cut, and calls that do neither, do not see each other's settings."""
+        """Calls with and without padding and truncation do not see each other's settings."""
         pipeline = tiny.shared("sd15")
         tokenizer = shared_components(pipeline)["tokenizer"]
         text = "a prompt that is longer than ten tokens"
@@ -63,7 +63,7 @@ class TestRaces:
         assert in_threads(use) == [{plain} if number % 2 else {10 + number} for number in range(THREADS)]
 
     def test_stateful_vae(self):
-        """Qwen-Image's autoencoder keeps the features of a decode on itself."""
+        """Qwen-Image's autoencoder, which stores the features of a decode in itself, decodes correctly."""
         pipeline = tiny.shared("qwen_image")
         latents = [
             torch.randn(1, pipeline.vae.config.z_dim, 1, 8, 8, generator=torch.Generator().manual_seed(number))
@@ -81,7 +81,7 @@ class TestRaces:
             assert all(torch.allclose(each, expected[number], atol=1e-5) for each in decoded)
 
     def test_one_at_a_time(self):
-        """No two threads are inside a component at once, whichever of its methods they call."""
+        """Only one thread at a time is inside a component, whichever method it calls."""
         inside = []
 
         def work(*_):
@@ -97,7 +97,7 @@ class TestRaces:
 
 
 def test_all_tokenizers_have_one_lock():
-    """SDXL's two and its VAE are guarded, and the view works with them as the pipeline does."""
+    """SDXL's two tokenizers share a lock, and the view gives the same result as the pipeline."""
     pipeline = tiny.shared("sdxl")
     shared = shared_components(pipeline)
     assert shared["tokenizer"]._lock is shared["tokenizer_2"]._lock is not shared["vae"]._lock
@@ -110,8 +110,8 @@ def test_all_tokenizers_have_one_lock():
     assert torch.equal(picture, expected)
 
 
-def test_components_pass_for_what_they_are():
-    """Types, lengths and attributes are the component's; attributes that are set arrive there."""
+def test_locked_components_look_like_the_real_ones():
+    """Type, length and attributes are those of the component, and setting an attribute sets it there."""
     pipeline = tiny.build("sd15")
     shared = shared_components(pipeline)
     tokenizer = shared["tokenizer"]
@@ -124,7 +124,7 @@ def test_components_pass_for_what_they_are():
 
 
 def test_the_end_of_one_request_does_not_offload_the_others(monkeypatch):
-    """`maybe_free_model_hooks` finds no hooks in a view."""
+    """`maybe_free_model_hooks` finds no hooks in a view, so it offloads nothing."""
     pipeline = tiny.build("sd15")
     pipeline._all_hooks = [object()]
     monkeypatch.setattr(type(pipeline), "enable_model_cpu_offload", lambda *_, **__: pytest.fail("offloaded"))
@@ -132,8 +132,8 @@ def test_the_end_of_one_request_does_not_offload_the_others(monkeypatch):
     view.maybe_free_model_hooks()
 
 
-def test_a_vae_that_overflows_is_raised_once():
-    """A float16 VAE that must be upcast is so from the start, in a copy: no request changes it under another."""
+def test_an_overflowing_vae_is_converted_once():
+    """A float16 VAE that needs float32 is converted once, as a copy, so no request converts it while others use it."""
     pipeline = tiny.build("sdxl")
     pipeline.vae.register_to_config(force_upcast=True)
     pipeline.vae.to(torch.float16)

@@ -1,4 +1,4 @@
-"""StepTap looks, and changes nothing; a request's view of a pipeline leaves the shared one alone."""
+"""StepTap observes without changing anything, and a request's view does not change the shared pipeline."""
 
 import contextlib
 import copy
@@ -8,8 +8,8 @@ import diffusers
 import pytest
 import torch
 
-from calotype_server.engine.batching.proxy import DenoiserProxy
 from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.denoiser_proxy import DenoiserProxy
 from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.tap import StepTap, Stopped
 from support.engine import tiny
@@ -17,7 +17,7 @@ from support.engine.tiny_inputs import arguments
 
 
 class Recorder:
-    """Keeps what a tap says, and asks it to stop once a number of steps is done."""
+    """Records the tap's callbacks, and asks it to stop after a number of steps."""
 
     def __init__(self, stop_after=None):
         self.totals = []
@@ -35,7 +35,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def untouched():
-    """The result of a pipeline that nothing has been done to."""
+    """The result of a pipeline without a tap."""
     results = {}
 
     def result(family):
@@ -47,7 +47,7 @@ def untouched():
 
 
 def tapped_view(family, recorder):
-    """A view of the shared pipeline whose scheduler is tapped."""
+    """Returns a view of the shared pipeline with a tapped scheduler."""
     pipeline = tiny.shared(family)
     scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
     recorder.tap(scheduler)
@@ -55,7 +55,7 @@ def tapped_view(family, recorder):
 
 
 def state(scheduler):
-    """Everything a scheduler remembers, in a form that can be compared."""
+    """Returns the state of a scheduler in a form that can be compared."""
     return {
         name: value.tolist() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
         for name, value in vars(scheduler).items()
@@ -64,7 +64,7 @@ def state(scheduler):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_result_is_bit_identical(family, untouched):
-    """A tapped pipeline computes the same bits as one that nobody looks at."""
+    """A tapped pipeline computes the same bits as one without a tap."""
     result = tapped_view(family, Recorder())(**arguments(family))[0]
     assert torch.isfinite(result).all()
     assert torch.equal(result, untouched(family))
@@ -72,7 +72,7 @@ def test_result_is_bit_identical(family, untouched):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_each_step_is_reported_once(family):
-    """The start tells the number of timesteps, and as many steps follow, numbered from 1."""
+    """`on_start` receives the number of timesteps, and as many steps follow, numbered from 1."""
     recorder = Recorder()
     view = tapped_view(family, recorder)
     view(**arguments(family))
@@ -90,7 +90,7 @@ def test_each_step_is_reported_once(family):
     [("DDIMScheduler", 4), ("HeunDiscreteScheduler", 7), ("KDPM2DiscreteScheduler", 7), ("EulerDiscreteScheduler", 4)],
 )
 def test_total_counts_evaluations(name, total, sd15):
-    """Schedulers that evaluate the model more often than asked say so in the total, and keep to it."""
+    """For schedulers that evaluate the model several times per step, the total counts the evaluations."""
     scheduler = make_scheduler(sd15, name)
     recorder = Recorder()
     recorder.tap(scheduler)
@@ -101,7 +101,7 @@ def test_total_counts_evaluations(name, total, sd15):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_last_x0_is_the_result(family):
-    """Where the last step ends without noise, the x0 predicted there is what the scheduler returns."""
+    """If the last step ends without noise, its predicted x0 is the scheduler's result."""
     pipeline = tiny.shared(family)
     scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
     if family == "sd15":
@@ -128,7 +128,7 @@ def test_last_x0_is_the_result(family):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_stopping_ends_the_call(family, untouched):
-    """Once it should stop no further step is taken, `Stopped` comes out, and the shared pipeline still works."""
+    """When asked to stop, the call raises `Stopped` without a further step, and the shared pipeline still works."""
     recorder = Recorder(stop_after=1)
     with pytest.raises(Stopped):
         tapped_view(family, recorder)(**arguments(family))
@@ -138,7 +138,7 @@ def test_stopping_ends_the_call(family, untouched):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_stop_while_encoding_costs_no_denoiser_call(family):
-    """Told to stop before the timesteps are set, a request takes not one step."""
+    """A request that should stop before the timesteps are set makes no step."""
     recorder = Recorder(stop_after=0)
     pipeline = tiny.shared(family)
     scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
@@ -151,14 +151,14 @@ def test_a_stop_while_encoding_costs_no_denoiser_call(family):
 
 
 def test_stop_during_the_denoiser_takes_no_step(sd15):
-    """A stop that arrives while the denoiser computes ends the call before the scheduler's step."""
+    """A stop during a call of the denoiser ends the request before the scheduler's step."""
     stopping = []
     recorder = Recorder()
     scheduler = make_scheduler(sd15, "DDIMScheduler")
     StepTap(scheduler, on_start=recorder.totals.append, on_step=recorder.steps.append, should_stop=lambda: stopping)
 
     class StoppingUnet:
-        """Asks for the stop in its second evaluation."""
+        """Requests the stop in its second evaluation."""
 
         evaluations = 0
 
@@ -178,8 +178,8 @@ def test_stop_during_the_denoiser_takes_no_step(sd15):
     assert len(recorder.steps) == 1
 
 
-def test_stop_passes_through_except_exception():
-    """No `except Exception` in a pipeline can swallow a stop."""
+def test_except_exception_does_not_catch_a_stop():
+    """An `except Exception` in a pipeline does not catch `Stopped`."""
     with pytest.raises(Stopped), contextlib.suppress(Exception):
         raise Stopped
 
@@ -196,7 +196,7 @@ def test_stop_passes_through_except_exception():
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_signatures_survive(scheduler):
-    """Pipelines look into the signatures for `eta`, `generator` or `sigmas`, so the tap keeps them."""
+    """The tap keeps the signatures, because pipelines check them for `eta`, `generator` or `sigmas`."""
     scheduler = copy.deepcopy(scheduler)
     before = inspect.signature(scheduler.set_timesteps), inspect.signature(scheduler.step)
     Recorder().tap(scheduler)
@@ -204,8 +204,8 @@ def test_signatures_survive(scheduler):
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
-def test_step_returns_what_it_is_asked_for(return_dict):
-    """The tapped step returns an output object or a tuple, as the caller wants it, with equal values."""
+def test_step_returns_an_object_or_a_tuple(return_dict):
+    """The tapped step returns an output object or a tuple, as requested, with equal values."""
     plain = diffusers.EulerDiscreteScheduler()
     plain.set_timesteps(3)
     tapped = copy.deepcopy(plain)
@@ -222,7 +222,7 @@ def test_step_returns_what_it_is_asked_for(return_dict):
 
 
 def test_setting_timesteps_again_starts_over():
-    """A pipeline that sets its timesteps twice is told about twice, and its steps count from 1 again."""
+    """If a pipeline sets its timesteps twice, `on_start` is called twice, and steps count from 1 again."""
     recorder = Recorder()
     scheduler = diffusers.DDIMScheduler()
     tap = recorder.tap(scheduler)
@@ -238,7 +238,7 @@ def test_setting_timesteps_again_starts_over():
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "flux", "sana_sprint"])
 def test_view_leaves_the_shared_pipeline_alone(family):
-    """Neither making a scheduler nor running a view changes the shared pipeline, its scheduler or its config."""
+    """Creating a scheduler and running a view do not change the shared pipeline, its scheduler or its config."""
     pipeline = tiny.shared(family)
     scheduler_before, config_before = state(pipeline.scheduler), dict(pipeline.config)
     names_before = {name: id(component) for name, component in pipeline.components.items()}
@@ -248,8 +248,8 @@ def test_view_leaves_the_shared_pipeline_alone(family):
     assert {name: id(component) for name, component in pipeline.components.items()} == names_before
 
 
-def test_view_shares_modules_and_replaces_what_it_is_given(sd15):
-    """A view has its own scheduler and whatever is put in place; everything else is the shared pipeline's."""
+def test_a_view_shares_modules_except_replaced_ones(sd15):
+    """A view has its own scheduler and the given components; everything else belongs to the shared pipeline."""
     scheduler, unet = make_scheduler(sd15, "DDIMScheduler"), object()
     view = request_view(sd15, scheduler, unet=unet)
     assert view.scheduler is scheduler
@@ -262,7 +262,7 @@ def test_view_shares_modules_and_replaces_what_it_is_given(sd15):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_own_scheduler_is_copied(family):
-    """Asked for the pipeline's own scheduler, every request gets a separate one of equal configuration."""
+    """Each request for the pipeline's own scheduler gets a separate one with the same configuration."""
     pipeline = tiny.shared(family)
     name = type(pipeline.scheduler).__name__
     first, second = make_scheduler(pipeline, name), make_scheduler(pipeline, name)
@@ -272,7 +272,7 @@ def test_own_scheduler_is_copied(family):
 
 
 def test_other_scheduler_takes_the_config(sd15):
-    """Asked for another scheduler, a request gets that class with the noise schedule that the model was trained on."""
+    """A request for another scheduler gets that class with the noise schedule of the model's training."""
     scheduler = make_scheduler(sd15, "EulerDiscreteScheduler")
     assert type(scheduler) is diffusers.EulerDiscreteScheduler
     assert scheduler.config.beta_start == sd15.scheduler.config.beta_start
@@ -280,7 +280,7 @@ def test_other_scheduler_takes_the_config(sd15):
 
 
 def test_denoiser_is_found():
-    """The denoiser of a UNet pipeline is its `unet`, of the others their `transformer`."""
+    """The denoiser of a UNet pipeline is its `unet`, that of others their `transformer`."""
     names = {family: denoiser_name(tiny.shared(family)) for family in tiny.FAMILIES}
     unets = {family for family, name in names.items() if name == "unet"}
     assert unets == {"lcm", "sd15", "sdxl"}

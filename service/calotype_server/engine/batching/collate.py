@@ -1,18 +1,18 @@
-"""Joins the denoiser calls of several requests into one, and cuts the answer apart again.
+"""Joins the denoiser calls of several requests into one call, and splits the answer again.
 
-No model is known by its arguments as a whole; each argument is judged by what it is:
+There is no table of models. Each argument is handled by its type and shape:
 
-| argument | joined calls |
+| argument | in a joined call |
 |---|---|
-| tensor with one entry a row | are concatenated |
-| timestep: a number, or a tensor of one or of all rows | get one entry a row, for every request is at its own |
-| list with one entry a row (Z-Image; the shapes of Qwen-Image) | are concatenated |
-| other tensor (FLUX's `img_ids`) | have equal values, and pass it on once |
-| dict, tuple, other list | are judged entry by entry |
-| anything else | have equal values, and pass it on |
+| tensor with one entry per row | concatenated |
+| timestep: a number, or a tensor of one or of all rows | one entry per row, because requests are at different steps |
+| list with one entry per row (Z-Image; the shapes of Qwen-Image) | concatenated |
+| other tensor (FLUX's `img_ids`) | must have equal values; passed once |
+| dict, tuple, other list | handled entry by entry |
+| anything else | must have equal values; passed once |
 
-The number of rows does not matter: a request with classifier-free guidance has two, one without has one. What must
-agree to be joined is a call's *signature*. A wrong guess about an unknown model is found by `policy.verify` at load.
+The number of rows may differ: a request with classifier-free guidance has two rows, one without has one. Calls can be
+joined if their *signatures* are equal. A wrong guess about an unknown model is found by `verify` when it is loaded.
 """
 
 from __future__ import annotations
@@ -31,26 +31,27 @@ if TYPE_CHECKING:
 __all__ = ["Call", "Collator", "Digests"]
 
 Digests = dict[int, tuple[torch.Tensor, int, bytes]]
-"""What tensors hold, by their `id`: the tensor, its version and a hash. Kept by request, read by its thread alone."""
+"""Maps the `id` of a tensor to the tensor, its version and a hash of its values. Each request's thread has its own."""
 
 _TIMESTEPS = ("timestep", "timesteps", "t")
 _POSITIONS = ("img_ids", "txt_ids")
-"""Positions of tokens. In two dimensions they have no entry for a row, however many tokens there are."""
+"""Positions of tokens. With two dimensions they have no entry per row, whatever their length is."""
 _ROW_LISTS = ("img_shapes", "txt_seq_lens")
-"""Lists of plain values with one entry a row."""
+"""Lists of plain values with one entry per row."""
 
 _PADDED = {
     "PixArtTransformer2DModel": {"encoder_attention_mask": "encoder_hidden_states"},
     "QwenImageTransformer2DModel": {"encoder_hidden_states_mask": "encoder_hidden_states"},
     "SanaTransformer2DModel": {"encoder_attention_mask": "encoder_hidden_states"},
 }
-"""Class to mask to embeddings that may be filled up to a common length, because 0 in the mask hides what is added."""
+"""Maps a class to its masks, and a mask to embeddings that may be padded: 0 in the mask hides the padding."""
 
 _RAGGED = ("ZImageTransformer2DModel",)
-"""Classes that take rows of different shapes in one list."""
+"""Classes that accept rows of different shapes in one list."""
 
 _TRIMMED = {"Lumina2Transformer2DModel": "encoder_attention_mask"}
-"""Class to mask that it cuts the whole batch by, to its longest prompt: an answer's last bits depend on that length."""
+"""Maps a class to the mask by which it trims the whole batch to the longest prompt. The last bits of an answer depend
+on that length."""
 
 _MAX_DIGESTS = 16
 
@@ -62,11 +63,11 @@ class Call:
     """One call of the denoiser.
 
     Attributes:
-        args: As the pipeline gave them.
-        kwargs: Likewise.
+        args: Positional arguments from the pipeline.
+        kwargs: Keyword arguments from the pipeline.
         named: Both, by name.
         rows: Length of the batch dimension.
-        signature: Calls can be joined when theirs are equal.
+        signature: Calls with equal signatures can be joined.
     """
 
     args: tuple[Any, ...]
@@ -80,12 +81,12 @@ class Collator:
     """Joins and splits calls of one module.
 
     Args:
-        module: The denoiser; only its signature and its class are looked at.
-        exact: Join only rows that need no filling up, so that no row's length depends on the company it is in.
+        module: The denoiser; only its signature and its class are used.
+        exact: Join only rows that need no padding, so that no row's length depends on other rows in the batch.
     """
 
     def __init__(self, module: Any, *, exact: bool = False) -> None:
-        original = getattr(module, "_orig_mod", module)  # what `torch.compile` wraps
+        original = getattr(module, "_orig_mod", module)  # the module inside `torch.compile`'s wrapper
         kind = type(original).__name__
         self._masks = {} if exact else _PADDED.get(kind, {})
         self._padded = {*self._masks, *self._masks.values()}
@@ -94,9 +95,9 @@ class Collator:
         self._names = tuple(inspect.signature(original.forward).parameters)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any], digests: Digests) -> Call:
-        """Names a call's arguments and finds its signature.
+        """Names a call's arguments and computes its signature.
 
-        A call whose first argument is not a batch gets a signature of its own, so that it runs alone.
+        A call whose first argument is not a batch gets a unique signature, so that it runs alone.
         """
         named = dict(zip(self._names, args, strict=False)) | kwargs
         main = named.get(self._names[0])
@@ -106,7 +107,7 @@ class Collator:
             rows, lists = len(main), True
         else:
             return Call(args, kwargs, named, 1, (object(),))
-        # Where there are embeddings, a mask may be missing: it means that every token counts.
+        # The mask of given embeddings may be missing, which means that every token counts.
         skipped = {mask for mask, embeddings in self._masks.items() if named.get(embeddings) is not None}
         signature = tuple(
             (name, self._sign(name, named[name], rows, lists, digests)) for name in sorted(named) if name not in skipped
@@ -117,8 +118,8 @@ class Collator:
         """Returns the arguments of one call for calls of one signature.
 
         Args:
-            calls: In the order of their rows.
-            padded_rows: Rows to fill up to, by repeating the last one; no fewer than the calls have.
+            calls: The calls, in the order of their rows.
+            padded_rows: Rows to pad to by repeating the last one; at least the rows of the calls.
         """
         rows = [call.rows for call in calls]
         extra = padded_rows - sum(rows)
@@ -135,14 +136,14 @@ class Collator:
         return (), joined
 
     def split(self, output: Any, calls: Sequence[Call], padded_rows: int) -> list[Any]:
-        """Cuts the answer to joined calls into theirs, which are views of it."""
+        """Splits the answer to a joined call into the answers to each call, which are views of it."""
         if len(calls) == 1 and calls[0].rows == padded_rows:
             return [output]
         ends = list(itertools.accumulate(call.rows for call in calls))
         return [_cut(output, start, end, padded_rows) for start, end in itertools.pairwise([0, *ends])]
 
     def _sign(self, name: str, value: Any, rows: int, lists: bool, digests: Digests) -> Hashable:
-        """The signature of an argument: how it is joined, and what must be equal for that."""
+        """Returns the signature of an argument: how to join it, and what must be equal for that."""
         if name in _TIMESTEPS and _is_timestep(value, rows):
             return (_TIME,)
         if isinstance(value, torch.Tensor):
@@ -164,9 +165,9 @@ class Collator:
         return (_SAME, type(value), _by_value(value))
 
     def _with_masks(self, named: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Writes out missing masks where one is needed: lengths differ, or another call has one.
+        """Adds missing masks if they are needed: lengths differ, or another call has one.
 
-        Without need they stay missing, for models are faster without.
+        Otherwise they stay missing, because models are faster without them.
         """
         for mask, embeddings in self._masks.items():
             if named[0].get(embeddings) is None:
@@ -184,7 +185,7 @@ class Collator:
 
 @dataclass(frozen=True, slots=True)
 class _Joiner:
-    """Joins values of one signature: `rows` of each, and the last row `extra` times more."""
+    """Joins values of one signature: `rows` of each, then the last row `extra` more times."""
 
     rows: list[int]
     extra: int
@@ -203,7 +204,7 @@ class _Joiner:
             return self._tensors(values)
         if kind == _PAD:
             length = max(value.shape[1] for value in values)
-            return self._tensors([_lengthened(value, length) for value in values])
+            return self._tensors([_padded(value, length) for value in values])
         if kind == _LIST:
             joined = list(itertools.chain.from_iterable(values))
             return joined + joined[-1:] * self.extra
@@ -211,7 +212,7 @@ class _Joiner:
             return {key: self.join(entry, [value[key] for value in values]) for key, entry in signed[1]}
         if kind == _EACH:
             entries = [self.join(entry, list(column)) for entry, *column in zip(signed[2], *values, strict=True)]
-            # A named tuple takes its fields one by one.
+            # The constructor of a named tuple has one parameter per field.
             return type(first)(*entries) if hasattr(first, "_fields") else type(first)(entries)
         return first
 
@@ -223,10 +224,10 @@ class _Joiner:
 
 
 def _cut(output: Any, start: int, end: int, rows: int) -> Any:
-    """The rows from `start` to `end` of an answer, in the form that the answer has."""
+    """Returns the rows from `start` to `end` of an answer, in the structure of the answer."""
     if isinstance(output, torch.Tensor):
         return output[start:end] if output.ndim and output.shape[0] == rows else output
-    if isinstance(output, dict):  # diffusers' output classes are dicts with a constructor of keywords
+    if isinstance(output, dict):  # diffusers' output classes are dicts whose constructors take keywords
         return type(output)(**{key: _cut(value, start, end, rows) for key, value in output.items()})
     if isinstance(output, list) and len(output) == rows:
         return output[start:end]
@@ -242,7 +243,7 @@ def _is_timestep(value: Any, rows: int) -> bool:
 
 
 def _digest(tensor: torch.Tensor, digests: Digests) -> bytes:
-    """A hash of a tensor's values, computed once for as long as they stay: on a GPU it waits for them."""
+    """Returns a hash of a tensor's values. It is cached until they change, because reading them from a GPU waits."""
     known = digests.get(id(tensor))
     if known is not None and known[1] == tensor._version:
         return known[2]
@@ -250,13 +251,13 @@ def _digest(tensor: torch.Tensor, digests: Digests) -> bytes:
     digest = hashlib.blake2b(values.numpy().tobytes(), digest_size=16).digest()
     while len(digests) >= _MAX_DIGESTS:
         del digests[next(iter(digests))]
-    # The tensor is kept, or its `id` might come to be another's.
+    # A reference to the tensor is kept, so that its `id` cannot be reused.
     digests[id(tensor)] = (tensor, tensor._version, digest)
     return digest
 
 
 def _by_value(value: Any) -> Hashable:
-    """Something that is equal for equal values; for what cannot be compared, for the same object only."""
+    """Returns a key that is equal for equal values; for unhashable values, only for the same object."""
     try:
         hash(value)
     except TypeError:
@@ -264,8 +265,8 @@ def _by_value(value: Any) -> Hashable:
     return value
 
 
-def _lengthened(tensor: torch.Tensor, length: int) -> torch.Tensor:
-    """Zeros added along the second dimension."""
+def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """Returns the tensor with zeros added along the second dimension."""
     if tensor.shape[1] == length:
         return tensor
     return torch.nn.functional.pad(tensor, (*(0, 0) * (tensor.ndim - 2), 0, length - tensor.shape[1]))

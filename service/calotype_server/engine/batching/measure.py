@@ -1,7 +1,6 @@
-"""What is found out about a model at load: whether its calls may be joined, and how many at once pay.
+"""Timing measurements at load: how many rows are worth computing together, and with how many CPU threads.
 
-Together they make "any pipeline" honest: an unknown model is batched because its own answers were seen to stay the
-same, and as far as its own speed was seen to rise.
+An unknown model is batched only as far as its own throughput was seen to rise.
 """
 
 from __future__ import annotations
@@ -14,35 +13,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import structlog
 import torch
 
-from calotype_server.engine.batching.collate import Call, Collator
+from calotype_server.engine.batching.collate import Collator
+from calotype_server.engine.sample_calls import denoiser_call
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
-__all__ = ["Knee", "Threads", "knee", "unbatchable", "verify"]
+    from calotype_server.types import ModelInfo
+
+__all__ = ["Knee", "Threads", "knee", "pick_threads"]
 
 _log = structlog.get_logger(__name__)
 
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-_TF32_TOLERANCE = 2e-3
-"""For float32 on CUDA, where convolutions round to ten bits unless told otherwise."""
 _LEAST_GAIN = 1.05
-"""Of throughput: less is not worth the longer wait for whoever comes or leaves while a batch runs."""
-_MOST_REQUESTS = 16
+"""In throughput. A smaller gain is not worth the longer wait of requests that join or leave while a batch runs."""
+_MAX_REQUESTS = 16
 _REPEATS = 5
-_ENOUGH_SECONDS = 0.2
-"""Of repeats: whoever starts the server waits for them."""
+_MAX_REPEAT_SECONDS = 0.2
+"""For all repeats of one call: the start of the server waits for them."""
 _LONG_CALL_SECONDS = 0.5
+"""A denoiser this slow has enough work for every core; trying fewer threads would only delay the start."""
 
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """Threads of the CPU that a call is computed with: it takes many rows to be worth handing them out.
+    """CPU threads to compute a call with. Spreading the work over many threads pays off only from some rows on.
 
     Attributes:
         few: For calls of fewer rows than `from_rows`.
-        many: For the others.
-        from_rows: How many rows that takes; infinite where few are always quicker.
+        many: For all other calls.
+        from_rows: Number of rows from which `many` is faster; infinite if `few` is always faster.
     """
 
     few: int
@@ -50,72 +50,40 @@ class Threads:
     from_rows: float
 
     def of(self, rows: int) -> int:
-        """Returns the number for a call of so many rows."""
+        """Returns the number of threads for a call of so many rows."""
         return self.many if rows >= self.from_rows else self.few
 
 
 class Knee(NamedTuple):
-    """The most rows at once that pay, and the threads to compute them with."""
+    """The number of rows beyond which throughput hardly rises, and the threads to compute them with."""
 
     rows: int
     threads: Threads
 
 
-def unbatchable(module: torch.nn.Module) -> str | None:
-    """Says why requests must not even take turns on a module, in a sentence; None when they may.
+def pick_threads(pipeline: Any, model: ModelInfo) -> int:
+    """Returns how many CPU threads make one call of the denoiser fastest: torch's default number, or one.
 
-    Such a module needs the requests one after another, each with the module itself in its view: no proxy.
+    A small model spends more time on distributing work to threads than they save. Torch's setting stays as it was.
     """
-    if getattr(module, "is_cache_enabled", False):
-        return "Its cache keeps results from one step for the next, and all requests would share them."
-    if getattr(module, "_parallel_config", None) is not None:
-        return "It is spread over several processes, which would have to agree on every batch."
-    for part in module.modules():
-        if hasattr(part, "_hf_hook"):
-            return "Accelerate moves its weights between devices at the start and at the end of a generation."
-        registry = getattr(part, "_diffusers_hook", None)
-        for name, hook in getattr(registry, "hooks", {}).items():
-            if getattr(hook, "_is_stateful", False):
-                return f"Its hook {name!r} keeps results from one step for the next, and all requests would share them."
-    return None
-
-
-@torch.no_grad()
-def verify(
-    module: torch.nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], *, deterministic_rows: int = 0
-) -> str | None:
-    """Compares joined calls with the same calls one by one.
-
-    Args:
-        module: The denoiser.
-        calls: Positional and keyword arguments of real calls that differ in latents, prompt and timestep. At least two
-            of them must be of a kind that can be joined.
-        deterministic_rows: Rows of the bucket of a deterministic batcher. If given, an answer must be bitwise the same
-            whoever shares the bucket.
-
-    Returns:
-        Why the module must not be batched, in a sentence; None when it may. It can still be shared in turns, by a
-        `StepBatcher` with one row.
-    """
-    collator = Collator(module, exact=bool(deterministic_rows))
-    bound = [collator.bind(args, kwargs, {}) for args, kwargs in calls]
-    mates = max(([each for each in bound if each.signature == call.signature] for call in bound), key=len)
-    if len(mates) < 2:
-        return "Two of its calls have nothing in common that could be joined."
+    default = torch.get_num_threads()
+    if model.device != "cpu" or default == 1:
+        return default
     try:
-        together = _answers(collator, module, mates)
-        alone = [_answers(collator, module, [call])[0] for call in mates]
-        for joined, single in zip(together, alone, strict=True):
-            error, tolerance = _compare(joined, single)
-            if not error <= tolerance:
-                return (
-                    f"Joined calls have answers of their own: they differ by {error:.1e}, and {tolerance:.0e} may be."
-                )
-        if deterministic_rows and not _is_deterministic(collator, module, mates, deterministic_rows):
-            return "An answer's last bits depend on the company in the batch."
-    except Exception as error:
-        return f"A joined call failed with {type(error).__name__}."
-    return None
+        call = denoiser_call(pipeline, model)
+        call()
+    except Exception:
+        _log.exception("the denoiser cannot be measured")
+        return default
+    seconds = _fastest(call)
+    if seconds > _LONG_CALL_SECONDS:
+        return default
+    torch.set_num_threads(1)
+    try:
+        call()
+        return 1 if _fastest(call) < seconds else default
+    finally:
+        torch.set_num_threads(default)
 
 
 @torch.no_grad()
@@ -124,53 +92,53 @@ def knee(
     call: tuple[tuple[Any, ...], dict[str, Any]],
     *,
     threads: tuple[int, int],
-    most: int = _MOST_REQUESTS,
+    max_requests: int = _MAX_REQUESTS,
 ) -> Knee:
-    """Finds out how many rows at once pay, and what it takes to use more threads, by timing a call joined with itself.
+    """Finds out how many rows at once pay off, and from how many rows more threads do.
 
-    The rows are those of the fewest requests whose throughput comes close to the best: beyond, all would only wait for
-    all others. Doublings are tried until one is slower than the one before, takes long without a gain, or memory runs
-    out.
+    It times a call joined with itself, for 1, 2, 4, ... requests, until a doubling is slower than the one before, takes
+    long without a gain, or memory runs out. The result is the smallest number of requests whose throughput is close to
+    the best: more would only make every request wait for the others.
 
     Args:
         module: The denoiser.
         call: Positional and keyword arguments of a real call.
-        threads: What is quickest for one request, and how many there are.
-        most: Requests that there may be at once; more than sixteen are not tried.
+        threads: Number of threads that is fastest for one request, and number of threads available.
+        max_requests: Largest number of requests at once; at most 16 are tried.
     """
     collator = Collator(module)
     bound = collator.bind(*call, {})
     few, many = threads
     using, from_rows = few, math.inf
-    reached: dict[int, float] = {}
+    throughput: dict[int, float] = {}
     before = torch.get_num_threads()
     try:
-        for count in _doublings(min(most, _MOST_REQUESTS)):
+        for count in _doublings(min(max_requests, _MAX_REQUESTS)):
             rows = bound.rows * count
             try:
                 joined = collator.join([bound] * count, rows)
                 seconds = _seconds(using, module, *joined)
                 if using < many and count > 1:
-                    quicker = _seconds(many, module, *joined)
-                    if quicker * _LEAST_GAIN < seconds:
-                        # From here on there is no need to try fewer.
-                        using, from_rows, seconds = many, rows, quicker
+                    with_many = _seconds(many, module, *joined)
+                    if with_many * _LEAST_GAIN < seconds:
+                        # More rows will not make fewer threads faster.
+                        using, from_rows, seconds = many, rows, with_many
             except (torch.OutOfMemoryError, MemoryError, RuntimeError):
                 if count == 1:
                     raise
                 break
-            best = max(reached.values(), default=0.0)
-            reached[count] = count / seconds
-            gain = reached[count] / best if best else math.inf
+            best = max(throughput.values(), default=0.0)
+            throughput[count] = count / seconds
+            gain = throughput[count] / best if best else math.inf
             if gain * _LEAST_GAIN < 1 or (gain < _LEAST_GAIN and seconds > _LONG_CALL_SECONDS):
                 break
     finally:
         torch.set_num_threads(before)
-    # As `make sizing` takes it.
-    table = ",".join(f"{count * bound.rows}:{1e3 * count / throughput:.3g}" for count, throughput in reached.items())
+    # In the format that `make sizing` reads.
+    table = ",".join(f"{count * bound.rows}:{1e3 * count / each:.3g}" for count, each in throughput.items())
     _log.info("knee", step_ms=table)
-    enough = max(reached.values()) / _LEAST_GAIN
-    count = next(count for count, throughput in reached.items() if throughput >= enough)
+    enough = max(throughput.values()) / _LEAST_GAIN
+    count = next(count for count, each in throughput.items() if each >= enough)
     return Knee(count * bound.rows, Threads(few, many, from_rows))
 
 
@@ -182,66 +150,29 @@ def _doublings(most: int) -> Iterator[int]:
     yield most
 
 
-def _answers(collator: Collator, module: Any, calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
-    rows = max(padded_rows, sum(call.rows for call in calls))
-    args, kwargs = collator.join(calls, rows)
-    return collator.split(module(*args, **kwargs), calls, rows)
-
-
-def _is_deterministic(collator: Collator, module: Any, calls: Sequence[Call], rows: int) -> bool:
-    """Whether the first call's answer is the same alone, and behind as many others as there is room for."""
-    first, *others = calls
-    count = max(0, (rows - first.rows) // max(call.rows for call in others))
-    company = [others[number % len(others)] for number in range(count)]
-    alone = _answers(collator, module, [first], rows)[0]
-    last = _answers(collator, module, [*company, first], rows)[-1]
-    return all(torch.equal(a, b) for a, b in zip(_tensors(alone), _tensors(last), strict=True))
-
-
-def _compare(joined: Any, single: Any) -> tuple[float, float]:
-    """Largest error relative to the largest value, and what is allowed."""
-    worst, allowed = 0.0, math.inf
-    for a, b in zip(_tensors(joined), _tensors(single), strict=True):
-        if a.shape != b.shape:
-            return math.inf, 0.0
-        allowed = min(allowed, _tolerance(b))
-        scale = b.abs().max().double().clamp_min(torch.finfo(torch.float32).tiny)
-        error = float((a.double() - b.double()).abs().max() / scale)
-        worst = max(worst, error) if not math.isnan(error) else math.nan
-        if math.isnan(worst):
-            break
-    return worst, allowed
-
-
-def _tolerance(answer: torch.Tensor) -> float:
-    if answer.dtype == torch.float32 and answer.is_cuda:
-        return _TF32_TOLERANCE
-    return _TOLERANCES.get(answer.dtype, _TOLERANCES[torch.bfloat16])
-
-
-def _tensors(answer: Any) -> Iterator[torch.Tensor]:
-    if isinstance(answer, torch.Tensor):
-        yield answer
-    elif isinstance(answer, dict):
-        yield from _tensors(list(answer.values()))
-    elif isinstance(answer, (list, tuple)):
-        for part in answer:
-            yield from _tensors(part)
+def _fastest(call: Callable[[], Any]) -> float:
+    """Shortest of a few calls in seconds: other work on the machine can only make a call longer."""
+    times = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def _seconds(threads: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Shortest of a few after one to warm up; of fewer where that takes long."""
+    """Shortest of a few calls after one to warm up; fewer calls if they take long."""
     torch.set_num_threads(threads)
     best, spent = math.inf, 0.0
     module(*args, **kwargs)
     for _ in range(_REPEATS):
         _synchronize()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         module(*args, **kwargs)
         _synchronize()
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - started
         best, spent = min(best, seconds), spent + seconds
-        if best > _LONG_CALL_SECONDS or spent > _ENOUGH_SECONDS:
+        if best > _LONG_CALL_SECONDS or spent > _MAX_REPEAT_SECONDS:
             break
     return best
 

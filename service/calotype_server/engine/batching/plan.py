@@ -1,4 +1,4 @@
-"""How many generations share one denoiser, and how: found out when the model is loaded."""
+"""The batching plan: how many generations share one denoiser, and how. It is decided when the model is loaded."""
 
 from __future__ import annotations
 
@@ -10,86 +10,121 @@ import structlog
 import torch
 
 from calotype_server.engine.batching.collate import Collator
-from calotype_server.engine.batching.measure import Knee, Threads, knee, unbatchable, verify
+from calotype_server.engine.batching.measure import Knee, Threads, knee, pick_threads
+from calotype_server.engine.batching.verify import unbatchable, verify
 from calotype_server.engine.capabilities import denoiser_name
-from calotype_server.engine.sample_calls import sample_calls
+from calotype_server.engine.sample_calls import Arguments, sample_calls
 
 if TYPE_CHECKING:
     from calotype_server.types import ModelInfo
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "PlanOptions", "measure_plan", "measures_threads", "reason_to_run_alone"]
 
 _log = structlog.get_logger(__name__)
 
-_MOST_ACTIVE = 8
-"""By default: more would take turns at steps so seldom that nobody saw anything move."""
-
+_MAX_ACTIVE_DEFAULT = 8
+"""With more, each generation would get a step so rarely that users saw no progress."""
 
 _DETERMINISTIC_REQUESTS = 4
-"""Default requests for each that all batches are filled up to."""
+"""Batches of a deterministic server are filled up to the rows of this many default requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """The operator's settings that a plan depends on.
+
+    Attributes:
+        max_active: Generations that run at once. None: twice as many as the denoiser computes together, so that some
+            can encode their prompt or decode their image meanwhile.
+        max_rows: Most rows to compute together. None: as many as pay off.
+        threads: CPU threads. None: measured, or torch's default if `deterministic`.
+        deterministic: Whether an image must be bitwise the same whatever other requests run. Then nothing depends on a
+            timing measurement, so that the next start produces the same image too.
+    """
+
+    max_active: int | None = 1
+    max_rows: int | None = None
+    threads: int | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What was found.
+    """A way for generations to share the denoiser.
 
     Attributes:
-        max_active: Generations at work at once.
-        max_rows: Rows that the denoiser computes together; 1 when generations take turns, 0 when there is only one.
-        reason: Why calls are not joined, in a sentence; empty when they are.
-        threads: That torch computes calls of the denoiser with; None where each generation makes its own.
+        max_active: Generations that run at once.
+        max_rows: Rows that the denoiser computes together; 1 if generations take turns, 0 if only one runs at a time.
+        reason: Why calls are not joined, in one sentence; empty if they are.
+        threads: CPU threads to compute calls of the denoiser with.
+        provisional: Whether an error, such as exhausted memory, decided it. The next start should try again.
     """
 
     max_active: int
     max_rows: int
     reason: str
-    threads: Threads | None = None
+    threads: Threads
+    provisional: bool = False
 
 
-def make_plan(
-    pipeline: Any,
-    model: ModelInfo,
-    *,
-    max_active: int | None,
-    threads: tuple[int, int],
-    max_rows: int | None = None,
-    deterministic: bool = False,
-) -> Plan:
-    """Measures the denoiser, unless only one generation at a time is wanted.
+def reason_to_run_alone(pipeline: Any, options: PlanOptions) -> str | None:
+    """Returns why generations run one at a time, in one sentence, if that is known without measuring."""
+    if options.max_active == 1:
+        return "The server was started with --max-active 1."
+    return unbatchable(getattr(pipeline, denoiser_name(pipeline)))
+
+
+def measures_threads(model: ModelInfo, options: PlanOptions) -> bool:
+    """Whether `measure_plan` has to measure how many threads are fastest for one request."""
+    return not options.threads and not options.deterministic and model.device == "cpu" and torch.get_num_threads() > 1
+
+
+def measure_plan(pipeline: Any, model: ModelInfo, options: PlanOptions) -> Plan:
+    """Measures the denoiser and decides. Torch's number of threads stays as it was.
 
     Args:
-        pipeline: Not changed.
+        pipeline: The loaded pipeline; not changed.
         model: Its description.
-        max_active: What the operator wants; None for what pays: twice as many as the denoiser computes together, so
-            that some can decode their text or their picture meanwhile.
-        threads: Of the CPU, what is quickest for one request, and how many there are.
-        max_rows: Rows to compute together at most; None for what pays.
-        deterministic: Whether a picture must be bitwise the same in any company. No choice is then left to
-            measurements, so that the next start makes the same picture too.
+        options: The operator's settings.
     """
-    if max_active == 1:
-        return Plan(1, 0, "The server was started with --max-active 1.")
-    module = getattr(pipeline, denoiser_name(pipeline))
-    reason = unbatchable(module)
-    if reason is not None:
-        return Plan(1, 0, reason)
     before = torch.get_num_threads()
+    most = options.threads or before
+    few = pick_threads(pipeline, model) if measures_threads(model, options) else most
+    reason = reason_to_run_alone(pipeline, options)
+    if reason is not None:
+        return Plan(1, 0, reason, Threads(few, most, math.inf))
     try:
-        calls = sample_calls(pipeline, model)
-        rows = Collator(module).bind(*calls[0], {}).rows
-        if deterministic:
-            found = Knee(_DETERMINISTIC_REQUESTS * rows, Threads(threads[1], threads[1], math.inf))
-        else:
-            found = knee(module, calls[0], threads=threads, most=max_active or _MOST_ACTIVE)
-        max_rows = max_rows or found.rows
-        # The last bits depend on the number of threads.
-        torch.set_num_threads(found.threads.of(max_rows))
-        reason = verify(module, calls, deterministic_rows=max_rows if deterministic else 0)
+        torch.set_num_threads(few)
+        return _batching_plan(pipeline, model, options, (few, most))
     except Exception:
         _log.exception("the denoiser cannot be measured")
-        return Plan(1, 0, "The denoiser could not be measured.")
+        reason = "The denoiser could not be measured."
+        return Plan(1, 0, reason, Threads(few, most, math.inf), provisional=True)
     finally:
         torch.set_num_threads(before)
+
+
+def _batching_plan(pipeline: Any, model: ModelInfo, options: PlanOptions, threads: tuple[int, int]) -> Plan:
+    module = getattr(pipeline, denoiser_name(pipeline))
+    calls = sample_calls(pipeline, model)
+    rows = Collator(module).bind(*calls[0], {}).rows
+    if options.deterministic:
+        found = Knee(_DETERMINISTIC_REQUESTS * rows, Threads(threads[1], threads[1], math.inf))
+    else:
+        found = knee(module, calls[0], threads=threads, max_requests=options.max_active or _MAX_ACTIVE_DEFAULT)
+    max_rows = options.max_rows or found.rows
+    # The last bits of an answer depend on the number of threads.
+    torch.set_num_threads(found.threads.of(max_rows))
+    reason, failed = _verified(module, calls, max_rows if options.deterministic else 0)
     if reason is not None:
-        return Plan(max_active or 2, 1, reason, found.threads)
-    return Plan(max_active or min(max(2, 2 * max_rows // rows), _MOST_ACTIVE), max_rows, "", found.threads)
+        return Plan(options.max_active or 2, 1, reason, found.threads, provisional=failed)
+    max_active = options.max_active or min(max(2, 2 * max_rows // rows), _MAX_ACTIVE_DEFAULT)
+    return Plan(max_active, max_rows, "", found.threads)
+
+
+def _verified(module: Any, calls: list[Arguments], deterministic_rows: int) -> tuple[str | None, bool]:
+    """Returns why calls must not be joined, if so, and whether an error is the reason."""
+    try:
+        return verify(module, calls, deterministic_rows=deterministic_rows), False
+    except Exception as error:
+        return f"A joined call failed with {type(error).__name__}.", True

@@ -1,4 +1,4 @@
-"""Keeps the launches of work on a CUDA device close to what it has computed."""
+"""Limits how far launched work runs ahead of a CUDA device."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["RunAhead"]
 
 
 class RunAhead:
-    """Bounds how far launched work runs ahead of a CUDA device: batch k+1 is launched when k-1 is computed.
+    """Launches batch k+1 on a CUDA device only when batch k-1 is computed.
 
-    Without it cancellations and new requests would queue behind many launched steps, and progress would run ahead of
-    the truth. Written with care, but not measured: there was no GPU to do it on.
+    Without it, cancellations and new requests would queue behind many launched steps, and the reported progress would
+    be ahead of the real one. Not measured on a GPU yet.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,16 +21,17 @@ class RunAhead:
         self._device = device
         self._launched: deque[torch.cuda.Event] = deque()
 
-    def begin(self) -> None:
-        """Chooses the device for the calling thread; a new one has the first."""
+    def start(self) -> None:
+        """Selects the device for the calling thread; a new thread uses the first device."""
         if self.on_cuda:
             torch.cuda.set_device(self._device)
 
     def follow(self) -> None:
-        """Notes that a batch has been launched, and waits for the one before."""
+        """Records that a batch was launched, and waits for the batch before it."""
         if not self.on_cuda:
             return
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # sleeps rather than spins, and without the GIL
+        # `blocking` makes the wait sleep instead of spin, without the GIL.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record()
         self._launched.append(event)
         if len(self._launched) > 1:

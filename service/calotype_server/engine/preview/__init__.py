@@ -1,1 +1,1 @@
-"""Cheap pictures of the predicted x0: a fitted head, its calibration, and the thread that renders."""
+"""Cheap previews of the predicted x0: decoders, a fitted preview head, and the thread that renders."""

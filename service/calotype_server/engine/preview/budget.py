@@ -1,4 +1,4 @@
-"""Which previews a generation can afford, from what steps, decoders and the encoder were measured to take."""
+"""Chooses the previews that a generation can afford, from measured times of steps, decoders and the encoder."""
 
 from __future__ import annotations
 
@@ -20,57 +20,64 @@ _RISING_WEIGHT, _FALLING_WEIGHT = 0.05, 0.5
 _BEST_FIRST = (PreviewMethod.FULL_VAE, PreviewMethod.TINY_VAE, PreviewMethod.HEAD)
 
 _STRIDE_TO_TAKE = 2
-"""A better decoder is taken when it can show every second step: a sharper picture is not worth a slide show."""
+"""A better decoder is chosen if it can show every second step: a sharper image does not make up for rare previews."""
 
 _STRIDE_TO_KEEP = 4
-"""It is kept a little longer than that, so that a generation's look does not flicker between two decoders."""
+"""It is kept up to this stride, so that a generation's previews do not alternate between two decoders."""
 
 
 class Choice(NamedTuple):
-    """What to draw with, and the least number of steps between two previews."""
+    """The decoder to use, and the smallest number of steps between two previews."""
 
     method: PreviewMethod
     stride: int
 
 
 class PreviewBudget:
-    """Keeps previews to a share of the denoiser's time.
+    """Limits previews to a share of the denoiser's time.
 
-    A preview costs the seconds that its decoder and its encoder compute, times the share of them that the denoiser
-    feels. Called from several threads: a measurement lost to a race is of no consequence.
+    The cost of a preview is the computing time of its decoder and its encoder, times the share of it that slows the
+    denoiser down. Several threads call this; losing a measurement to a race does not matter.
 
     Args:
-        share: Of the time of a step that previews may cost on average, above 0, at most 1.
+        share: Largest share of a step's time that previews may cost on average, above 0, at most 1.
     """
 
     def __init__(self, share: float) -> None:
         self._share = share
-        self.contention = 1.0
-        """Share of the previews' work that the denoiser feels, 0 to 1: all of it where both use the same cores."""
+        self._contention = 1.0
         self._step: float | None = None
         self._encode = 0.0
         self._decode: dict[PreviewMethod, float] = {}
 
+    def set_contention(self, contention: float) -> None:
+        """Sets the share of the previews' work that slows the denoiser down.
+
+        Args:
+            contention: From 0 to 1; 1, the default, means that both use the same cores.
+        """
+        self._contention = contention
+
     def observe_step(self, seconds: float, pixel_count: int) -> None:
-        """Learns the denoiser's time for a step of a picture of that size; of several at once, each has its part."""
+        """Records the denoiser's time for a step of an image of that size; concurrent generations share it equally."""
         self._step = _mix(self._step, seconds / pixel_count)
 
     def observe_decode(self, method: PreviewMethod, seconds: float, pixel_count: int) -> None:
-        """Learns how long a decoder computed a preview of a picture of that size."""
+        """Records the computing time of a decoder for a preview of an image of that size."""
         self._decode[method] = _mix_cost(self._decode.get(method), seconds / pixel_count)
 
     def observe_encode(self, seconds: float) -> None:
-        """Learns how long the encoder computed a preview."""
+        """Records the computing time of the encoder for a preview."""
         self._encode = _mix_cost(self._encode or None, seconds)
 
     def cost(self, method: PreviewMethod, pixel_count: int) -> float | None:
-        """Seconds that the denoiser loses to one preview; None when that method was not measured yet."""
+        """Returns the seconds that the denoiser loses to one preview, or None if the method is not measured yet."""
         if method not in self._decode:
             return None
-        return (self._decode[method] * pixel_count + self._encode) * self.contention
+        return (self._decode[method] * pixel_count + self._encode) * self._contention
 
     def stride(self, method: PreviewMethod, pixel_count: int) -> int | None:
-        """Least number of steps between previews that stays within the budget; None when something is not measured."""
+        """Returns the smallest number of steps between previews within the budget, or None if not measured yet."""
         cost = self.cost(method, pixel_count)
         if cost is None or not self._step:
             return None
@@ -79,12 +86,12 @@ class PreviewBudget:
     def choose(
         self, methods: Iterable[PreviewMethod], pixel_count: int, current: PreviewMethod | None = None
     ) -> Choice | None:
-        """Returns the best method that is quick enough, or else the cheapest with the stride that it needs.
+        """Returns the best method that is fast enough, or else the cheapest with the stride that it needs.
 
         Args:
-            methods: To choose from.
+            methods: The available methods.
             pixel_count: Of the final image.
-            current: What the generation was drawn with so far.
+            current: The method of the generation's previous preview.
         """
         available = [method for method in _BEST_FIRST if method in methods]
         strides = {method: self.stride(method, pixel_count) for method in available}
@@ -93,7 +100,7 @@ class PreviewBudget:
                 return Choice(method, stride)
         if not available:
             return None
-        # Last in the list is the cheapest by nature; before anything was measured it is shown at every step.
+        # The last in the list is always the cheapest. Until it is measured, it is shown at every step.
         return Choice(available[-1], strides[available[-1]] or 1)
 
 
@@ -102,7 +109,7 @@ def _mix(old: float | None, new: float) -> float:
 
 
 def _mix_cost(old: float | None, new: float) -> float:
-    """A moving average that falls quickly and rises slowly: what disturbs a measurement can only make it longer."""
+    """A moving average that falls fast and rises slowly, because interference can only make a measurement longer."""
     if old is None:
         return new
     return old + (_RISING_WEIGHT if new > old else _FALLING_WEIGHT) * (new - old)

@@ -1,4 +1,4 @@
-"""Which steps of a generation are shown."""
+"""Decides at which steps a generation shows a preview."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["PreviewSchedule"]
 
 
 class PreviewSchedule:
-    """Decides which steps are shown.
+    """Decides at which steps to show a preview.
 
     Args:
-        options: The caller's wishes.
-        clock: Seconds that only rise.
+        options: The caller's options.
+        clock: Returns seconds that never decrease.
     """
 
     def __init__(self, options: PreviewOptions, clock: Callable[[], float] = time.monotonic) -> None:
@@ -28,12 +28,12 @@ class PreviewSchedule:
         self._shown_at = 0.0
 
     def due(self, step: int, total: int, stride: int) -> bool:
-        """Whether to show `step` of `total`, given what was shown so far; asked once for each step.
+        """Returns whether to show `step` of `total`. Call it once for each step, in order.
 
         Args:
-            step: From 1.
-            total: Steps in all; the last is always due.
-            stride: Least number of steps between two previews that the budget allows.
+            step: Number of the step, from 1.
+            total: Number of all steps; the last one is always due.
+            stride: Smallest number of steps between two previews that the budget allows.
         """
         now = self._clock()
         if step < total:

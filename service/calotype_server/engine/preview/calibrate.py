@@ -1,7 +1,7 @@
-"""Fits a `PreviewHead` at load, with no pictures at hand: by planted latents.
+"""Fits a `PreviewHead` when a model is loaded, without any images: it uses synthetic latents.
 
-Random latents with the spatial statistics of natural images go through the pipeline's own tail, and the head is fitted
-to what comes out.
+Random latents with the spatial statistics of natural images pass through the pipeline's own tail, and the head is
+fitted to the decoded images.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = ["calibrate", "multiscale_noise"]
 
-_PICTURES = 24
-"""Beyond it more pictures gain little: R2 was .71 with 4, .79 with 8, .81 with 16, .82 with 32."""
+_IMAGES = 24
+"""More images gain little: R2 was .71 with 4, .79 with 8, .81 with 16, .82 with 32."""
 
-_FEWEST_PICTURES = 4
+_MIN_IMAGES = 4
 _MAX_CELLS = 32
-"""Longer side of the planted latents: the head is a convolution, so what it learns holds for every size."""
+"""Longer side of the synthetic latents. The head is a convolution, so a fit to one size holds for every size."""
 
-_LONGEST_EDGE = 256
-"""Of a preview, where the latents are large enough; the head of a small model draws full size."""
+_MAX_EDGE = 256
+"""Longer edge of a preview in pixels, if the latents are large enough; previews of a small model have full size."""
 
 
 def calibrate(pipeline: Any, model: ModelInfo, *, seed: int = 0, budget: float = 20.0) -> PreviewHead:
@@ -38,8 +38,8 @@ def calibrate(pipeline: Any, model: ModelInfo, *, seed: int = 0, budget: float =
     Args:
         pipeline: Not changed.
         model: Its description.
-        seed: Of the planted latents; the same seed gives the same head.
-        budget: Seconds after which fewer pictures must do.
+        seed: Of the synthetic latents; the same seed gives the same head.
+        budget: Seconds after which it stops early, with at least 4 images.
     """
     deadline = time.monotonic() + budget
     edge = min(model.width, model.size_multiple * _MAX_CELLS)
@@ -48,27 +48,27 @@ def calibrate(pipeline: Any, model: ModelInfo, *, seed: int = 0, budget: float =
     generator = torch.Generator().manual_seed(seed)
     statistics: HeadStatistics | None = None
     scale = 0
-    for number in range(_PICTURES):
-        if number >= _FEWEST_PICTURES and time.monotonic() > deadline:
+    for number in range(_IMAGES):
+        if number >= _MIN_IMAGES and time.monotonic() > deadline:
             break
         latents = multiscale_noise(shape, generator)
         images = tail.decode(latents, edge, edge)
         cells = edge // max(to_grid(latents, edge, edge).shape[-2:])
         native = max(model.width, model.height) // cells
         scale = scale or _scale(native, cells)
-        seen = PreviewHead.observe(scale, latents, images)
-        statistics = seen if statistics is None else statistics + seen
+        observed = PreviewHead.observe(scale, latents, images)
+        statistics = observed if statistics is None else statistics + observed
     assert statistics is not None
     return PreviewHead(scale, statistics)
 
 
 def multiscale_noise(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Returns random latents of unit variance whose spectrum falls as in natural images (about 1/f).
+    """Returns random latents of unit variance whose spectrum falls like that of natural images (about 1/f).
 
-    White noise would not do: a decoder answers texture quite differently from shapes.
+    White noise does not work: a decoder responds to texture quite differently from shapes.
 
     Args:
-        shape: Of the scheduler's sample, for a square picture: any layout that `to_grid` takes.
+        shape: Of the scheduler's sample, for a square image: any layout that `to_grid` accepts.
         generator: Source of randomness.
     """
     grid_shape = to_grid(torch.empty(shape, device="meta"), 1, 1).shape
@@ -87,8 +87,8 @@ def multiscale_noise(shape: tuple[int, ...], generator: torch.Generator) -> torc
 
 
 def _scale(cells: int, cell_edge: int) -> int:
-    """Pixels per cell: a power of two, so that a native preview is at most 256 px and never larger than the image."""
+    """Returns pixels per cell, a power of two: a native preview is at most 256 px and never larger than the image."""
     scale = 1
-    while 2 * scale <= cell_edge and cells * 2 * scale <= _LONGEST_EDGE:
+    while 2 * scale <= cell_edge and cells * 2 * scale <= _MAX_EDGE:
         scale *= 2
     return scale

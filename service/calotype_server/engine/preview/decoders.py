@@ -1,4 +1,4 @@
-"""What draws previews: each decoder turns predicted x0 into pictures, several at once."""
+"""Decoders for previews: each turns predicted x0 into images, several at once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Decoder", "HeadDecoder", "VaeDecoder"]
 
 
 class Decoder(Protocol):
-    """Draws pictures from latents. Called by one thread only."""
+    """Decodes latents to images. Only one thread calls it."""
 
     def decode(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        """Returns pictures of any size, (batch, 3, rows, columns) from 0 to 1, of the shape asked for.
+        """Returns images of any resolution, (batch, 3, rows, columns), 0 to 1, with the aspect ratio of the final one.
 
         Args:
             latents: Predicted x0 in the scheduler's sample space, any layout, batch first.
@@ -29,29 +29,38 @@ class Decoder(Protocol):
 
 
 class HeadDecoder:
-    """The fitted head, which can be exchanged for a better one while in use."""
+    """Decodes with the fitted head, which can be replaced by a better one while in use."""
 
     def __init__(self, head: PreviewHead) -> None:
-        self.head = head
+        self._head = head
+
+    @property
+    def head(self) -> PreviewHead:
+        """The current head."""
+        return self._head
+
+    def replace(self, head: PreviewHead) -> None:
+        """Uses another head from now on."""
+        self._head = head
 
     def decode(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
         """See `Decoder`."""
-        return self.head.decode(latents, width, height)
+        return self._head.decode(latents, width, height)
 
 
 class VaeDecoder:
-    """A VAE at the end of the pipeline's own call: the full one, or an `AutoencoderTiny` in its place.
+    """Decodes with a VAE at the end of the pipeline's own call: the full one, or an `AutoencoderTiny` instead of it.
 
     Args:
         pipeline: Not changed.
-        vae: What decodes; safe to be called while others decode.
+        vae: The VAE; its `decode` must be safe to call while other threads decode.
     """
 
     def __init__(self, pipeline: Any, vae: Any) -> None:
         self._tail = PipelineTail(pipeline, vae=vae)
 
     def shape(self, width: int, height: int) -> tuple[int, ...]:
-        """Returns the shape of the latents of a picture of that size in pixels."""
+        """Returns the shape of the latents of an image of that size in pixels."""
         return self._tail.shape(width, height)
 
     def decode(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""PreviewHead: one 3x3 convolution from latents to a small RGB picture, fitted in closed form.
+"""PreviewHead: one 3x3 convolution from latents to a small RGB image, fitted in closed form.
 
 Each latent cell and its eight neighbours map linearly to `scale x scale` pixels. The weights are the ridge
-least-squares solution over pairs of latents and decoded pictures, so no per-model table and no extra download is
-needed. On real photographs it explains about 80 % of the variance of the full decoder, at 1/80000 of its cost. Every
-finished image teaches it what the full decoder makes of the latents that people really ask for.
+least-squares solution over pairs of latents and decoded images, so neither a table of models nor a download is needed.
+On real photographs the head explains about 80 % of the variance of the full decoder, at 1/80000 of its cost. It keeps
+learning from every finished image, because users' latents differ from those of the calibration.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ __all__ = ["HeadStatistics", "PreviewHead", "to_grid"]
 
 _KERNEL = 3
 _RIDGE = 1e-3
-"""Relative to the mean variance of the inputs: enough to tame channels that hardly vary."""
+"""Relative to the mean variance of the inputs: enough regularisation for channels that hardly vary."""
 
 _MAX_CELLS = 1024
-"""Of one picture that enter the statistics."""
+"""Largest number of cells of one image that enter the statistics."""
 
-_LESSON_WEIGHT = 3.0
-"""Of a cell of a finished image beside a planted one: at 10, the first few images would draw all others their way."""
+_LEARNED_WEIGHT = 3.0
+"""Weight of a cell of a finished image; a cell of the calibration has 1. With 10, the first few images dominate."""
 
-_MEMORY = 1 - 1 / 128
-"""What is left of earlier lessons after each new one: the last hundred or so images count."""
+_DECAY = 1 - 1 / 128
+"""Factor on the weight of earlier finished images for each new one: about the last hundred images count."""
 
 
 def to_grid(latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
@@ -36,8 +36,8 @@ def to_grid(latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
     Args:
         latents: (batch, channels, rows, columns), the same with a frame axis of 1 after the channels, or packed tokens
             (batch, rows * columns, channels).
-        width: Of the picture, in any unit; with `height` it tells how packed tokens are laid out.
-        height: Of the picture, in the same unit.
+        width: Of the image, in any unit; `width` and `height` determine the layout of packed tokens.
+        height: Of the image, in the same unit.
     """
     if latents.ndim == 5:
         latents = latents[:, :, 0]
@@ -52,7 +52,7 @@ def to_grid(latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class HeadStatistics:
-    """Sums over all latent cells seen: all that the closed-form fit needs, in float64 on the CPU.
+    """Sums over latent cells: everything that the closed-form fit needs, in float64 on the CPU.
 
     Attributes:
         inputs: Gram matrix of the inputs, (channels * 9 + 1) squared; the last input is 1.
@@ -76,15 +76,15 @@ class PreviewHead:
 
     Args:
         scale: Pixels per latent cell and side, from 1.
-        planted: What it was fitted to when the model was first loaded.
-        seen: What finished images have taught it since.
+        calibration: Statistics of the synthetic latents that it was fitted to when the model was first loaded.
+        learned: Weighted statistics of the images that were finished since.
     """
 
-    def __init__(self, scale: int, planted: HeadStatistics, seen: HeadStatistics | None = None) -> None:
+    def __init__(self, scale: int, calibration: HeadStatistics, learned: HeadStatistics | None = None) -> None:
         self.scale = scale
-        self.planted = planted
-        self.seen = seen
-        statistics = planted if seen is None else planted + seen
+        self.calibration = calibration
+        self.learned = learned
+        statistics = calibration if learned is None else calibration + learned
         normal = statistics.inputs / statistics.count
         ridge = torch.full((len(normal),), _RIDGE * float(normal.diagonal()[:-1].mean()), dtype=normal.dtype)
         ridge[-1] = 0.0
@@ -93,15 +93,15 @@ class PreviewHead:
         self._weight = solution[:-1].T.reshape(-1, channels, _KERNEL, _KERNEL).contiguous()
         self._bias = solution[-1].contiguous()
 
-    def taught(self, lesson: HeadStatistics) -> PreviewHead:
-        """Returns the head that has also seen a finished image; what it saw long ago counts less and less."""
-        weighed = lesson * _LESSON_WEIGHT
-        return PreviewHead(self.scale, self.planted, weighed if self.seen is None else self.seen * _MEMORY + weighed)
+    def updated(self, image: HeadStatistics) -> PreviewHead:
+        """Returns a head that has also learned from a finished image. Older images count less and less."""
+        new = image * _LEARNED_WEIGHT
+        return PreviewHead(self.scale, self.calibration, new if self.learned is None else self.learned * _DECAY + new)
 
     @staticmethod
     @torch.no_grad()
     def observe(scale: int, latents: torch.Tensor, images: torch.Tensor) -> HeadStatistics:
-        """Returns the statistics of pairs of latents and pictures; rows with NaN or infinity are left out.
+        """Returns the statistics of pairs of latents and images; rows with NaN or infinity are left out.
 
         Args:
             scale: Pixels per latent cell and side.
@@ -116,7 +116,7 @@ class PreviewHead:
         inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)
         small = functional.adaptive_avg_pool2d(images.float().cpu(), (rows * scale, columns * scale))
         outputs = functional.pixel_unshuffle(small, scale).flatten(2).transpose(1, 2).flatten(0, 1)
-        # Neighbouring cells say much the same; a large picture teaches by some of them.
+        # Neighbouring cells are similar, so some cells of a large image are enough.
         stride = -(-len(inputs) // _MAX_CELLS)
         inputs, outputs = inputs[::stride], outputs[::stride]
         finite = torch.isfinite(inputs).all(1) & torch.isfinite(outputs).all(1)
@@ -125,10 +125,10 @@ class PreviewHead:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        """Returns the pictures of predicted x0: (batch, 3, rows * scale, columns * scale), 0 to 1.
+        """Returns the images of predicted x0: (batch, 3, rows * scale, columns * scale), 0 to 1.
 
         Args:
-            latents: Any layout that `to_grid` takes.
+            latents: Any layout that `to_grid` accepts.
             width: Of the final image, in pixels.
             height: Of the final image, in pixels.
         """

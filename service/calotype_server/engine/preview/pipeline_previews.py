@@ -1,4 +1,4 @@
-"""Everything about the previews of one pipeline, put together."""
+"""Assembles the previews of one pipeline: the head, the other decoders, the renderer, and learning."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import torch
 
-from calotype_server.engine.preview.cache import cache_path, load_head, save_head
 from calotype_server.engine.preview.calibrate import calibrate
 from calotype_server.engine.preview.decoders import Decoder, HeadDecoder, VaeDecoder
-from calotype_server.engine.preview.device_stream import lane_for
+from calotype_server.engine.preview.device_stream import device_stream
 from calotype_server.engine.preview.head import PreviewHead
+from calotype_server.engine.preview.head_cache import head_path, load_head, save_head
 from calotype_server.engine.preview.renderer import PreviewRenderer
-from calotype_server.engine.preview.safety_gate import SafetyGate
+from calotype_server.engine.preview.safety_gate import safety_gate
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.types import PreviewMethod
 
@@ -30,21 +30,21 @@ __all__ = ["PipelinePreviews"]
 
 _log = structlog.get_logger(__name__)
 
-_LESSONS_BETWEEN_SAVES = 8
+_IMAGES_BETWEEN_SAVES = 8
 
 
 class PipelinePreviews:
-    """Draws the previews of all generations of a pipeline, and learns from the images they end with.
+    """Renders the previews of all generations of a pipeline, and learns from their final images.
 
     Args:
-        pipeline: One that may be used while requests run; not changed.
+        pipeline: A pipeline that is safe to use while requests run; not changed.
         model: Its description.
-        cache_dir: Where the fitted head is kept.
+        cache_dir: Folder of all caches; the fitted head is in `heads` below it.
         allowed: Methods that the operator allows.
         budget: Chooses among the methods.
         tiny_vae: A small VAE that fits the pipeline, or None.
-        observe: Told of steps and previews.
-        teachable: Whether finished images teach the head; otherwise its previews depend on nothing that went before.
+        observe: Receives observations of steps and previews.
+        learns: Whether the head learns from final images. Otherwise previews do not depend on earlier generations.
     """
 
     def __init__(
@@ -57,90 +57,99 @@ class PipelinePreviews:
         budget: PreviewBudget,
         tiny_vae: Any = None,
         observe: Observe = ignore,
-        teachable: bool = True,
+        learns: bool = True,
     ) -> None:
         self._budget = budget
         self._model = model
-        self._path = cache_path(cache_dir, pipeline)
-        self._lessons = 0
-        self._teachable = teachable
+        self._path = head_path(cache_dir, pipeline)
+        self._learned_images = 0
+        self._learns = learns
         full = VaeDecoder(pipeline, pipeline.vae)
-        decoders: dict[PreviewMethod, Decoder] = {}
         head = _fitted_head(self._path, pipeline, model) if PreviewMethod.HEAD in allowed else None
         self._head = None if head is None else HeadDecoder(head)
-        if self._head is not None:
-            decoders[PreviewMethod.HEAD] = self._head
-        if PreviewMethod.TINY_VAE in allowed and tiny_vae is not None:
-            decoders[PreviewMethod.TINY_VAE] = VaeDecoder(pipeline, tiny_vae)
-        if PreviewMethod.FULL_VAE in allowed:
-            decoders[PreviewMethod.FULL_VAE] = full
-        self._lane = lane_for(torch.device(model.device))
-        self._measure(decoders, full)
+        small = None if tiny_vae is None else VaeDecoder(pipeline, tiny_vae)
+        candidates: dict[PreviewMethod, Decoder | None] = {
+            PreviewMethod.HEAD: self._head,
+            PreviewMethod.TINY_VAE: small,
+            PreviewMethod.FULL_VAE: full,
+        }
+        self._stream = device_stream(torch.device(model.device))
+        decoders = self._measured(
+            {method: decoder for method, decoder in candidates.items() if decoder is not None and method in allowed},
+            full,
+        )
         self.methods = tuple(decoders)
-        """What can draw."""
-        gate = SafetyGate(pipeline, full) if SafetyGate.needed(pipeline) else None
-        self._renderer = PreviewRenderer(decoders, budget, self._lane, gate, observe)
+        """The available methods."""
+        self._renderer = PreviewRenderer(decoders, budget, self._stream, safety_gate(pipeline, full), observe)
 
-    def feed(self, job: Job, report: Callable[[Event], None]) -> PreviewQueue:
-        """Opens a line for one generation; previews come out of `report`."""
-        return self._renderer.feed(job, report)
+    def open_queue(self, job: Job, report: Callable[[Event], None]) -> PreviewQueue:
+        """Opens a queue for one generation; `report` receives its progress and previews."""
+        return self._renderer.open_queue(job, report)
 
     def learn(self, step: Step, images: torch.Tensor) -> None:
-        """Teaches the head what the last step's x0 became, when the preview thread has nothing else to do.
+        """Updates the head from a final image, when the preview thread is idle.
 
         Args:
-            step: A generation's last.
-            images: What the pipeline returned, (1, 3, height, width) from 0 to 1.
+            step: A generation's last step.
+            images: The pipeline's result, (1, 3, height, width), 0 to 1.
         """
-        decoder, mark = self._head, self._lane.mark()
-        if decoder is None or not self._teachable:
+        decoder, launched = self._head, self._stream.record()
+        if decoder is None or not self._learns:
             return
 
-        def lesson() -> None:
-            with torch.no_grad(), self._lane.after([mark]):
+        def update() -> None:
+            with torch.no_grad(), self._stream.after([launched]):
                 x0 = step.x0()
                 if x0 is None:
                     return
-                decoder.head = decoder.head.taught(PreviewHead.observe(decoder.head.scale, x0, images))
-            self._lessons += 1
-            if self._lessons % _LESSONS_BETWEEN_SAVES == 0:
+                decoder.replace(decoder.head.updated(PreviewHead.observe(decoder.head.scale, x0, images)))
+            self._learned_images += 1
+            if self._learned_images % _IMAGES_BETWEEN_SAVES == 0:
                 save_head(self._path, decoder.head)
 
-        self._renderer.when_idle(lesson)
+        self._renderer.when_idle(update)
 
     def close(self) -> None:
-        """Ends the preview thread, and keeps what was learnt."""
+        """Ends the preview thread, and saves the head."""
         self._renderer.close()
-        if self._head is not None and self._lessons % _LESSONS_BETWEEN_SAVES:
+        if self._head is not None and self._learned_images % _IMAGES_BETWEEN_SAVES:
             save_head(self._path, self._head.head)
 
-    def _measure(self, decoders: dict[PreviewMethod, Decoder], full: VaeDecoder) -> None:
-        """Gives the budget a first idea of what each costs the preview thread; decoders that fail are taken out.
+    def _measured(self, decoders: dict[PreviewMethod, Decoder], full: VaeDecoder) -> dict[PreviewMethod, Decoder]:
+        """Returns the decoders that work, and gives the budget a first estimate of their cost.
 
-        The full VAE is not tried, it may take half a minute on a CPU: the end of the first picture tells.
+        The full VAE is not tried, because it may take half a minute on a CPU: the end of the first generation measures
+        it.
         """
-        width, height = self._model.width, self._model.height
         before = torch.get_num_threads()
+        # As on the preview thread.
         torch.set_num_threads(1)
-        for method, decoder in list(decoders.items()):
-            if decoder is full:
-                continue
-            try:
-                latents = torch.zeros(full.shape(width, height), device=self._model.device)
-                for _ in range(2):
-                    # The first call prepares what later ones find.
-                    with torch.no_grad(), self._lane.after([self._lane.mark()]) as spent:
-                        decoder.decode(latents, width, height)
-            except Exception:
-                _log.exception("this decoder cannot draw previews of this pipeline", method=method)
-                del decoders[method]
-            else:
-                self._budget.observe_decode(method, spent.seconds, width * height)
-        torch.set_num_threads(before)
+        try:
+            return {
+                method: decoder
+                for method, decoder in decoders.items()
+                if decoder is full or self._measure(method, decoder, full)
+            }
+        finally:
+            torch.set_num_threads(before)
+
+    def _measure(self, method: PreviewMethod, decoder: Decoder, full: VaeDecoder) -> bool:
+        width, height = self._model.width, self._model.height
+        try:
+            latents = torch.zeros(full.shape(width, height), device=self._model.device)
+            for _ in range(2):
+                # The first call is slower: it warms up caches.
+                with torch.no_grad(), self._stream.after([self._stream.record()]) as elapsed:
+                    decoder.decode(latents, width, height)
+        except Exception:
+            _log.exception("this decoder cannot render previews of this pipeline", method=method)
+            return False
+        self._budget.observe_decode(method, elapsed.seconds, width * height)
+        return True
 
 
 def _fitted_head(path: Path, pipeline: Any, model: ModelInfo) -> PreviewHead | None:
-    """Loads or calibrates the head. A pipeline that cannot be calibrated still works, by other methods or without."""
+    """Loads or calibrates the head. If a pipeline cannot be calibrated, it works with other methods or no previews."""
     head = load_head(path)
     if head is None:
         _log.info("calibrating previews", model=model.name)

@@ -1,4 +1,4 @@
-"""One generation's line to the preview thread: which steps are due, and a slot for the newest of them."""
+"""One generation's queue to the preview thread: it decides which steps are due, and holds the newest of them."""
 
 from __future__ import annotations
 
@@ -27,25 +27,32 @@ __all__ = ["PendingPreview", "PreviewQueue"]
 
 @dataclass(frozen=True, slots=True)
 class PendingPreview:
-    """A step to draw, what with, and what to wait for on the device."""
+    """A step to show.
+
+    Attributes:
+        step: The step.
+        method: The decoder to use.
+        launched: Event on the device after which the step's tensors can be read; None on a CPU.
+    """
 
     step: Step
     method: PreviewMethod
-    mark: torch.cuda.Event | None
+    launched: torch.cuda.Event | None
 
 
 class PreviewQueue:
-    """Takes the steps of one generation. An unrendered one is replaced by the next that is due.
+    """Takes the steps of one generation. It holds one step: a newer one that is due replaces it.
 
     Args:
-        job: The generation's.
-        report: Takes its events.
-        methods: What can draw.
-        budget: Chooses among them, and learns how long steps take.
-        lane: Where previews are computed.
-        company: The feeds that are open, among which the denoiser's time is divided; this one joins them until `close`.
-        ready: Told when the slot is filled.
-        observe: Told of each step.
+        job: The generation's job.
+        report: Receives its events.
+        methods: The available methods.
+        budget: Chooses among them, and records how long steps take.
+        stream: Where previews are computed.
+        open_queues: Returns the number of open queues; their generations share the denoiser's time equally.
+        on_due: Called when a step is ready to be taken.
+        on_close: Called once the queue is closed.
+        observe: Receives an observation for each step.
     """
 
     def __init__(
@@ -55,94 +62,112 @@ class PreviewQueue:
         *,
         methods: Collection[PreviewMethod],
         budget: PreviewBudget,
-        lane: DeviceStream,
-        company: set[PreviewQueue],
-        ready: Callable[[PreviewQueue], None],
+        stream: DeviceStream,
+        open_queues: Callable[[], int],
+        on_due: Callable[[PreviewQueue], None],
+        on_close: Callable[[PreviewQueue], None],
         observe: Observe = ignore,
     ) -> None:
         self.job = job
         self.report = report
-        self.broken = False
-        """Whether the latents were seen to hold NaN or infinity."""
-        self.passed: bool | None = None
-        """What the safety checker said about the predicted picture; None before it was asked."""
         self.context = contextvars.copy_context()
-        """So that lines logged by the preview thread carry the generation's ids."""
+        """Of the generation's thread, so that lines logged by the preview thread carry its ids."""
         self._methods = methods
         self._budget = budget
-        self._lane = lane
-        self._company = company
-        self._ready = ready
+        self._stream = stream
+        self._open_queues = open_queues
+        self._on_due = on_due
+        self._on_close = on_close
         self._observe = observe
-        self._cadence = PreviewSchedule(job.preview)
+        self._schedule = PreviewSchedule(job.preview)
         self._method: PreviewMethod | None = None
         self._offered_at: float | None = None
+        self._invalid = False
+        self._safe: bool | None = None
         self._changed = threading.Condition()
-        self._slot: PendingPreview | None = None
+        """Guards everything below."""
+        self._pending: PendingPreview | None = None
         self._rendering = False
-        self._lost = 0
-        company.add(self)
+        self._skipped = 0
+
+    @property
+    def invalid(self) -> bool:
+        """Whether the latents were seen to hold NaN or infinity."""
+        return self._invalid
+
+    @property
+    def safe(self) -> bool | None:
+        """Verdict of the safety checker on the predicted image; None before the check."""
+        return self._safe
+
+    def mark_invalid(self) -> None:
+        """Records that the latents hold NaN or infinity."""
+        self._invalid = True
+
+    def record_verdict(self, safe: bool) -> None:
+        """Records the verdict of the safety checker."""
+        self._safe = safe
 
     def offer(self, step: Step) -> None:
-        """Hands over a step; returns at once."""
+        """Offers a finished step; returns at once."""
         now = time.monotonic()
         if self._offered_at is not None:
             self._observe(StepDone(now - self._offered_at))
-            # Others' previews have to be paid from their part of the step.
-            part = (now - self._offered_at) / len(self._company)
-            self._budget.observe_step(part, self.job.pixel_count)
+            # Each generation pays for its previews from its own share of the step.
+            share = (now - self._offered_at) / self._open_queues()
+            self._budget.observe_step(share, self.job.pixel_count)
         self._offered_at = now
-        stride = self._choose()
-        if self._method is None or not self._cadence.due(step.number, step.total, stride):
+        stride = self._choose_method()
+        if self._method is None or not self._schedule.due(step.number, step.total, stride):
             self.report(Denoising(step.number, step.total))
             return
-        due = PendingPreview(step, self._method, self._lane.mark())
+        pending = PendingPreview(step, self._method, self._stream.record())
         with self._changed:
-            waiting, self._slot = self._slot, due
-            self._lost += waiting is not None
-        if waiting is None:
-            self._ready(self)
+            replaced, self._pending = self._pending, pending
+            self._skipped += replaced is not None
+        if replaced is None:
+            self._on_due(self)
         else:
-            # Drawing takes longer than a step; the progress is told all the same.
+            # Rendering takes longer than a step; progress is reported anyway.
             self.report(Denoising(step.number, step.total))
 
     def take(self) -> PendingPreview | None:
-        """Takes the step in the slot; None after `close`. `done` must follow."""
+        """Takes the waiting step; None after `close`. Call `done` afterwards."""
         with self._changed:
-            due, self._slot = self._slot, None
-            self._rendering = due is not None
-        return due
+            pending, self._pending = self._pending, None
+            self._rendering = pending is not None
+        return pending
 
-    def lost(self) -> int:
-        """Returns how many previews were due and are lost since this was last asked."""
+    def take_skipped(self) -> int:
+        """Returns how many previews were due but not shown since the last call."""
         with self._changed:
-            lost, self._lost = self._lost, 0
-        return lost
+            skipped, self._skipped = self._skipped, 0
+        return skipped
 
-    def failed(self) -> None:
-        """The step that was taken could not be drawn."""
+    def skip(self) -> None:
+        """Counts the step that was taken as not shown, because rendering it failed."""
         with self._changed:
-            self._lost += 1
+            self._skipped += 1
 
     def done(self) -> None:
-        """What became of the step that was taken has been reported."""
+        """Records that the step that was taken has been reported."""
         with self._changed:
             self._rendering = False
             self._changed.notify_all()
 
     def flush(self) -> None:
-        """Returns when what is due has been drawn and reported: the last step comes before the end."""
+        """Blocks until all steps that are due have been reported, so that the last preview comes before the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._slot is None and not self._rendering)
+            self._changed.wait_for(lambda: self._pending is None and not self._rendering)
 
     def close(self) -> None:
-        """Forgets a step that nobody will see any more, and leaves the company."""
-        self._company.discard(self)
+        """Drops a waiting step and closes the queue."""
+        self._on_close(self)
         with self._changed:
-            self._slot = None
+            self._pending = None
             self._changed.notify_all()
 
-    def _choose(self) -> int:
+    def _choose_method(self) -> int:
         """Sets the method for this step and returns the budget's stride."""
         wanted = self.job.preview.method
         if wanted is not PreviewMethod.AUTO:

@@ -1,4 +1,4 @@
-"""Arguments are joined for what they are, and calls that differ in more than rows are kept apart."""
+"""Arguments are joined by type and shape, and calls that cannot be joined get different signatures."""
 
 import types
 
@@ -11,30 +11,30 @@ from support.engine import tiny
 
 
 class Module(torch.nn.Module):
-    """Has the arguments of a transformer."""
+    """A module with the arguments of a transformer."""
 
     def forward(self, hidden_states, timestep=None, encoder_hidden_states=None, guidance=None, img_ids=None, **others):
-        """Only its signature matters."""
+        """Never called; only the signature matters."""
 
 
 @pytest.fixture
 def collator():
-    """For a module that no rule is written for."""
+    """A collator for a module without special rules."""
     return Collator(Module())
 
 
 def bind(collator, rows=1, **arguments):
-    """A call with so many rows of latents."""
+    """Returns a call with so many rows of latents."""
     return collator.bind((torch.ones(rows, 3),), arguments, {})
 
 
 def joined(collator, *calls, padded_rows=None):
-    """The arguments that the module gets."""
+    """Returns the arguments that the module gets."""
     return collator.join(calls, padded_rows or sum(call.rows for call in calls))[1]
 
 
 def test_position_and_keyword_are_the_same(collator):
-    """Pipelines may pass an argument either way."""
+    """Positional and keyword arguments give the same signature."""
     latents, timestep = torch.ones(1, 3), torch.tensor(1.0)
     by_position = collator.bind((latents, timestep), {}, {})
     by_keyword = collator.bind((), {"timestep": timestep, "hidden_states": latents}, {})
@@ -50,15 +50,15 @@ def test_position_and_keyword_are_the_same(collator):
         ((torch.tensor([5, 6]), 7.5), [5, 6, 7.5]),
     ],
 )
-def test_timesteps_get_one_entry_a_row(collator, timesteps, expected):
-    """In whatever form schedulers give them, those of different requests go together."""
+def test_timesteps_get_one_entry_per_row(collator, timesteps, expected):
+    """Timesteps in any form are joined to one entry per row."""
     calls = [bind(collator, rows, timestep=timestep) for rows, timestep in zip((2, 1), timesteps, strict=True)]
     assert calls[0].signature == calls[1].signature
     assert joined(collator, *calls)["timestep"].tolist() == expected
 
 
-def test_filling_repeats_the_last_row(collator):
-    """Fixed buckets: latents, timesteps and lists are filled up alike."""
+def test_padding_repeats_the_last_row(collator):
+    """Latents, timesteps and lists are padded to a fixed number of rows."""
     call = bind(collator, 1, timestep=torch.tensor(5), guidance=torch.tensor([3.0]))
     filled = joined(collator, call, padded_rows=3)
     assert filled["hidden_states"].shape == (3, 3)
@@ -67,7 +67,7 @@ def test_filling_repeats_the_last_row(collator):
 
 
 def test_tensors_without_rows_are_compared(collator):
-    """Equal positions are passed on once; different ones keep calls apart. A change in place is seen."""
+    """Equal positions are passed once; different ones prevent joining. A change in place is noticed."""
     positions, digests = torch.arange(6).reshape(3, 2), {}
     first = collator.bind((torch.ones(1, 3),), {"img_ids": positions}, digests)
     same = bind(collator, img_ids=positions.clone())
@@ -78,14 +78,14 @@ def test_tensors_without_rows_are_compared(collator):
     assert collator.bind((torch.ones(1, 3),), {"img_ids": positions}, digests).signature != first.signature
 
 
-def test_positions_are_no_rows_by_chance(collator):
-    """FLUX's ids have one entry a token, be there as many tokens as rows."""
+def test_positions_are_never_taken_for_rows(collator):
+    """FLUX's ids have one entry per token, even if there are as many tokens as rows."""
     call = bind(collator, 3, img_ids=torch.zeros(3, 2))
     assert joined(collator, call, call)["img_ids"].shape == (3, 2)
 
 
-def test_other_scalars_are_not_spread(collator):
-    """A number that is no timestep is passed on where it is equal, for nobody knows what it would mean by row."""
+def test_other_numbers_must_be_equal(collator):
+    """A number that is not a timestep must be equal, because its meaning per row is unknown."""
     assert bind(collator, guidance=torch.tensor(3.0)).signature == bind(collator, guidance=torch.tensor(3.0)).signature
     assert bind(collator, guidance=torch.tensor(3.0)).signature != bind(collator, guidance=torch.tensor(4.0)).signature
 
@@ -94,14 +94,14 @@ def test_other_scalars_are_not_spread(collator):
     ("one", "other"),
     [(None, 1), (True, 1), (1, 1.0), ("a", "b"), ([1], (1,)), ({"a": 1}, {"a": 2}), (Module(), Module())],
 )
-def test_different_values_keep_calls_apart(collator, one, other):
-    """Flags, LoRA scales and anything else must be the same, type and all."""
+def test_different_values_prevent_joining(collator, one, other):
+    """Flags, LoRA scales and all other values must have the same type and value."""
     assert bind(collator, value=one).signature == bind(collator, value=one).signature
     assert bind(collator, value=one).signature != bind(collator, value=other).signature
 
 
-def test_different_shapes_and_dtypes_keep_calls_apart(collator):
-    """Whatever cannot be concatenated is another group."""
+def test_different_shapes_and_dtypes_prevent_joining(collator):
+    """Tensors that cannot be concatenated prevent joining."""
     signatures = {
         collator.bind((latents,), {}, {}).signature
         for latents in (torch.ones(1, 3), torch.ones(1, 4), torch.ones(1, 3, 1), torch.ones(1, 3).half())
@@ -110,7 +110,7 @@ def test_different_shapes_and_dtypes_keep_calls_apart(collator):
 
 
 def test_dicts_and_tuples_are_joined_by_entry(collator):
-    """As SDXL's conditions and ControlNet's residuals are given."""
+    """Dicts and tuples, such as SDXL's conditions and ControlNet's residuals, are joined entry by entry."""
     calls = [
         bind(
             collator,
@@ -127,15 +127,15 @@ def test_dicts_and_tuples_are_joined_by_entry(collator):
     assert both["residuals"][0].tolist() == [[1], [2], [2]]
 
 
-def test_what_is_not_understood_runs_alone(collator):
-    """A call without a batch first is never joined, not even with its like."""
+def test_a_call_without_a_batch_runs_alone(collator):
+    """A call whose first argument is not a batch is never joined, not even with an equal call."""
     calls = [collator.bind((types.SimpleNamespace(),), {}, {}) for _ in range(2)]
     assert calls[0].signature != calls[1].signature
     assert collator.join(calls[:1], 1)[0] is calls[0].args
 
 
-def test_answers_keep_their_form(collator):
-    """Tuples, lists by row and diffusers' own classes are cut by row; the parts are views."""
+def test_answers_keep_their_structure(collator):
+    """Tuples, lists of rows and diffusers' output classes are split by row; the parts are views."""
     calls = [bind(collator, 1), bind(collator, 2)]
     rows = torch.arange(3.0).reshape(3, 1)
     for output, value in [
@@ -150,10 +150,10 @@ def test_answers_keep_their_form(collator):
 
 
 class TestLengths:
-    """Prompts of different length share a batch where a mask can hide the difference, and the answer stays the same."""
+    """Prompts of different lengths share a batch if a mask can hide the padding, and the answers stay the same."""
 
     def run(self, family, *prompts, exact=False):
-        """Single answers and joined ones, and whether they could be joined."""
+        """Returns the answers to single and to joined calls, and whether they could be joined."""
         module = getattr(tiny.shared(family), "transformer")  # noqa: B009
         collator = Collator(module, exact=exact)
         calls = [
@@ -198,21 +198,21 @@ class TestLengths:
 
     @pytest.mark.parametrize("family", ["qwen_image", "pixart_sigma"])
     @pytest.mark.parametrize("masked", [False, True])
-    def test_masks_hide_what_is_filled_up(self, family, masked):
-        """A missing mask is written out where another call is longer or has one."""
+    def test_masks_hide_the_padding(self, family, masked):
+        """A missing mask is added if another call is longer or has a mask."""
         mask = (torch.arange(9) < 6).long()[None] if masked else None
         single, parts = self.run(family, (12, None), (9, mask), (7, None))
         for a, b in zip(single, parts, strict=True):
             assert (a - b).abs().max() <= 2e-6 * a.abs().max()
 
-    def test_masks_stay_missing_without_need(self):
-        """Models are faster without."""
+    def test_unneeded_masks_stay_missing(self):
+        """If no call needs a mask, none is added, because models are faster without."""
         collator = Collator(tiny.shared("qwen_image").transformer)
         calls = [collator.bind(*self.qwen_image(number, 12, None), {}) for number in range(2)]
         assert joined(collator, *calls)["encoder_hidden_states_mask"] is None
 
     def test_z_image_takes_rows_of_any_size(self):
-        """Prompts and pictures of different size share one forward pass."""
+        """Prompts and images of different sizes share one forward pass."""
         single, parts = self.run("z_image", (11, (8, 8)), (5, (8, 12)))
         for a, b in zip(single, parts, strict=True):
             assert a[0].shape == b[0].shape
@@ -226,7 +226,7 @@ class TestLengths:
             ("z_image", (11, (8, 8)), (5, (8, 8))),
         ],
     )
-    def test_exact_means_no_filling_up(self, family, one, other):
-        """For the same bits in any company no row may be lengthened for another."""
+    def test_exact_means_no_padding(self, family, one, other):
+        """An exact collator does not pad one call to the length of another."""
         assert self.run(family, one, other, exact=True) is None
         assert self.run(family, one, one, exact=True) is not None

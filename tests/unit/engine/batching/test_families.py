@@ -1,4 +1,4 @@
-"""Every family draws the same batched as alone, through its unmodified pipeline."""
+"""Every model family generates the same images batched as alone, through its unmodified pipeline."""
 
 import concurrent.futures
 import dataclasses
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from calotype_server.engine.batching.batcher import StepBatcher
-from calotype_server.engine.batching.measure import Threads, unbatchable, verify
+from calotype_server.engine.batching.measure import Threads
+from calotype_server.engine.batching.verify import unbatchable, verify
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
 from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.sample_calls import sample_calls
@@ -24,7 +25,7 @@ CASES = [{"seed": 1, "steps": 3}, {"seed": 2, "steps": 5}, {"seed": 3, "steps": 
 
 
 def arguments(family, case):
-    """A call of its own prompt, and of its own size for the last case."""
+    """Returns the arguments of a pipeline call with its own prompt, and with its own size for the last case."""
     call = tiny_inputs.arguments(family, **case)
     if case["seed"] == 4:
         call["width"], call["height"] = ODD.get(family, (64, 96))
@@ -41,14 +42,14 @@ def arguments(family, case):
 
 
 def alone(family, case):
-    """What the pipeline draws by itself."""
+    """Returns the result of the pipeline alone."""
     pipeline = tiny.shared(family)
     view = request_view(pipeline, make_scheduler(pipeline, type(pipeline.scheduler).__name__))
     return view(**arguments(family, case))[0]
 
 
 def batched(family, cases, **options):
-    """What it draws for all of them at once, and how many calls each batch had."""
+    """Returns the results of all cases at the same time, and the records of the batches."""
     pipeline = tiny.shared(family)
     name, shared = denoiser_name(pipeline), shared_components(pipeline)
     records = []
@@ -58,17 +59,17 @@ def batched(family, cases, **options):
     start = threading.Barrier(len(cases))
 
     def request(case):
-        # Torch keeps the number by thread.
+        # Torch keeps the number per thread.
         torch.set_num_threads(1)
-        with batcher.stream() as stream:
+        with batcher.open_session() as session:
             scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
             StepTap(
                 scheduler,
                 on_start=lambda _: start.wait(PATIENCE),
-                on_step=lambda step: stream.expect_no_more() if step.number == step.total else None,
+                on_step=lambda step: session.expect_no_more() if step.number == step.total else None,
                 should_stop=lambda: False,
             )
-            view = request_view(pipeline, scheduler, **shared, **{name: stream.proxy()})
+            view = request_view(pipeline, scheduler, **shared, **{name: session.proxy()})
             return view(**arguments(family, case))[0]
 
     with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
@@ -78,10 +79,10 @@ def batched(family, cases, **options):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_batched_is_as_alone(family):
-    """Requests of different seeds, prompts, steps, guidance and sizes come out as if each had been the only one."""
+def test_batched_equals_alone(family):
+    """Requests with different seeds, prompts, steps, guidance and sizes give the same images as alone."""
     pictures, records = batched(family, CASES)
-    assert max(len(record.streams) for record in records) > 1
+    assert max(len(record.sessions) for record in records) > 1
     assert all(record.rows <= MAX_ROWS for record in records)
     for case, picture in zip(CASES, pictures, strict=True):
         expected = alone(family, case)
@@ -91,11 +92,11 @@ def test_batched_is_as_alone(family):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_deterministic_is_bitwise(family):
-    """In buckets of one size the company does not matter to the last bit."""
+    """With batches of one size, other requests do not change a single bit."""
     (single,), _ = batched(family, CASES[:1], deterministic=True)
     (first, *_), records = batched(family, CASES[:3], deterministic=True)
     (*_, last), _ = batched(family, [CASES[2], CASES[0]], deterministic=True)
-    assert max(len(record.streams) for record in records) > 1
+    assert max(len(record.sessions) for record in records) > 1
     assert {record.padded_rows for record in records} == {MAX_ROWS}
     assert torch.equal(first, single)
     assert torch.equal(last, single)
@@ -103,12 +104,12 @@ def test_deterministic_is_bitwise(family):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_family_may_be_batched(family):
-    """What is found out at load speaks for every family, deterministic or not."""
+    """The checks at load allow batching for every family, deterministic or not."""
     pipeline = tiny.prompted(family)
     module = getattr(pipeline, denoiser_name(pipeline))
     assert unbatchable(module) is None
     if family in ("pixart_sigma", "sana", "sana_sprint"):
-        return  # they round every size to one of the real model's, which is far too large here
+        return  # They round every size to one of the real model, which is far too large here.
     model = describe(family, pipeline, Defaults(step_count=3))
     calls = sample_calls(pipeline, dataclasses.replace(model, width=64, height=64))
     assert verify(module, calls) is None

@@ -1,4 +1,4 @@
-"""What goes wrong in one request stays with it; what goes wrong with the device reaches everybody."""
+"""A failure of one request stays in that request; a failure of the device reaches all requests."""
 
 import gc
 import threading
@@ -8,39 +8,39 @@ import pytest
 import torch
 
 from calotype_server import errors
-from support.engine.batching import Party, answer_to
+from support.engine.batching import Callers, answer_to
 from support.runs import PATIENCE
 
 POISON = 13
 
 
 def outcomes(futures):
-    """The exception or the answer of each."""
+    """Returns the exception or the answer of each call."""
     return [future.exception(0) or future.result(0) for future in futures]
 
 
 def right(futures, *numbers):
-    """Whether these have the answer that they would have had alone."""
+    """Returns whether these calls have the same answers as alone."""
     return all(torch.equal(futures[number].result(0), answer_to(number, 0)) for number in numbers)
 
 
 @pytest.mark.parametrize("fault", [ValueError("poisoned"), SystemExit(3)])
-def test_a_poisoned_request_fails_alone(fault):
-    """Its rows make every batch fail that they are in; it gets the exception, and the others their answers."""
+def test_a_request_that_breaks_its_batch_fails_alone(fault):
+    """A request whose rows make every batch fail gets the exception, and the others get their answers."""
 
     def act(rows):
         if (rows == POISON).any():
             raise fault
 
-    with Party(act) as party:
-        futures = party.together((0,), (1,), (2,), (POISON,), (4,), (5,), (6,))
+    with Callers(act) as callers:
+        futures = callers.together((0,), (1,), (2,), (POISON,), (4,), (5,), (6,))
         assert outcomes(futures)[3] is fault
         assert right(futures, 0, 1, 2, 4, 5, 6)
-        assert torch.equal(party.call(7), answer_to(7, 0))
+        assert torch.equal(callers.call(7), answer_to(7, 0))
 
 
-def test_what_a_failed_call_computed_is_freed():
-    """No traceback keeps activations, and no collector has to run to free them."""
+def test_intermediate_results_of_a_failed_call_are_freed():
+    """No traceback keeps activations alive, so they are freed without the garbage collector."""
     seen = []
 
     def act(rows):
@@ -48,18 +48,18 @@ def test_what_a_failed_call_computed_is_freed():
         seen.append(weakref.ref(activation))
         raise ValueError("after a computation")
 
-    with Party(act) as party:
+    with Callers(act) as callers:
         gc.disable()
         try:
             with pytest.raises(ValueError, match="after a computation"):
-                party.call(1)
+                callers.call(1)
             assert [reference() for reference in seen] == [None]
         finally:
             gc.enable()
 
 
 class TestMemory:
-    """Memory that runs out costs speed, and no request."""
+    """Exhausted memory makes batches smaller and fails no request."""
 
     @pytest.mark.parametrize(
         "fault",
@@ -70,91 +70,91 @@ class TestMemory:
         ],
     )
     def test_the_batch_is_halved_and_the_limit_kept(self, fault, logs):
-        """Eight rows do not fit, four do: everybody is answered, and no batch is as large again."""
+        """If eight rows do not fit but four do, all calls are answered, and later batches have at most four rows."""
 
         def act(rows):
             if len(rows) > 4:
                 raise fault
 
-        with Party(act) as party:
-            futures = party.together(*((number,) for number in range(8)))
+        with Callers(act) as callers:
+            futures = callers.together(*((number,) for number in range(8)))
             assert right(futures, *range(8))
-            assert party.module.sizes == [8, 4, 4]
-            assert party.batcher.max_rows == 4
-            party.together(*((number,) for number in range(8)))
-            assert party.module.sizes == [4, 4]
+            assert callers.module.sizes == [8, 4, 4]
+            assert callers.batcher.max_rows == 4
+            callers.together(*((number,) for number in range(8)))
+            assert callers.module.sizes == [4, 4]
         assert ("memory ran out", 4) in [(entry["event"], entry.get("max_rows")) for entry in logs]
 
-    def test_a_bucket_that_does_not_fit_is_halved_too(self):
-        """It is the filling that does not fit: a request that is alone in its batch is answered all the same."""
+    def test_padding_that_does_not_fit_is_reduced(self):
+        """A single request whose padded batch does not fit is answered with less padding."""
 
         def act(rows):
             if len(rows) > 4:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        with Party(act, max_rows=16, deterministic=True) as party:
-            assert torch.equal(party.call(1), answer_to(1, 0))
-            assert right(party.together((0,), (1,), (2,)), 0, 1, 2)
-            assert party.module.sizes == [4]
-            assert party.batcher.max_rows == 4
+        with Callers(act, max_rows=16, deterministic=True) as callers:
+            assert torch.equal(callers.call(1), answer_to(1, 0))
+            assert right(callers.together((0,), (1,), (2,)), 0, 1, 2)
+            assert callers.module.sizes == [4]
+            assert callers.batcher.max_rows == 4
 
     def test_the_limit_grows_back(self):
-        """After a hundred batches without trouble one row more is tried, up to what was asked for."""
+        """After a hundred successful batches the limit rises by one row, up to the configured one."""
         plenty = threading.Event()
 
         def act(rows):
             if len(rows) > 1 and not plenty.is_set():
                 raise torch.OutOfMemoryError
 
-        with Party(act, max_rows=2) as party:
-            party.together((0,), (1,))
-            assert party.batcher.max_rows == 1
+        with Callers(act, max_rows=2) as callers:
+            callers.together((0,), (1,))
+            assert callers.batcher.max_rows == 1
             plenty.set()
             limits = []
             for _ in range(250):
-                party.call(1)
-                limits.append(party.batcher.max_rows)
+                callers.call(1)
+                limits.append(callers.batcher.max_rows)
             assert limits[90] == 1
             assert set(limits[110:]) == {2}
 
-    def test_a_request_that_never_fits_is_told(self):
-        """Alone and still too large, it gets the error itself, and the limit of the others stays."""
+    def test_a_request_that_never_fits_fails(self):
+        """A request that does not fit even alone gets the error, and the limit stays as it was."""
 
         def act(rows):
             if len(rows) > 4:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        with Party(act, max_rows=4) as party:
+        with Callers(act, max_rows=4) as callers:
             with pytest.raises(torch.OutOfMemoryError):
-                party.call(1, 0, 6)
-            assert party.batcher.max_rows == 4
+                callers.call(1, 0, 6)
+            assert callers.batcher.max_rows == 4
 
 
 def test_nan_stays_in_its_row():
-    """Invalid numbers of one request do not reach the others."""
-    with Party() as party:
-        futures = party.together((float("nan"),), (1,), (2,))
+    """NaN in one request does not reach the other requests in the batch."""
+    with Callers() as callers:
+        futures = callers.together((float("nan"),), (1,), (2,))
         assert futures[0].result(0).isnan().all()
         assert right(futures, 1, 2)
 
 
 def test_a_stalled_request_does_not_stop_the_others():
-    """One request hangs in its own code between two steps, expected by all; the others run to their end."""
+    """If one request hangs between two steps while others expect it, the others still finish."""
     release = threading.Event()
 
-    def stalled(stream):
-        with stream:
-            party.step(stream, 1)
+    def stalled(session):
+        with session:
+            callers.step(session, 1)
             assert release.wait(PATIENCE)
-            return party.step(stream, 1)
+            return callers.step(session, 1)
 
     def request(value):
-        with party.batcher.stream() as stream:
-            return [party.step(stream, value, number) for number in range(5)]
+        with callers.batcher.open_session() as session:
+            return [callers.step(session, value, number) for number in range(5)]
 
-    with Party() as party:
-        slow = party.start(stalled, party.batcher.stream())
-        others = [party.start(request, value) for value in (2, 3)]
+    with Callers() as callers:
+        slow = callers.start(stalled, callers.batcher.open_session())
+        others = [callers.start(request, value) for value in (2, 3)]
         for value, other in zip((2, 3), others, strict=True):
             assert torch.equal(other.result(PATIENCE)[4], answer_to(value, 4))
         assert not slow.done()
@@ -163,38 +163,38 @@ def test_a_stalled_request_does_not_stop_the_others():
 
 
 class TestDevice:
-    """A dead device is known to everybody, at once and for good."""
+    """A failed device ends all current and later calls."""
 
     def test_failure_of_the_device_reaches_all(self, logs):
-        """Calls in the batch, calls that wait, and later calls all raise EngineDead; none hangs."""
+        """Calls in the batch, waiting calls and later calls all raise `EngineDead`; none hangs."""
 
         def act(rows):
             if (rows == POISON).any():
                 raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-        with Party(act, max_rows=2) as party:
-            futures = party.together((POISON,), (1,), (2,))
+        with Callers(act, max_rows=2) as callers:
+            futures = callers.together((POISON,), (1,), (2,))
             failures = outcomes(futures)
             assert [type(failure) for failure in failures] == [errors.EngineDead] * 3
             assert len({id(failure) for failure in failures}) == 3
             assert isinstance(failures[0].__cause__, torch.AcceleratorError)
             with pytest.raises(errors.EngineDead):
-                party.call(3)
+                callers.call(3)
         assert "the device failed" in [entry["event"] for entry in logs]
 
-    def test_the_device_thread_does_not_die_in_silence(self, monkeypatch, logs):
-        """Even a mistake of the batcher's own is logged, and ends in EngineDead for those who wait."""
-        with Party() as party:
-            monkeypatch.setattr(party.batcher._rendezvous, "pick", lambda _: 1 / 0)
+    def test_a_bug_in_the_batcher_is_logged(self, monkeypatch, logs):
+        """An exception in the batcher's own code is logged, and all calls raise `EngineDead`."""
+        with Callers() as callers:
+            monkeypatch.setattr(callers.batcher._scheduler, "pick", lambda _: 1 / 0)
             for _ in range(2):
                 with pytest.raises(errors.EngineDead):
-                    party.call(1)
+                    callers.call(1)
         assert "the device failed" in [entry["event"] for entry in logs]
 
-    def test_a_mistake_in_joining_costs_only_speed(self, monkeypatch):
-        """Calls that cannot be joined after all are run one by one."""
-        with Party() as party:
-            monkeypatch.setattr(party.batcher.collator, "_with_masks", lambda _: 1 / 0)
-            futures = party.together((0,), (1,), (2,))
+    def test_calls_that_fail_to_join_run_one_by_one(self, monkeypatch):
+        """If joining raises, each call runs alone and is answered."""
+        with Callers() as callers:
+            monkeypatch.setattr(callers.batcher.collator, "_with_masks", lambda _: 1 / 0)
+            futures = callers.together((0,), (1,), (2,))
             assert right(futures, 0, 1, 2)
-            assert party.module.sizes == [1, 1, 1]
+            assert callers.module.sizes == [1, 1, 1]

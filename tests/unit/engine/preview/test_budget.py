@@ -1,4 +1,4 @@
-"""What previews may cost: the choice follows what was measured, and nothing else."""
+"""The cost of previews: the choice of a decoder depends only on measurements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ seconds = st.floats(1e-6, 100)
 
 
 def measured(share: float = 0.02, *, step: float = 1.0, encode: float = 0.0, **decoders: float) -> PreviewBudget:
-    """A budget that was told seconds for a picture of `PIXELS`, by the names of the methods."""
+    """Returns a budget with measured seconds for an image of `PIXELS`, by method name."""
     budget = PreviewBudget(share)
     budget.observe_step(step, PIXELS)
     if encode:
@@ -36,13 +36,13 @@ def measured(share: float = 0.02, *, step: float = 1.0, encode: float = 0.0, **d
         ({"head": 0.1, "tiny_vae": 0.5, "full_vae": 0.9}, Choice(HEAD, 5)),
     ],
 )
-def test_the_best_that_is_quick_enough_is_chosen(decoders: dict, expected: Choice) -> None:
-    """Two hundredths of a second are free in each step; a decoder that manages every second step is taken."""
+def test_the_best_method_that_is_fast_enough_is_chosen(decoders: dict, expected: Choice) -> None:
+    """With 0.02 s per step for previews, the best decoder that can show every second step is chosen."""
     assert measured(**decoders).choose(ALL, PIXELS) == expected
 
 
-def test_what_was_never_measured_is_not_taken_for_quick() -> None:
-    """Without a figure for it, no decoder is chosen over the head, measured or not."""
+def test_an_unmeasured_method_is_not_assumed_to_be_fast() -> None:
+    """A decoder without a measurement is not preferred to the head."""
     assert PreviewBudget(0.02).choose(ALL, PIXELS) == Choice(HEAD, 1)
     assert measured(head=0.001).choose(ALL, PIXELS) == Choice(HEAD, 1)
     assert measured(head=0.1).choose(ALL, PIXELS) == Choice(HEAD, 5)
@@ -51,8 +51,8 @@ def test_what_was_never_measured_is_not_taken_for_quick() -> None:
     assert without_steps.choose(ALL, PIXELS) == Choice(HEAD, 1)
 
 
-def test_a_choice_is_kept_a_little_longer_than_it_is_taken() -> None:
-    """Between two and four steps, a generation stays with what it was drawn with; beyond, it changes."""
+def test_a_chosen_method_is_kept_up_to_a_larger_stride() -> None:
+    """With a stride of two to four steps a generation keeps its method; beyond four it changes."""
     budget = measured(head=0.001, full_vae=0.07)
     assert budget.choose(ALL, PIXELS) == Choice(HEAD, 1)
     assert budget.choose(ALL, PIXELS, current=HEAD) == Choice(HEAD, 1)
@@ -61,28 +61,28 @@ def test_a_choice_is_kept_a_little_longer_than_it_is_taken() -> None:
 
 
 def test_the_encoder_counts() -> None:
-    """A preview costs its JPEG too."""
+    """The cost of a preview includes encoding."""
     assert measured(head=0.01).stride(HEAD, PIXELS) == 1
     assert measured(head=0.01, encode=0.05).stride(HEAD, PIXELS) == 3
 
 
-def test_contention_says_how_much_of_it_the_denoiser_feels() -> None:
-    """Where the denoiser uses half of the cores, half of the work is in its way."""
+def test_contention_scales_the_cost() -> None:
+    """With a contention of 0.5, a preview costs the denoiser half of its computing time."""
     budget = measured(head=0.08)
     assert budget.stride(HEAD, PIXELS) == 4
-    budget.contention = 0.5
+    budget.set_contention(0.5)
     assert budget.stride(HEAD, PIXELS) == 2
 
 
 def test_costs_follow_the_size() -> None:
-    """Steps and decoders were measured on one size and are expected in proportion on another; the encoder is not."""
+    """Costs of steps and decoders are proportional to the number of pixels; the cost of the encoder is not."""
     budget = measured(head=0.01)
     assert budget.cost(HEAD, 4 * PIXELS) == pytest.approx(0.04)
     assert budget.stride(HEAD, 4 * PIXELS) == budget.stride(HEAD, PIXELS)
 
 
-def test_the_choice_follows_what_is_measured_later() -> None:
-    """When steps become quicker, as on a warm machine, the decoder that was affordable is not any more, and back."""
+def test_the_choice_follows_later_measurements() -> None:
+    """If steps become faster, an affordable decoder can become too expensive, and the other way round."""
     budget = measured(head=0.001, full_vae=0.02)
     assert budget.choose(ALL, PIXELS).method is FULL
     for _ in range(30):
@@ -94,14 +94,14 @@ def test_the_choice_follows_what_is_measured_later() -> None:
 
 
 def test_one_odd_measurement_changes_little() -> None:
-    """A hiccup of the machine weighs a twentieth."""
+    """A single high measurement has a weight of 5 %."""
     budget = measured(head=0.01)
     budget.observe_decode(HEAD, 0.06, PIXELS)
     assert budget.cost(HEAD, PIXELS) == pytest.approx(0.0125)
 
 
-def test_nothing_to_draw_with_is_no_choice() -> None:
-    """A server that allows no method, or a model that none can draw."""
+def test_without_methods_there_is_no_choice() -> None:
+    """Without an available method the choice is None."""
     assert measured(head=0.01).choose((), PIXELS) is None
 
 
@@ -116,9 +116,9 @@ def test_nothing_to_draw_with_is_no_choice() -> None:
     scale=st.integers(1, 64),
 )
 def test_the_share_is_kept(share, step, encode, decoders, methods, current, contention, scale) -> None:
-    """Whatever was measured, the cost spread over the steps to the next preview is at most the share."""
+    """For any measurements, the cost per step is at most the configured share."""
     budget = measured(share, step=step, encode=encode, **{method.value: cost for method, cost in decoders.items()})
-    budget.contention = contention
+    budget.set_contention(contention)
     pixels = scale * PIXELS
     choice = budget.choose(methods, pixels, current)
     assert (choice is None) == (not methods)

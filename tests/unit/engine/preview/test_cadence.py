@@ -1,4 +1,4 @@
-"""Which steps are shown: every wish holds together, and the last step is always shown."""
+"""The preview schedule: all options hold at once, and the last step is always shown."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,19 +12,19 @@ OPTIONS = st.builds(
 
 
 def walk(options, seconds, strides):
-    """Shows one step after another; returns (step, time, stride, shown) of each."""
+    """Offers one step after another; returns (step, time, stride, shown) for each."""
     now = 0.0
     cadence = PreviewSchedule(options, lambda: now)
-    told = []
+    offered = []
     for number, (passed, stride) in enumerate(zip(seconds, strides, strict=True), 1):
         now += passed
-        told.append((number, now, stride, cadence.due(number, len(seconds), stride)))
-    return told
+        offered.append((number, now, stride, cadence.due(number, len(seconds), stride)))
+    return offered
 
 
 @given(OPTIONS, st.data())
-def test_all_wishes_hold_together(options, data):
-    """Shown steps are multiples, apart in steps and in seconds; one that is not shown fails one of the three."""
+def test_all_options_hold_at_once(options, data):
+    """Shown steps keep `every_steps`, stride and interval; every step that is not shown violates one of them."""
     total = data.draw(st.integers(1, 40))
     seconds = data.draw(st.lists(st.floats(0, 5), min_size=total, max_size=total))
     strides = data.draw(st.lists(st.integers(1, 6), min_size=total, max_size=total))
@@ -40,29 +40,29 @@ def test_all_wishes_hold_together(options, data):
 
 
 def test_defaults_show_every_step():
-    """Nothing held back, nothing skipped."""
+    """By default every step is shown."""
     assert all(shown for *_, shown in walk(PreviewOptions(), [0.0] * 20, [1] * 20))
 
 
 def test_every_nth_step_and_the_last():
-    """Every third of ten: 3, 6, 9 and 10."""
-    told = walk(PreviewOptions(every_steps=3), [1.0] * 10, [1] * 10)
-    assert [step for step, *_, shown in told if shown] == [3, 6, 9, 10]
+    """With every third of ten steps, steps 3, 6, 9 and 10 are shown."""
+    offered = walk(PreviewOptions(every_steps=3), [1.0] * 10, [1] * 10)
+    assert [step for step, *_, shown in offered if shown] == [3, 6, 9, 10]
 
 
 def test_more_than_all_steps_leaves_the_last():
-    """Asking for every thousandth of ten steps shows the end."""
-    told = walk(PreviewOptions(every_steps=1000), [1.0] * 10, [1] * 10)
-    assert [step for step, *_, shown in told if shown] == [10]
+    """With every thousandth of ten steps, only the last is shown."""
+    offered = walk(PreviewOptions(every_steps=1000), [1.0] * 10, [1] * 10)
+    assert [step for step, *_, shown in offered if shown] == [10]
 
 
 def test_an_interval_is_kept_by_the_clock():
-    """Steps of 0.25 s, previews at least 1 s apart: the first, each fourth after it, and the last."""
-    told = walk(PreviewOptions(min_interval=1.0), [0.25] * 11, [1] * 11)
-    assert [step for step, *_, shown in told if shown] == [1, 5, 9, 11]
+    """With steps of 0.25 s and previews 1 s apart, the first, every fourth after it, and the last are shown."""
+    offered = walk(PreviewOptions(min_interval=1.0), [0.25] * 11, [1] * 11)
+    assert [step for step, *_, shown in offered if shown] == [1, 5, 9, 11]
 
 
-def test_the_larger_of_stride_and_wish_counts():
-    """The caller's every second step, within a budget of every fifth: the even steps that are five apart."""
-    told = walk(PreviewOptions(every_steps=2), [1.0] * 20, [5] * 20)
-    assert [step for step, *_, shown in told if shown] == [2, 8, 14, 20]
+def test_stride_and_every_steps_combine():
+    """With every second step and a stride of five, even steps at least five apart are shown."""
+    offered = walk(PreviewOptions(every_steps=2), [1.0] * 20, [5] * 20)
+    assert [step for step, *_, shown in offered if shown] == [2, 8, 14, 20]

@@ -1,12 +1,12 @@
-"""What draws previews draws what the pipeline would: the full VAE to the last bit, a tiny one in its place."""
+"""The full VAE decodes previews exactly as the pipeline does, and a tiny VAE can replace it."""
 
 import dataclasses
 
 import pytest
 import torch
 
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
 from calotype_server.engine.preview.decoders import VaeDecoder
 from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.tap import StepTap
@@ -17,14 +17,14 @@ from support.runs import JOB, STEPS, Run
 
 
 def seeded_tiny_vae(channels=4):
-    """The same small decoder each time."""
+    """Returns a small decoder with fixed weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return tiny_vae(channels).eval()
 
 
 def predictions(pipeline, job):
-    """The predicted x0 of each step of a job."""
+    """Returns the predicted x0 of each step of a job."""
     scheduler = make_scheduler(pipeline, job.scheduler)
     found = []
     StepTap(
@@ -46,7 +46,7 @@ def predictions(pipeline, job):
 
 
 def drawn(engine, job):
-    """The pixels of each preview by its step; at least the last one is there."""
+    """Returns the pixels of each preview by step, at least of the last step."""
     run = Run(engine)
     run(job)
     shown = {event.step: event for event in run.events if isinstance(event, PreviewReady)}
@@ -56,14 +56,14 @@ def drawn(engine, job):
 
 
 def as_bytes(picture):
-    """Of one picture (3, height, width) from -1 to 1, as diffusers rounds it."""
+    """Returns the pixels of one image, (3, height, width), -1 to 1, rounded as diffusers does."""
     return (
         ((picture / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy().tobytes()
     )
 
 
 def job_of(pipeline, method):
-    """A job whose previews are all by one method."""
+    """Returns a job whose previews all use one method."""
     return dataclasses.replace(
         JOB,
         width=64,
@@ -75,10 +75,10 @@ def job_of(pipeline, method):
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
 @torch.no_grad()
-def test_the_full_vae_shows_what_the_pipeline_would_decode(family, tmp_path):
-    """Each preview is the pipeline's own decoding of that step's predicted x0."""
+def test_the_full_vae_decodes_as_the_pipeline_does(family, tmp_path):
+    """Each preview equals the pipeline's own decoding of the step's predicted x0."""
     pipeline = tiny.prompted(family)
-    engine = DiffusersEngine(
+    engine = build_engine(
         "tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1, preview_methods={PreviewMethod.FULL_VAE}
     )
     job = job_of(pipeline, PreviewMethod.FULL_VAE)
@@ -92,10 +92,10 @@ def test_the_full_vae_shows_what_the_pipeline_would_decode(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3"])
 @torch.no_grad()
-def test_a_tiny_vae_draws_in_place_of_the_full_one(family, tmp_path):
-    """Each preview is the small decoder's own picture of x0 in the denoiser's scale."""
+def test_a_tiny_vae_replaces_the_full_one(family, tmp_path):
+    """Each preview equals the small decoder's image of x0 in the denoiser's scale."""
     pipeline, vae = tiny.prompted(family), seeded_tiny_vae()
-    engine = DiffusersEngine(
+    engine = build_engine(
         "tiny",
         pipeline,
         defaults=Defaults(),
@@ -113,8 +113,8 @@ def test_a_tiny_vae_draws_in_place_of_the_full_one(family, tmp_path):
 
 
 def test_a_tiny_vae_that_does_not_fit_is_not_offered(tmp_path, logs):
-    """One that raises when it is tried at load is left out, with a line in the log; the others draw."""
-    engine = DiffusersEngine(
+    """A tiny VAE that raises at load is not offered, which is logged; the other methods work."""
+    engine = build_engine(
         "tiny",
         tiny.build("sd15"),
         defaults=Defaults(),
@@ -128,8 +128,8 @@ def test_a_tiny_vae_that_does_not_fit_is_not_offered(tmp_path, logs):
     assert [entry["method"] for entry in logs if entry["log_level"] == "error"] == [PreviewMethod.TINY_VAE]
 
 
-def test_pictures_of_a_batch_are_in_order(sd15):
-    """Several generations' latents come back as their pictures."""
+def test_images_of_a_batch_are_in_order(sd15):
+    """The images of a batch are in the order of the latents."""
     decoder = VaeDecoder(sd15, seeded_tiny_vae())
     latents = torch.randn(3, 4, 4, 8, generator=torch.Generator().manual_seed(1))
     assert decoder.shape(64, 32) == (1, 4, 4, 8)

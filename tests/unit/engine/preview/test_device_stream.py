@@ -1,13 +1,13 @@
-"""Where previews are computed. The CUDA lane needs a device, and shows what the CPU shows."""
+"""Streams that previews are computed in. The tests of CUDA need a device, and expect the same images as on the CPU."""
 
 import dataclasses
 
 import pytest
 import torch
 
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
-from calotype_server.engine.preview.device_stream import CpuLane, lane_for
+from calotype_server.engine.preview.device_stream import CpuStream, device_stream
 from calotype_server.types import PreviewMethod, PreviewOptions, PreviewReady
 from support.engine import tiny
 from support.runs import JOB, STEPS, Run
@@ -16,48 +16,48 @@ cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
 
 
 def test_the_cpu_has_nothing_to_wait_for():
-    """A block is counted by the processor's time, known when it has ended."""
-    lane = lane_for(torch.device("cpu"))
-    assert isinstance(lane, CpuLane)
-    with lane.after([lane.mark()]) as spent:
-        assert spent.seconds == 0.0
+    """A block measures CPU time, which is known when it has ended."""
+    stream = device_stream(torch.device("cpu"))
+    assert isinstance(stream, CpuStream)
+    with stream.after([stream.record()]) as elapsed:
+        assert elapsed.seconds == 0.0
         sum(range(200_000))
-    assert spent.seconds > 0.0
+    assert elapsed.seconds > 0.0
 
 
-def test_an_error_in_a_block_comes_out():
-    """The lane is usable afterwards."""
-    lane = CpuLane()
-    with pytest.raises(ValueError, match="drawn badly"), lane.after([None]):
-        raise ValueError("drawn badly")
-    with lane.after([None]):
+def test_an_error_in_a_block_is_raised():
+    """After an exception in a block the stream is still usable."""
+    stream = CpuStream()
+    with pytest.raises(ValueError, match="decoding failed"), stream.after([None]):
+        raise ValueError("decoding failed")
+    with stream.after([None]):
         pass
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_side_stream_sees_what_was_marked():
-    """What is read within a block is what the denoiser's stream had issued, however long that takes."""
+def test_the_side_stream_waits_for_recorded_work():
+    """A block reads the results of all work that was launched before the recorded event."""
     device = torch.device("cuda", 0)
-    lane = lane_for(device)
+    stream = device_stream(device)
     values = torch.zeros(1 << 20, device=device)
     torch.cuda._sleep(100_000_000)
     values += 1
-    mark = lane.mark()
-    with lane.after([mark]) as spent:
+    event = stream.record()
+    with stream.after([event]) as elapsed:
         total = values.sum()
     assert float(total) == 1 << 20
-    assert spent.seconds >= 0
+    assert elapsed.seconds >= 0
 
 
 @pytest.mark.parametrize("method", [pytest.param(each, marks=cuda) for each in ("head", "full_vae")])
 def test_previews_on_cuda_equal_those_of_the_cpu(method, tmp_path):
-    """Each picture of each step is the same up to rounding, on either device."""
+    """Each preview is the same on both devices, up to rounding."""
     job = dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod(method)))
     shown = {}
     for device in ("cpu", "cuda"):
         pipeline = tiny.build("sd15").to(device)
-        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
+        engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
         run = Run(engine)
         run.wait_before_each_evaluation(pipeline.unet)
         run(job)

@@ -1,4 +1,4 @@
-"""The tail of a pipeline, run on planted latents: the pipeline's own picture of them, without its denoising."""
+"""The tail of a pipeline decodes given latents as the pipeline does, without denoising."""
 
 import inspect
 
@@ -18,7 +18,7 @@ SIZES = {"lumina2": (64, 32), "sana": (128, 64), "sana_sprint": (128, 64)}
 
 
 def own_pictures(family, **others):
-    """What the pipeline draws in as few steps as possible, and what its scheduler gave for decoding."""
+    """Returns the pipeline's image after as few steps as possible, and the scheduler's result that it decoded."""
     pipeline = tiny.shared(family)
     scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
     step, ends = scheduler.step, []
@@ -40,15 +40,15 @@ def own_pictures(family, **others):
 
 @pytest.fixture(scope="module")
 def tails():
-    """One tail for each family: in use, a tail is asked for many pictures of several sizes."""
+    """One tail per family: in the product, a tail decodes many images of several sizes."""
     made = {}
     return lambda family: made.setdefault(family, PipelineTail(tiny.prompted(family)))
 
 
 @pytest.mark.parametrize("size", ["own", "second"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_the_pipelines_own_picture(family, size, tails):
-    """Planting what the scheduler returned gives the picture that the pipeline made of it, to the last bit."""
+def test_the_image_is_the_pipelines_own(family, size, tails):
+    """Decoding the scheduler's result gives the pipeline's image, bit for bit."""
     second = dict(zip(("width", "height"), SIZES.get(family, (96, 64)), strict=True))
     picture, latents, (width, height) = own_pictures(family, **(second if size == "second" else {}))
     assert tails(family).shape(width, height) == tuple(latents.shape)
@@ -57,8 +57,8 @@ def test_the_pipelines_own_picture(family, size, tails):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_batch_is_as_many_pictures(family, tails):
-    """Several latents at once give the picture of each, in their order, whatever batch the pipeline was made for."""
+def test_a_batch_gives_one_image_per_latent(family, tails):
+    """Several latents at once give the image of each, in order, even if the pipeline supports one only."""
     _, latents, (width, height) = own_pictures(family)
     others = torch.randn(2, *latents.shape[1:], generator=seeded(3))
     batch = torch.cat([others[:1], latents, others[1:]])
@@ -72,7 +72,7 @@ def test_a_batch_is_as_many_pictures(family, tails):
 @pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "PNDMScheduler", "KDPM2DiscreteScheduler"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_second_order_schedulers_work(name, count):
-    """Schedulers that need more than one step are given as many, and the pictures are still those of the latents."""
+    """With schedulers that need more than one step, the images are still those of the given latents."""
     pipeline = tiny.sd15(scheduler=make_scheduler(tiny.shared("sd15"), name))
     latents = multiscale_noise((count, 4, 8, 8), seeded())
     expected = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
@@ -80,8 +80,8 @@ def test_second_order_schedulers_work(name, count):
     torch.testing.assert_close(decoded, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
 
 
-def test_what_comes_before_is_computed_once():
-    """Pictures cost their decoding: prompt and denoiser are asked once, the denoiser anew for each size."""
+def test_prompt_and_denoiser_are_computed_once():
+    """The prompt is encoded once, and the denoiser is called once for each size."""
     pipeline = tiny.build("sd15")
     calls = {"denoiser": 0, "text": 0, "vae": 0}
 
@@ -101,8 +101,8 @@ def test_what_comes_before_is_computed_once():
     assert calls == {"denoiser": 2, "text": 1, "vae": 6}
 
 
-def test_a_crowd_of_sizes_costs_the_denoiser_a_call_each(sd15):
-    """Generations of more sizes than usual in turn do not make it compute for every preview."""
+def test_many_sizes_cost_one_denoiser_call_each(sd15):
+    """Many sizes in turn do not call the denoiser for every preview."""
     calls = []
     handle = sd15.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     tail = PipelineTail(sd15)
@@ -114,7 +114,7 @@ def test_a_crowd_of_sizes_costs_the_denoiser_a_call_each(sd15):
 
 
 def test_the_shared_pipeline_is_not_changed(sd15):
-    """A tail works on views."""
+    """A tail does not change the shared pipeline."""
     parts, config = dict(sd15.components), dict(sd15.config)
     scheduler = vars(sd15.scheduler).keys()
     PipelineTail(sd15, vae=tiny.build("sd15").vae).decode(torch.zeros(1, 4, 8, 8), 64, 64)
@@ -123,7 +123,7 @@ def test_the_shared_pipeline_is_not_changed(sd15):
     assert vars(sd15.scheduler).keys() == scheduler
 
 
-def test_an_error_of_the_pipeline_comes_out(sd15):
-    """A call that no number of steps can save raises what the pipeline raised."""
+def test_an_error_of_the_pipeline_is_raised(sd15):
+    """If the call fails with every number of steps, the pipeline's exception is raised."""
     with pytest.raises(ValueError, match="divisible by 8"):
         PipelineTail(sd15).decode(torch.zeros(1, 4, 8, 8), 60, 60)

@@ -1,4 +1,4 @@
-"""The preview thread draws the newest step, survives what goes wrong, and never makes the denoiser wait."""
+"""The preview thread renders the newest step, survives failures, and never delays the denoiser."""
 
 import dataclasses
 import itertools
@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from calotype_server.engine.preview import queue as feed_module
+from calotype_server.engine.preview import queue as queue_module
 from calotype_server.engine.preview.budget import PreviewBudget
-from calotype_server.engine.preview.device_stream import CpuLane
+from calotype_server.engine.preview.device_stream import CpuStream
 from calotype_server.engine.preview.renderer import PreviewRenderer
 from calotype_server.engine.tap import Step
 from calotype_server.types import Denoising, Job, Pixels, PreviewMethod, PreviewOptions, PreviewReady
@@ -19,13 +19,13 @@ from calotype_server.types import Denoising, Job, Pixels, PreviewMethod, Preview
 PATIENCE = 20
 """Seconds until a test that waits for something gives up."""
 
-# By name, so that no budget decides what is drawn.
+# An explicit method, so that the budget does not choose.
 OPTIONS = PreviewOptions(method=PreviewMethod.HEAD)
 JOB = Job("a red apple", None, 64, 32, 9, None, 0, "DDIMScheduler", OPTIONS)
 
 
 class Drawer:
-    """Draws pictures whose bytes are the number of the step; can be held up, and can fail."""
+    """Decodes to images whose bytes are the number of the step. It can be blocked, and it can fail."""
 
     def __init__(self):
         self.entered = threading.Semaphore(0)
@@ -36,7 +36,7 @@ class Drawer:
         self.poisoned = set()
         self.sizes = []
         self.batches = []
-        """The steps of each call."""
+        """Numbers of the steps in each call."""
 
     def decode(self, latents, width, height):
         self.entered.release()
@@ -51,19 +51,19 @@ class Drawer:
 
 
 def renderer_of(drawer, **others):
-    """A renderer with one decoder."""
-    return PreviewRenderer({PreviewMethod.HEAD: drawer}, PreviewBudget(0.02), CpuLane(), **others)
+    """Returns a renderer with one decoder."""
+    return PreviewRenderer({PreviewMethod.HEAD: drawer}, PreviewBudget(0.02), CpuStream(), **others)
 
 
 @pytest.fixture
 def head():
-    """What the renderer draws with."""
+    """The renderer's decoder."""
     return Drawer()
 
 
 @pytest.fixture
 def renderer(head):
-    """A renderer that is closed at the end, whatever its decoder waits for."""
+    """A renderer that is closed at the end, even if its decoder is blocked."""
     renderer = renderer_of(head)
     yield renderer
     head.gate.set()
@@ -72,12 +72,12 @@ def renderer(head):
 
 @pytest.fixture
 def events():
-    """What is reported, from any thread."""
+    """The reported events, from any thread."""
     return queue.SimpleQueue()
 
 
 def step(number, *, x0=None, sample=None, model_output=None):
-    """A finished step that reports `x0`, by default filled with its own number."""
+    """Returns a finished step with `x0`, by default filled with the number of the step."""
     ones = torch.ones(1, 4, 2, 2)
     return Step(
         number=number,
@@ -91,48 +91,48 @@ def step(number, *, x0=None, sample=None, model_output=None):
 
 
 def preview(number, skipped=0):
-    """The event of the picture that the head draws of a step."""
+    """Returns the event with the decoder's image of a step."""
     return PreviewReady(number, 9, Pixels(3, 2, bytes([number]) * 18), PreviewMethod.HEAD, skipped)
 
 
-def hold(head, feed, number=1):
-    """Stops the preview thread in the middle of drawing a step."""
+def hold(head, preview_queue, number=1):
+    """Blocks the preview thread while it renders a step."""
     head.gate.clear()
-    feed.offer(step(number))
+    preview_queue.offer(step(number))
     assert head.entered.acquire(timeout=PATIENCE)
 
 
-def test_step_becomes_a_picture(renderer, head, events):
-    """An offered step comes back as its picture, drawn for the shape that the job asks for."""
-    renderer.feed(JOB, events.put).offer(step(3))
+def test_an_offered_step_becomes_a_preview(renderer, head, events):
+    """An offered step is reported with its image, decoded for the size of the job."""
+    renderer.open_queue(JOB, events.put).offer(step(3))
     assert events.get(timeout=PATIENCE) == preview(3)
     assert head.sizes == [(64, 32)]
 
 
-def test_newest_step_wins(renderer, head, events):
-    """While one picture is drawn, steps replace each other; the newest is drawn next and says how many it replaced."""
-    feed = renderer.feed(JOB, events.put)
-    hold(head, feed)
+def test_the_newest_step_replaces_older_ones(renderer, head, events):
+    """While one step is rendered, only the newest waits; the next event counts the replaced ones as skipped."""
+    preview_queue = renderer.open_queue(JOB, events.put)
+    hold(head, preview_queue)
     for number in (2, 3, 4):
-        feed.offer(step(number))
-    # That they are done is told at once, whatever takes so long to draw.
+        preview_queue.offer(step(number))
+    # The progress of replaced steps is reported at once.
     assert [events.get(timeout=PATIENCE) for _ in range(2)] == [Denoising(3, 9), Denoising(4, 9)]
     head.gate.set()
-    # A loss is told with whatever is told next.
+    # Skipped previews are counted in the next event.
     assert [events.get(timeout=PATIENCE) for _ in range(2)] == [preview(1, skipped=2), preview(4)]
-    feed.offer(step(5))
+    preview_queue.offer(step(5))
     assert events.get(timeout=PATIENCE) == preview(5)
     assert events.empty()
 
 
-def feeds_of(renderer, events, names, job=JOB):
-    """A feed for each name, whose events come with that name."""
-    return [renderer.feed(job, lambda event, name=name: events.put((name, event))) for name in names]
+def queues_of(renderer, events, names, job=JOB):
+    """Returns a queue for each name; its events are reported together with that name."""
+    return [renderer.open_queue(job, lambda event, name=name: events.put((name, event))) for name in names]
 
 
-def test_feeds_take_turns(renderer, head, events):
-    """Generations that are due together are drawn by one call, in the order in which they became due."""
-    first, second, third = feeds_of(renderer, events, "abc")
+def test_steps_that_are_due_together_are_batched(renderer, head, events):
+    """Steps of several generations are decoded by one call, in the order in which they became due."""
+    first, second, third = queues_of(renderer, events, "abc")
     hold(head, first)
     second.offer(step(5))
     first.offer(step(2))
@@ -144,124 +144,124 @@ def test_feeds_take_turns(renderer, head, events):
 
 
 @pytest.mark.parametrize("difference", [{"width": 32}, {"height": 64}])
-def test_only_what_is_alike_is_drawn_together(renderer, head, events, difference):
-    """Pictures of other sizes are drawn by a call of their own."""
-    first, second = feeds_of(renderer, events, "ab")
-    (other,) = feeds_of(renderer, events, "c", dataclasses.replace(JOB, **difference))
+def test_different_sizes_are_not_batched(renderer, head, events, difference):
+    """Images of different sizes are decoded by separate calls."""
+    first, second = queues_of(renderer, events, "ab")
+    (other,) = queues_of(renderer, events, "c", dataclasses.replace(JOB, **difference))
     hold(head, first)
-    for feed, number in ((first, 2), (other, 3), (second, 4)):
-        feed.offer(step(number))
+    for preview_queue, number in ((first, 2), (other, 3), (second, 4)):
+        preview_queue.offer(step(number))
     head.gate.set()
     assert len([events.get(timeout=PATIENCE) for _ in range(4)]) == 4
     assert head.batches == [[1], [2, 4], [3]]
 
 
-@pytest.mark.parametrize("trouble", ["failing", "poisoned"])
-def test_trouble_in_a_batch_costs_the_culprits_preview_only(renderer, head, events, logs, trouble):
-    """Where one picture of a batch raises or is NaN, the others are shown, and the loss is counted once."""
-    setattr(head, trouble, {5})
-    first, second, third = feeds_of(renderer, events, "abc")
+@pytest.mark.parametrize("fault", ["failing", "poisoned"])
+def test_a_failure_in_a_batch_affects_one_preview(renderer, head, events, logs, fault):
+    """If one image of a batch raises or is NaN, the others are shown, and one skipped preview is counted."""
+    setattr(head, fault, {5})
+    first, second, third = queues_of(renderer, events, "abc")
     hold(head, first)
-    for feed, number in ((first, 2), (second, 5), (third, 7)):
-        feed.offer(step(number))
+    for preview_queue, number in ((first, 2), (second, 5), (third, 7)):
+        preview_queue.offer(step(number))
     head.gate.set()
-    told = dict([events.get(timeout=PATIENCE) for _ in range(4)][1:])
-    assert told == {"a": preview(2), "b": Denoising(5, 9, 1), "c": preview(7)}
-    assert not second.broken
+    reported = dict([events.get(timeout=PATIENCE) for _ in range(4)][1:])
+    assert reported == {"a": preview(2), "b": Denoising(5, 9, 1), "c": preview(7)}
+    assert not second.invalid
     second.offer(step(6))
     assert events.get(timeout=PATIENCE) == ("b", preview(6))
 
 
-def test_two_troubles_in_a_batch_are_counted_once_each(renderer, head, events, logs):
-    """A member whose x0 is infinite is counted once, although the batch is drawn again for another's failure."""
+def test_two_failures_in_a_batch_are_counted_once_each(renderer, head, events, logs):
+    """A step whose x0 is infinite is counted once, even if its batch is rendered again because another one failed."""
     head.failing = {5}
-    first, second, third = feeds_of(renderer, events, "abc")
+    first, second, third = queues_of(renderer, events, "abc")
     hold(head, first)
     first.offer(step(2))
     second.offer(step(5))
     third.offer(step(7, x0=torch.full((1, 4, 2, 2), float("inf"))))
     head.gate.set()
-    told = dict([events.get(timeout=PATIENCE) for _ in range(4)][1:])
-    assert told == {"a": preview(2), "b": Denoising(5, 9, 1), "c": Denoising(7, 9, 1)}
+    reported = dict([events.get(timeout=PATIENCE) for _ in range(4)][1:])
+    assert reported == {"a": preview(2), "b": Denoising(5, 9, 1), "c": Denoising(7, 9, 1)}
 
 
 @pytest.mark.parametrize("failure", [ValueError, SystemExit])
-@pytest.mark.parametrize("trouble", ["failing", "poisoned"])
-def test_failure_costs_one_picture(renderer, head, events, logs, trouble, failure):
-    """A decoder that raises or gives NaN leaves progress without a picture, counted; the next step is drawn."""
-    setattr(head, trouble, {1})
+@pytest.mark.parametrize("fault", ["failing", "poisoned"])
+def test_a_failure_affects_one_preview(renderer, head, events, logs, fault, failure):
+    """If the decoder raises or returns NaN, progress is reported with one skipped preview; the next step is shown."""
+    setattr(head, fault, {1})
     head.failure = failure
-    feed = renderer.feed(JOB, events.put)
-    feed.offer(step(1))
+    preview_queue = renderer.open_queue(JOB, events.put)
+    preview_queue.offer(step(1))
     assert events.get(timeout=PATIENCE) == Denoising(1, 9, 1)
-    feed.offer(step(2))
+    preview_queue.offer(step(2))
     assert events.get(timeout=PATIENCE) == preview(2)
-    assert [(entry["log_level"], entry["step"]) for entry in logs] == [("error", 1)] * (trouble == "failing")
-    assert not feed.broken
+    assert [(entry["log_level"], entry["step"]) for entry in logs] == [("error", 1)] * (fault == "failing")
+    assert not preview_queue.invalid
 
 
-def test_failing_x0_costs_one_picture(renderer, events, logs):
-    """A scheduler that cannot compute its x0 costs a picture, and nothing else."""
+def test_a_failing_x0_affects_one_preview(renderer, events, logs):
+    """If computing x0 raises, one preview is skipped, and the next step is shown."""
 
     def fail():
         raise RuntimeError("no x0 today")
 
-    feed = renderer.feed(JOB, events.put)
-    feed.offer(SimpleNamespace(number=1, total=9, x0=fail, sample=torch.ones(1, 4, 2, 2)))
+    preview_queue = renderer.open_queue(JOB, events.put)
+    preview_queue.offer(SimpleNamespace(number=1, total=9, x0=fail, sample=torch.ones(1, 4, 2, 2)))
     assert events.get(timeout=PATIENCE) == Denoising(1, 9, 1)
-    feed.offer(step(2))
+    preview_queue.offer(step(2))
     assert events.get(timeout=PATIENCE) == preview(2)
 
 
-def test_unknown_x0_is_progress(renderer, head, events):
-    """A step whose x0 is unknown is progress without a picture, never a picture of noise."""
-    feed = renderer.feed(JOB, events.put)
+def test_an_unknown_x0_is_reported_without_an_image(renderer, head, events):
+    """A step whose x0 is unknown is reported as progress, and noise is never shown."""
+    preview_queue = renderer.open_queue(JOB, events.put)
     unknown = Step(1, 9, torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2), None, None, None)
-    feed.offer(unknown)
+    preview_queue.offer(unknown)
     assert events.get(timeout=PATIENCE) == Denoising(1, 9)
     assert head.sizes == []
-    assert not feed.broken
+    assert not preview_queue.invalid
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["sample", "model_output"])
-def test_invalid_latents_break_the_feed(renderer, head, events, poison, where):
-    """NaN or infinity in the latents or in the model's answer marks the generation as broken, before it is told."""
+def test_invalid_latents_mark_the_queue(renderer, head, events, poison, where):
+    """NaN or infinity in the latents or in the model's output marks the generation as invalid before the report."""
     invalid = torch.full((1, 4, 2, 2), poison)
-    feed = renderer.feed(JOB, events.put)
-    feed.offer(step(1, x0=invalid, **{where: invalid}))
+    preview_queue = renderer.open_queue(JOB, events.put)
+    preview_queue.offer(step(1, x0=invalid, **{where: invalid}))
     assert events.get(timeout=PATIENCE) == Denoising(1, 9, 1)
-    assert feed.broken
+    assert preview_queue.invalid
     assert head.sizes == []
 
 
-def test_infinite_x0_of_finite_latents_is_harmless(renderer, events):
-    """An x0 may be infinite at zero signal; the generation goes on and the next step has its picture."""
-    feed = renderer.feed(JOB, events.put)
-    feed.offer(step(1, x0=torch.full((1, 4, 2, 2), float("inf"))))
+def test_an_infinite_x0_of_finite_latents_is_harmless(renderer, events):
+    """An x0 may be infinite at zero signal: the generation continues, and the next step is shown."""
+    preview_queue = renderer.open_queue(JOB, events.put)
+    preview_queue.offer(step(1, x0=torch.full((1, 4, 2, 2), float("inf"))))
     assert events.get(timeout=PATIENCE) == Denoising(1, 9, 1)
-    assert not feed.broken
-    feed.offer(step(2))
+    assert not preview_queue.invalid
+    preview_queue.offer(step(2))
     assert events.get(timeout=PATIENCE) == preview(2)
 
 
-def test_broken_feed_leaves_others_alone(renderer, events):
-    """One generation's NaN is not another's."""
-    broken, healthy = renderer.feed(JOB, events.put), renderer.feed(JOB, events.put)
+def test_an_invalid_generation_does_not_affect_others(renderer, events):
+    """NaN in one generation does not mark another generation as invalid."""
+    broken, healthy = renderer.open_queue(JOB, events.put), renderer.open_queue(JOB, events.put)
     invalid = torch.full((1, 4, 2, 2), float("nan"))
     broken.offer(step(1, x0=invalid, sample=invalid))
     assert events.get(timeout=PATIENCE) == Denoising(1, 9, 1)
     healthy.offer(step(2))
     assert events.get(timeout=PATIENCE) == preview(2)
-    assert (broken.broken, healthy.broken) == (True, False)
+    assert (broken.invalid, healthy.invalid) == (True, False)
 
 
-def test_closed_feed_is_forgotten(renderer, head, events):
-    """What waits when a generation ends is never drawn, and the thread goes on with the others."""
-    feed, other = renderer.feed(JOB, events.put), renderer.feed(JOB, events.put)
+def test_a_closed_queue_drops_its_step(renderer, head, events):
+    """A step that waits when its generation ends is never rendered, and other generations are not affected."""
+    preview_queue, other = renderer.open_queue(JOB, events.put), renderer.open_queue(JOB, events.put)
     hold(head, other)
-    feed.offer(step(2))
-    feed.close()
+    preview_queue.offer(step(2))
+    preview_queue.close()
     other.offer(step(3))
     head.gate.set()
     assert [events.get(timeout=PATIENCE) for _ in range(2)] == [preview(1), preview(3)]
@@ -269,38 +269,38 @@ def test_closed_feed_is_forgotten(renderer, head, events):
 
 
 def test_closing_the_renderer_ends_its_thread(head, events):
-    """Closing draws what is due, then ends the thread."""
+    """Closing renders the steps that are due, then ends the thread."""
     before = set(threading.enumerate())
     renderer = renderer_of(head)
     (thread,) = (each for each in set(threading.enumerate()) - before if each.name == "calotype-preview")
     assert thread.daemon
-    renderer.feed(JOB, events.put).offer(step(1))
+    renderer.open_queue(JOB, events.put).offer(step(1))
     renderer.close()
     assert not thread.is_alive()
     assert events.get_nowait() == preview(1)
 
 
-def test_the_last_step_is_drawn_before_the_end(renderer, events):
-    """When `flush` returns, what was due has been reported."""
+def test_flush_waits_for_the_last_step(renderer, events):
+    """When `flush` returns, all steps that were due have been reported."""
     for _ in range(50):
-        feed = renderer.feed(JOB, events.put)
-        feed.offer(step(8))
-        feed.offer(step(9))
-        feed.flush()
-        told = []
+        preview_queue = renderer.open_queue(JOB, events.put)
+        preview_queue.offer(step(8))
+        preview_queue.offer(step(9))
+        preview_queue.flush()
+        reported = []
         while not events.empty():
-            told.append(events.get_nowait())
-        assert told[-1].step == 9
-        assert isinstance(told[-1], PreviewReady)
+            reported.append(events.get_nowait())
+        assert reported[-1].step == 9
+        assert isinstance(reported[-1], PreviewReady)
 
 
 @pytest.mark.parametrize("failing", [set(), {9}])
-def test_flush_waits_for_what_is_being_drawn(renderer, head, events, failing):
-    """A picture that is under way is waited for, also when it comes to nothing."""
+def test_flush_waits_for_the_current_step(renderer, head, events, failing):
+    """`flush` waits for the step that is being rendered, even if rendering fails."""
     head.failing = failing
-    feed = renderer.feed(JOB, events.put)
-    hold(head, feed, number=9)
-    flushing = threading.Thread(target=lambda: (feed.flush(), events.put("flushed")))
+    preview_queue = renderer.open_queue(JOB, events.put)
+    hold(head, preview_queue, number=9)
+    flushing = threading.Thread(target=lambda: (preview_queue.flush(), events.put("flushed")))
     flushing.start()
     head.gate.set()
     assert events.get(timeout=PATIENCE) == (Denoising(9, 9, 1) if failing else preview(9))
@@ -308,63 +308,65 @@ def test_flush_waits_for_what_is_being_drawn(renderer, head, events, failing):
     flushing.join()
 
 
-def test_flush_of_nothing_returns(renderer, events):
-    """Where nothing was due, or all of it is drawn, there is nothing to wait for."""
-    feed = renderer.feed(JOB, events.put)
-    feed.flush()
-    feed.offer(step(1))
-    feed.flush()
-    feed.flush()
+def test_flush_returns_at_once_without_due_steps(renderer, events):
+    """If nothing was due, or everything is rendered, `flush` does not block."""
+    preview_queue = renderer.open_queue(JOB, events.put)
+    preview_queue.flush()
+    preview_queue.offer(step(1))
+    preview_queue.flush()
+    preview_queue.flush()
     assert events.get_nowait() == preview(1)
 
 
-def test_none_reports_progress_and_draws_nothing(renderer, head, events):
-    """Without previews each step, the last included, is progress, told by the denoiser's own thread."""
-    feed = renderer.feed(dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.NONE)), events.put)
+def test_none_reports_progress_only(renderer, head, events):
+    """Without previews each step, including the last, is reported as progress by the denoiser's own thread."""
+    preview_queue = renderer.open_queue(
+        dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.NONE)), events.put
+    )
     for number in range(1, 10):
-        feed.offer(step(number))
+        preview_queue.offer(step(number))
         assert events.get_nowait() == Denoising(number, 9)
-    feed.flush()
+    preview_queue.flush()
     assert events.empty()
     assert head.batches == []
 
 
-def test_steps_between_are_progress(renderer, head, events):
-    """With every third step asked for, the others are told without a picture, and the last has one."""
+def test_steps_between_previews_are_reported_as_progress(renderer, head, events):
+    """With `every_steps=4`, every fourth step and the last one have a preview; the others are progress."""
     options = dataclasses.replace(OPTIONS, every_steps=4)
-    feed = renderer.feed(dataclasses.replace(JOB, preview=options), events.put)
-    told = []
+    preview_queue = renderer.open_queue(dataclasses.replace(JOB, preview=options), events.put)
+    reported = []
     for number in range(1, 10):
-        feed.offer(step(number))
-        told.append(events.get(timeout=PATIENCE))
+        preview_queue.offer(step(number))
+        reported.append(events.get(timeout=PATIENCE))
     shown = {4, 8, 9}
-    assert told == [preview(number) if number in shown else Denoising(number, 9) for number in range(1, 10)]
+    assert reported == [preview(number) if number in shown else Denoising(number, 9) for number in range(1, 10)]
 
 
-def test_a_method_that_is_not_there_is_progress(renderer, head, events):
-    """What no decoder can draw is not drawn by another."""
+def test_an_unavailable_method_shows_nothing(renderer, head, events):
+    """If the requested method has no decoder, no other decoder is used."""
     options = PreviewOptions(method=PreviewMethod.FULL_VAE)
-    feed = renderer.feed(dataclasses.replace(JOB, preview=options), events.put)
-    feed.offer(step(9))
-    feed.flush()
+    preview_queue = renderer.open_queue(dataclasses.replace(JOB, preview=options), events.put)
+    preview_queue.offer(step(9))
+    preview_queue.flush()
     assert events.get_nowait() == Denoising(9, 9)
     assert head.batches == []
 
 
-def test_automatic_draws_with_what_there_is(renderer, head, events):
-    """The budget chooses among the decoders; the last step is shown whatever it says."""
-    feed = renderer.feed(dataclasses.replace(JOB, preview=PreviewOptions()), events.put)
-    feed.offer(step(9))
+def test_automatic_uses_the_available_decoder(renderer, head, events):
+    """With AUTO the budget chooses among the decoders, and the last step is always shown."""
+    preview_queue = renderer.open_queue(dataclasses.replace(JOB, preview=PreviewOptions()), events.put)
+    preview_queue.offer(step(9))
     assert events.get(timeout=PATIENCE) == preview(9)
 
 
-def test_a_reporter_that_raises_harms_nobody_else(renderer, events, logs):
-    """The thread goes on, and `flush` does not wait for ever."""
+def test_a_failing_report_does_not_affect_others(renderer, events, logs):
+    """If one generation's `report` raises, other previews are reported, and `flush` still returns."""
 
     def fail(event):
         raise KeyError("reporter")
 
-    broken, healthy = renderer.feed(JOB, fail), renderer.feed(JOB, events.put)
+    broken, healthy = renderer.open_queue(JOB, fail), renderer.open_queue(JOB, events.put)
     broken.offer(step(9))
     broken.flush()
     healthy.offer(step(2))
@@ -372,23 +374,23 @@ def test_a_reporter_that_raises_harms_nobody_else(renderer, events, logs):
     assert [entry["log_level"] for entry in logs] == ["error"]
 
 
-def test_the_budget_learns_what_decoding_took(head, events):
-    """Each picture tells the budget the processor's time, for its size."""
+def test_the_budget_records_decoding_times(head, events):
+    """After a preview, the budget knows the decoder's CPU time for that size."""
     budget = PreviewBudget(0.02)
-    renderer = PreviewRenderer({PreviewMethod.HEAD: head}, budget, CpuLane())
+    renderer = PreviewRenderer({PreviewMethod.HEAD: head}, budget, CpuStream())
     assert budget.cost(PreviewMethod.HEAD, JOB.pixel_count) is None
-    renderer.feed(JOB, events.put).offer(step(1))
+    renderer.open_queue(JOB, events.put).offer(step(1))
     renderer.close()
     assert budget.cost(PreviewMethod.HEAD, JOB.pixel_count) > 0
 
 
-def test_company_shares_the_denoisers_time(renderer, head, events, monkeypatch):
-    """Two generations whose steps take a second together may spend on previews what one of half a second may."""
+def test_generations_share_the_denoisers_time(renderer, head, events, monkeypatch):
+    """With two open generations, each accounts for half of the time between its steps; alone, for all of it."""
     observed = []
     monkeypatch.setattr(renderer._budget, "observe_step", lambda seconds, _: observed.append(seconds))
     clock = itertools.count()
-    monkeypatch.setattr(feed_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-    first, second = renderer.feed(JOB, events.put), renderer.feed(JOB, events.put)
+    monkeypatch.setattr(queue_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    first, second = renderer.open_queue(JOB, events.put), renderer.open_queue(JOB, events.put)
     first.offer(step(1))
     first.offer(step(2))
     second.close()
@@ -396,45 +398,45 @@ def test_company_shares_the_denoisers_time(renderer, head, events, monkeypatch):
     assert observed == [0.5, 1.0]
 
 
-class TestChores:
-    """What can wait is done when nothing is due."""
+class TestIdleTasks:
+    """Idle tasks run when no step is due."""
 
-    def test_chore_waits_for_what_is_due(self, renderer, head, events):
-        """However long a chore has waited, a step that became due after it goes first."""
-        feed = renderer.feed(JOB, events.put)
-        hold(head, feed)
+    def test_due_steps_run_before_idle_tasks(self, renderer, head, events):
+        """A step that became due after a waiting task still runs first."""
+        preview_queue = renderer.open_queue(JOB, events.put)
+        hold(head, preview_queue)
         for name in ("first", "second"):
             renderer.when_idle(lambda name=name: events.put(name))
-        feed.offer(step(2))
+        preview_queue.offer(step(2))
         head.gate.set()
         assert [events.get(timeout=PATIENCE) for _ in range(4)] == [preview(1), preview(2), "first", "second"]
 
-    def test_a_step_comes_between_two_chores(self, renderer, head, events):
-        """A step that becomes due during a chore is drawn before the next one."""
-        begun, go_on = threading.Event(), threading.Event()
-        renderer.when_idle(lambda: (begun.set(), go_on.wait(PATIENCE)))
-        assert begun.wait(PATIENCE)
+    def test_a_step_runs_between_two_tasks(self, renderer, head, events):
+        """A step that becomes due during a task is rendered before the next task."""
+        started, go_on = threading.Event(), threading.Event()
+        renderer.when_idle(lambda: (started.set(), go_on.wait(PATIENCE)))
+        assert started.wait(PATIENCE)
         renderer.when_idle(lambda: events.put("second"))
-        renderer.feed(JOB, events.put).offer(step(1))
+        renderer.open_queue(JOB, events.put).offer(step(1))
         go_on.set()
         assert [events.get(timeout=PATIENCE) for _ in range(2)] == [preview(1), "second"]
 
-    def test_failure_of_a_chore_is_logged(self, renderer, events, logs):
-        """It costs what it would have done, and nothing else."""
+    def test_a_failing_task_is_logged(self, renderer, events, logs):
+        """An exception in a task is logged, and later previews and tasks still run."""
 
         def fail():
             raise ValueError("nothing to learn")
 
         renderer.when_idle(fail)
-        renderer.feed(JOB, events.put).offer(step(1))
+        renderer.open_queue(JOB, events.put).offer(step(1))
         renderer.when_idle(lambda: events.put("next"))
         assert {str(events.get(timeout=PATIENCE)) for _ in range(2)} == {str(preview(1)), "next"}
         assert [entry["log_level"] for entry in logs] == ["error"]
 
-    def test_too_many_chores_are_forgotten(self, head, events):
-        """Under load they do not pile up, and hold no tensors."""
+    def test_too_many_tasks_are_dropped(self, head, events):
+        """At most eight tasks wait, so that they cannot keep many tensors alive."""
         renderer = renderer_of(head)
-        hold(head, renderer.feed(JOB, queue.SimpleQueue().put))
+        hold(head, renderer.open_queue(JOB, queue.SimpleQueue().put))
         for number in range(20):
             renderer.when_idle(lambda number=number: events.put(number))
         head.gate.set()

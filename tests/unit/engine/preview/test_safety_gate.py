@@ -1,4 +1,4 @@
-"""A pipeline with a safety checker shows nothing sharp that the checker has not seen."""
+"""A pipeline with a safety checker shows sharp previews only after the checker has approved the image."""
 
 import dataclasses
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from calotype_server import errors
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.diffusers_engine import DiffusersEngine
-from calotype_server.engine.preview.cache import cache_path
-from calotype_server.engine.preview.safety_gate import SafetyGate, blurred
+from calotype_server.engine.preview.head_cache import head_path
+from calotype_server.engine.preview.safety_gate import blurred, safety_gate
 from calotype_server.types import PreviewMethod, PreviewOptions, PreviewReady, Withdrawn
 from support.checker import guarded
 from support.engine import tiny
@@ -21,18 +21,18 @@ HEAD = dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.HEAD
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory):
-    """A cache in which the tiny SD1.5 is calibrated once."""
+    """A cache folder in which the tiny SD1.5 is calibrated once."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def run(heads):
-    """Runs a job, with time for every preview, on an engine whose checker gives these verdicts."""
+    """Runs a job, with time for every preview, on an engine whose checker returns these verdicts."""
     engines = []
 
     def run_with(*verdicts, job=HEAD):
         pipeline = guarded(*verdicts)
-        engine = DiffusersEngine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
+        engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
         engines.append(engine)
         run = Run(engine)
         run.wait_before_each_evaluation(pipeline.unet)
@@ -49,46 +49,46 @@ def run(heads):
 
 
 def sizes(run):
-    """Width and height of the previews, in their order."""
+    """Returns width and height of the previews, in order."""
     return [(event.pixels.width, event.pixels.height) for event in run.events if isinstance(event, PreviewReady)]
 
 
-def test_previews_are_sharp_once_the_checker_has_passed_the_picture(run):
-    """Blurred before half of the steps, sharp after; the checker is asked once on the way and once at the end."""
-    told = run(False, False)
-    assert sizes(told) == [BLURRED] + [SHARP] * (STEPS - 1)
-    assert len(told.checker.seen) == 2
-    assert told.picture.width == 64
-    assert Withdrawn not in told.kinds
+def test_previews_are_sharp_after_the_checker_has_approved(run):
+    """Previews are blurred for half of the steps, then sharp; the checker runs once midway and once at the end."""
+    finished = run(False, False)
+    assert sizes(finished) == [BLURRED] + [SHARP] * (STEPS - 1)
+    assert len(finished.checker.seen) == 2
+    assert finished.picture.width == 64
+    assert Withdrawn not in finished.kinds
 
 
-def test_what_is_checked_is_the_whole_picture(run):
-    """The checker sees the predicted picture decoded in full, not the preview."""
-    told = run(False, False)
-    assert [each.shape for each in told.checker.seen] == [(1, 64 * 48 * 3)] * 2
+def test_the_full_image_is_checked(run):
+    """The checker gets the fully decoded predicted image, not the preview."""
+    finished = run(False, False)
+    assert [each.shape for each in finished.checker.seen] == [(1, 64 * 48 * 3)] * 2
 
 
-def test_previews_stay_blurred_after_an_objection(run):
-    """When the final check passes all the same, the picture is delivered."""
-    told = run(True, False)
-    assert sizes(told) == [BLURRED] * STEPS
-    assert told.picture.width == 64
-    assert Withdrawn not in told.kinds
+def test_previews_stay_blurred_after_a_rejection(run):
+    """After a rejection midway previews stay blurred; if the final check passes, the image is delivered."""
+    finished = run(True, False)
+    assert sizes(finished) == [BLURRED] * STEPS
+    assert finished.picture.width == 64
+    assert Withdrawn not in finished.kinds
 
 
 @pytest.mark.parametrize("midway", [True, False])
-def test_a_final_objection_withdraws_previews_and_withholds_the_picture(run, midway):
-    """It is said after the last preview, whatever the checker had said on the way, and the end is typed."""
-    told = run(midway, True)
-    assert told.kinds[-1] is Withdrawn
-    assert told.kinds.count(Withdrawn) == 1
-    assert (told.error.reason, told.error.code) == ("CONTENT_WITHHELD", "FAILED_PRECONDITION")
-    assert not hasattr(told, "picture")
+def test_a_final_rejection_withdraws_previews_and_withholds_the_image(run, midway):
+    """`Withdrawn` follows the last preview, whatever the verdict midway was, and the error is CONTENT_WITHHELD."""
+    finished = run(midway, True)
+    assert finished.kinds[-1] is Withdrawn
+    assert finished.kinds.count(Withdrawn) == 1
+    assert (finished.error.reason, finished.error.code) == ("CONTENT_WITHHELD", "FAILED_PRECONDITION")
+    assert not hasattr(finished, "picture")
 
 
-def test_nothing_is_learnt_from_a_withheld_picture(run, heads):
-    """What the checker blackened is not what the decoder made."""
-    path = cache_path(heads, guarded())
+def test_the_head_does_not_learn_from_a_withheld_image(run, heads):
+    """The head does not learn from images that the checker has blackened."""
+    path = head_path(heads, guarded())
     run(False, False).engine.close()
     before = path.read_bytes()
     run(False, True).engine.close()
@@ -97,33 +97,33 @@ def test_nothing_is_learnt_from_a_withheld_picture(run, heads):
     assert path.read_bytes() != before
 
 
-def test_a_checker_that_fails_lets_nothing_pass(run, logs):
-    """It costs sharp previews, and nothing else."""
-    told = run(RuntimeError("the checker is ill"), False)
-    assert sizes(told) == [BLURRED] * STEPS
-    assert told.picture.width == 64
+def test_a_failing_checker_keeps_previews_blurred(run, logs):
+    """If the checker raises midway, previews stay blurred, and the image is still delivered."""
+    finished = run(RuntimeError("the checker failed"), False)
+    assert sizes(finished) == [BLURRED] * STEPS
+    assert finished.picture.width == 64
     assert [entry["log_level"] for entry in logs if "safety checker" in entry["event"]] == ["error"]
 
 
-def test_the_full_decoder_is_held_back_too(run):
-    """The rule is for what is shown, whoever drew it."""
-    told = run(False, False, job=dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.FULL_VAE)))
-    assert sizes(told)[0] == BLURRED
-    assert sizes(told)[-1] == SHARP
+def test_previews_by_the_full_vae_are_blurred_too(run):
+    """The rule holds for every preview method."""
+    finished = run(False, False, job=dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.FULL_VAE)))
+    assert sizes(finished)[0] == BLURRED
+    assert sizes(finished)[-1] == SHARP
 
 
-def test_no_preview_is_no_check_on_the_way(run):
-    """Who wants no previews pays for one check, the pipeline's own."""
-    told = run(False, job=dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.NONE)))
-    assert sizes(told) == []
-    assert len(told.checker.seen) == 1
+def test_without_previews_there_is_no_check_midway(run):
+    """A generation without previews is checked once, by the pipeline itself."""
+    finished = run(False, job=dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.NONE)))
+    assert sizes(finished) == []
+    assert len(finished.checker.seen) == 1
 
 
 def test_pipelines_without_a_checker_need_no_gate(sd15):
-    """They have an attribute for one, or none at all."""
-    assert not SafetyGate.needed(sd15)
-    assert not SafetyGate.needed(tiny.shared("flux"))
-    assert SafetyGate.needed(guarded())
+    """A pipeline whose checker is None, or that has no such attribute, has no gate."""
+    assert safety_gate(sd15, decoder=None) is None
+    assert safety_gate(tiny.shared("flux"), decoder=None) is None
+    assert safety_gate(guarded(), decoder=None) is not None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_pipelines_without_a_checker_need_no_gate(sd15):
     [((3, 512, 512), (24, 24)), ((3, 64, 128), (12, 24)), ((3, 128, 2), (24, 1)), ((3, 8, 8), (8, 8))],
 )
 def test_blurred_is_small_and_smooth(shape, expected):
-    """At most 24 pixels a side, in proportion, with the colours of the whole and none of its detail."""
+    """A blurred image has at most 24 pixels per side, the same mean colour, and little detail."""
     picture = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
     small = blurred(picture)
     assert small.shape == (1, 3, *expected)

@@ -1,4 +1,4 @@
-"""What stands in for the denoiser in a request's view of the pipeline."""
+"""The object that replaces the denoiser in a request's view of the pipeline."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["DenoiserProxy"]
 
 
 class DenoiserProxy:
-    """Passes for a module, but has its calls answered by somebody else.
+    """Looks like a module to a pipeline, but forwards calls to a function.
 
-    Attributes read are the module's. What a pipeline does to a module that it believes to be alone with is kept from
-    the shared one: caches are neither entered nor reset, and attributes cannot be written.
+    Reading an attribute reads it from the module. A pipeline assumes that it owns the module, so the proxy blocks
+    everything that would change the shared one: caches are neither entered nor reset, and attributes are read-only.
 
     Args:
-        module: The real one.
-        answer: Called in its place.
+        module: The real module.
+        answer: Called instead of the module.
     """
 
     __slots__ = ("_answer", "_module")
@@ -29,23 +29,23 @@ class DenoiserProxy:
         object.__setattr__(self, "_answer", answer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Asks `answer`."""
+        """Calls `answer`."""
         return self._answer(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Asks `answer`, as pipelines that skip a module's hooks would call it."""
+        """Calls `answer`. Pipelines use this method to skip a module's hooks."""
         return self._answer(*args, **kwargs)
 
     def cache_context(self, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
-        """Does nothing: the module has one state for each context's name, and all requests use the same names."""
+        """Does nothing: the module keeps one state per context name, and all requests use the same names."""
         return contextlib.nullcontext()
 
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: pipelines call it when they end, and the others have not."""
+        """Does nothing: a pipeline calls it when it ends, while other requests still run."""
 
     @property  # type: ignore[misc]  # typeshed gives it a setter
     def __class__(self) -> Any:
-        """The module's, so that a pipeline which looks for modules, to find its device, finds this one."""
+        """The module's class, so that a pipeline that looks for a module to find its device finds this proxy."""
         return type(self._module)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,0 +1,165 @@
+"""Builds an engine around a loaded pipeline."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import structlog
+import torch
+
+from calotype_server.engine.batching.batcher import StepBatcher
+from calotype_server.engine.batching.plan import PlanOptions
+from calotype_server.engine.batching.plan_cache import find_plan
+from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
+from calotype_server.engine.diffusers_engine import DiffusersEngine
+from calotype_server.engine.early_finish import EarlyFinisher
+from calotype_server.engine.generation_run import EngineParts
+from calotype_server.engine.preview.budget import PreviewBudget
+from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
+from calotype_server.engine.request_view import request_view
+from calotype_server.engine.shared_components import shared_components
+from calotype_server.observability.events import BatchDone, Observe, ignore
+from calotype_server.types import PreviewMethod
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+    from pathlib import Path
+
+    from calotype_server.engine.batching.batch_runner import BatchRecord
+    from calotype_server.engine.batching.plan import Plan
+    from calotype_server.types import ModelInfo
+
+__all__ = ["build_engine"]
+
+_log = structlog.get_logger(__name__)
+
+
+def build_engine(
+    name: str,
+    pipeline: Any,
+    *,
+    defaults: Defaults,
+    cache_dir: Path,
+    threads: int | None = None,
+    budget: PreviewBudget | None = None,
+    preview_methods: Collection[PreviewMethod] = tuple(PreviewMethod),
+    tiny_vae: Any = None,
+    max_active: int | None = 1,
+    max_rows: int | None = None,
+    deterministic: bool = False,
+    measure_again: bool = False,
+    on_batch: Callable[[BatchRecord], None] | None = None,
+    observe: Observe = ignore,
+) -> DiffusersEngine:
+    """Plans the batching, fits the preview head, and starts the engine's threads.
+
+    Args:
+        name: The model's name, for people.
+        pipeline: A loaded text-to-image pipeline; it is never changed.
+        defaults: Defaults that override the pipeline's own.
+        cache_dir: Folder for batching plans and preview heads.
+        threads: CPU threads for torch. None: the fastest number, measured, or torch's default if `deterministic`.
+        budget: Chooses how previews are rendered. None: a budget of 2 % of the denoiser's time.
+        preview_methods: Methods that the operator allows.
+        tiny_vae: An `AutoencoderTiny` that fits the pipeline, or None.
+        max_active: Generations that run at once. None: as many as pay off, measured.
+        max_rows: Most rows of latents that the denoiser computes together. None: as many as pay off, measured.
+        deterministic: Whether an image must be bitwise the same whatever other generations run.
+        measure_again: Whether to ignore a cached batching plan and replace it.
+        on_batch: Called after every call of a shared denoiser; it must not block.
+        observe: Receives observations.
+    """
+    model = describe(name, pipeline, defaults)
+    _log.info("model loaded", model=name, device=model.device)
+    options = PlanOptions(max_active, max_rows, threads, deterministic)
+    plan = find_plan(pipeline, model, options, cache_dir=cache_dir, measure_again=measure_again)
+    step_threads = plan.threads.of(plan.max_rows)
+    _log.info(
+        "concurrency",
+        max_active=plan.max_active,
+        max_rows=plan.max_rows,
+        threads=step_threads,
+        unbatched=plan.reason or None,
+    )
+    torch.set_num_threads(plan.threads.few)
+    budget = budget or PreviewBudget(share=0.02)
+    if model.device == "cpu":
+        budget.set_contention(min(1.0, step_threads / (os.cpu_count() or 1)))
+    batcher = _start_batcher(pipeline, plan, deterministic, _batch_observer(observe, on_batch))
+    shared = _shared_pipeline(pipeline, batcher)
+    previews = PipelinePreviews(
+        shared,
+        model,
+        cache_dir=cache_dir,
+        allowed=preview_methods,
+        budget=budget,
+        tiny_vae=tiny_vae,
+        observe=observe,
+        learns=not deterministic,
+    )
+    return DiffusersEngine(
+        EngineParts(
+            pipeline=shared,
+            denoiser=denoiser_name(pipeline),
+            model=_planned(model, plan, previews),
+            previews=previews,
+            finisher=EarlyFinisher(_with_session(shared, batcher)),
+            budget=budget,
+            batcher=batcher,
+            # Encoding a prompt and decoding an image are enough work for all threads.
+            threads=plan.threads.few if batcher is None else plan.threads.many,
+        )
+    )
+
+
+def _batch_observer(observe: Observe, on_batch: Callable[[BatchRecord], None] | None) -> Callable[[BatchRecord], None]:
+    def batch_done(record: BatchRecord) -> None:
+        observe(BatchDone(record.rows, record.seconds))
+        if on_batch is not None:
+            on_batch(record)
+
+    return batch_done
+
+
+def _start_batcher(
+    pipeline: Any, plan: Plan, deterministic: bool, on_batch: Callable[[BatchRecord], None]
+) -> StepBatcher | None:
+    """Returns the batcher, or None if only one generation runs at a time."""
+    if plan.max_rows == 0:
+        return None
+    return StepBatcher(
+        getattr(pipeline, denoiser_name(pipeline)),
+        max_rows=plan.max_rows,
+        threads=plan.threads,
+        deterministic=deterministic and not plan.reason,
+        on_batch=on_batch,
+    )
+
+
+def _shared_pipeline(pipeline: Any, batcher: StepBatcher | None) -> Any:
+    """Returns a view of the pipeline that is safe to use while requests run."""
+    components = shared_components(pipeline)
+    if batcher is None:
+        # With one generation at a time, the pipeline may apply its hooks for offloading.
+        del components["_all_hooks"]
+    view = request_view(pipeline, pipeline.scheduler, **components)
+    # Previews call the denoiser as well, to learn shapes.
+    return _with_session(view, batcher)
+
+
+def _with_session(pipeline: Any, batcher: StepBatcher | None) -> Any:
+    """Returns a view of the pipeline with its own session of the shared denoiser."""
+    own = {} if batcher is None else {denoiser_name(pipeline): batcher.open_session().proxy()}
+    return request_view(pipeline, pipeline.scheduler, **own)
+
+
+def _planned(model: ModelInfo, plan: Plan, previews: PipelinePreviews) -> ModelInfo:
+    return replace(
+        model,
+        preview_methods=previews.methods,
+        max_active=plan.max_active,
+        max_batch_rows=0 if plan.reason else plan.max_rows,
+        unbatched_reason=plan.reason,
+    )

@@ -1,0 +1,176 @@
+"""BatchRunner: computes one batch of calls, and isolates the calls that make it fail."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import structlog
+import torch
+
+from calotype_server.engine.batching.collate import Collator
+from calotype_server.engine.batching.run_ahead import RunAhead
+from calotype_server.engine.memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from calotype_server.engine.batching.measure import Threads
+    from calotype_server.engine.batching.scheduler import PendingCall
+
+__all__ = ["BatchObserver", "BatchRecord", "BatchRunner"]
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """One call of the denoiser.
+
+    Attributes:
+        started: Start on the clock of `time.monotonic`, in seconds.
+        seconds: Duration. CUDA calls return before they are computed; there it lasts until the previous call was
+            computed.
+        sessions: Numbers of the sessions whose calls were joined, in the order of their rows.
+        rows: Rows that belong to a request.
+        padded_rows: All rows that were computed.
+    """
+
+    started: float
+    seconds: float
+    sessions: tuple[int, ...]
+    rows: int
+    padded_rows: int
+
+
+class BatchObserver(Protocol):
+    """Receives the results of batches on the device thread; implemented by `StepBatcher`."""
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows to run at once."""
+        ...
+
+    def answered(self, calls: Sequence[PendingCall], answers: Sequence[Any], rows: int) -> None:
+        """Takes the answers to a batch with so many rows."""
+        ...
+
+    def succeeded(self, seconds: float) -> None:
+        """Called after `answered`, when the duration of the batch is known."""
+        ...
+
+    def ran_out_of_memory(self, max_rows: int) -> None:
+        """Called when memory allows no more than so many rows."""
+        ...
+
+
+class BatchRunner:
+    """Computes batches in the calling thread.
+
+    A batch that fails is split in half and tried again, until the failing calls run alone. Only a failure of the device
+    itself is raised.
+
+    Args:
+        module: The denoiser.
+        observer: Receives results.
+        threads: CPU threads to compute each call with; None for torch's default.
+        deterministic: Fill every batch up to `max_rows`.
+        on_batch: Called after each call of the denoiser; it must not block.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        observer: BatchObserver,
+        *,
+        threads: Threads | None,
+        deterministic: bool,
+        on_batch: Callable[[BatchRecord], None] | None,
+    ) -> None:
+        self.collator = Collator(module, exact=deterministic)
+        self._module = module
+        self._observer = observer
+        self._threads = threads
+        self._deterministic = deterministic
+        self._on_batch = on_batch
+        self._run_ahead = RunAhead(_device(module))
+
+    def start(self) -> None:
+        """Prepares the calling thread. Call it once, before `run`."""
+        self._run_ahead.start()
+
+    def run(self, calls: Sequence[PendingCall]) -> None:
+        """Settles all calls; together, if that succeeds.
+
+        Raises:
+            torch.AcceleratorError: The device failed.
+        """
+        calls = [pending for pending in calls if not pending.future.done()]  # Some may be cancelled by now.
+        if not calls:
+            return
+        rows = sum(pending.call.rows for pending in calls)
+        padded_rows = max(rows, self._observer.max_rows) if self._deterministic else rows
+        error = self._try(calls, rows, padded_rows)
+        if error is None:
+            return
+        if isinstance(error, torch.AcceleratorError):
+            raise error
+        # The traceback's frames keep intermediate results alive, and the next try may need their memory.
+        traceback.clear_frames(error.__traceback__)
+        out_of_memory = is_out_of_memory(error)
+        if out_of_memory and self._run_ahead.on_cuda:
+            torch.cuda.empty_cache()
+        alone, padded = len(calls) == 1, padded_rows > rows
+        if alone and not (out_of_memory and padded):
+            calls[0].fail(error)
+            return
+        del error
+        if out_of_memory:
+            self._lower_max_rows(padded_rows // 2, calls)
+        if alone:
+            self.run(calls)
+            return
+        half = len(calls) // 2
+        self.run(calls[:half])
+        self.run(calls[half:])
+
+    def _try(self, pending: Sequence[PendingCall], rows: int, padded_rows: int) -> BaseException | None:
+        """Computes a batch; returns what went wrong."""
+        calls = [each.call for each in pending]
+        started = time.monotonic()
+        if self._threads is not None:
+            # Torch keeps the number per thread, and setting it takes less than a microsecond.
+            torch.set_num_threads(self._threads.of(padded_rows))
+        try:
+            args, kwargs = self.collator.join(calls, padded_rows)
+            # Lines that the denoiser logs carry the ids of the first request in the batch.
+            output = pending[0].context.run(self._module, *args, **kwargs)
+            answers = self.collator.split(output, calls, padded_rows)
+        except BaseException as error:
+            return error
+        self._observer.answered(pending, answers, rows)
+        self._run_ahead.follow()
+        seconds = time.monotonic() - started
+        self._observer.succeeded(seconds)
+        if self._on_batch is not None:
+            sessions = tuple(each.slot.number for each in pending)
+            self._report(self._on_batch, BatchRecord(started, seconds, sessions, rows, padded_rows))
+        return None
+
+    def _report(self, on_batch: Callable[[BatchRecord], None], record: BatchRecord) -> None:
+        try:
+            on_batch(record)
+        except Exception:
+            _log.exception("a batch cannot be reported")
+
+    def _lower_max_rows(self, rows: int, calls: Sequence[PendingCall]) -> None:
+        self._observer.ran_out_of_memory(max(1, rows))
+        for pending in calls:
+            pending.context.run(_log.warning, "memory ran out", max_rows=self._observer.max_rows)
+
+
+def _device(module: Any) -> torch.device:
+    parameter = next(iter(module.parameters()), None) if isinstance(module, torch.nn.Module) else None
+    return torch.device("cpu") if parameter is None else parameter.device

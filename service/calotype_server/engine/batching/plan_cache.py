@@ -1,0 +1,159 @@
+"""Keeps batching plans on disk, so that only the first start with a model, on a machine, measures it.
+
+One JSON file for each key: the weights, the machine, the libraries and the settings that a plan depends on. A file
+repeats the facts that make up its key, for people and against files that were copied to another name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import structlog
+import torch
+
+from calotype_server import __version__
+from calotype_server.engine.batching.measure import Threads
+from calotype_server.engine.batching.plan import (
+    Plan,
+    PlanOptions,
+    measure_plan,
+    measures_threads,
+    reason_to_run_alone,
+)
+from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.disk_cache import config_of, weights_fingerprint, write_atomically
+from calotype_server.engine.machine import machine_facts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from calotype_server.types import ModelInfo
+
+__all__ = ["find_plan", "load_plan", "plan_facts", "plan_path", "save_plan"]
+
+_log = structlog.get_logger(__name__)
+
+_FORMAT = 1
+"""Part of the key: increase it when the measurements or the file change their meaning."""
+
+
+def find_plan(
+    pipeline: Any, model: ModelInfo, options: PlanOptions, *, cache_dir: Path, measure_again: bool = False
+) -> Plan:
+    """Returns the plan for a pipeline from the cache, or else measures it and stores it.
+
+    Args:
+        pipeline: The loaded pipeline; not changed.
+        model: Its description.
+        options: The operator's settings.
+        cache_dir: Folder of all caches; plans are in `plans` below it.
+        measure_again: Ignore a cached plan, and replace it.
+    """
+    if reason_to_run_alone(pipeline, options) is not None and not measures_threads(model, options):
+        return measure_plan(pipeline, model, options)  # There is nothing to measure.
+    try:
+        facts = plan_facts(pipeline, model, options)
+    except Exception as error:  # weights of an unusual kind
+        _log.warning("cannot cache the batching plan of this model", error=repr(error))
+        return measure_plan(pipeline, model, options)
+    path = plan_path(cache_dir, facts)
+    plan = None if measure_again else load_plan(path, facts)
+    if plan is not None:
+        _log.info("batching plan loaded", path=str(path))
+        return plan
+    started = time.monotonic()
+    plan = measure_plan(pipeline, model, options)
+    _log.info("batching plan measured", seconds=round(time.monotonic() - started, 2))
+    if not plan.provisional:
+        save_plan(path, facts, plan)
+    return plan
+
+
+def plan_facts(pipeline: Any, model: ModelInfo, options: PlanOptions) -> dict[str, Any]:
+    """Returns everything that a plan depends on, as plain values for JSON."""
+    module = getattr(pipeline, denoiser_name(pipeline))
+    facts = {
+        "format": _FORMAT,
+        "versions": {"calotype": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "machine": machine_facts(torch.device(model.device)),
+        "pipeline": type(pipeline).__name__,
+        "denoiser": type(module).__name__,
+        "config": config_of(module),
+        "weights": weights_fingerprint(module),
+        "request": [model.width, model.height, model.step_count, model.guidance_scale, model.scheduler],
+        "device": model.device,
+        "dtype": model.dtype,
+        "options": dataclasses.asdict(options),
+        "runs_alone": reason_to_run_alone(pipeline, options),
+    }
+    return json.loads(json.dumps(facts, default=str))
+
+
+def plan_path(cache_dir: Path, facts: dict[str, Any]) -> Path:
+    """Returns the file for a plan that depends on these facts."""
+    return cache_dir.expanduser() / "plans" / f"{_hash(facts)[:32]}.json"
+
+
+def load_plan(path: Path, facts: dict[str, Any]) -> Plan | None:
+    """Returns the plan, or None if there is none. A file that cannot be used is logged, and replaced later."""
+    try:
+        stored = json.loads(path.read_bytes())
+        if stored["checksum"] != _hash([stored["facts"], stored["plan"]]):
+            raise ValueError("its checksum does not match")
+        if stored["facts"] != facts:
+            raise ValueError("it was measured for something else")
+        return _decode(stored["plan"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:
+        _log.warning("cannot use the cached batching plan, measuring again", path=str(path), error=repr(error))
+        return None
+
+
+def save_plan(path: Path, facts: dict[str, Any], plan: Plan) -> None:
+    """Writes the plan. If the folder is not writable, that is logged, and the next start measures again."""
+    encoded = _encode(plan)
+    content = {"plan": encoded, "facts": facts, "checksum": _hash([facts, encoded])}
+    write_atomically(path, json.dumps(content, indent=1).encode(), kind="batching plan")
+
+
+def _encode(plan: Plan) -> dict[str, Any]:
+    """JSON has no infinity: null stands for it."""
+    threads = plan.threads
+    from_rows = None if math.isinf(threads.from_rows) else threads.from_rows
+    return {
+        "max_active": plan.max_active,
+        "max_rows": plan.max_rows,
+        "reason": plan.reason,
+        "threads": {"few": threads.few, "many": threads.many, "from_rows": from_rows},
+    }
+
+
+def _decode(stored: Any) -> Plan:
+    """Raises an exception of any kind if this is not a plan."""
+    threads = stored["threads"]
+    from_rows = math.inf if threads["from_rows"] is None else _count(threads["from_rows"], 1)
+    if not isinstance(stored["reason"], str):
+        raise TypeError("reason is not a string")
+    return Plan(
+        _count(stored["max_active"], 1),
+        _count(stored["max_rows"], 0),
+        stored["reason"],
+        Threads(_count(threads["few"], 1), _count(threads["many"], 1), from_rows),
+    )
+
+
+def _count(value: Any, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{value!r} is not a whole number from {least}")
+    return value
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

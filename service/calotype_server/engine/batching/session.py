@@ -1,0 +1,109 @@
+"""DenoiserSession: one request's access to the shared denoiser."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from calotype_server.engine.batching.scheduler import PendingCall, RequestSlot
+from calotype_server.engine.denoiser_proxy import DenoiserProxy
+from calotype_server.engine.tap import Stopped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from calotype_server.engine.batching.collate import Collator, Digests
+
+__all__ = ["CallQueue", "DenoiserSession"]
+
+
+class CallQueue(Protocol):
+    """Runs the calls of sessions; implemented by `StepBatcher`."""
+
+    @property
+    def module(self) -> Any:
+        """The denoiser."""
+        ...
+
+    @property
+    def collator(self) -> Collator:
+        """Joins calls of that denoiser."""
+        ...
+
+    def submit(self, pending: PendingCall) -> None:
+        """Queues a call; its future receives the answer."""
+        ...
+
+    def stop_waiting_for(self, slot: RequestSlot) -> None:
+        """Lets other requests run without waiting for this one."""
+        ...
+
+    def withdraw(self, slot: RequestSlot, pending: PendingCall | None) -> None:
+        """Stops waiting for a request, and makes its call raise `Stopped` at once."""
+        ...
+
+
+class DenoiserSession:
+    """One request's access to the denoiser. Use it as a context manager, and leave it when the request has ended.
+
+    `cancel` may be called by any thread, everything else only by the request's own.
+
+    Args:
+        queue: Runs the calls.
+        number: Identifies the session in records of batches.
+        should_stop: Called before each call of the denoiser; True raises `Stopped`.
+    """
+
+    def __init__(self, queue: CallQueue, number: int, should_stop: Callable[[], bool]) -> None:
+        self._queue = queue
+        self._should_stop = should_stop
+        self._digests: Digests = {}
+        self._slot = RequestSlot(number)
+        self._pending: PendingCall | None = None
+        self._cancelled = False
+        self._calls = self._rows = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.expect_no_more()
+        self._digests.clear()
+        self._pending = None
+
+    @property
+    def number(self) -> int:
+        """Number of the session, from 0, in the order of opening."""
+        return self._slot.number
+
+    @property
+    def mean_rows(self) -> float:
+        """Mean number of rows that were computed together with a call of this request, its own included."""
+        return self._rows / self._calls if self._calls else 0.0
+
+    def proxy(self) -> DenoiserProxy:
+        """Returns the object to use in place of the denoiser."""
+        return DenoiserProxy(self._queue.module, self._call)
+
+    def expect_no_more(self) -> None:
+        """Announces that the last step is done, so that other requests do not wait. A further call is still served."""
+        self._queue.stop_waiting_for(self._slot)
+
+    def cancel(self) -> None:
+        """Makes the request's waiting call, or else its next one, raise `Stopped` at once."""
+        # The order matters: a call that is submitted meanwhile either sees the flag or is withdrawn.
+        self._cancelled = True
+        self._queue.withdraw(self._slot, self._pending)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._should_stop():
+            raise Stopped
+        call = self._queue.collator.bind(args, kwargs, self._digests)
+        self._pending = pending = PendingCall(self._slot, call, time.monotonic())
+        if self._cancelled:
+            raise Stopped
+        self._queue.submit(pending)
+        answer = pending.future.result()
+        self._calls += 1
+        self._rows += pending.batch_rows
+        return answer

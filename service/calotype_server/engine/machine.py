@@ -1,0 +1,56 @@
+"""Identifies this machine: the facts that decide how fast a model runs on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["machine_facts"]
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Limit that a container runtime sets on CPU time, in cgroup v2."""
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Returns what identifies the hardware that a process may use, as plain values for JSON.
+
+    Args:
+        device: Where the model runs. The GPU is included only if it is a CUDA device.
+    """
+    facts: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "usable_cores": _usable_cores(),
+        "cpu_quota": _first_line(_CPU_QUOTA),
+        "torch_threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = [properties.name, properties.total_memory, properties.multi_processor_count]
+    return facts
+
+
+def _cpu_model() -> str:
+    try:
+        lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int | None:
+    """Number of cores that this process may run on; None where the system cannot restrict that."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+def _first_line(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None

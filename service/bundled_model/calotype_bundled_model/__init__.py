@@ -8,4 +8,4 @@ PATH = Path(__file__).parent / "model"
 """The diffusers folder; load it with `DiffusionPipeline.from_pretrained(PATH)`."""
 
 TINY_VAE = Path(__file__).parent / "tiny_vae"
-"""A small, fast decoder for previews that replaces the model's `vae`; load it with `AutoencoderTiny.from_pretrained`."""
+"""A small, fast preview decoder that replaces the model's `vae`; load it with `AutoencoderTiny.from_pretrained`."""

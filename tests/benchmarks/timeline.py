@@ -32,7 +32,7 @@ JOB = Job(PROMPTS[0], None, 128, 128, 20, GUIDANCE, 0, "DDIMScheduler")
 
 WIDTH, ROW, LEFT, TOP, BOTTOM = 1400, 34, 190, 16, 44
 INK, GRID, IDLE = "#333333", "#dddddd", "#eeeeee"
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")  # Okabe & Ito: safe for colour-blind readers
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")  # Okabe & Ito: colour-blind safe
 
 
 def main() -> None:

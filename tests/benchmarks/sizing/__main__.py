@@ -75,7 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--measure", action="store_true", help="measure the bundled model and all costs on this machine"
     )
-    parser.add_argument("--step-ms", type=parse_step_ms, help="step times of another model: ROWS:MS,ROWS:MS,... with rising rows")
+    parser.add_argument("--step-ms", type=parse_step_ms, help="step times of another model: ROWS:MS,ROWS:MS,...")
     parser.add_argument("--steps", type=int, default=28, help="steps of a generation")
     parser.add_argument("--rows", type=int, default=1, help="rows of a generation in a batch: 2 with guidance")
     parser.add_argument("--encoding", type=float, default=0.0, help="ms on the device before the first step")

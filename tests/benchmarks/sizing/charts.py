@@ -27,7 +27,7 @@ SEED = 1
 _EACH = 30
 """Minimum number of generations per replica; the first third is not counted."""
 _LEAST = 1200
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00")  # Okabe & Ito: safe for colour-blind readers
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00")  # Okabe & Ito: colour-blind safe
 _INK = "#333333"
 
 Point = tuple[Model, Fleet, float]

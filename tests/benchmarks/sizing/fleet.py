@@ -226,7 +226,7 @@ class Replica:
                 self._tickets[request.seat] = request
                 self._rendezvous.arrive(PendingCall(request.seat, self._call, self._env.now))
             else:
-                self._rendezvous.excuse(request.seat)
+                self._rendezvous.stop_waiting_for(request.seat)
                 self._spend(self._model.decoding, lambda request=request: self._leave(request))
         self._wake()
 

@@ -102,11 +102,11 @@ def first_previews(client: calotype.Client) -> dict[str, float]:
     """Returns the time to the first preview, in steps."""
     steps, firsts = [], []
     for round_number in range(ROUNDS):
-        begun, first = time.perf_counter(), None
+        started, first = time.perf_counter(), None
         generation = client.generate(PROMPT, seed=round_number, steps=STEPS)
         for progress in generation:
             if progress.preview is not None and first is None:
-                first = time.perf_counter() - begun
+                first = time.perf_counter() - started
         steps.append(generation.progress.timings.denoising / STEPS)
         firsts.append(first / steps[-1])
     return {"first_preview_steps": statistics.median(firsts), "step_ms": 1000 * statistics.median(steps)}
@@ -121,12 +121,12 @@ def cancels(threads: int, step_ms: float) -> dict[str, float]:
             left = client.generate(PROMPT, seed=round_number, steps=STEPS)
             for progress in left:
                 if progress.step >= 3 + round_number % 8:
-                    begun = time.perf_counter()
+                    started = time.perf_counter()
                     left.cancel()
                     break
             for progress in client.generate(PROMPT, steps=1):
                 if progress.phase is not calotype.Phase.QUEUED:
-                    waits.append((time.perf_counter() - begun) * 1000 / step_ms)
+                    waits.append((time.perf_counter() - started) * 1000 / step_ms)
                     break
     return {"cancel_steps": statistics.median(waits), "cancel_steps_max": max(waits)}
 
@@ -161,9 +161,9 @@ def interleaved(functions: dict[str, Callable[[], None]]) -> dict[str, list[floa
     for _ in range(ROUNDS):
         for name, function in functions.items():
             function()
-            begun = time.perf_counter()
+            started = time.perf_counter()
             function()
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(time.perf_counter() - started)
     return times
 
 

@@ -103,9 +103,9 @@ async def one_round(target: str, cpu: Callable[[], float]) -> dict[str, float]:
             return len([0 async for _ in stub.Generate(pb.GenerateRequest(step_count=UNPACED))])
 
         paced = [lag for each in await asyncio.gather(*(lags() for _ in range(STREAMS))) for lag in each]
-        before, begun = cpu(), time.monotonic()
+        before, started = cpu(), time.monotonic()
         messages = sum(await asyncio.gather(*(drain() for _ in range(STREAMS))))
-        seconds, spent = time.monotonic() - begun, cpu() - before
+        seconds, spent = time.monotonic() - started, cpu() - before
         return {
             "lag_ms": statistics.median(paced),
             "messages_per_second": messages / seconds,
@@ -148,9 +148,9 @@ async def replicas(folder: Path) -> dict[str, float]:
             await cluster.apply()
             await cluster.until_running()
             await pictures(cluster.address, 8)
-            begun = time.monotonic()
+            started = time.monotonic()
             await pictures(cluster.address, PICTURES)
-            counts[2 - number % 2].append(PICTURES / (time.monotonic() - begun))
+            counts[2 - number % 2].append(PICTURES / (time.monotonic() - started))
     one, two = (statistics.median(counts[number]) for number in (1, 2))
     return {"replicas1_pictures_per_second": one, "replicas2_pictures_per_second": two, "replicas2_over_1": two / one}
 

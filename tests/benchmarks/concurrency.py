@@ -82,18 +82,18 @@ def compared(runs: dict[str, list[list[Measured]]], streams: int) -> dict[str, f
 async def together(address: str, streams: int) -> list[Measured]:
     """Starts `streams` generations at once and follows each to its end."""
     async with calotype.AsyncClient(address) as client:
-        begun = time.perf_counter()
+        started = time.perf_counter()
 
         async def one(index: int) -> Measured:
             first_preview, estimate = None, None
             generation = client.generate(PROMPTS[index % len(PROMPTS)], seed=index, steps=STEPS)
             async for progress in generation:
-                now = time.perf_counter() - begun
+                now = time.perf_counter() - started
                 if estimate is None and progress.estimated_remaining is not None:
                     estimate = now + progress.estimated_remaining
                 if first_preview is None and progress.preview is not None:
                     first_preview = now
-            finished = time.perf_counter() - begun
+            finished = time.perf_counter() - started
             error = None if estimate is None else abs(estimate - finished) / finished
             return Measured(first_preview, finished, error)
 

@@ -117,7 +117,7 @@ def seconds(decoder: Decoder, latents: Any, size: tuple[int, int]) -> float:
     """Returns the processor seconds of one decode: the minimum of several, because disturbances only add time."""
     times = []
     for _ in range(REPEATS):
-        begun = time.thread_time()
+        started = time.thread_time()
         decoder.decode(latents, *size)
-        times.append(time.thread_time() - begun)
+        times.append(time.thread_time() - started)
     return min(times)

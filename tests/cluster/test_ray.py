@@ -107,11 +107,11 @@ async def test_violations_arrive_typed(client: calotype.AsyncClient) -> None:
 async def test_an_unknown_generation_is_not_found(stub: GenerationServiceStub, method: str) -> None:
     """Every method returns NOT_FOUND with the reason OTHER_REPLICA for an unknown id, from any replica."""
     request = getattr(pb, f"{method}Request")(generation_id="feedbeef.nobody")
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
+    with pytest.raises(grpc.aio.AioRpcError) as rejected:
         call = getattr(stub, method)(request)
         await (call.read() if method == "Watch" else call)
-    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
-    assert b"OTHER_REPLICA" in dict(refused.value.trailing_metadata())["grpc-status-details-bin"]
+    assert rejected.value.code() is grpc.StatusCode.NOT_FOUND
+    assert b"OTHER_REPLICA" in dict(rejected.value.trailing_metadata())["grpc-status-details-bin"]
 
 
 async def test_every_replica_reaches_every_generation(client: calotype.AsyncClient) -> None:
@@ -144,9 +144,9 @@ async def test_a_cancelled_call_frees_its_slot(client: calotype.AsyncClient, stu
         call.cancel()
         return message.generation_id
 
-    begun = {each for _ in range(3) for each in await asyncio.gather(*(cancel_one() for _ in range(8)))}
+    cancelled = {each for _ in range(3) for each in await asyncio.gather(*(cancel_one() for _ in range(8)))}
     known = {each.generation_id: each.phase for each in await all_ended(client)}
-    assert [known[each] for each in begun] == ["cancelled"] * 24
+    assert [known[each] for each in cancelled] == ["cancelled"] * 24
 
 
 async def test_a_deadline_ends_the_generation(client: calotype.AsyncClient, stub: GenerationServiceStub) -> None:
@@ -172,9 +172,9 @@ async def test_the_bridge_reaches_the_replicas(cluster: RayCluster) -> None:
             last = message
         assert previews >= 4
         assert last.phase == pb.PHASE_SUCCEEDED
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
+        with pytest.raises(grpc.aio.AioRpcError) as rejected:
             await stub.Generate(pb.GenerateRequest(prompt="", width_px=7)).read()
-        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert rejected.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         channel.close()
 
 
@@ -184,22 +184,22 @@ async def test_the_bridge_reports_a_crashed_replica(cluster: RayCluster, client:
     await both_reachable(client)
     with BridgeProcess("--upstream", cluster.address) as bridge:
 
-        async def follow(begun: asyncio.Event) -> grpc.StatusCode:
+        async def follow(denoising: asyncio.Event) -> grpc.StatusCode:
             channel = WebChannel(bridge.web_address)
             call = GenerationServiceStub(channel).Generate(pb.GenerateRequest(prompt="fox", step_count=LONG))
             try:
                 while (message := await call.read()) is not grpc.aio.EOF:
                     if message.phase == pb.PHASE_DENOISING:
-                        begun.set()
+                        denoising.set()
             except grpc.aio.AioRpcError as error:
                 return error.code()
             finally:
                 channel.close()
             return grpc.StatusCode.OK
 
-        begun = [asyncio.Event() for _ in range(6)]
-        calls = [asyncio.create_task(follow(each)) for each in begun]
-        await asyncio.gather(*(each.wait() for each in begun))
+        denoising = [asyncio.Event() for _ in range(6)]
+        calls = [asyncio.create_task(follow(each)) for each in denoising]
+        await asyncio.gather(*(each.wait() for each in denoising))
         os.kill(victim, signal.SIGKILL)
         codes = Counter(await asyncio.gather(*calls))
     assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}

@@ -103,7 +103,7 @@ def test_dead_peers_are_detected(port: str, state: str, fate: str) -> None:
             wait_for(first, "denoising")
         victim = caller(port, *inside)
         generation_id = wait_for(victim, state)
-        begun = time.monotonic()
+        started = time.monotonic()
         if fate == "pulled":
             subprocess.run(pull, check=True)
         else:
@@ -112,9 +112,9 @@ def test_dead_peers_are_detected(port: str, state: str, fate: str) -> None:
             # The kernel answers for a frozen process, and HTTP/1.1 has no ping: the client keeps its place in the queue
             # and is detected when its generation runs and it reads no previews.
             first.kill()
-            begun = time.monotonic()
+            started = time.monotonic()
         server.wait_for_log(generation_id, "outcome=ABANDONED", timeout=120)
-        print(f"\n{port}, {state}, {fate}: detected after {time.monotonic() - begun:.1f} s")
+        print(f"\n{port}, {state}, {fate}: detected after {time.monotonic() - started:.1f} s")
 
 
 @pytest.mark.timeout(120)
@@ -124,10 +124,10 @@ def test_a_frozen_server_is_detected() -> None:
         generation = iter(client.generate("fox", steps=150, timeout=45))
         next(generation)
         server.process.send_signal(signal.SIGSTOP)
-        begun = time.monotonic()
+        started = time.monotonic()
         with pytest.raises(calotype.Unavailable):
             list(generation)
-        print(f"\nserver frozen: detected after {time.monotonic() - begun:.1f} s")
+        print(f"\nserver frozen: detected after {time.monotonic() - started:.1f} s")
         server.process.send_signal(signal.SIGCONT)
 
 

@@ -116,10 +116,10 @@ def routing(count: int) -> float:
     """Returns the milliseconds of a bridge's event loop to choose one of `count` servers, once per call."""
     # Channels connect lazily, so these addresses need no servers.
     upstreams = Upstreams([f"127.0.0.1:{number + 1}" for number in range(count)], lambda *_: None)
-    begun = time.process_time()
+    started = time.process_time()
     for _ in range(20):
         upstreams.by_health()
-    return 1e3 * (time.process_time() - begun) / 20
+    return 1e3 * (time.process_time() - started) / 20
 
 
 def previews() -> dict[str, float]:
@@ -131,10 +131,10 @@ def previews() -> dict[str, float]:
         noise = np.random.default_rng(0).normal(0, 4, picture.shape)
         pixels = Pixels(edge, edge, (picture + noise).clip(0, 255).astype(np.uint8).tobytes())
         data = encode_preview(pixels, edge, 75).data
-        begun = time.process_time()
+        started = time.process_time()
         for _ in range(20):
             encode_preview(pixels, edge, 75)
-        results[f"preview{edge}_ms"] = 1e3 * (time.process_time() - begun) / 20
+        results[f"preview{edge}_ms"] = 1e3 * (time.process_time() - started) / 20
         results[f"preview{edge}_kb"] = len(data) / 1e3
     return results
 
@@ -149,10 +149,10 @@ async def admissions() -> dict[str, float]:
         admission = Admission(pace, max_active=8, max_queue=2 * waiting)
         for number in range(8 + waiting):
             admission.enter(_JOB, str(number), _ignore)
-        begun = time.process_time()
+        started = time.process_time()
         for number in range(10):
             admission.leave(admission.enter(_JOB, f"new {number}", _ignore))
-        results[f"admission{waiting}_ms"] = 1e3 * (time.process_time() - begun) / 10
+        results[f"admission{waiting}_ms"] = 1e3 * (time.process_time() - started) / 10
     return results
 
 

@@ -94,10 +94,10 @@ async def busy(address: str) -> list[Seen]:
 async def by_chance(address: str, requests: Sequence[Request]) -> list[Seen]:
     """Sends each request at its arrival time."""
     async with calotype.AsyncClient(address, retries=0) as client:
-        begun = time.monotonic()
+        started = time.monotonic()
 
         async def come(number: int) -> Seen:
-            due = begun + requests[number].arrived
+            due = started + requests[number].arrived
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             return await generate(client, number, due)
 

@@ -52,7 +52,7 @@ def _seconds(function: Callable[[], object]) -> float:
     function()
     taken = []
     for _ in range(_REPEATS):
-        begun = time.thread_time()
+        started = time.thread_time()
         function()
-        taken.append(time.thread_time() - begun)
+        taken.append(time.thread_time() - started)
     return statistics.median(taken)

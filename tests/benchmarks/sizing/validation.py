@@ -132,12 +132,12 @@ class _Others:
     cores = 0.0
 
     def __enter__(self) -> _Others:
-        self._begun = time.monotonic(), self._all(), self._own()
+        self._started = time.monotonic(), self._all(), self._own()
         return self
 
     def __exit__(self, *_: object) -> None:
-        begun, busy, own = self._begun
-        self.cores = ((self._all() - busy) - (self._own() - own)) / (time.monotonic() - begun)
+        started, busy, own = self._started
+        self.cores = ((self._all() - busy) - (self._own() - own)) / (time.monotonic() - started)
 
     @staticmethod
     def _all() -> float:

@@ -1,4 +1,4 @@
-"""Runs Calotype on a separate local Ray instance: `make ray-up`, `make ray-down`."""
+"""Runs Calotype on a Ray of its own, on this machine and for this machine: `make ray-up`, `make ray-down`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ HERE = Path(__file__).parent
 STATE = HERE.parent / "build" / "ray"
 HOST = "127.0.0.1"
 GCS_PORT, DASHBOARD_PORT = 6385, 8265
-# Ports that Ray uses in addition to those of the application, and the program that probably uses a busy one.
+# Ports that Ray takes beside those of the application, and who else may have them.
 PORTS = {GCS_PORT: "another Ray", DASHBOARD_PORT: "another Ray", 8404: "another HAProxy", 9101: "another HAProxy"}
 START_SECONDS = 300.0
 STOP_SECONDS = 30.0
 
 
 def main() -> int:
-    """Runs the action given on the command line."""
+    """Does what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=("up", "down"))
     parser.add_argument("--config", type=Path, default=HERE / "ray.yaml")
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def environment() -> dict[str, str]:
-    """Returns the variables of this process and of ray.env; those of this process win."""
+    """Returns ours, with the variables of ray.env; ours win."""
     lines = (HERE / "ray.env").read_text().splitlines()
     pairs = (line.partition("=") for line in lines if line and not line.startswith("#"))
     ours = {"RAY_ADDRESS": f"{HOST}:{GCS_PORT}", "RAY_DASHBOARD_ADDRESS": f"http://{HOST}:{DASHBOARD_PORT}"}
@@ -50,7 +50,7 @@ def up(config: Path) -> int:
     if not ray.exists():
         return _fail("Ray is not installed in this environment: pip install 'calotype[ray]'.")
     if _pid() is not None:
-        return _fail("Calotype on Ray is already running: `make ray-down` stops it.")
+        return _fail("Calotype on Ray is running already: `make ray-down` stops it.")
     settings = yaml.safe_load(config.read_text())
     address = f"{HOST}:{settings['grpc_options']['port']}"
     own = {settings[kind]["port"]: "`calotype serve`" for kind in ("grpc_options", "http_options")}
@@ -60,7 +60,7 @@ def up(config: Path) -> int:
             try:
                 probe.bind((HOST, port))
             except OSError:
-                return _fail(f"Port {port} is in use: is {other} running?")
+                return _fail(f"Port {port} is taken: is {other} running?")
     STATE.mkdir(parents=True, exist_ok=True)
     command = [ray, "start", "--head", "--block", "--disable-usage-stats", f"--node-ip-address={HOST}"]
     command += [f"--port={GCS_PORT}", f"--dashboard-host={HOST}", f"--dashboard-port={DASHBOARD_PORT}"]
@@ -74,7 +74,7 @@ def up(config: Path) -> int:
         subprocess.run([ray.with_name("serve"), "deploy", str(config)], check=True, env=environment())
         replicas = _until_running(process)
     except (RuntimeError, subprocess.CalledProcessError) as error:
-        print(f"ray: {error} Ray's logs: {STATE / 'ray.log'}, /tmp/ray/session_latest/logs/serve", file=sys.stderr)
+        print(f"ray: {error} Ray's own words: {STATE / 'ray.log'}, /tmp/ray/session_latest/logs/serve", file=sys.stderr)
         down()
         return 1
     print(
@@ -92,7 +92,7 @@ def up(config: Path) -> int:
 
 
 def down() -> int:
-    """Stops the processes that `up` started, and no others."""
+    """Stops what `up` has started, and nothing else."""
     pid = _pid()
     if pid is None:
         print("Calotype on Ray is not running.")
@@ -109,7 +109,7 @@ def down() -> int:
 
 
 def applications() -> dict[str, dict]:
-    """Returns the status of each application from Ray Serve, or an empty dict while Serve does not respond."""
+    """Returns what Serve says of each application; empty while it says nothing."""
     try:
         with urllib.request.urlopen(f"http://{HOST}:{DASHBOARD_PORT}/api/serve/applications/", timeout=10) as answer:
             return json.load(answer).get("applications", {})
@@ -124,25 +124,25 @@ def _until_up(process: subprocess.Popen[bytes]) -> None:
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             continue
         return
-    raise RuntimeError(f"Ray did not start within {START_SECONDS:.0f} s.")
+    raise RuntimeError(f"Ray has not started within {START_SECONDS:.0f} s.")
 
 
 def _until_running(process: subprocess.Popen[bytes]) -> int:
-    """Waits until the application runs, and returns the number of replicas."""
+    """Waits, and returns how many replicas there are."""
     for _ in _looks(process):
         for application in applications().values():
             if application["status"] == "DEPLOY_FAILED":
-                raise RuntimeError(f"The application did not start: {application['message']}")
+                raise RuntimeError(f"The application does not start: {application['message']}")
             if application["status"] == "RUNNING":
                 return sum(len(each["replicas"]) for each in application["deployments"].values())
-    raise RuntimeError(f"The replicas did not start within {START_SECONDS:.0f} s.")
+    raise RuntimeError(f"The replicas do not serve after {START_SECONDS:.0f} s.")
 
 
 def _looks(process: subprocess.Popen[bytes]):
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"Ray ended with exit code {process.returncode}.")
+            raise RuntimeError(f"Ray has ended with {process.returncode}.")
         yield
         time.sleep(0.5)
 
@@ -160,7 +160,7 @@ def _pid() -> int | None:
 
 
 def _descendants(pid: int) -> list[int]:
-    """Returns all descendants of a process, because they may survive its end."""
+    """Returns children, their children and so on, whom the death of the parent may not reach."""
     found = []
     for path in Path("/proc").glob("[0-9]*/task/*/children"):
         if path.parts[2] == str(pid):

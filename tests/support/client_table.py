@@ -27,7 +27,7 @@ CLIENTS = {
     "notebook": ("notebook", "[`calotype.notebook.show`](client/python/examples/notebook.ipynb)"),
     "typescript": ("TypeScript, `<calotype-view>`", "[client/typescript](client/typescript/README.md)"),
     "page": ("browser", "the page of the service"),
-    "openai": ("OpenAI's SDK for Python", "[HTTP](service/HTTP.md): set only `base_url`"),
+    "openai": ("OpenAI's SDK for Python", "[HTTP](service/HTTP.md): only `base_url` changes"),
     "openai-node": ("OpenAI's SDK for Node", "the same"),
     "sse": ("EventSource, `curl -N`", "[HTTP](service/HTTP.md): server-sent events"),
     "websocket": ("WebSocket", "[HTTP](service/HTTP.md): several generations per socket"),

@@ -49,7 +49,7 @@ class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType
     """Ended because a caller cancelled it or the last reader left."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
-    """What a generation is doing, or how it ended. A generation never returns to an earlier phase."""
+    """State of a generation: its current work, or how it ended. A generation never returns to an earlier phase."""
 
 PHASE_UNSPECIFIED: Phase.ValueType  # 0
 """Never sent."""
@@ -111,7 +111,7 @@ class _ImageKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImageKind.V
     """The finished image."""
 
 class ImageKind(_ImageKind, metaclass=_ImageKindEnumTypeWrapper):
-    """What an image shows."""
+    """Kind of image."""
 
 IMAGE_KIND_UNSPECIFIED: ImageKind.ValueType  # 0
 """No image."""
@@ -485,7 +485,7 @@ class Progress(_message.Message):
     image_format: Global___ImageFormat.ValueType
     """File format of `image`. Unspecified if there is no image."""
     image_kind: Global___ImageKind.ValueType
-    """What `image` shows. Unspecified if there is no image."""
+    """Kind of image in `image`: a preview or the final image. Unspecified if there is no image."""
     image_step: _builtins.int
     """Step whose estimate `image` shows, 1 to `step`. 0 if there is no image."""
     width_px: _builtins.int

@@ -289,7 +289,7 @@ export type Progress = Message<"calotype.v1.Progress"> & {
   imageFormat: ImageFormat;
 
   /**
-   * What `image` shows. Unspecified if there is no image.
+   * Kind of image in `image`: a preview or the final image. Unspecified if there is no image.
    *
    * @generated from field: calotype.v1.ImageKind image_kind = 8;
    */
@@ -994,7 +994,7 @@ export const ModelSchema: GenMessage<Model> = /*@__PURE__*/
   messageDesc(file_calotype_v1_calotype, 16);
 
 /**
- * What a generation is doing, or how it ended. A generation never returns to an earlier phase.
+ * State of a generation: its current work, or how it ended. A generation never returns to an earlier phase.
  *
  * @generated from enum calotype.v1.Phase
  */
@@ -1104,7 +1104,7 @@ export const ImageFormatSchema: GenEnum<ImageFormat> = /*@__PURE__*/
   enumDesc(file_calotype_v1_calotype, 1);
 
 /**
- * What an image shows.
+ * Kind of image.
  *
  * @generated from enum calotype.v1.ImageKind
  */

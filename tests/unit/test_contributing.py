@@ -30,6 +30,13 @@ def test_every_path_in_contributing_exists(path: str) -> None:
     assert (ROOT / path).exists() or (SERVER / path).exists()
 
 
+def test_every_make_target_in_contributing_exists() -> None:
+    """CONTRIBUTING.md names no target that the Makefile lacks."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", CONTRIBUTING, re.MULTILINE))
+    assert named - targets == set()
+
+
 @pytest.mark.parametrize("link", sorted({link for row in ROWS for link in linked(row)}))
 def test_every_link_in_the_module_table_exists(link: str) -> None:
     """The module table in service/README.md links to no file that was moved or removed."""

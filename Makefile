@@ -95,7 +95,7 @@ web-check: ## fail if the built page is out of date
 	@$(MAKE) --no-print-directory web PAGE=build/page-check >build/page-check.log 2>&1 || { cat build/page-check.log; exit 1; }
 	diff -rq build/page-check $(PAGE)
 
-lint: $(READY) ## check style, layers and proto
+lint: $(READY) ## check style, layers, protos, spelling and plain English
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache

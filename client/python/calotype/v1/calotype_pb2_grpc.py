@@ -100,8 +100,8 @@ class GenerationServiceServicer(object):
 
     def Watch(self, request, context):
         """Streams the progress of a generation that was started earlier, from any connection. The first message carries the
-        newest preview, or the end if the generation has ended; further messages follow until the end. Any number of
-        readers can watch, each with its own preview size and rate.
+        current state with the newest preview, if any, or the end if the generation has ended; further messages follow
+        until the end. Any number of readers can watch, each with its own preview size and rate.
 
         Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained).
         Later errors: the status repeats `Progress.error`.

@@ -59,8 +59,8 @@ class GenerationServiceStub:
     """
     Watch: _grpc.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]
     """Streams the progress of a generation that was started earlier, from any connection. The first message carries the
-    newest preview, or the end if the generation has ended; further messages follow until the end. Any number of
-    readers can watch, each with its own preview size and rate.
+    current state with the newest preview, if any, or the end if the generation has ended; further messages follow
+    until the end. Any number of readers can watch, each with its own preview size and rate.
 
     Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained).
     Later errors: the status repeats `Progress.error`.
@@ -119,8 +119,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """
     Watch: _aio.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]  # type: ignore[assignment]
     """Streams the progress of a generation that was started earlier, from any connection. The first message carries the
-    newest preview, or the end if the generation has ended; further messages follow until the end. Any number of
-    readers can watch, each with its own preview size and rate.
+    current state with the newest preview, if any, or the end if the generation has ended; further messages follow
+    until the end. Any number of readers can watch, each with its own preview size and rate.
 
     Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained).
     Later errors: the status repeats `Progress.error`.
@@ -188,8 +188,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_calotype_pb2.Progress], _abc.AsyncIterator[_calotype_pb2.Progress]]:
         """Streams the progress of a generation that was started earlier, from any connection. The first message carries the
-        newest preview, or the end if the generation has ended; further messages follow until the end. Any number of
-        readers can watch, each with its own preview size and rate.
+        current state with the newest preview, if any, or the end if the generation has ended; further messages follow
+        until the end. Any number of readers can watch, each with its own preview size and rate.
 
         Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained).
         Later errors: the status repeats `Progress.error`.

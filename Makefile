@@ -1,4 +1,4 @@
-# `make` lists the targets. Everything runs in .venv, which each target sets up when it is missing or out of date.
+# `make` lists the targets. Everything runs in .venv; each target creates or updates it if necessary.
 PYTHON ?= python3
 VENV := .venv
 PROTO_VENV := .venv-proto
@@ -11,19 +11,19 @@ CLIENT_JS_READY := $(CLIENT_JS)/node_modules/.ready
 WEB_READY := web/node_modules/.ready
 PAGE := service/calotype_server/page
 PROTO_READY := $(PROTO_VENV)/.ready
-# Under which what is generated goes.
+# The folder for generated code.
 GENERATED := .
-# The proto with its comments, which describe the HTTP API, too.
+# The proto with its comments, which also describe the HTTP API.
 COMMENTS := service/calotype_server/transport/http/proto.binpb
-# The types of gRPC's error details come with googleapis-common-protos.
+# googleapis-common-protos contains the types of gRPC's error details.
 GOOGLEAPIS = $(wildcard $(PROTO_VENV)/lib/python3*/site-packages)
-# Node comes from wherever it came for the page; g++ and a JDK may be there already.
+# Node is not listed, because the page needs it too. g++ and a JDK may be installed already.
 CLIENT_PACKAGES := make g++ pkg-config protobuf-compiler protobuf-compiler-grpc libgrpc++-dev ruby-grpc ruby-grpc-tools \
 	default-jdk-headless libgrpc-java protobuf-compiler-grpc-java-plugin libnetty-java libperfmark-java \
 	libgeronimo-annotation-1.3-spec-java golang-go golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev \
 	protoc-gen-go protoc-gen-go-grpc
 VITEST = npm test --silent -- --reporter=default --reporter=json --outputFile.json=$(PROOFS)
-# What a change of the proto must not break: the last release, or before the first one the last commit.
+# A change of the proto must not break the last release, or the last commit if there is no release.
 PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 .DEFAULT_GOAL := help
 .PHONY: help run generate test test-fast test-clients client-table client-table-check lint format type sync-client proto proto-check web web-check test-web settings bench soak ray-up ray-down test-ray bench-ray contact-sheet timeline filmstrip sizing evaluate-model clean
@@ -40,7 +40,7 @@ $(READY): pyproject.toml constraints.txt service/bundled_model/pyproject.toml
 		--editable service/bundled_model --editable '.[server,cli,notebook,dev]'
 	@touch $@
 
-# Ray is 240 MB: only who runs it needs it.
+# Ray is 240 MB, so only the targets for Ray install it.
 $(RAY_READY): $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
 	@touch $@
@@ -50,7 +50,7 @@ $(PROTO_READY): protos/requirements.txt
 	$(PROTO_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement protos/requirements.txt
 	@touch $@
 
-# Only who changes the page or the TypeScript client needs Node.
+# Only changes to the page or the TypeScript client need Node.
 $(CLIENT_JS_READY) $(WEB_READY): %/node_modules/.ready: %/package.json %/package-lock.json
 	@command -v node >/dev/null || { echo "Node 20 or newer is needed for $*; on Debian: apt-get install nodejs npm, or see https://nodejs.org."; exit 1; }
 	@node -e 'process.exit(Number(process.versions.node.split(".")[0] < 20))' || { echo "Node 20 or newer is needed for $*, this is $$(node --version)."; exit 1; }
@@ -60,29 +60,29 @@ $(CLIENT_JS_READY) $(WEB_READY): %/node_modules/.ready: %/package.json %/package
 run: $(READY) ## start the service with the bundled model; ARGS="--model FOLDER" and so on
 	$(BIN)/calotype serve $(ARGS)
 
-generate: $(READY) ## watch a picture form in this terminal; PROMPT="a red apple"
+generate: $(READY) ## generate an image and show it in this terminal; PROMPT="a red apple"
 	$(BIN)/calotype generate "$(or $(PROMPT),a red apple)" $(ARGS)
 
-test: lint type proto-check web-check test-fast test-web client-table-check ## all checks and tests, as CI runs them
+test: lint type proto-check web-check test-fast test-web client-table-check ## run the checks and tests that CI runs
 
-test-clients: $(READY) ## install the toolchains of the example clients, and test all of them; on Debian, as root
-	@command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] || { echo "This installs Debian's packages, as root: $(CLIENT_PACKAGES)"; echo "Elsewhere, install them by yourself, and: CALOTYPE_TOOLCHAINS=required $(BIN)/pytest tests/e2e/test_examples.py"; exit 1; }
+test-clients: $(READY) ## install the toolchains of the example clients and test all clients; on Debian, as root
+	@command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] || { echo "This target installs Debian packages and needs root: $(CLIENT_PACKAGES)"; echo "On other systems, install them yourself, then run: CALOTYPE_TOOLCHAINS=required $(BIN)/pytest tests/e2e/test_examples.py"; exit 1; }
 	apt-get update -qq && apt-get install -qq --no-install-recommends $(CLIENT_PACKAGES) >/dev/null
 	CALOTYPE_TOOLCHAINS=required $(BIN)/pytest tests/e2e/test_examples.py $(ARGS)
 
-client-table: $(READY) ## write the README's table of clients anew from the results of their tests
+client-table: $(READY) ## write the README's table of clients from the results of their tests
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m proves
 	@$(MAKE) --no-print-directory test-web
 	PYTHONPATH=tests $(BIN)/python -m support.client_table
 
-client-table-check: $(READY) ## fail when the README's table of clients is not what the tests that were run say
+client-table-check: $(READY) ## fail if the README's table of clients differs from the test results
 	PYTHONPATH=tests $(BIN)/python -m support.client_table --check
 
-test-fast: $(READY) ## only the Python tests, without Node; ARGS="-k name"
+test-fast: $(READY) ## run only the Python tests, without Node; ARGS="-k name"
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-web: $(READY) $(CLIENT_JS_READY) $(WEB_READY) ## lint, check and test the TypeScript client and the page, in a real browser
-	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || { echo "Chromium is needed; on Debian: apt-get install chromium. Elsewhere: CHROMIUM=/path/to/it make test-web"; exit 1; }
+	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || { echo "Chromium is needed; on Debian: apt-get install chromium. On other systems: CHROMIUM=/path/to/it make test-web"; exit 1; }
 	cd client && typescript/node_modules/.bin/biome ci --config-path=typescript node/generate.js connect/generate.ts
 	cd $(CLIENT_JS) && npm run --silent lint && npm run --silent type && npm run --silent build && $(VITEST)/typescript.json
 	cd web && npm run --silent lint && npm run --silent type && $(VITEST)/web.json
@@ -90,7 +90,7 @@ test-web: $(READY) $(CLIENT_JS_READY) $(WEB_READY) ## lint, check and test the T
 web: $(CLIENT_JS_READY) $(WEB_READY) ## build the page into the Python package
 	cd web && PAGE_DIR=$(abspath $(PAGE)) npm run --silent build
 
-web-check: ## fail when the built page is not what its sources give
+web-check: ## fail if the built page is out of date
 	@mkdir -p build
 	@$(MAKE) --no-print-directory web PAGE=build/page-check >build/page-check.log 2>&1 || { cat build/page-check.log; exit 1; }
 	diff -rq build/page-check $(PAGE)
@@ -124,7 +124,7 @@ proto: $(READY) $(PROTO_READY) $(CLIENT_JS_READY) ## generate the Python and Typ
 		--plugin=$(CLIENT_JS)/node_modules/.bin/protoc-gen-es \
 		--es_opt=target=ts,import_extension=js --es_out=$(GENERATED)/$(CLIENT_JS)/src/gen
 
-proto-check: ## fail when the generated code is not what the proto gives
+proto-check: ## fail if the generated code is out of date
 	@rm -rf build/proto && mkdir -p build/proto/client/python build/proto/$(CLIENT_JS)/src/gen build/proto/$(dir $(COMMENTS))
 	@$(MAKE) --no-print-directory proto GENERATED=build/proto
 	diff -ru --exclude=__pycache__ build/proto/client/python/calotype/v1 client/python/calotype/v1
@@ -134,22 +134,22 @@ proto-check: ## fail when the generated code is not what the proto gives
 settings: $(READY) ## write the table of all settings, service/SETTINGS.md
 	$(BIN)/python service/settings_table.py >service/SETTINGS.md
 
-bench: $(READY) ## measure; prints a table and writes build/bench.json
+bench: $(READY) ## measure performance; prints a table and writes build/bench.json
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench
 
-soak: $(READY) ## every fate of requests, chaos, dead peers, malformed requests; SECONDS=120 (each of the first two) FUZZ=10000 SEED=0
+soak: $(READY) ## load, crashes, dead peers, malformed requests; SECONDS=120 (for each of the first two) FUZZ=10000 SEED=0
 	FUZZ=$(or $(FUZZ),10000) SCHEMATHESIS=$(or $(SCHEMATHESIS),100) $(BIN)/pytest tests/soak tests/e2e/test_fuzz.py tests/contract/http/test_openapi.py -s $(ARGS)
 
-ray-up: $(RAY_READY) ## start the service on Ray, on this machine; CONFIG=service/ray.yaml
+ray-up: $(RAY_READY) ## start the service with Ray on this machine; CONFIG=service/ray.yaml
 	$(BIN)/python service/ray_local.py up $(if $(CONFIG),--config $(CONFIG))
 
-ray-down: $(READY) ## stop what ray-up has started
+ray-down: $(READY) ## stop the service that ray-up started
 	$(BIN)/python service/ray_local.py down
 
-test-ray: $(RAY_READY) $(CLIENT_JS_READY) $(WEB_READY) ## test the service on Ray: two replicas, killed, frozen and updated; ARGS="-k name"
+test-ray: $(RAY_READY) $(CLIENT_JS_READY) $(WEB_READY) ## test the service on Ray: kill, freeze and update two replicas; ARGS="-k name"
 	$(BIN)/pytest tests/cluster $(ARGS)
 
-bench-ray: $(RAY_READY) ## measure what Ray costs; prints a table and writes build/bench-ray.json
+bench-ray: $(RAY_READY) ## measure the overhead of Ray; prints a table and writes build/bench-ray.json
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench_ray
 
 evaluate-model: $(READY) ## measure the bundled model; writes build/model.json and build/names.png
@@ -162,11 +162,11 @@ contact-sheet: $(READY) ## draw the README's comparison of previews
 timeline: $(READY) ## draw eight overlapping generations
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.timeline
 
-filmstrip: $(READY) ## draw the README's picture
+filmstrip: $(READY) ## draw the README's first picture
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.filmstrip
 
-sizing: $(READY) ## simulate fleets and draw service/sizing_*.png; ARGS=--measure measures first, ARGS="--step-ms 1:50,2:60,4:90" is another model
+sizing: $(READY) ## simulate fleets and draw service/sizing_*.png; ARGS=--measure measures first, ARGS="--step-ms 1:50,2:60,4:90" simulates another model
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.sizing $(ARGS)
 
-clean: ## remove what was built, but not the environments
+clean: ## remove build outputs, but not the environments
 	rm -rf build dist $(CLIENT_JS)/dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,6 @@
-"""For the container's HEALTHCHECK: exit code 0 when the service takes requests.
+"""The container's HEALTHCHECK: exit code 0 if the service accepts requests.
 
-It reads the variables that the service reads. It has no client certificate to show where TLS asks for one.
+It reads the same variables as the service. It has no client certificate, so it fails if the service requires one.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import urllib.request
 
 
 def main() -> int:
-    """Asks /readyz on this machine."""
+    """Requests /readyz on this machine, and returns the exit code."""
     port = os.environ.get("CALOTYPE_WEB_ADDRESS", "127.0.0.1:8080").rpartition(":")[2]
     secure = "CALOTYPE_TLS_CERTIFICATE" in os.environ
-    # The certificate is for the service's name, not for this one; and nothing leaves the machine.
+    # The certificate is for the service's name, not for 127.0.0.1, and the request does not leave this machine.
     context = ssl._create_unverified_context() if secure else None
     try:
         with urllib.request.urlopen(f"http{'s' * secure}://127.0.0.1:{port}/readyz", timeout=4, context=context):

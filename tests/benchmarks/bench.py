@@ -1,6 +1,6 @@
-"""Measures what streaming costs: ratios of things done side by side in one run, so that a slow machine cancels out.
+"""Measures the cost of streaming as ratios of alternating measurements in one run, so that a slow machine cancels out.
 
-`make bench` prints a table and writes build/bench.json, flat: name to number.
+`make bench` prints a table and writes build/bench.json, a flat object of numbers by name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# As the server sets it, so that both sides of every ratio compute alike. Read when torch is imported.
+# Same as in the server, so that both sides of every ratio compute alike. Torch reads it on import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ROUNDS = int(os.environ.get("ROUNDS", "16"))
 PROMPT = "a red apple"
 OUTPUT = Path("build/bench.json")
-AIMS = {
+GOALS = {
     "stream_over_bare": "<= 1.02",
     "first_preview_steps": "<= 2.5",
     "cancel_steps": "<= 1.2",
@@ -42,10 +42,10 @@ AIMS = {
 
 
 def main() -> None:
-    """Runs everything and reports."""
+    """Runs all measurements, prints the table and writes the file."""
     pipeline, _ = bundled()
     threads = torch.get_num_threads()
-    # The server picks its threads as it does for an operator: for the denoiser the same as the bare call.
+    # The server chooses its number of threads as usual: for the denoiser, the same as for the bare call.
     with ServerProcess("--log-level", "warning") as server, calotype.Client(server.address) as client:
         results = {
             "threads": threads,
@@ -61,13 +61,13 @@ def main() -> None:
     results |= transports.measure(ROUNDS)
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"{'':34} {'measured':>10} {'aim':>8}")
+    print(f"{'':34} {'measured':>10} {'goal':>8}")
     for name, value in results.items():
-        print(f"{name:34} {value:10.3f} {AIMS.get(name, ''):>8}")
+        print(f"{name:34} {value:10.3f} {GOALS.get(name, ''):>8}")
 
 
 def cost_of_streaming(pipeline: Any, client: calotype.Client) -> dict[str, float]:
-    """Wall time of a full stream with a preview at every step, and of the usual callback, over the bare call."""
+    """Returns the wall time of a stream with a preview at every step, and of the usual callback, over the bare call."""
 
     def bare() -> None:
         picture(pipeline)
@@ -99,21 +99,21 @@ def cost_of_streaming(pipeline: Any, client: calotype.Client) -> dict[str, float
 
 
 def first_previews(client: calotype.Client) -> dict[str, float]:
-    """Time to the first preview, in steps."""
+    """Returns the time to the first preview, in steps."""
     steps, firsts = [], []
     for round_number in range(ROUNDS):
-        begun, first = time.perf_counter(), None
+        started, first = time.perf_counter(), None
         generation = client.generate(PROMPT, seed=round_number, steps=STEPS)
         for progress in generation:
             if progress.preview is not None and first is None:
-                first = time.perf_counter() - begun
+                first = time.perf_counter() - started
         steps.append(generation.progress.timings.denoising / STEPS)
         firsts.append(first / steps[-1])
     return {"first_preview_steps": statistics.median(firsts), "step_ms": 1000 * statistics.median(steps)}
 
 
 def cancels(threads: int, step_ms: float) -> dict[str, float]:
-    """Time from a cancel until the only slot works for the next caller, in steps."""
+    """Returns the time from a cancel until the only slot works for the next caller, in steps."""
     waits = []
     options = ("--log-level", "warning", "--threads", str(threads), "--max-active", "1")
     with ServerProcess(*options) as server, calotype.Client(server.address) as client:
@@ -121,18 +121,18 @@ def cancels(threads: int, step_ms: float) -> dict[str, float]:
             left = client.generate(PROMPT, seed=round_number, steps=STEPS)
             for progress in left:
                 if progress.step >= 3 + round_number % 8:
-                    begun = time.perf_counter()
+                    started = time.perf_counter()
                     left.cancel()
                     break
             for progress in client.generate(PROMPT, steps=1):
                 if progress.phase is not calotype.Phase.QUEUED:
-                    waits.append((time.perf_counter() - begun) * 1000 / step_ms)
+                    waits.append((time.perf_counter() - started) * 1000 / step_ms)
                     break
     return {"cancel_steps": statistics.median(waits), "cancel_steps_max": max(waits)}
 
 
 def picture(pipeline: Any, **options: Any) -> None:
-    """The bare call, with the server's settings."""
+    """Calls the bare pipeline with the server's settings."""
     pipeline(
         PROMPT,
         num_inference_steps=STEPS,
@@ -143,7 +143,7 @@ def picture(pipeline: Any, **options: Any) -> None:
 
 
 def decode_and_encode(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    """What is usually written into `callback_on_step_end`: the full VAE and a JPEG, in the way of the denoiser."""
+    """The usual `callback_on_step_end`: decodes with the full VAE and writes a JPEG while the denoiser waits."""
     latents = tensors["latents"] / pipeline.vae.config.scaling_factor
     with torch.no_grad():
         image = pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)[0]
@@ -152,23 +152,23 @@ def decode_and_encode(pipeline: Any, step: int, timestep: Any, tensors: dict[str
 
 
 def interleaved(functions: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Wall seconds of each function, called in turn for every round.
+    """Returns the wall seconds of each function, called in turn in every round.
 
-    Each is called twice and the second call counts: the server and the bare pipeline are two processes, and whichever
-    worked last would find its weights still in the processor's cache.
+    Each function is called twice, and only the second call counts: the server and the bare pipeline are two processes,
+    and otherwise the one that ran last would have its weights in the processor's cache.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(ROUNDS):
         for name, function in functions.items():
             function()
-            begun = time.perf_counter()
+            started = time.perf_counter()
             function()
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(time.perf_counter() - started)
     return times
 
 
 def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
-    """Median of the ratios within each round."""
+    """Returns the median of the ratios within each round."""
     return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
 
 

@@ -1,8 +1,8 @@
-"""Measures what Ray costs: `make bench-ray` prints a table and writes build/bench-ray.json, flat: name to number.
+"""Measures the overhead of Ray: `make bench-ray` prints a table and writes build/bench-ray.json.
 
-Messages of 20 KB from a script, by the plain server and by the same servicer on Ray, in alternating rounds; then
-pictures of the bundled model from one replica and from two, alternating as well. Ratios count: seconds are this
-machine's. Two replicas, the ingress and the clients share its cores.
+It compares scripted messages of 20 KB from the plain server and from the same servicer on Ray, then images of the
+bundled model from one replica and from two, in alternating rounds. Compare ratios, not seconds, which depend on the
+machine. Two replicas, the ingress and the clients share its cores.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ UNPACED = 400
 STREAMS = 8
 CANCELS = 20
 PICTURES = 32
-AIMS = {"replicas2_over_1": ">= 1.8"}
+GOALS = {"replicas2_over_1": ">= 1.8"}
 OUTPUT = Path("build/bench-ray.json")
 
 
 def main() -> None:
-    """Runs everything and reports."""
+    """Runs all measurements, prints the table and writes the file."""
     results: dict[str, float] = {"cores": os.cpu_count() or 0}
     with tempfile.TemporaryDirectory() as folder:
         results |= asyncio.run(transports(Path(folder)))
@@ -48,11 +48,11 @@ def main() -> None:
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(json.dumps({name: round(value, 4) for name, value in results.items()}, indent=2) + "\n")
     for name, value in results.items():
-        print(f"{name:32} {value:10.3f}  {AIMS.get(name, '')}")
+        print(f"{name:32} {value:10.3f}  {GOALS.get(name, '')}")
 
 
 async def transports(folder: Path) -> dict[str, float]:
-    """Compares the plain server with Ray: lag, processor time of all that serves, cancels."""
+    """Compares the plain server with Ray: lag, processor time of all serving processes, cancels."""
 
     def scripted(config: dict[str, Any], deployment: dict[str, Any]) -> None:
         config["applications"][0]["import_path"] = "benchmarks.scripted_ray:app"
@@ -65,7 +65,7 @@ async def transports(folder: Path) -> dict[str, float]:
     )
     try:
         address = plain.stdout.readline().split()[0]
-        # As Ray's replicas are, so that both yield alike.
+        # Same niceness as Ray's replicas.
         psutil.Process(plain.pid).nice(15)
         with RayCluster(folder, scripted, PYTHONPATH=str(ROOT / "tests")) as cluster:
             servers = {
@@ -75,7 +75,7 @@ async def transports(folder: Path) -> dict[str, float]:
             for number in range(ROUNDS + 1):
                 for name, (target, cpu) in servers.items():
                     measured = await one_round(target, cpu)
-                    if number:  # the first warms up
+                    if number:  # the first round warms up
                         for what, value in measured.items():
                             found.setdefault(f"{name}_{what}", []).append(value)
     finally:
@@ -90,7 +90,7 @@ async def transports(folder: Path) -> dict[str, float]:
 
 
 async def one_round(target: str, cpu: Callable[[], float]) -> dict[str, float]:
-    """Measures one server once."""
+    """Measures one server in one round."""
     async with grpc.aio.insecure_channel(target) as channel:
         stub = GenerationServiceStub(channel)
 
@@ -103,9 +103,9 @@ async def one_round(target: str, cpu: Callable[[], float]) -> dict[str, float]:
             return len([0 async for _ in stub.Generate(pb.GenerateRequest(step_count=UNPACED))])
 
         paced = [lag for each in await asyncio.gather(*(lags() for _ in range(STREAMS))) for lag in each]
-        before, begun = cpu(), time.monotonic()
+        before, started = cpu(), time.monotonic()
         messages = sum(await asyncio.gather(*(drain() for _ in range(STREAMS))))
-        seconds, spent = time.monotonic() - begun, cpu() - before
+        seconds, spent = time.monotonic() - started, cpu() - before
         return {
             "lag_ms": statistics.median(paced),
             "messages_per_second": messages / seconds,
@@ -115,7 +115,7 @@ async def one_round(target: str, cpu: Callable[[], float]) -> dict[str, float]:
 
 
 async def cancels(stub: GenerationServiceStub) -> dict[str, float]:
-    """Cancels calls right after a message; the servicer's list tells when it heard of each."""
+    """Cancels calls right after a message; the servicer's list contains the time of each cancel."""
     took, lost = [], 0
     for number in range(CANCELS):
         request = pb.GenerateRequest(
@@ -140,7 +140,7 @@ async def cancels(stub: GenerationServiceStub) -> dict[str, float]:
 
 
 async def replicas(folder: Path) -> dict[str, float]:
-    """Pictures in a given time from two replicas, over those from one, with one thread of torch each."""
+    """Returns images per second of two replicas over those of one, with one torch thread each."""
     counts: dict[int, list[float]] = {1: [], 2: []}
     with RayCluster(folder) as cluster:
         for number in range(2 * max(2, ROUNDS // 2)):
@@ -148,15 +148,15 @@ async def replicas(folder: Path) -> dict[str, float]:
             await cluster.apply()
             await cluster.until_running()
             await pictures(cluster.address, 8)
-            begun = time.monotonic()
+            started = time.monotonic()
             await pictures(cluster.address, PICTURES)
-            counts[2 - number % 2].append(PICTURES / (time.monotonic() - begun))
+            counts[2 - number % 2].append(PICTURES / (time.monotonic() - started))
     one, two = (statistics.median(counts[number]) for number in (1, 2))
     return {"replicas1_pictures_per_second": one, "replicas2_pictures_per_second": two, "replicas2_over_1": two / one}
 
 
 async def pictures(address: str, number: int) -> None:
-    """Asks for so many at once, without previews."""
+    """Generates `number` images at once, without previews."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = GenerationServiceStub(channel)
 
@@ -170,13 +170,13 @@ async def pictures(address: str, number: int) -> None:
 
 
 def ray_processes() -> list[psutil.Process]:
-    """All processes of the cluster, the ingress included."""
+    """Returns all processes of the cluster, including the ingress."""
     head = psutil.Process(int((ROOT / "build" / "ray" / "pid").read_text()))
     return [head, *head.children(recursive=True)]
 
 
 def cpu_of(processes: list[psutil.Process]) -> float:
-    """Seconds of processor time that they have used."""
+    """Returns the processor time of the processes in seconds."""
     return sum(sum(each.cpu_times()[:2]) for each in processes if each.is_running())
 
 

@@ -1,4 +1,4 @@
-"""What step batching does for many at once: against one after another, and against threads that share the denoiser."""
+"""Compares step batching with one generation after another, and with threads that share the denoiser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STREAMS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Measured:
-    """One stream: seconds from the start of all to the first preview and to the end, and how wrong the estimate was."""
+    """One stream: seconds from the common start to the first preview and to the end, and the error of the estimate."""
 
     first_preview: float
     finished: float
@@ -32,14 +32,14 @@ class Measured:
 
 
 def measure(rounds: int, threads: int) -> dict[str, float]:
-    """Returns throughput and time to the first preview for 1, 2, 4 and 8 streams at once, over those of FIFO and naive.
+    """Returns throughput and time to the first preview of 1, 2, 4 and 8 streams, relative to FIFO and naive servers.
 
     The three servers run side by side, and each number of streams is measured on all of them in turn.
 
     Args:
-        rounds: How often each is measured; medians count.
-        threads: What is quickest for one, for the two that compute one at a time. Step batching decides by itself how
-            many pay for joined calls.
+        rounds: Number of measurements; the median counts.
+        threads: Fastest number of torch threads for single calls, used by the two servers that do not batch. The
+            batching server chooses its own number for batched calls.
     """
     options = ("--log-level", "warning")
     results: dict[str, float] = {}
@@ -61,7 +61,7 @@ def measure(rounds: int, threads: int) -> dict[str, float]:
 
 
 def compared(runs: dict[str, list[list[Measured]]], streams: int) -> dict[str, float]:
-    """Medians of the ratios within each round."""
+    """Returns the medians of the ratios within each round."""
     results = {}
     for other in ("fifo", "naive"):
         pairs = list(zip(runs["batching"], runs[other], strict=True))
@@ -80,20 +80,20 @@ def compared(runs: dict[str, list[list[Measured]]], streams: int) -> dict[str, f
 
 
 async def together(address: str, streams: int) -> list[Measured]:
-    """Starts `streams` generations at once and follows them all to their ends."""
+    """Starts `streams` generations at once and follows each to its end."""
     async with calotype.AsyncClient(address) as client:
-        begun = time.perf_counter()
+        started = time.perf_counter()
 
         async def one(index: int) -> Measured:
             first_preview, estimate = None, None
             generation = client.generate(PROMPTS[index % len(PROMPTS)], seed=index, steps=STEPS)
             async for progress in generation:
-                now = time.perf_counter() - begun
+                now = time.perf_counter() - started
                 if estimate is None and progress.estimated_remaining is not None:
                     estimate = now + progress.estimated_remaining
                 if first_preview is None and progress.preview is not None:
                     first_preview = now
-            finished = time.perf_counter() - begun
+            finished = time.perf_counter() - started
             error = None if estimate is None else abs(estimate - finished) / finished
             return Measured(first_preview, finished, error)
 
@@ -101,17 +101,17 @@ async def together(address: str, streams: int) -> list[Measured]:
 
 
 def seconds(run: list[Measured]) -> float:
-    """Until all have finished."""
+    """Returns the seconds until all streams have finished."""
     return max(each.finished for each in run)
 
 
 def first(run: list[Measured]) -> float:
-    """Mean time to the first preview."""
+    """Returns the mean time to the first preview."""
     return statistics.mean(each.first_preview for each in run)
 
 
 def slowest(run: list[Measured]) -> float:
-    """Longest time to the first preview."""
+    """Returns the longest time to the first preview."""
     return max(each.first_preview for each in run)
 
 

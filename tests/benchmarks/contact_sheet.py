@@ -1,7 +1,7 @@
-"""Draws what others show beside what Calotype shows, at every second step: `make contact-sheet`.
+"""Draws the usual previews next to Calotype's, at every second step: `make contact-sheet`.
 
-The upper row of each pair is the noisy latents through the full VAE, the usual callback; the lower row is the predicted
-x0 through the preview head, as a server that has made some pictures before sends it.
+The upper row of each pair shows the noisy latents through the full VAE, the usual callback. The lower row shows the
+predicted x0 through the preview head, as a server sends it after it has made some images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BACKGROUND, INK = "white", "#444444"
 
 
 def main() -> None:
-    """Makes the pictures and composes the sheet."""
+    """Generates the images and draws the sheet."""
     pipeline, model = bundled()
     head = calibrate(pipeline, model)
     for seed, prompt in enumerate(LESSONS):
@@ -41,7 +41,7 @@ def main() -> None:
     for prompt, seed in PROMPTS:
         steps, _ = watched(pipeline, prompt, seed)
         for column, number in enumerate(shown):
-            # What the usual callback decodes after step n is what step n + 1 starts from.
+            # The usual callback decodes the latents after step n, which are the input of step n + 1.
             noisy = steps[number + 1].sample if number < STEPS else steps[number].x0()
             left = column * (CELL + GAP)
             exact = pipeline.vae.decode(noisy / pipeline.vae.config.scaling_factor, return_dict=False)[0]

@@ -1,4 +1,4 @@
-"""Draws the README's picture with the product itself: `make filmstrip`."""
+"""Draws the README's first picture with the product itself: `make filmstrip`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TARGET = Path("service/filmstrip.png")
 
 
 def main() -> None:
-    """Starts a server, generates one picture and keeps its filmstrip."""
+    """Starts a server, generates one image and saves its filmstrip."""
     Path("build").mkdir(exist_ok=True)
     with ServerProcess() as server:
         command = [*CALOTYPE, "generate", PROMPT, "--address", server.address, "--seed", str(SEED)]

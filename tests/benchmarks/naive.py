@@ -1,7 +1,7 @@
-"""Serves the bundled model as threads without a batcher would: what `make bench` compares batching with.
+"""Serves the bundled model with threads but without batching, as a baseline for `make bench`.
 
-Every generation has a thread and a view of its own and calls the shared denoiser itself, as diffusers' own example of
-an asynchronous server does; everything else is the product. Run as a process: it prints its address.
+Each generation has its own thread and request view and calls the shared denoiser itself, like the example of an
+asynchronous server in diffusers. Everything else is the product. Run as a process; it prints its address.
 """
 
 from __future__ import annotations

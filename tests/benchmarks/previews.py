@@ -1,4 +1,4 @@
-"""What each way to draw previews costs, and how near it comes to the full decode."""
+"""Measures the cost of each preview method, and how close it is to the full VAE."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LESSONS = (
     "waving hand", "pickup truck", "Christmas tree", "crying face", "broken heart", "ferris wheel", "farmer", "peanuts",
     "banana", "kiwi fruit", "alien", "cookie", "victory hand", "red circle", "umbrella", "strawberry",
 )  # fmt: skip
-"""What the head learns from; none of it is measured afterwards."""
+"""Prompts that the head learns from. The measurements use none of them."""
 
 EXAM = (
     "tooth", "socks", "purple square", "ladder", "tornado", "pear", "eyes", "printer", "lipstick", "goblin",
@@ -36,7 +36,7 @@ REPEATS = 20
 
 
 def measure() -> dict[str, float]:
-    """Returns, for each method, milliseconds, bytes of a default preview, and PSNR at 25, 50 and 75 % of the steps."""
+    """Returns milliseconds, bytes of a default preview, and PSNR at 25, 50 and 75 % of the steps, for each method."""
     pipeline, model = bundled()
     full = VaeDecoder(pipeline, pipeline.vae)
     calibrated = calibrate(pipeline, model)
@@ -54,7 +54,7 @@ def measure() -> dict[str, float]:
         decoders["tiny_vae"] = VaeDecoder(pipeline, tiny)
     runs = [watched(pipeline, prompt, seed)[0] for seed, prompt in enumerate(EXAM)]
     size = (model.width, model.height)
-    torch.set_num_threads(1)  # as on the preview thread
+    torch.set_num_threads(1)  # same as on the preview thread
     results = {}
     for name, decoder in decoders.items():
         sizes = []
@@ -89,35 +89,35 @@ def stream_bytes(client: calotype.Client) -> dict[str, float]:
 
 
 def image(picture: torch.Tensor) -> PIL.Image.Image:
-    """Returns one picture, (1, 3, height, width) from 0 to 1, as Pillow has it."""
+    """Returns a Pillow image from a tensor of shape (1, 3, height, width) with values from 0 to 1."""
     return PIL.Image.fromarray((picture[0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
 def default_jpeg(picture: torch.Tensor) -> bytes:
-    """Returns the file that the server would send."""
+    """Returns the image file that the server would send."""
     pixels = image(picture)
     options = PreviewOptions()
     return encode_preview(Pixels(*pixels.size, pixels.tobytes()), options.max_edge, options.quality).data
 
 
 def psnr(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, of pictures from 0 to 1; a smaller one is enlarged as a viewer would."""
+    """Returns the peak signal-to-noise ratio in dB of images from 0 to 1. Scales a smaller image up, like a viewer."""
     if ours.shape != exact.shape:
         ours = torch.nn.functional.interpolate(ours, size=exact.shape[-2:], mode="bicubic").clamp(0, 1)
     return -10 * math.log10(float(((ours - exact) ** 2).mean()))
 
 
 def explained(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
-    """Share of the variance of the exact pictures that ours explain (R squared)."""
+    """Returns the share of the variance of the exact images that our images explain (R squared)."""
     guess, truth = torch.cat(ours), torch.cat(exact)
     return float(1 - ((guess - truth) ** 2).mean() / truth.var())
 
 
 def seconds(decoder: Decoder, latents: Any, size: tuple[int, int]) -> float:
-    """Processor seconds of one decode: the least of several, what disturbs can only add."""
+    """Returns the processor seconds of one decode: the minimum of several, because disturbances only add time."""
     times = []
     for _ in range(REPEATS):
-        begun = time.thread_time()
+        started = time.thread_time()
         decoder.decode(latents, *size)
-        times.append(time.thread_time() - begun)
+        times.append(time.thread_time() - started)
     return min(times)

@@ -1,4 +1,4 @@
-"""The bundled model in this process: what benchmarks and pictures that look inside need of it."""
+"""The bundled model in this process, for benchmarks and figures that need its internals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GUIDANCE = 3.0
 
 
 def bundled() -> tuple[Any, ModelInfo]:
-    """Returns the pipeline and its description; torch then computes with as many threads as the server would take."""
+    """Returns the pipeline and its description, and sets torch to the thread number that the server would choose."""
     pipeline = loading.load_pipeline(
         "bundled", revision=None, variant=None, device=torch.device("cpu"), dtype=torch.float32
     )
@@ -33,13 +33,13 @@ def bundled() -> tuple[Any, ModelInfo]:
 
 
 def tiny_vae(pipeline: Any) -> Any:
-    """Returns the bundled model's small VAE, or None where there is none."""
+    """Returns the bundled model's tiny VAE, or None if there is none."""
     name = capabilities.read_defaults(loading.locate("bundled")).tiny_vae
     return None if name is None else loading.load_tiny_vae(name, like=pipeline.vae)
 
 
 def watched(pipeline: Any, prompt: str, seed: int) -> tuple[dict[int, Step], torch.Tensor]:
-    """Makes a picture and returns every step by its number, and the picture: (1, 3, height, width), 0 to 1."""
+    """Generates an image; returns every step by its number, and the image: (1, 3, height, width), 0 to 1."""
     scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
     steps: dict[int, Step] = {}
 
@@ -58,7 +58,7 @@ def watched(pipeline: Any, prompt: str, seed: int) -> tuple[dict[int, Step], tor
 
 
 def bundled_engine(**options: Any) -> DiffusersEngine:
-    """Returns the product's engine with the bundled model, on as many threads as it would take."""
+    """Returns the product's engine with the bundled model and the number of threads that it would choose."""
     pipeline, model = bundled()
     return build_engine(
         model.name,

@@ -1,8 +1,8 @@
-"""Serves a script instead of a model on both ports of the product: what `make bench` compares the transports with.
+"""Serves scripted messages instead of a model on both ports, so that `make bench` can compare the transports.
 
-A request is the script: `step_count` messages of 20 KB, `preview.min_interval` apart or as fast as they are read, each
-with the time of its making (nanoseconds of the monotonic clock) as its number. Without steps one message comes, and
-then nothing. Run as a process: it prints its two addresses.
+A request is the script: `step_count` messages of 20 KB, sent every `preview.min_interval` or as fast as they are read.
+The number of each message is its creation time (nanoseconds of the monotonic clock). Without steps, the server sends
+one message and then nothing. Run as a process; it prints its two addresses.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
 MESSAGE_BYTES = 20_000
-"""A little less than a message has."""
+"""Slightly less than the size of a message."""
 
 _MOST_CALLS = 1000
-"""Of this machine, which is more peers than one here."""
+"""For this machine, which stands for many peers."""
 
 _IMAGE = bytes(MESSAGE_BYTES)
 
 
 class ScriptedServicer(GenerationServiceServicer):
-    """Does what the request says."""
+    """Streams the messages that a request describes."""
 
     def __init__(self) -> None:
         self._left = pb.ListGenerationsResponse()
 
     async def Generate(self, request: pb.GenerateRequest, context: object) -> AsyncGenerator[pb.Progress, None]:  # noqa: N802
-        """Streams the script."""
+        """Streams the scripted messages."""
         if not request.step_count:
             yield pb.Progress(phase=pb.PHASE_QUEUED)
             await asyncio.Event().wait()
@@ -55,7 +55,7 @@ class ScriptedServicer(GenerationServiceServicer):
             raise
 
     async def ListGenerations(self, request: object, context: object) -> pb.ListGenerationsResponse:  # noqa: N802
-        """Tells when each caller left, on the monotonic clock."""
+        """Returns the time at which each caller left, on the monotonic clock."""
         return self._left
 
 

@@ -1,4 +1,4 @@
-"""The scripted servicer as a deployment of Ray Serve, made by the product's adapter: what `make bench-ray` measures."""
+"""The scripted servicer as a Ray Serve deployment, built with the product's adapter, for `make bench-ray`."""
 
 from ray import serve
 
@@ -12,7 +12,7 @@ from calotype_server.transport.grpc.interceptors import interceptors
 
 @rpc_methods(pb.DESCRIPTOR.services_by_name["GenerationService"])
 class Scripted(RayServicer):
-    """Does what the request says."""
+    """The scripted servicer on Ray."""
 
     def __init__(self) -> None:
         self.handlers = HandlerRegistry(interceptors(Access()))

@@ -1,8 +1,8 @@
-"""What many readers of one generation cost: the denoiser's time and processor time, and the server's memory.
+"""Measures the cost of many readers of one generation: denoising time, processor time and the server's memory.
 
-Each reader gets every preview; they are read as bytes, undecoded, by this process, which works on the same cores. The
-wall time therefore holds what any busy neighbour costs as well; the processor time of the thread that denoises does so
-less, and shows whether it does more work itself.
+This process reads all previews as bytes, without decoding them, on the same cores as the server. So the wall time also
+contains the cost of any busy neighbour. The processor time of the denoising thread is less affected, and shows whether
+the thread itself does more work.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 READERS = 200
 READERS_PER_CONNECTION = 100
 STEPS = 150
-"""So many that the arrival of the readers counts for little."""
+"""Enough that the time until all readers have connected does not matter."""
 
 _SERVICE = "/calotype.v1.GenerationService/"
 
 
 def measure(rounds: int, threads: int) -> dict[str, float]:
-    """Returns what 200 readers cost over one reader, in turns on the same server.
+    """Returns the cost of 200 readers relative to one reader, in turns on the same server.
 
     Args:
-        rounds: How often each is measured; medians count.
-        threads: That torch computes with.
+        rounds: Number of measurements; the median counts.
+        threads: Number of torch threads.
     """
     with ServerProcess("--log-level", "warning", "--threads", str(threads)) as server:
         process = psutil.Process(server.process.pid)
-        asyncio.run(watched_by(READERS, server.address, process))  # pools and caches get their size
+        asyncio.run(watched_by(READERS, server.address, process))  # fills pools and caches
         before = process.memory_full_info().uss
         runs = []
         for _ in range(rounds):
@@ -56,10 +56,10 @@ def measure(rounds: int, threads: int) -> dict[str, float]:
 
 
 async def watched_by(readers: int, address: str, process: psutil.Process) -> tuple[float, float, float]:
-    """Seconds of denoising, processor seconds of the thread that denoises, and messages that each reader got."""
+    """Returns the seconds of denoising, processor seconds of the denoising thread, and messages per reader."""
     async with contextlib.AsyncExitStack() as stack:
         channels = [
-            # Channels to one address share a connection unless told not to.
+            # Without this option, channels to one address share a connection.
             await stack.enter_async_context(
                 grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1), ("n", number)])
             )
@@ -84,13 +84,13 @@ async def watched_by(readers: int, address: str, process: psutil.Process) -> tup
         end = pb.Progress.FromString(read[0][1])
         assert all(pb.Progress.FromString(last).phase == pb.PHASE_SUCCEEDED for _, last in read)
         spent = {thread: seconds - busy.get(thread, 0.0) for thread, seconds in thread_times(process).items()}
-        # The main thread is the event loop's; of the others none works nearly as much as the one that denoises.
+        # The main thread runs the event loop. Of the others, the denoising thread works by far the most.
         device = max(seconds for thread, seconds in spent.items() if thread != process.pid)
         return end.timings.denoising.ToNanoseconds() / 1e9, device, statistics.mean(count for count, _ in read)
 
 
 def thread_times(process: psutil.Process) -> dict[int, float]:
-    """Processor seconds of each thread so far."""
+    """Returns the processor seconds that each thread has used so far."""
     return {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
 
 

@@ -1,7 +1,7 @@
 """Draws eight overlapping generations from the engine's own records: `make timeline`.
 
-Every mark is a call of the denoiser, and marks of one colour in one column were one call: a batch. Generations begin
-and end at any step of the others.
+Each mark is a call of the denoiser. Marks of one colour in one column were one call: a batch. Generations start and end
+at any step of the others.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ JOB = Job(PROMPTS[0], None, 128, 128, 20, GUIDANCE, 0, "DDIMScheduler")
 
 WIDTH, ROW, LEFT, TOP, BOTTOM = 1400, 34, 190, 16, 44
 INK, GRID, IDLE = "#333333", "#dddddd", "#eeeeee"
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")  # Okabe & Ito: told apart by everybody
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")  # Okabe & Ito: colour-blind safe
 
 
 def main() -> None:
-    """Runs the generations and draws what happened."""
+    """Runs the generations and draws their calls."""
     batches: list[BatchRecord] = []
     engine = bundled_engine(max_active=None, on_batch=batches.append)
     engine.run(JOB, lambda _: None, Stop())
@@ -55,7 +55,7 @@ def main() -> None:
     threads = [threading.Thread(target=run, args=(index,)) for index in range(len(PROMPTS))]
     for thread in threads:
         thread.start()
-        time.sleep(STAGGER_SECONDS)  # callers come one after another
+        time.sleep(STAGGER_SECONDS)  # callers arrive one after another
     for thread in threads:
         thread.join()
     engine.close()

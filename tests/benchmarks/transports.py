@@ -1,8 +1,8 @@
-"""What one generation costs over each transport: bytes on the wire both ways, and the server's processor time.
+"""Measures the cost of one generation over each transport: bytes in both directions, and the server's processor time.
 
-The engine draws nothing and waits between steps, so that every reader keeps up and all get as many previews, the
-number of which is told. All of the rest is the product's: event log, JPEG and PNG, codec, transport. Run as a process,
-it serves.
+A fake engine waits between steps, so that every reader keeps up and gets the same number of previews, which is
+reported. Everything else is the product: event log, JPEG and PNG, encoding, transport. Run as a process, the module is
+the server.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 TRANSPORTS = ("native", "grpc_web", "sse", "websocket")
 GENERATIONS = 10
-"""Of each transport in a round, one after the other."""
+"""Generations of each transport per round, one after another."""
 STEPS = 20
 STEP_SECONDS = 0.02
 EDGE = 128
 
 
 class PacedEngine(FakeEngine):
-    """Shows the same picture at every step: a smooth one with some noise, as JPEG has to do with."""
+    """Shows the same image at every step: a smooth one with some noise, which is realistic for JPEG."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,10 +68,10 @@ class PacedEngine(FakeEngine):
 
 
 def measure(rounds: int) -> dict[str, float]:
-    """Returns kilobytes and milliseconds of the server's processor for one generation, by transport.
+    """Returns kilobytes and milliseconds of the server's processor time for one generation, by transport.
 
     Args:
-        rounds: How often each is measured; medians count.
+        rounds: Number of measurements; the median counts.
     """
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.transports"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -119,7 +119,7 @@ async def _stub(stack: contextlib.AsyncExitStack, name: str, address: str) -> An
 
 
 async def _generate(stub: Any) -> int:
-    """Makes a picture and returns how many previews came."""
+    """Generates an image and returns the number of previews."""
     messages = [message async for message in stub.Generate(pb.GenerateRequest(prompt="a red apple", step_count=STEPS))]
     assert messages[-1].phase == pb.PHASE_SUCCEEDED
     return sum(message.image_kind == pb.IMAGE_KIND_PREDICTED for message in messages)
@@ -132,7 +132,7 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 async def main() -> None:
     """Serves until it is killed."""
-    # Standard output is the address; nobody reads more of it.
+    # Standard output carries only the address; the parent process reads no more.
     configure_logging("warning", "console")
     async with running(PacedEngine(), transport="sse") as service:
         native = NativeServer(service.services, Access())

@@ -1,7 +1,7 @@
-"""What grpc-web costs beside native gRPC: the same servicer on both ports of one server, one after the other, in turns.
+"""Compares grpc-web with native gRPC: the same servicer on both ports of one server, in alternating rounds.
 
-Both clients hand over messages as bytes, undecoded. That of grpc-web is the tests' own: it took 0.02 to 0.03 ms of
-processor time for a message of 20 KB, where grpcio's took 0.03 to 0.06 ms, so it is not what holds grpc-web back.
+Both clients return messages as bytes, without decoding them. The grpc-web client comes from the tests. It took 0.02 to
+0.03 ms of processor time for a message of 20 KB, and grpcio's client 0.03 to 0.06 ms, so it does not limit grpc-web.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 PORTS = ("native", "web")
 
 MESSAGES = 16_000
-"""Of each comparison, over all streams."""
+"""Messages of each comparison, over all streams."""
 PACED_MESSAGES = 100
 PACE = Duration(nanos=5_000_000)
 IDLE_STREAMS = 500
 STREAMS_PER_CONNECTION = 100
-"""Of native gRPC, which allows 256."""
+"""For native gRPC, which allows 256."""
 STALL_SECONDS = 5
-"""Well below the 20 s after which the server gives a stalled reader up."""
+"""Well below the 20 s after which the server drops a stalled reader."""
 
 _METHOD = "/calotype.v1.GenerationService/Generate"
 _MB = 1e6
@@ -54,13 +54,13 @@ class Server:
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time so far."""
+        """Processor time used so far."""
         times = self.process.cpu_times()
         return times.user + times.system
 
     @property
     def memory(self) -> float:
-        """Megabytes of its own; the kernel's socket buffers are not among them."""
+        """Private memory in megabytes, without the kernel's socket buffers."""
         return self.process.memory_full_info().uss / _MB
 
 
@@ -73,15 +73,15 @@ def scripted_server() -> Iterator[Server]:
             native, web = process.stdout.readline().split()
             yield Server(psutil.Process(process.pid), native, web)
         finally:
-            # Nobody waits for streams that never end.
+            # Some streams never end, so the server would not stop by itself.
             process.kill()
 
 
 def measure(rounds: int) -> dict[str, float]:
-    """Returns throughput, processor time and latency over grpc-web beside native gRPC, and what idlers cost.
+    """Returns throughput, processor time and latency of grpc-web relative to native gRPC, and memory of idle streams.
 
     Args:
-        rounds: How often each is measured; medians count.
+        rounds: Number of measurements; the median counts.
     """
     results: dict[str, float] = {}
     with scripted_server() as server:
@@ -89,7 +89,7 @@ def measure(rounds: int) -> dict[str, float]:
         results |= asyncio.run(throughput(server, 16, rounds))
         results |= asyncio.run(latency(server, rounds))
     for port in PORTS:
-        # Each in a fresh process: what another has given back would be used again, and not be seen.
+        # Each in a new process: otherwise memory that an earlier measurement freed is reused and not counted.
         with scripted_server() as server:
             results[f"idle_streams_{port}_mb"] = asyncio.run(idle(server, port))
         with scripted_server() as server:
@@ -98,7 +98,7 @@ def measure(rounds: int) -> dict[str, float]:
 
 
 async def throughput(server: Server, streams: int, rounds: int) -> dict[str, float]:
-    """Messages per second, and processor time of the server for each, over grpc-web and over native gRPC."""
+    """Returns messages per second and processor time of the server per message, over grpc-web and native gRPC."""
     request = pb.GenerateRequest(step_count=MESSAGES // streams)
 
     async def timed(generate: Generate) -> tuple[float, float, float]:
@@ -117,14 +117,14 @@ async def throughput(server: Server, streams: int, rounds: int) -> dict[str, flo
     for port, mine in zip(PORTS, zip(*runs, strict=True), strict=True):
         messages = MESSAGES // streams * streams
         results[f"{port}{streams}_messages_per_second"] = messages / statistics.median(wall for wall, _, _ in mine)
-        # What the client costs: near 1 it is the client that is measured.
+        # Share of time that the client is busy: near 1, the client is the bottleneck.
         results[f"{port}{streams}_client_busy"] = statistics.median(own / wall for wall, own, _ in mine)
         results[f"{port}{streams}_server_busy"] = statistics.median(theirs / wall for wall, _, theirs in mine)
     return results
 
 
 async def latency(server: Server, rounds: int) -> dict[str, float]:
-    """Median milliseconds from the making of a message to its arrival, beyond those of native gRPC."""
+    """Returns the median milliseconds from creation to arrival of a message, in addition to native gRPC's."""
     request = pb.GenerateRequest(step_count=PACED_MESSAGES, preview=pb.PreviewOptions(min_interval=PACE))
 
     async def delays(generate: Generate) -> float:
@@ -140,7 +140,7 @@ async def latency(server: Server, rounds: int) -> dict[str, float]:
 
 
 async def idle(server: Server, port: str) -> float:
-    """Megabytes that the server grows by when many streams wait for something to happen."""
+    """Returns the megabytes that many idle streams add to the server."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def open_streams(number: int) -> None:
@@ -150,7 +150,7 @@ async def idle(server: Server, port: str) -> float:
                 stack.callback(call.cancel)
             await asyncio.gather(*(call.read() for call in calls))
 
-        await open_streams(1)  # what comes with the first is not the streams' own
+        await open_streams(1)  # the first stream also allocates shared memory, which must not count
         before = server.memory
         for _ in range(IDLE_STREAMS // STREAMS_PER_CONNECTION):
             await open_streams(STREAMS_PER_CONNECTION)
@@ -158,7 +158,7 @@ async def idle(server: Server, port: str) -> float:
 
 
 async def stalled(server: Server, port: str) -> float:
-    """Megabytes that the server grows by, at most, for one who takes the first of a stream without end, and no more."""
+    """Returns the maximum megabytes that a reader adds if it reads one message of an endless stream and then stops."""
     async with connected(server, port) as generate:
         await count(generate(pb.GenerateRequest(step_count=1)))
         before = most = server.memory
@@ -174,19 +174,19 @@ async def stalled(server: Server, port: str) -> float:
 
 @contextlib.asynccontextmanager
 async def connected(server: Server, port: str) -> AsyncIterator[Generate]:
-    """Yields the method over native gRPC, on a connection of its own, or over grpc-web, on one for each call."""
+    """Yields the method over native gRPC on a separate connection, or over grpc-web with one connection per call."""
     if port == "web":
         with contextlib.closing(WebChannel(server.web)) as channel:
             yield channel.unary_stream(_METHOD, pb.GenerateRequest.SerializeToString)
         return
-    # Channels to one address share a connection unless told not to.
+    # Without this option, channels to one address share a connection.
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(server.native, options=options) as channel:
         yield channel.unary_stream(_METHOD, pb.GenerateRequest.SerializeToString)
 
 
 async def count(call: Any) -> int:
-    """Reads to the end and returns how many there were."""
+    """Reads to the end and returns the number of messages."""
     number = 0
     async for message in call:
         assert len(message) > MESSAGE_BYTES

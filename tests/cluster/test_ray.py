@@ -35,27 +35,27 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """Started once."""
+    """A Ray cluster for all tests."""
     with RayCluster(tmp_path_factory.mktemp("ray"), PYTHONPATH=str(TESTS)) as cluster:
         yield cluster
 
 
 @pytest.fixture
 async def client(cluster: RayCluster) -> AsyncIterator[calotype.AsyncClient]:
-    """Resumes what is lost."""
+    """A client that resumes lost streams."""
     async with calotype.AsyncClient(cluster.address, stall_timeout=2.0, retries=100) as client:
         yield client
 
 
 @pytest.fixture
 async def stub(cluster: RayCluster) -> AsyncIterator[GenerationServiceStub]:
-    """Resumes nothing."""
+    """A stub that does not resume."""
     async with grpc.aio.insecure_channel(cluster.address) as channel:
         yield GenerationServiceStub(channel)
 
 
 async def all_ended(client: calotype.AsyncClient) -> list[calotype.GenerationSummary]:
-    """Waits until nothing runs, and returns what has."""
+    """Waits until all generations have ended, and returns them."""
     async with asyncio.timeout(60):
         while True:
             known = [each async for each in client.generations()]
@@ -65,14 +65,14 @@ async def all_ended(client: calotype.AsyncClient) -> list[calotype.GenerationSum
 
 
 async def both_reachable(client: calotype.AsyncClient) -> None:
-    """Waits until the ingress has heard of both replicas: a little later than Ray says that they run."""
+    """Waits until the ingress knows both replicas, which is slightly after Ray reports them as running."""
     known = set()
     while len(known) < 2:
         known.add((await client.model()).replica)
 
 
 async def on_each(client: calotype.AsyncClient) -> dict[Job, asyncio.Task[bytes]]:
-    """Starts long generations; returns one of each replica with its caller."""
+    """Starts long generations, and returns one of each replica with its caller."""
     await both_reachable(client)
     step = asyncio.Event()
     jobs = [Job("fox") for _ in range(8)]
@@ -84,8 +84,8 @@ async def on_each(client: calotype.AsyncClient) -> dict[Job, asyncio.Task[bytes]
     return dict(found.values())
 
 
-async def test_a_picture_streams_with_its_previews(client: calotype.AsyncClient) -> None:
-    """Each step shows a preview, in order, and the end is the picture."""
+async def test_an_image_streams_with_its_previews(client: calotype.AsyncClient) -> None:
+    """Previews arrive in order, and the last message contains the image."""
     generation = client.generate("a red apple", seed=5, steps=8)
     seen = [progress async for progress in generation]
     assert [progress.image_step for progress in seen if progress.preview] == sorted(
@@ -97,28 +97,28 @@ async def test_a_picture_streams_with_its_previews(client: calotype.AsyncClient)
 
 
 async def test_violations_arrive_typed(client: calotype.AsyncClient) -> None:
-    """A refusal before the first message carries its code and details, all violations at once."""
-    with pytest.raises(calotype.InvalidRequest) as refused:
+    """A rejection before the first message carries its code and details, with all violations at once."""
+    with pytest.raises(calotype.InvalidRequest) as rejected:
         await client.generate("", width=7, steps=100_000).result()
-    assert {violation.field for violation in refused.value.violations} >= {"width", "steps"}
+    assert {violation.field for violation in rejected.value.violations} >= {"width", "steps"}
 
 
 @pytest.mark.parametrize("method", ["Cancel", "Finish", "Watch"])
 async def test_an_unknown_generation_is_not_found(stub: GenerationServiceStub, method: str) -> None:
-    """Whichever replica is asked, and whether or not the method streams: with a reason."""
+    """Every method returns NOT_FOUND with the reason OTHER_REPLICA for an unknown id, from any replica."""
     request = getattr(pb, f"{method}Request")(generation_id="feedbeef.nobody")
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
+    with pytest.raises(grpc.aio.AioRpcError) as rejected:
         call = getattr(stub, method)(request)
         await (call.read() if method == "Watch" else call)
-    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
-    assert b"OTHER_REPLICA" in dict(refused.value.trailing_metadata())["grpc-status-details-bin"]
+    assert rejected.value.code() is grpc.StatusCode.NOT_FOUND
+    assert b"OTHER_REPLICA" in dict(rejected.value.trailing_metadata())["grpc-status-details-bin"]
 
 
 async def test_every_replica_reaches_every_generation(client: calotype.AsyncClient) -> None:
-    """Watching, listing, finishing and cancelling find a generation, whichever replica the ingress asks."""
+    """Watch, list, finish and cancel calls find a generation through any replica that the ingress chooses."""
     (one, finished), (other, cancelled) = (await on_each(client)).items()
     to_finish, to_cancel = one.seen[0].generation_id, other.seen[0].generation_id
-    for _ in range(4):  # the ingress asks one or the other
+    for _ in range(4):  # the ingress chooses either replica
         for generation_id in (to_finish, to_cancel):
             progress = await anext(aiter(client.watch(generation_id)))
             assert progress.generation_id == generation_id
@@ -133,10 +133,8 @@ async def test_every_replica_reaches_every_generation(client: calotype.AsyncClie
     await all_ended(client)
 
 
-async def test_a_call_that_is_cancelled_frees_its_slot(
-    client: calotype.AsyncClient, stub: GenerationServiceStub
-) -> None:
-    """Right after a message, 24 times, 8 at once: every generation ends, none goes on for nobody."""
+async def test_a_cancelled_call_frees_its_slot(client: calotype.AsyncClient, stub: GenerationServiceStub) -> None:
+    """Each of 24 calls that are cancelled right after a message, 8 at a time, ends its generation."""
 
     async def cancel_one() -> str:
         call = stub.Generate(pb.GenerateRequest(prompt="fox", step_count=LONG))
@@ -146,13 +144,13 @@ async def test_a_call_that_is_cancelled_frees_its_slot(
         call.cancel()
         return message.generation_id
 
-    begun = {each for _ in range(3) for each in await asyncio.gather(*(cancel_one() for _ in range(8)))}
+    cancelled = {each for _ in range(3) for each in await asyncio.gather(*(cancel_one() for _ in range(8)))}
     known = {each.generation_id: each.phase for each in await all_ended(client)}
-    assert [known[each] for each in begun] == ["cancelled"] * 24
+    assert [known[each] for each in cancelled] == ["cancelled"] * 24
 
 
 async def test_a_deadline_ends_the_generation(client: calotype.AsyncClient, stub: GenerationServiceStub) -> None:
-    """The caller hears DEADLINE_EXCEEDED, and the engine stops."""
+    """The caller gets DEADLINE_EXCEEDED, and the server cancels the generation."""
     call = stub.Generate(pb.GenerateRequest(prompt="fox", step_count=LONG), timeout=0.4)
     message = await call.read()
     with pytest.raises(grpc.aio.AioRpcError) as ended:
@@ -164,7 +162,7 @@ async def test_a_deadline_ends_the_generation(client: calotype.AsyncClient, stub
 
 
 async def test_the_bridge_reaches_the_replicas(cluster: RayCluster) -> None:
-    """A browser's calls go through bridge and ingress: previews one by one, refusals with their details."""
+    """A browser's calls pass the bridge and the ingress: previews arrive one by one, errors keep their details."""
     with BridgeProcess("--upstream", cluster.address) as bridge:
         channel = WebChannel(bridge.web_address)
         stub = GenerationServiceStub(channel)
@@ -174,42 +172,42 @@ async def test_the_bridge_reaches_the_replicas(cluster: RayCluster) -> None:
             last = message
         assert previews >= 4
         assert last.phase == pb.PHASE_SUCCEEDED
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
+        with pytest.raises(grpc.aio.AioRpcError) as rejected:
             await stub.Generate(pb.GenerateRequest(prompt="", width_px=7)).read()
-        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert rejected.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         channel.close()
 
 
-async def test_the_bridge_tells_of_a_replica_that_died(cluster: RayCluster, client: calotype.AsyncClient) -> None:
-    """Its streams end UNAVAILABLE, after which a browser's client comes back; those of the other go on."""
+async def test_the_bridge_reports_a_crashed_replica(cluster: RayCluster, client: calotype.AsyncClient) -> None:
+    """Streams of the crashed replica end with UNAVAILABLE, so that clients resume; streams of the other continue."""
     victim = next(iter((await cluster.until_running()).values()))
     await both_reachable(client)
     with BridgeProcess("--upstream", cluster.address) as bridge:
 
-        async def follow(begun: asyncio.Event) -> grpc.StatusCode:
+        async def follow(denoising: asyncio.Event) -> grpc.StatusCode:
             channel = WebChannel(bridge.web_address)
             call = GenerationServiceStub(channel).Generate(pb.GenerateRequest(prompt="fox", step_count=LONG))
             try:
                 while (message := await call.read()) is not grpc.aio.EOF:
                     if message.phase == pb.PHASE_DENOISING:
-                        begun.set()
+                        denoising.set()
             except grpc.aio.AioRpcError as error:
                 return error.code()
             finally:
                 channel.close()
             return grpc.StatusCode.OK
 
-        begun = [asyncio.Event() for _ in range(6)]
-        calls = [asyncio.create_task(follow(each)) for each in begun]
-        await asyncio.gather(*(each.wait() for each in begun))
+        denoising = [asyncio.Event() for _ in range(6)]
+        calls = [asyncio.create_task(follow(each)) for each in denoising]
+        await asyncio.gather(*(each.wait() for each in denoising))
         os.kill(victim, signal.SIGKILL)
         codes = Counter(await asyncio.gather(*calls))
     assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
     await cluster.until_running()
 
 
-async def test_a_page_outlives_a_replica_that_died(cluster: RayCluster, client: calotype.AsyncClient) -> None:
-    """In a real browser, through bridge and ingress: it shows the very pictures, each once."""
+async def test_a_page_survives_a_crashed_replica(cluster: RayCluster, client: calotype.AsyncClient) -> None:
+    """A page in a real browser, behind bridge and ingress, shows each image once, equal to an undisturbed one."""
     victim = next(iter((await cluster.until_running()).values()))
     await both_reachable(client)
     variables = {"CALOTYPE_RAY_ADDRESS": cluster.address, "CALOTYPE_RAY_VICTIM": str(victim)}
@@ -222,10 +220,10 @@ async def test_a_page_outlives_a_replica_that_died(cluster: RayCluster, client: 
     await cluster.until_running()
 
 
-async def test_forty_callers_outlive_a_frozen_and_a_killed_replica(
+async def test_forty_callers_survive_a_frozen_and_a_killed_replica(
     cluster: RayCluster, client: calotype.AsyncClient
 ) -> None:
-    """SIGSTOP of one in mid-stream, SIGKILL of the other: every picture byte for byte, once, nothing left running."""
+    """After SIGSTOP of one replica and SIGKILL of the other, each caller gets the undisturbed image exactly once."""
     step = asyncio.Event()
     before = await cluster.until_running()
     await both_reachable(client)
@@ -257,21 +255,21 @@ async def test_forty_callers_outlive_a_frozen_and_a_killed_replica(
 
 
 async def test_a_frozen_replica_is_replaced(cluster: RayCluster, client: calotype.AsyncClient) -> None:
-    """Ray notices one that does not answer, and the callers whom it had are served by another."""
+    """Ray replaces a replica that does not respond, and another replica serves its callers."""
     before = await cluster.until_running()
     name, pid = next(iter(before.items()))
     both = await on_each(client)
     os.kill(pid, signal.SIGSTOP)
     assert all(await asyncio.gather(*both.values()))
     await cluster.until_running(unlike={name: pid}, stopping=1)
-    # Ray would wait for it as long as for one that drains.
+    # Otherwise Ray waits for it as long as for a draining replica.
     os.kill(pid, signal.SIGKILL)
     await cluster.until_running()
 
 
 @pytest.fixture
 async def mortal(cluster: RayCluster) -> AsyncIterator[dict[str, int]]:
-    """Replicas whose engine fails or hangs when it is told to; afterwards the others again."""
+    """Replicas whose engine fails or hangs on certain prompts; restores the normal replicas afterwards."""
     config, environment = cluster.application, cluster.environment
     before = await cluster.until_running()
     path, variables = config["import_path"], dict(environment)
@@ -289,22 +287,22 @@ async def mortal(cluster: RayCluster) -> AsyncIterator[dict[str, int]]:
 
 
 @pytest.mark.parametrize(("prompt", "reason"), [("die", "ENGINE_DEAD"), ("hang", "ENGINE_STALLED")])
-async def test_a_replica_whose_engine_is_done_for_is_replaced(
+async def test_a_replica_with_a_dead_engine_is_replaced(
     cluster: RayCluster, mortal: dict[str, int], client: calotype.AsyncClient, prompt: str, reason: str
 ) -> None:
-    """By its health check or its watchdog: the caller is told, and everybody else is served meanwhile and after."""
+    """The caller gets the reason; the health check or the watchdog replaces the replica; other calls succeed."""
     async with calotype.AsyncClient(cluster.address, retries=0) as plain:
-        with pytest.raises(calotype.CalotypeError) as told:
+        with pytest.raises(calotype.CalotypeError) as caught:
             await plain.generate(prompt).result()
-    assert told.value.reason == reason
+    assert caught.value.reason == reason
     while mortal.keys() <= (await cluster.until_running()).keys():
         await client.generate("fox").result()
     await both_reachable(client)
     await asyncio.gather(*(client.generate("fox").result() for _ in range(8)))
 
 
-async def test_a_rolling_update_cuts_no_stream(cluster: RayCluster) -> None:
-    """Every replica is replaced under callers who resume nothing: all get every picture in one piece."""
+async def test_a_rolling_update_interrupts_no_stream(cluster: RayCluster) -> None:
+    """While every replica is replaced, callers that cannot resume get every image."""
     before = await cluster.until_running()
     updated = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""One real server with the bundled model, shared by the tests that do it no harm."""
+"""One real server with the bundled model, shared by tests that do not disturb it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty cache at first, so that the first server calibrates and the others load."""
+    """A cache folder, empty at first: the first server calibrates, and the others load the result."""
     return tmp_path_factory.mktemp("cache")
 
 

@@ -1,4 +1,4 @@
-"""The whole way, with the real model over a real socket: what the README promises."""
+"""End-to-end tests with the real model over a real socket: the README's examples and promises."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 
 @pytest.mark.proves("python", "streams")
-def test_the_readmes_lines_of_python_work(
+def test_the_first_python_example_of_the_readme_works(
     server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first Python block of the README, word for word but for the address, writes the picture."""
+    """The first Python block of the README, unchanged except for the address, writes the image."""
     monkeypatch.chdir(tmp_path)
     code = BLOCKS[0]
     assert len([line for line in code.splitlines() if line]) <= 7
@@ -40,8 +40,8 @@ def test_the_readmes_lines_of_python_work(
     assert "denoising 10 20" in capsys.readouterr().out
 
 
-def test_what_the_readmes_link_to_is_there() -> None:
-    """Every relative link and picture of every README leads to a file or folder."""
+def test_the_links_of_the_readmes_exist() -> None:
+    """Every relative link and image of every README leads to an existing file or folder."""
     root = README.parent
     for readme in [
         root / "CONTRIBUTING.md",
@@ -54,10 +54,10 @@ def test_what_the_readmes_link_to_is_there() -> None:
             assert (readme.parent / link).exists(), f"{readme} links to {link}"
 
 
-def test_the_readmes_other_blocks_work(
+def test_the_other_python_examples_of_the_readme_work(
     server: ServerProcess, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Errors look as shown, previews and files are ordered so, a generation is kept, and the fake server serves."""
+    """The examples of errors, previews, reconnecting and the fake server run unchanged."""
     assert len(BLOCKS) == 5
     monkeypatch.chdir(tmp_path)
     with calotype.Client(server.address) as client:
@@ -69,7 +69,7 @@ def test_the_readmes_other_blocks_work(
 
 
 def test_a_generated_stub_alone_is_enough(server: ServerProcess) -> None:
-    """Another service, with nothing but generated code, sees pictures form and gets the final one."""
+    """A client with only generated code receives previews and the final image."""
     with grpc.insecure_channel(server.address) as channel:
         stub = GenerationServiceStub(channel)
         model = stub.GetModel(pb.GetModelRequest())
@@ -83,8 +83,8 @@ def test_a_generated_stub_alone_is_enough(server: ServerProcess) -> None:
     assert Pillow.open(io.BytesIO(final.image)).size == (model.width_px, model.height_px)
 
 
-def test_previews_become_the_final_picture(server: ServerProcess) -> None:
-    """Predicted pictures come ever closer to the final one: they show the picture, not noise."""
+def test_previews_approach_the_final_image(server: ServerProcess) -> None:
+    """The last preview is closer to the final image than the first: previews show the image, not noise."""
     with calotype.Client(server.address) as client, client.generate("a red apple", seed=3) as generation:
         previews = [progress.preview for progress in generation if progress.preview is not None]
         final = generation.result().to_pil().convert("RGB")
@@ -98,15 +98,15 @@ def test_previews_become_the_final_picture(server: ServerProcess) -> None:
     assert distance(previews[-1]) < 40
 
 
-def test_the_same_seed_gives_the_same_picture(server: ServerProcess) -> None:
-    """Byte for byte; another seed gives another picture."""
+def test_the_same_seed_gives_the_same_image(server: ServerProcess) -> None:
+    """The same seed gives the same bytes; another seed gives another image."""
     with calotype.Client(server.address) as client:
         first, again, other = (client.generate("a dog", seed=seed, steps=4).result().data for seed in (5, 5, 6))
     assert first == again != other
 
 
-def test_the_drawn_seed_repeats_the_picture(server: ServerProcess) -> None:
-    """A caller who gave no seed is told the one that was drawn, and it works."""
+def test_the_chosen_seed_repeats_the_image(server: ServerProcess) -> None:
+    """A caller without a seed learns the seed that the server chose, and it reproduces the image."""
     with calotype.Client(server.address) as client:
         drawn = client.generate("a dog", steps=4)
         picture = drawn.result().data
@@ -114,7 +114,7 @@ def test_the_drawn_seed_repeats_the_picture(server: ServerProcess) -> None:
 
 
 def test_sizes_and_schedulers_are_honoured(server: ServerProcess) -> None:
-    """A wide picture by a scheduler that evaluates the model twice a step tells the true number of steps."""
+    """A request with a size and a scheduler with two evaluations per step gets that size and the actual step count."""
     with calotype.Client(server.address) as client:
         generation = client.generate("a car", width=160, height=96, steps=4, scheduler="HeunDiscreteScheduler", seed=1)
         image = generation.result()
@@ -122,8 +122,8 @@ def test_sizes_and_schedulers_are_honoured(server: ServerProcess) -> None:
     assert generation.progress.total_steps == 7
 
 
-def test_a_prompt_that_is_cut_is_reported(server: ServerProcess) -> None:
-    """The model reads 16 tokens; the caller of a longer prompt is warned, and gets a picture."""
+def test_a_truncated_prompt_is_reported(server: ServerProcess) -> None:
+    """The model reads 16 tokens; a longer prompt gives a warning and an image."""
     with calotype.Client(server.address) as client:
         generation = client.generate("a very " * 20 + "red apple", steps=2)
         generation.result()
@@ -132,7 +132,7 @@ def test_a_prompt_that_is_cut_is_reported(server: ServerProcess) -> None:
 
 @pytest.mark.proves("python", "errors")
 def test_every_violation_reaches_the_python_caller(server: ServerProcess) -> None:
-    """One exception with all of them, and no grpc type."""
+    """One exception lists all violations and has no grpc type."""
     with calotype.Client(server.address) as client, pytest.raises(calotype.InvalidRequest) as caught:
         client.generate("", width=7, steps=0, guidance_scale=float("nan"), scheduler="No").result()
     assert len(caught.value.violations) == 5
@@ -141,7 +141,7 @@ def test_every_violation_reaches_the_python_caller(server: ServerProcess) -> Non
 
 @pytest.mark.proves("python", "cancels")
 def test_leaving_frees_the_device_for_the_next(server: ServerProcess) -> None:
-    """150 steps are left after one; a picture asked for next does not wait for the rest."""
+    """If a caller leaves a generation of 150 steps, the next request does not wait for the remaining steps."""
     with calotype.Client(server.address) as client:
         left = client.generate("a cat", steps=150)
         for progress in left:
@@ -152,7 +152,7 @@ def test_leaving_frees_the_device_for_the_next(server: ServerProcess) -> None:
 
 
 async def test_many_callers_are_served_in_turn() -> None:
-    """Six at once all get their own picture from two slots, and those who wait learn their position."""
+    """Six callers get different images from two slots, and waiting callers receive their position."""
     positions = set()
 
     async def ask(client: calotype.AsyncClient, seed: int) -> bytes:
@@ -171,7 +171,7 @@ async def test_many_callers_are_served_in_turn() -> None:
 
 @pytest.mark.proves("cli", "streams")
 def test_the_command_line_shows_the_picture_in_a_terminal(server: ServerProcess, tmp_path: Path) -> None:
-    """Under a pty: half blocks in colour, a bar that reaches 20/20, and the file at the end."""
+    """In a pty, the command shows coloured half blocks and a progress bar up to 20/20, and writes the file."""
     output = tmp_path / "apple.png"
     master, slave = pty.openpty()
     process = subprocess.Popen(
@@ -201,7 +201,7 @@ def test_the_command_line_shows_the_picture_in_a_terminal(server: ServerProcess,
 
 
 def test_the_command_line_writes_events_for_programs(server: ServerProcess, tmp_path: Path) -> None:
-    """`--json` gives one object a line; `--previews` and `--filmstrip` keep the pictures."""
+    """`--json` prints one object per line; `--previews` and `--filmstrip` save the images."""
     command = ["generate", "a dog", "--address", server.address, "--seed", "2", "-o", str(tmp_path / "dog.png")]
     keep = ["--json", "--previews", str(tmp_path / "frames"), "--filmstrip", str(tmp_path / "strip.png")]
     done = subprocess.run([*CALOTYPE, *command, *keep], capture_output=True, text=True, timeout=120, check=True)
@@ -214,7 +214,7 @@ def test_the_command_line_writes_events_for_programs(server: ServerProcess, tmp_
 
 
 def test_log_lines_carry_the_ids_and_never_the_prompt(server: ServerProcess) -> None:
-    """Every line about a call has its request id, those about a generation its id; prompts are not logged."""
+    """Log lines of a call have its request id, those of a generation its id; prompts are not logged."""
     with calotype.Client(server.address) as client:
         generation = client.generate("unmistakable words", steps=1)
         generation.result()

@@ -1,4 +1,4 @@
-"""The example clients of other languages, generated from the proto of this checkout, against a live service."""
+"""The example clients in other languages, generated from the current proto, against a running service."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 PATIENCE = 100
-"""Seconds until a test gives up on a client."""
+"""Seconds that a client may take."""
 
 
 @pytest.fixture(params=EXAMPLES.values(), ids=EXAMPLES, scope="module")
 def example(request: pytest.FixtureRequest) -> Example:
-    """Each of them, built."""
+    """Each example client, built."""
     request.param.build()
     return request.param
 
 
 def run(example: Example, folder: Path, *arguments: str) -> tuple[int, list[str], str]:
-    """Runs it to its end; returns the exit code, the lines of the output, and the errors."""
+    """Runs a client to its end; returns the exit code, the lines of the output, and the errors."""
     with example.start(folder, *arguments) as process:
         out, errors = process.communicate(timeout=PATIENCE)
     return process.returncode, out.splitlines(), errors
 
 
 @pytest.mark.proves("{example}", "streams")
-def test_a_picture_forms(example: Example, server: ServerProcess, tmp_path: Path) -> None:
-    """It tells every phase and step in order, and saves complete previews and the final picture."""
+def test_an_image_streams(example: Example, server: ServerProcess, tmp_path: Path) -> None:
+    """The client prints phases and steps in order, and saves complete previews and the final image."""
     code, lines, errors = run(example, tmp_path, server.address, "a red apple")
     assert code == 0, errors
     phases = list(dict.fromkeys(line.split()[0] for line in lines))
@@ -62,7 +62,7 @@ def test_a_picture_forms(example: Example, server: ServerProcess, tmp_path: Path
 
 @pytest.mark.proves("{example}", "cancels")
 def test_ctrl_c_frees_the_slot(example: Example, server: ServerProcess, tmp_path: Path) -> None:
-    """SIGINT in mid-stream ends the generation on the server, and the program, as a shell expects it."""
+    """SIGINT during the stream ends the generation on the server, and the program with exit code 130."""
     with calotype.Client(server.address) as client, example.start(tmp_path, server.address, "fox", "150") as process:
         # A slow reader does not see every step.
         assert any(re.match(r"PHASE_DENOISING ([2-9]|\d\d+)/150", line) for line in process.stdout)
@@ -78,7 +78,7 @@ def test_ctrl_c_frees_the_slot(example: Example, server: ServerProcess, tmp_path
 
 @pytest.mark.proves("{example}", "errors")
 def test_every_violation_is_printed(example: Example, server: ServerProcess, tmp_path: Path) -> None:
-    """The details of a refused request are decoded: one line for each field."""
+    """The client decodes the details of a rejected request and prints one line for each field."""
     code, lines, errors = run(example, tmp_path, server.address, "", "0")
     assert (code, lines) == (1, [])
     assert "  prompt: must not be empty\n" in errors
@@ -86,8 +86,8 @@ def test_every_violation_is_printed(example: Example, server: ServerProcess, tmp
 
 
 @pytest.mark.proves("{example}", "streams")
-def test_chunks_are_put_together(example: Example, tmp_path: Path) -> None:
-    """A final picture that is larger than a message arrives byte for byte."""
+def test_chunks_are_joined(example: Example, tmp_path: Path) -> None:
+    """A final image that is larger than a message arrives byte for byte."""
     noise, file = random.Random(1), io.BytesIO()
     Pillow.frombytes("RGB", (1500, 1500), noise.randbytes(1500 * 1500 * 3)).save(file, "PNG")
     image = calotype.Image(file.getvalue(), "png", 1500, 1500)

@@ -1,4 +1,4 @@
-"""What an operator does: start it wrongly, stop it in mid-stream, kill it, ask the doctor."""
+"""Operators' actions: a start with wrong settings, a stop during a stream, a kill, `calotype doctor`."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ pytestmark = pytest.mark.e2e
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end."""
+    """Runs a `calotype` command to its end."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
     return subprocess.run([*CALOTYPE, *arguments], capture_output=True, text=True, timeout=100, env=env, check=False)
 
 
-def test_sigterm_lets_the_running_picture_finish(cache_dir: Path) -> None:
-    """The stream under way ends with its image, new calls are refused with a retry time, and the exit code is 0."""
+def test_sigterm_lets_the_running_generation_finish(cache_dir: Path) -> None:
+    """The open stream ends with its image, new calls are rejected with a retry delay, and the exit code is 0."""
     with ServerProcess("--cache-dir", str(cache_dir)) as server, calotype.Client(server.address) as client:
         generation = client.generate("a red apple", steps=60, seed=1)
-        refused = False
+        rejected = False
         for progress in generation:
-            if progress.step >= 3 and not refused:
+            if progress.step >= 3 and not rejected:
                 server.terminate()
                 server.wait_for_log("draining")
                 with pytest.raises(calotype.Unavailable) as caught:
                     client.generate("another").result()
-                refused = caught.value.retry_after > 0
-        assert refused
+                rejected = caught.value.retry_after > 0
+        assert rejected
         assert generation.result().width == 128
         assert server.process.wait(30) == 0
 
 
 def test_without_grace_the_stream_ends_typed(cache_dir: Path) -> None:
-    """What cannot be finished ends as Unavailable with a retry time, not as a broken connection."""
+    """A generation that cannot finish ends as Unavailable with a retry delay, not as a lost connection."""
     options = ("--cache-dir", str(cache_dir), "--drain-seconds", "0")
     with ServerProcess(*options) as server, calotype.Client(server.address, retries=0) as client:
         generation = client.generate("a red apple", steps=150)
@@ -57,11 +57,11 @@ def test_without_grace_the_stream_ends_typed(cache_dir: Path) -> None:
         assert server.process.wait(30) == 0
 
 
-def test_a_killed_server_is_a_typed_error_and_a_killed_client_costs_nothing(cache_dir: Path) -> None:
-    """SIGKILL of a client frees the queue for the next; SIGKILL of the server raises Unavailable in mid-stream."""
+def test_a_killed_client_frees_its_slot_and_a_killed_server_is_a_typed_error(cache_dir: Path) -> None:
+    """SIGKILL of a client ends its generation; SIGKILL of the server raises Unavailable during the stream."""
     with ServerProcess("--cache-dir", str(cache_dir)) as server, calotype.Client(server.address, retries=0) as client:
         command = [*CALOTYPE, "generate", "a cat", "--address", server.address, "--steps", "150", "--json"]
-        command += ["--retries", "0"]  # nobody is to come back
+        command += ["--retries", "0"]  # the client must not reconnect
         victim = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         for line in victim.stdout:
             if '"denoising"' in line:
@@ -79,8 +79,8 @@ def test_a_killed_server_is_a_typed_error_and_a_killed_client_costs_nothing(cach
 
 
 @pytest.mark.parametrize("moment", ["calibrating", "model loaded"])
-def test_a_signal_while_loading_ends_it_in_order(tmp_path: Path, moment: str) -> None:
-    """Whatever torch is doing, the exit code is 0, and the server never says that it is ready."""
+def test_a_signal_while_loading_stops_the_server(tmp_path: Path, moment: str) -> None:
+    """SIGTERM during the load gives exit code 0, and the server never reports that it is ready."""
     with ServerProcess("--cache-dir", str(tmp_path), ready=False) as server:
         server.wait_for_log(moment)
         server.terminate()
@@ -89,7 +89,7 @@ def test_a_signal_while_loading_ends_it_in_order(tmp_path: Path, moment: str) ->
 
 
 def test_a_taken_port_is_explained() -> None:
-    """Exit code 1 and a sentence with the flag, before any model is loaded."""
+    """A port that is in use gives exit code 1 and a sentence with the flag, before any model is loaded."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -107,8 +107,8 @@ def test_a_taken_port_is_explained() -> None:
         ("nonsense", "neither a folder nor a hub id"),
     ],
 )
-def test_a_model_that_is_not_there_is_explained(model: str, words: str) -> None:
-    """Each way to be wrong has its own sentence and exit code 1, without a traceback."""
+def test_a_missing_model_is_explained(model: str, words: str) -> None:
+    """Each kind of wrong model name gives exit code 1 and a specific sentence, without a traceback."""
     done = run("serve", "--grpc-address", "127.0.0.1:0", "--model", model)
     assert done.returncode == 1
     assert words in " ".join(done.stderr.split())
@@ -116,18 +116,18 @@ def test_a_model_that_is_not_there_is_explained(model: str, words: str) -> None:
 
 
 def test_wrong_settings_are_all_named() -> None:
-    """Flags and variables are checked alike, all at once, with exit code 2."""
+    """Wrong flags and variables are all reported at once, with exit code 2."""
     done = run("serve", "--max-queue", "-1", "--dtype", "float8", CALOTYPE_PREVIEW_QUALITY="100")
     assert done.returncode == 2
     for flag in ("--max-queue", "--dtype", "--preview-quality"):
         assert flag in done.stderr
 
 
-def test_the_doctor_reports_health_and_sickness() -> None:
-    """All is well on this machine but for a model that is not there; then it says what to do and exits with 1."""
+def test_the_doctor_reports_success_and_problems() -> None:
+    """`calotype doctor` exits with 0 on this machine; with a missing model it explains the problem and exits with 1."""
     done = run("doctor", "--grpc-address", "127.0.0.1:0")
     assert done.returncode == 0, done.stdout
     assert "bundled: StableDiffusionPipeline" in done.stdout
-    sick = run("doctor", "--grpc-address", "127.0.0.1:0", "--model", "./nowhere")
-    assert sick.returncode == 1
-    assert "There is no folder" in sick.stdout
+    failed = run("doctor", "--grpc-address", "127.0.0.1:0", "--model", "./nowhere")
+    assert failed.returncode == 1
+    assert "There is no folder" in failed.stdout

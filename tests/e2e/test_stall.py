@@ -1,4 +1,4 @@
-"""A device thread that hangs for good, in a real process with the real model."""
+"""A device thread that hangs, in a real process with the real model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class HangingServer(ServerProcess):
     calotype: ClassVar = [sys.executable, "-P", str(SCRIPT)]
 
 
-def test_a_hung_device_ends_the_process_after_everybody_was_told(cache_dir: Path, tmp_path: Path) -> None:
-    """A typed end for whoever waits, stacks and ids in the log, no prompt, and an exit code for the supervisor."""
+def test_a_hung_device_ends_the_process_after_typed_ends(cache_dir: Path, tmp_path: Path) -> None:
+    """Callers get a typed end, the log has stacks and ids but no prompt, and the exit code informs the supervisor."""
     hang = tmp_path / "hang"
     options = (
         "--cache-dir",

@@ -1,4 +1,4 @@
-"""A server that is killed in mid-stream and started again: the caller's iterator ends with the same picture."""
+"""Kills during a stream: after a server restart, the caller still gets the same image."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ STEPS = 40
 @pytest.mark.proves("python", "resumes")
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("keeps_state", [False, True], ids=["forgets", "keeps-state"])
-def test_a_killed_server_costs_time_and_nothing_else(tmp_path, keeps_state: bool) -> None:
-    """With or without a state folder: one iterator, rising sequences, one end, the picture byte for byte."""
+def test_a_stream_survives_a_killed_server(tmp_path, keeps_state: bool) -> None:
+    """With and without a state folder, the loop continues with rising sequences, one end, and the same image."""
     address = free_address()
     options = ["--grpc-address", address, "--deterministic", "--max-batch-rows", "4", "--max-active", "2"]
     if keeps_state:
@@ -53,8 +53,8 @@ for progress in client.generate("fox", seed=3, steps=150, on_disconnect=sys.argv
 
 
 @pytest.mark.parametrize("policy", ["cancel", "keep"])
-def test_a_killed_client_frees_the_slot_or_leaves_the_picture(policy: str) -> None:
-    """CANCEL: the only slot is free for the next. KEEP: the picture is there for whoever watches."""
+def test_a_killed_client_frees_the_slot_or_leaves_the_image(policy: str) -> None:
+    """With CANCEL the only slot is freed; with KEEP the image is finished and can be watched."""
     with ServerProcess("--max-active", "1") as server, calotype.Client(server.address) as client:
         command = [sys.executable, "-c", CALLER, server.address, policy]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as caller:

@@ -1,4 +1,4 @@
-"""Links that are cut and a server that is killed, again and again, under callers who come back: `make soak`."""
+"""Cuts connections and kills the server repeatedly while callers reconnect: `make soak`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SECONDS = float(os.environ.get("SECONDS", "120"))
 CALLERS = 4
-"""On each port."""
+"""Callers on each port."""
 PATIENCE = 300.0
 """Seconds after which a generation counts as stuck."""
 POLICIES = ("cancel", "keep", "grace")
@@ -34,12 +34,12 @@ STEPS = 12
 
 
 def terms(policy: str) -> dict:
-    """How long a generation without readers goes on."""
+    """Returns the options for what happens to a generation without readers."""
     return {"cancel": {}, "keep": {"on_disconnect": "keep"}, "grace": {"disconnect_grace": 1.0}}[policy]
 
 
 async def native(client: calotype.AsyncClient, prompt: str, policy: str) -> bytes:
-    """The client of the product, which is left to itself."""
+    """Generates an image with the Python client, which reconnects automatically."""
     generation, seen = client.generate(prompt, seed=5, steps=STEPS, **terms(policy)), []
     async for progress in generation:
         seen.append(progress)
@@ -50,7 +50,7 @@ async def native(client: calotype.AsyncClient, prompt: str, policy: str) -> byte
 
 
 async def web(channel: WebChannel, prompt: str, policy: str, request_id: str) -> bytes:
-    """A browser without any client of ours: it repeats its request, with the same id, until it has the picture."""
+    """Generates an image without a Calotype client: repeats the request with the same id until the image arrives."""
     request = pb.GenerateRequest(prompt=prompt, seed=5, step_count=STEPS, request_id=request_id)
     if policy == "keep":
         request.on_disconnect = pb.DISCONNECT_POLICY_KEEP
@@ -58,7 +58,7 @@ async def web(channel: WebChannel, prompt: str, policy: str, request_id: str) ->
         request.disconnect_grace.seconds = 1
     while True:
         call, image = GenerationServiceStub(channel).Generate(request), b""
-        # Everything that a broken connection can look like from below.
+        # All errors that a broken connection can cause.
         with contextlib.suppress(OSError, AssertionError, grpc.RpcError, h11.RemoteProtocolError):
             while (message := await call.read()) is not grpc.aio.EOF:
                 if message.phase == pb.PHASE_SUCCEEDED:
@@ -70,8 +70,8 @@ async def web(channel: WebChannel, prompt: str, policy: str, request_id: str) ->
 
 
 @pytest.mark.timeout(7200)
-async def test_every_picture_arrives_whatever_breaks(tmp_path: Path) -> None:
-    """Byte for byte the picture that is made undisturbed, on both ports, under every policy, once for each request."""
+async def test_every_image_arrives_despite_cuts_and_crashes(tmp_path: Path) -> None:
+    """On both ports and with every policy, each request gets one image, byte for byte equal to an undisturbed one."""
     chance = random.Random(int(os.environ.get("SEED", "0")))
     address, web_address = free_address(), free_address()
     options = ["--grpc-address", address, "--web-address", web_address, "--deterministic", "--log-level", "error"]
@@ -100,9 +100,9 @@ async def test_every_picture_arrives_whatever_breaks(tmp_path: Path) -> None:
                                 else:
                                     data = await web(channel, prompt, policy, f"{number}-{done.total()}")
                             except calotype.Unavailable as error:
-                                # A client tells at once that the first contact failed.
+                                # A client reports a failed first contact immediately.
                                 assert not error.reason, error
-                                done["refused at first contact"] += 1
+                                done["first contact failed"] += 1
                                 await asyncio.sleep(0.1)
                                 continue
                         assert data == undisturbed[prompt]
@@ -119,7 +119,7 @@ async def test_every_picture_arrives_whatever_breaks(tmp_path: Path) -> None:
                     if loop.time() > next_kill:
                         server.process.kill()
                         await asyncio.to_thread(server.process.wait)
-                        # Every other one comes back without its state, and has lost everything.
+                        # Every second server starts without its state and has lost everything.
                         found = state if kills % 2 else []
                         server = await asyncio.to_thread(servers.enter_context, ServerProcess(*options, *found))
                         kills, next_kill = kills + 1, loop.time() + 10

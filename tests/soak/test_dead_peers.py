@@ -1,6 +1,6 @@
-"""CallLimiter that are frozen, or behind a cable that was pulled, are noticed on both ports: `make soak`.
+"""Frozen peers and peers behind an unplugged cable are detected on both ports: `make soak`.
 
-The pulled cable is a network namespace whose link goes down, for which root and iproute2 are needed.
+A network namespace whose link goes down stands for the unplugged cable; it needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STEPS, EDGE = 1000, 512
-"""A picture that takes longer than any of this, of the bundled model's most steps."""
+"""An image that takes longer than any test in this file."""
 
 CLIENTS = {
     "native": """
@@ -54,10 +54,10 @@ asyncio.run(main())
 
 @contextlib.contextmanager
 def cable() -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yields an address of this side, the words that run a command on the other side, and those that pull the cable."""
+    """Yields an address on this side, the command prefix for the other side, and the command that unplugs the cable."""
     if shutil.which("ip") is None or os.geteuid():
-        pytest.skip("root and iproute2 are needed to make a network namespace")
-    # Of a net that is meant for tests (RFC 2544), between the two ends of a cable that exist only here.
+        pytest.skip("a network namespace needs root and iproute2")
+    # From a network reserved for tests (RFC 2544), between the two ends of a virtual cable.
     name, link, address = f"calotype{os.getpid()}", f"ct{os.getpid()}", "198.18.77"
     inside = ["ip", "netns", "exec", name]
     subprocess.run(["ip", "netns", "add", name], check=True)
@@ -70,10 +70,10 @@ def cable() -> Iterator[tuple[str, list[str], list[str]]]:
             [*inside, "ip", "link", "set", "eth0", "up"],
         ):
             subprocess.run(command, check=True)
-        # This side stays up, as with a switch in between: nobody tells the server.
+        # This side stays up, as with a switch in between, so the server is not notified.
         yield f"{address}.1", inside, [*inside, "ip", "link", "set", "eth0", "down"]
     finally:
-        # First: the kernel takes its time to remove what was in a namespace.
+        # Delete the link first, because the kernel removes the contents of a namespace with a delay.
         subprocess.run(["ip", "link", "del", link], check=False)
         subprocess.run(["ip", "netns", "del", name], check=True)
 
@@ -82,8 +82,8 @@ def cable() -> Iterator[tuple[str, list[str], list[str]]]:
 @pytest.mark.parametrize("port", ["native", "web"])
 @pytest.mark.parametrize("state", ["denoising", "queued"])
 @pytest.mark.parametrize("fate", ["frozen", "pulled"])
-def test_dead_peers_are_noticed(port: str, state: str, fate: str) -> None:
-    """Their generation ends within the time that is set, so that their slot or place is free, whatever is sent."""
+def test_dead_peers_are_detected(port: str, state: str, fate: str) -> None:
+    """The generation of a dead peer ends within the configured time, which frees its slot or its place in the queue."""
     with contextlib.ExitStack() as stack:
         host, inside, pull = stack.enter_context(cable()) if fate == "pulled" else ("127.0.0.1", [], [])
         server = stack.enter_context(
@@ -103,46 +103,46 @@ def test_dead_peers_are_noticed(port: str, state: str, fate: str) -> None:
             wait_for(first, "denoising")
         victim = caller(port, *inside)
         generation_id = wait_for(victim, state)
-        begun = time.monotonic()
+        started = time.monotonic()
         if fate == "pulled":
             subprocess.run(pull, check=True)
         else:
             victim.send_signal(signal.SIGSTOP)
         if (port, state, fate) == ("web", "queued", "frozen"):
-            # The kernel answers for a frozen process, and HTTP/1.1 has no ping: it keeps its place in the queue, and is
-            # noticed when its turn has come and it takes none of its previews.
+            # The kernel answers for a frozen process, and HTTP/1.1 has no ping: the client keeps its place in the queue
+            # and is detected when its generation runs and it reads no previews.
             first.kill()
-            begun = time.monotonic()
+            started = time.monotonic()
         server.wait_for_log(generation_id, "outcome=ABANDONED", timeout=120)
-        print(f"\n{port}, {state}, {fate}: noticed after {time.monotonic() - begun:.1f} s")
+        print(f"\n{port}, {state}, {fate}: detected after {time.monotonic() - started:.1f} s")
 
 
 @pytest.mark.timeout(120)
-def test_a_frozen_server_is_noticed() -> None:
-    """Also by a client without a stall timeout: by the pings of the connection, before its deadline."""
+def test_a_frozen_server_is_detected() -> None:
+    """A client without a stall timeout detects a frozen server with pings, before its deadline."""
     with ServerProcess() as server, calotype.Client(server.address, retries=0, stall_timeout=None) as client:
         generation = iter(client.generate("fox", steps=150, timeout=45))
         next(generation)
         server.process.send_signal(signal.SIGSTOP)
-        begun = time.monotonic()
+        started = time.monotonic()
         with pytest.raises(calotype.Unavailable):
             list(generation)
-        print(f"\nserver frozen: noticed after {time.monotonic() - begun:.1f} s")
+        print(f"\nserver frozen: detected after {time.monotonic() - started:.1f} s")
         server.process.send_signal(signal.SIGCONT)
 
 
 def wait_for(client: subprocess.Popen[str], phase: str) -> str:
-    """Returns the id of its generation as soon as that is in `phase`."""
+    """Returns the id of the client's generation when it reaches `phase`."""
     for line in client.stdout:
         generation_id, reached = line.split()
         if reached == phase:
             return generation_id
-    raise AssertionError(f"the client ended before it was {phase}")
+    raise AssertionError(f"the client ended before its generation was {phase}")
 
 
 @contextlib.contextmanager
 def running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """Runs a client, and kills it in the end."""
+    """Runs a client and kills it at the end."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:

@@ -1,4 +1,4 @@
-"""Requests with every fate that callers have, on both ports and over links that break: `make soak`, SECONDS long."""
+"""Sends requests that end in every possible way, on both ports and over unstable connections: `make soak`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATIENCE = 120.0
 """Seconds after which a generation counts as stuck."""
 
 SETTLED = 60
-"""Requests after which caches and pools have their size."""
+"""Number of requests after which caches and pools have their final size."""
 
 VARIANTS = [
     {"prompt": "a red apple", "seed": 1, "steps": 8},
@@ -47,7 +47,7 @@ VARIANTS = [
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a process holds."""
+    """Threads, open files and memory of a process."""
 
     threads: int
     files: int
@@ -55,7 +55,7 @@ class Footprint:
 
     @staticmethod
     def of(pid: int) -> Footprint:
-        """Reads it from the kernel."""
+        """Reads the values from the kernel."""
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         return Footprint(
             int(status["Threads"]), len(list(Path(f"/proc/{pid}/fd").iterdir())), int(status["VmRSS"].split()[0])
@@ -64,21 +64,21 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Place:
-    """The ways to the server."""
+    """Addresses and clients of the server."""
 
     client: calotype.AsyncClient
     web_address: str
     link: str
-    """Address of the native port over a link that is cut."""
+    """Address of the native port over an unstable connection."""
 
 
 async def complete(place: Place, variant: dict, _: random.Random) -> bytes:
-    """Reads to the end."""
+    """Reads the stream to its end."""
     return (await place.client.generate(**variant).result()).data
 
 
 async def stall(place: Place, variant: dict, chance: random.Random) -> bytes:
-    """Reads slowly."""
+    """Reads the stream slowly."""
     generation = place.client.generate(**variant)
     async for _ in generation:
         await asyncio.sleep(chance.uniform(0, 0.3))
@@ -86,18 +86,18 @@ async def stall(place: Place, variant: dict, chance: random.Random) -> bytes:
 
 
 async def cancel(place: Place, variant: dict, chance: random.Random) -> None:
-    """Cancels by id after some step, or while queued."""
+    """Cancels by id after a random step, or while queued."""
     generation, step = place.client.generate(**variant), chance.randrange(variant["steps"])
     with pytest.raises(calotype.Cancelled):
         async for progress in generation:
             if progress.step >= step:
                 await place.client.cancel(progress.generation_id)
-        # Whoever comes too late has a picture, which is as good.
+        # A cancel that arrives too late leaves a finished image, which is correct too.
         raise calotype.Cancelled("")
 
 
 async def leave(place: Place, variant: dict, chance: random.Random) -> None:
-    """Leaves the loop."""
+    """Leaves the loop after a random step."""
     step = chance.randrange(variant["steps"])
     async for progress in place.client.generate(**variant):
         if progress.step >= step:
@@ -105,7 +105,7 @@ async def leave(place: Place, variant: dict, chance: random.Random) -> None:
 
 
 async def vanish(place: Place, variant: dict, chance: random.Random) -> None:
-    """Closes the whole connection in mid-stream."""
+    """Closes the whole connection during the stream."""
     async with calotype.AsyncClient(place.client.address) as own:
         step = chance.randrange(variant["steps"])
         async for progress in own.generate(**variant):
@@ -114,7 +114,7 @@ async def vanish(place: Place, variant: dict, chance: random.Random) -> None:
 
 
 async def hurry(place: Place, variant: dict, chance: random.Random) -> bytes | None:
-    """Has a deadline that may pass."""
+    """Sets a deadline that may pass."""
     try:
         return (await place.client.generate(**variant, timeout=chance.uniform(0.05, 2.0)).result()).data
     except calotype.DeadlineExceeded:
@@ -122,24 +122,24 @@ async def hurry(place: Place, variant: dict, chance: random.Random) -> bytes | N
 
 
 async def blunder(place: Place, variant: dict, _: random.Random) -> None:
-    """Asks for what cannot be."""
+    """Sends an invalid request."""
     with pytest.raises(calotype.InvalidRequest):
         await place.client.generate(**{**variant, "width": 7, "steps": 0}).result()
 
 
 async def lose(place: Place, variant: dict, _: random.Random) -> bytes:
-    """Has a link that is cut now and then, and a client that comes back."""
+    """Uses an unstable connection and a client that reconnects."""
     async with calotype.AsyncClient(place.link, retries=1000) as own:
         while True:
             try:
                 return (await own.generate(**variant).result()).data
             except calotype.Unavailable as error:
-                # A client tells at once that the first contact failed.
+                # A client reports a failed first contact immediately.
                 assert not error.reason, error
 
 
 async def browse(place: Place, variant: dict, chance: random.Random) -> bytes | None:
-    """Reads on the web port, to the end or not."""
+    """Reads on the web port, to the end or to a random step."""
     names = {"steps": "step_count", "width": "width_px", "height": "height_px"}
     request = pb.GenerateRequest(**{names.get(name, name): value for name, value in variant.items()})
     step, image = chance.choice((variant["steps"], chance.randrange(variant["steps"]))), b""
@@ -156,8 +156,8 @@ FATES = {complete: 5, stall: 2, cancel: 3, leave: 2, vanish: 2, hurry: 1, blunde
 
 
 @pytest.mark.timeout(7200)
-async def test_whatever_callers_do_nothing_is_stuck_wrong_or_leaked() -> None:
-    """Every picture is bitwise the one made alone; threads, files, slots and memory are what they were."""
+async def test_mixed_load_leaves_nothing_stuck_wrong_or_leaked() -> None:
+    """Every image equals an undisturbed one bit for bit; threads, files, slots and memory do not grow."""
     chance = random.Random(int(os.environ.get("SEED", "0")))
     loop = asyncio.get_running_loop()
     with ServerProcess("--deterministic", "--log-level", "error", "--max-queue", "64") as server:
@@ -190,7 +190,7 @@ async def test_whatever_callers_do_nothing_is_stuck_wrong_or_leaked() -> None:
                 for _ in range(CALLERS):
                     callers.create_task(caller())
             cutting.cancel()
-            # Every slot is free again: as many as fit at once start at once.
+            # Every slot is free again: the maximum number of generations runs at the same time.
             async with asyncio.timeout(PATIENCE):
                 again = await asyncio.gather(*(complete(place, VARIANTS[0], chance) for _ in range(model.max_active)))
             after = Footprint.of(server.process.pid)

@@ -1,4 +1,4 @@
-"""A safety checker that says what the test wants, for a real pipeline."""
+"""A scripted safety checker for a real pipeline."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["StubChecker", "guarded"]
 
 
 class StubChecker(torch.nn.Module):
-    """Answers with one verdict after another: True objects, an exception is raised."""
+    """Returns one verdict after another. True rejects the image; an exception is raised."""
 
-    # As diffusers' and transformers' models have them.
+    # Attributes of models of diffusers and transformers.
     device = torch.device("cpu")
     dtype = torch.float32
 
@@ -25,7 +25,7 @@ class StubChecker(torch.nn.Module):
         self.seen: list[torch.Tensor] = []
 
     def forward(self, images: Any, clip_input: torch.Tensor) -> tuple[Any, list[bool]]:
-        """As diffusers' own: a picture that it objects to comes back black."""
+        """Returns a black image if the verdict is True, like the checker of diffusers."""
         self.seen.append(clip_input)
         verdict = self.verdicts.pop(0)
         if isinstance(verdict, Exception):
@@ -34,7 +34,7 @@ class StubChecker(torch.nn.Module):
 
 
 class _Extractor:
-    """Gives the checker the pixels as they are."""
+    """Passes unchanged pixels to the checker."""
 
     def __call__(self, pictures: list[Any], return_tensors: str) -> Any:
         pixels = torch.stack([torch.tensor(list(picture.tobytes())) for picture in pictures])
@@ -42,7 +42,7 @@ class _Extractor:
 
 
 def guarded(*verdicts: Any) -> Any:
-    """A tiny SD1.5 with such a checker."""
+    """Returns a tiny SD1.5 pipeline with a scripted checker."""
     pipeline = tiny.build("sd15")
     pipeline.register_modules(safety_checker=StubChecker(*verdicts), feature_extractor=_Extractor())
     return pipeline

@@ -30,7 +30,7 @@ CLIENTS = {
     "openai": ("OpenAI's SDK for Python", "[HTTP](service/HTTP.md): only `base_url` changes"),
     "openai-node": ("OpenAI's SDK for Node", "the same"),
     "sse": ("EventSource, `curl -N`", "[HTTP](service/HTTP.md): server-sent events"),
-    "websocket": ("WebSocket", "[HTTP](service/HTTP.md): several generations on one"),
+    "websocket": ("WebSocket", "[HTTP](service/HTTP.md): several generations per socket"),
     "node": ("Node, grpc-js", "[client/node](client/node/generate.js)"),
     "connect": ("TypeScript, connect-node", "[client/connect](client/connect/generate.ts)"),
     "go": ("Go", "[client/go](client/go/generate.go)"),

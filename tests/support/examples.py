@@ -1,4 +1,4 @@
-"""The example clients of other languages: what each needs, how it is built, and how it is run."""
+"""The example clients in other languages: their requirements, and how to build and run them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Example:
     """One folder of `client/`.
 
     Attributes:
-        name: Of the folder.
-        tools: Commands that must be there.
-        files: Files that must be there.
-        program: The command that runs it, without its arguments.
+        name: Name of the folder.
+        tools: Required commands.
+        files: Required files.
+        program: The command that runs the client, without its arguments.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Example:
         return self.name
 
     def build(self) -> None:
-        """Generates its code from the proto and compiles it, where that has not been done. Skips without toolchain."""
+        """Generates code from the proto and compiles it if necessary. Skips the test without a toolchain."""
         missing = [tool for tool in self.tools if shutil.which(tool) is None]
         missing += [file for file in self.files if not Path(file).exists()]
         if missing:
-            told = f"{self.name} needs {', '.join(missing)}; on Debian, `make test-clients` installs all but Node 20"
-            pytest.fail(told) if REQUIRED else pytest.skip(told)
+            message = f"{self.name} needs {', '.join(missing)}; on Debian, `make test-clients` installs all but Node 20"
+            pytest.fail(message) if REQUIRED else pytest.skip(message)
         made = subprocess.run(["make", "-C", str(CLIENT / self.name)], capture_output=True, text=True, check=False)
         assert made.returncode == 0, made.stdout + made.stderr
 
     def start(self, folder: Path, *arguments: str) -> subprocess.Popen[str]:
-        """Starts it in `folder`, into which it writes its pictures."""
+        """Starts the client in `folder`, where it saves its images."""
         command = [part.format(client=CLIENT / self.name, build=BUILD / self.name) for part in self.program]
         return subprocess.Popen(
             [*command, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

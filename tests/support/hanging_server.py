@@ -1,4 +1,4 @@
-"""`calotype`, whose denoiser logs a warning at each call, and hangs for good once a file exists: HANG_WHEN names it."""
+"""Runs `calotype` with a denoiser that logs a warning at each call, and hangs once the file HANG_WHEN exists."""
 
 from __future__ import annotations
 

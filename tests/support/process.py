@@ -1,4 +1,4 @@
-"""`calotype serve` and `calotype bridge` as processes of their own, as an operator would start them."""
+"""Runs `calotype serve` and `calotype bridge` as separate processes, the way an operator starts them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ CALOTYPE = [sys.executable, "-m", "calotype"]
 
 
 def free_address() -> str:
-    """An address that several servers can have, one after the other."""
+    """Returns a free address, which several servers can use one after another."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 class ServerProcess:
-    """Runs `calotype serve` on free ports; a context manager that ends it.
+    """A context manager that runs `calotype serve` on free ports and stops it at the end.
 
     Args:
-        options: Further flags.
-        ready: Whether to wait until the server takes requests.
-        environment: Further variables.
+        options: Additional flags.
+        ready: Whether to wait until the server accepts requests.
+        environment: Additional environment variables.
     """
 
     calotype = CALOTYPE
@@ -75,7 +75,7 @@ class ServerProcess:
                 self._logged.notify_all()
 
     def wait_for_log(self, *words: str, timeout: float = 60) -> str:
-        """Returns the first line with all the words, which may be still to come."""
+        """Waits for a line that contains all the words, and returns the first one."""
 
         def find() -> str | None:
             return next((line for line in self.log if all(word in line for word in words)), None)
@@ -89,11 +89,11 @@ class ServerProcess:
         self.process.send_signal(signal.SIGTERM)
 
     def freeze(self) -> None:
-        """Stops it where it is: its connections stay, and nothing answers."""
+        """Suspends the process: its connections stay open, but it does not respond."""
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Lets it go on."""
+        """Resumes the process."""
         self.process.send_signal(signal.SIGCONT)
 
 

@@ -1,4 +1,4 @@
-"""Jobs on an engine, with everything that it reports kept."""
+"""Runs jobs on an engine and keeps all reported events."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from calotype_server.engine.protocol import Stop
 from calotype_server.types import Job
 
 PATIENCE = 20
-"""Seconds until a test that waits for something gives up."""
+"""Seconds until a waiting test fails."""
 
 STEPS = 4
 JOB = Job(
@@ -24,32 +24,35 @@ JOB = Job(
 
 
 class Run:
-    """Runs a job, keeps its events, and can wait for a step to be told."""
+    """Runs a job, keeps its events, and can wait until the engine reports a step."""
 
     def __init__(self, engine):
         self.engine = engine
         self.events = []
         self.stop = Stop()
-        self._told = threading.Condition()
+        self._reported = threading.Condition()
 
     def __call__(self, job=JOB):
         return self.engine.run(job, self.report, self.stop)
 
     def report(self, event):
-        with self._told:
+        with self._reported:
             self.events.append(event)
-            self._told.notify_all()
+            self._reported.notify_all()
 
     def wait_for_step(self, number):
-        with self._told:
-            assert self._told.wait_for(lambda: any(getattr(e, "step", -1) >= number for e in self.events), PATIENCE)
+        with self._reported:
+            reported = self._reported.wait_for(
+                lambda: any(getattr(e, "step", -1) >= number for e in self.events), PATIENCE
+            )
+        assert reported
 
     def wait_before_each_evaluation(self, denoiser):
-        """Gives the preview thread time to draw every step: the denoiser waits until the one before was told."""
+        """Makes the denoiser wait until the previous step is reported, so that the preview thread draws every step."""
         numbers = iter(range(1_000_000))
 
         def wait(module, inputs):
-            # The preview thread asks the denoiser as well: once for each size that it decodes in full.
+            # The preview thread also calls the denoiser: once for each size that it decodes in full.
             if threading.current_thread().name != "calotype-preview":
                 self.wait_for_step(next(numbers))
 

@@ -1,4 +1,4 @@
-"""The proto as others get it: its README's commands work, its errors are all listed, and breaking it does not pass."""
+"""The published proto: the README's commands work, all errors are listed, and breaking changes are rejected."""
 
 import os
 import re
@@ -19,7 +19,7 @@ CHECK = re.search(r"buf (breaking protos --against .*)", (ROOT / "Makefile").rea
 
 
 def needs(command):
-    """The programs that a command calls."""
+    """Returns the programs that a command calls."""
     tools = [
         command.split()[0],
         *re.findall(r"grpc_\w+_plugin", command),
@@ -31,7 +31,7 @@ def needs(command):
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: re.search(r"--([a-z]+)_out", command)[1])
 def test_the_readmes_commands_generate_code(command, tmp_path):
-    """Word for word, each writes code that names the service; a language without its tools is skipped."""
+    """Each command, unchanged, writes code that contains the service; languages without installed tools are skipped."""
     for name in ("protos", "client"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "out").mkdir()
@@ -57,13 +57,13 @@ BASES = errors.ServiceError, errors.GenerationError, errors.Unauthenticated, err
 
 
 def reasons(kind=errors.ServiceError):
-    """Code and reason of every error that can reach a caller."""
+    """Returns the code and reason of every error that can reach a caller."""
     own = set() if kind in BASES else {(kind.code, kind.reason)}
     return own.union(*(reasons(child) for child in kind.__subclasses__()))
 
 
 def test_the_readme_lists_every_error():
-    """Each code with its reasons: none is missing, none is made up."""
+    """The README lists exactly the codes and reasons of the code."""
     rows = re.findall(r"^\| `([A-Z_]+)` \| ([^|]*) \|", README, re.MULTILINE)
     listed = {(code, reason) for code, cell in rows for reason in re.findall(r"`(\w+)`", cell)}
     assert listed == reasons()
@@ -71,7 +71,7 @@ def test_the_readme_lists_every_error():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A repository whose last release has the proto as it is."""
+    """A repository whose last release contains the current proto."""
     shutil.copytree(ROOT / "protos", tmp_path / "protos")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "Release"], ["tag", "v0"]):
@@ -92,7 +92,7 @@ def checkout(tmp_path):
     ids=["field deleted", "type changed", "field renamed", "number changed", "call deleted", "field added"],
 )
 def test_a_breaking_change_fails_the_check(checkout, old, new, complaint):
-    """`make lint`'s own comparison with the last tag refuses what breaks callers, and lets additions pass."""
+    """The comparison of `make lint` with the last tag rejects breaking changes and accepts additions."""
     proto = checkout / "protos" / "calotype" / "v1" / "calotype.proto"
     text = proto.read_text(encoding="utf-8")
     assert old in text

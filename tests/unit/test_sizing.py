@@ -1,4 +1,4 @@
-"""The simulation of a fleet, against formulas, against the product, and against common sense."""
+"""The simulation of a fleet, compared with formulas, with the product, and with common sense."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from calotype_server.generations.estimates import StepTimeEstimator
 from calotype_server.types import Job
 
 SERVICE = 0.5
-"""Seconds of a generation in the formulas."""
+"""Duration of a generation in the formulas, in seconds."""
 
 MODELS = st.builds(
     Model,
@@ -39,8 +39,8 @@ FLEETS = st.builds(
 
 
 @pytest.mark.parametrize("load", [0.3, 0.7])
-def test_one_at_a_time_waits_as_long_as_the_formula_of_pollaczek_and_khinchine_says(load: float) -> None:
-    """M/D/1: load x service / 2 (1 - load), within 5 %."""
+def test_one_at_a_time_matches_the_formula_of_pollaczek_and_khinchine(load: float) -> None:
+    """The mean wait without batching is that of M/D/1, load x service / 2 (1 - load), within 5 %."""
     model = Model(((1, SERVICE),), steps=1, rows=1)
     done = simulate(model, Fleet(1, 1, 1, math.inf), poisson(load / SERVICE, 20_000, seed=1))
     waited = statistics.mean(each.started - each.arrived for each in done.requests)
@@ -48,8 +48,8 @@ def test_one_at_a_time_waits_as_long_as_the_formula_of_pollaczek_and_khinchine_s
 
 
 @pytest.mark.parametrize("load", [0.3, 0.6])
-def test_a_device_that_gains_nothing_from_batches_is_shared_evenly(load: float) -> None:
-    """M/G/1 with processor sharing, from arrival to end: service / (1 - load), within 5 %, for many short steps."""
+def test_a_device_without_batching_gain_matches_processor_sharing(load: float) -> None:
+    """With many short steps, the time from arrival to end is that of M/G/1 processor sharing, within 5 %."""
     model = Model(((1, SERVICE / 20), (2, SERVICE / 10)), steps=20, rows=1)
     done = simulate(model, Fleet(1, 10_000, 10_000), poisson(load / SERVICE, 5000, seed=1))
     took = statistics.mean(each.finished - each.arrived for each in done.requests)
@@ -58,8 +58,8 @@ def test_a_device_that_gains_nothing_from_batches_is_shared_evenly(load: float) 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("max_active", [1, 4, 8])
-def test_a_replica_that_is_never_idle_makes_as_many_as_its_capacity(max_active: int, shared: bool) -> None:
-    """What `Model.capacity` says, within 6 %: at most, as a batch is not always full."""
+def test_a_busy_replica_reaches_its_capacity(max_active: int, shared: bool) -> None:
+    """A replica that is never idle reaches `Model.capacity` within 6 %, and never exceeds it."""
     model = Model(((2, 0.05), (16, 0.16)), encoding=0.02, decoding=0.05, shared=shared)
     requests = [Request(0.0, number, slot=RequestSlot(number)) for number in range(400)]
     done = simulate(model, Fleet(1, max_active, 16, math.inf), requests)
@@ -69,8 +69,8 @@ def test_a_replica_that_is_never_idle_makes_as_many_as_its_capacity(max_active: 
 
 @settings(max_examples=60, deadline=None)
 @given(model=MODELS, fleet=FLEETS, seed=st.integers(0, 999), rate=st.floats(0.5, 50))
-def test_nobody_is_lost_and_nobody_comes_before_its_time(model: Model, fleet: Fleet, seed: int, rate: float) -> None:
-    """Each ends once, or is refused where the queue is full; each takes all its steps, and at least what they take."""
+def test_no_request_is_lost_or_finishes_too_early(model: Model, fleet: Fleet, seed: int, rate: float) -> None:
+    """Each request ends once or is rejected because the queue is full, and takes at least the time of all its steps."""
     done = simulate(model, fleet, poisson(rate, 60, seed, callers=3), seed=seed)
     shortest = model.steps * model.seconds(model.rows)
     for each in done.requests:
@@ -89,8 +89,8 @@ def test_nobody_is_lost_and_nobody_comes_before_its_time(model: Model, fleet: Fl
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 999), replicas=st.integers(1, 4), load=st.floats(0.1, 2))
-def test_twice_the_replicas_never_make_anybody_wait_longer(seed: int, replicas: int, load: float) -> None:
-    """One at a time and in turn, each has half of those before it: true of every single request."""
+def test_twice_the_replicas_never_increase_a_wait(seed: int, replicas: int, load: float) -> None:
+    """With round-robin and one generation at a time, no request waits longer after the number of replicas doubles."""
     model = Model(((1, SERVICE),), steps=1, rows=1)
 
     def waits(count: int) -> list[float]:
@@ -101,8 +101,8 @@ def test_twice_the_replicas_never_make_anybody_wait_longer(seed: int, replicas: 
     assert all(more <= few + 1e-6 for few, more in zip(waits(replicas), waits(2 * replicas), strict=True))
 
 
-def test_more_load_means_a_longer_wait_and_better_routing_a_shorter_one() -> None:
-    """With batches, on average."""
+def test_waits_grow_with_load_and_shrink_with_better_routing() -> None:
+    """With batches, the mean wait grows with the load, and counting calls beats random routing."""
     model = Model(((2, 0.05), (16, 0.16)), encoding=0.02, decoding=0.05)
 
     def seen(share: float, routing: Routing) -> float:
@@ -111,7 +111,7 @@ def test_more_load_means_a_longer_wait_and_better_routing_a_shorter_one() -> Non
         return statistics.mean(each.first_preview - each.arrived for each in done.requests)
 
     assert seen(0.4, Routing.LEAST) < seen(0.7, Routing.LEAST) < seen(0.95, Routing.LEAST)
-    # Where all generations are equally long, to go round is as good as to count.
+    # If all generations are equally long, round-robin is as good as counting calls.
     assert max(seen(0.95, Routing.LEAST), seen(0.95, Routing.ROUND_ROBIN)) < seen(0.95, Routing.RANDOM)
 
 
@@ -119,8 +119,8 @@ def test_more_load_means_a_longer_wait_and_better_routing_a_shorter_one() -> Non
     callers=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), min_size=1, max_size=12),
     slots=st.integers(1, 3),
 )
-async def test_who_is_next_is_as_in_the_product(callers: list[tuple[int, int]], slots: int) -> None:
-    """All come, and each slot that is given back goes to the same one in both."""
+async def test_the_simulated_queue_has_the_order_of_the_product(callers: list[tuple[int, int]], slots: int) -> None:
+    """Each free slot goes to the same request in the simulation and in the product."""
     job = Job("a cat", None, 1, 1, 1, 3.0, 0, "DDIMScheduler")
     admission = Admission(StepTimeEstimator(), max_active=slots, max_queue=100)
     queue = FairQueue()
@@ -139,8 +139,8 @@ async def test_who_is_next_is_as_in_the_product(callers: list[tuple[int, int]], 
             active.append(queue.pop())
 
 
-def test_times_between_those_measured_lie_on_straight_lines() -> None:
-    """And beyond them on the last one; below the first there is nothing to gain."""
+def test_step_times_are_interpolated_linearly() -> None:
+    """Times between measured rows are interpolated, larger ones extrapolated, and smaller ones equal the first."""
     model = Model(((2, 0.05), (4, 0.06), (8, 0.1)))
     times = [model.seconds(rows) for rows in (1, 2, 3, 4, 6, 8, 12)]
     assert times == pytest.approx([0.05, 0.05, 0.055, 0.06, 0.08, 0.1, 0.14])

@@ -1,4 +1,4 @@
-"""The weights of Calotype's bundled model, as data: ordinary diffusers folders and nothing else."""
+"""The weights of Calotype's bundled model: plain diffusers folders without code."""
 
 from pathlib import Path
 
@@ -8,4 +8,4 @@ PATH = Path(__file__).parent / "model"
 """The diffusers folder; load it with `DiffusionPipeline.from_pretrained(PATH)`."""
 
 TINY_VAE = Path(__file__).parent / "tiny_vae"
-"""A small, fast decoder for previews, in place of the model's `vae`; load it with `AutoencoderTiny.from_pretrained`."""
+"""A small, fast preview decoder that replaces the model's `vae`; load it with `AutoencoderTiny.from_pretrained`."""

@@ -1,4 +1,4 @@
-"""The autoencoder: a plain f8 `AutoencoderKL`, its loss and its measure."""
+"""The autoencoder: a plain f8 `AutoencoderKL`, its loss and its quality measure."""
 
 import math
 
@@ -6,13 +6,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 LATENT_CHANNELS = 12
-FACTOR = 8  # pixels per latent position, each way
+FACTOR = 8  # pixels per latent position, in each direction
 
 
 def build() -> AutoencoderKL:
     """Return an untrained autoencoder.
 
-    There is no attention in the middle, so that it is purely local: training on crops is as good as on whole images
+    It has no attention in the middle block, so it is purely local: training on crops is as good as on full-size images
     and costs a fraction.
     """
     return AutoencoderKL(
@@ -35,7 +35,7 @@ def to_float(pixels: Tensor) -> Tensor:
 
 
 def gradient_error(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean absolute difference of horizontal plus vertical pixel gradients: it keeps outlines sharp."""
+    """Return the mean absolute difference of horizontal plus vertical pixel gradients, which keeps outlines sharp."""
     difference = a - b
     return (difference[..., 1:] - difference[..., :-1]).abs().mean() + (
         difference[..., 1:, :] - difference[..., :-1, :]
@@ -43,7 +43,7 @@ def gradient_error(a: Tensor, b: Tensor) -> Tensor:
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Return L1 + gradient L1 + mean square error."""
+    """Return L1 + gradient L1 + mean squared error."""
     return (output - target).abs().mean() + gradient_error(output, target) + (output - target).square().mean()
 
 

@@ -1,4 +1,4 @@
-"""Plot what the trainings logged."""
+"""Plot the logs of the trainings."""
 
 import argparse
 import csv

@@ -1,7 +1,7 @@
 """The data set: 128-px emoji on white, their names and their tags.
 
-Pictures come from the npm package `@lobehub/fluent-emoji-3d` (Microsoft's Fluent emoji: 256-px RGBA WebP files named by
-code point), names and tags from `emojibase-data`; `vocabulary.txt` lists the code points that are used.
+Images come from the npm package `@lobehub/fluent-emoji-3d` (Microsoft's Fluent emoji: 256-px RGBA WebP files named by
+code point), names and tags from `emojibase-data`. `vocabulary.txt` lists the code points in use.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIZE = 128  # pixels, both ways
+SIZE = 128  # width and height in pixels
 VOCABULARY = Path(__file__).with_name("vocabulary.txt")
 
 
@@ -35,7 +35,7 @@ def read_vocabulary() -> list[tuple[str, str]]:
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """Return one emoji composited on white and reduced to 128 px."""
+    """Return one emoji composited on white and scaled down to 128 px."""
     emoji = Image.open(path).convert("RGBA")
     canvas = Image.new("RGBA", emoji.size, "white")
     canvas.alpha_composite(emoji)
@@ -45,7 +45,7 @@ def read_picture(path: Path) -> np.ndarray:
 def prepare(packages: Path, target: Path) -> None:
     """Join the two npm packages under `packages` (a node_modules folder) into one .npz file."""
     entries = json.loads((packages / "emojibase-data/en/data.json").read_text(encoding="utf-8"))
-    # emojibase writes FE0F (the "draw as picture" selector) where the picture files mostly leave it out.
+    # emojibase includes FE0F (the "draw as picture" selector), which most image files omit.
     tags = {entry["hexcode"].lower().replace("-fe0f", ""): entry.get("tags", []) for entry in entries}
     vocabulary = read_vocabulary()
     assets = packages / "@lobehub/fluent-emoji-3d/assets"
@@ -60,7 +60,7 @@ def prepare(packages: Path, target: Path) -> None:
 
 
 def load(work: Path) -> Dataset:
-    """Load what `prepare` wrote into the work folder."""
+    """Load the file that `prepare` wrote into the work folder."""
     with np.load(work / "data.npz") as file:
         return Dataset(file["images"], file["names"].tolist(), [json.loads(tags) for tags in file["tags"]])
 

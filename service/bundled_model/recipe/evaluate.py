@@ -1,6 +1,6 @@
-"""Measure an exported model: does it draw what it is told to, how faithful is its autoencoder, how fast is it?
+"""Measure an exported model: whether it draws the prompt, how accurate its autoencoder is, and how fast it is.
 
-Needs torch, diffusers, numpy and Pillow, and the pictures in `reference/`; no data set.
+Needs torch, diffusers, numpy, Pillow and the images in `reference/`, but no data set.
 """
 
 import argparse
@@ -22,13 +22,13 @@ NAMES = 200
 STEPS = 20
 GUIDANCE = 3.0
 SEED = 20
-CELL = 96  # pixels of a picture on the contact sheet
-CAPTION = 12  # pixels of the line below it
+CELL = 96  # edge of an image on the contact sheet in pixels
+CAPTION = 12  # height of the line below it in pixels
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One generated picture, and how many names have a picture at least as near to it as its own (1: none else)."""
+    """One generated image. `rank` counts the names whose image is at least as near as its own (1: only its own)."""
 
     name: str
     picture: Image.Image
@@ -52,16 +52,16 @@ def generate(pipeline: DiffusionPipeline, prompt: str, seed: int, guidance: floa
 
 
 def rank(picture: Image.Image, own: int, pictures: np.ndarray) -> int:
-    """Return the place of picture number `own` when all are ordered by mean square distance at 32 px."""
+    """Return the position of image number `own` when all images are sorted by mean squared distance at 32 px."""
     difference = pictures.astype(np.float32) - reference.shrink(picture).astype(np.float32)
     distances = np.square(difference).mean((1, 2, 3))
     return int((distances <= distances[own]).sum())
 
 
 def draw_names(pipeline: DiffusionPipeline, count: int, guidance: float) -> list[Drawing]:
-    """Draw `count` names of the vocabulary, chosen with a fixed seed, each with noise of its own."""
+    """Draw `count` names of the vocabulary, chosen with a fixed seed, each with different noise."""
     names, pictures = reference.names_and_pictures()
-    generate(pipeline, names[0], SEED, guidance)  # the first run is slower: not counted
+    generate(pipeline, names[0], SEED, guidance)  # not timed, because the first run is slower
     drawings = []
     for number, own in enumerate(random.Random(SEED).sample(range(len(names)), count)):
         started = time.perf_counter()
@@ -73,7 +73,7 @@ def draw_names(pipeline: DiffusionPipeline, count: int, guidance: float) -> list
 
 @torch.no_grad()
 def reconstruction_psnr(pipeline: DiffusionPipeline) -> float:
-    """Return the autoencoder's PSNR in dB over the whole reference pictures, rounded to 8 bits."""
+    """Return the autoencoder's PSNR in dB over the full-size reference images, rounded to 8 bits."""
     x = torch.from_numpy(reference.whole_pictures()).permute(0, 3, 1, 2).float() / 127.5 - 1
     error = 0.0
     for picture in x.split(8):
@@ -84,7 +84,7 @@ def reconstruction_psnr(pipeline: DiffusionPipeline) -> float:
 
 
 def contact_sheet(drawings: list[Drawing], path: Path, columns: int = 20) -> None:
-    """Write all drawings with their names; a name in red was not the nearest, one in orange at least in the top 5."""
+    """Write all drawings with their names: black for the nearest image, orange for rank 2 to 5, red for the rest."""
     rows = -(-len(drawings) // columns)
     sheet = Image.new("RGB", (columns * CELL, rows * (CELL + CAPTION)), "white")
     pen = ImageDraw.Draw(sheet)

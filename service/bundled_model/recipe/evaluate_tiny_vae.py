@@ -1,6 +1,6 @@
-"""Measure the tiny decoder in the full one's place: how near are its pictures, how much faster is it?
+"""Compare the tiny decoder with the full one: how similar its images are, and how much faster it is.
 
-The runs have seeds of their own; the names are those it was trained on, the prompts that are no names are not.
+The runs use seeds that the training did not use. The training used the names, but not the other prompts.
 """
 
 import argparse
@@ -27,13 +27,13 @@ ROUNDS = 100
 
 
 def psnr(full: Tensor, tiny: Tensor) -> float:
-    """Return the PSNR in dB between uint8 pictures."""
+    """Return the PSNR in dB between uint8 images."""
     error = autoencoder.to_float(full) - autoencoder.to_float(tiny)
     return round(autoencoder.psnr(error.square().mean().item()), 2)
 
 
 def compare(pipeline: DiffusionPipeline, tiny: AutoencoderTiny, prompts: list[str]) -> dict[str, float]:
-    """Return the PSNR against the full decoder at shares of the steps of one run per prompt."""
+    """Return the PSNR against the full decoder after each share of the steps, with one run per prompt."""
     steps = predictions.predicted_latents(pipeline, prompts, SEED)
     chosen = {share: steps[round(share * len(steps)) - 1] for share in SHARES}
     return {
@@ -44,7 +44,7 @@ def compare(pipeline: DiffusionPipeline, tiny: AutoencoderTiny, prompts: list[st
 
 @torch.no_grad()
 def milliseconds(vaes: list[AutoencoderKL | AutoencoderTiny]) -> list[float]:
-    """Return the CPU time of decoding one picture on one thread, the least of many in turns."""
+    """Return the CPU time of decoding one image on one thread: the minimum of many alternating runs."""
     z = torch.randn(1, autoencoder.LATENT_CHANNELS, 16, 16)
     best = [float("inf")] * len(vaes)
     for _ in range(ROUNDS):
@@ -56,7 +56,7 @@ def milliseconds(vaes: list[AutoencoderKL | AutoencoderTiny]) -> list[float]:
 
 
 def sheet(pipeline: DiffusionPipeline, tiny: AutoencoderTiny, path: Path) -> None:
-    """Draw predictions of a few names, decoded in full (above) and by the tiny decoder (below), every second step."""
+    """Draw predictions of a few names at every second step: full decoder (top) and tiny decoder (bottom)."""
     rows = []
     for number, prompt in enumerate(sheets.PREVIEWED):
         z = predictions.predicted_latents(pipeline, [prompt], SEED + number)[1::2, 0]

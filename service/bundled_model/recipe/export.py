@@ -32,7 +32,7 @@ def assemble(work: Path) -> StableDiffusionPipeline:
 
 
 def forget_origin(folder: Path) -> None:
-    """Remove the paths of the machine this was made on from the configuration files."""
+    """Remove local paths from the configuration files."""
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.keys() & {"_name_or_path", "name_or_path"}:
@@ -43,14 +43,14 @@ def forget_origin(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; replaced if it is there")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; replaced if it exists")
     options = parser.parse_args()
     torch.set_num_threads(1)
     pipeline = assemble(options.work)
     shutil.rmtree(options.output, ignore_errors=True)
     pipeline.save_pretrained(options.output, safe_serialization=True)
     forget_origin(options.output)
-    # Where Calotype looks for the defaults that suit the weights; diffusers has no place for them.
+    # Calotype reads the defaults for these weights from this file, because diffusers has no field for them.
     defaults = {"step_count": evaluate.STEPS, "guidance_scale": evaluate.GUIDANCE, "tiny_vae": "../tiny_vae"}
     (options.output / "calotype.json").write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
     shutil.copy(HERE / "model_card.md", options.output / "README.md")

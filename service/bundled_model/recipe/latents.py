@@ -1,4 +1,4 @@
-"""Freeze the autoencoder: normalise its latents exactly, and cache them for the UNet's training."""
+"""Finish the autoencoder: normalise its latents exactly, and cache them for the training of the UNet."""
 
 import argparse
 from pathlib import Path
@@ -19,22 +19,22 @@ def encode(model: AutoencoderKL, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fold_normalisation(model: AutoencoderKL, mean: Tensor, deviation: Tensor) -> None:
-    """Change the 1 x 1 convolutions at both sides of the latents so that (z - mean) / deviation takes the place of z.
+    """Change the 1 x 1 convolutions next to the latents so that the latents become (z - mean) / deviation.
 
-    The decoded pictures stay the same; the shipped model then needs no other scale than 1.
+    Decoded images stay the same, and the shipped model needs no scaling factor other than 1.
     """
     channels = len(mean)
     encoder, decoder = model.quant_conv, model.post_quant_conv
     encoder.weight[:channels] /= deviation.view(-1, 1, 1, 1)
     encoder.bias[:channels] = (encoder.bias[:channels] - mean) / deviation
-    encoder.bias[channels:] -= 2 * deviation.log()  # the other half are the logarithms of the variances
+    encoder.bias[channels:] -= 2 * deviation.log()  # the other half contains the logarithms of the variances
     decoder.bias += decoder.weight[:, :, 0, 0] @ mean
     decoder.weight *= deviation.view(1, -1, 1, 1)
 
 
 @torch.no_grad()
 def reconstruction_psnr(model: AutoencoderKL, images: Tensor, latents: Tensor) -> float:
-    """Return the PSNR in dB over whole images, rounded to 8 bits as they are shipped."""
+    """Return the PSNR in dB over full-size images, rounded to 8 bits."""
     error = 0.0
     for picture, latent in zip(images.split(32), latents.split(32), strict=True):
         output = model.decode(latent).sample.clamp(-1, 1)

@@ -1,8 +1,8 @@
 """The Muon optimiser for weight matrices: momentum, made orthogonal by a Newton-Schulz iteration.
 
-Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the factor that makes the
-size of its updates that of AdamW's, so that both share one learning rate, is from J. Liu et al., "Muon is scalable for
-LLM training" (arXiv:2502.16982). Each process orthogonalises its share of the matrices and sends them to the others.
+Source: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). A factor from J. Liu et al.,
+"Muon is scalable for LLM training" (arXiv:2502.16982), makes its updates as large as AdamW's, so that both share one
+learning rate. Each process orthogonalises its share of the matrices and sends them to the others.
 """
 
 import torch
@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 STEPS = 5
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: fast at the price of singular values of 0.7 … 1.2
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # from Jordan et al.: fast, but singular values are 0.7 … 1.2
 UPDATE_SIZE = 0.2  # root mean square of AdamW's updates (Liu et al.)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return nearly the closest (semi-)orthogonal matrix, in bf16."""
+    """Return approximately the closest (semi-)orthogonal matrix, in bf16."""
     a, b, c = COEFFICIENTS
     x = matrix.bfloat16()
     tall = x.size(0) > x.size(1)
@@ -29,8 +29,8 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay; tensors of more than two dimensions count as matrices
-    of output channels x everything else."""
+    """Muon with Nesterov momentum and decoupled weight decay. Treats tensors of more than two dimensions as matrices
+    of output channels x all other dimensions."""
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for group in self.param_groups:
-            # Sorted by size and dealt out in turns, every process gets about as much work.
+            # Sorted by size and distributed in turn, so that each process gets about the same work.
             parameters = sorted(group["params"], key=torch.numel, reverse=True)
             updates = torch.zeros(sum(parameter.numel() for parameter in parameters))
             offset = 0
@@ -65,9 +65,9 @@ class Muon(torch.optim.Optimizer):
 
 
 class MuonAndAdamW:
-    """Muon for the matrices inside, AdamW at half the rate for the rest (first and last layer, norms, biases).
+    """Muon for the inner matrices, AdamW at half the rate for the rest (first and last layer, norms, biases).
 
-    `ends` are the prefixes by which the first and the last layer's parameters are known.
+    `ends` are the name prefixes of the parameters of the first and the last layer.
     """
 
     def __init__(self, model: nn.Module, rate: float, ends: tuple[str, ...]) -> None:

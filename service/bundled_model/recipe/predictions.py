@@ -1,4 +1,4 @@
-"""What the model predicts as its final picture, at every step of a run."""
+"""The model's prediction of the final image, at every step of a run."""
 
 import evaluate
 import torch
@@ -13,7 +13,7 @@ def predicted_latents(pipeline: DiffusionPipeline, prompts: list[str], seed: int
     step = pipeline.scheduler.step
 
     def recording_step(*arguments: object, **options: object) -> tuple:
-        previous, original = step(*arguments, **options)  # the pipeline asks for a tuple
+        previous, original = step(*arguments, **options)  # the pipeline expects a tuple
         predicted.append(original)
         return previous, original
 

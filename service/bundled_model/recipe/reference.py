@@ -1,7 +1,7 @@
-"""The small pictures kept beside the recipe, so that a model can be evaluated without fetching the data set.
+"""Small reference images, stored with the recipe so that a model can be evaluated without the data set.
 
-`names.webp` holds every image of the vocabulary at 32 px, in its order; `whole.webp` some at their full 128 px.
-Both are lossless.
+`names.webp` holds every image of the vocabulary at 32 px, in order; `whole.webp` holds some at their full 128 px. Both
+are lossless.
 """
 
 import argparse
@@ -14,16 +14,16 @@ from PIL import Image
 FOLDER = Path(__file__).with_name("reference")
 COLUMNS = 32
 SMALL = 32  # pixels
-WHOLE = 48  # whole images, evenly spread over the vocabulary
+WHOLE = 48  # full-size images, evenly spread over the vocabulary
 
 
 def shrink(picture: Image.Image) -> np.ndarray:
-    """Return a picture at the small size in which pictures are compared (every pixel the mean of its area)."""
+    """Return an image at the small size used for comparisons (each pixel is the mean of its area)."""
     return np.asarray(picture.convert("RGB").resize((SMALL, SMALL), Image.Resampling.BOX))
 
 
 def write_atlas(path: Path, pictures: np.ndarray) -> None:
-    """Lay pictures (N x size x size x 3) out in rows of `COLUMNS` on white."""
+    """Arrange images (N x size x size x 3) in rows of `COLUMNS` on white."""
     count, size = pictures.shape[:2]
     rows = -(-count // COLUMNS)
     atlas = np.full((rows * size, COLUMNS * size, 3), 255, np.uint8)
@@ -34,7 +34,7 @@ def write_atlas(path: Path, pictures: np.ndarray) -> None:
 
 
 def read_atlas(path: Path, count: int, size: int) -> np.ndarray:
-    """Return the first `count` pictures of an atlas."""
+    """Return the first `count` images of an atlas."""
     with Image.open(path) as file:
         atlas = np.asarray(file.convert("RGB"))
     cells = atlas.reshape(-1, size, COLUMNS, size, 3).transpose(0, 2, 1, 3, 4)
@@ -42,13 +42,13 @@ def read_atlas(path: Path, count: int, size: int) -> np.ndarray:
 
 
 def names_and_pictures() -> tuple[list[str], np.ndarray]:
-    """Return the vocabulary's names and their 32-px pictures."""
+    """Return the names of the vocabulary and their 32-px images."""
     names = [name for _, name in data.read_vocabulary()]
     return names, read_atlas(FOLDER / "names.webp", len(names), SMALL)
 
 
 def whole_pictures() -> np.ndarray:
-    """Return the pictures kept at full size."""
+    """Return the full-size images."""
     return read_atlas(FOLDER / "whole.webp", WHOLE, data.SIZE)
 
 

@@ -1,4 +1,4 @@
-"""Sheets to look at: prompts that are no emoji's name, and what the model predicts while it denoises."""
+"""Contact sheets: prompts that are not the name of an emoji, and the model's predictions during denoising."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
-CAPTION = 16  # pixels of the line below a picture
+CAPTION = 16  # height of the line below an image in pixels
 PROMPTS = (
     "a cold drink",
     "angry cat",
@@ -29,7 +29,7 @@ PREVIEWED = ("red apple", "police car", "tiger face", "birthday cake", "guitar",
 
 
 def write_sheet(pictures: list[Image.Image], captions: list[str], columns: int, path: Path) -> None:
-    """Write pictures in rows, each with its caption below."""
+    """Write images in rows, each with its caption below."""
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * data.SIZE, rows * (data.SIZE + CAPTION)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -48,7 +48,7 @@ def prompts(pipeline: DiffusionPipeline, path: Path, seeds: int = 2) -> None:
 
 @torch.no_grad()
 def decoded_predictions(pipeline: DiffusionPipeline, prompt: str, seed: int) -> list[Image.Image]:
-    """Return the decoded prediction of the final picture at every second step, the last one included."""
+    """Return the decoded prediction of the final image at every second step, including the last one."""
     latents = predictions.predicted_latents(pipeline, [prompt], seed)[1::2, 0] / pipeline.vae.config.scaling_factor
     return pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)
 

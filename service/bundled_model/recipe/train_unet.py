@@ -1,4 +1,4 @@
-"""Train the UNet on cached latents. Resumes from its checkpoint; `--samples` may be changed on resuming."""
+"""Train the UNet on cached latents. Resumes from its checkpoint, also with a different `--samples`."""
 
 import argparse
 from pathlib import Path
@@ -18,9 +18,9 @@ SEED = 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--samples", type=int, required=True, help="images to train on, in all")
+    parser.add_argument("--samples", type=int, required=True, help="total number of images to train on")
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
-    parser.add_argument("--warm-start", type=Path, help="folder of a UNet2DConditionModel to begin with")
+    parser.add_argument("--warm-start", type=Path, help="folder of a UNet2DConditionModel to start from")
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(SEED)

@@ -1,7 +1,7 @@
-"""What both trainings share: two processes, batches by sample number, learning rate, EMA, checkpoints, the log.
+"""Shared by the trainings: two processes, batches by sample number, learning rate, EMA, checkpoints, the log.
 
-Everything random depends only on the seed, the rank and the number of samples seen, so a run that was stopped and
-resumed goes on as if it never had been.
+All randomness depends only on the seed, the rank and the number of samples seen, so a resumed run equals an
+uninterrupted one.
 """
 
 import math
@@ -16,19 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-PROCESSES = 2  # one torch thread each: better on two cores than two threads in one process
+PROCESSES = 2  # one torch thread each: faster on two cores than two threads in one process
 CHECKPOINT_SECONDS = 120
 
 
 def start_processes(rank: int, port: int) -> None:
     """Join the group of `PROCESSES` processes; rank 0 starts the others with its own command line."""
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # denormal numbers (early in training: many) are some 100 times slower
+    torch.set_flush_denormal(True)  # denormal numbers, common early in training, are about 100 times slower
     if rank == 0:
         for other in range(1, PROCESSES):
             subprocess.Popen([sys.executable, *sys.argv, "--rank", str(other)])
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    # Hours, so that the processes may be suspended and continued.
+    # A long timeout, so that the processes can be suspended and continued.
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES, timeout=timedelta(hours=24))
 
 
@@ -45,7 +45,7 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def batch_indices(first: int, count: int, size: int, seed: int) -> Tensor:
-    """Return the image numbers of samples `first` … `first + count - 1`: every epoch is a permutation of its own."""
+    """Return the image numbers of samples `first` … `first + count - 1`: each epoch is a different permutation."""
     numbers = []
     for sample in range(first, first + count):
         epoch, position = divmod(sample, size)
@@ -83,7 +83,7 @@ class Ema:
 
 
 class Checkpoint:
-    """The one file a run resumes from: weights, their average, the optimiser's state, and the samples seen."""
+    """The file from which a run resumes: weights, their average, the optimiser's state, and the samples seen."""
 
     def __init__(self, path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> None:
         self.path, self.model, self.ema, self.optimizer = path, model, ema, optimizer
@@ -103,7 +103,7 @@ class Checkpoint:
         return time.monotonic() - self.saved > CHECKPOINT_SECONDS
 
     def save(self, samples: int) -> None:
-        """Write the file under another name, then rename: a kill never leaves half a checkpoint."""
+        """Write the file under another name, then rename it: a kill never leaves a partial checkpoint."""
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -141,7 +141,7 @@ class Log:
 
 
 def warm_start(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy other weights into `model` where names agree; of tensors of unlike shape, the corner that overlaps."""
+    """Copy weights into `model` where names agree. If shapes differ, copy the overlapping corner."""
     own = model.state_dict()
     with torch.no_grad():
         for name, tensor in weights.items():

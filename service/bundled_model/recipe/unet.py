@@ -11,8 +11,8 @@ STEPS = 1000  # of the noise schedule
 def build(latent_channels: int) -> UNet2DConditionModel:
     """Return an untrained UNet for 16 x 16 latents, with cross-attention at 8 x 8 and 4 x 4.
 
-    `addition_embed_type="text"` also adds the pooled text to the time embedding, which every block sees: most of what
-    a name means is learnt that way, and fast.
+    `addition_embed_type="text"` also adds the pooled text to the time embedding, which every block receives. The model
+    learns most of a name's meaning this way, and quickly.
     """
     return UNet2DConditionModel(
         sample_size=16,
@@ -47,7 +47,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def random_timesteps(count: int, source: torch.Generator) -> Tensor:
-    """Draw timesteps: 65 % uniform, 35 % from the noisy 40 %, where name turns into shape and colour."""
+    """Draw timesteps: 65 % uniform, 35 % from the noisiest 40 %, where shape and colour are decided."""
     uniform = torch.randint(0, STEPS, (count,), generator=source)
     noisy = torch.randint(600, STEPS, (count,), generator=source)
     return torch.where(torch.rand(count, generator=source) < 0.35, noisy, uniform)
@@ -56,7 +56,7 @@ def random_timesteps(count: int, source: torch.Generator) -> Tensor:
 def loss(
     model: UNet2DConditionModel, x0: Tensor, embeddings: Tensor, alphas: Tensor, source: torch.Generator
 ) -> Tensor:
-    """Return the mean square error of the predicted v = √ᾱ ε - √(1-ᾱ) x₀ (arXiv:2202.00512) at random timesteps."""
+    """Return the mean squared error of the predicted v = √ᾱ ε - √(1-ᾱ) x₀ (arXiv:2202.00512) at random timesteps."""
     timesteps = random_timesteps(len(x0), source)
     signal = alphas[timesteps].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alphas[timesteps]).sqrt().view(-1, 1, 1, 1)

@@ -1,8 +1,8 @@
 """Sizes a fleet: `make sizing`.
 
-Without options it draws service/sizing_load.png and service/sizing_fleet.png for the bundled model as it was measured,
-from measured.json beside this file; `--measure` measures it anew, on this machine. With `--step-ms` it draws another
-model's into build/.
+Without options it draws service/sizing_load.png and service/sizing_fleet.png for the bundled model, from the
+measurements in measured.json next to this file; `--measure` measures again, on this machine. With `--step-ms` it draws
+the charts of another model into build/.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from benchmarks.sizing.fleet import Model, parse_step_ms
 
 MEASURED = Path(__file__).with_name("measured.json")
 PRETENDED = "2:100,4:120,8:180,16:320"
-"""A device that leaves the processor alone: see `recording`."""
+"""A simulated device that leaves the processor alone: see `recording`."""
 
 
 def main() -> None:
-    """Measures if wanted, simulates, draws, and prints what is drawn."""
+    """Measures if requested, simulates, draws the charts, and prints their values."""
     options = _options()
     if options.measure:
         MEASURED.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
@@ -41,7 +41,7 @@ def main() -> None:
     charts.draw_load(model, load, f"{charts.FEW} replicas, simulated: {name}", folder / "sizing_load.png")
     title = f"Arrivals at {charts.FLEET_SHARE:.0%} of the capacity, simulated: {name}"
     charts.draw_replicas(fleet, title, folder / "sizing_fleet.png")
-    print(f"{'':34} {'first preview, s':>17} {'picture, s':>15} {'per second':>10} {'refused':>8}")
+    print(f"{'':34} {'first preview, s':>17} {'image, s':>15} {'per second':>10} {'rejected':>8}")
     for limit, points in load.items():
         for rate, seen in points:
             _print(f"up to {limit} together, {rate:.2f}/s each", seen)
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def measure() -> dict[str, object]:
-    """Returns all that the page tells, by what it is."""
+    """Returns all numbers of SIZING.md by name."""
     results: dict[str, object] = {"steps": dataclasses.asdict(steps.measure())}
     for name, pretend in (("bundled", ""), ("pretended", PRETENDED)):
         model, comparisons = validation.validate(pretend)
@@ -73,15 +73,15 @@ def _print(what: str, seen: validation.Summary) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make sizing", description=__doc__)
     parser.add_argument(
-        "--measure", action="store_true", help="measure the bundled model and all costs, on this machine"
+        "--measure", action="store_true", help="measure the bundled model and all costs on this machine"
     )
-    parser.add_argument("--step-ms", type=parse_step_ms, help="another model's: ROWS:MS,ROWS:MS,... rising")
-    parser.add_argument("--steps", type=int, default=28, help="of a generation")
-    parser.add_argument("--rows", type=int, default=1, help="of a generation in a batch: 2 with guidance")
-    parser.add_argument("--encoding", type=float, default=0.0, help="ms of the device before the first step")
-    parser.add_argument("--decoding", type=float, default=0.0, help="ms of the device after the last step")
+    parser.add_argument("--step-ms", type=parse_step_ms, help="step times of another model: ROWS:MS,ROWS:MS,...")
+    parser.add_argument("--steps", type=int, default=28, help="steps of a generation")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a generation in a batch: 2 with guidance")
+    parser.add_argument("--encoding", type=float, default=0.0, help="ms on the device before the first step")
+    parser.add_argument("--decoding", type=float, default=0.0, help="ms on the device after the last step")
     parser.add_argument(
-        "--between", type=float, default=0.5, help="ms from a step to the next, for each that shares it"
+        "--between", type=float, default=0.5, help="ms from a step to the next, per generation in the batch"
     )
     parser.add_argument("--preview", type=float, default=10.0, help="ms from a step to its preview")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Draws what the simulation says."""
+"""Draws the results of the simulation."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SHARES = (0.2, 0.4, 0.6, 0.75, 0.85, 0.95, 1.1)
-"""Of the capacity of the replicas with each batch limit."""
+"""Arrival rates as shares of the capacity of the replicas with each batch limit."""
 LIMITS = (1, 2, 4, 8)
 REPLICAS = (1, 8, 64, 512, 2048)
 FEW = 16
 FLEET_SHARE = 0.85
 SEED = 1
 _EACH = 30
-"""Generations for each replica, at least; a third of them come before anything is counted."""
+"""Minimum number of generations per replica; the first third is not counted."""
 _LEAST = 1200
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00")  # Okabe & Ito: told apart by everybody
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00")  # Okabe & Ito: colour-blind safe
 _INK = "#333333"
 
 Point = tuple[Model, Fleet, float]
@@ -41,7 +41,7 @@ def run(point: Point) -> Summary:
 
 
 def by_load(model: Model, pool: Executor) -> dict[int, list[tuple[float, Summary]]]:
-    """Returns what callers see by batch limit, at each rate of arrivals for one replica."""
+    """Returns the callers' results by batch limit, for each arrival rate per replica."""
     points = {}
     for limit in LIMITS:
         capacity = FEW * model.capacity(limit, limit * model.rows)
@@ -53,7 +53,7 @@ def by_load(model: Model, pool: Executor) -> dict[int, list[tuple[float, Summary
 
 
 def by_replicas(model: Model, pool: Executor) -> dict[Routing, list[tuple[int, Summary]]]:
-    """Returns what callers see by routing, for each number of replicas, all with the same share of work."""
+    """Returns the callers' results by routing, for each number of replicas, with the same load per replica."""
     limit = LIMITS[-1]
     rate = FLEET_SHARE * model.capacity(limit, limit * model.rows)
     points = {
@@ -64,9 +64,9 @@ def by_replicas(model: Model, pool: Executor) -> dict[Routing, list[tuple[int, S
 
 
 def draw_load(model: Model, found: dict[int, list[tuple[float, Summary]]], title: str, path: Path) -> None:
-    """First preview and throughput against the rate of arrivals, a colour for each batch limit.
+    """Draws first preview and throughput over the arrival rate, with one colour per batch limit.
 
-    Where more come than can be done, waiting grows for as long as they come: there is nothing to draw.
+    Above the capacity, waiting times grow without limit, so they are not drawn.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for colour, (limit, points) in zip(_COLOURS, found.items(), strict=True):
@@ -80,10 +80,10 @@ def draw_load(model: Model, found: dict[int, list[tuple[float, Summary]]], title
         served = [seen.throughput / FEW for _, seen in points]
         right.plot(rates, served, color=colour, marker="o", ms=4, label=label)
     ends = [0, max(rate for points in found.values() for rate, _ in points)]
-    right.plot(ends, ends, color="#999999", lw=1, ls="--", label="all that come")
+    right.plot(ends, ends, color="#999999", lw=1, ls="--", label="all arrivals")
     left.set_yscale("log")
     _name(left, "first preview, s  (solid: median, dotted: 95 of 100)")
-    _name(right, "pictures per second and replica")
+    _name(right, "images per second and replica")
     for axes in (left, right):
         axes.set_xlabel("arrivals per second and replica")
         axes.set_xlim(left=0)
@@ -93,10 +93,10 @@ def draw_load(model: Model, found: dict[int, list[tuple[float, Summary]]], title
 
 
 def draw_replicas(found: dict[Routing, list[tuple[int, Summary]]], title: str, path: Path) -> None:
-    """First preview and throughput against the number of replicas, a colour for each routing."""
+    """Draws first preview and throughput over the number of replicas, with one colour per routing."""
     names = {
         Routing.ROUND_ROBIN: "in turn (one client's round_robin)",
-        Routing.RANDOM: "by chance (many clients, each round_robin)",
+        Routing.RANDOM: "at random (many clients, each round_robin)",
         Routing.LEAST: "fewest calls (a bridge)",
     }
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
@@ -107,7 +107,7 @@ def draw_replicas(found: dict[Routing, list[tuple[int, Summary]]], title: str, p
         left.plot(counts, [seen.first95 for _, seen in points], ls=":", **style)
         right.plot(counts, [seen.throughput for _, seen in points], label=names[routing], **style)
     _name(left, "first preview, s  (solid: median, dotted: 95 of 100)")
-    _name(right, "pictures per second, all replicas")
+    _name(right, "images per second, all replicas")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(REPLICAS, [str(count) for count in REPLICAS])
@@ -126,6 +126,6 @@ def _name(axes: Any, title: str) -> None:
 def _finish(figure: Any, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=11, color=_INK, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Without the version of the library, so that the same figures make the same file.
+    # Omits the version of the library, so that the same results give the same file.
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

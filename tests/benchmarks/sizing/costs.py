@@ -1,6 +1,6 @@
-"""What a stream and a message cost each part beside the device, on this machine.
+"""Measures the cost of a stream and a message for each part other than the device, on this machine.
 
-Processor seconds, not wall time: other work on the machine lengthens the one far less than the other.
+It measures processor seconds, not wall time, because other work on the machine affects processor time far less.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def bridge(*upstreams: str) -> Iterator[web.Server]:
 
 
 async def message(asked: web.Server, measured: web.Server, port: str) -> float:
-    """Milliseconds of the processor that a message of 20 KB costs, with 16 streams as fast as they are read."""
+    """Returns the processor milliseconds per message of 20 KB, with 16 streams as fast as they are read."""
     request = pb.GenerateRequest(step_count=web.MESSAGES // STREAMS)
     spent = []
     async with web.connected(asked, port) as generate:
@@ -88,7 +88,7 @@ async def message(asked: web.Server, measured: web.Server, port: str) -> float:
 
 
 def probe() -> float:
-    """Milliseconds of a bridge's processor for asking one server whether it is well: once a second, each."""
+    """Returns the processor milliseconds of a bridge for one health check of one server."""
 
     class Well(health_pb2_grpc.HealthServicer):
         def Check(self, request: object, context: object) -> health_pb2.HealthCheckResponse:  # noqa: N802
@@ -100,10 +100,10 @@ def probe() -> float:
     server.start()
     try:
         spent = []
-        # All of 127.0.0.0/8 is this machine. What one alone costs is the bridge's own.
+        # All of 127.0.0.0/8 is this machine. The cost with a single server is the baseline.
         for count in (1, 1 + _PROBED):
             with bridge(*(f"127.0.0.{number + 1}:{port}" for number in range(count))) as front:
-                time.sleep(2)  # until all have been asked once
+                time.sleep(2)  # until the bridge has checked each server once
                 before = front.cpu_seconds
                 time.sleep(_PROBE_SECONDS)
                 spent.append((front.cpu_seconds - before) / _PROBE_SECONDS)
@@ -113,17 +113,17 @@ def probe() -> float:
 
 
 def routing(count: int) -> float:
-    """Milliseconds of a bridge's event loop for choosing among so many servers: once for each call."""
-    # Nothing is connected before it is asked for.
+    """Returns the milliseconds of a bridge's event loop to choose one of `count` servers, once per call."""
+    # Channels connect lazily, so these addresses need no servers.
     upstreams = Upstreams([f"127.0.0.1:{number + 1}" for number in range(count)], lambda *_: None)
-    begun = time.process_time()
+    started = time.process_time()
     for _ in range(20):
         upstreams.by_health()
-    return 1e3 * (time.process_time() - begun) / 20
+    return 1e3 * (time.process_time() - started) / 20
 
 
 def previews() -> dict[str, float]:
-    """Milliseconds and kilobytes of a JPEG preview with quality 75: a smooth picture with some noise."""
+    """Returns milliseconds and kilobytes of a JPEG preview with quality 75: a smooth image with some noise."""
     results = {}
     for edge in _EDGES:
         ramp = np.linspace(0, 255, edge)
@@ -131,16 +131,16 @@ def previews() -> dict[str, float]:
         noise = np.random.default_rng(0).normal(0, 4, picture.shape)
         pixels = Pixels(edge, edge, (picture + noise).clip(0, 255).astype(np.uint8).tobytes())
         data = encode_preview(pixels, edge, 75).data
-        begun = time.process_time()
+        started = time.process_time()
         for _ in range(20):
             encode_preview(pixels, edge, 75)
-        results[f"preview{edge}_ms"] = 1e3 * (time.process_time() - begun) / 20
+        results[f"preview{edge}_ms"] = 1e3 * (time.process_time() - started) / 20
         results[f"preview{edge}_kb"] = len(data) / 1e3
     return results
 
 
 async def admissions() -> dict[str, float]:
-    """Milliseconds of the event loop for one who comes and one who leaves while so many wait."""
+    """Returns the milliseconds of the event loop for one arrival and one departure, by queue length."""
     results = {}
     for waiting in _QUEUES:
         pace = StepTimeEstimator()
@@ -149,15 +149,15 @@ async def admissions() -> dict[str, float]:
         admission = Admission(pace, max_active=8, max_queue=2 * waiting)
         for number in range(8 + waiting):
             admission.enter(_JOB, str(number), _ignore)
-        begun = time.process_time()
+        started = time.process_time()
         for number in range(10):
             admission.leave(admission.enter(_JOB, f"new {number}", _ignore))
-        results[f"admission{waiting}_ms"] = 1e3 * (time.process_time() - begun) / 10
+        results[f"admission{waiting}_ms"] = 1e3 * (time.process_time() - started) / 10
     return results
 
 
 def _ignore(position: int, remaining: float | None) -> None:
-    """A caller who is told of its place."""
+    """Stands for a caller that receives its queue position."""
 
 
 if __name__ == "__main__":

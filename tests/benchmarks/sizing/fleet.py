@@ -1,7 +1,7 @@
-"""A fleet of replicas in SimPy: the product's policies, on a clock that costs nothing.
+"""A fleet of replicas in SimPy: the product's policies with simulated time.
 
-Which calls are joined is decided by the product's own `BatchScheduler`. Who starts next is decided by the rules of
-`Admission`, whose futures and estimates a simulation has no use for; the tests compare the two.
+The product's own `BatchScheduler` decides which calls are joined. `FairQueue` follows the rules of the product's
+`Admission`, without its futures and estimates; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ class Routing(StrEnum):
     """Which replica a new generation goes to."""
 
     ROUND_ROBIN = "round_robin"
-    """In turn: one native client, whose channel does not know how busy anybody is."""
+    """In turn: one native client, whose channel does not know the load of the servers."""
     RANDOM = "random"
-    """What it comes to when many clients go round, each by itself."""
+    """At random: the effect of many clients that each use round-robin on their own."""
     LEAST = "least"
-    """To the one with the fewest calls: a bridge."""
+    """To the replica with the fewest calls: a bridge."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a replica needs for a generation, in seconds.
+    """The time that a replica needs for each part of a generation, in seconds.
 
     Attributes:
-        step_seconds: Rows computed together, rising, and what such a call of the denoiser takes. Straight lines lie
-            between them, and go on beyond them.
-        steps: Of a generation.
-        rows: Of one generation in a call: 2 with guidance.
-        between: From an answer to the next call, for each of those that were joined: schedulers and taps share
-            Python's lock.
-        encoding: Before the first step.
-        decoding: After the last one.
-        preview: From the end of a step to its preview at the caller.
-        shared: Whether encoding and decoding keep the device from computing steps: so on a GPU. Otherwise they are
-            done beside, by cores that steps do not use.
+        step_seconds: Pairs of rows per call, rising, and duration of such a call of the denoiser. Other durations are
+            interpolated and extrapolated linearly.
+        steps: Steps of a generation.
+        rows: Rows of one generation in a call: 2 with guidance.
+        between: Time from an answer to the next call, per generation in the batch: schedulers and taps share Python's
+            lock.
+        encoding: Time before the first step.
+        decoding: Time after the last step.
+        preview: Time from the end of a step until the caller has its preview.
+        shared: Whether encoding and decoding block the device, as on a GPU. Otherwise they run in parallel, on cores
+            that steps do not use.
     """
 
     step_seconds: tuple[tuple[int, float], ...]
@@ -65,7 +65,7 @@ class Model:
     shared: bool = True
 
     def seconds(self, rows: int) -> float:
-        """Returns what a call of so many rows takes."""
+        """Returns the duration of a call with this number of rows."""
         table = self.step_seconds
         if len(table) == 1 or rows <= table[0][0]:
             return table[0][1]
@@ -74,13 +74,13 @@ class Model:
         return quick + (slow - quick) * (rows - few) / (many - few)
 
     def capacity(self, max_active: int, max_rows: int) -> float:
-        """Returns the generations per second of a replica that always has enough to do, within some per cent."""
+        """Returns the generations per second of a replica that is never idle, within a few per cent."""
         together = max(1, min(max_active, max_rows // self.rows))
         call = self.seconds(together * self.rows) + self.between * together
         around = self.encoding + self.decoding
         if self.shared:
             return 1 / (self.steps * call / together + around)
-        # A slot that encodes or decodes makes no calls meanwhile.
+        # A slot makes no calls while it encodes or decodes.
         return min(together / (self.steps * call), max_active / (self.steps * call + around))
 
 
@@ -89,11 +89,11 @@ class Fleet:
     """The servers.
 
     Attributes:
-        replicas: How many.
-        max_active: Generations at work at once, of each.
-        max_rows: Rows computed together at most, by each.
-        max_queue: Generations that wait at most, of each.
-        routing: Which of them a new one goes to.
+        replicas: Number of replicas.
+        max_active: Maximum number of running generations per replica.
+        max_rows: Maximum number of rows per call.
+        max_queue: Maximum number of waiting generations per replica.
+        routing: How to choose the replica of a new generation.
     """
 
     replicas: int
@@ -105,16 +105,16 @@ class Fleet:
 
 @dataclass(eq=False)
 class Request:
-    """One generation, and the times at which things happened to it, in seconds; NaN for what did not.
+    """One generation and the times of its events in seconds; NaN for an event that did not happen.
 
     Attributes:
-        arrived: It was sent.
-        caller: Whose it is.
-        started: It had a slot.
-        first_preview: The caller saw something.
-        finished: The picture was there.
+        arrived: The request was sent.
+        caller: The caller that sent it.
+        started: The request got a slot.
+        first_preview: The caller received the first preview.
+        finished: The image was complete.
         refused: Whether the queue was full.
-        step: Steps done.
+        step: Completed steps.
     """
 
     arrived: float
@@ -128,10 +128,10 @@ class Request:
 
 
 def parse_step_ms(table: str) -> tuple[tuple[int, float], ...]:
-    """Takes `ROWS:MILLISECONDS,...`, rows rising, and returns seconds.
+    """Parses `ROWS:MILLISECONDS,...` with rising rows, and returns pairs of rows and seconds.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: The table has another form.
     """
     pairs = [pair.split(":") for pair in table.split(",")]
     made = tuple((int(rows), float(milliseconds) / 1e3) for rows, milliseconds in pairs)
@@ -143,7 +143,7 @@ def parse_step_ms(table: str) -> tuple[tuple[int, float], ...]:
 
 
 class FairQueue:
-    """Start-time fair queueing, as in `generations.admission`: the smallest tag first, of equal ones the older."""
+    """Start-time fair queueing, as in `generations.admission`: the smallest tag first, and the oldest of equal tags."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[float, int, Any]] = []
@@ -155,13 +155,13 @@ class FairQueue:
         return len(self._waiting)
 
     def push(self, item: Any, caller: Any, work: float) -> None:
-        """Adds what takes `work`."""
+        """Adds an item of size `work`."""
         tag = max(self._virtual_time, self._tags.get(caller, 0.0))
         self._tags[caller] = tag + work
         heapq.heappush(self._waiting, (tag, next(self._arrivals), item))
 
     def pop(self) -> Any:
-        """Takes out what is next."""
+        """Removes and returns the next item."""
         tag, _, item = heapq.heappop(self._waiting)
         self._virtual_time = max(self._virtual_time, tag)
         return item
@@ -172,9 +172,9 @@ class Replica:
 
     def __init__(self, env: simpy.Environment, model: Model, fleet: Fleet, on_left: Callable[[Replica], None]) -> None:
         self.calls = 0
-        """Generations that it has, those that wait included."""
+        """Running and waiting generations."""
         self.batches = 0
-        """Calls of the denoiser."""
+        """Calls of the denoiser so far."""
         self._env = env
         self._model = model
         self._fleet = fleet
@@ -190,7 +190,7 @@ class Replica:
         env.process(self._device())
 
     def enter(self, request: Request) -> None:
-        """Takes a request, or refuses it."""
+        """Accepts a request, or rejects it if the queue is full."""
         if self._active >= self._fleet.max_active and len(self._queue) >= self._fleet.max_queue:
             request.refused = True
             return
@@ -206,7 +206,7 @@ class Replica:
             self._spend(self._model.encoding, lambda request=request: self._arrive([request]))
 
     def _spend(self, seconds: float, then: Callable[[], None]) -> None:
-        """Encodes or decodes."""
+        """Encodes or decodes for `seconds`, on the device or beside it, then calls `then`."""
         if self._model.shared and seconds:
             self._chores.append((seconds, then))
             self._wake()
@@ -220,7 +220,7 @@ class Replica:
             then()
 
     def _arrive(self, requests: Iterable[Request]) -> None:
-        """Requests come with their next calls, or have made their last ones."""
+        """Submits the next call of each request, or decodes a request that has made its last call."""
         for request in requests:
             if request.step < self._model.steps:
                 self._by_slot[request.slot] = request
@@ -296,7 +296,7 @@ class _Router:
             return self.replicas[next(self._turn) % len(self.replicas)]
         if self._routing is Routing.RANDOM:
             return self._random.choice(self.replicas)
-        while True:  # entries from before something came or left are out of date
+        while True:  # skips entries that are out of date
             calls, _, replica = heapq.heappop(self._heap)
             if calls == replica.calls:
                 return replica
@@ -304,11 +304,11 @@ class _Router:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it.
+    """The result of a simulation.
 
     Attributes:
-        requests: All, in the order of their arrival.
-        seconds: Until the last one had ended.
+        requests: All requests, in the order of arrival.
+        seconds: Time until the last request ended.
         batches: Calls of the denoiser, over all replicas.
     """
 
@@ -318,13 +318,14 @@ class Outcome:
 
 
 def poisson(rate: float, count: int, seed: int, callers: int = 1_000_000) -> list[Request]:
-    """Returns requests that come by chance.
+    """Returns requests with Poisson arrivals.
 
     Args:
-        rate: Per second.
-        count: How many.
-        seed: Of the chance.
-        callers: Among whom they are drawn. Who comes once waits as everybody does: first come, first served.
+        rate: Requests per second.
+        count: Number of requests.
+        seed: Seed of the random numbers.
+        callers: Number of callers to draw from. With many callers, most send one request, and the fair queue becomes
+            first come, first served.
     """
     chance = random.Random(seed)
     times = itertools.accumulate(chance.expovariate(rate) for _ in range(count))
@@ -332,13 +333,13 @@ def poisson(rate: float, count: int, seed: int, callers: int = 1_000_000) -> lis
 
 
 def simulate(model: Model, fleet: Fleet, requests: Sequence[Request], *, seed: int = 0) -> Outcome:
-    """Lets a fleet serve requests until the last one has ended.
+    """Simulates a fleet until the last request has ended.
 
     Args:
-        model: What replicas compute.
+        model: Times of a generation.
         fleet: The replicas.
-        requests: In the order of their arrival; they are filled in.
-        seed: Of `Routing.RANDOM`.
+        requests: Requests in the order of arrival; their times are filled in.
+        seed: Seed of `Routing.RANDOM`.
     """
     env = simpy.Environment()
     router = _Router(env, model, fleet, seed)

@@ -1,4 +1,4 @@
-"""The real server with the bundled model: its step times, and what callers see when they come by chance."""
+"""Measures the real server with the bundled model: its step times, and the callers' results with random arrivals."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 MAX_ACTIVE, MAX_ROWS = 8, 16
 OPTIONS = ("--threads", "1", "--max-active", str(MAX_ACTIVE), "--max-batch-rows", str(MAX_ROWS))
-"""One core computes steps, the other does all the rest. Nothing is left to measurements at load."""
+"""One core computes steps, the other does everything else. The server measures nothing at load."""
 
 _PROMPTS = ("a red apple", "fox", "banana", "umbrella", "cookie", "broken heart", "alien", "strawberry")
 _ROWS = 2
-"""Of one generation: it has guidance."""
+"""Rows of one generation, which uses guidance."""
 _GENERATIONS = 3
-"""Of each who draws all the time."""
+"""Generations of each caller that is always busy."""
 _LEAST_CALLS = 5
-"""For a mean."""
+"""Minimum number of calls for a mean."""
 
 Call = tuple[float, float, int, list[int]]
 """See `recording`."""
@@ -42,7 +42,7 @@ Call = tuple[float, float, int, list[int]]
 
 @dataclass(frozen=True)
 class Seen:
-    """One generation, in seconds: its request with what the caller saw, and what the server spent on it."""
+    """One generation, in seconds: its request with the times at the caller, and the server's time for it."""
 
     request: Request
     encoding: float
@@ -50,7 +50,7 @@ class Seen:
 
 
 class RecordedServer:
-    """The server, and the calls of its denoiser since they were last asked for."""
+    """The server and the recorded calls of its denoiser."""
 
     def __init__(self, address: str, path: Path) -> None:
         self.address = address
@@ -58,7 +58,7 @@ class RecordedServer:
         self._read = 0
 
     def calls(self) -> list[Call]:
-        """Returns the new ones."""
+        """Returns the calls since the last use of this method."""
         lines = self._path.read_text(encoding="utf-8").splitlines()
         new, self._read = lines[self._read :], len(lines)
         return [tuple(json.loads(line)) for line in new]
@@ -66,7 +66,7 @@ class RecordedServer:
 
 @contextlib.contextmanager
 def recorded_server(pretend: str = "") -> Iterator[RecordedServer]:
-    """Runs `recording`, if wanted with a device that takes `pretend`."""
+    """Runs `recording`, with a simulated device if `pretend` gives its step times."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "calls")
 
@@ -78,7 +78,7 @@ def recorded_server(pretend: str = "") -> Iterator[RecordedServer]:
 
 
 async def busy(address: str) -> list[Seen]:
-    """Draws one, two, four and eight at once, one after the other."""
+    """Runs one, then two, four and eight generations at a time."""
     seen: list[Seen] = []
     async with calotype.AsyncClient(address) as client:
 
@@ -92,12 +92,12 @@ async def busy(address: str) -> list[Seen]:
 
 
 async def by_chance(address: str, requests: Sequence[Request]) -> list[Seen]:
-    """Sends requests when they are due."""
+    """Sends each request at its arrival time."""
     async with calotype.AsyncClient(address, retries=0) as client:
-        begun = time.monotonic()
+        started = time.monotonic()
 
         async def come(number: int) -> Seen:
-            due = begun + requests[number].arrived
+            due = started + requests[number].arrived
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             return await generate(client, number, due)
 
@@ -105,7 +105,7 @@ async def by_chance(address: str, requests: Sequence[Request]) -> list[Seen]:
 
 
 async def generate(client: calotype.AsyncClient, number: int, due: float) -> Seen:
-    """Follows one generation; its times count from when it was due."""
+    """Follows one generation; its times are relative to `due`."""
     request = Request(0.0)
     generation = client.generate(_PROMPTS[number % len(_PROMPTS)], seed=number, steps=STEPS)
     try:
@@ -123,19 +123,19 @@ async def generate(client: calotype.AsyncClient, number: int, due: float) -> See
 
 
 def model_of(calls: Sequence[Call], seen: Sequence[Seen]) -> Model:
-    """Takes the means of what each part took: throughput follows from them, also on a machine with other work to do."""
+    """Builds a model from the mean time of each part, which determines throughput even on a busy machine."""
     seconds: dict[int, list[float]] = defaultdict(list)
     gaps = []
     for (began, took, _, streams), (next_began, next_took, rows, next_streams) in itertools.pairwise(calls):
         seconds[rows].append(next_took)
-        if set(streams) == set(next_streams):  # otherwise somebody may have been waited for
+        if set(streams) == set(next_streams):  # otherwise the batch may have waited for a request
             gaps.append((next_began - began - took) / len(streams))
     means = {rows: statistics.mean(each) for rows, each in sorted(seconds.items()) if len(each) >= _LEAST_CALLS}
     served = [each for each in seen if not each.request.refused]
     encoding = statistics.mean(each.encoding for each in served)
     least = min(each.request.first_preview - each.request.started for each in served)
     return Model(
-        # More rows do not take less: where it looks so, the machine had something else to do.
+        # More rows never take less time; if the means disagree, the machine was busy.
         tuple((rows, max(each for fewer, each in means.items() if fewer <= rows)) for rows in means),
         steps=STEPS,
         rows=_ROWS,

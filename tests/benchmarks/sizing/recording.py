@@ -1,8 +1,8 @@
-"""`calotype serve` that writes down every call of the denoiser: run as a process, with a file's name first.
+"""Runs `calotype serve` and records each call of the denoiser. The first argument is the file to write.
 
-A line for each call, in JSON: when it began and how long it took, in seconds, its rows, and its sessions' numbers.
-With `PRETEND_STEP_MS=2:50,4:60` in the environment the denoiser does not compute, it sleeps for as long as a device
-would take for so many rows. All of the rest is the product's.
+Each line of the file is a call in JSON: its start and duration in seconds, its rows, and the numbers of its sessions.
+With `PRETEND_STEP_MS=2:50,4:60` in the environment, the denoiser does not compute but sleeps for the time that a device
+would take for the number of rows. Everything else is the product.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Serves."""
+    """Runs the server."""
     path = Path(sys.argv.pop(1))
-    # As the server does it, which imports torch later.
+    # Same as in the server, before the import of torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from calotype.__main__ import main as calotype
     from calotype_server.engine import assembly
@@ -49,7 +49,7 @@ def _pretend(unet: Any, model: Model) -> None:
     import torch
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-    @functools.wraps(unet.forward)  # what can be joined is told by its signature
+    @functools.wraps(unet.forward)  # the server reads from the signature which calls can be joined
     def forward(*args: Any, **kwargs: Any) -> Any:
         sample = kwargs["sample"] if "sample" in kwargs else args[0]
         time.sleep(model.seconds(len(sample)))

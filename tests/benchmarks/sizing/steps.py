@@ -1,4 +1,4 @@
-"""What the bundled model takes on one core, in processor time: the same whatever else the machine is doing."""
+"""Measures the bundled model on one core, in processor time, which does not depend on other work of the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REPEATS = 9
 
 @torch.no_grad()
 def measure() -> Model:
-    """Times a call joined with itself, as `measure.knee` does when a model is loaded, and what surrounds the steps."""
+    """Times a call joined with itself, like `measure.knee` when a model loads, and the work around the steps."""
     pipeline, model = bundled()
     torch.set_num_threads(1)
     module = getattr(pipeline, denoiser_name(pipeline))
@@ -48,11 +48,11 @@ def measure() -> Model:
 
 
 def _seconds(function: Callable[[], object]) -> float:
-    """Of this thread, the only one that computes; the median of some after one to warm up."""
+    """Returns the median processor seconds of this thread, the only one that computes, after a warm-up call."""
     function()
     taken = []
     for _ in range(_REPEATS):
-        begun = time.thread_time()
+        started = time.thread_time()
         function()
-        taken.append(time.thread_time() - begun)
+        taken.append(time.thread_time() - started)
     return statistics.median(taken)

@@ -1,4 +1,4 @@
-"""The simulation beside the real server: the same arrivals, what callers saw and what was predicted."""
+"""Compares the simulation with the real server: observed and predicted results for the same arrivals."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SHARES = (0.4, 0.7, 0.9)
-"""Of the capacity, that the arrivals ask for."""
+"""Arrival rates as shares of the capacity."""
 SECONDS = 50
 _FLEET = Fleet(1, live.MAX_ACTIVE, live.MAX_ROWS)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What callers saw: seconds to the first preview and to the picture, half and 95 of 100 of them sooner.
+    """The callers' results: seconds from arrival to the first preview and to the image.
 
     Attributes:
         first50: First preview, median.
         first95: First preview, 95th percentile.
-        total50: Picture, median.
-        total95: Picture, 95th percentile.
-        throughput: Pictures per second that were finished while others came.
-        refused: Share that was refused.
+        total50: Image, median.
+        total95: Image, 95th percentile.
+        throughput: Images per second that finished while requests still arrived.
+        refused: Share of rejected requests.
     """
 
     first50: float
@@ -48,12 +48,12 @@ class Comparison:
     """One run.
 
     Attributes:
-        rate: Generations per second asked for.
-        generations: That came.
-        seen: By the callers.
-        predicted: From the step times measured before, while it was kept busy.
-        replayed: From the step times of this very run: what is left is the error of the policies.
-        others: Cores that were busy with something else than the server and its callers.
+        rate: Requested generations per second.
+        generations: Number of requests.
+        seen: Observed results.
+        predicted: Prediction from the step times of an earlier run of a busy server.
+        replayed: Prediction from the step times of this run; the remaining error is that of the policies.
+        others: Cores that were busy with anything other than the server and its callers.
     """
 
     rate: float
@@ -65,7 +65,7 @@ class Comparison:
 
 
 def summarize(requests: Sequence[Request], skip: int = 0) -> Summary:
-    """Returns the percentiles, without the first `skip`, which found the servers empty."""
+    """Returns the percentiles without the first `skip` requests, which found the servers empty."""
     served = [request for request in requests[skip:] if not request.refused]
     if not served:
         return Summary(*[math.nan] * 4, 0.0, 1.0)
@@ -81,10 +81,10 @@ def summarize(requests: Sequence[Request], skip: int = 0) -> Summary:
 
 
 def validate(pretend: str = "") -> tuple[Model, list[Comparison]]:
-    """Measures the bundled model when it is busy, lets callers come by chance, and predicts what they saw.
+    """Measures the busy bundled model, sends random arrivals, and predicts their results.
 
     Args:
-        pretend: Step times of a device to pretend, see `recording`; empty for the real one.
+        pretend: Step times of a simulated device, see `recording`; empty for the real one.
     """
     runs = []
     with live.recorded_server(pretend) as server:
@@ -115,7 +115,7 @@ def _predicted(model: Model, trace: tuple[float, int, int]) -> Summary:
 
 
 def _on_trace(request: Request, due: Request) -> Request:
-    """The times of `request` count from when it was due."""
+    """Returns `due` with the times of `request`, which are relative to its arrival."""
     due.refused = request.refused
     due.first_preview = due.arrived + request.first_preview
     due.finished = due.arrived + request.finished
@@ -127,17 +127,17 @@ def _percentile(values: Sequence[float], share: float) -> float:
 
 
 class _Others:
-    """Cores that are busy with what neither this process nor one that it started does."""
+    """Measures the cores that are busy with work of other processes than this one and its children."""
 
     cores = 0.0
 
     def __enter__(self) -> _Others:
-        self._begun = time.monotonic(), self._all(), self._own()
+        self._started = time.monotonic(), self._all(), self._own()
         return self
 
     def __exit__(self, *_: object) -> None:
-        begun, busy, own = self._begun
-        self.cores = ((self._all() - busy) - (self._own() - own)) / (time.monotonic() - begun)
+        started, busy, own = self._started
+        self.cores = ((self._all() - busy) - (self._own() - own)) / (time.monotonic() - started)
 
     @staticmethod
     def _all() -> float:

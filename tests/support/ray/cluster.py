@@ -1,4 +1,4 @@
-"""Calotype on a Ray of its own, as `make ray-up` starts it, with two replicas and short times."""
+"""A local Ray cluster with Calotype, started like `make ray-up`, with two replicas and short timeouts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ENVIRONMENT = {
 
 
 class RayCluster:
-    """A context manager that starts and stops it.
+    """A context manager that starts and stops the cluster.
 
     Args:
-        folder: For the configuration.
-        edit: Changes the application's part of it, and the deployment's.
-        variables: Further ones for Ray.
+        folder: Folder for the configuration.
+        edit: Changes the configuration and its deployment before the start.
+        variables: Additional environment variables for Ray.
     """
 
     address = "127.0.0.1:50951"
@@ -66,7 +66,7 @@ class RayCluster:
         self._run("down")
 
     async def apply(self) -> None:
-        """Deploys the configuration as it has been changed, and waits until it holds."""
+        """Deploys the changed configuration and waits until it is in effect."""
         self._write()
         serve = str(Path(sys.executable).with_name("serve"))
         process = await asyncio.create_subprocess_exec(
@@ -76,7 +76,12 @@ class RayCluster:
         await self.until_running()
 
     async def until_running(self, unlike: dict[str, int] | None = None, stopping: int = 0) -> dict[str, int]:
-        """Waits until all replicas run, none of those in `unlike`, beside some that stop; returns their processes."""
+        """Waits until all replicas run, and returns their process ids by name.
+
+        Args:
+            unlike: Replicas that must no longer run.
+            stopping: Number of replicas that are still stopping.
+        """
         while True:
             await asyncio.sleep(0.5)
             replicas = await asyncio.to_thread(self._look)
@@ -93,7 +98,7 @@ class RayCluster:
         with urllib.request.urlopen("http://127.0.0.1:8265/api/serve/applications/", timeout=10) as answer:
             (application,) = json.load(answer)["applications"].values()
         assert application["status"] != "DEPLOY_FAILED", application["message"]
-        # None while an application is built.
+        # The list is empty while Ray builds the application.
         replicas = [each for deployment in application["deployments"].values() for each in deployment["replicas"]]
         return {each["replica_id"]: (each["state"], each.get("pid", 0)) for each in replicas}
 

@@ -1,4 +1,4 @@
-"""The product on Ray with an engine that fails or hangs for good when a prompt says so."""
+"""Calotype on Ray with an engine that fails or hangs on certain prompts."""
 
 import threading
 
@@ -10,7 +10,7 @@ from support.engine.fake_engine import FakeEngine
 
 
 class MortalEngine(FakeEngine):
-    """Draws grey pictures, until it is told otherwise."""
+    """Draws grey images, but fails on the prompt "die" and hangs on the prompt "hang"."""
 
     def _run(self, job, report, stop):
         if job.prompt == "die":

@@ -3,8 +3,8 @@
 isort:skip_file
 Calotype streams an image while a diffusion model denoises it.
 
-Call `Generate` and show `Progress.image` whenever it is not empty. The last message of a stream always says how
-the generation ended: `PHASE_SUCCEEDED` with the final image, or `PHASE_FAILED` / `PHASE_CANCELLED` with an error.
+Call `Generate` and show `Progress.image` whenever it is not empty. The last message of a stream always states how
+the generation ended: `PHASE_SUCCEEDED` with the final image, or `PHASE_FAILED` or `PHASE_CANCELLED` with an error.
 """
 
 from collections import abc as _abc
@@ -34,7 +34,7 @@ class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType
     PHASE_UNSPECIFIED: _Phase.ValueType  # 0
     """Never sent."""
     PHASE_QUEUED: _Phase.ValueType  # 1
-    """Waiting for its turn."""
+    """Waiting in the queue."""
     PHASE_ENCODING_PROMPT: _Phase.ValueType  # 2
     """Turning the prompt into embeddings."""
     PHASE_DENOISING: _Phase.ValueType  # 3
@@ -46,15 +46,15 @@ class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType
     PHASE_FAILED: _Phase.ValueType  # 6
     """Ended without an image, see `Progress.error`."""
     PHASE_CANCELLED: _Phase.ValueType  # 7
-    """Ended because the caller cancelled it or left."""
+    """Ended because a caller cancelled it or the last reader left."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
-    """What a generation is doing, or how it ended. It only moves forward."""
+    """State of a generation: its current work, or how it ended. A generation never returns to an earlier phase."""
 
 PHASE_UNSPECIFIED: Phase.ValueType  # 0
 """Never sent."""
 PHASE_QUEUED: Phase.ValueType  # 1
-"""Waiting for its turn."""
+"""Waiting in the queue."""
 PHASE_ENCODING_PROMPT: Phase.ValueType  # 2
 """Turning the prompt into embeddings."""
 PHASE_DENOISING: Phase.ValueType  # 3
@@ -66,7 +66,7 @@ PHASE_SUCCEEDED: Phase.ValueType  # 5
 PHASE_FAILED: Phase.ValueType  # 6
 """Ended without an image, see `Progress.error`."""
 PHASE_CANCELLED: Phase.ValueType  # 7
-"""Ended because the caller cancelled it or left."""
+"""Ended because a caller cancelled it or the last reader left."""
 Global___Phase: _TypeAlias = Phase  # noqa: Y015
 
 class _ImageFormat:
@@ -76,9 +76,9 @@ class _ImageFormat:
 class _ImageFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImageFormat.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     IMAGE_FORMAT_UNSPECIFIED: _ImageFormat.ValueType  # 0
-    """No image."""
+    """In a request: PNG. In a response: no image."""
     IMAGE_FORMAT_JPEG: _ImageFormat.ValueType  # 1
-    """JPEG, as all previews are."""
+    """JPEG. All previews use it."""
     IMAGE_FORMAT_PNG: _ImageFormat.ValueType  # 2
     """PNG, lossless."""
     IMAGE_FORMAT_WEBP: _ImageFormat.ValueType  # 3
@@ -88,9 +88,9 @@ class ImageFormat(_ImageFormat, metaclass=_ImageFormatEnumTypeWrapper):
     """File format of an image."""
 
 IMAGE_FORMAT_UNSPECIFIED: ImageFormat.ValueType  # 0
-"""No image."""
+"""In a request: PNG. In a response: no image."""
 IMAGE_FORMAT_JPEG: ImageFormat.ValueType  # 1
-"""JPEG, as all previews are."""
+"""JPEG. All previews use it."""
 IMAGE_FORMAT_PNG: ImageFormat.ValueType  # 2
 """PNG, lossless."""
 IMAGE_FORMAT_WEBP: ImageFormat.ValueType  # 3
@@ -106,19 +106,19 @@ class _ImageKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ImageKind.V
     IMAGE_KIND_UNSPECIFIED: _ImageKind.ValueType  # 0
     """No image."""
     IMAGE_KIND_PREDICTED: _ImageKind.ValueType  # 1
-    """The model's current estimate of the finished picture (predicted x0), at reduced quality."""
+    """The model's current estimate of the finished image (predicted x0), at reduced quality."""
     IMAGE_KIND_FINAL: _ImageKind.ValueType  # 2
-    """The finished picture."""
+    """The finished image."""
 
 class ImageKind(_ImageKind, metaclass=_ImageKindEnumTypeWrapper):
-    """What an image shows."""
+    """Kind of image."""
 
 IMAGE_KIND_UNSPECIFIED: ImageKind.ValueType  # 0
 """No image."""
 IMAGE_KIND_PREDICTED: ImageKind.ValueType  # 1
-"""The model's current estimate of the finished picture (predicted x0), at reduced quality."""
+"""The model's current estimate of the finished image (predicted x0), at reduced quality."""
 IMAGE_KIND_FINAL: ImageKind.ValueType  # 2
-"""The finished picture."""
+"""The finished image."""
 Global___ImageKind: _TypeAlias = ImageKind  # noqa: Y015
 
 class _DisconnectPolicy:
@@ -128,25 +128,25 @@ class _DisconnectPolicy:
 class _DisconnectPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DisconnectPolicy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DISCONNECT_POLICY_UNSPECIFIED: _DisconnectPolicy.ValueType  # 0
-    """CANCEL."""
+    """Same as CANCEL."""
     DISCONNECT_POLICY_CANCEL: _DisconnectPolicy.ValueType  # 1
-    """It is cancelled with the reason ABANDONED, after `GenerateRequest.disconnect_grace`. The same `request_id` then begins
-    anew.
+    """The server cancels the generation with the reason ABANDONED, after `GenerateRequest.disconnect_grace`. A later call
+    with the same `request_id` starts it again.
     """
     DISCONNECT_POLICY_KEEP: _DisconnectPolicy.ValueType  # 2
-    """It goes on to its end, and can be watched for a while after that."""
+    """The generation continues to its end and can be watched while it is retained."""
 
 class DisconnectPolicy(_DisconnectPolicy, metaclass=_DisconnectPolicyEnumTypeWrapper):
     """What happens to a generation when its last reader leaves before the end."""
 
 DISCONNECT_POLICY_UNSPECIFIED: DisconnectPolicy.ValueType  # 0
-"""CANCEL."""
+"""Same as CANCEL."""
 DISCONNECT_POLICY_CANCEL: DisconnectPolicy.ValueType  # 1
-"""It is cancelled with the reason ABANDONED, after `GenerateRequest.disconnect_grace`. The same `request_id` then begins
-anew.
+"""The server cancels the generation with the reason ABANDONED, after `GenerateRequest.disconnect_grace`. A later call
+with the same `request_id` starts it again.
 """
 DISCONNECT_POLICY_KEEP: DisconnectPolicy.ValueType  # 2
-"""It goes on to its end, and can be watched for a while after that."""
+"""The generation continues to its end and can be watched while it is retained."""
 Global___DisconnectPolicy: _TypeAlias = DisconnectPolicy  # noqa: Y015
 
 class _Priority:
@@ -156,21 +156,25 @@ class _Priority:
 class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
-    """INTERACTIVE."""
+    """Same as INTERACTIVE."""
     PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
-    """Somebody is waiting for it."""
+    """A person waits for the image."""
     PRIORITY_BATCH: _Priority.ValueType  # 2
-    """Nobody is: it starts when nothing interactive waits, and never takes the last of several slots."""
+    """No person waits for the image: it starts only when no interactive request is queued, and never takes the last free
+    slot if the server has several.
+    """
 
 class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
-    """Rank in the queue. Callers of the same rank share the server evenly."""
+    """Priority in the queue. Callers of the same priority share the server evenly."""
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
-"""INTERACTIVE."""
+"""Same as INTERACTIVE."""
 PRIORITY_INTERACTIVE: Priority.ValueType  # 1
-"""Somebody is waiting for it."""
+"""A person waits for the image."""
 PRIORITY_BATCH: Priority.ValueType  # 2
-"""Nobody is: it starts when nothing interactive waits, and never takes the last of several slots."""
+"""No person waits for the image: it starts only when no interactive request is queued, and never takes the last free
+slot if the server has several.
+"""
 Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 class _PreviewMethod:
@@ -180,38 +184,38 @@ class _PreviewMethod:
 class _PreviewMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PreviewMethod.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     PREVIEW_METHOD_UNSPECIFIED: _PreviewMethod.ValueType  # 0
-    """As the server does by default."""
+    """In a request: the server's default. In a response: no preview."""
     PREVIEW_METHOD_AUTO: _PreviewMethod.ValueType  # 1
-    """The best that costs the denoiser no more than a set share of its time, chosen from what was measured."""
+    """The best method that costs the denoiser at most a configured share of its time, chosen from measured times."""
     PREVIEW_METHOD_HEAD: _PreviewMethod.ValueType  # 2
-    """A linear map from latents to a small picture, fitted to this model. Costs next to nothing."""
+    """A linear map from latents to a small image, fitted to this model. Costs almost nothing."""
     PREVIEW_METHOD_TINY_VAE: _PreviewMethod.ValueType  # 3
-    """A small decoder that the operator has configured."""
+    """A small decoder that the operator configured."""
     PREVIEW_METHOD_FULL_VAE: _PreviewMethod.ValueType  # 4
-    """The model's own decoder: exact, and may cost more than a step."""
+    """The model's own decoder: exact, but may take longer than a denoising step."""
     PREVIEW_METHOD_NONE: _PreviewMethod.ValueType  # 5
     """No previews."""
 
 class PreviewMethod(_PreviewMethod, metaclass=_PreviewMethodEnumTypeWrapper):
-    """What draws previews."""
+    """Method that draws previews."""
 
 PREVIEW_METHOD_UNSPECIFIED: PreviewMethod.ValueType  # 0
-"""As the server does by default."""
+"""In a request: the server's default. In a response: no preview."""
 PREVIEW_METHOD_AUTO: PreviewMethod.ValueType  # 1
-"""The best that costs the denoiser no more than a set share of its time, chosen from what was measured."""
+"""The best method that costs the denoiser at most a configured share of its time, chosen from measured times."""
 PREVIEW_METHOD_HEAD: PreviewMethod.ValueType  # 2
-"""A linear map from latents to a small picture, fitted to this model. Costs next to nothing."""
+"""A linear map from latents to a small image, fitted to this model. Costs almost nothing."""
 PREVIEW_METHOD_TINY_VAE: PreviewMethod.ValueType  # 3
-"""A small decoder that the operator has configured."""
+"""A small decoder that the operator configured."""
 PREVIEW_METHOD_FULL_VAE: PreviewMethod.ValueType  # 4
-"""The model's own decoder: exact, and may cost more than a step."""
+"""The model's own decoder: exact, but may take longer than a denoising step."""
 PREVIEW_METHOD_NONE: PreviewMethod.ValueType  # 5
 """No previews."""
 Global___PreviewMethod: _TypeAlias = PreviewMethod  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
-    """What to generate. Everything but the prompt may be left out; `GetModel` tells the defaults."""
+    """The image to generate. All fields except `prompt` are optional; `GetModel` returns the defaults."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -230,53 +234,54 @@ class GenerateRequest(_message.Message):
     DISCONNECT_GRACE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """Describes the picture. 1 to `Model.max_prompt_chars` characters, not only white space. A prompt longer than the model reads is cut, and
-    `Progress.warnings` says so.
+    """Describes the image. 1 to `Model.max_prompt_chars` characters, not only white space. If the prompt is longer than
+    the model can read, it is truncated and `Progress.warnings` reports this.
     """
     negative_prompt: _builtins.str
-    """Describes what the picture should not show. 0 to `Model.max_prompt_chars` characters. Default: empty. Refused by a
-    model that does not take one (`Model.takes_negative_prompt`).
+    """Describes what the image should not show. 0 to `Model.max_prompt_chars` characters. Default: empty. Rejected if the
+    model does not support it (`Model.takes_negative_prompt`).
     """
     width_px: _builtins.int
-    """Width of the final image in pixels: a multiple of `Model.size_multiple_px`. Times the height, at most
-    `Model.max_pixels`. Default: `Model.width_px`.
+    """Width of the final image in pixels: a positive multiple of `Model.size_multiple_px`. Width times height must not
+    exceed `Model.max_pixels`. Default: `Model.width_px`.
     """
     height_px: _builtins.int
-    """Height of the final image in pixels: a multiple of `Model.size_multiple_px`. Times the width, at most
-    `Model.max_pixels`. Default: `Model.height_px`.
+    """Height of the final image in pixels: a positive multiple of `Model.size_multiple_px`. Width times height must not
+    exceed `Model.max_pixels`. Default: `Model.height_px`.
     """
     step_count: _builtins.int
     """Number of denoising steps, 1 to `Model.max_step_count`. Default: `Model.step_count`."""
     guidance_scale: _builtins.float
-    """Strength of classifier-free guidance, 0 to 100; 1 or less switches it off in most models. Default:
-    `Model.guidance_scale`. Refused by a model that does not take one (`Model.guidance_scale` absent).
+    """Strength of classifier-free guidance, 0 to 100. In most models, a value of 1 or less disables guidance. Default:
+    `Model.guidance_scale`. Rejected if the model does not support it (`Model.guidance_scale` is absent).
     """
     seed: _builtins.int
     """Seed of the initial noise, 0 to 9007199254740991 (2^53 - 1, exact in JavaScript). The same request with the same
-    seed gives the same picture. Default: drawn at random; `Progress.seed` tells which.
+    seed produces the same image. Default: a random seed, reported in `Progress.seed`.
     """
     scheduler: _builtins.str
     """Scheduler (sampler), one of `Model.schedulers`. Default: `Model.scheduler`."""
     priority: Global___Priority.ValueType
-    """Rank in the queue. Default: INTERACTIVE."""
+    """Priority in the queue. Default: INTERACTIVE."""
     on_disconnect: Global___DisconnectPolicy.ValueType
     """What happens when the last reader leaves before the end. Default: CANCEL."""
     request_id: _builtins.str
-    """Makes the call idempotent: a second call with the same id and parameters follows the generation of the first, also
-    for a while after its end, and never starts another. Up to 128 characters of printable ASCII, of the caller's own
-    choice, such as a UUID. ALREADY_EXISTS when it was used with other parameters. Default: none.
+    """Makes the call idempotent: a second call with the same id and parameters follows the first generation and never
+    starts another one. This also works after its end, while the generation is retained. 0 to 128 characters of
+    printable ASCII, chosen by the caller, such as a UUID. Returns ALREADY_EXISTS if the id was used with other
+    parameters. Default: empty, the call is not idempotent.
     """
     @_builtins.property
     def preview(self) -> Global___PreviewOptions:
-        """How previews look and how often they come. Default: `Model.preview`."""
+        """Appearance and frequency of previews. Default: `Model.preview`."""
 
     @_builtins.property
     def output(self) -> Global___OutputOptions:
-        """How the final image is written. Default: a PNG with metadata."""
+        """File format of the final image. Default: a PNG with metadata."""
 
     @_builtins.property
     def disconnect_grace(self) -> _duration_pb2.Duration:
-        """With CANCEL: how long the server waits for a reader to come back, 0 to 3600 seconds. Default: 0."""
+        """With CANCEL: how long the server waits for a reader to return, 0 to 3600 seconds. Default: 0."""
 
     def __init__(
         self,
@@ -333,8 +338,9 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class PreviewOptions(_message.Message):
-    """How previews look and how often they come. What is left out is as in `Model.preview`. All options hold together: a
-    preview comes when enough steps and enough time have passed. The last step is always shown, unless there are none.
+    """Appearance and frequency of previews. Omitted fields default to `Model.preview`. All options apply together: a
+    preview is sent when both enough steps and enough time have passed. The last step always has a preview, unless
+    `method` is NONE.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -345,18 +351,20 @@ class PreviewOptions(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     METHOD_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
-    """Shows every nth step at most, 1 to 1000."""
+    """Minimum number of steps between two previews, 1 to 1000. 1 allows a preview at every step."""
     max_edge_px: _builtins.int
-    """Longer edge at most in pixels, 16 to `Model.max_preview_edge_px`. Previews are never larger than what is known of
-    the picture, so they may be smaller than this.
+    """Maximum length of the longer edge in pixels, 16 to `Model.max_preview_edge_px`. Previews are never larger than the
+    method's output, so they may be smaller than this.
     """
     quality: _builtins.int
     """JPEG quality, 1 to `Model.max_preview_quality`."""
     method: Global___PreviewMethod.ValueType
-    """What draws them, one of `Model.preview_methods`, AUTO or NONE. FAILED_PRECONDITION when this server has it not."""
+    """Method that draws previews: one of `Model.preview_methods`, AUTO or NONE. Returns FAILED_PRECONDITION if the server
+    does not offer the method.
+    """
     @_builtins.property
     def min_interval(self) -> _duration_pb2.Duration:
-        """Least time between two previews, 0 to 60 seconds."""
+        """Minimum time between two previews, 0 to 60 seconds."""
 
     def __init__(
         self,
@@ -388,7 +396,7 @@ Global___PreviewOptions: _TypeAlias = PreviewOptions  # noqa: Y015
 
 @_typing.final
 class OutputOptions(_message.Message):
-    """How the final image is written."""
+    """File format of the final image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -398,10 +406,10 @@ class OutputOptions(_message.Message):
     format: Global___ImageFormat.ValueType
     """File format. Default: PNG."""
     quality: _builtins.int
-    """Quality of JPEG, 1 to 95, or of lossy WebP, 1 to 100. Default: 90. Refused for PNG, which loses nothing."""
+    """Quality of JPEG, 1 to 95, or of lossy WebP, 1 to 100. Default: 90. Rejected for PNG, which is lossless."""
     metadata: _builtins.bool
-    """Whether the parameters (prompt, seed, size, steps, guidance, scheduler, model, version) are written into the file:
-    a text named `parameters` in PNG, the EXIF field UserComment in JPEG and WebP. Default: true.
+    """Whether to embed the parameters in the file (prompt, seed, size, steps, guidance, scheduler, model, version): as a
+    text chunk named `parameters` in PNG, as the EXIF field UserComment in JPEG and WebP. Default: true.
     """
     def __init__(
         self,
@@ -427,7 +435,7 @@ Global___OutputOptions: _TypeAlias = OutputOptions  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
-    """One message of a generation's stream: where it stands and, where there is a new one, a picture."""
+    """One message of a generation's stream: its current state and, if there is a new one, an image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -455,70 +463,72 @@ class Progress(_message.Message):
     PREVIEWS_WITHDRAWN_FIELD_NUMBER: _builtins.int
     FINISHED_EARLY_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
-    """Identifies the generation, the same in every message of a stream. Unguessable. It begins with `Model.replica` of its
-    server and a full stop.
+    """Identifies the generation; the same in every message of a stream. Unguessable. Starts with `Model.replica` of its
+    server, followed by a full stop.
     """
     sequence: _builtins.int
-    """Rises strictly from 1; only the chunks of one final image share a number. A gap means that messages were merged
-    because the reader was slow.
+    """Number of the message, from 1 and strictly increasing. Only the chunks of one final image share a number. A gap
+    means that messages were merged because the reader was slow.
     """
     phase: Global___Phase.ValueType
-    """What is being done, or how it ended."""
+    """Current phase of the generation, or how it ended."""
     step: _builtins.int
-    """Denoising steps done, 0 to `total_steps`. Never falls."""
+    """Completed denoising steps, 0 to `total_steps`. Never decreases."""
     total_steps: _builtins.int
-    """Denoising steps in all. Some schedulers evaluate the model more or less often than `step_count`; this is the true
-    number. 0 until it is known.
+    """Total number of denoising steps. Some schedulers evaluate the model more or less often than `step_count`; this is
+    the actual number. 0 until it is known.
     """
     image: _builtins.bytes
-    """A complete image file, ready to show, or empty. A preview while running, the final image with `PHASE_SUCCEEDED`.
-    Under 4 MiB; a larger final image comes in chunks, see `chunk_count`.
+    """A complete image file, ready to show, or empty. A preview while the generation runs, the final image with
+    `PHASE_SUCCEEDED`. Smaller than 4 MiB; a larger final image is sent in chunks, see `chunk_count`.
     """
     image_format: Global___ImageFormat.ValueType
-    """File format of `image`. Unspecified when there is none."""
+    """File format of `image`. Unspecified if there is no image."""
     image_kind: Global___ImageKind.ValueType
-    """What `image` shows. Unspecified when there is none."""
+    """Kind of image in `image`: a preview or the final image. Unspecified if there is no image."""
     image_step: _builtins.int
-    """Step whose estimate `image` shows, 1 to `step`. 0 when there is no image."""
+    """Step whose estimate `image` shows, 1 to `step`. 0 if there is no image."""
     width_px: _builtins.int
-    """Width of `image` in pixels. 0 when there is none."""
+    """Width of `image` in pixels. 0 if there is no image."""
     height_px: _builtins.int
-    """Height of `image` in pixels. 0 when there is none."""
+    """Height of `image` in pixels. 0 if there is no image."""
     queue_position: _builtins.int
-    """Place in the queue: 1 is the next to start. 0 when not queued."""
+    """Position in the queue: 1 starts next. 0 if the generation is not queued."""
     previews_dropped: _builtins.int
-    """Previews made, or due, for this stream that were not sent, because the reader or the encoder was slow."""
+    """Number of previews that were drawn or due for this stream but not sent, because the reader or the encoder was slow.
+    0 or more.
+    """
     seed: _builtins.int
-    """Seed in use: the one asked for, or the one drawn."""
+    """Seed in use: the requested seed, or the one that the server chose."""
     chunk_index: _builtins.int
     """Index of this chunk of the final image, 0 to `chunk_count - 1`."""
     chunk_count: _builtins.int
-    """Number of chunks of the final image: 1 when it came whole, 0 when there is no final image in this message. Chunks
-    come in order as consecutive `PHASE_SUCCEEDED` messages; join their `image` fields.
+    """Number of chunks of the final image. 1 if the image is complete in this message, 0 if this message has no final
+    image. Chunks are sent in order as consecutive `PHASE_SUCCEEDED` messages; concatenate their `image` fields.
     """
     preview_method: Global___PreviewMethod.ValueType
-    """What drew the preview in `image`. Unspecified when there is none."""
+    """Method that drew the preview in `image`. Unspecified if there is no preview."""
     previews_withdrawn: _builtins.bool
-    """The model's safety checker objects to this picture: take every preview of this generation from the screen. Once
-    true it stays true; the generation then fails with the reason CONTENT_WITHHELD.
+    """The model's safety checker rejected this image: remove every preview of this generation from the screen. Once true,
+    it stays true; the generation then fails with the reason CONTENT_WITHHELD.
     """
     finished_early: _builtins.bool
-    """With `PHASE_SUCCEEDED`: the image is the estimate of `step`, because `Finish` asked for it."""
+    """With `PHASE_SUCCEEDED`: the image is the estimate of `step`, because a caller used `Finish`."""
     @_builtins.property
     def estimated_remaining(self) -> _duration_pb2.Duration:
-        """Estimated time until the final image, waiting in the queue included. Absent when nothing was measured yet."""
+        """Estimated time until the final image, including time in the queue. Absent until the server has measurements."""
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Warning]:
-        """What the caller should know although the generation goes on, such as a prompt that was cut."""
+        """Problems that do not stop the generation, such as a truncated prompt."""
 
     @_builtins.property
     def error(self) -> Global___Error:
-        """Why it ended, with `PHASE_FAILED` and `PHASE_CANCELLED`. The status of the call repeats it."""
+        """Why the generation ended. Present with `PHASE_FAILED` and `PHASE_CANCELLED`. The status of the call repeats it."""
 
     @_builtins.property
     def timings(self) -> Global___Timings:
-        """Where the time went. In the last message, and in every chunk of a final image; else absent."""
+        """Duration of each phase. Present in the last message and in every chunk of a final image."""
 
     def __init__(
         self,
@@ -557,7 +567,7 @@ Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class Warning(_message.Message):
-    """Something worth knowing that did not stop the generation."""
+    """A problem that did not stop the generation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -583,7 +593,7 @@ Global___Warning: _TypeAlias = Warning  # noqa: Y015
 
 @_typing.final
 class Error(_message.Message):
-    """Why a generation ended without its image."""
+    """Why a generation ended without an image."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -592,14 +602,14 @@ class Error(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     RETRY_DELAY_FIELD_NUMBER: _builtins.int
     code: _builtins.int
-    """A `google.rpc.Code`, the same as the status code of the call: 1 (CANCELLED) to 16 (UNAUTHENTICATED)."""
+    """A `google.rpc.Code`, equal to the status code of the call: 1 (CANCELLED) to 16 (UNAUTHENTICATED)."""
     reason: _builtins.str
     """Machine-readable, in UPPER_SNAKE_CASE, such as NUMERICAL_FAILURE or DRAINING."""
     message: _builtins.str
-    """One sentence for people. Never the text of an internal exception."""
+    """One sentence for people. Never contains the text of an internal exception."""
     @_builtins.property
     def retry_delay(self) -> _duration_pb2.Duration:
-        """How long to wait before trying again. Absent when trying again is unlikely to help."""
+        """Time to wait before a retry. Absent if a retry is unlikely to help."""
 
     def __init__(
         self,
@@ -619,7 +629,7 @@ Global___Error: _TypeAlias = Error  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """Where the time of a generation went. A phase that was not reached is absent."""
+    """Duration of each phase of a generation. Absent for a phase that was not reached."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -673,13 +683,13 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class CancelRequest(_message.Message):
-    """Which generation to cancel."""
+    """Selects the generation to cancel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GENERATION_ID_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
-    """From `Progress.generation_id`."""
+    """From `Progress.generation_id`. Required."""
     def __init__(
         self,
         *,
@@ -695,14 +705,14 @@ Global___CancelRequest: _TypeAlias = CancelRequest  # noqa: Y015
 
 @_typing.final
 class CancelResponse(_message.Message):
-    """The answer to `Cancel`."""
+    """The result of `Cancel`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PHASE_FIELD_NUMBER: _builtins.int
     phase: Global___Phase.ValueType
-    """Phase in which the request found the generation. An end (succeeded, failed, cancelled) means that there was
-    nothing left to cancel.
+    """Phase of the generation when the request arrived. An end phase (succeeded, failed, cancelled) means that it had
+    already ended.
     """
     def __init__(
         self,
@@ -719,7 +729,7 @@ Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
 
 @_typing.final
 class WatchRequest(_message.Message):
-    """Which generation to follow, and how."""
+    """Selects the generation to follow and the previews to receive."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -727,13 +737,16 @@ class WatchRequest(_message.Message):
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     PREVIEW_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
-    """From `Progress.generation_id`."""
+    """From `Progress.generation_id`. Required."""
     after_sequence: _builtins.int
-    """The last `Progress.sequence` that the caller has seen: what it knows already is not told again. Default: 0, tell all."""
+    """The last `Progress.sequence` that the caller has seen, 0 or more; the server skips messages up to it. Default: 0,
+    which skips nothing.
+    """
     @_builtins.property
     def preview(self) -> Global___PreviewOptions:
-        """Previews for this reader: size, quality and rate, which is at most that of the generation. A `method` other than
-        NONE changes nothing, for all readers see the same drawing. Default: as the generation was asked to.
+        """Size, quality and rate of previews for this reader. The rate cannot exceed that of the generation. `method` only
+        distinguishes NONE from other values, because all readers share the same previews. Default, also for omitted
+        fields: the preview options of the generation.
         """
 
     def __init__(
@@ -753,13 +766,13 @@ Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
 
 @_typing.final
 class FinishRequest(_message.Message):
-    """Which generation to end early."""
+    """Selects the generation to end early."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GENERATION_ID_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
-    """From `Progress.generation_id`."""
+    """From `Progress.generation_id`. Required."""
     def __init__(
         self,
         *,
@@ -775,13 +788,15 @@ Global___FinishRequest: _TypeAlias = FinishRequest  # noqa: Y015
 
 @_typing.final
 class FinishResponse(_message.Message):
-    """The answer to `Finish`."""
+    """The result of `Finish`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PHASE_FIELD_NUMBER: _builtins.int
     phase: Global___Phase.ValueType
-    """Phase in which the request found the generation. An end means that there was nothing left to finish."""
+    """Phase of the generation when the request arrived. An end phase (succeeded, failed, cancelled) means that it had
+    already ended.
+    """
     def __init__(
         self,
         *,
@@ -797,16 +812,16 @@ Global___FinishResponse: _TypeAlias = FinishResponse  # noqa: Y015
 
 @_typing.final
 class ListGenerationsRequest(_message.Message):
-    """Which part of the list to return."""
+    """Selects a page of the list."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Most entries to return, 1 to 100. Default: 50."""
+    """Maximum number of entries to return, 1 to 100. Default: 50."""
     page_token: _builtins.str
-    """`ListGenerationsResponse.next_page_token` of the page before. Default: the first page."""
+    """`ListGenerationsResponse.next_page_token` of the previous page. Default: empty, the first page."""
     def __init__(
         self,
         *,
@@ -825,17 +840,17 @@ Global___ListGenerationsRequest: _TypeAlias = ListGenerationsRequest  # noqa: Y0
 
 @_typing.final
 class ListGenerationsResponse(_message.Message):
-    """A part of the list."""
+    """One page of the list."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GENERATIONS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """For the next page. Empty on the last."""
+    """Token of the next page. Empty on the last page."""
     @_builtins.property
     def generations(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerationSummary]:
-        """The newest first."""
+        """Newest first."""
 
     def __init__(
         self,
@@ -853,7 +868,7 @@ Global___ListGenerationsResponse: _TypeAlias = ListGenerationsResponse  # noqa: 
 
 @_typing.final
 class GenerationSummary(_message.Message):
-    """Where one generation stands."""
+    """The current state of one generation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -868,20 +883,20 @@ class GenerationSummary(_message.Message):
     generation_id: _builtins.str
     """For `Watch`, `Cancel` and `Finish`."""
     request_id: _builtins.str
-    """As asked for; empty when there was none."""
+    """`GenerateRequest.request_id`. Empty if the request had none."""
     prompt: _builtins.str
-    """What it shows."""
+    """`GenerateRequest.prompt`."""
     phase: Global___Phase.ValueType
-    """What is being done, or how it ended."""
+    """Current phase, or how the generation ended."""
     step: _builtins.int
-    """Denoising steps done, 0 to `total_steps`."""
+    """Completed denoising steps, 0 to `total_steps`."""
     total_steps: _builtins.int
-    """Denoising steps in all. 0 until it is known."""
+    """Total number of denoising steps. 0 until it is known."""
     seed: _builtins.int
     """Seed in use."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was accepted."""
+        """Time at which the server accepted the generation."""
 
     def __init__(
         self,
@@ -905,7 +920,7 @@ Global___GenerationSummary: _TypeAlias = GenerationSummary  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
-    """Asks for the loaded model."""
+    """Requests a description of the loaded model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -922,7 +937,7 @@ Global___GetModelRequest: _TypeAlias = GetModelRequest  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
-    """The loaded model: what it can do and what it does by default."""
+    """The loaded model: its abilities, limits and defaults."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -952,64 +967,64 @@ class Model(_message.Message):
     UNBATCHED_REASON_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name as the server was told it: `bundled`, a hub id or the name of a folder."""
+    """Name from the server's settings: `bundled`, a hub id or the name of a folder."""
     pipeline: _builtins.str
     """Class of the diffusers pipeline, such as StableDiffusionPipeline."""
     width_px: _builtins.int
-    """Default width in pixels: the model's native one."""
+    """Default width in pixels: the native width of the model."""
     height_px: _builtins.int
-    """Default height in pixels: the model's native one."""
+    """Default height in pixels: the native height of the model."""
     size_multiple_px: _builtins.int
-    """Widths and heights are multiples of this, in pixels."""
+    """Widths and heights must be multiples of this number of pixels."""
     max_pixels: _builtins.int
-    """Largest width times height accepted, in pixels."""
+    """Maximum width times height, in pixels."""
     step_count: _builtins.int
     """Default number of denoising steps, 1 to `max_step_count`."""
     max_step_count: _builtins.int
-    """Largest number of denoising steps accepted with `scheduler`; another may take fewer or more."""
+    """Maximum number of denoising steps with `scheduler`. The maximum of another scheduler may be lower or higher."""
     guidance_scale: _builtins.float
-    """Default guidance scale, 0 to 100. Absent when the model takes none."""
+    """Default guidance scale, 0 to 100. Absent if the model does not support guidance."""
     takes_negative_prompt: _builtins.bool
-    """Whether `GenerateRequest.negative_prompt` is accepted."""
+    """Whether the model supports `GenerateRequest.negative_prompt`."""
     scheduler: _builtins.str
     """Default scheduler."""
     max_prompt_chars: _builtins.int
-    """Longest prompt accepted, in characters."""
+    """Maximum length of a prompt, in characters."""
     max_prompt_tokens: _builtins.int
-    """Longest prompt that the model reads, in tokens, special tokens included. 0 when unknown."""
+    """Maximum number of tokens that the model reads from a prompt, including special tokens. 0 if unknown."""
     device: _builtins.str
-    """Where the model runs, such as cpu or cuda:0."""
+    """Device that runs the model, such as cpu or cuda:0."""
     dtype: _builtins.str
-    """Number format of its weights, such as float32 or bfloat16."""
+    """Number format of the weights, such as float32 or bfloat16."""
     server_version: _builtins.str
     """Version of the server."""
     max_preview_edge_px: _builtins.int
-    """Largest `PreviewOptions.max_edge_px` accepted."""
+    """Maximum `PreviewOptions.max_edge_px`."""
     max_preview_quality: _builtins.int
-    """Largest `PreviewOptions.quality` accepted."""
+    """Maximum `PreviewOptions.quality`."""
     max_active: _builtins.int
-    """Generations worked on at the same time; more wait in the queue."""
+    """Maximum number of generations that run at the same time; further ones wait in the queue."""
     max_batch_rows: _builtins.int
-    """Rows of latents of concurrent generations that the denoiser computes together at most. A generation with guidance
-    has two rows in most models. 0 when calls are not joined.
+    """Maximum number of latent rows of concurrent generations in one call of the denoiser. With guidance, a generation
+    has two rows in most models. 0 if the server does not batch calls.
     """
     unbatched_reason: _builtins.str
-    """Why calls are not joined, in one sentence. Empty when they are."""
+    """Why the server does not batch calls, in one sentence. Empty if it does."""
     replica: _builtins.str
-    """Tells the server that answers from others of the same model. Another one each time that it is started, unless it
-    keeps its state.
+    """Distinguishes this server from other servers of the same model. Changes with every restart, unless the server
+    stores its state.
     """
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Schedulers accepted, sorted; the names of diffusers' classes."""
+        """Supported schedulers, sorted: class names of diffusers."""
 
     @_builtins.property
     def preview_methods(self) -> _containers.RepeatedScalarFieldContainer[Global___PreviewMethod.ValueType]:
-        """Methods that a request may name, besides AUTO and NONE."""
+        """Preview methods that a request can name, in addition to AUTO and NONE."""
 
     @_builtins.property
     def preview(self) -> Global___PreviewOptions:
-        """Defaults of `GenerateRequest.preview`, every field set."""
+        """Defaults of `GenerateRequest.preview`, with every field set."""
 
     def __init__(
         self,

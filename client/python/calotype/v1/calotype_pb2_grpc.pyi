@@ -3,8 +3,8 @@
 isort:skip_file
 Calotype streams an image while a diffusion model denoises it.
 
-Call `Generate` and show `Progress.image` whenever it is not empty. The last message of a stream always says how
-the generation ended: `PHASE_SUCCEEDED` with the final image, or `PHASE_FAILED` / `PHASE_CANCELLED` with an error.
+Call `Generate` and show `Progress.image` whenever it is not empty. The last message of a stream always states how
+the generation ended: `PHASE_SUCCEEDED` with the final image, or `PHASE_FAILED` or `PHASE_CANCELLED` with an error.
 """
 
 from calotype.v1 import calotype_pb2 as _calotype_pb2
@@ -31,11 +31,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GenerationServiceStub:
-    """Generates images from text and streams them while they form.
+    """Generates images from text and streams previews while it denoises them.
 
-    Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
-    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
-    with UNAUTHENTICATED.
+    Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; `protos/README.md` lists all
+    reasons. Every method can return UNAVAILABLE with a `google.rpc.RetryInfo` while the server loads its model. If the
+    server requires API keys, every method can also return UNAUTHENTICATED.
     """
 
     @_typing.overload
@@ -43,44 +43,48 @@ class GenerationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_calotype_pb2.GenerateRequest, _calotype_pb2.Progress]
-    """Starts a generation and follows it to its end.
+    """Starts a generation and streams its progress until it ends.
 
-    The first message leaves at once, before any model work, and until the end no more than 10 seconds pass without one:
-    where there is no news, in a queue or a long step, a message says so by nothing but its number. Messages are merged
-    when the reader is slow: only the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
-    the caller's choice: `GenerateRequest.on_disconnect`.
+    The server sends the first message immediately, before any model work. After that, a message follows at least every
+    10 seconds until the end. During quiet periods, such as waiting in the queue or a long step, the server sends
+    heartbeats: a `Progress` that differs from the previous one only in `sequence`. If the reader is slow, messages are
+    merged: only the newest preview is kept, and the last message is never lost. `GenerateRequest.on_disconnect`
+    decides what happens to the generation when the caller leaves the stream.
 
     Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
-    FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
-    full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
-    `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
-    another request). Later, the status repeats `Progress.error`.
+    FAILED_PRECONDITION (the server does not offer the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo`
+    (the queue is full, or a limit of the caller's key is reached), DEADLINE_EXCEEDED (the deadline cannot be met),
+    UNAVAILABLE with `google.rpc.RetryInfo` (the server is loading or draining, or cannot store the request),
+    ALREADY_EXISTS (`request_id` was used with other parameters). Later errors: the status repeats `Progress.error`.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]
-    """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
-    whatever comes. Any number may watch, each with previews of their own size and rate.
+    """Streams the progress of a generation that was started earlier, from any connection. The first message carries the
+    current state with the newest preview, if any, or the end if the generation has ended; further messages follow
+    until the end. Any number of readers can watch, each with its own preview size and rate.
 
-    Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it ended too long ago). Later,
-    the status repeats `Progress.error`. Of several servers only the one that began a generation knows it, see
-    `Model.replica`; the others, and one that was started anew without kept state, answer NOT_FOUND with the reason
-    OTHER_REPLICA, to `Cancel` and `Finish` as well.
+    Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained).
+    Later errors: the status repeats `Progress.error`.
+
+    With several servers, only the server that started a generation knows it, see `Model.replica`. Other servers, and a
+    server that restarted without stored state, return NOT_FOUND with the reason OTHER_REPLICA. This also applies to
+    `Cancel` and `Finish`.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]
-    """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
+    """Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
 
-    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
+    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
     """
     Finish: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.FinishRequest, _calotype_pb2.FinishResponse]
-    """Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
-    and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
+    """Ends a generation early: after the current step, the server decodes the model's current estimate, which becomes the
+    final image. A generation that has not started denoising gets its first step before it ends. Idempotent.
 
-    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
+    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
     """
     ListGenerations: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.ListGenerationsRequest, _calotype_pb2.ListGenerationsResponse]
-    """Lists the caller's own generations that run or have not been forgotten yet, the newest first;
-    an operator's key lists everybody's.
+    """Lists the caller's own generations that are queued, running or still retained, newest first. With an operator's
+    key, lists the generations of all callers.
 
-    Errors: INVALID_ARGUMENT (page size or token).
+    Errors: INVALID_ARGUMENT (page size or page token).
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.GetModelRequest, _calotype_pb2.Model]
     """Describes the loaded model: sizes, limits, defaults and schedulers.
@@ -90,53 +94,57 @@ class GenerationServiceStub:
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
-    """Generates images from text and streams them while they form.
+    """Generates images from text and streams previews while it denoises them.
 
-    Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
-    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
-    with UNAUTHENTICATED.
+    Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; `protos/README.md` lists all
+    reasons. Every method can return UNAVAILABLE with a `google.rpc.RetryInfo` while the server loads its model. If the
+    server requires API keys, every method can also return UNAUTHENTICATED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_calotype_pb2.GenerateRequest, _calotype_pb2.Progress]  # type: ignore[assignment]
-    """Starts a generation and follows it to its end.
+    """Starts a generation and streams its progress until it ends.
 
-    The first message leaves at once, before any model work, and until the end no more than 10 seconds pass without one:
-    where there is no news, in a queue or a long step, a message says so by nothing but its number. Messages are merged
-    when the reader is slow: only the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
-    the caller's choice: `GenerateRequest.on_disconnect`.
+    The server sends the first message immediately, before any model work. After that, a message follows at least every
+    10 seconds until the end. During quiet periods, such as waiting in the queue or a long step, the server sends
+    heartbeats: a `Progress` that differs from the previous one only in `sequence`. If the reader is slow, messages are
+    merged: only the newest preview is kept, and the last message is never lost. `GenerateRequest.on_disconnect`
+    decides what happens to the generation when the caller leaves the stream.
 
     Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
-    FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
-    full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
-    `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
-    another request). Later, the status repeats `Progress.error`.
+    FAILED_PRECONDITION (the server does not offer the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo`
+    (the queue is full, or a limit of the caller's key is reached), DEADLINE_EXCEEDED (the deadline cannot be met),
+    UNAVAILABLE with `google.rpc.RetryInfo` (the server is loading or draining, or cannot store the request),
+    ALREADY_EXISTS (`request_id` was used with other parameters). Later errors: the status repeats `Progress.error`.
     """
     Watch: _aio.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]  # type: ignore[assignment]
-    """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
-    whatever comes. Any number may watch, each with previews of their own size and rate.
+    """Streams the progress of a generation that was started earlier, from any connection. The first message carries the
+    current state with the newest preview, if any, or the end if the generation has ended; further messages follow
+    until the end. Any number of readers can watch, each with its own preview size and rate.
 
-    Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it ended too long ago). Later,
-    the status repeats `Progress.error`. Of several servers only the one that began a generation knows it, see
-    `Model.replica`; the others, and one that was started anew without kept state, answer NOT_FOUND with the reason
-    OTHER_REPLICA, to `Cancel` and `Finish` as well.
+    Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained).
+    Later errors: the status repeats `Progress.error`.
+
+    With several servers, only the server that started a generation knows it, see `Model.replica`. Other servers, and a
+    server that restarted without stored state, return NOT_FOUND with the reason OTHER_REPLICA. This also applies to
+    `Cancel` and `Finish`.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]  # type: ignore[assignment]
-    """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
+    """Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
 
-    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
+    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
     """
     Finish: _aio.UnaryUnaryMultiCallable[_calotype_pb2.FinishRequest, _calotype_pb2.FinishResponse]  # type: ignore[assignment]
-    """Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
-    and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
+    """Ends a generation early: after the current step, the server decodes the model's current estimate, which becomes the
+    final image. A generation that has not started denoising gets its first step before it ends. Idempotent.
 
-    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
+    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
     """
     ListGenerations: _aio.UnaryUnaryMultiCallable[_calotype_pb2.ListGenerationsRequest, _calotype_pb2.ListGenerationsResponse]  # type: ignore[assignment]
-    """Lists the caller's own generations that run or have not been forgotten yet, the newest first;
-    an operator's key lists everybody's.
+    """Lists the caller's own generations that are queued, running or still retained, newest first. With an operator's
+    key, lists the generations of all callers.
 
-    Errors: INVALID_ARGUMENT (page size or token).
+    Errors: INVALID_ARGUMENT (page size or page token).
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_calotype_pb2.GetModelRequest, _calotype_pb2.Model]  # type: ignore[assignment]
     """Describes the loaded model: sizes, limits, defaults and schedulers.
@@ -145,11 +153,11 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Generates images from text and streams them while they form.
+    """Generates images from text and streams previews while it denoises them.
 
-    Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; the README lists them. Every call
-    may end with UNAVAILABLE and a `google.rpc.RetryInfo`, while the server loads its model, and where callers need a key,
-    with UNAUTHENTICATED.
+    Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; `protos/README.md` lists all
+    reasons. Every method can return UNAVAILABLE with a `google.rpc.RetryInfo` while the server loads its model. If the
+    server requires API keys, every method can also return UNAUTHENTICATED.
     """
 
     @_abc_1.abstractmethod
@@ -158,18 +166,19 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _calotype_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_calotype_pb2.Progress], _abc.AsyncIterator[_calotype_pb2.Progress]]:
-        """Starts a generation and follows it to its end.
+        """Starts a generation and streams its progress until it ends.
 
-        The first message leaves at once, before any model work, and until the end no more than 10 seconds pass without one:
-        where there is no news, in a queue or a long step, a message says so by nothing but its number. Messages are merged
-        when the reader is slow: only the newest preview is kept, and the last message is never lost. What leaving the stream does to the generation is
-        the caller's choice: `GenerateRequest.on_disconnect`.
+        The server sends the first message immediately, before any model work. After that, a message follows at least every
+        10 seconds until the end. During quiet periods, such as waiting in the queue or a long step, the server sends
+        heartbeats: a `Progress` that differs from the previous one only in `sequence`. If the reader is slow, messages are
+        merged: only the newest preview is kept, and the last message is never lost. `GenerateRequest.on_disconnect`
+        decides what happens to the generation when the caller leaves the stream.
 
         Errors before the first message: INVALID_ARGUMENT with `google.rpc.BadRequest` (every violation at once),
-        FAILED_PRECONDITION (this server lacks the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo` (queue
-        full, or more than the caller's key allows), DEADLINE_EXCEEDED (the deadline cannot be met), UNAVAILABLE with
-        `google.rpc.RetryInfo` (loading, draining, or the request cannot be kept), ALREADY_EXISTS (`request_id` was used for
-        another request). Later, the status repeats `Progress.error`.
+        FAILED_PRECONDITION (the server does not offer the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo`
+        (the queue is full, or a limit of the caller's key is reached), DEADLINE_EXCEEDED (the deadline cannot be met),
+        UNAVAILABLE with `google.rpc.RetryInfo` (the server is loading or draining, or cannot store the request),
+        ALREADY_EXISTS (`request_id` was used with other parameters). Later errors: the status repeats `Progress.error`.
         """
 
     @_abc_1.abstractmethod
@@ -178,13 +187,16 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _calotype_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_calotype_pb2.Progress], _abc.AsyncIterator[_calotype_pb2.Progress]]:
-        """Follows a generation that somebody has started, from any connection: the newest preview again, or the end, and then
-        whatever comes. Any number may watch, each with previews of their own size and rate.
+        """Streams the progress of a generation that was started earlier, from any connection. The first message carries the
+        current state with the newest preview, if any, or the end if the generation has ended; further messages follow
+        until the end. Any number of readers can watch, each with its own preview size and rate.
 
-        Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it ended too long ago). Later,
-        the status repeats `Progress.error`. Of several servers only the one that began a generation knows it, see
-        `Model.replica`; the others, and one that was started anew without kept state, answer NOT_FOUND with the reason
-        OTHER_REPLICA, to `Cancel` and `Finish` as well.
+        Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained).
+        Later errors: the status repeats `Progress.error`.
+
+        With several servers, only the server that started a generation knows it, see `Model.replica`. Other servers, and a
+        server that restarted without stored state, return NOT_FOUND with the reason OTHER_REPLICA. This also applies to
+        `Cancel` and `Finish`.
         """
 
     @_abc_1.abstractmethod
@@ -193,9 +205,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _calotype_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_calotype_pb2.CancelResponse, _abc.Awaitable[_calotype_pb2.CancelResponse]]:
-        """Cancels a queued or running generation. Idempotent: cancelling one that has ended is not an error.
+        """Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
 
-        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
+        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
         """
 
     @_abc_1.abstractmethod
@@ -204,10 +216,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _calotype_pb2.FinishRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_calotype_pb2.FinishResponse, _abc.Awaitable[_calotype_pb2.FinishResponse]]:
-        """Ends a generation early with the picture as it is: after the step under way, the model's current estimate is decoded
-        and becomes the final image. One that has not begun denoising gets its first step. Idempotent.
+        """Ends a generation early: after the current step, the server decodes the model's current estimate, which becomes the
+        final image. A generation that has not started denoising gets its first step before it ends. Idempotent.
 
-        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it ended too long ago).
+        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
         """
 
     @_abc_1.abstractmethod
@@ -216,10 +228,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _calotype_pb2.ListGenerationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_calotype_pb2.ListGenerationsResponse, _abc.Awaitable[_calotype_pb2.ListGenerationsResponse]]:
-        """Lists the caller's own generations that run or have not been forgotten yet, the newest first;
-        an operator's key lists everybody's.
+        """Lists the caller's own generations that are queued, running or still retained, newest first. With an operator's
+        key, lists the generations of all callers.
 
-        Errors: INVALID_ARGUMENT (page size or token).
+        Errors: INVALID_ARGUMENT (page size or page token).
         """
 
     @_abc_1.abstractmethod

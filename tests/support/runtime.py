@@ -10,7 +10,7 @@ from calotype_server import errors
 from calotype_server.api.service import Api
 from calotype_server.apps.instruments import Instruments
 from calotype_server.apps.runtime import Runtime
-from calotype_server.observability.events import Observe, ignore, to_all
+from calotype_server.observability.events import Observe, ignore
 from calotype_server.settings import Settings
 
 if TYPE_CHECKING:
@@ -67,13 +67,11 @@ async def running_runtime(
         settings: Further fields of `Settings`.
     """
     given = {"drain_seconds": 0, "watchdog_seconds": 0, **settings}
-    instruments = Instruments(tracing_wanted=False)
-    instruments.observe = to_all(instruments.observe, observe)
     async with Runtime(
         Settings(**given),
         WithSlots(engine, max_active),
         service=service or Api(Settings().limits),
-        instruments=instruments,
+        instruments=Instruments(False, observe),
         store=store,
         warm_up=False,
     ) as runtime:

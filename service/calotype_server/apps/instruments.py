@@ -22,6 +22,7 @@ class Instruments:
     Args:
         tracing_wanted: True to require OpenTelemetry, False to disable it, None to use it if its environment variables
             configure it.
+        observers: Further receivers of the same events.
 
     Attributes:
         metrics: The Prometheus metrics.
@@ -31,14 +32,13 @@ class Instruments:
         TracingUnavailable: Tracing is required, but its packages are missing.
     """
 
-    def __init__(self, tracing_wanted: bool | None) -> None:
+    def __init__(self, tracing_wanted: bool | None, *observers: Observe) -> None:
         self.metrics = ServerMetrics(__version__)
         self._tracer: tracing.Tracing | None = None
         if tracing_wanted or (tracing_wanted is None and tracing.is_configured()):
             self._tracer = tracing.from_environment(__version__, required=bool(tracing_wanted))
-        self.observe: Observe = self.metrics.observe
-        if self._tracer is not None:
-            self.observe = to_all(self.metrics.observe, self._tracer.observe)
+        traces = () if self._tracer is None else (self._tracer.observe,)
+        self.observe: Observe = to_all(self.metrics.observe, *traces, *observers)
 
     async def __aenter__(self) -> Self:
         return self

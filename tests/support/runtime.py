@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class WithSlots:
-    """An engine whose model has another number of slots.
+    """Wraps an engine and overrides the number of slots of its model.
 
     Args:
-        engine: Does the work.
+        engine: Receives all calls.
         max_active: Number of slots.
     """
 

@@ -13,7 +13,7 @@ import pytest
 from calotype_server.limits import PortLimits
 from calotype_server.transport.grpcweb import GrpcWeb
 from support.grpcweb import Connection, Frames, frame, read_answer
-from support.lab import NAME, PATIENCE, echo, handlers, lab, turns, until
+from support.lab import NAME, PATIENCE, echo, handlers, lab, run_loop, until
 
 UNAVAILABLE = "14"
 
@@ -219,9 +219,9 @@ class TestAsApplication:
 
         arriving.put_nowait({**REQUEST, "more_body": True})
         answering = asyncio.create_task(self.app()(SCOPE, arriving.get, send))
-        await turns(100)
+        await run_loop(100)
         arriving.put_nowait({"type": "http.request", "body": b"", "more_body": False})
-        await turns(100)
+        await run_loop(100)
         room.set()
         await asyncio.wait_for(answering, PATIENCE)
         frames = Frames(text=False).feed(b"".join(event.get("body", b"") for event in sent))

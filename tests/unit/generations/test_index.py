@@ -66,7 +66,7 @@ async def leave(reader: asyncio.Task) -> None:
 
 
 class TestWhileItIsWritten:
-    """No caller hears of a generation before it is on disk, and a reader that leaves in the meantime has left."""
+    """No caller sees a generation before it is on disk, and a reader may disconnect during the write."""
 
     async def test_a_second_identical_request_waits_for_the_write(self, tmp_path: Path) -> None:
         """The first reader leaves during the write; the second one still gets the image."""

@@ -144,7 +144,7 @@ class AsyncClient:
                 Default: drawn at random by the server.
             scheduler: One of `Model.schedulers`.
             priority: Rank in the queue, "interactive" or "batch". Default: "interactive".
-            on_disconnect: What leaving early does. "cancel" ends the generation. "keep" lets it run to its end, and
+            on_disconnect: Effect of leaving the generation early. "cancel" ends it. "keep" lets it run to its end, and
                 `watch` can follow it for a while after that. Default: "cancel".
             disconnect_grace: Seconds for which the server keeps a generation that lost its reader, 0 to 3600. Applies
                 to "cancel" only. Default: 10, or 0 when the client's `retries` is 0.

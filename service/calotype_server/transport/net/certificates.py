@@ -19,7 +19,7 @@ __all__ = ["Certificates", "upstream_credentials"]
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """What new connections use, on either port."""
+    """The certificate and settings of new connections, on either port."""
 
     context: ssl.SSLContext
     configuration: Any  # grpc.ServerCertificateConfiguration

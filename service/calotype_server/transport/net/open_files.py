@@ -11,7 +11,7 @@ __all__ = ["raise_open_file_limit"]
 _log = structlog.get_logger(__name__)
 
 _RESERVE = 128
-"""Open files besides connections: regular files, pipes, and connections that are about to be rejected."""
+"""Open files that are not connections: regular files, pipes, and connections that are about to be rejected."""
 
 
 def raise_open_file_limit(connections: int) -> None:

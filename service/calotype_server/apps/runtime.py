@@ -1,4 +1,4 @@
-"""Everything of a server but its ports: the generations around an engine, and their orderly end."""
+"""Everything in a server except its ports: an engine, its generations, and their orderly shutdown."""
 
 from __future__ import annotations
 

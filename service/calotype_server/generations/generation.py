@@ -163,7 +163,7 @@ class Generation:
     # Running
 
     def begin(self, run: Coroutine[object, object, None]) -> None:
-        """Runs the generation in a task of its own."""
+        """Runs the generation in its own task."""
         self._run = asyncio.create_task(run, name=f"generation-{self.id}")
 
     async def finished(self) -> None:

@@ -1,4 +1,4 @@
-"""Retains ended generations for a while, bounded in time, number and bytes, so that callers can come back to them."""
+"""Retains ended generations for a while, bounded in time, number and bytes, so that callers can still watch them."""
 
 from __future__ import annotations
 

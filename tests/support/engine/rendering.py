@@ -13,11 +13,8 @@ from calotype_server.types import Job, Pixels, PreviewMethod, PreviewOptions, Pr
 PATIENCE = 20
 """Seconds until a test that waits for something gives up."""
 
-
 # An explicit method, so that the budget does not choose.
 OPTIONS = PreviewOptions(method=PreviewMethod.HEAD)
-
-
 JOB = Job("a red apple", None, 64, 32, 9, None, 0, "DDIMScheduler", OPTIONS)
 
 

@@ -84,7 +84,7 @@ class TestLocalFolder:
         assert rejection(name) == f"There is no folder {name!r}."
 
     def test_file_is_no_folder(self, tmp_path):
-        """A single file is rejected, whatever its suffix."""
+        """A single file is rejected, regardless of its suffix."""
         file = tmp_path / "model.safetensors"
         file.touch()
         assert rejection(file) == f"There is no folder {str(file)!r}."

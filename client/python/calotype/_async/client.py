@@ -242,7 +242,7 @@ class AsyncClient:
             request.page_token = answer.next_page_token
 
     async def finish(self, generation_id: str) -> Phase:
-        """Ends a generation early and keeps its current picture. The generation may belong to any client.
+        """Ends a generation early; its current estimate becomes the final image. Any client may have started it.
 
         After the current step, the model's estimate of the finished image becomes the final image. Every reader of the
         generation receives it. Waits up to 10 s for the answer.

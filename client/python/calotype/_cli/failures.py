@@ -1,4 +1,4 @@
-"""How commands end: messages and exit codes."""
+"""Messages and exit codes of commands."""
 
 import sys
 from typing import NoReturn

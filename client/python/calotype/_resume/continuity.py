@@ -1,4 +1,4 @@
-"""Joins the messages of several calls to one stream that shows nothing twice and never goes back."""
+"""Joins the messages of several calls to one stream that never repeats or goes back."""
 
 from __future__ import annotations
 

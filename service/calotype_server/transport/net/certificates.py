@@ -104,7 +104,7 @@ class Certificates:
 
 
 class _ReloadingContext(ssl.SSLContext):
-    """Delegates each new connection to the most recently loaded context, since asyncio keeps one context for ever."""
+    """Delegates each new connection to the most recently loaded context, since asyncio never replaces its context."""
 
     _certificates: Certificates
 

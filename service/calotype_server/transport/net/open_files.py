@@ -15,7 +15,7 @@ _RESERVE = 128
 
 
 def raise_open_file_limit(connections: int) -> None:
-    """Raises this process's limit on open files, as far as the system allows; logs a warning if that is too few.
+    """Raises this process's limit on open files up to the system's maximum; logs a warning if that is too low.
 
     Args:
         connections: Largest number of connections on all ports together.

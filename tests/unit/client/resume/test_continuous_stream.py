@@ -6,11 +6,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calotype import (
-    CalotypeError,
-    NotFound,
-    Unavailable,
-)
+from calotype import CalotypeError, NotFound, Unavailable
 from calotype._assembler import Assembler
 from calotype._resume.backoff import RetryPolicy
 from calotype._resume.policy import Resumption, make_resumable
@@ -18,11 +14,7 @@ from calotype._status import stream_incomplete
 from calotype.v1 import calotype_pb2 as v1
 
 LOST = Unavailable("Socket closed")
-
-
 UNREACHABLE = Unavailable("failed to connect to all addresses; last error: ...")
-
-
 STEPS = 5
 
 

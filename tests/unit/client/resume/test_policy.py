@@ -18,8 +18,6 @@ from calotype._resume.policy import Resumption, make_resumable
 from calotype.v1 import calotype_pb2 as v1
 
 LOST = Unavailable("Socket closed")
-
-
 UNREACHABLE = Unavailable("failed to connect to all addresses; last error: ...")
 
 

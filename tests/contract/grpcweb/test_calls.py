@@ -117,11 +117,11 @@ async def test_buffers_for_a_stalled_reader_are_small() -> None:
 
 async def test_stopping_completes_active_calls_and_rejects_new_ones() -> None:
     """An active call completes within the grace period; a new call gets UNAVAILABLE with details."""
-    go_on, waiting = asyncio.Event(), asyncio.Event()
+    proceed, waiting = asyncio.Event(), asyncio.Event()
 
     async def wait(request, context):
         waiting.set()
-        await go_on.wait()
+        await proceed.wait()
         yield b"done"
 
     async with lab(methods={"Wait": wait, "Echo": echo}) as server:
@@ -135,7 +135,7 @@ async def test_stopping_completes_active_calls_and_rejects_new_ones() -> None:
         _, trailers = read_answer(await idle.answer())
         assert trailers["grpc-status"] == UNAVAILABLE
         assert trailers["grpc-status-details-bin"]
-        go_on.set()
+        proceed.set()
         assert read_answer(await running.answer())[0] == [b"done"]
         await asyncio.wait_for(stopping, PATIENCE)
         running.close()

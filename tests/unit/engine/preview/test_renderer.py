@@ -208,12 +208,12 @@ class TestIdleTasks:
 
     def test_a_step_runs_between_two_tasks(self, renderer, head, events):
         """A step that becomes due during a task is rendered before the next task."""
-        started, go_on = threading.Event(), threading.Event()
-        renderer.when_idle(lambda: (started.set(), go_on.wait(PATIENCE)))
+        started, proceed = threading.Event(), threading.Event()
+        renderer.when_idle(lambda: (started.set(), proceed.wait(PATIENCE)))
         assert started.wait(PATIENCE)
         renderer.when_idle(lambda: events.put("second"))
         renderer.open_queue(JOB, events.put).offer(step(1))
-        go_on.set()
+        proceed.set()
         assert [events.get(timeout=PATIENCE) for _ in range(2)] == [preview(1), "second"]
 
     def test_a_failing_task_is_logged(self, renderer, events, logs):

@@ -1,8 +1,8 @@
-"""For all tests."""
+"""Environment and plugins of all tests."""
 
 import os
 
-# As the server sets it: tests share their cores, and spinning OpenMP threads are the slowest neighbours.
+# The server sets this, too. Tests share cores, and spinning OpenMP threads slow the others down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

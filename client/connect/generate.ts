@@ -1,4 +1,4 @@
-// Generates a picture with connect-node, and saves its previews; Ctrl-C cancels. See ../README.md.
+// Generates an image with connect-node, and saves its previews; Ctrl-C cancels. See ../README.md.
 //
 //     node dist/generate.js [HOST:PORT [PROMPT [STEPS]]]
 import { writeFileSync } from "node:fs";

@@ -1,4 +1,4 @@
-// Generates a picture and saves its previews; Ctrl-C cancels. See ../README.md.
+// Generates an image and saves its previews; Ctrl-C cancels. See ../README.md.
 //
 //     generate [HOST:PORT [PROMPT [STEPS]]]
 #include <csignal>

@@ -1,4 +1,4 @@
-// Generates a picture and saves its previews; Ctrl-C cancels. See ../README.md.
+// Generates an image and saves its previews; Ctrl-C cancels. See ../README.md.
 //
 //	generate [HOST:PORT [PROMPT [STEPS]]]
 package main
@@ -54,7 +54,7 @@ func main() {
 	os.Exit(1)
 }
 
-// generate reads a generation to its end and saves its pictures.
+// generate reads a generation to its end and saves its images.
 func generate(ctx context.Context, address string, request *pb.GenerateRequest) error {
 	connection, err := grpc.Dial(address, grpc.WithInsecure())
 	if err != nil {

@@ -1,4 +1,4 @@
-// Generates a picture with grpc-js and proto-loader, and saves its previews; Ctrl-C cancels. See ../README.md.
+// Generates an image with grpc-js and proto-loader, and saves its previews; Ctrl-C cancels. See ../README.md.
 //
 //     node generate.js [HOST:PORT [PROMPT [STEPS]]]
 import { writeFileSync } from "node:fs";

@@ -1,4 +1,4 @@
-# Generates a picture and saves its previews; Ctrl-C cancels. See ../README.md.
+# Generates an image and saves its previews; Ctrl-C cancels. See ../README.md.
 #
 #     ruby -I ../../build/clients/ruby generate.rb [HOST:PORT [PROMPT [STEPS]]]
 require "calotype/v1/calotype_services_pb"

@@ -1,4 +1,4 @@
-"""The Calotype server: drives a diffusers pipeline and streams what forms. `calotype serve` starts it."""
+"""The Calotype server: runs a diffusers pipeline and streams its previews and images. `calotype serve` starts it."""
 
 from importlib.metadata import version
 

@@ -73,7 +73,7 @@ def scripted_server() -> Iterator[Server]:
             native, web = process.stdout.readline().split()
             yield Server(psutil.Process(process.pid), native, web)
         finally:
-            # Some streams never end, so the server would not stop by itself.
+            # Some streams never end, so the server would never stop without this.
             process.kill()
 
 

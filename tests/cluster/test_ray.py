@@ -106,7 +106,7 @@ async def test_violations_arrive_typed(client: calotype.AsyncClient) -> None:
 @pytest.mark.parametrize("method", ["Cancel", "Finish", "Watch"])
 async def test_an_unknown_generation_is_not_found(stub: GenerationServiceStub, method: str) -> None:
     """Every method returns NOT_FOUND with the reason OTHER_REPLICA for an unknown id, from any replica."""
-    request = getattr(pb, f"{method}Request")(generation_id="feedbeef.nobody")
+    request = getattr(pb, f"{method}Request")(generation_id="feedbeef.unknown")
     with pytest.raises(grpc.aio.AioRpcError) as rejected:
         call = getattr(stub, method)(request)
         await (call.read() if method == "Watch" else call)

@@ -1,4 +1,4 @@
-"""The same promises on every port."""
+"""Fixtures that run a test over every transport."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from support.service import GRPC_TRANSPORTS, TRANSPORTS
 
 @pytest.fixture(params=TRANSPORTS)
 def transport(request: pytest.FixtureRequest) -> str:
-    """A way to the service."""
+    """A transport to the service."""
     return request.param
 
 
 @pytest.fixture(params=GRPC_TRANSPORTS)
 def grpc_transport(request: pytest.FixtureRequest) -> str:
-    """A way to gRPC's own, such as health and handlers of any kind."""
+    """A gRPC transport, for tests of health, reflection and handlers of any kind."""
     return request.param

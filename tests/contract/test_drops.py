@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 STEPS = 3
 MOMENTS = ["queued", *range(STEPS), "decoding"]
-"""When the connection drops: while another generation runs, after so many steps, or when the steps are done."""
+"""When the connection drops: in the queue, after this many steps, or while decoding."""
 
 
-async def drop_at(moment: str | int, service: Service, engine: FakeEngine, **terms) -> tuple[str, list]:
-    """Starts a generation, drops its connection at a moment, and returns its id and what else runs."""
+async def drop_at(moment: str | int, service: Service, engine: FakeEngine, **options) -> tuple[str, list]:
+    """Starts a generation, drops its connection at a moment, and returns its id and the other running calls."""
     others = []
     if moment == "queued":
         others.append(service.stub.Generate(pb.GenerateRequest(prompt="first", seed=1, step_count=1)))
         await read_until(others[0], pb.PHASE_DENOISING)
-    call = service.stub.Generate(pb.GenerateRequest(prompt="a red apple", seed=7, step_count=STEPS, **terms))
+    call = service.stub.Generate(pb.GenerateRequest(prompt="a red apple", seed=7, step_count=STEPS, **options))
     message = await call.read()
     if moment == "decoding":
         engine.decoding.clear()
@@ -39,26 +39,26 @@ async def drop_at(moment: str | int, service: Service, engine: FakeEngine, **ter
         while message.phase < pb.PHASE_DENOISING or message.step < moment:
             message = await call.read()
     call.cancel()
-    await left(service, message.generation_id)
+    await wait_until_disconnected(service, message.generation_id)
     return message.generation_id, others
 
 
-async def left(service: Service, generation_id: str) -> None:
-    """Waits until the server has noticed that nobody reads any more."""
+async def wait_until_disconnected(service: Service, generation_id: str) -> None:
+    """Waits until the server has noticed that the generation has no readers."""
     async with asyncio.timeout(20):
-        while service.generations.find(generation_id, Caller("")).readers:  # noqa: ASYNC110 - nothing tells
+        while service.generations.find(generation_id, Caller("")).readers:  # noqa: ASYNC110 - there is no event
             await asyncio.sleep(0)
 
 
 def release(engine: FakeEngine) -> None:
-    """Lets everything run to its end."""
+    """Lets all generations finish."""
     engine.allow()
     engine.decoding.set()
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 async def test_cancel_frees_the_slot(moment: str | int, transport: str) -> None:
-    """Nobody reads: no further step is taken, the next caller is served, and the end says CANCELLED."""
+    """A generation without readers stops before its next step and ends as CANCELLED; the next caller is served."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine, transport=transport) as service:
@@ -74,13 +74,13 @@ async def test_cancel_frees_the_slot(moment: str | int, transport: str) -> None:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-async def test_keep_goes_on_and_a_grace_waits(moment: str | int, transport: str) -> None:
-    """With KEEP, and with a grace within which somebody comes back, whoever watches gets the whole picture."""
-    for terms in ({"on_disconnect": pb.DISCONNECT_POLICY_KEEP}, {"disconnect_grace": Duration(seconds=600)}):
+async def test_keep_and_a_grace_period_let_a_generation_finish(moment: str | int, transport: str) -> None:
+    """With KEEP, or when a reader returns within the grace period, a watcher receives the final image."""
+    for options in ({"on_disconnect": pb.DISCONNECT_POLICY_KEEP}, {"disconnect_grace": Duration(seconds=600)}):
         engine = FakeEngine()
         engine.hold()
         async with running(engine, transport=transport) as service:
-            generation_id, others = await drop_at(moment, service, engine, **terms)
+            generation_id, others = await drop_at(moment, service, engine, **options)
             watched = service.stub.Watch(pb.WatchRequest(generation_id=generation_id))
             first = await watched.read()
             assert first.phase < pb.PHASE_SUCCEEDED

@@ -1,4 +1,4 @@
-"""What a caller of `Generate` may rely on, over a real socket, with an engine whose steps the test controls."""
+"""`Generate` over a real socket, with an engine whose steps the test controls."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ RED_APPLE = pb.GenerateRequest(prompt="a red apple", seed=7)
 
 @pytest.fixture
 def engine() -> FakeEngine:
-    """One that runs freely unless told to hold."""
+    """An engine that runs without waiting unless the test calls `hold`."""
     return FakeEngine()
 
 
 @pytest.fixture
 async def service(engine: FakeEngine, transport: str) -> AsyncIterator[Service]:
-    """A server around it, with room for four in the queue."""
+    """A server with this engine and four places in the queue."""
     async with running(engine, transport=transport) as service:
         yield service
 
 
-async def wait_for(semaphore) -> None:
-    """Waits in a thread, so that the loop goes on."""
+async def acquire(semaphore) -> None:
+    """Acquires a semaphore in a thread, so that the event loop keeps running."""
     assert await asyncio.to_thread(semaphore.acquire, timeout=20)
 
 
 def details(error: grpc.aio.AioRpcError) -> dict[str, object]:
-    """The typed details of a status, by name."""
+    """Returns the typed details of a status, by name."""
     status = rpc_status.from_call(error)
     found = {}
     for kind in (BadRequest, ErrorInfo, RetryInfo):
@@ -56,8 +56,8 @@ def details(error: grpc.aio.AioRpcError) -> dict[str, object]:
     return found
 
 
-async def test_a_stream_tells_the_whole_story_in_order(service: Service) -> None:
-    """Numbers rise, phases and steps never go back, and the last message has the final PNG, the seed and timings."""
+async def test_a_stream_reports_progress_in_order(service: Service) -> None:
+    """Sequence numbers rise, phases and steps never go back, and the last message has the PNG, the seed and timings."""
     messages = [message async for message in service.stub.Generate(RED_APPLE)]
     for before, after in itertools.pairwise(messages):
         assert after.sequence > before.sequence
@@ -73,8 +73,8 @@ async def test_a_stream_tells_the_whole_story_in_order(service: Service) -> None
     assert last.timings.total.ToNanoseconds() >= last.timings.denoising.ToNanoseconds() >= 0
 
 
-async def test_every_step_shows_a_preview_to_a_reader_who_keeps_up(service: Service, engine: FakeEngine) -> None:
-    """Steps released one by one come with one JPEG each, of the step they show."""
+async def test_a_fast_reader_gets_a_preview_of_every_step(service: Service, engine: FakeEngine) -> None:
+    """When steps are released one by one, each has one JPEG, labelled with its step."""
     engine.hold()
     call = service.stub.Generate(RED_APPLE)
     shown = []
@@ -91,8 +91,8 @@ async def test_every_step_shows_a_preview_to_a_reader_who_keeps_up(service: Serv
     assert shown == [(step, True) for step in (1, 2, 3, 4)]
 
 
-async def test_the_first_message_comes_before_any_work(service: Service, engine: FakeEngine) -> None:
-    """While the engine has not taken a step, the caller already holds an id."""
+async def test_the_first_message_arrives_before_the_first_step(service: Service, engine: FakeEngine) -> None:
+    """The caller knows the generation's id before the engine has taken a step."""
     engine.hold()
     call = service.stub.Generate(RED_APPLE)
     message = await call.read()
@@ -101,7 +101,7 @@ async def test_the_first_message_comes_before_any_work(service: Service, engine:
     call.cancel()
 
 
-async def test_all_violations_come_at_once_with_details(service: Service) -> None:
+async def test_all_invalid_fields_are_reported_together(service: Service) -> None:
     """INVALID_ARGUMENT carries a BadRequest that names each field, and an ErrorInfo."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await service.stub.Generate(pb.GenerateRequest(width_px=7, seed=-1)).read()
@@ -111,11 +111,11 @@ async def test_all_violations_come_at_once_with_details(service: Service) -> Non
     assert (found["ErrorInfo"].reason, found["ErrorInfo"].domain) == ("INVALID_REQUEST", "calotype")
 
 
-async def test_waiting_callers_learn_their_position_as_it_changes(service: Service, engine: FakeEngine) -> None:
-    """The third in line is told 2, then 1, then starts."""
+async def test_queue_positions_are_sent_as_they_change(service: Service, engine: FakeEngine) -> None:
+    """The second waiting caller receives position 2, then 1, then starts."""
     engine.hold()
     running_call = service.stub.Generate(RED_APPLE)
-    await wait_for(engine.at_step)
+    await acquire(engine.at_step)
     second = service.stub.Generate(RED_APPLE)
     assert (await second.read()).queue_position == 1
     third = service.stub.Generate(RED_APPLE)
@@ -128,12 +128,12 @@ async def test_waiting_callers_learn_their_position_as_it_changes(service: Servi
     assert engine.most_active == 1
 
 
-async def test_a_full_queue_answers_at_once_with_retry_info(engine: FakeEngine, transport: str) -> None:
-    """RESOURCE_EXHAUSTED, with a time to come back; those accepted are served all the same."""
+async def test_a_full_queue_rejects_with_a_retry_delay(engine: FakeEngine, transport: str) -> None:
+    """The call fails immediately with RESOURCE_EXHAUSTED; generations that were accepted before still succeed."""
     engine.hold()
     async with running(engine, max_queue=1, transport=transport) as service:
         accepted = [service.stub.Generate(RED_APPLE)]
-        await wait_for(engine.at_step)
+        await acquire(engine.at_step)
         accepted.append(service.stub.Generate(RED_APPLE))
         await accepted[1].read()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -146,42 +146,42 @@ async def test_a_full_queue_answers_at_once_with_retry_info(engine: FakeEngine, 
             await read_until(call, pb.PHASE_SUCCEEDED)
 
 
-async def test_a_caller_who_leaves_while_running_frees_the_engine(service: Service, engine: FakeEngine) -> None:
+async def test_disconnecting_while_running_frees_the_slot(service: Service, engine: FakeEngine) -> None:
     """The run is stopped before its next step, and the next caller gets the slot."""
     engine.hold()
     call = service.stub.Generate(RED_APPLE)
     await read_until(call, pb.PHASE_DENOISING)
-    await wait_for(engine.at_step)
+    await acquire(engine.at_step)
     call.cancel()
-    # The engine is inside a step; it obeys when the step is over.
+    # The engine is inside a step and stops after it.
     assert await asyncio.to_thread(engine.stops[0].wait, timeout=20)
     engine.allow(1)
-    await wait_for(engine.stopped)
+    await acquire(engine.stopped)
     engine.allow()
     await read_until(service.stub.Generate(RED_APPLE), pb.PHASE_SUCCEEDED)
 
 
-async def test_a_caller_who_leaves_while_queued_never_runs(service: Service, engine: FakeEngine) -> None:
-    """Its place goes to the next, and the engine never hears of it."""
+async def test_disconnecting_in_the_queue_frees_the_place(service: Service, engine: FakeEngine) -> None:
+    """The next caller moves up, and the engine never receives the job."""
     engine.hold()
     first = service.stub.Generate(RED_APPLE)
-    await wait_for(engine.at_step)
-    leaver = service.stub.Generate(pb.GenerateRequest(prompt="never", seed=1))
-    await leaver.read()
-    stayer = service.stub.Generate(pb.GenerateRequest(prompt="stays", seed=2))
-    await stayer.read()
-    leaver.cancel()
-    assert (await stayer.read()).queue_position == 1
+    await acquire(engine.at_step)
+    leaving = service.stub.Generate(pb.GenerateRequest(prompt="never", seed=1))
+    await leaving.read()
+    staying = service.stub.Generate(pb.GenerateRequest(prompt="stays", seed=2))
+    await staying.read()
+    leaving.cancel()
+    assert (await staying.read()).queue_position == 1
     engine.allow()
     await read_until(first, pb.PHASE_SUCCEEDED)
-    await read_until(stayer, pb.PHASE_SUCCEEDED)
+    await read_until(staying, pb.PHASE_SUCCEEDED)
     assert [job.prompt for job in engine.jobs] == ["a red apple", "stays"]
 
 
-async def test_a_caller_who_leaves_while_decoding_holds_the_slot_until_the_thread_ends(
+async def test_disconnecting_while_decoding_frees_the_slot_after_the_decode(
     service: Service, engine: FakeEngine
 ) -> None:
-    """A decode cannot be interrupted: the next caller starts when it is over, not before, and not never."""
+    """A decode cannot be interrupted: the next caller starts when it has ended, not before."""
     engine.decoding.clear()
     call = service.stub.Generate(RED_APPLE)
     await read_until(call, pb.PHASE_DECODING)
@@ -196,14 +196,12 @@ async def test_a_caller_who_leaves_while_decoding_holds_the_slot_until_the_threa
 
 
 @pytest.mark.parametrize("queued", [False, True])
-async def test_cancel_by_id_ends_the_stream_with_a_typed_end(
-    service: Service, engine: FakeEngine, queued: bool
-) -> None:
-    """The stream says CANCELLED in a message and again in its status; cancelling twice is no error."""
+async def test_cancel_ends_the_stream_with_a_typed_end(service: Service, engine: FakeEngine, queued: bool) -> None:
+    """The last message and the status both say CANCELLED; cancelling twice is not an error."""
     engine.hold()
     ahead = service.stub.Generate(RED_APPLE) if queued else None
     if ahead is not None:
-        await wait_for(engine.at_step)
+        await acquire(engine.at_step)
     call = service.stub.Generate(RED_APPLE)
     first = await read_until(call, pb.PHASE_QUEUED if queued else pb.PHASE_DENOISING)
     answer = await service.stub.Cancel(pb.CancelRequest(generation_id=first.generation_id))
@@ -223,8 +221,8 @@ async def test_cancel_by_id_ends_the_stream_with_a_typed_end(
         await read_until(ahead, pb.PHASE_SUCCEEDED)
 
 
-async def test_cancel_while_decoding_ends_cancelled(service: Service, engine: FakeEngine) -> None:
-    """The answer says DECODING, so the end must not be a success."""
+async def test_cancel_while_decoding_ends_as_cancelled(service: Service, engine: FakeEngine) -> None:
+    """Cancel returns DECODING, so the generation must not succeed afterwards."""
     engine.decoding.clear()
     call = service.stub.Generate(RED_APPLE)
     message = await read_until(call, pb.PHASE_DECODING)
@@ -234,10 +232,10 @@ async def test_cancel_while_decoding_ends_cancelled(service: Service, engine: Fa
     assert (await read_until(call, pb.PHASE_CANCELLED)).error.reason == "CANCELLED"
 
 
-async def test_cancelling_what_does_not_exist_is_not_found(service: Service, transport: str) -> None:
-    """An unknown id and an empty one are told apart, but for paths, where there is no empty one."""
+async def test_cancelling_an_unknown_generation_is_not_found(service: Service, transport: str) -> None:
+    """An unknown id is NOT_FOUND; an empty one is INVALID_ARGUMENT, except in URL paths, which cannot have one."""
     empty = grpc.StatusCode.NOT_FOUND if transport == "sse" else grpc.StatusCode.INVALID_ARGUMENT
-    for generation_id, code in (("nobody", grpc.StatusCode.NOT_FOUND), ("", empty)):
+    for generation_id, code in (("unknown", grpc.StatusCode.NOT_FOUND), ("", empty)):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await service.stub.Cancel(pb.CancelRequest(generation_id=generation_id))
         assert caught.value.code() is code
@@ -251,10 +249,10 @@ async def test_cancelling_what_does_not_exist_is_not_found(service: Service, tra
         (RuntimeError("secret path /etc/shadow"), grpc.StatusCode.INTERNAL, "GENERATION_FAILED"),
     ],
 )
-async def test_failures_are_typed_and_the_service_goes_on(
+async def test_failures_are_typed_and_do_not_affect_later_calls(
     service: Service, engine: FakeEngine, failure: Exception, code: grpc.StatusCode, reason: str
 ) -> None:
-    """A failed generation ends with a message and a status that agree, tells no secrets, and harms nobody else."""
+    """The last message and the status agree and contain no secrets; the next generation succeeds."""
     engine.failure = failure
     call = service.stub.Generate(RED_APPLE)
     end = await read_until(call, pb.PHASE_FAILED)
@@ -268,29 +266,29 @@ async def test_failures_are_typed_and_the_service_goes_on(
     await read_until(service.stub.Generate(RED_APPLE), pb.PHASE_SUCCEEDED)
 
 
-async def test_a_dead_engine_is_reported_to_whoever_runs_the_server(service: Service, engine: FakeEngine) -> None:
-    """The generation fails, and the server learns that it should stop."""
+async def test_a_dead_engine_is_reported_to_the_server(service: Service, engine: FakeEngine) -> None:
+    """The generation fails, and the runtime signals that the engine is dead."""
     engine.failure = errors.EngineDead("The device failed.")
     await read_until(service.stub.Generate(RED_APPLE), pb.PHASE_FAILED)
     assert service.runtime.dead.is_set()
 
 
-async def test_a_deadline_that_passes_stops_the_work(service: Service, engine: FakeEngine) -> None:
-    """The caller gets DEADLINE_EXCEEDED, and the engine is told to stop."""
+async def test_an_exceeded_deadline_stops_the_generation(service: Service, engine: FakeEngine) -> None:
+    """The caller gets DEADLINE_EXCEEDED, and the engine stops."""
     engine.hold()
     await service.stub.GetModel(pb.GetModelRequest())
     call = service.stub.Generate(RED_APPLE, timeout=2)
-    await wait_for(engine.at_step)
+    await acquire(engine.at_step)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await read_until(call, pb.PHASE_SUCCEEDED)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert await asyncio.to_thread(engine.stops[0].wait, timeout=20)
     engine.allow()
-    await wait_for(engine.stopped)
+    await acquire(engine.stopped)
 
 
-async def test_a_reader_who_sleeps_loses_previews_but_never_the_end(engine: FakeEngine) -> None:
-    """Nothing is read until the work is over; the end is there, and what was not sent is counted."""
+async def test_a_slow_reader_loses_previews_but_not_the_end(engine: FakeEngine) -> None:
+    """A reader that returns after the end receives the end and the number of dropped previews."""
     async with (
         running(engine) as service,
         service.generations.start(await _job(service), DeliveryOptions()) as reader,
@@ -311,8 +309,8 @@ async def _job(service: Service):
     return validate(RED_APPLE, service.generations.model, LIMITS)[0]
 
 
-def test_a_large_final_image_comes_in_chunks_below_the_default_limit() -> None:
-    """7 MiB come as three consecutive messages under 4 MiB that join to the file."""
+def test_a_large_final_image_is_split_into_chunks() -> None:
+    """7 MiB are sent as three consecutive messages below 4 MiB, gRPC's default limit."""
     data = bytes(range(256)) * (7 * 1024 * 4)
     state = State(sequence=9, phase=Phase.SUCCEEDED, end=Succeeded(EncodedImage("png", 4, 4, data), Timings()))
     chunks = list(encoding.encode_update("id", 1, Update(state, None, 0), None))

@@ -127,17 +127,17 @@ async def test_an_exception_is_an_internal_error_without_its_text(grpc_transport
 
 async def test_initial_metadata_arrives_before_the_first_message(grpc_transport: str) -> None:
     """The client receives initial metadata while the handler is still running."""
-    go_on = asyncio.Event()
+    proceed = asyncio.Event()
 
     async def handler(request, context):
         await context.send_initial_metadata((("x-early", "yes"), ("x-early-bin", b"\x01")))
-        await go_on.wait()
+        await proceed.wait()
         yield b"late"
 
     async with lab(grpc_transport, {"Early": handler}) as server:
         call = server.stream("Early")
         assert dict(await call.initial_metadata())["x-early"] == "yes"
-        go_on.set()
+        proceed.set()
         assert await call.read() == b"late"
 
 

@@ -1,4 +1,4 @@
-"""Health from the first moment to the last, on both ports: the whole server in this process, around a fake engine."""
+"""Health on both ports from start to exit: the whole server in this process, with a fake engine."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 
 class Engine(FakeEngine):
-    """Takes two at a time."""
+    """An engine with two slots."""
 
     model = replace(MODEL, max_active=2)
 
 
 class Server:
-    """`app.serve` in a task, with an engine that is loaded when the test says so."""
+    """Runs `app.serve` in a task, with an engine that finishes loading when the test sets `loaded`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.engine = Engine()
         self.loaded = threading.Event()
         self._addresses: dict[str, asyncio.Future[str]] = {}
         for kind in (app.NativeServer, app.WebServer):
-            monkeypatch.setattr(kind, "start", self._noting(kind))
+            monkeypatch.setattr(kind, "start", self._record_address(kind))
 
     async def _load(self, *_: object) -> FakeEngine:
         assert await asyncio.to_thread(self.loaded.wait, PATIENCE)
         return self.engine
 
-    def _noting(self, kind: type):
+    def _record_address(self, kind: type):
         original, addresses = kind.start, self._addresses
 
         async def start(server, *arguments: str) -> str:
@@ -68,7 +68,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def running(self, **settings: object) -> AsyncIterator[None]:
-        """Serves while the block runs."""
+        """Runs the server for the duration of the block."""
         self._addresses.update(
             NativeServer=asyncio.get_running_loop().create_future(),
             WebServer=asyncio.get_running_loop().create_future(),
@@ -93,7 +93,7 @@ class Server:
                 web.close()
 
     async def health(self) -> set[int]:
-        """What the health service says on both ports, of the service and of the whole server."""
+        """Returns the health statuses on both ports, of the service and of the whole server."""
         answers = [
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
             for channel in self.channels
@@ -102,7 +102,7 @@ class Server:
         return {answer.status for answer in answers}
 
     async def get(self, path: str) -> tuple[int, str]:
-        """Status and body of a page of the web port."""
+        """Returns the HTTP status and body of a path on the web port."""
         connection = await Connection.open(self.web_address)
         try:
             await connection.request("GET", path, {"host": self.web_address})
@@ -112,14 +112,14 @@ class Server:
         return head.status_code, body.decode()
 
     async def probes(self) -> tuple[set[int], int, int, float]:
-        """All that can be asked: gRPC health, `/healthz`, `/readyz`, the metric."""
+        """Returns the results of all probes: gRPC health, `/healthz`, `/readyz` and the metric."""
         serving = Scrape((await self.get("/metrics"))[1]).value("calotype_serving")
         return await self.health(), (await self.get("/healthz"))[0], (await self.get("/readyz"))[0], serving
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch):
-    """Leaves logging and signals as they were."""
+    """A server; restores the logging configuration after the test."""
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
     yield Server(monkeypatch)
@@ -129,8 +129,8 @@ def server(monkeypatch: pytest.MonkeyPatch):
     structlog.reset_defaults()
 
 
-async def test_loading_serving_and_draining(server: Server) -> None:
-    """Alive all along; ready only between the loading of the model and SIGTERM."""
+async def test_probes_while_loading_serving_and_draining(server: Server) -> None:
+    """The server is always alive, and ready only from the end of loading until SIGTERM."""
     async with server.running():
         assert await server.probes() == ({NOT_SERVING}, 200, 503, 0)
         server.loaded.set()
@@ -150,7 +150,7 @@ async def test_loading_serving_and_draining(server: Server) -> None:
 
 
 async def test_a_dead_device_ends_the_server(server: Server) -> None:
-    """NOT_SERVING as soon as one generation has died of it, while another is still on its way out; exit code 1."""
+    """Health becomes NOT_SERVING when the first generation fails, before the others have ended; the exit code is 1."""
     async with server.running():
         server.loaded.set()
         await asyncio.wait_for(server.ready(), PATIENCE)
@@ -170,8 +170,8 @@ async def test_a_dead_device_ends_the_server(server: Server) -> None:
         assert await asyncio.wait_for(server.serving, PATIENCE) == 1
 
 
-async def test_metrics_move_to_an_address_of_their_own(server: Server) -> None:
-    """Then the web port has none."""
+async def test_metrics_can_have_their_own_address(server: Server) -> None:
+    """With a metrics address, the web port does not serve `/metrics`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"

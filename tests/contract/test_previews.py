@@ -1,4 +1,4 @@
-"""Previews and final images to order, over a real socket."""
+"""Options for previews and final images, over a real socket."""
 
 from __future__ import annotations
 
@@ -35,38 +35,38 @@ STEPS = 9
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache in which the tiny SD1.5 is calibrated once."""
+    """A cache folder, so that the tiny SD1.5 is calibrated only once."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 async def tiny_service(heads: Path) -> AsyncIterator[Service]:
-    """A server around a real engine with tiny weights."""
+    """A server with a real engine and tiny weights."""
     engine = build_engine("tiny", tiny.build("sd15"), defaults=Defaults(), cache_dir=heads, threads=1)
     async with running(engine) as service:
         yield service
 
 
 def request(output: pb.OutputOptions | None = None, **preview: object) -> pb.GenerateRequest:
-    """A small picture with these preview options."""
+    """Returns a request for a small image with these preview options."""
     return pb.GenerateRequest(
         prompt="a red äpple", seed=7, step_count=STEPS, preview=pb.PreviewOptions(**preview), output=output
     )
 
 
 async def messages(service: Service, wanted: pb.GenerateRequest) -> list[pb.Progress]:
-    """The whole stream."""
+    """Returns all messages of a call."""
     return [message async for message in service.stub.Generate(wanted)]
 
 
 def previews(stream: list[pb.Progress]) -> list[pb.Progress]:
-    """The messages with a preview."""
+    """Returns the messages that have a preview."""
     return [message for message in stream if message.image_kind == pb.IMAGE_KIND_PREDICTED]
 
 
 @pytest.mark.parametrize("method", [pb.PREVIEW_METHOD_HEAD, pb.PREVIEW_METHOD_FULL_VAE])
-async def test_all_preview_options_hold_together(tiny_service: Service, method: pb.PreviewMethod.ValueType) -> None:
-    """Every fourth step and the last at most, at 40 pixels, by the method that was asked for; what is lost is told."""
+async def test_all_preview_options_apply_together(tiny_service: Service, method: pb.PreviewMethod.ValueType) -> None:
+    """At most every fourth step and the last, 40 pixels wide, by the requested method; dropped previews are counted."""
     stream = await messages(tiny_service, request(every_steps=4, max_edge_px=40, quality=30, method=method))
     shown = previews(stream)
     steps = [message.image_step for message in shown]
@@ -81,23 +81,23 @@ async def test_all_preview_options_hold_together(tiny_service: Service, method: 
     assert stream[-1].preview_method == pb.PREVIEW_METHOD_UNSPECIFIED
 
 
-async def test_a_long_interval_leaves_the_first_and_the_last(tiny_service: Service) -> None:
-    """A minute between previews of a picture that takes a second."""
+async def test_a_long_interval_allows_the_first_and_last_preview(tiny_service: Service) -> None:
+    """With a minute between previews, a generation of one second has only the first and the last."""
     stream = await messages(tiny_service, request(min_interval=Duration(seconds=60), method=pb.PREVIEW_METHOD_HEAD))
     assert {message.image_step for message in previews(stream)} <= {1, STEPS}
     assert len(previews(stream)) + stream[-1].previews_dropped == 2
 
 
-async def test_none_streams_progress_without_pictures(tiny_service: Service) -> None:
-    """The end has the picture all the same, and nothing counts as dropped."""
+async def test_method_none_streams_progress_without_previews(tiny_service: Service) -> None:
+    """The final image still arrives, and no preview counts as dropped."""
     stream = await messages(tiny_service, request(method=pb.PREVIEW_METHOD_NONE))
     assert previews(stream) == []
     assert (stream[-1].phase, stream[-1].previews_dropped) == (pb.PHASE_SUCCEEDED, 0)
     assert stream[-1].image
 
 
-async def test_previews_change_nothing_of_the_final_image(tiny_service: Service) -> None:
-    """The files are equal byte for byte, whatever was shown on the way."""
+async def test_previews_do_not_change_the_final_image(tiny_service: Service) -> None:
+    """The file is the same, byte for byte, with every preview method."""
     methods = (pb.PREVIEW_METHOD_NONE, pb.PREVIEW_METHOD_HEAD, pb.PREVIEW_METHOD_FULL_VAE, pb.PREVIEW_METHOD_AUTO)
     finals = {(await messages(tiny_service, request(method=method)))[-1].image for method in methods}
     assert len(finals) == 1
@@ -107,12 +107,12 @@ async def test_previews_change_nothing_of_the_final_image(tiny_service: Service)
     ("format", "name"),
     [(pb.IMAGE_FORMAT_JPEG, "JPEG"), (pb.IMAGE_FORMAT_PNG, "PNG"), (pb.IMAGE_FORMAT_WEBP, "WEBP")],
 )
-async def test_the_final_image_is_as_ordered(
+async def test_the_final_image_has_the_requested_format_and_metadata(
     tiny_service: Service,
     format: pb.ImageFormat.ValueType,  # noqa: A002
     name: str,
 ) -> None:
-    """Format and metadata as asked for: with it the file tells how it was made, without it there is nothing."""
+    """With metadata, the file contains the parameters of the generation; without it, the field is empty."""
     found = []
     for metadata in (True, False):
         options = pb.OutputOptions(format=format, metadata=metadata)
@@ -129,8 +129,8 @@ async def test_the_final_image_is_as_ordered(
     assert found[1] == ""
 
 
-async def test_options_out_of_range_come_in_one_answer(tiny_service: Service) -> None:
-    """Both groups of options are checked before anything is refused."""
+async def test_all_options_out_of_range_are_reported_together(tiny_service: Service) -> None:
+    """One error lists the invalid preview options and output options."""
     wanted = request(pb.OutputOptions(format=pb.IMAGE_FORMAT_JPEG, quality=99), every_steps=0, quality=96)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await messages(tiny_service, wanted)
@@ -147,10 +147,10 @@ async def test_options_out_of_range_come_in_one_answer(tiny_service: Service) ->
         (pb.PREVIEW_METHOD_FULL_VAE, frozenset({PreviewMethod.HEAD}), "does not allow"),
     ],
 )
-async def test_a_method_that_is_not_to_be_had(
+async def test_an_unavailable_preview_method_is_rejected(
     method: pb.PreviewMethod.ValueType, allowed: frozenset[PreviewMethod], words: str
 ) -> None:
-    """FAILED_PRECONDITION with a reason for programs, and a sentence for people; nothing was started."""
+    """FAILED_PRECONDITION has a machine-readable reason and an explanation; no generation starts."""
     limits = Limits(LIMITS.max_pixels, LIMITS.max_step_count, LIMITS.max_prompt_chars, preview_methods=allowed)
     engine = FakeEngine()
     async with running(engine, limits=limits) as service:
@@ -165,7 +165,7 @@ async def test_a_method_that_is_not_to_be_had(
 
 
 class NoiseEngine(FakeEngine):
-    """Ends with a picture that no format makes small."""
+    """Returns random pixels, which no format can compress."""
 
     pixels = b""
 
@@ -177,7 +177,7 @@ class NoiseEngine(FakeEngine):
 
 
 async def test_a_large_final_image_arrives_in_chunks() -> None:
-    """More than 3 MiB pass a client with gRPC's default limit, and join to the very file."""
+    """More than 3 MiB reach a client with gRPC's default limit, and the chunks join to the exact image."""
     limits = Limits(max_pixels=2048 * 2048, max_step_count=50, max_prompt_chars=200)
     engine = NoiseEngine()
     async with running(engine, limits=limits) as service:
@@ -192,8 +192,8 @@ async def test_a_large_final_image_arrives_in_chunks() -> None:
 
 
 @pytest.mark.parametrize(("verdicts", "withheld"), [((False, False), False), ((False, True), True)])
-async def test_withdrawn_previews_are_told(heads: Path, verdicts: tuple[bool, bool], withheld: bool) -> None:
-    """A final objection is on the wire: a flag that stays, then the typed end; the status repeats it."""
+async def test_withdrawn_previews_are_reported(heads: Path, verdicts: tuple[bool, bool], withheld: bool) -> None:
+    """After a final objection of the safety checker, the flag stays set, and the typed end and the status report it."""
     engine = build_engine("tiny", guarded(*verdicts), defaults=Defaults(), cache_dir=heads, threads=1)
     stream: list[pb.Progress] = []
     async with running(engine) as service:

@@ -1,4 +1,4 @@
-"""Who goes first, over a real socket: several slots, priorities, and what the model says about them."""
+"""Slots and priorities, over a real socket."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from support.service import read_until, running
 
 
 def request(seed: int, priority: pb.Priority.ValueType = pb.PRIORITY_INTERACTIVE) -> pb.GenerateRequest:
-    """One that the engine's list of jobs tells apart."""
+    """Returns a request with a seed that identifies its job."""
     return pb.GenerateRequest(prompt="a red apple", seed=seed, priority=priority)
 
 
-async def test_as_many_run_at_once_as_there_are_slots() -> None:
-    """Two of three denoise, the third is told that it is next."""
+async def test_as_many_generations_run_as_there_are_slots() -> None:
+    """Two of three generations denoise; the third has queue position 1."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine, max_active=2) as service:
@@ -33,8 +33,8 @@ async def test_as_many_run_at_once_as_there_are_slots() -> None:
     assert engine.most_active == 2
 
 
-async def test_interactive_overtakes_batch_and_both_are_told() -> None:
-    """What was first in the queue moves back to the second place when somebody comes who waits in person."""
+async def test_interactive_requests_overtake_batch_requests() -> None:
+    """When an interactive request arrives, the batch request moves back to position 2 and receives it."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine) as service:
@@ -42,17 +42,17 @@ async def test_interactive_overtakes_batch_and_both_are_told() -> None:
         await read_until(running_call, pb.PHASE_DENOISING)
         batch = service.stub.Generate(request(2, pb.PRIORITY_BATCH))
         assert (await batch.read()).queue_position == 1
-        person = service.stub.Generate(request(3))
-        assert (await person.read()).queue_position == 1
+        interactive = service.stub.Generate(request(3))
+        assert (await interactive.read()).queue_position == 1
         assert (await batch.read()).queue_position == 2
         engine.allow()
-        await asyncio.gather(*(read_until(call, pb.PHASE_SUCCEEDED) for call in (running_call, person, batch)))
+        await asyncio.gather(*(read_until(call, pb.PHASE_SUCCEEDED) for call in (running_call, interactive, batch)))
     assert [job.seed for job in engine.jobs] == [1, 3, 2]
 
 
-async def test_an_unknown_priority_is_named() -> None:
-    """A number that this server does not know is refused, not taken for the default."""
+async def test_an_unknown_priority_is_rejected() -> None:
+    """An unknown enum number is an error that names the field; it is not treated as the default."""
     async with running(FakeEngine()) as service:
-        with pytest.raises(grpc.aio.AioRpcError, match="priority: is 9") as caught:
+        with pytest.raises(grpc.aio.AioRpcError, match="priority: has the unknown value 9") as caught:
             await service.stub.Generate(request(1, 9)).read()
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -1,4 +1,4 @@
-"""With a state folder, what was accepted survives a restart: ended ones can be watched, the others begin again."""
+"""With a state folder, generations survive a restart: ended ones can be watched, the others are run again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEEP = pb.DISCONNECT_POLICY_KEEP
 
 
 async def test_an_ended_generation_can_be_watched_after_a_restart(tmp_path) -> None:
-    """The same image, under the same id and request id."""
+    """A watcher gets the same image under the same generation id and request id."""
     named = pb.GenerateRequest(prompt="a red apple", seed=7, request_id="mine")
     store = await Store.open(tmp_path)
     async with running(FakeEngine(), store=store) as service:
@@ -31,7 +31,7 @@ async def test_an_ended_generation_can_be_watched_after_a_restart(tmp_path) -> N
     assert not engine.jobs
 
 
-async def test_what_had_not_ended_is_begun_again(tmp_path) -> None:
+async def test_unfinished_generations_run_again_after_a_restart(tmp_path) -> None:
     """One was running and one was queued when the server stopped; both end after the restart, in order."""
     store, engine = await Store.open(tmp_path), FakeEngine()
     engine.hold()
@@ -50,8 +50,8 @@ async def test_what_had_not_ended_is_begun_again(tmp_path) -> None:
     assert [job.seed for job in engine.jobs] == [1, 2]
 
 
-async def test_what_was_cancelled_stays_cancelled(tmp_path) -> None:
-    """A restart revives nothing that its caller ended."""
+async def test_a_cancelled_generation_stays_cancelled(tmp_path) -> None:
+    """A restart does not run a generation again that its caller cancelled."""
     store, engine = await Store.open(tmp_path), FakeEngine()
     engine.hold()
     async with running(engine, store=store) as service:

@@ -1,4 +1,4 @@
-"""The ports around the service: health, reflection, stopping, and what strangers may send."""
+"""Ports and their services: health, reflection, draining and malformed requests."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SERVICE = "calotype.v1.GenerationService"
 PROMPT = pb.GenerateRequest(prompt="a red apple")
 
 
-async def test_before_the_model_is_loaded_calls_are_unavailable(grpc_transport: str) -> None:
-    """Every method says UNAVAILABLE, and health says NOT_SERVING for the service and for the whole server."""
+async def test_calls_are_unavailable_until_the_model_is_loaded(grpc_transport: str) -> None:
+    """Methods return UNAVAILABLE, and health is NOT_SERVING for the service and for the whole server."""
     async with running(FakeEngine(), opened=False, transport=grpc_transport) as service:
         for call in (service.stub.GetModel(pb.GetModelRequest()), service.stub.Generate(PROMPT).read()):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -43,7 +43,7 @@ async def test_before_the_model_is_loaded_calls_are_unavailable(grpc_transport: 
 
 
 async def test_health_can_be_watched(grpc_transport: str) -> None:
-    """A watcher sees the change as it happens: the interceptor leaves writer-style handlers alone."""
+    """A watcher receives each change; interceptors also support handlers that call `context.write`."""
     async with running(FakeEngine(), transport=grpc_transport) as service:
         watch = health_pb2_grpc.HealthStub(service.channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
@@ -53,7 +53,7 @@ async def test_health_can_be_watched(grpc_transport: str) -> None:
 
 
 async def test_reflection_lists_the_service() -> None:
-    """Tools such as buf curl need no proto file."""
+    """Tools such as `buf curl` work without a proto file."""
     async with running(FakeEngine()) as service:
         stub = reflection_pb2_grpc.ServerReflectionStub(service.channel)
         call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
@@ -61,8 +61,8 @@ async def test_reflection_lists_the_service() -> None:
     assert {SERVICE, "grpc.health.v1.Health"} <= names
 
 
-async def test_the_model_is_described_with_the_operators_limits(transport: str) -> None:
-    """GetModel carries what the pipeline can do and what the operator allows."""
+async def test_get_model_returns_the_operators_limits(transport: str) -> None:
+    """GetModel returns the pipeline's capabilities and the limits of the operator."""
     async with running(FakeEngine(), transport=transport) as service:
         model = await service.stub.GetModel(pb.GetModelRequest())
     assert (model.name, model.width_px, model.size_multiple_px) == (MODEL.name, 64, 8)
@@ -71,8 +71,8 @@ async def test_the_model_is_described_with_the_operators_limits(transport: str) 
     assert model.guidance_scale == 3.0
 
 
-async def test_the_model_tells_how_previews_may_be_ordered() -> None:
-    """Defaults with every field set, ceilings, and the methods that are both there and allowed."""
+async def test_get_model_describes_preview_options() -> None:
+    """It returns defaults for every field, maxima, and the methods that are both available and allowed."""
     limits = replace(
         LIMITS,
         max_preview_edge=300,
@@ -95,7 +95,7 @@ async def test_the_model_tells_how_previews_may_be_ordered() -> None:
 
 
 async def test_two_servers_cannot_share_a_port() -> None:
-    """The second is told so in words, instead of silently taking half of the calls."""
+    """The second server fails with an explanation, instead of silently receiving half of the calls."""
     async with running(FakeEngine()) as service:
         port = service.address.rpartition(":")[2]
         for host in ("127.0.0.1", "localhost"):
@@ -105,8 +105,8 @@ async def test_two_servers_cannot_share_a_port() -> None:
             await second.stop(0)
 
 
-async def test_draining_finishes_what_was_accepted_and_refuses_the_rest(transport: str) -> None:
-    """New calls get UNAVAILABLE with a retry time; the running one ends with its picture."""
+async def test_draining_finishes_accepted_generations_and_rejects_new_ones(transport: str) -> None:
+    """New calls get UNAVAILABLE with a retry delay; the running generation succeeds."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine, transport=transport) as service:
@@ -121,8 +121,8 @@ async def test_draining_finishes_what_was_accepted_and_refuses_the_rest(transpor
         await read_until(accepted, pb.PHASE_SUCCEEDED)
 
 
-async def test_what_cannot_be_finished_in_time_ends_unavailable(transport: str) -> None:
-    """Running and queued generations both get a typed end with a retry time, not a broken stream."""
+async def test_generations_aborted_by_draining_end_as_unavailable(transport: str) -> None:
+    """Running and queued generations both get a typed end with a retry delay, not a broken stream."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine, transport=transport) as service:
@@ -132,7 +132,7 @@ async def test_what_cannot_be_finished_in_time_ends_unavailable(transport: str) 
             await calls[-1].read()
         service.generations.reject_new(retry_after=5.0)
         ending = asyncio.create_task(service.generations.abort_all())
-        # The queued one, last in, ends at once; the running one when its step is over.
+        # The queued generation, the last one, ends at once; the running one ends after its step.
         for call in reversed(calls):
             end = await read_until(call, pb.PHASE_FAILED)
             engine.allow()
@@ -144,8 +144,8 @@ async def test_what_cannot_be_finished_in_time_ends_unavailable(transport: str) 
         await ending
 
 
-async def test_oversized_and_malformed_requests_harm_nobody(grpc_transport: str) -> None:
-    """A 1 MB prompt, bytes that are no message, an unknown method: each gets a status, and the service goes on."""
+async def test_oversized_and_malformed_requests_get_a_status(grpc_transport: str) -> None:
+    """A 1 MB prompt, invalid bytes and an unknown method each get an error status; the next call succeeds."""
     async with running(FakeEngine(), transport=grpc_transport) as service:
         method = f"/{SERVICE}/Generate"
         for path, body in (
@@ -163,7 +163,7 @@ async def test_oversized_and_malformed_requests_harm_nobody(grpc_transport: str)
 async def test_an_unexpected_exception_never_reaches_the_caller(
     monkeypatch: pytest.MonkeyPatch, transport: str
 ) -> None:
-    """Its text stays in the log; the caller learns only that it was an internal error."""
+    """The text of the exception is only logged; the caller gets INTERNAL."""
 
     def broken(*_: object) -> None:
         raise ValueError("secret")

@@ -1,4 +1,4 @@
-"""A model that hangs: what callers are told on every port before the process ends."""
+"""A stalled model: callers on every port get a typed end before the process exits."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from support.service import read_until, running
 PROMPT = pb.GenerateRequest(prompt="a red apple")
 
 
-async def test_everybody_gets_a_typed_end_and_the_process_ends(transport: str) -> None:
-    """The one that hangs ENGINE_STALLED, the one that waits DRAINING; health says no."""
-    engine, left = FakeEngine(), []
+async def test_all_callers_get_a_typed_end_and_the_process_exits(transport: str) -> None:
+    """The stalled generation ends with ENGINE_STALLED, the queued one with DRAINING, and health is NOT_SERVING."""
+    engine, exit_codes = FakeEngine(), []
     async with running(engine, transport=transport) as service:
         first = await read_until(service.stub.Generate(PROMPT), pb.PHASE_SUCCEEDED)
         engine.hold()
@@ -27,19 +27,19 @@ async def test_everybody_gets_a_typed_end_and_the_process_ends(transport: str) -
         await stuck.read()
         waiting = service.stub.Generate(PROMPT)
         await waiting.read()
-        # Its first picture took some of them.
+        # The first generation has released four of these.
         for _ in range(5):
             assert await asyncio.to_thread(engine.at_step.acquire, timeout=20)
 
-        async def end_orderly(stalls) -> None:
+        async def shut_down(stalls) -> None:
             await service.services.set_serving(False)
             await service.generations.abort_stalled([stall.generation for stall in stalls])
 
         watchdog = Watchdog(lambda: service.generations.running, lambda _: None, 120.0)
-        # Whoever looks without letting time pass sees no stall.
+        # Without elapsed time there is no stall.
         assert not watchdog.check(0) + watchdog.check(100)
         watchdog.watch = lambda: asyncio.sleep(0, watchdog.check(21))
-        watching = asyncio.create_task(end_when_stalled(watchdog, end_orderly, left.append))
+        watching = asyncio.create_task(end_when_stalled(watchdog, shut_down, exit_codes.append))
         for call, reason, code in (
             (stuck, "ENGINE_STALLED", grpc.StatusCode.INTERNAL),
             (waiting, "DRAINING", grpc.StatusCode.UNAVAILABLE),
@@ -51,19 +51,19 @@ async def test_everybody_gets_a_typed_end_and_the_process_ends(transport: str) -
             except grpc.aio.AioRpcError as error:
                 assert error.code() is code
         await watching
-        assert left == [EXIT_STALLED]
+        assert exit_codes == [EXIT_STALLED]
         assert not service.services.serving
         kept = service.stub.Watch(pb.WatchRequest(generation_id=first.generation_id))
         assert (await read_until(kept, pb.PHASE_SUCCEEDED)).image == first.image
         engine.allow()
 
 
-async def test_what_hung_is_not_begun_again_after_the_restart_and_the_rest_is(tmp_path) -> None:
-    """Otherwise one poisonous request would stall every server that follows."""
+async def test_a_stalled_generation_is_not_run_again_after_a_restart(tmp_path) -> None:
+    """Otherwise one bad request would stall every restarted server. Other generations run again."""
     engine, store = FakeEngine(), await Store.open(tmp_path)
     engine.hold()
     async with running(engine, store=store) as service:
-        ids = [await begun(service.stub.Generate(PROMPT)) for _ in range(2)]
+        ids = [await read_id(service.stub.Generate(PROMPT)) for _ in range(2)]
         assert await asyncio.to_thread(engine.at_step.acquire, timeout=20)
         await service.generations.abort_stalled([service.generations.find(ids[0], Caller(""))])
         engine.allow()
@@ -77,13 +77,13 @@ async def test_what_hung_is_not_begun_again_after_the_restart_and_the_rest_is(tm
     assert ends == [Phase.FAILED, Phase.SUCCEEDED]
 
 
-async def begun(call) -> str:
-    """Returns the id of a generation once it has been accepted."""
+async def read_id(call) -> str:
+    """Returns the id of a generation after it has been accepted."""
     return (await call.read()).generation_id
 
 
 async def end_of(service, generation_id: str) -> Phase:
-    """Waits for a generation's end."""
+    """Waits for a generation's end and returns its phase."""
     generation = service.generations.find(generation_id, Caller(""))
     async with service.generations.follow(generation) as reader:
         async for update, _ in reader:
@@ -91,8 +91,8 @@ async def end_of(service, generation_id: str) -> Phase:
     return phase
 
 
-async def test_the_first_picture_of_a_size_is_known_as_such() -> None:
-    """The second of the same size is not, one of another size is."""
+async def test_the_first_generation_of_a_size_is_marked() -> None:
+    """The second generation of a size is not marked; the first of another size is."""
     engine = FakeEngine()
     async with running(engine) as service:
         seen = []

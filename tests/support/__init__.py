@@ -1,1 +1,1 @@
-"""What several tests need: import it as `support.<module>`; pytest puts this folder's parent on the path."""
+"""Helpers shared by several tests. Import them as `support.<module>`; pytest puts this folder's parent on the path."""

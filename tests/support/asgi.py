@@ -59,7 +59,7 @@ class AsgiClient:
         self._incoming.put_nowait(event)
 
     def disconnect(self) -> None:
-        """Disconnects."""
+        """Disconnects from the app."""
         self.push({"type": "http.disconnect"})
         self.push({"type": "websocket.disconnect", "code": 1006})
 

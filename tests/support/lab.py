@@ -1,4 +1,4 @@
-"""Servicers made of single functions, behind any port: for what a transport does with what a handler does."""
+"""Serves handler functions over any transport, for tests of how transports treat handlers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Lab:
         return self.channel.unary_stream(f"/{NAME}/{method}")(request, **options)
 
     def unary(self, method: str, request: bytes = b"", **options: Any) -> Any:
-        """Calls a method that answers bytes once."""
+        """Calls a method that returns bytes once."""
         return self.channel.unary_unary(f"/{NAME}/{method}")(request, **options)
 
     async def post(self, method: str, body: bytes | None = None, **headers: str) -> Connection:
@@ -54,19 +54,19 @@ class Lab:
 
 
 def writer(function):
-    """Marks a handler that streams by `context.write`."""
+    """Marks a handler that streams its responses with `context.write`."""
     function.writes = True
     return function
 
 
 def bidi(function):
-    """Marks a handler whose request is a stream, too."""
+    """Marks a handler that also receives a stream of requests."""
     function.reads = True
     return function
 
 
 def handlers(methods: dict[str, Any]) -> grpc.GenericRpcHandler:
-    """Makes what a server registers, with bytes for messages."""
+    """Returns a handler to register on a server; messages are plain bytes."""
     made = {}
     for name, function in methods.items():
         if hasattr(function, "reads"):
@@ -89,7 +89,7 @@ async def lab(transport: str = "grpc-web", methods: dict[str, Any] | None = None
 
     Args:
         transport: One of `support.service.GRPC_TRANSPORTS`.
-        methods: HandlerRegistry by name.
+        methods: Handler functions by method name.
         options: Of `WebServer`.
     """
     generic = handlers(methods or {})
@@ -120,25 +120,25 @@ async def lab(transport: str = "grpc-web", methods: dict[str, Any] | None = None
 
 
 async def echo(request, context):
-    """Answers with the request."""
+    """A handler that returns the request."""
     yield request
 
 
 async def until(condition) -> None:
-    """Lets the loop run until something holds."""
+    """Runs the event loop until the condition is true."""
     async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 - there is nothing to wait for but the state of the server
+        while not condition():  # noqa: ASYNC110 - the server has no event to wait for
             await asyncio.sleep(0)
 
 
-async def turns(number: int) -> None:
-    """Lets the loop turn, so that whatever can happen has happened."""
+async def run_loop(number: int) -> None:
+    """Runs this many iterations of the event loop, so that pending callbacks have run."""
     for _ in range(number):
         await asyncio.sleep(0)
 
 
 async def status(server, method: str, body: bytes | None = None, **given: str) -> str:
-    """The status with which a call without messages ends."""
+    """Returns the gRPC status of a call that ends without messages."""
     connection = await server.post(method, body, **given)
     messages, trailers = read_answer(await connection.answer(), text="text" in given.get("content_type", ""))
     connection.close()

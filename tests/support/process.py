@@ -15,7 +15,7 @@ CALOTYPE = [sys.executable, "-m", "calotype"]
 
 
 def free_address() -> str:
-    """Returns a free address, which several servers can use one after another."""
+    """Returns a free address, for a server that restarts on the same port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"

@@ -38,7 +38,7 @@ class Link:
         await asyncio.gather(*self._tasks)
 
     def cut(self) -> None:
-        """Aborts every connection at once, without an orderly close."""
+        """Aborts every connection immediately, without an orderly close."""
         self.cuts += len(self._writers) // 2
         for writer in self._writers:
             writer.transport.abort()

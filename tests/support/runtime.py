@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class WithSlots:
-    """An engine whose model has another number of slots.
+    """Wraps an engine and overrides the number of slots of its model.
 
     Args:
-        engine: Does the work.
+        engine: Receives all calls.
         max_active: Number of slots.
     """
 
@@ -34,15 +34,15 @@ class WithSlots:
         self.model = replace(engine.model, max_active=max_active)
 
     def run(self, job: Job, report: Callable[[Event], None], stop: Stop) -> Pixels:
-        """Delegates."""
+        """Calls the wrapped engine."""
         return self.engine.run(job, report, stop)
 
     def note_preview_encoding(self, seconds: float) -> None:
-        """Delegates."""
+        """Calls the wrapped engine."""
         self.engine.note_preview_encoding(seconds)
 
     def close(self) -> None:
-        """Delegates."""
+        """Calls the wrapped engine."""
         self.engine.close()
 
 

@@ -25,7 +25,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> structlog.testing.CapturingLogger:
 
 
 async def test_watching_continues_after_any_exception(tmp_path: Path, log) -> None:
-    """Whatever `reload` raises is logged, and the next change is still noticed."""
+    """Any exception of `reload` is logged, and the next change is still noticed."""
     path = tmp_path / "keys.toml"
     path.write_text("0")
     results = iter([RuntimeError("bug"), KeysUnusable("invalid"), None])

@@ -74,7 +74,7 @@ def test_no_request_is_lost_or_finishes_too_early(model: Model, fleet: Fleet, se
     done = simulate(model, fleet, poisson(rate, 60, seed, callers=3), seed=seed)
     shortest = model.steps * model.seconds(model.rows)
     for each in done.requests:
-        if each.refused:
+        if each.rejected:
             assert math.isnan(each.started)
             continue
         assert each.step == model.steps
@@ -84,7 +84,7 @@ def test_no_request_is_lost_or_finishes_too_early(model: Model, fleet: Fleet, se
     steps = sum(each.step for each in done.requests)
     together = max(1, min(fleet.max_active, fleet.max_rows // model.rows))
     assert steps / together <= done.batches <= steps
-    assert fleet.max_queue or sum(not each.refused for each in done.requests) > 0
+    assert fleet.max_queue or sum(not each.rejected for each in done.requests) > 0
 
 
 @settings(max_examples=40, deadline=None)

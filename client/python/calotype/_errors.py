@@ -72,7 +72,7 @@ class Violation(NamedTuple):
 
 
 class CalotypeError(Exception):
-    """A call or a generation failed. Base class of all errors that a correct program can meet.
+    """A call or a generation failed. Base class of all errors that a correct program has to handle.
 
     Attributes:
         code: The gRPC status code, such as "UNAVAILABLE".

@@ -18,7 +18,7 @@ __all__ = ["BaseGeneration"]
 
 
 class BaseGeneration:
-    """State of a generation, and what happens to it when a message arrives or the call is lost."""
+    """State of a generation, updated when a message arrives or the connection is lost."""
 
     def __init__(self, resumption: Resumption, on_reconnect: Callable[[CalotypeError, float], None] | None) -> None:
         self._resumption = resumption

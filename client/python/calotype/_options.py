@@ -1,4 +1,4 @@
-"""Options of a request: previews, output, priority, and what a disconnect does."""
+"""Options of a request: previews, output, priority, and the effect of a disconnect."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Progress:
             and the client requested it again.
         sequence: Number of the message. Increases strictly from 1, also across reconnections. A gap means that the
             server merged messages because the reader was slow.
-        phase: What the generation is doing, or how it ended.
+        phase: Stage of the generation, or how it ended.
         step: Number of completed denoising steps, 0 to `total_steps`. Never decreases.
         total_steps: Total number of denoising steps. 0 until it is known.
         preview: The model's current estimate of the finished image. None when there is no new preview.
@@ -128,7 +128,7 @@ class GenerationSummary:
         generation_id: Id for `Client.watch`, `cancel` and `finish`.
         request_id: Id of the request. Empty if it had none.
         prompt: Prompt of the request.
-        phase: What the generation is doing, or how it ended.
+        phase: Stage of the generation, or how it ended.
         step: Number of completed denoising steps.
         total_steps: Total number of denoising steps. 0 until it is known.
         seed: Seed in use.

@@ -1,4 +1,4 @@
-"""Addresses of servers, and the gRPC targets that they become.
+"""Converts addresses of servers to gRPC targets.
 
 Usage::
 

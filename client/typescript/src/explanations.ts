@@ -3,9 +3,9 @@
 import type { CalotypeError } from "./errors.js";
 
 export interface Explanation {
-  /** What happened, in one short sentence. */
+  /** One short sentence: what happened. */
   readonly title: string;
-  /** What to do about it, or why nothing needs to be done. */
+  /** Advice: what to do about it, or why nothing needs to be done. */
   readonly advice: string;
   /** Label of a button that retries; undefined if repeating the same request cannot help. */
   readonly retry: string | undefined;

@@ -2,7 +2,7 @@
 
 import type { CalotypeError } from "./errors.js";
 
-/** What a generation is doing, or how it ended. Phases never go back. */
+/** The stage of a generation, or how it ended. Phases never go back. */
 export type Phase =
   | "queued"
   | "encoding_prompt"
@@ -133,7 +133,7 @@ export interface GenerateOptions {
   readonly preview?: PreviewOptions;
   readonly output?: OutputOptions;
   /**
-   * What the server does when the last reader disconnects. `cancel`: it cancels the generation after
+   * Effect of the last reader's disconnect. `cancel`: it cancels the generation after
    * `disconnectGrace`. `keep`: it finishes the generation, which can be watched for a while after its end. Default:
    * leaving cancels at once, and a lost connection cancels after 10 seconds.
    */

@@ -23,7 +23,7 @@ class ProgressStream:
 
     Args:
         reader: Reads the generation.
-        whole: Whether the final image is sent in one message, whatever its size. Otherwise it is sent in chunks.
+        whole: Whether the final image is sent in one message, regardless of its size. Otherwise it is sent in chunks.
     """
 
     def __init__(self, reader: Reader, *, whole: bool) -> None:

@@ -1,4 +1,4 @@
-"""The use cases in terms of the proto, for every transport: messages in, messages out, errors as `ServiceError`."""
+"""The service's methods for every transport: proto messages in, proto messages out, errors as `ServiceError`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _LOADING_RETRY_SECONDS = 2.0
 
 
 class Api:
-    """The use cases in terms of the proto. Every method raises `NotReady` until `open` is called.
+    """The methods of the service. Every method raises `NotReady` until `open` is called.
 
     Args:
         limits: The operator's limits for requests.
@@ -67,7 +67,7 @@ class Api:
             request: The image to generate.
             caller: The caller that owns the generation.
             deadline: Seconds in which the caller needs the final image; None for no limit.
-            whole: Whether the final image is sent in one message, whatever its size.
+            whole: Whether the final image is sent in one message, regardless of its size.
             violations: Violations found when the request was decoded.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Everything of a server but its ports: the generations around an engine, and their orderly end."""
+"""Everything in a server except its ports: an engine, its generations, and their orderly shutdown."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Runtime:
         stack.callback(self.generations.close)
         self._report_metrics()
         if settings.watchdog_seconds:
-            # Not earlier: everything in the warm-up happens for the first time, and nobody knows how long that takes.
+            # Not earlier: everything in the warm-up happens for the first time, and its duration is unknown.
             watching = asyncio.create_task(self._watch(estimator))
             stack.callback(watching.cancel)
         stack.push_async_callback(self._drain)

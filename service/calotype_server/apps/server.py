@@ -38,7 +38,7 @@ __all__ = ["Ready", "serve"]
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Describes a server that accepts requests. `load_seconds` is the time since the start of the process's server."""
+    """Describes a server that accepts requests. `load_seconds` is the time since `serve` was called."""
 
     address: str
     web_address: str

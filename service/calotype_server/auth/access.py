@@ -46,7 +46,7 @@ class Caller:
         id: `key:` and the id of its API key, or its host. Owns generations and gets an even share of the server.
         role: Decides which generations it may list and control.
         has_key: Whether it sent an API key. False means that the server requires none.
-        quota: Limits on what it may start, or None for no limits.
+        quota: Limits on the generations that it may start, or None for no limits.
     """
 
     id: str

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Finding", "doctor", "examine"]
 
 _PACKAGES = ("calotype", "grpcio", "protobuf", "torch", "diffusers", "transformers", "pillow")
-_EXTRAS = {"live pictures in the terminal": "textual_image", "notebooks": "IPython"}
+_EXTRAS = {"images in the terminal": "textual_image", "notebooks": "IPython"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from calotype_server.errors import KeysUnusable
 
 __all__ = ["keys"]
 
-keys = typer.Typer(help="Make and list API keys.", no_args_is_help=True)
+keys = typer.Typer(help="Create and list API keys.", no_args_is_help=True)
 
 File = Annotated[
     Path,
@@ -43,7 +43,7 @@ def add(
         int | None, typer.Option(help="Maximum queued and running generations. Default: no limit.")
     ] = None,
 ) -> None:
-    """Make a key, add its hash to FILE, and print the key. It cannot be shown again.
+    """Create a key, add its hash to FILE, and print the key. It cannot be shown again.
 
     A running server accepts the key within two seconds.
     """

@@ -51,7 +51,7 @@ def _serve(settings: Settings) -> None:
 
 
 def _bridge(settings: BridgeSettings) -> None:
-    """Connect browsers to a server elsewhere: serves grpc-web and the web page, and needs no model."""
+    """Serve the web page and grpc-web in front of servers on other machines. Needs no model."""
     try:
         asyncio.run(bridge.serve(settings, partial(_announce_bridge, settings)))
     except StartupError as error:

@@ -66,7 +66,7 @@ def build_engine(
         tiny_vae: An `AutoencoderTiny` that fits the pipeline, or None.
         max_active: Generations that run at once. None: as many as pay off, measured.
         max_rows: Most rows of latents that the denoiser computes together. None: as many as pay off, measured.
-        deterministic: Whether an image must be bitwise the same whatever other generations run.
+        deterministic: Whether an image must be bitwise the same regardless of other generations.
         measure_again: Whether to ignore a cached batching plan and replace it.
         on_batch: Called after every call of a shared denoiser; it must not block.
         observe: Receives observations.

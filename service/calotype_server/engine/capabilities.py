@@ -193,6 +193,6 @@ def _prediction_kind(pipeline: Any, name: str) -> str | None:
             scheduler.scale_model_input(sample, timestep)
         level = noise_level(scheduler, 0, timestep)
         stepped = scheduler.step(sample, timestep, sample, return_dict=False)[0]
-    except Exception:  # It is not offered, whatever the reason.
+    except Exception:  # For any reason: it is not offered.
         return None
     return level.kind if level is not None and torch.isfinite(stepped).all() else None

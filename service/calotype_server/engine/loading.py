@@ -1,4 +1,4 @@
-"""Loads the pipeline of a model's name: `bundled`, a local diffusers folder or a hub id, all with `from_pretrained`."""
+"""Loads a pipeline by name: `bundled`, a local diffusers folder or a hub id, all with `from_pretrained`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recognises exhausted memory."""
+"""Recognizes out-of-memory errors."""
 
 from __future__ import annotations
 

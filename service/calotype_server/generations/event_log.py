@@ -67,7 +67,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a subscriber reads: the newest state, the newest unread preview, and the number of previews not sent."""
+    """An item of a subscription: the newest state, the newest unread preview, and the number of unsent previews."""
 
     state: State
     preview: PreviewReady | None

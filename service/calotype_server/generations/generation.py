@@ -69,7 +69,7 @@ class Generation:
         created: Time of acceptance, in Unix seconds.
         events: The event log.
         stopwatch: Durations of the phases.
-        stop: Tells the engine to stop or to finish early.
+        stop: Signals the engine to stop or to finish early.
         first_of_its_size: Whether this server had not finished an image of this size before.
         observe: Receives events about the generation for metrics and traces.
         previews: Number of previews published, by method.
@@ -163,7 +163,7 @@ class Generation:
     # Running
 
     def begin(self, run: Coroutine[object, object, None]) -> None:
-        """Runs the generation in a task of its own."""
+        """Runs the generation in its own task."""
         self._run = asyncio.create_task(run, name=f"generation-{self.id}")
 
     async def finished(self) -> None:
@@ -243,7 +243,7 @@ class Generation:
         self._persisting = asyncio.create_task(persist())
 
     async def persisted(self) -> None:
-        """Waits until the generation is on disk. No caller hears of it before that. Returns at once without a store.
+        """Waits until the generation is on disk. No caller sees it before that. Returns at once without a store.
 
         Raises:
             StateUnavailable: It could not be written, and is aborted.

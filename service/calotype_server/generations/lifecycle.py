@@ -277,7 +277,7 @@ class Generations:
         )
 
     def _run(self, generation: Generation) -> None:
-        """Puts a generation in the queue and runs it from there in a task of its own."""
+        """Puts a generation in the queue and runs it in its own task."""
 
         def on_move(position: int, remaining: float | None) -> None:
             generation.events.publish(Queued(position, remaining))

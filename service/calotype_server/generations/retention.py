@@ -1,4 +1,4 @@
-"""Retains ended generations for a while, bounded in time, number and bytes, so that callers can come back to them."""
+"""Retains ended generations for a while, bounded in time, number and bytes, so that callers can still watch them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RetentionLimits:
-    """Bounds of what is retained.
+    """Bounds of the retained items.
 
     Attributes:
         seconds: Longest time that an item is retained.
@@ -34,7 +34,7 @@ class Retention(Generic[T]):
     """Retains the newest items and drops the oldest when there are too many, too large or too old. Not thread-safe.
 
     Args:
-        limits: Bounds of what is retained.
+        limits: Bounds of the retained items.
         on_drop: Called with each item that is dropped.
         reserved: Returns the bytes of `limits.size` that something else uses.
         clock: A monotonic clock, in seconds.

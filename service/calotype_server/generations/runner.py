@@ -44,7 +44,7 @@ _WARM_UP_STEPS = 3
 
 
 class Runner:
-    """Runs generations on one engine, each in a thread of its own.
+    """Runs generations on one engine, each in its own thread.
 
     Args:
         engine: Generates the images.

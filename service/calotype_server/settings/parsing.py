@@ -15,7 +15,7 @@ def split_list(value: object) -> Any:
 
 
 def check_address(value: str) -> str:
-    """Returns the value.
+    """Returns an address unchanged.
 
     Raises:
         ValueError: It is not HOST:PORT with a port of 0 to 65535.

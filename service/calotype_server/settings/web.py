@@ -152,7 +152,7 @@ class WebSettings(BaseSettings):
 
     @property
     def port_limits(self) -> PortLimits:
-        """Limits on what clients may use of the ports."""
+        """Limits on the clients of the ports."""
         return PortLimits(**{field.name: getattr(self, field.name) for field in dataclasses.fields(PortLimits)})
 
     @property

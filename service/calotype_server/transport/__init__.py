@@ -1,1 +1,1 @@
-"""How events leave the process."""
+"""Transports: everything between the API and the network."""

@@ -66,7 +66,7 @@ def measure() -> dict[str, object]:
 def _print(what: str, seen: validation.Summary) -> None:
     print(
         f"{what:34} {seen.first50:8.2f} {seen.first95:8.2f} {seen.total50:7.2f} {seen.total95:7.2f} "
-        f"{seen.throughput:10.2f} {seen.refused:8.1%}"
+        f"{seen.throughput:10.2f} {seen.rejected:8.1%}"
     )
 
 

@@ -113,7 +113,7 @@ class Request:
         started: The request got a slot.
         first_preview: The caller received the first preview.
         finished: The image was complete.
-        refused: Whether the queue was full.
+        rejected: Whether the queue was full.
         step: Completed steps.
     """
 
@@ -122,7 +122,7 @@ class Request:
     started: float = math.nan
     first_preview: float = math.nan
     finished: float = math.nan
-    refused: bool = False
+    rejected: bool = False
     step: int = 0
     slot: RequestSlot = field(default_factory=lambda: RequestSlot(0), repr=False)
 
@@ -192,7 +192,7 @@ class Replica:
     def enter(self, request: Request) -> None:
         """Accepts a request, or rejects it if the queue is full."""
         if self._active >= self._fleet.max_active and len(self._queue) >= self._fleet.max_queue:
-            request.refused = True
+            request.rejected = True
             return
         self.calls += 1
         self._queue.push(request, request.caller, self._model.steps)

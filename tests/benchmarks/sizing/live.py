@@ -115,7 +115,7 @@ async def generate(client: calotype.AsyncClient, number: int, due: float) -> See
                 request.first_preview = now
         request.finished = now
     except calotype.Overloaded:
-        request.refused = True
+        request.rejected = True
         return Seen(request, math.nan, math.nan)
     timings = generation.progress.timings
     request.started = timings.queued
@@ -131,7 +131,7 @@ def model_of(calls: Sequence[Call], seen: Sequence[Seen]) -> Model:
         if set(streams) == set(next_streams):  # otherwise the batch may have waited for a request
             gaps.append((next_began - began - took) / len(streams))
     means = {rows: statistics.mean(each) for rows, each in sorted(seconds.items()) if len(each) >= _LEAST_CALLS}
-    served = [each for each in seen if not each.request.refused]
+    served = [each for each in seen if not each.request.rejected]
     encoding = statistics.mean(each.encoding for each in served)
     least = min(each.request.first_preview - each.request.started for each in served)
     return Model(

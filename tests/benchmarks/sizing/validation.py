@@ -32,7 +32,7 @@ class Summary:
         total50: Image, median.
         total95: Image, 95th percentile.
         throughput: Images per second that finished while requests still arrived.
-        refused: Share of rejected requests.
+        rejected: Share of rejected requests.
     """
 
     first50: float
@@ -40,7 +40,7 @@ class Summary:
     total50: float
     total95: float
     throughput: float
-    refused: float
+    rejected: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Comparison:
 
 def summarize(requests: Sequence[Request], skip: int = 0) -> Summary:
     """Returns the percentiles without the first `skip` requests, which found the servers empty."""
-    served = [request for request in requests[skip:] if not request.refused]
+    served = [request for request in requests[skip:] if not request.rejected]
     if not served:
         return Summary(*[math.nan] * 4, 0.0, 1.0)
     first = [request.first_preview - request.arrived for request in served]
@@ -76,7 +76,7 @@ def summarize(requests: Sequence[Request], skip: int = 0) -> Summary:
     return Summary(
         *(_percentile(values, share) for values in (first, total) for share in (0.5, 0.95)),
         throughput=finished / (end - begin),
-        refused=1 - len(served) / len(requests[skip:]),
+        rejected=1 - len(served) / len(requests[skip:]),
     )
 
 
@@ -116,7 +116,7 @@ def _predicted(model: Model, trace: tuple[float, int, int]) -> Summary:
 
 def _on_trace(request: Request, due: Request) -> Request:
     """Returns `due` with the times of `request`, which are relative to its arrival."""
-    due.refused = request.refused
+    due.rejected = request.rejected
     due.first_preview = due.arrived + request.first_preview
     due.finished = due.arrived + request.finished
     return due

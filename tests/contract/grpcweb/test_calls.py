@@ -13,7 +13,7 @@ import pytest
 from calotype_server.limits import PortLimits
 from calotype_server.transport.grpcweb import GrpcWeb
 from support.grpcweb import Connection, Frames, frame, read_answer
-from support.lab import NAME, PATIENCE, echo, handlers, lab, turns, until
+from support.lab import NAME, PATIENCE, echo, handlers, lab, run_loop, until
 
 UNAVAILABLE = "14"
 
@@ -117,11 +117,11 @@ async def test_buffers_for_a_stalled_reader_are_small() -> None:
 
 async def test_stopping_completes_active_calls_and_rejects_new_ones() -> None:
     """An active call completes within the grace period; a new call gets UNAVAILABLE with details."""
-    go_on, waiting = asyncio.Event(), asyncio.Event()
+    proceed, waiting = asyncio.Event(), asyncio.Event()
 
     async def wait(request, context):
         waiting.set()
-        await go_on.wait()
+        await proceed.wait()
         yield b"done"
 
     async with lab(methods={"Wait": wait, "Echo": echo}) as server:
@@ -135,7 +135,7 @@ async def test_stopping_completes_active_calls_and_rejects_new_ones() -> None:
         _, trailers = read_answer(await idle.answer())
         assert trailers["grpc-status"] == UNAVAILABLE
         assert trailers["grpc-status-details-bin"]
-        go_on.set()
+        proceed.set()
         assert read_answer(await running.answer())[0] == [b"done"]
         await asyncio.wait_for(stopping, PATIENCE)
         running.close()
@@ -219,9 +219,9 @@ class TestAsApplication:
 
         arriving.put_nowait({**REQUEST, "more_body": True})
         answering = asyncio.create_task(self.app()(SCOPE, arriving.get, send))
-        await turns(100)
+        await run_loop(100)
         arriving.put_nowait({"type": "http.request", "body": b"", "more_body": False})
-        await turns(100)
+        await run_loop(100)
         room.set()
         await asyncio.wait_for(answering, PATIENCE)
         frames = Frames(text=False).feed(b"".join(event.get("body", b"") for event in sent))

@@ -159,7 +159,7 @@ async def test_a_disconnect_while_sending_ends_the_call() -> None:
 
 @pytest.mark.parametrize("value", ["", "1", "S", "abc", "-1S", "1.5S", "123456789S", "1x", "1 S", "\u0661S"])
 async def test_an_invalid_timeout_is_rejected(value: str) -> None:
-    """It must not mean "no timeout", because then the call would run for ever."""
+    """It must not mean "no timeout", because then the call would never time out."""
     async with lab(methods={"Echo": echo}) as server:
         connection = await Connection.open(server.address)
         kind = {"host": server.address, "content-type": "application/grpc-web"}

@@ -105,7 +105,7 @@ async def test_last_event_id_resumes_after_a_disconnect(client, engine: FakeEngi
     assert posted.status_code == 204
 
 
-@pytest.mark.parametrize(("given", "status"), [("nonsense", 400), ("a:b", 400), ("nobody:3", 404)])
+@pytest.mark.parametrize(("given", "status"), [("nonsense", 400), ("a:b", 400), ("unknown:3", 404)])
 async def test_an_invalid_last_event_id_is_rejected(client, given: str, status: int) -> None:
     """The error has a message, and no new generation starts."""
     response = await client.get("/generate", params=APPLE, headers={"last-event-id": given})

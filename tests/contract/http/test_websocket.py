@@ -141,7 +141,7 @@ async def test_closing_applies_each_disconnect_policy(service: Service, engine: 
         ("[]", ["body", "type"]),
         ('{"id": "x"}', ["type"]),
         ('{"type": "dance", "id": 5, "odd": 1}', ["type", "id", "odd"]),
-        ('{"type": "leave", "id": "nobody"}', ["id"]),
+        ('{"type": "leave", "id": "unknown"}', ["id"]),
         ('{"type": "cancel", "id": "x", "request": {}}', ["generation_id"]),
         ('{"type": "cancel", "id": "x", "request": {"generation": "y"}}', ["generation"]),
         (

@@ -1,4 +1,4 @@
-"""Messages are assembled to state, whatever their order, merging and chunking."""
+"""Messages of any order, merging and chunking are assembled to state."""
 
 import pytest
 from hypothesis import given

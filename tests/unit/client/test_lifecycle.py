@@ -108,7 +108,7 @@ async def test_leaving_a_watched_generation_does_not_cancel_it(held):
 
 
 async def test_finish_makes_the_preview_the_image(held):
-    """finish() yields the current picture as the image; after the end it returns the end."""
+    """finish() yields the current estimate as the image; after the end it returns the end."""
     with Client(held.address) as client:
         generation, found = client.generate("a red apple"), []
         for progress in generation:
@@ -230,7 +230,7 @@ async def test_closing_the_client_waits_for_cancels(held):
 
 
 async def test_deadline_frees_the_slot(held):
-    """When the timeout passes, the client cancels on the server, whatever the grace."""
+    """When the timeout passes, the client cancels on the server, regardless of the grace period."""
     with Client(held.address) as client, pytest.raises(DeadlineExceeded):
         client.generate("a red apple", timeout=0.3, disconnect_grace=3600).result()
     assert held.wait_cancelled()

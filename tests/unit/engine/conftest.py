@@ -1,7 +1,9 @@
 """Tiny pipelines for the tests of the engine. None of them reaches for the network."""
 
 import functools
+import shutil
 
+import huggingface_hub
 import pytest
 import structlog
 import torch
@@ -57,3 +59,16 @@ def sd15_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-sd15"
     tiny.build("sd15").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def folder(sd15_folder, tmp_path):
+    """A copy of the tiny model that a test may damage."""
+    return shutil.copytree(sd15_folder, tmp_path / "model")
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """Disables the network and empties the hub's cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -1,4 +1,4 @@
-"""The factory of engines; `test_loading.TestServing` covers what it builds."""
+"""The factory of engines; `test_tiny_vae.TestServing` covers what it builds."""
 
 import subprocess
 import sys

@@ -66,7 +66,7 @@ async def leave(reader: asyncio.Task) -> None:
 
 
 class TestWhileItIsWritten:
-    """No caller hears of a generation before it is on disk, and a reader that leaves in the meantime has left."""
+    """No caller sees a generation before it is on disk, and a reader may disconnect during the write."""
 
     async def test_a_second_identical_request_waits_for_the_write(self, tmp_path: Path) -> None:
         """The first reader leaves during the write; the second one still gets the image."""
@@ -147,7 +147,7 @@ async def test_ended_generations_expire_without_any_request(tmp_path: Path) -> N
 
 
 class TestAfterARestart:
-    """Stored generations are restored as far as possible."""
+    """Every stored generation that can be read is restored."""
 
     async def test_a_generation_without_a_place_is_removed_from_disk(self, tmp_path: Path) -> None:
         """A later restart does not run it: its caller has retried by then, and must not get a second copy."""

@@ -1,4 +1,4 @@
-"""Generations as a whole: whatever callers do in whatever order, the guarantees hold."""
+"""Guarantees that hold for any sequence of calls by any number of callers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was acknowledged is there after a restart, however the server ended; what cannot be used says what to do."""
+"""Acknowledged changes survive any crash, and unusable state folders are reported with advice."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from calotype_server.types import (
 )
 
 JOB = Job("a red apple", "pears", 64, 48, 20, 7.5, 123, "DDIMScheduler")
-IMAGE = EncodedImage("png", 64, 48, b"a picture")
+IMAGE = EncodedImage("png", 64, 48, b"an image")
 FILE = "calotype.sqlite3"
 
 texts = st.text(max_size=20)
 seconds = st.floats(0, 1e9)
 numbers = st.integers(0, 2**53 - 1)
-maybe_seconds = st.none() | seconds
+optional_seconds = st.none() | seconds
 jobs = st.builds(
     Job,
     prompt=texts,
@@ -51,23 +51,23 @@ jobs = st.builds(
     width=numbers,
     height=numbers,
     step_count=numbers,
-    guidance_scale=maybe_seconds,
+    guidance_scale=optional_seconds,
     seed=numbers,
     scheduler=texts,
     preview=st.builds(PreviewOptions, numbers, seconds, numbers, numbers, st.sampled_from(PreviewMethod)),
     output=st.builds(OutputOptions, st.sampled_from(["jpeg", "png", "webp"]), numbers, st.booleans()),
     priority=st.sampled_from(Priority),
 )
-terms = st.builds(
-    DeliveryOptions, texts, maybe_seconds, st.sampled_from(DisconnectPolicy), seconds, texts, st.booleans()
+deliveries = st.builds(
+    DeliveryOptions, texts, optional_seconds, st.sampled_from(DisconnectPolicy), seconds, texts, st.booleans()
 )
-timings = st.builds(Timings, *[maybe_seconds] * 6)
+timings = st.builds(Timings, *[optional_seconds] * 6)
 images = st.builds(EncodedImage, st.sampled_from(["jpeg", "png", "webp"]), numbers, numbers, st.binary(max_size=99))
 failures = st.builds(
     lambda kind, message, retry_after, metadata: kind(message, retry_after=retry_after, metadata=metadata),
     st.sampled_from([errors.Cancelled, errors.Draining, errors.OutOfMemory, errors.DeadlineTooShort]),
     texts,
-    maybe_seconds,
+    optional_seconds,
     st.dictionaries(texts, texts, max_size=2),
 )
 ends = st.builds(Succeeded, images, timings, st.booleans()) | st.builds(Failed, failures, timings)
@@ -75,7 +75,7 @@ ends = st.builds(Succeeded, images, timings, st.booleans()) | st.builds(Failed, 
 
 @contextlib.asynccontextmanager
 async def opened(folder: Path):
-    """A store, closed at the end."""
+    """Opens a store for the duration of the block."""
     store = await Store.open(folder)
     try:
         yield store
@@ -84,23 +84,23 @@ async def opened(folder: Path):
 
 
 def record(generation_id: str, **changes) -> Record:
-    """An accepted generation."""
-    return replace(Record(generation_id, JOB, DeliveryOptions("somebody"), 1.5), **changes)
+    """Returns the record of an accepted generation."""
+    return replace(Record(generation_id, JOB, DeliveryOptions("caller"), 1.5), **changes)
 
 
 @settings(max_examples=50, deadline=None)
-@given(jobs, terms, seconds, st.none() | ends, numbers)
-def test_everything_comes_back(job, terms, created, end, step) -> None:
-    """Whatever was kept of a generation is read after reopening, equal in every field."""
+@given(jobs, deliveries, seconds, st.none() | ends, numbers)
+def test_records_are_read_back_unchanged(job, deliveries, created, end, step) -> None:
+    """After reopening, every field of a generation has the value that was written."""
 
     async def scenario(folder: Path) -> None:
         async with opened(folder) as store:
-            await store.accept(Record("id", job, terms, created))
+            await store.accept(Record("id", job, deliveries, created))
             if end is not None:
                 await store.end("id", end, step=step, total_steps=step + 1)
         async with opened(folder) as store:
             (kept,) = await store.load()
-            assert replace(kept, end=None) == Record("id", job, terms, created)
+            assert replace(kept, end=None) == Record("id", job, deliveries, created)
             assert (kept.end is None) == (end is None)
             image = getattr(end, "image", None)
             assert await store.image("id") == (image and image.data)
@@ -121,22 +121,22 @@ def test_everything_comes_back(job, terms, created, end, step) -> None:
         asyncio.run(scenario(Path(folder) / "new" / "folder"))
 
 
-async def test_the_oldest_comes_first_and_the_forgotten_not_at_all(tmp_path: Path) -> None:
-    """The order is that of acceptance, whatever ended when; forgetting drops the picture too."""
+async def test_records_are_loaded_in_order_of_acceptance(tmp_path: Path) -> None:
+    """The order of ends does not matter; forgotten generations and their images are deleted."""
     async with opened(tmp_path) as store:
         for name in "dbca":
             await store.accept(record(name))
         await store.end("c", Succeeded(IMAGE, Timings()), step=3, total_steps=3)
         await store.end("d", Succeeded(IMAGE, Timings()), step=3, total_steps=3)
-        await store.forget(["c", "b", "never there"])
+        await store.forget(["c", "b", "unknown"])
     async with opened(tmp_path) as store:
         assert [(kept.generation_id, kept.end is None) for kept in await store.load()] == [("d", False), ("a", True)]
         assert await store.image("d") == IMAGE.data
         assert await store.image("c") is None
 
 
-async def test_the_first_end_counts(tmp_path: Path) -> None:
-    """A generation ends once, also here; ending one that is not kept makes no record."""
+async def test_the_first_end_is_kept(tmp_path: Path) -> None:
+    """A second end is ignored; an end without an accepted generation creates no record."""
     async with opened(tmp_path) as store:
         await store.accept(record("a"))
         await store.end("a", Failed(errors.Cancelled("gone"), Timings()), step=1, total_steps=3)
@@ -147,7 +147,7 @@ async def test_the_first_end_counts(tmp_path: Path) -> None:
         assert await store.image("a") is None
 
 
-# Accepts and ends generations with pictures of up to a megabyte, and says so when it is done with each.
+# Accepts and ends generations with images of up to 1 MB, and prints a line after each change.
 WRITER = """
 import asyncio, random, sys
 from pathlib import Path
@@ -171,38 +171,38 @@ asyncio.run(main())
 
 
 def killed_writer(folder: Path, begin: int, lines: int) -> list[list[str]]:
-    """What a writer told, from number `begin` on, that was killed after so many lines, in the middle of the next."""
+    """Starts a writer at number `begin`, kills it after this many lines, and returns all lines that it printed."""
     command = [sys.executable, "-c", WRITER, str(folder), str(begin)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-        told = [writer.stdout.readline() for _ in range(lines)]
+        printed = [writer.stdout.readline() for _ in range(lines)]
         writer.kill()
-        told += writer.stdout.readlines()
-    return [line.split() for line in told]
+        printed += writer.stdout.readlines()
+    return [line.split() for line in printed]
 
 
-async def test_kill_9_in_mid_write_loses_nothing_acknowledged(tmp_path: Path) -> None:
-    """Killed anywhere, again and again on one file: all that was told is there, whole, and at most one thing more."""
+async def test_sigkill_during_a_write_loses_no_acknowledged_change(tmp_path: Path) -> None:
+    """After repeated kills, the file has every acknowledged change, and at most one more that was not printed."""
     accepted, ended = set(), set()
     for lines in random.sample(range(1, 13), 4):
         for word, number in killed_writer(tmp_path, len(accepted), lines):
             (accepted if word == "accepted" else ended).add(int(number))
         async with opened(tmp_path) as store:
             kept = await store.load()
-            there = {int(each.generation_id[1:]) for each in kept}
-            whole = {each.job.seed for each in kept if each.end is not None}
-            assert accepted <= there
-            assert ended <= whole
-            assert len(there - accepted) + len(whole - ended) <= 1
-            for number in whole:
+            found = {int(each.generation_id[1:]) for each in kept}
+            found_ends = {each.job.seed for each in kept if each.end is not None}
+            assert accepted <= found
+            assert ended <= found_ends
+            assert len(found - accepted) + len(found_ends - ended) <= 1
+            for number in found_ends:
                 expected = random.Random(number)
                 assert await store.image(f"g{number}") == expected.randbytes(expected.randrange(1_000_000))
         with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database:
             assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        accepted, ended = there, whole
+        accepted, ended = found, found_ends
 
 
-async def test_only_one_server_at_a_time(tmp_path: Path) -> None:
-    """A second one is told so, and gets in when the first has closed."""
+async def test_only_one_server_can_open_the_folder(tmp_path: Path) -> None:
+    """A second server fails with an explanation until the first has closed the store."""
     async with opened(tmp_path):
         with pytest.raises(errors.StateUnusable, match=r"in use by another server.*its own folder"):
             await Store.open(tmp_path)
@@ -213,8 +213,8 @@ async def test_only_one_server_at_a_time(tmp_path: Path) -> None:
         assert await store.load() == []
 
 
-async def test_a_newer_file_is_left_alone(tmp_path: Path) -> None:
-    """Nothing is changed in a file of a later version."""
+async def test_a_newer_file_is_not_changed(tmp_path: Path) -> None:
+    """A file of a newer version is rejected and stays as it is."""
     with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as database:
         database.execute("PRAGMA user_version = 2")
     before = (tmp_path / FILE).read_bytes()
@@ -224,16 +224,16 @@ async def test_a_newer_file_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"not a database " * 1000, b"SQLite format 3\0" + bytes(range(256)) * 64])
-async def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes) -> None:
-    """It is named, with what to do, and stays as it is."""
+async def test_a_file_of_another_program_is_not_changed(tmp_path: Path, content: bytes) -> None:
+    """The error has the file name and advice, and the file stays as it is."""
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(errors.StateUnusable, match=r"calotype\.sqlite3 is damaged or .* Move it away"):
         await Store.open(tmp_path)
     assert (tmp_path / FILE).read_bytes() == content
 
 
-async def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    """The text has the path and the system's reason."""
+async def test_a_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
+    """The message has the path and the reason from the operating system."""
     (tmp_path / "file").touch()
     with pytest.raises(
         errors.StateUnusable, match=r"file/state.* cannot be opened \(Not a directory\).*Choose a folder"
@@ -241,8 +241,8 @@ async def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         await Store.open(tmp_path / "file" / "state")
 
 
-async def test_nobody_else_may_read_it(tmp_path: Path) -> None:
-    """Prompts and pictures are readable for the owner only."""
+async def test_only_the_owner_can_read_the_files(tmp_path: Path) -> None:
+    """Prompts and images are not readable for other users."""
     async with opened(tmp_path / "state") as store:
         await store.accept(record("a"))
         files = [tmp_path / "state", *(tmp_path / "state").iterdir()]
@@ -252,7 +252,7 @@ async def test_nobody_else_may_read_it(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk(size: int):
-    """No file can grow over `size` bytes."""
+    """Limits the size of files to `size` bytes during the block."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -261,8 +261,8 @@ def full_disk(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-async def test_a_full_disk_is_told_and_gets_over(tmp_path: Path) -> None:
-    """What could not be written is an error without a path in it, changes nothing, and can be tried again."""
+async def test_a_full_disk_is_a_temporary_error(tmp_path: Path) -> None:
+    """A failed write changes nothing, its error does not reveal a path, and a retry succeeds."""
     large = Succeeded(EncodedImage("png", 64, 48, bytes(1_000_000)), Timings())
     async with opened(tmp_path) as store:
         await store.accept(record("a"))
@@ -288,8 +288,8 @@ async def test_a_full_disk_is_told_and_gets_over(tmp_path: Path) -> None:
         ("ended", '{"at": "yesterday"}'),
     ],
 )
-async def test_a_damaged_record_is_left_out(tmp_path: Path, column: str, value: object) -> None:
-    """The others are there, and the log names the one that is not."""
+async def test_a_damaged_record_is_skipped(tmp_path: Path, column: str, value: object) -> None:
+    """The other records are loaded, and the log has the id of the damaged one."""
     async with opened(tmp_path) as store:
         for name in "abc":
             await store.accept(record(name))
@@ -301,8 +301,8 @@ async def test_a_damaged_record_is_left_out(tmp_path: Path, column: str, value: 
     assert [(line["log_level"], line["generation"]) for line in logs] == [("warning", "b")]
 
 
-async def test_a_later_version_may_add_fields_and_reasons(tmp_path: Path) -> None:
-    """Unknown fields are ignored, missing ones have their defaults, an unknown reason is a failed generation."""
+async def test_a_later_version_can_add_fields_and_reasons(tmp_path: Path) -> None:
+    """Unknown fields are ignored, missing ones get defaults, and an unknown reason becomes GenerationFailed."""
     async with opened(tmp_path) as store:
         await store.accept(record("a"))
         await store.end("a", Failed(errors.Cancelled("gone"), Timings()), step=1, total_steps=3)
@@ -320,8 +320,8 @@ async def test_a_later_version_may_add_fields_and_reasons(tmp_path: Path) -> Non
     assert kept.end.error.message == "gone"
 
 
-def test_neither_torch_nor_protobuf_is_needed() -> None:
-    """Importing the module stays light."""
+def test_the_store_imports_neither_torch_nor_protobuf() -> None:
+    """The store can be imported without heavy libraries."""
     heavy = "{'torch', 'google.protobuf', 'grpc'}"
     code = f"import sys, calotype_server.generations.store; sys.exit(bool({heavy} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""What counts as a stall, and what happens then. Time is what the test says it is."""
+"""Detection of stalled generations, and the shutdown after it, with simulated time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE = 100.0
 
 
 class Work:
-    """As much of a generation as the watchdog looks at; compared by identity, as generations are."""
+    """The attributes of a generation that the watchdog reads; compared by identity, as generations are."""
 
     def __init__(self, *, on_engine: bool = True, first: bool = False) -> None:
         self.id = "g"
@@ -30,17 +30,17 @@ class Work:
         self.events = SimpleNamespace(state=SimpleNamespace(phase=Phase.DENOISING, step=2))
 
     def progress(self) -> None:
-        """Something happens."""
+        """Counts an event."""
         self.stopwatch.events += 1
 
 
 def watchdog_of(*works: Work, usual: float | None = 1.0) -> Watchdog:
-    """Watches these."""
+    """Returns a watchdog for these generations."""
     return Watchdog(lambda: works, lambda _: usual, PATIENCE)
 
 
-def test_work_that_goes_on_is_never_stalled() -> None:
-    """However long it takes in all."""
+def test_a_generation_with_events_is_never_stalled() -> None:
+    """The total duration does not matter."""
     work = Work()
     watchdog = watchdog_of(work)
     for _ in range(50):
@@ -48,8 +48,8 @@ def test_work_that_goes_on_is_never_stalled() -> None:
         assert not watchdog.check(PATIENCE - 1)
 
 
-def test_a_pause_is_a_stall_when_it_is_longer_than_patience() -> None:
-    """Counted over checks, from the last event on; the longest is known all along."""
+def test_a_pause_above_the_limit_is_a_stall() -> None:
+    """Pauses are measured from the last event, across checks; the longest one is reported."""
     work, other = Work(), Work()
     watchdog = watchdog_of(work, other)
     watchdog.check(0)
@@ -61,8 +61,8 @@ def test_a_pause_is_a_stall_when_it_is_longer_than_patience() -> None:
     assert (stall.generation, stall.seconds) == (work, 101.0)
 
 
-def test_who_is_not_at_work_cannot_stall() -> None:
-    """A generation in the queue, or one whose file is being written, waits for as long as it takes."""
+def test_a_generation_that_is_not_on_the_engine_cannot_stall() -> None:
+    """A generation may stay in the queue, or wait for the disk, without limit."""
     work = Work(on_engine=False)
     watchdog = watchdog_of(work)
     for _ in range(5):
@@ -73,16 +73,16 @@ def test_who_is_not_at_work_cannot_stall() -> None:
     assert watchdog.check(1)
 
 
-def test_slow_models_have_more_time() -> None:
-    """Twenty of their usual steps, when that is longer."""
+def test_slow_models_have_a_longer_limit() -> None:
+    """The limit is 20 typical steps if that is longer."""
     watchdog = watchdog_of(Work(), usual=60.0)
     watchdog.check(0)
     assert not watchdog.check(20 * 60)
     assert watchdog.check(1)
 
 
-def test_the_first_picture_of_a_size_has_ten_times_as_long() -> None:
-    """Kernels may have to be compiled for it; before anything was measured, too."""
+def test_the_first_generation_of_a_size_has_ten_times_the_limit() -> None:
+    """Kernels may have to be compiled for it. This also applies before any step was measured."""
     watchdog = watchdog_of(Work(first=True), usual=None)
     watchdog.check(0)
     assert not watchdog.check(10 * PATIENCE)
@@ -90,20 +90,20 @@ def test_the_first_picture_of_a_size_has_ten_times_as_long() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 2 * PATIENCE)), max_size=30))
-def test_stalled_is_who_made_no_progress_for_longer_than_patience(checks) -> None:
-    """For any sequence of progress and checks, by a sum that is kept beside."""
+def test_stalls_match_a_simple_model(checks) -> None:
+    """For any sequence of events and checks, a stall is a sum of silent time above the limit."""
     work = Work()
     watchdog, silent = watchdog_of(work), 0.0
     watchdog.check(0)
-    for moves, elapsed in checks:
-        if moves:
+    for progressed, elapsed in checks:
+        if progressed:
             work.progress()
-        silent = 0.0 if moves else silent + elapsed
+        silent = 0.0 if progressed else silent + elapsed
         assert bool(watchdog.check(elapsed)) == (silent > PATIENCE)
 
 
-async def test_a_process_that_was_stopped_is_not_stalled() -> None:
-    """After SIGSTOP and SIGCONT the clock jumps; the watchdog comes late itself, and counts little of it."""
+async def test_a_suspended_process_is_not_stalled() -> None:
+    """After SIGSTOP and SIGCONT the clock jumps; the watchdog was suspended, too, and counts only a little of it."""
     watchdog, now, naps = watchdog_of(Work()), 0.0, []
 
     async def sleep(seconds: float) -> None:
@@ -116,25 +116,25 @@ async def test_a_process_that_was_stopped_is_not_stalled() -> None:
     assert len(naps) > 10
 
 
-async def test_the_process_ends_after_everybody_was_told() -> None:
-    """First the log with the stacks, then the farewell, then the exit with its code, also when the farewell fails."""
+async def test_the_process_exits_after_the_final_messages() -> None:
+    """The stacks are logged, the shutdown runs, and the process exits with its code, even if the shutdown fails."""
     done = []
 
-    async def farewell(stalls) -> None:
+    async def shut_down(stalls) -> None:
         done.append(stalls[0].generation.id)
         raise ValueError("no")
 
     watchdog = SimpleNamespace(watch=lambda: asyncio.sleep(0, [SimpleNamespace(generation=Work(), seconds=101.0)]))
     with structlog.testing.capture_logs() as logged:
-        await end_when_stalled(watchdog, farewell, done.append)
+        await end_when_stalled(watchdog, shut_down, done.append)
     assert done == ["g", EXIT_STALLED]
     assert (logged[0]["event"], logged[0]["generation"]) == ("generation stalled", "g")
     assert isinstance(logged[1]["stacks"], dict)
     assert "unmistakable" not in str(logged)
 
 
-async def test_stacks_tell_where_our_threads_stand_and_no_values() -> None:
-    """Files, lines and functions of threads with our names, and of no others."""
+async def test_stacks_show_only_our_threads_and_no_values() -> None:
+    """Stacks have files, lines and functions of the server's own threads, without values."""
     entered, leave = threading.Event(), threading.Event()
 
     def stuck_here(prompt: str) -> None:

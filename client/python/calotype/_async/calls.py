@@ -1,4 +1,4 @@
-"""The calls of a client: its channels, and every RPC that a generation needs. Knows nothing of generations."""
+"""Makes the RPCs of a client and manages its channels. Does not keep the state of generations."""
 
 from __future__ import annotations
 

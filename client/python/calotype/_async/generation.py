@@ -82,7 +82,7 @@ class AsyncGeneration(BaseGeneration):
         return self._assembler.outcome()
 
     async def finish(self) -> Phase:
-        """Ends the generation early and keeps the current picture, which becomes the final image.
+        """Ends the generation early; the current estimate becomes the final image.
 
         Waits for the first message, then up to 10 s for the answer.
 

@@ -1,1 +1,1 @@
-"""Where asyncio and threads differ: two packages of modules with the same names and interfaces."""
+"""Code that differs between asyncio and threads: two packages with the same modules and interfaces."""

@@ -1,4 +1,4 @@
-"""How commands end: messages and exit codes."""
+"""Messages and exit codes of commands."""
 
 import sys
 from typing import NoReturn
@@ -32,7 +32,7 @@ def exit_with(text: str, code: int) -> NoReturn:
 
 
 def exit_code(error: CalotypeError) -> int:
-    """Returns 2 for a request that can never succeed, 3 for a server that is not there, and 1 for anything else."""
+    """Returns 2 for a request that can never succeed, 3 for an unreachable server, and 1 for anything else."""
     if isinstance(error, InvalidRequest):
         return EXIT_USAGE
     return EXIT_UNAVAILABLE if isinstance(error, Unavailable) else EXIT_FAILED

@@ -1,4 +1,4 @@
-"""Shows a generation as a picture that forms in the terminal."""
+"""Shows the image of a running generation in the terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OTHER_ROWS = 4
 
 
 class LiveView(BaseView):
-    """Draws the picture as it forms, above a progress bar."""
+    """Draws the newest preview above a progress bar."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -61,19 +61,23 @@ def generate(
     on_disconnect: Annotated[
         DisconnectPolicyName | None,
         typer.Option(
-            help="What Ctrl-C or a lost connection does; `watch` shows a kept generation.", show_default="cancel"
+            help="Effect of Ctrl-C or a lost connection. `watch` can follow a generation that is kept.",
+            show_default="cancel",
         ),
     ] = None,
     disconnect_grace: Annotated[
         float | None,
         typer.Option(
             metavar="SECONDS",
-            help="How long the server keeps the generation after the connection is lost, 0 to 3600.",
+            help="Time for which the server keeps the generation after a lost connection, 0 to 3600.",
             show_default="10",
         ),
     ] = None,
     request_id: Annotated[
-        str | None, typer.Option(metavar="ID", help="Using the same id again follows the same generation.")
+        str | None,
+        typer.Option(
+            metavar="ID", help="Id of the request. A second request with the same id follows the same generation."
+        ),
     ] = None,
     output: OutputFile = None,
     file_format: Annotated[
@@ -103,7 +107,9 @@ def generate(
     preview_edge: Annotated[
         int | None, typer.Option(metavar="PIXELS", help="Maximum length of the longer edge.", rich_help_panel=PREVIEWS)
     ] = None,
-    preview_quality: Annotated[int | None, typer.Option(help="JPEG quality, from 1.", rich_help_panel=PREVIEWS)] = None,
+    preview_quality: Annotated[
+        int | None, typer.Option(help="JPEG quality, from 1 to the server's maximum.", rich_help_panel=PREVIEWS)
+    ] = None,
     preview_method: Annotated[
         MethodName | None,
         typer.Option(help="How previews are made; see `calotype model`.", rich_help_panel=PREVIEWS),
@@ -173,7 +179,7 @@ def watch(
 @app.command()
 @with_server_options
 def finish(generation_id: GenerationId, server: Server) -> None:
-    """End a generation early and keep the current picture."""
+    """End a generation early; its current estimate becomes the final image."""
     with connected(server) as client:
         phase = client.finish(generation_id)
     typer.echo(_outcome("Finished", phase))

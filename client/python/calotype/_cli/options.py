@@ -41,8 +41,10 @@ def option_name(argument: str) -> str:
 
 
 GenerationId = Annotated[str, typer.Argument(help="A generation_id from `list` or `generate --json`.")]
-Timeout = Annotated[float | None, typer.Option(help="Seconds until the image, including time in the queue.")]
-Retries = Annotated[int, typer.Option(help="Number of attempts in a row to reconnect.")]
+Timeout = Annotated[
+    float | None, typer.Option(help="Maximum seconds to wait for the image, including time in the queue.")
+]
+Retries = Annotated[int, typer.Option(help="Maximum number of consecutive attempts to reconnect.")]
 OutputFile = Annotated[
     Path | None,
     typer.Option(

@@ -1,4 +1,4 @@
-"""Keeps other output out of a live picture."""
+"""Keeps log lines and typed keys from overwriting the live view in the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["quiet_core", "quiet_keyboard"]
 
 @contextmanager
 def quiet_keyboard() -> Iterator[None]:
-    """Switches echo off, because typed keys and answers of the terminal would appear in the picture."""
+    """Switches echo off, because typed keys and answers of the terminal would appear in the live view."""
     if sys.platform == "win32" or not sys.stdin.isatty():
         yield
         return

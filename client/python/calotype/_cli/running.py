@@ -62,7 +62,7 @@ def show(
 
 
 def _choose_view(console: Console, *, as_json: bool) -> View:
-    """Chooses the view: JSON if asked for, a live picture in a terminal, and plain lines elsewhere."""
+    """Chooses the view: JSON if asked for, a live view in a terminal, and plain lines elsewhere."""
     if as_json:
         return JsonView()
     return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainView(console)

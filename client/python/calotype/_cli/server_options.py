@@ -28,7 +28,7 @@ class Server:
     api_key: Annotated[
         str | None,
         typer.Option(
-            help="Key for a server that requires one. The variable keeps it out of the shell history.",
+            help="API key, for a server that requires one. The variable keeps it out of the shell history.",
             metavar="KEY",
             envvar="CALOTYPE_API_KEY",
             show_envvar=True,
@@ -37,12 +37,12 @@ class Server:
     ] = None
     tls: Annotated[
         bool,
-        typer.Option("--tls", help="Encrypt; trust public authorities.", envvar="CALOTYPE_TLS", rich_help_panel=_PANEL),
+        typer.Option("--tls", help="Encrypt, and trust public CAs.", envvar="CALOTYPE_TLS", rich_help_panel=_PANEL),
     ] = False
     ca_file: Annotated[
         Path | None,
         typer.Option(
-            help="Encrypt; trust this authority (PEM).",
+            help="Encrypt, and trust the CAs in this PEM file.",
             metavar="FILE",
             envvar="CALOTYPE_CA_FILE",
             rich_help_panel=_PANEL,
@@ -51,7 +51,7 @@ class Server:
     client_certificate: Annotated[
         Path | None,
         typer.Option(
-            help="Encrypt; present this certificate (PEM).",
+            help="Encrypt, and present the certificate in this PEM file.",
             metavar="FILE",
             envvar="CALOTYPE_CLIENT_CERTIFICATE",
             rich_help_panel=_PANEL,
@@ -60,7 +60,7 @@ class Server:
     client_key: Annotated[
         Path | None,
         typer.Option(
-            help="Private key of the client certificate (PEM).",
+            help="PEM file with the private key of the client certificate.",
             metavar="FILE",
             envvar="CALOTYPE_CLIENT_KEY",
             rich_help_panel=_PANEL,

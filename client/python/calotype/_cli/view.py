@@ -1,4 +1,4 @@
-"""What a view of a generation can do, and words for its progress."""
+"""The interface of views of a generation, and text for its progress."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How a generation survives lost connections. No I/O: both clients share these modules."""
+"""Resumes generations after lost connections. Does no I/O; both clients share these modules."""

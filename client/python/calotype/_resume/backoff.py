@@ -1,4 +1,4 @@
-"""How often and when a client reconnects."""
+"""Number and timing of reconnection attempts."""
 
 from __future__ import annotations
 

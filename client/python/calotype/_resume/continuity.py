@@ -1,4 +1,4 @@
-"""Joins the messages of several calls to one stream that shows nothing twice and never goes back."""
+"""Joins the messages of several calls to one stream that never repeats or goes back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Continuity:
 
     Attributes:
         sequence: The last sequence number read of the current event log, for `WatchRequest.after_sequence`.
-        shown: What the caller has seen: the highest numbers, and flags that stay true. Without images.
+        shown: The highest numbers that the caller has seen, and flags that stay true. Without images.
     """
 
     def __init__(self, generation_id: str | None = None, sequence: int = 0) -> None:

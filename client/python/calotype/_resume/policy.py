@@ -1,4 +1,4 @@
-"""Decides how a generation survives lost connections. Does no I/O and never waits; both clients use it.
+"""Decides how to resume a generation after an error. Does no I/O and never waits; both clients use it.
 
 A broken stream does not end a generation. The server keeps a generation without a reader for its disconnect grace, so
 the client calls `Watch` with the last sequence number that it has. If the server lost the generation, for example in a
@@ -7,8 +7,8 @@ restart, the client calls `Generate` again with the seed in use. `Continuity` th
 - Waits between attempts: see `RetryPolicy`.
 - Because of the grace, closing a call does not cancel the generation. `PendingCancels` does that when a caller leaves.
 - The first message can be lost, too. Each request has a `request_id`, so repeating it never starts a second generation.
-- A server that drains, or whose disconnect grace expires, ends a generation for reasons of its own. The caller does not
-  see that end; the client requests the same image again.
+- A server that drains, or whose disconnect grace expires, ends a generation that its caller did not cancel. The caller
+  does not see that end; the client requests the same image again.
 - Before the first contact there is nothing to lose: if the server cannot be reached or rejects the request, the caller
   gets the error immediately. Later, both are retried, after at least the delay that the server asks for.
 - With several servers, another server can replace one that is lost or not ready, at first contact as well.

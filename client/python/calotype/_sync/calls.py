@@ -1,5 +1,5 @@
 # Generated from calotype/_async/calls.py by `make sync-client`; do not edit.
-"""The calls of a client: its channels, and every RPC that a generation needs. Knows nothing of generations."""
+"""Makes the RPCs of a client and manages its channels. Does not keep the state of generations."""
 
 from __future__ import annotations
 

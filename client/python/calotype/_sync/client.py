@@ -145,7 +145,7 @@ class Client:
                 Default: drawn at random by the server.
             scheduler: One of `Model.schedulers`.
             priority: Rank in the queue, "interactive" or "batch". Default: "interactive".
-            on_disconnect: What leaving early does. "cancel" ends the generation. "keep" lets it run to its end, and
+            on_disconnect: Effect of leaving the generation early. "cancel" ends it. "keep" lets it run to its end, and
                 `watch` can follow it for a while after that. Default: "cancel".
             disconnect_grace: Seconds for which the server keeps a generation that lost its reader, 0 to 3600. Applies
                 to "cancel" only. Default: 10, or 0 when the client's `retries` is 0.
@@ -243,7 +243,7 @@ class Client:
             request.page_token = answer.next_page_token
 
     def finish(self, generation_id: str) -> Phase:
-        """Ends a generation early and keeps its current picture. The generation may belong to any client.
+        """Ends a generation early; its current estimate becomes the final image. Any client may have started it.
 
         After the current step, the model's estimate of the finished image becomes the final image. Every reader of the
         generation receives it. Waits up to 10 s for the answer.

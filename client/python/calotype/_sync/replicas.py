@@ -1,5 +1,5 @@
 # Generated from calotype/_async/replicas.py by `make sync-client`; do not edit.
-"""Several servers behind one target. gRPC distributes new generations among them; this module reaches each one alone.
+"""Several servers behind one target. gRPC distributes new generations among them; this module calls a specific one.
 
 A generation lives on the server that started it. `GetModel` returns that server's replica tag, and the ids of its
 generations begin with the tag. Each lookup asks all servers in parallel, so the client keeps no map of generations to

@@ -30,7 +30,7 @@ _EPOCH = 1_700_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
-    """What every generation does. `FakeServer` documents the fields."""
+    """The script that every generation follows. `FakeServer` documents the fields."""
 
     model: Model
     steps: int | None = None
@@ -50,7 +50,7 @@ class FakeGeneration:
     Args:
         number: Counts the requests of the server from 1.
         request: The request that started it.
-        script: What it does.
+        script: Its steps, previews and failures.
 
     Attributes:
         id: Its generation id.

@@ -25,7 +25,7 @@ class FakeState:
     """The generations of a fake server. Safe to share between threads.
 
     Args:
-        script: What generations do.
+        script: The steps, previews and failures of every generation.
         drop_at: Steps at which all connections are cut, once each.
         lose_at: Steps at which all connections are cut and all generations are lost, once each.
 

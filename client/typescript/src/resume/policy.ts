@@ -65,7 +65,7 @@ export class Resumption {
     this.#newsBeforeCall = this.continuity.newsCount;
   }
 
-  /** Whether to start a generation again because the server ended it for a reason of its own, such as a restart. */
+  /** Whether to start a generation again because the server ended it on its own, for example by restarting. */
   shouldReplace({ code, reason }: CalotypeError, generationId: string): boolean {
     const isServersReason = code === "UNAVAILABLE" || reason === "ABANDONED";
     return isServersReason && this.#canGenerate && this.#retries > 0 && generationId !== this.#replaced;

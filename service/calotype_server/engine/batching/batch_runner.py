@@ -54,7 +54,7 @@ class BatchObserver(Protocol):
         ...
 
     def answered(self, calls: Sequence[PendingCall], answers: Sequence[Any], rows: int) -> None:
-        """Takes the answers to a batch with so many rows."""
+        """Receives the answers to a batch of this many rows."""
         ...
 
     def succeeded(self, seconds: float) -> None:
@@ -62,7 +62,7 @@ class BatchObserver(Protocol):
         ...
 
     def ran_out_of_memory(self, max_rows: int) -> None:
-        """Called when memory allows no more than so many rows."""
+        """Called when memory allows at most this many rows."""
         ...
 
 

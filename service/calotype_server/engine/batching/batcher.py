@@ -40,8 +40,8 @@ class StepBatcher:
         module: The denoiser; from now on nothing else may call it.
         max_rows: Most rows to compute at once, from 1; see `measure.knee`.
         threads: CPU threads to compute each call with; None for torch's default.
-        deterministic: Fill every batch up to `max_rows`, so that a result is bitwise the same whatever other rows are
-            in the batch. This holds as long as memory suffices for `max_rows`.
+        deterministic: Fill every batch up to `max_rows`, so that a result is bitwise the same regardless of the other
+            rows in the batch. This holds as long as memory suffices for `max_rows`.
         on_batch: Called by the device thread after each call of the denoiser; it must not block.
     """
 

@@ -35,7 +35,7 @@ Digests = dict[int, tuple[torch.Tensor, int, bytes]]
 
 _TIMESTEPS = ("timestep", "timesteps", "t")
 _POSITIONS = ("img_ids", "txt_ids")
-"""Positions of tokens. With two dimensions they have no entry per row, whatever their length is."""
+"""Positions of tokens. With two dimensions they have no entry per row, regardless of their length."""
 _ROW_LISTS = ("img_shapes", "txt_seq_lens")
 """Lists of plain values with one entry per row."""
 

@@ -1,6 +1,6 @@
 """Timing measurements at load: how many rows are worth computing together, and with how many CPU threads.
 
-An unknown model is batched only as far as its own throughput was seen to rise.
+An unknown model is batched only up to the size at which its measured throughput still rises.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Threads:
     from_rows: float
 
     def of(self, rows: int) -> int:
-        """Returns the number of threads for a call of so many rows."""
+        """Returns the number of threads for a call of `rows` rows."""
         return self.many if rows >= self.from_rows else self.few
 
 

@@ -38,7 +38,7 @@ class PlanOptions:
             can encode their prompt or decode their image meanwhile.
         max_rows: Most rows to compute together. None: as many as pay off.
         threads: CPU threads. None: measured, or torch's default if `deterministic`.
-        deterministic: Whether an image must be bitwise the same whatever other requests run. Then nothing depends on a
+        deterministic: Whether an image must be bitwise the same regardless of other requests. Then nothing depends on a
             timing measurement, so that the next start produces the same image too.
     """
 

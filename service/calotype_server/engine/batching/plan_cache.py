@@ -124,7 +124,7 @@ def save_plan(path: Path, facts: dict[str, Any], plan: Plan) -> None:
 
 
 def _encode(plan: Plan) -> dict[str, Any]:
-    """JSON has no infinity: null stands for it."""
+    """Encodes infinity as null, because JSON has no infinity."""
     threads = plan.threads
     from_rows = None if math.isinf(threads.from_rows) else threads.from_rows
     return {

@@ -53,7 +53,7 @@ def verify(
         calls: Positional and keyword arguments of real calls that differ in latents, prompt and timestep. At least two
             of them must have the same signature.
         deterministic_rows: Rows that a deterministic batcher fills every batch up to. If given, an answer must be
-            bitwise the same whatever other rows are in the batch.
+            bitwise the same regardless of the other rows in the batch.
 
     Returns:
         Why calls must not be joined, in one sentence, or None if they may. Requests can take turns on the module

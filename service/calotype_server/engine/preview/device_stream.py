@@ -1,7 +1,7 @@
 """Computes previews next to the denoiser without delaying it.
 
 On a CPU the preview thread itself computes them. On CUDA the thread uses its own stream, which waits on the device for
-the step's tensors while the denoiser's stream runs on. The CUDA implementation follows PyTorch's documentation of
+the step's tensors while the denoiser's stream continues. The CUDA implementation follows PyTorch's documentation of
 streams; its cost has not been measured yet.
 """
 
@@ -26,7 +26,7 @@ class Elapsed:
 
 
 class DeviceStream(Protocol):
-    """Computes previews."""
+    """Interface of the two implementations."""
 
     def record(self) -> torch.cuda.Event | None:
         """Marks the point at which a step's tensors were launched. The denoiser's thread calls it; returns at once."""
@@ -41,7 +41,7 @@ class DeviceStream(Protocol):
 
 
 class CpuStream:
-    """The preview thread itself."""
+    """Computes previews on the CPU, in the preview thread."""
 
     def record(self) -> None:
         """Does nothing: on a CPU a tensor that exists is computed."""
@@ -55,7 +55,7 @@ class CpuStream:
 
 
 class CudaStream:
-    """A side stream of default priority.
+    """Computes previews on a CUDA stream of default priority, separate from the denoiser's.
 
     Args:
         device: The denoiser's device.

@@ -70,7 +70,7 @@ def save_head(path: Path, head: PreviewHead) -> None:
 
 
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    """Of names and numbers: the file format has no checksum, and flipped bits would silently spoil the previews."""
+    """Returns a checksum of names and numbers. The file format has none, and flipped bits would spoil the previews."""
     checksum = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         checksum.update(name.encode() + tensor.contiguous().numpy().tobytes())

@@ -116,7 +116,7 @@ class PreviewRenderer:
             elif task is not None:
                 try:
                     task()
-                except BaseException:  # Of any class: generations wait for this thread, so it must survive.
+                except BaseException:  # Exceptions of any class: generations wait for this thread, so it must survive.
                     _log.exception("the preview head cannot learn from an image")
             else:
                 return
@@ -205,7 +205,7 @@ def _is_finite(queue: PreviewQueue, pending: PendingPreview, x0: torch.Tensor) -
 
 
 def _all_finite(numbers: torch.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity: only then the sum is finite, and a sum is a single operation."""
+    """Whether all values are finite. Tests their sum, which is a single operation."""
     return math.isfinite(float(numbers.sum(dtype=torch.float32)))
 
 

@@ -80,7 +80,7 @@ class PeerReplicas:
 
 
 class RoutingServicer(GenerationServiceServicer):
-    """`calotype.v1.GenerationService` of all replicas together.
+    """Implements `calotype.v1.GenerationService` for all replicas together.
 
     Args:
         local: The servicer of this server.

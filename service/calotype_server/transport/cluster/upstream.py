@@ -42,7 +42,7 @@ class Health(IntEnum):
 
 
 class Upstream:
-    """One server.
+    """One server behind a bridge, or another replica.
 
     Args:
         target: Address to connect to.

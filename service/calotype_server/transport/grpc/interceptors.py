@@ -58,7 +58,7 @@ def interceptors(
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Adds the one wrapper around every handler.
+    """Wraps every handler to convert errors, bind log ids and count calls.
 
     The wrapper converts a `ServiceError` into its gRPC status, and logs and hides every other exception. It binds
     `request` (the caller's `x-request-id`, or a new id) and `traceparent` to the log. It counts calls and messages.

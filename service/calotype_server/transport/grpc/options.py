@@ -21,7 +21,7 @@ def _ms(seconds: float) -> int:
 
 
 def server_options(limits: PortLimits) -> Options:
-    """Returns the options of a server that holds its clients to `limits`."""
+    """Returns the options of a server that applies `limits` to its clients."""
     return [
         # A second server on the same port must fail instead of sharing it.
         ("grpc.so_reuseport", 0),

@@ -32,7 +32,7 @@ class NativeServer:
         services: The services to offer.
         access: Checks keys.
         certificates: For TLS, or None for plaintext.
-        limits: What each connection and each host may use.
+        limits: Limits per connection and per host.
         call_limiter: Counts the calls of a host on all ports; None to count those of this port only.
         observe: Receives events about calls and messages.
     """

@@ -27,7 +27,7 @@ __all__ = ["GenerationServicer"]
 
 
 class GenerationServicer(GenerationServiceServicer):
-    """`calotype.v1.GenerationService`.
+    """Implements `calotype.v1.GenerationService`.
 
     Args:
         api: Carries out the calls.

@@ -156,7 +156,7 @@ class Call:
         self.end(None)
 
     def _outcome(self, handling: asyncio.Task[None]) -> Status:
-        """Returns the status of a call whose handler ended by itself."""
+        """Returns the status of a call whose handler ended without an external reason."""
         if handling.cancelled():
             return Status(grpc.StatusCode.CANCELLED, "The call was cancelled by the server.")
         error = handling.exception()

@@ -1,4 +1,4 @@
-"""Requests and responses of OpenAI's images API, as far as Calotype implements it.
+"""Requests and responses of the part of OpenAI's images API that Calotype implements.
 
 Sources: https://platform.openai.com/docs/api-reference/images and the types of the official SDKs.
 """
@@ -81,7 +81,7 @@ class ImagesRequest(RequestModel):
 
 
 class InputTokens(BaseModel):
-    """Always 0."""
+    """Token counts of the input, always 0."""
 
     image_tokens: int = 0
     text_tokens: int = 0

@@ -45,7 +45,7 @@ class Fault(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """Description of an error."""
 
     message: str = Field(description="One sentence for people.")
     type: str = Field(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["StreamRoutes"]
 
 _RECONNECT_GRACE = "10s"
-"""Time for an EventSource to reconnect; it waits a few seconds of its own choice."""
+"""Time for an EventSource to reconnect; browsers choose a delay of a few seconds."""
 
 _Images = Annotated[
     Images, Query(description="Whether images are inside the events, or `image_url` links to them instead.")
@@ -48,7 +48,7 @@ _ENDED: dict[int | str, dict[str, Any]] = {204: {"description": "`Last-Event-ID`
 
 
 class StreamRoutes:
-    """The routes, as methods.
+    """The handlers of these routes, as methods.
 
     Args:
         api: Implements the operations.

@@ -81,7 +81,7 @@ def websocket_routes(api: Api, call_limiter: CallLimiter, observe: Observe = ign
 
 
 class _Session:
-    """One connection.
+    """One WebSocket connection and its generations.
 
     Args:
         socket: Accepted.

@@ -11,7 +11,7 @@ __all__ = ["ClientGone", "read_body", "request_too_late"]
 
 
 class ClientGone(Exception):
-    """The client disconnected, so nobody receives an answer."""
+    """The client disconnected, so no answer can be sent."""
 
 
 async def read_body(

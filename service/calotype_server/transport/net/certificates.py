@@ -19,7 +19,7 @@ __all__ = ["Certificates", "upstream_credentials"]
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """What new connections use, on either port."""
+    """The certificate and settings of new connections, on either port."""
 
     context: ssl.SSLContext
     configuration: Any  # grpc.ServerCertificateConfiguration
@@ -104,7 +104,7 @@ class Certificates:
 
 
 class _ReloadingContext(ssl.SSLContext):
-    """Delegates each new connection to the most recently loaded context, since asyncio keeps one context for ever."""
+    """Delegates each new connection to the most recently loaded context, since asyncio never replaces its context."""
 
     _certificates: Certificates
 

@@ -1,4 +1,4 @@
-"""Protects the ports: certificates, keys, and a check that refuses to listen beyond this machine without them."""
+"""Protects the ports: certificates, keys, and a check that prevents listening on public addresses without them."""
 
 from __future__ import annotations
 

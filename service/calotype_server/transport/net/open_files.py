@@ -11,11 +11,11 @@ __all__ = ["raise_open_file_limit"]
 _log = structlog.get_logger(__name__)
 
 _RESERVE = 128
-"""Open files besides connections: regular files, pipes, and connections that are about to be rejected."""
+"""Open files that are not connections: regular files, pipes, and connections that are about to be rejected."""
 
 
 def raise_open_file_limit(connections: int) -> None:
-    """Raises this process's limit on open files, as far as the system allows; logs a warning if that is too few.
+    """Raises this process's limit on open files up to the system's maximum; logs a warning if that is too low.
 
     Args:
         connections: Largest number of connections on all ports together.

@@ -63,7 +63,7 @@ class WebServer:
         allowed_origins: Origins of other sites whose pages may call, as https://example.com; "*" for all.
         allowed_hosts: Host names under which this server is reached; "*" for all.
         page: Folder of the built page.
-        limits: What each connection and each host may use.
+        limits: Limits per connection and per host.
         call_limiter: Counts the calls of a host on all ports; None to count those of this port only.
         transport: Name of the port in the metrics.
         observe: Receives events about calls and messages.

@@ -24,7 +24,7 @@ def collator():
 
 
 def bind(collator, rows=1, **arguments):
-    """Returns a call with so many rows of latents."""
+    """Returns a call with this many rows of latents."""
     return collator.bind((torch.ones(rows, 3),), arguments, {})
 
 

@@ -55,7 +55,7 @@ class TestKnee:
 
     @pytest.fixture
     def costs(self, monkeypatch):
-        """Sets the seconds that a call with so many rows takes, and the overhead of a second thread."""
+        """Sets the seconds that a call with this many rows takes, and the overhead of a second thread."""
 
         def set_costs(cost, overhead=math.inf):
             def seconds(threads, module, args, kwargs):

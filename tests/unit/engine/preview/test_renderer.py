@@ -7,99 +7,13 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from calotype_server.engine.preview import queue as queue_module
 from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.engine.preview.device_stream import CpuStream
 from calotype_server.engine.preview.renderer import PreviewRenderer
-from calotype_server.engine.tap import Step
-from calotype_server.types import Denoising, Job, Pixels, PreviewMethod, PreviewOptions, PreviewReady
-
-PATIENCE = 20
-"""Seconds until a test that waits for something gives up."""
-
-# An explicit method, so that the budget does not choose.
-OPTIONS = PreviewOptions(method=PreviewMethod.HEAD)
-JOB = Job("a red apple", None, 64, 32, 9, None, 0, "DDIMScheduler", OPTIONS)
-
-
-class Drawer:
-    """Decodes to images whose bytes are the number of the step. It can be blocked, and it can fail."""
-
-    def __init__(self):
-        self.entered = threading.Semaphore(0)
-        self.gate = threading.Event()
-        self.gate.set()
-        self.failing = set()
-        self.failure = ValueError
-        self.poisoned = set()
-        self.sizes = []
-        self.batches = []
-        """Numbers of the steps in each call."""
-
-    def decode(self, latents, width, height):
-        self.entered.release()
-        assert self.gate.wait(PATIENCE)
-        self.sizes.append((width, height))
-        numbers = [int(number) for number in latents.flatten(1)[:, 0]]
-        self.batches.append(numbers)
-        if self.failing & set(numbers):
-            raise self.failure("the decoder is confused")
-        values = torch.tensor([float("nan") if number in self.poisoned else number / 255 for number in numbers])
-        return values[:, None, None, None].expand(-1, 3, 2, 3)
-
-
-def renderer_of(drawer, **others):
-    """Returns a renderer with one decoder."""
-    return PreviewRenderer({PreviewMethod.HEAD: drawer}, PreviewBudget(0.02), CpuStream(), **others)
-
-
-@pytest.fixture
-def head():
-    """The renderer's decoder."""
-    return Drawer()
-
-
-@pytest.fixture
-def renderer(head):
-    """A renderer that is closed at the end, even if its decoder is blocked."""
-    renderer = renderer_of(head)
-    yield renderer
-    head.gate.set()
-    renderer.close()
-
-
-@pytest.fixture
-def events():
-    """The reported events, from any thread."""
-    return queue.SimpleQueue()
-
-
-def step(number, *, x0=None, sample=None, model_output=None):
-    """Returns a finished step with `x0`, by default filled with the number of the step."""
-    ones = torch.ones(1, 4, 2, 2)
-    return Step(
-        number=number,
-        total=9,
-        sample=ones if sample is None else sample,
-        model_output=ones if model_output is None else model_output,
-        level=None,
-        reported=number * ones if x0 is None else x0,
-        scheduler=None,
-    )
-
-
-def preview(number, skipped=0):
-    """Returns the event with the decoder's image of a step."""
-    return PreviewReady(number, 9, Pixels(3, 2, bytes([number]) * 18), PreviewMethod.HEAD, skipped)
-
-
-def hold(head, preview_queue, number=1):
-    """Blocks the preview thread while it renders a step."""
-    head.gate.clear()
-    preview_queue.offer(step(number))
-    assert head.entered.acquire(timeout=PATIENCE)
+from calotype_server.types import Denoising, PreviewMethod, PreviewOptions, PreviewReady
+from support.engine.rendering import JOB, OPTIONS, PATIENCE, hold, preview, queues_of, renderer_of, step
 
 
 def test_an_offered_step_becomes_a_preview(renderer, head, events):
@@ -123,11 +37,6 @@ def test_the_newest_step_replaces_older_ones(renderer, head, events):
     preview_queue.offer(step(5))
     assert events.get(timeout=PATIENCE) == preview(5)
     assert events.empty()
-
-
-def queues_of(renderer, events, names, job=JOB):
-    """Returns a queue for each name; its events are reported together with that name."""
-    return [renderer.open_queue(job, lambda event, name=name: events.put((name, event))) for name in names]
 
 
 def test_steps_that_are_due_together_are_batched(renderer, head, events):
@@ -154,106 +63,6 @@ def test_different_sizes_are_not_batched(renderer, head, events, difference):
     head.gate.set()
     assert len([events.get(timeout=PATIENCE) for _ in range(4)]) == 4
     assert head.batches == [[1], [2, 4], [3]]
-
-
-@pytest.mark.parametrize("fault", ["failing", "poisoned"])
-def test_a_failure_in_a_batch_affects_one_preview(renderer, head, events, logs, fault):
-    """If one image of a batch raises or is NaN, the others are shown, and one skipped preview is counted."""
-    setattr(head, fault, {5})
-    first, second, third = queues_of(renderer, events, "abc")
-    hold(head, first)
-    for preview_queue, number in ((first, 2), (second, 5), (third, 7)):
-        preview_queue.offer(step(number))
-    head.gate.set()
-    reported = dict([events.get(timeout=PATIENCE) for _ in range(4)][1:])
-    assert reported == {"a": preview(2), "b": Denoising(5, 9, 1), "c": preview(7)}
-    assert not second.invalid
-    second.offer(step(6))
-    assert events.get(timeout=PATIENCE) == ("b", preview(6))
-
-
-def test_two_failures_in_a_batch_are_counted_once_each(renderer, head, events, logs):
-    """A step whose x0 is infinite is counted once, even if its batch is rendered again because another one failed."""
-    head.failing = {5}
-    first, second, third = queues_of(renderer, events, "abc")
-    hold(head, first)
-    first.offer(step(2))
-    second.offer(step(5))
-    third.offer(step(7, x0=torch.full((1, 4, 2, 2), float("inf"))))
-    head.gate.set()
-    reported = dict([events.get(timeout=PATIENCE) for _ in range(4)][1:])
-    assert reported == {"a": preview(2), "b": Denoising(5, 9, 1), "c": Denoising(7, 9, 1)}
-
-
-@pytest.mark.parametrize("failure", [ValueError, SystemExit])
-@pytest.mark.parametrize("fault", ["failing", "poisoned"])
-def test_a_failure_affects_one_preview(renderer, head, events, logs, fault, failure):
-    """If the decoder raises or returns NaN, progress is reported with one skipped preview; the next step is shown."""
-    setattr(head, fault, {1})
-    head.failure = failure
-    preview_queue = renderer.open_queue(JOB, events.put)
-    preview_queue.offer(step(1))
-    assert events.get(timeout=PATIENCE) == Denoising(1, 9, 1)
-    preview_queue.offer(step(2))
-    assert events.get(timeout=PATIENCE) == preview(2)
-    assert [(entry["log_level"], entry["step"]) for entry in logs] == [("error", 1)] * (fault == "failing")
-    assert not preview_queue.invalid
-
-
-def test_a_failing_x0_affects_one_preview(renderer, events, logs):
-    """If computing x0 raises, one preview is skipped, and the next step is shown."""
-
-    def fail():
-        raise RuntimeError("no x0 today")
-
-    preview_queue = renderer.open_queue(JOB, events.put)
-    preview_queue.offer(SimpleNamespace(number=1, total=9, x0=fail, sample=torch.ones(1, 4, 2, 2)))
-    assert events.get(timeout=PATIENCE) == Denoising(1, 9, 1)
-    preview_queue.offer(step(2))
-    assert events.get(timeout=PATIENCE) == preview(2)
-
-
-def test_an_unknown_x0_is_reported_without_an_image(renderer, head, events):
-    """A step whose x0 is unknown is reported as progress, and noise is never shown."""
-    preview_queue = renderer.open_queue(JOB, events.put)
-    unknown = Step(1, 9, torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2), None, None, None)
-    preview_queue.offer(unknown)
-    assert events.get(timeout=PATIENCE) == Denoising(1, 9)
-    assert head.sizes == []
-    assert not preview_queue.invalid
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["sample", "model_output"])
-def test_invalid_latents_mark_the_queue(renderer, head, events, poison, where):
-    """NaN or infinity in the latents or in the model's output marks the generation as invalid before the report."""
-    invalid = torch.full((1, 4, 2, 2), poison)
-    preview_queue = renderer.open_queue(JOB, events.put)
-    preview_queue.offer(step(1, x0=invalid, **{where: invalid}))
-    assert events.get(timeout=PATIENCE) == Denoising(1, 9, 1)
-    assert preview_queue.invalid
-    assert head.sizes == []
-
-
-def test_an_infinite_x0_of_finite_latents_is_harmless(renderer, events):
-    """An x0 may be infinite at zero signal: the generation continues, and the next step is shown."""
-    preview_queue = renderer.open_queue(JOB, events.put)
-    preview_queue.offer(step(1, x0=torch.full((1, 4, 2, 2), float("inf"))))
-    assert events.get(timeout=PATIENCE) == Denoising(1, 9, 1)
-    assert not preview_queue.invalid
-    preview_queue.offer(step(2))
-    assert events.get(timeout=PATIENCE) == preview(2)
-
-
-def test_an_invalid_generation_does_not_affect_others(renderer, events):
-    """NaN in one generation does not mark another generation as invalid."""
-    broken, healthy = renderer.open_queue(JOB, events.put), renderer.open_queue(JOB, events.put)
-    invalid = torch.full((1, 4, 2, 2), float("nan"))
-    broken.offer(step(1, x0=invalid, sample=invalid))
-    assert events.get(timeout=PATIENCE) == Denoising(1, 9, 1)
-    healthy.offer(step(2))
-    assert events.get(timeout=PATIENCE) == preview(2)
-    assert (broken.invalid, healthy.invalid) == (True, False)
 
 
 def test_a_closed_queue_drops_its_step(renderer, head, events):
@@ -360,20 +169,6 @@ def test_automatic_uses_the_available_decoder(renderer, head, events):
     assert events.get(timeout=PATIENCE) == preview(9)
 
 
-def test_a_failing_report_does_not_affect_others(renderer, events, logs):
-    """If one generation's `report` raises, other previews are reported, and `flush` still returns."""
-
-    def fail(event):
-        raise KeyError("reporter")
-
-    broken, healthy = renderer.open_queue(JOB, fail), renderer.open_queue(JOB, events.put)
-    broken.offer(step(9))
-    broken.flush()
-    healthy.offer(step(2))
-    assert events.get(timeout=PATIENCE) == preview(2)
-    assert [entry["log_level"] for entry in logs] == ["error"]
-
-
 def test_the_budget_records_decoding_times(head, events):
     """After a preview, the budget knows the decoder's CPU time for that size."""
     budget = PreviewBudget(0.02)
@@ -413,12 +208,12 @@ class TestIdleTasks:
 
     def test_a_step_runs_between_two_tasks(self, renderer, head, events):
         """A step that becomes due during a task is rendered before the next task."""
-        started, go_on = threading.Event(), threading.Event()
-        renderer.when_idle(lambda: (started.set(), go_on.wait(PATIENCE)))
+        started, proceed = threading.Event(), threading.Event()
+        renderer.when_idle(lambda: (started.set(), proceed.wait(PATIENCE)))
         assert started.wait(PATIENCE)
         renderer.when_idle(lambda: events.put("second"))
         renderer.open_queue(JOB, events.put).offer(step(1))
-        go_on.set()
+        proceed.set()
         assert [events.get(timeout=PATIENCE) for _ in range(2)] == [preview(1), "second"]
 
     def test_a_failing_task_is_logged(self, renderer, events, logs):

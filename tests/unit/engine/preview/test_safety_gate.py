@@ -78,7 +78,7 @@ def test_previews_stay_blurred_after_a_rejection(run):
 
 @pytest.mark.parametrize("midway", [True, False])
 def test_a_final_rejection_withdraws_previews_and_withholds_the_image(run, midway):
-    """`Withdrawn` follows the last preview, whatever the verdict midway was, and the error is CONTENT_WITHHELD."""
+    """`Withdrawn` follows the last preview, regardless of the verdict halfway, and the error is CONTENT_WITHHELD."""
     finished = run(midway, True)
     assert finished.kinds[-1] is Withdrawn
     assert finished.kinds.count(Withdrawn) == 1

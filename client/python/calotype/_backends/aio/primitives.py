@@ -1,4 +1,4 @@
-"""What a client needs of asyncio. `threads.primitives` has the same names for threads."""
+"""The asyncio primitives that the client uses. `threads.primitives` has the same names for threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client needs of threads. `aio.primitives` has the same names for asyncio."""
+"""The threading primitives that the client uses. `aio.primitives` has the same names for asyncio."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_missing_cli_extra(missing):
 
 @pytest.mark.parametrize("command", ["serve", "bridge", "doctor"])
 def test_missing_server_extra(command):
-    """Without the server's extra, its commands print what to install, whatever their options."""
+    """Without the server's extra, its commands print what to install, with any options."""
     result = run(command, "--model", "bundled", missing=["calotype_server.cli.main"])
     assert result.returncode == 2
     assert f"`calotype {command}` needs an extra: pip install 'calotype[server]'" in result.stderr

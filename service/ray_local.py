@@ -62,7 +62,7 @@ def up(config: Path) -> int:
             except OSError:
                 return _fail(f"Port {port} is in use. Is {other} running?")
     STATE.mkdir(parents=True, exist_ok=True)
-    command = [ray, "start", "--head", "--block", "--disable-usage-stats", f"--node-ip-address={HOST}"]
+    command: list[str | Path] = [ray, "start", "--head", "--block", "--disable-usage-stats", f"--node-ip-address={HOST}"]
     command += [f"--port={GCS_PORT}", f"--dashboard-host={HOST}", f"--dashboard-port={DASHBOARD_PORT}"]
     with (STATE / "ray.log").open("wb") as log:
         process = subprocess.Popen(

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,7 +79,9 @@ class Server:
         for step in range(1, STEPS + 1):
             if generation == "g1":  # later generations have fewer messages
                 messages.append(v1.Progress(phase=v1.PHASE_DENOISING, step=step))
-            messages.append(v1.Progress(phase=v1.PHASE_DENOISING, step=step, image=b"p", image_step=step, image_kind=1))
+            kind = v1.IMAGE_KIND_PREDICTED
+            preview = v1.Progress(phase=v1.PHASE_DENOISING, step=step, image=b"p", image_step=step, image_kind=kind)
+            messages.append(preview)
         messages.append(v1.Progress(phase=v1.PHASE_DECODING, step=STEPS))
         for sequence, message in enumerate(messages, 1):
             message.sequence = sequence
@@ -89,7 +92,7 @@ class Server:
                 step=STEPS,
                 sequence=len(messages) + 1,
                 image=part,
-                image_kind=2,
+                image_kind=v1.IMAGE_KIND_FINAL,
                 chunk_index=index,
                 chunk_count=len(parts),
             )
@@ -395,7 +398,7 @@ def test_make_resumable_keeps_chosen_values():
     ("request_", "leaving_cancels", "lingers"),
     [
         (v1.GenerateRequest(), True, False),
-        (v1.GenerateRequest(disconnect_grace={"nanos": 1}), True, True),
+        (v1.GenerateRequest(disconnect_grace=Duration(nanos=1)), True, True),
         (v1.GenerateRequest(on_disconnect=v1.DISCONNECT_POLICY_KEEP), False, True),
         (v1.WatchRequest(generation_id="g"), False, True),
     ],

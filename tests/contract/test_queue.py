@@ -54,5 +54,5 @@ async def test_an_unknown_priority_is_named() -> None:
     """A number that this server does not know is refused, not taken for the default."""
     async with running(FakeEngine()) as service:
         with pytest.raises(grpc.aio.AioRpcError, match="priority: is 9") as caught:
-            await service.stub.Generate(request(1, 9)).read()
+            await service.stub.Generate(request(1, 9)).read()  # type: ignore[arg-type]
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -118,9 +118,7 @@ def parse_trailers(data: bytes) -> dict[str, Any]:
     return trailers
 
 
-def read_answer(
-    answer: tuple[h11.Response, bytes], *, text: bool = False
-) -> tuple[list[bytes], dict[str, Any]]:
+def read_answer(answer: tuple[h11.Response, bytes], *, text: bool = False) -> tuple[list[bytes], dict[str, Any]]:
     """Returns the messages and trailers of a complete response; fails unless its HTTP status is 200."""
     head, body = answer
     assert head.status_code == 200, (head, body)

@@ -47,7 +47,7 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 def batch_indices(first: int, count: int, size: int, seed: int) -> Tensor:
     """Return the image numbers of samples `first` … `first + count - 1`: each epoch is a different permutation."""
-    numbers: list[int] = []
+    numbers: list[Tensor] = []
     for sample in range(first, first + count):
         epoch, position = divmod(sample, size)
         if not numbers or position == 0:

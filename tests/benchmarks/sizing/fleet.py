@@ -22,7 +22,7 @@ import simpy
 from calotype_server.engine.batching.scheduler import BatchScheduler, PendingCall, RequestSlot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
 _SIGNATURE = "one size for all"
 

@@ -132,7 +132,11 @@ def test_all_violations_are_listed():
     """InvalidRequest lists all violations at once."""
     with Client() as client, pytest.raises(InvalidRequest) as caught:
         client.generate(
-            7, width="wide", seed=2**70, previews=Previews(max_edge="big", method="best"), output=Output(format="gif")  # type: ignore[arg-type]
+            7,  # type: ignore[arg-type]
+            width="wide",  # type: ignore[arg-type]
+            seed=2**70,
+            previews=Previews(max_edge="big", method="best"),  # type: ignore[arg-type]
+            output=Output(format="gif"),  # type: ignore[arg-type]
         )
     fields = ["prompt", "width", "seed", "previews.max_edge", "previews.method", "output.format"]
     assert [violation.field for violation in caught.value.violations] == fields

@@ -18,7 +18,6 @@ from calotype_server.engine import loading
 from calotype_server.engine.capabilities import Defaults, describe, read_defaults
 from calotype_server.engine.factory import load_engine
 from calotype_server.engine.loading import load_pipeline, load_tiny_vae, pick_device, pick_dtype
-from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.errors import ModelUnavailable
 from calotype_server.observability.events import ignore
 from calotype_server.settings import Settings
@@ -355,7 +354,7 @@ class TestServing:
     def engine(folder, tmp_path, **settings):
         """Returns the preview methods of the engine that `calotype serve` would run."""
         chosen = Settings(model=str(folder), device="cpu", threads=1, cache_dir=tmp_path, **settings)
-        engine = load_engine(chosen, PreviewBudget(chosen.preview_budget), ignore)
+        engine = load_engine(chosen, ignore)
         engine.close()
         return engine.model.preview_methods
 

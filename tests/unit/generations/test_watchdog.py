@@ -6,6 +6,7 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import structlog
 from hypothesis import given
@@ -34,7 +35,7 @@ class Work:
         self.stopwatch.events += 1
 
 
-def watchdog_of(*works: Work, usual: float | None = 1.0) -> Watchdog:
+def watchdog_of(*works: Any, usual: float | None = 1.0) -> Watchdog:
     """Watches these."""
     return Watchdog(lambda: works, lambda _: usual, PATIENCE)
 
@@ -50,7 +51,8 @@ def test_work_that_goes_on_is_never_stalled() -> None:
 
 def test_a_pause_is_a_stall_when_it_is_longer_than_patience() -> None:
     """Counted over checks, from the last event on; the longest is known all along."""
-    work, other = Work(), Work()
+    work: Any = Work()
+    other = Work()
     watchdog = watchdog_of(work, other)
     watchdog.check(0)
     assert not watchdog.check(60)
@@ -124,7 +126,7 @@ async def test_the_process_ends_after_everybody_was_told() -> None:
         done.append(stalls[0].generation.id)
         raise ValueError("no")
 
-    watchdog = SimpleNamespace(watch=lambda: asyncio.sleep(0, [SimpleNamespace(generation=Work(), seconds=101.0)]))
+    watchdog: Any = SimpleNamespace(watch=lambda: asyncio.sleep(0, [SimpleNamespace(generation=Work(), seconds=101.0)]))
     with structlog.testing.capture_logs() as logged:
         await end_when_stalled(watchdog, farewell, done.append)
     assert done == ["g", EXIT_STALLED]

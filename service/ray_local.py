@@ -62,8 +62,9 @@ def up(config: Path) -> int:
             except OSError:
                 return _fail(f"Port {port} is in use. Is {other} running?")
     STATE.mkdir(parents=True, exist_ok=True)
-    command = [ray, "start", "--head", "--block", "--disable-usage-stats", f"--node-ip-address={HOST}"]
-    command += [f"--port={GCS_PORT}", f"--dashboard-host={HOST}", f"--dashboard-port={DASHBOARD_PORT}"]
+    command: list[str | Path] = [ray, "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--node-ip-address={HOST}", f"--port={GCS_PORT}"]
+    command += [f"--dashboard-host={HOST}", f"--dashboard-port={DASHBOARD_PORT}"]
     with (STATE / "ray.log").open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment()

@@ -28,6 +28,8 @@ from support.ray.cluster import ROOT, RayCluster
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from calotype.v1.calotype_pb2_grpc import GenerationServiceAsyncStub
+
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 PACED, PACE_SECONDS = 40, 0.02
 UNPACED = 400
@@ -114,7 +116,7 @@ async def one_round(target: str, cpu: Callable[[], float]) -> dict[str, float]:
         }
 
 
-async def cancels(stub: GenerationServiceStub) -> dict[str, float]:
+async def cancels(stub: GenerationServiceAsyncStub) -> dict[str, float]:
     """Cancels calls right after a message; the servicer's list contains the time of each cancel."""
     took, lost = [], 0
     for number in range(CANCELS):

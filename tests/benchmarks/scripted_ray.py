@@ -1,5 +1,7 @@
 """The scripted servicer as a Ray Serve deployment, built with the product's adapter, for `make bench-ray`."""
 
+from typing import Any
+
 from ray import serve
 
 from benchmarks.scripted import ScriptedServicer
@@ -16,7 +18,8 @@ class Scripted(RayServicer):
 
     def __init__(self) -> None:
         self.handlers = HandlerRegistry(interceptors(Access()))
-        add_GenerationServiceServicer_to_server(ScriptedServicer(), self.handlers)
+        registry: Any = self.handlers
+        add_GenerationServiceServicer_to_server(ScriptedServicer(), registry)
 
 
 app = serve.deployment(name="Calotype")(Scripted).bind()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import statistics
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import psutil
@@ -98,7 +98,7 @@ def _method(channel: grpc.aio.Channel, name: str, serialize: Callable) -> Callab
     return channel.unary_stream(_SERVICE + name, serialize)
 
 
-async def _read(call: grpc.aio.UnaryStreamCall) -> tuple[int, bytes]:
+async def _read(call: Any) -> tuple[int, bytes]:
     count, last = 0, b""
     while (message := await call.read()) is not grpc.aio.EOF:
         count, last = count + 1, message

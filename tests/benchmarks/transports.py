@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -25,7 +26,7 @@ from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.auth.access import Access
 from calotype_server.observability.logs import configure_logging
 from calotype_server.transport.grpc.server import NativeServer
-from calotype_server.types import Pixels
+from calotype_server.types import Pixels, PreviewReady
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import WebChannel
 from support.http import EventStub, SocketStub
@@ -58,9 +59,9 @@ class PacedEngine(FakeEngine):
         """See `engine.protocol`."""
 
         def drawn(event: Event) -> None:
-            if hasattr(event, "pixels"):
+            if isinstance(event, PreviewReady):
                 time.sleep(STEP_SECONDS)
-                event = type(event)(event.step, event.total_steps, self._picture, event.method)
+                event = replace(event, pixels=self._picture)
             report(event)
 
         super().run(job, drawn, stop)
@@ -111,7 +112,7 @@ async def _stub(stack: contextlib.AsyncExitStack, name: str, address: str) -> An
     if name == "native":
         return GenerationServiceStub(await stack.enter_async_context(grpc.aio.insecure_channel(address)))
     if name == "grpc_web":
-        return GenerationServiceStub(stack.enter_context(contextlib.closing(WebChannel(address))))
+        return stack.enter_context(contextlib.closing(WebChannel(address))).stub()
     client = httpx.AsyncClient(base_url=f"http://{address}/v1", timeout=None, trust_env=False, verify=False)
     stub = (EventStub if name == "sse" else SocketStub)(client)
     stack.push_async_callback(stub.aclose)

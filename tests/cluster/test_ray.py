@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -48,7 +48,7 @@ async def client(cluster: RayCluster) -> AsyncIterator[calotype.AsyncClient]:
 
 
 @pytest.fixture
-async def stub(cluster: RayCluster) -> AsyncIterator[GenerationServiceStub]:
+async def stub(cluster: RayCluster) -> AsyncIterator[Any]:
     """A stub that does not resume."""
     async with grpc.aio.insecure_channel(cluster.address) as channel:
         yield GenerationServiceStub(channel)
@@ -104,7 +104,7 @@ async def test_violations_arrive_typed(client: calotype.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("method", ["Cancel", "Finish", "Watch"])
-async def test_an_unknown_generation_is_not_found(stub: GenerationServiceStub, method: str) -> None:
+async def test_an_unknown_generation_is_not_found(stub: Any, method: str) -> None:
     """Every method returns NOT_FOUND with the reason OTHER_REPLICA for an unknown id, from any replica."""
     request = getattr(pb, f"{method}Request")(generation_id="feedbeef.unknown")
     with pytest.raises(grpc.aio.AioRpcError) as rejected:
@@ -133,7 +133,7 @@ async def test_every_replica_reaches_every_generation(client: calotype.AsyncClie
     await all_ended(client)
 
 
-async def test_a_cancelled_call_frees_its_slot(client: calotype.AsyncClient, stub: GenerationServiceStub) -> None:
+async def test_a_cancelled_call_frees_its_slot(client: calotype.AsyncClient, stub: Any) -> None:
     """Each of 24 calls that are cancelled right after a message, 8 at a time, ends its generation."""
 
     async def cancel_one() -> str:
@@ -149,7 +149,7 @@ async def test_a_cancelled_call_frees_its_slot(client: calotype.AsyncClient, stu
     assert [known[each] for each in cancelled] == ["cancelled"] * 24
 
 
-async def test_a_deadline_ends_the_generation(client: calotype.AsyncClient, stub: GenerationServiceStub) -> None:
+async def test_a_deadline_ends_the_generation(client: calotype.AsyncClient, stub: Any) -> None:
     """The caller gets DEADLINE_EXCEEDED, and the server cancels the generation."""
     call = stub.Generate(pb.GenerateRequest(prompt="fox", step_count=LONG), timeout=0.4)
     message = await call.read()
@@ -165,7 +165,7 @@ async def test_the_bridge_reaches_the_replicas(cluster: RayCluster) -> None:
     """A browser's calls pass the bridge and the ingress: previews arrive one by one, errors keep their details."""
     with BridgeProcess("--upstream", cluster.address) as bridge:
         channel = WebChannel(bridge.web_address)
-        stub = GenerationServiceStub(channel)
+        stub = channel.stub()
         call, previews, last = stub.Generate(pb.GenerateRequest(prompt="fox", step_count=8)), 0, None
         while (message := await call.read()) is not grpc.aio.EOF:
             previews += message.image_kind == pb.IMAGE_KIND_PREDICTED
@@ -186,7 +186,7 @@ async def test_the_bridge_reports_a_crashed_replica(cluster: RayCluster, client:
 
         async def follow(denoising: asyncio.Event) -> grpc.StatusCode:
             channel = WebChannel(bridge.web_address)
-            call = GenerationServiceStub(channel).Generate(pb.GenerateRequest(prompt="fox", step_count=LONG))
+            call = channel.stub().Generate(pb.GenerateRequest(prompt="fox", step_count=LONG))
             try:
                 while (message := await call.read()) is not grpc.aio.EOF:
                     if message.phase == pb.PHASE_DENOISING:

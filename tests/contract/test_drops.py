@@ -33,7 +33,7 @@ async def drop_at(moment: str | int, service: Service, engine: FakeEngine, **opt
         engine.decoding.clear()
         engine.allow(STEPS)
         message = await read_until(call, pb.PHASE_DECODING)
-    elif moment != "queued":
+    elif isinstance(moment, int):
         if moment:
             engine.allow(moment)
         while message.phase < pb.PHASE_DENOISING or message.step < moment:

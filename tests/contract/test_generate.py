@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -45,7 +45,7 @@ async def acquire(semaphore) -> None:
     assert await asyncio.to_thread(semaphore.acquire, timeout=20)
 
 
-def details(error: grpc.aio.AioRpcError) -> dict[str, object]:
+def details(error: grpc.aio.AioRpcError) -> dict[str, Any]:
     """Returns the typed details of a status, by name."""
     status = rpc_status.from_call(error)
     found = {}

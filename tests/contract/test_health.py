@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -22,6 +22,8 @@ from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.apps import server as app
 from calotype_server.errors import EngineDead
 from calotype_server.settings import Settings
+from calotype_server.transport.grpc.server import NativeServer
+from calotype_server.transport.web.server import WebServer
 from support.engine.fake_engine import MODEL, FakeEngine
 from support.grpcweb import Connection, WebChannel
 from support.metrics import Scrape
@@ -49,14 +51,14 @@ class Server:
         self.engine = Engine()
         self.loaded = threading.Event()
         self._addresses: dict[str, asyncio.Future[str]] = {}
-        for kind in (app.NativeServer, app.WebServer):
+        for kind in (NativeServer, WebServer):
             monkeypatch.setattr(kind, "start", self._record_address(kind))
 
     async def _load(self, *_: object) -> FakeEngine:
         assert await asyncio.to_thread(self.loaded.wait, PATIENCE)
         return self.engine
 
-    def _record_address(self, kind: type):
+    def _record_address(self, kind: type[NativeServer | WebServer]):
         original, addresses = kind.start, self._addresses
 
         async def start(server, *arguments: str) -> str:
@@ -67,7 +69,7 @@ class Server:
         return start
 
     @contextlib.asynccontextmanager
-    async def running(self, **settings: object) -> AsyncIterator[None]:
+    async def running(self, **settings: Any) -> AsyncIterator[None]:
         """Runs the server for the duration of the block."""
         self._addresses.update(
             NativeServer=asyncio.get_running_loop().create_future(),

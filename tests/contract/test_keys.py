@@ -158,7 +158,8 @@ async def test_users_cannot_see_generations_of_others(transport: str, keyring: K
         for known in (generation_id, "unknown"):
             rpcs = every_rpc(service.stub, known)
             for name in ("Watch", "Cancel", "Finish"):
-                found = await rejection(*rpcs[name], bob)
+                method, request = rpcs[name]
+                found = await rejection(method, request, bob)
                 assert found == (grpc.StatusCode.NOT_FOUND, "GENERATION_NOT_FOUND", None), (known, name)
         listed = pb.ListGenerationsRequest()
         for metadata, ids in ((alice, [generation_id]), (bob, []), (root, [generation_id])):

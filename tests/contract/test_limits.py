@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import resource
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.auth.access import Access, Caller
 from calotype_server.limits import PortLimits
 from calotype_server.transport.net.call_limits import CallLimiter
@@ -51,7 +50,7 @@ async def works(service: Service) -> None:
     await read_until(service.stub.Generate(PROMPT), pb.PHASE_SUCCEEDED)
 
 
-def details(error: grpc.aio.AioRpcError) -> bytes:
+def details(error: grpc.aio.AioRpcError) -> Any:
     """Returns the serialized details of a status."""
     return next(value for key, value in error.trailing_metadata() if key == "grpc-status-details-bin")
 
@@ -148,7 +147,7 @@ async def test_ports_share_the_call_limit() -> None:
         )
         channel = WebChannel(await web.start())
         await service.stub.Generate(PROMPT).read()
-        error = await rejected(GenerationServiceStub(channel).Generate(PROMPT))
+        error = await rejected(channel.stub().Generate(PROMPT))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         channel.close()
         await web.stop(0)
@@ -228,7 +227,7 @@ async def test_a_large_request_is_rejected(port: str) -> None:
         await works(service)
 
 
-EXCESSIVE = {
+EXCESSIVE: dict[str, list[tuple[str, str | bytes]]] = {
     "huge": [("large", "x" * 40_000)],
     "many": [(f"large-{number}", "x") for number in range(2000)],
     "same": [("large", "x" * 20)] * 2000,
@@ -282,7 +281,8 @@ async def test_a_stalled_reader_does_not_delay_its_generation(port: str) -> None
             request = pb.GenerateRequest(prompt="a", step_count=50)
             request.output.format = pb.IMAGE_FORMAT_PNG
             await connection.request("POST", METHOD, kind, frame(request.SerializeToString()))
-            connection.writer.transport.pause_reading()
+            transport: Any = connection.writer.transport
+            transport.pause_reading()
             await until(lambda: engine.jobs and not engine.active)
             connection.close()
         await works(service)

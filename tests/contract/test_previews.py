@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -47,7 +47,7 @@ async def tiny_service(heads: Path) -> AsyncIterator[Service]:
         yield service
 
 
-def request(output: pb.OutputOptions | None = None, **preview: object) -> pb.GenerateRequest:
+def request(output: pb.OutputOptions | None = None, **preview: Any) -> pb.GenerateRequest:
     """Returns a request for a small image with these preview options."""
     return pb.GenerateRequest(
         prompt="a red äpple", seed=7, step_count=STEPS, preview=pb.PreviewOptions(**preview), output=output
@@ -117,7 +117,7 @@ async def test_the_final_image_has_the_requested_format_and_metadata(
     for metadata in (True, False):
         options = pb.OutputOptions(format=format, metadata=metadata)
         last = (await messages(tiny_service, request(options, method=pb.PREVIEW_METHOD_NONE)))[-1]
-        image = Image.open(io.BytesIO(last.image))
+        image: Any = Image.open(io.BytesIO(last.image))
         image.load()
         assert (last.image_format, image.format) == (format, name)
         if name == "PNG":

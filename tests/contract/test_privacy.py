@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import grpc
 import pytest
@@ -86,7 +86,9 @@ def _raise(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("log_format", ["console", "json"])
-async def test_no_path_logs_a_prompt(log_format: str, transport: str, monkeypatch, capsys) -> None:
+async def test_no_path_logs_a_prompt(
+    log_format: Literal["console", "json"], transport: str, monkeypatch, capsys
+) -> None:
     """Prompts are not logged on success, on rejection, or when the pipeline or the server fails and quotes them."""
     configure_logging("debug", log_format)
     codes = await every_path(monkeypatch, transport)

@@ -54,5 +54,5 @@ async def test_an_unknown_priority_is_rejected() -> None:
     """An unknown enum number is an error that names the field; it is not treated as the default."""
     async with running(FakeEngine()) as service:
         with pytest.raises(grpc.aio.AioRpcError, match="priority: has the unknown value 9") as caught:
-            await service.stub.Generate(request(1, 9)).read()
+            await service.stub.Generate(request(1, 9)).read()  # type: ignore[arg-type]
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

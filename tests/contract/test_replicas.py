@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -14,7 +14,6 @@ from grpc_status import rpc_status
 
 import calotype
 from calotype.v1 import calotype_pb2 as pb
-from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.auth.access import Access
 from calotype_server.generations.store import Store
 from calotype_server.transport.cluster.forwarder import Forwarder
@@ -28,7 +27,7 @@ from support.lab import NAME, handlers, until
 from support.service import Service, opener, read_until, running
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
 KEEP = pb.DISCONNECT_POLICY_KEEP
 
@@ -40,9 +39,9 @@ class Pair:
     services: list[Service]
     engines: list[FakeEngine]
     target: str
-    bridge: GenerationServiceStub
+    bridge: Any
     """Speaks grpc-web to a bridge in front of both."""
-    is_ready: object
+    is_ready: Callable[[], Awaitable[bool]]
 
 
 @contextlib.asynccontextmanager
@@ -66,7 +65,7 @@ async def pair(**options) -> AsyncIterator[Pair]:
         stack.push_async_callback(web.stop, 0)
         stack.callback(channel.close)
         target = f"ipv4:{','.join(addresses)}"
-        yield Pair(services, engines, target, GenerationServiceStub(channel), upstreams.is_serving)
+        yield Pair(services, engines, target, channel.stub(), upstreams.is_serving)
 
 
 def kept(seed: int) -> pb.GenerateRequest:
@@ -193,7 +192,8 @@ async def test_a_stopping_server_gets_no_new_generations_and_keeps_its_own(way: 
         async def make(seed: int) -> bytes:
             if way == "client":
                 return (await client.generate("x", seed=seed).result()).data
-            return (await read_until(servers.bridge.Generate(pb.GenerateRequest(prompt="x", seed=seed)), 5)).image
+            call = servers.bridge.Generate(pb.GenerateRequest(prompt="x", seed=seed))
+            return (await read_until(call, pb.PHASE_SUCCEEDED)).image
 
         old = await stopping.stub.Generate(kept(7)).read()
         for engine in servers.engines:
@@ -318,7 +318,8 @@ async def test_calls_above_the_limit_of_a_connection_use_another_one() -> None:
 
     async def call() -> bytes:
         with upstream.channel() as channel:
-            return await channel.unary_stream(f"/{NAME}/Wait")(b"x").read()
+            method: Any = channel.unary_stream(f"/{NAME}/Wait")
+            return await method(b"x").read()
 
     calls = [asyncio.create_task(call()) for _ in range(250)]
     await until(lambda: len(waiting) == 250)

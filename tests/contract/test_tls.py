@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 async def get_model(address: str, transport: str, authority: Authority | None, *, shown: bool = True) -> pb.Model:
     """Calls GetModel on a new connection. Raises the error of a failed connection."""
     if transport != "native":
-        context = authority and authority.context(shown=shown)
+        context = authority.context(shown=shown) if authority else None
         channel = WebChannel(address, text=transport == "grpc-web-text", context=context)
         try:
-            return await GenerationServiceStub(channel).GetModel(pb.GetModelRequest())
+            return await channel.stub().GetModel(pb.GetModelRequest())
         finally:
             channel.close()
     async with open_channel(address, authority, shown=shown) as channel:

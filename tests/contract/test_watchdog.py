@@ -38,7 +38,7 @@ async def test_all_callers_get_a_typed_end_and_the_process_exits(transport: str)
         watchdog = Watchdog(lambda: service.generations.running, lambda _: None, 120.0)
         # Without elapsed time there is no stall.
         assert not watchdog.check(0) + watchdog.check(100)
-        watchdog.watch = lambda: asyncio.sleep(0, watchdog.check(21))
+        watchdog.watch = lambda: asyncio.sleep(0, watchdog.check(21))  # type: ignore[assignment, misc]
         watching = asyncio.create_task(end_when_stalled(watchdog, shut_down, exit_codes.append))
         for call, reason, code in (
             (stuck, "ENGINE_STALLED", grpc.StatusCode.INTERNAL),

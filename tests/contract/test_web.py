@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -246,7 +246,7 @@ async def test_localhost_listens_on_all_its_addresses() -> None:
 
 async def test_a_websocket_on_another_path_is_rejected() -> None:
     """A valid handshake gets 403 on paths without a WebSocket and without the API; an invalid one gets 400."""
-    good = {"connection": "upgrade", "upgrade": "websocket", "sec_websocket_version": "13"}
+    good: dict[str, Any] = {"connection": "upgrade", "upgrade": "websocket", "sec_websocket_version": "13"}
     async with lab() as server:
         for path in ("/healthz", "/v1/ws"):
             status, _, _ = await ask(server.address, "GET", path, **good, sec_websocket_key="dGhlIHNhbXBsZSBub25jZQ==")

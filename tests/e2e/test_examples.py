@@ -27,7 +27,7 @@ PATIENCE = 100
 """Seconds that a client may take."""
 
 
-@pytest.fixture(params=EXAMPLES.values(), ids=EXAMPLES, scope="module")
+@pytest.fixture(params=EXAMPLES.values(), ids=list(EXAMPLES), scope="module")
 def example(request: pytest.FixtureRequest) -> Example:
     """Each example client, built."""
     request.param.build()

@@ -7,6 +7,7 @@ import os
 import random
 import re
 from collections import Counter
+from typing import Any
 
 import grpc
 import psutil
@@ -32,9 +33,8 @@ async def native(address: str, chance: random.Random, count: int) -> Counter[str
 
     async def caller(channel: grpc.aio.Channel) -> None:
         for _ in pending:
-            call = channel.unary_stream(fuzz.path(chance))(
-                fuzz.message(chance), metadata=fuzz.metadata(chance), timeout=PATIENCE
-            )
+            method: Any = channel.unary_stream(fuzz.path(chance))
+            call = method(fuzz.message(chance), metadata=fuzz.metadata(chance), timeout=PATIENCE)
             try:
                 # A request that happens to be valid only needs its first message.
                 await call.read()

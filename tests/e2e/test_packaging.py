@@ -103,8 +103,8 @@ class Environment:
         self.python = folder / "bin" / "python"
         self.calotype = folder / "bin" / "calotype"
         self.packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
-        install = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", self.python, "install"]
-        run(*install, "--no-index", "--no-deps", *wheels)
+        pip: list[str | Path] = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", self.python]
+        run(*pip, "install", "--no-index", "--no-deps", *wheels)
 
     def borrow(self, *names: str) -> None:
         """Links distributions of this environment, and their requirements, instead of installing them."""
@@ -118,7 +118,7 @@ class Environment:
                 link = self.packages / file
                 if ".." not in file.parts and "__pycache__" not in file.parts and not link.exists():
                     link.parent.mkdir(parents=True, exist_ok=True)
-                    link.symlink_to(distribution.locate_file(file))
+                    link.symlink_to(str(distribution.locate_file(file)))
             wanted += required(distribution.requires or [])
 
 

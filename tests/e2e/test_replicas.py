@@ -13,7 +13,6 @@ import pytest
 
 import calotype
 from calotype.v1 import calotype_pb2 as pb
-from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from support.callers import STEPS, Job, until
 from support.grpcweb import WebChannel
 from support.process import BridgeProcess, ServerProcess, free_address
@@ -105,7 +104,7 @@ async def test_a_rolling_update_interrupts_no_stream(cache_dir: Path) -> None:
         async def web() -> int:
             channel, pictures = WebChannel(bridge.web_address), 0
             while not updated.is_set():
-                call = GenerationServiceStub(channel).Generate(pb.GenerateRequest(prompt="fox", step_count=STEPS))
+                call = channel.stub().Generate(pb.GenerateRequest(prompt="fox", step_count=STEPS))
                 while (message := await call.read()) is not grpc.aio.EOF:
                     pictures += message.phase == pb.PHASE_SUCCEEDED
             channel.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
@@ -22,7 +21,7 @@ PROMPT = "unmistakable apple"
 class HangingServer(ServerProcess):
     """Runs `calotype serve` with a denoiser that can be made to hang."""
 
-    calotype: ClassVar = [sys.executable, "-P", str(SCRIPT)]
+    calotype = (sys.executable, "-P", str(SCRIPT))
 
 
 def test_a_hung_device_ends_the_process_after_typed_ends(cache_dir: Path, tmp_path: Path) -> None:

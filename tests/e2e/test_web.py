@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -26,9 +27,9 @@ PROTOS = str(Path(__file__).parents[2] / "protos")
 RED_APPLE = pb.GenerateRequest(prompt="a red apple", seed=7, step_count=4)
 
 
-def stub(address: str) -> GenerationServiceStub:
+def stub(address: str) -> Any:
     """Returns a stub that speaks grpc-web."""
-    return GenerationServiceStub(WebChannel(address))
+    return WebChannel(address).stub()
 
 
 async def get(address: str, path: str) -> int:

@@ -15,7 +15,6 @@ import pytest
 
 import calotype
 from calotype.v1 import calotype_pb2 as pb
-from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from support.grpcweb import WebChannel
 from support.process import ServerProcess, free_address
 from support.proxy import Link
@@ -35,7 +34,12 @@ STEPS = 12
 
 def terms(policy: str) -> dict:
     """Returns the options for what happens to a generation without readers."""
-    return {"cancel": {}, "keep": {"on_disconnect": "keep"}, "grace": {"disconnect_grace": 1.0}}[policy]
+    options: dict[str, dict[str, object]] = {
+        "cancel": {},
+        "keep": {"on_disconnect": "keep"},
+        "grace": {"disconnect_grace": 1.0},
+    }
+    return options[policy]
 
 
 async def native(client: calotype.AsyncClient, prompt: str, policy: str) -> bytes:
@@ -57,7 +61,7 @@ async def web(channel: WebChannel, prompt: str, policy: str, request_id: str) ->
     if policy == "grace":
         request.disconnect_grace.seconds = 1
     while True:
-        call, image = GenerationServiceStub(channel).Generate(request), b""
+        call, image = channel.stub().Generate(request), b""
         # All errors that a broken connection can cause.
         with contextlib.suppress(OSError, AssertionError, grpc.RpcError, h11.RemoteProtocolError):
             while (message := await call.read()) is not grpc.aio.EOF:

@@ -14,7 +14,6 @@ import pytest
 
 import calotype
 from calotype.v1 import calotype_pb2 as pb
-from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from support.grpcweb import WebChannel
 from support.process import ServerProcess
 from support.proxy import Link
@@ -144,7 +143,7 @@ async def browse(place: Place, variant: dict, chance: random.Random) -> bytes | 
     request = pb.GenerateRequest(**{names.get(name, name): value for name, value in variant.items()})
     step, image = chance.choice((variant["steps"], chance.randrange(variant["steps"]))), b""
     with contextlib.closing(WebChannel(place.web_address)) as channel:
-        async for message in GenerationServiceStub(channel).Generate(request):
+        async for message in channel.stub().Generate(request):
             if message.phase == pb.PHASE_SUCCEEDED:
                 image += message.image
             elif message.step >= step < variant["steps"]:
@@ -166,7 +165,8 @@ async def test_mixed_load_leaves_nothing_stuck_wrong_or_leaked() -> None:
             alone = [await complete(place, variant, chance) for variant in VARIANTS]
             model = await client.model()
             assert model.max_batch_rows > 1, model.unbatched_reason
-            fates, wrong, settled, until = Counter(), 0, None, loop.time() + SECONDS
+            fates, wrong, until = Counter(), 0, loop.time() + SECONDS
+            settled: Footprint | None = None
 
             async def caller() -> None:
                 nonlocal wrong, settled

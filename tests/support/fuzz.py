@@ -57,9 +57,10 @@ def hostile(chance: random.Random) -> pb.GenerateRequest:
         request.preview.quality, request.preview.max_edge_px = chance.choice(_NUMBERS), chance.choice(_NUMBERS)
         request.preview.min_interval.seconds, request.preview.min_interval.nanos = chance.choice(_NUMBERS), -1
     if chance.random() < 0.3:
-        request.on_disconnect = chance.choice(_NUMBERS)
+        request.on_disconnect = chance.choice(_NUMBERS)  # type: ignore[assignment]
     if chance.random() < 0.3:
-        request.output.format, request.output.quality = chance.choice(_NUMBERS), chance.choice(_NUMBERS)
+        request.output.format = chance.choice(_NUMBERS)  # type: ignore[assignment]
+        request.output.quality = chance.choice(_NUMBERS)
     return request
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import grpc
 import h11
+
+from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 
 if TYPE_CHECKING:
     import ssl
@@ -106,7 +108,7 @@ class Frames:
         return frames
 
 
-def parse_trailers(data: bytes) -> dict[str, str | bytes]:
+def parse_trailers(data: bytes) -> dict[str, Any]:
     """Returns the trailers of a call by name, with `-bin` values decoded."""
     trailers = {}
     for line in data.decode("ascii").splitlines():
@@ -116,9 +118,7 @@ def parse_trailers(data: bytes) -> dict[str, str | bytes]:
     return trailers
 
 
-def read_answer(
-    answer: tuple[h11.Response, bytes], *, text: bool = False
-) -> tuple[list[bytes], dict[str, str | bytes]]:
+def read_answer(answer: tuple[h11.Response, bytes], *, text: bool = False) -> tuple[list[bytes], dict[str, Any]]:
     """Returns the messages and trailers of a complete response; fails unless its HTTP status is 200."""
     head, body = answer
     assert head.status_code == 200, (head, body)
@@ -244,6 +244,11 @@ class WebChannel:
             return kind(self, path, encode(request), metadata, timeout, decode)
 
         return call
+
+    def stub(self) -> Any:
+        """Returns a generated stub that calls through this channel."""
+        channel: Any = self
+        return GenerationServiceStub(channel)
 
     def close(self) -> None:
         """Closes all connections."""

@@ -64,7 +64,8 @@ def as_ended(message: pb.Progress) -> grpc.aio.AioRpcError | None:
     if not message.HasField("error"):
         return None
     error = message.error
-    described = {"message": error.message, "code": error.reason, "status": CODES[error.code].name}
+    described: dict[str, str | float] = {"message": error.message, "code": error.reason}
+    described["status"] = CODES[error.code].name
     if error.HasField("retry_delay"):
         described["retry_after"] = error.retry_delay.ToNanoseconds() / 1e9
     return as_rpc_error(described)

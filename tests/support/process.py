@@ -9,7 +9,10 @@ import socket
 import subprocess
 import sys
 import threading
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 CALOTYPE = [sys.executable, "-m", "calotype"]
 
@@ -30,8 +33,8 @@ class ServerProcess:
         environment: Additional environment variables.
     """
 
-    calotype = CALOTYPE
-    command = ("serve", "--grpc-address", "127.0.0.1:0")
+    calotype: Sequence[str] = CALOTYPE
+    command: Sequence[str] = ("serve", "--grpc-address", "127.0.0.1:0")
 
     def __init__(self, *options: str, ready: bool = True, **environment: str) -> None:
         self._command = [*self.calotype, *self.command, "--web-address", "127.0.0.1:0", *options]

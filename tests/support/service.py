@@ -147,7 +147,7 @@ async def _port(
     options: dict[str, Any],
 ) -> AsyncIterator[tuple[str, Any, Any]]:
     """Opens the port; yields its address, a channel to it (the server for HTTP transports), and a stub."""
-    certificates = authority and authority.certificates()
+    certificates = authority.certificates() if authority else None
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
             native = NativeServer(
@@ -187,16 +187,17 @@ async def _port(
         address = await web.start()
         stack.push_async_callback(web.stop, 0)
         if transport in ("sse", "websocket"):
-            context = authority and authority.context()
+            context = authority.context() if authority else None
             url = f"{'https' if context else 'http'}://{address}/v1"
             client = httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, verify=context or False)
             stub = (EventStub if transport == "sse" else SocketStub)(client, context)
             stack.push_async_callback(stub.aclose)
             yield address, web, stub
             return
-        web_channel = WebChannel(address, text=transport == "grpc-web-text", context=authority and authority.context())
+        context = authority.context() if authority else None
+        web_channel = WebChannel(address, text=transport == "grpc-web-text", context=context)
         stack.callback(web_channel.close)
-        yield address, web_channel, GenerationServiceStub(web_channel)
+        yield address, web_channel, web_channel.stub()
 
 
 def opener(authority: Authority | None = None, *, shown: bool = True) -> Callable[[str, Any], grpc.aio.Channel]:

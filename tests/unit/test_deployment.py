@@ -29,7 +29,7 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
 def unit() -> dict[str, str]:
     """Returns the keys of the unit; the last value of repeated keys."""
     parser = configparser.ConfigParser(strict=False, interpolation=None)
-    parser.optionxform = str
+    parser.optionxform = str  # type: ignore[assignment]  # the documented way to keep upper case
     parser.read(UNIT)
     return {key: value for section in parser.sections() for key, value in parser[section].items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 from google.rpc.code_pb2 import Code
@@ -13,11 +13,13 @@ from calotype_server.errors import ServiceError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+Kind = TypeVar("Kind", bound=Exception)
+
 ABSTRACT = {"ServiceError", "GenerationError"}
 """Bases that are never raised and share the reason INTERNAL."""
 
 
-def subclasses(base: type[Exception]) -> Iterator[type[Exception]]:
+def subclasses(base: type[Kind]) -> Iterator[type[Kind]]:
     """All subclasses of the module `errors`, direct and indirect; tests elsewhere may define their own."""
     for each in base.__subclasses__():
         if each.__module__ == errors.__name__:

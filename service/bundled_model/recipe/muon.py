@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # needs no closure
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for group in self.param_groups:
             # Sorted by size and distributed in turn, so that each process gets about the same work.
@@ -71,7 +71,8 @@ class MuonAndAdamW:
     """
 
     def __init__(self, model: nn.Module, rate: float, ends: tuple[str, ...]) -> None:
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             inside = parameter.dim() >= 2 and not name.startswith(ends)
             (matrices if inside else others).append(parameter)

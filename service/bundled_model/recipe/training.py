@@ -11,6 +11,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,7 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 def batch_indices(first: int, count: int, size: int, seed: int) -> Tensor:
     """Return the image numbers of samples `first` … `first + count - 1`: each epoch is a different permutation."""
-    numbers = []
+    numbers: list[Tensor] = []
     for sample in range(first, first + count):
         epoch, position = divmod(sample, size)
         if not numbers or position == 0:
@@ -82,10 +83,18 @@ class Ema:
         torch._foreach_lerp_(list(self.weights.values()), list(model.state_dict().values()), 1 - decay)
 
 
+class Stateful(Protocol):
+    """An optimiser, or several that act as one."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any, /) -> None: ...
+
+
 class Checkpoint:
     """The file from which a run resumes: weights, their average, the optimiser's state, and the samples seen."""
 
-    def __init__(self, path: Path, model: nn.Module, ema: Ema, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, path: Path, model: nn.Module, ema: Ema, optimizer: Stateful) -> None:
         self.path, self.model, self.ema, self.optimizer = path, model, ema, optimizer
         self.saved = time.monotonic()
 

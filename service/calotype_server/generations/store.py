@@ -11,7 +11,7 @@ import contextlib
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import structlog
 
@@ -70,7 +70,7 @@ class Store:
         self._database: sqlite3.Connection
 
     @classmethod
-    async def open(cls, folder: Path) -> Store:
+    async def open(cls, folder: Path) -> Self:
         """Opens the state in `folder`, and creates it if needed. Holds an exclusive lock until `close` or process exit.
 
         Raises:
@@ -86,7 +86,7 @@ class Store:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def opened(cls, folder: Path | None) -> AsyncIterator[Store | None]:
+    async def opened(cls, folder: Path | None) -> AsyncIterator[Self | None]:
         """Opens the state in `folder` for the duration of the block; yields None without a folder.
 
         Raises:

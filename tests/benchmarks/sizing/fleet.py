@@ -6,6 +6,7 @@ The product's own `BatchScheduler` decides which calls are joined. `FairQueue` f
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import math
@@ -21,7 +22,7 @@ import simpy
 from calotype_server.engine.batching.scheduler import BatchScheduler, PendingCall, RequestSlot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
 _SIGNATURE = "one size for all"
 
@@ -203,7 +204,7 @@ class Replica:
             self._active += 1
             request = self._queue.pop()
             request.started = self._env.now
-            self._spend(self._model.encoding, lambda request=request: self._arrive([request]))
+            self._spend(self._model.encoding, functools.partial(self._arrive, [request]))
 
     def _spend(self, seconds: float, then: Callable[[], None]) -> None:
         """Encodes or decodes for `seconds`, on the device or beside it, then calls `then`."""
@@ -227,7 +228,7 @@ class Replica:
                 self._scheduler.arrive(PendingCall(request.slot, self._call, self._env.now))
             else:
                 self._scheduler.stop_waiting_for(request.slot)
-                self._spend(self._model.decoding, lambda request=request: self._leave(request))
+                self._spend(self._model.decoding, functools.partial(self._leave, request))
         self._wake()
 
     def _leave(self, request: Request) -> None:
@@ -241,7 +242,7 @@ class Replica:
         if not self._woken.triggered:
             self._woken.succeed()
 
-    def _device(self) -> Iterator[simpy.Event]:
+    def _device(self) -> Generator[simpy.Event]:
         env, model, scheduler = self._env, self._model, self._scheduler
         while True:
             if self._chores:
@@ -344,7 +345,7 @@ def simulate(model: Model, fleet: Fleet, requests: Sequence[Request], *, seed: i
     env = simpy.Environment()
     router = _Router(env, model, fleet, seed)
 
-    def arrivals() -> Iterator[simpy.Event]:
+    def arrivals() -> Generator[simpy.Event]:
         for request in requests:
             yield env.timeout(max(0.0, request.arrived - env.now))
             router.route(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ def measure() -> Model:
     table = []
     for count in _TOGETHER:
         joined_args, joined_kwargs = collator.join([call] * count, call.rows * count)
-        table.append((call.rows * count, _seconds(lambda a=joined_args, k=joined_kwargs: module(*a, **k))))
+        table.append((call.rows * count, _seconds(functools.partial(module, *joined_args, **joined_kwargs))))
     latents = (*joined_args, joined_kwargs.get("sample"))[0][:1]
     whole = _seconds(lambda: pipeline("a red apple", num_inference_steps=1, guidance_scale=GUIDANCE))
     decoding = _seconds(lambda: pipeline.vae.decode(latents))

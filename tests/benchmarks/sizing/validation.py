@@ -68,13 +68,16 @@ def summarize(requests: Sequence[Request], skip: int = 0) -> Summary:
     """Returns the percentiles without the first `skip` requests, which found the servers empty."""
     served = [request for request in requests[skip:] if not request.rejected]
     if not served:
-        return Summary(*[math.nan] * 4, 0.0, 1.0)
+        return Summary(math.nan, math.nan, math.nan, math.nan, 0.0, 1.0)
     first = [request.first_preview - request.arrived for request in served]
     total = [request.finished - request.arrived for request in served]
     begin, end = served[0].arrived, requests[-1].arrived
     finished = sum(begin < request.finished <= end for request in requests)
     return Summary(
-        *(_percentile(values, share) for values in (first, total) for share in (0.5, 0.95)),
+        first50=_percentile(first, 0.5),
+        first95=_percentile(first, 0.95),
+        total50=_percentile(total, 0.5),
+        total95=_percentile(total, 0.95),
         throughput=finished / (end - begin),
         rejected=1 - len(served) / len(requests[skip:]),
     )

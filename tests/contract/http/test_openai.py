@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
@@ -72,7 +72,7 @@ async def test_an_image_is_generated(sdk: openai.AsyncOpenAI, engine: FakeEngine
 async def test_several_images_have_consecutive_seeds(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
     """The `n` images are returned in the order of their seeds."""
     answer = await sdk.images.generate(prompt="a red apple", n=3, extra_body={"seed": 7})
-    assert [image.seed for image in answer.data] == [7, 8, 9]
+    assert [image.seed for image in answer.data] == [7, 8, 9]  # type: ignore[attr-defined]
     assert sorted(job.seed for job in engine.jobs) == [7, 8, 9]
     assert len({image.b64_json for image in answer.data}) == 3
 
@@ -85,7 +85,7 @@ async def test_a_stream_shows_partial_images(sdk: openai.AsyncOpenAI, engine: Fa
     stream = await sdk.images.generate(
         prompt="a red apple", stream=True, partial_images=count, extra_body={"step_count": 8}
     )
-    received = []
+    received: list[Any] = []
 
     async def read() -> None:
         async for event in stream:
@@ -150,7 +150,7 @@ async def test_all_violations_are_reported_together(sdk: openai.AsyncOpenAI) -> 
             partial_images=2,
             extra_body={"seed": -1, "strength": 0.3},
         )
-    error = caught.value
+    error: Any = caught.value
     assert (error.type, error.code, error.param) == ("invalid_request_error", "INVALID_REQUEST", "n")
     reported = {each["field"] for each in error.body["violations"]}
     wrong = {"prompt", "model", "n", "size", "background", "output_compression", "response_format", "seed", "strength"}

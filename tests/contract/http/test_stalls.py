@@ -127,7 +127,7 @@ async def test_an_error_after_the_status_becomes_an_event() -> None:
         async def lost() -> None:
             raise StateUnavailable("It cannot be kept.")
 
-        generation.accepted = lost
+        generation.persisted = lost
         watcher = AsgiClient(site(service), "http", f"/v1/generations/{generation.id}/events", method="GET")
         await watcher.done
         engine.allow()

@@ -48,9 +48,13 @@ def test_every_violation_is_named_at_once() -> None:
         seed=2**53,
         scheduler="NoScheduler",
         preview=pb.PreviewOptions(
-            every_steps=0, min_interval=Duration(seconds=-1), max_edge_px=15, quality=96, method=77
+            every_steps=0,
+            min_interval=Duration(seconds=-1),
+            max_edge_px=15,
+            quality=96,
+            method=77,  # type: ignore[arg-type]
         ),
-        output=pb.OutputOptions(format=77, quality=101),
+        output=pb.OutputOptions(format=77, quality=101),  # type: ignore[arg-type]
     )
     assert fields(request) == [
         "prompt", "negative_prompt", "width_px", "height_px", "step_count", "guidance_scale", "seed", "scheduler",
@@ -186,7 +190,10 @@ def test_delivery_options_are_read_with_defaults() -> None:
 def test_invalid_delivery_options_are_reported_together() -> None:
     """An unknown policy, a grace above an hour, and an unprintable request id are three violations."""
     request = pb.GenerateRequest(
-        prompt="a", on_disconnect=7, disconnect_grace=Duration(seconds=3601), request_id="a\nb"
+        prompt="a",
+        on_disconnect=7,  # type: ignore[arg-type]
+        disconnect_grace=Duration(seconds=3601),
+        request_id="a\nb",
     )
     with pytest.raises(InvalidRequest) as caught:
         validate(request, MODEL, LIMITS)

@@ -84,7 +84,7 @@ def test_all_invalid_keys_get_the_same_error(keyring: Keyring) -> None:
 def test_no_text_is_accepted_by_chance(header: str) -> None:
     """Any text that is not a known key is rejected with KeyInvalid."""
     access = Access()
-    access._path = object()
+    access._path = object()  # type: ignore[assignment]
     with pytest.raises(KeyInvalid):
         access.authenticate(header, PEER)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calotype_server.auth.quotas import Bucket, Quota, QuotaLimits
-from calotype_server.errors import ConcurrentGenerations, PixelStepsPerMinute, RequestsPerMinute
+from calotype_server.errors import ConcurrentGenerations, PixelStepsPerMinute, RequestsPerMinute, ServiceError
 from calotype_server.types import Job
 
 JOB = Job("a cat", None, 64, 64, 10, 3.0, 0, "DDIMScheduler")
@@ -65,7 +65,7 @@ def test_the_returned_wait_is_exact(per_minute: float, costs: list[float]) -> No
         (QuotaLimits(concurrent=2), ConcurrentGenerations, 2.0),
     ],
 )
-def test_each_limit_rejects_by_name_and_recovers(limits: QuotaLimits, error: type, wait: float) -> None:
+def test_each_limit_rejects_by_name_and_recovers(limits: QuotaLimits, error: type[ServiceError], wait: float) -> None:
     """Two generations are accepted; the third is rejected with a retry delay, and accepted after that delay."""
     clock = Clock()
     quota = Quota(limits, clock)

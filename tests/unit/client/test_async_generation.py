@@ -205,7 +205,7 @@ async def test_invalid_argument_raises_immediately():
     """An argument that a request cannot carry raises before anything is sent."""
     async with AsyncClient() as client:
         with pytest.raises(InvalidRequest):
-            client.generate("a red apple", steps="four")
+            client.generate("a red apple", steps="four")  # type: ignore[arg-type]
 
 
 async def test_concurrent_generations():

@@ -257,7 +257,7 @@ def test_invalid_argument_raises_immediately():
     """An argument that a request cannot carry raises before anything is sent."""
     with FakeServer() as server, Client(server.address) as client:
         with pytest.raises(InvalidRequest):
-            client.generate("a red apple", steps="four")
+            client.generate("a red apple", steps="four")  # type: ignore[arg-type]
         assert server.requests == []
 
 

@@ -190,24 +190,27 @@ def test_arguments_reach_the_server(retries):
 
 async def test_invalid_arguments_raise_before_anything_is_sent():
     """watch() and generations() reject arguments that a request cannot carry, before sending anything."""
-    for client in (Client(), AsyncClient()):
+    sync_client, async_client = Client(), AsyncClient()
+    for client in (sync_client, async_client):
         with pytest.raises(InvalidRequest) as caught:
-            client.watch(None, after_sequence="one", previews=Previews(max_edge="big"))
+            client.watch(None, after_sequence="one", previews=Previews(max_edge="big"))  # type: ignore[arg-type]
         assert {field for field, _ in caught.value.violations} == {
             "generation_id",
             "after_sequence",
             "previews.max_edge",
         }
         with pytest.raises(InvalidRequest):
-            client.generations(page_size="many")
+            client.generations(page_size="many")  # type: ignore[arg-type]
         with pytest.raises(InvalidRequest):
-            client.generate("x", on_disconnect="stay")
+            client.generate("x", on_disconnect="stay")  # type: ignore[arg-type]
         await client.aclose() if isinstance(client, AsyncClient) else client.close()
         for use in (lambda client=client: client.watch("x"), client.generations):
             with pytest.raises(ClientClosed):
                 use()
     with pytest.raises(ClientClosed):
-        await client.finish("x")
+        sync_client.finish("x")
+    with pytest.raises(ClientClosed):
+        await async_client.finish("x")
 
 
 async def test_closing_the_client_waits_for_cancels(held):

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ class StallingServicer(GenerationServiceServicer):
 
     def Watch(self, request, context):  # noqa: N802
         """Sends the end."""
-        fields = {"image": b"x", "image_kind": 2, "image_format": v1.IMAGE_FORMAT_PNG, "chunk_count": 1}
+        fields: dict[str, Any] = {"image": b"x", "image_kind": 2, "image_format": v1.IMAGE_FORMAT_PNG, "chunk_count": 1}
         yield v1.Progress(generation_id="r.1", sequence=9, phase=v1.PHASE_SUCCEEDED, seed=1, **fields)
 
 
@@ -74,7 +75,7 @@ class StallingServicer(GenerationServiceServicer):
 async def test_stalled_server_counts_as_lost(serve, without_waits, count):
     """Both clients reconnect when a server stalls, also before its first message."""
     losses = []
-    arguments = {"stall_timeout": 0.3, "on_reconnect": lambda error, _: losses.append(str(error))}
+    arguments: dict[str, Any] = {"stall_timeout": 0.3, "on_reconnect": lambda error, _: losses.append(str(error))}
     servicer = StallingServicer(count)
     with serve(servicer) as address:
         with without_waits(calotype.Client(address, **arguments)) as client:
@@ -93,7 +94,7 @@ async def test_slow_reader_is_not_a_stall(serve):
     servicer = StallingServicer(2)
     servicer.over.set()
     with serve(servicer) as address:
-        kept = {"stall_timeout": 0.2, "on_reconnect": lambda error, _: losses.append(error)}
+        kept: dict[str, Any] = {"stall_timeout": 0.2, "on_reconnect": lambda error, _: losses.append(error)}
         with calotype.Client(address, **kept) as client:
             for _ in client.generate("x"):
                 await asyncio.sleep(0.5)

@@ -105,20 +105,20 @@ def test_omitted_arguments_are_not_sent():
         ({"previews": {"every_steps": 2}}, "previews"),
         ({"previews": Output()}, "previews"),
         ({"output": "webp"}, "output"),
-        ({"previews": Previews(every_steps=2.0)}, "previews.every_steps"),
-        ({"previews": Previews(min_interval="1")}, "previews.min_interval"),
+        ({"previews": Previews(every_steps=2.0)}, "previews.every_steps"),  # type: ignore[arg-type]
+        ({"previews": Previews(min_interval="1")}, "previews.min_interval"),  # type: ignore[arg-type]
         ({"previews": Previews(min_interval=math.nan)}, "previews.min_interval"),
         ({"previews": Previews(min_interval=-math.inf)}, "previews.min_interval"),
         ({"previews": Previews(min_interval=10**400)}, "previews.min_interval"),
         ({"previews": Previews(max_edge=2**31)}, "previews.max_edge"),
         ({"previews": Previews(quality=True)}, "previews.quality"),
-        ({"previews": Previews(method="taesd")}, "previews.method"),
+        ({"previews": Previews(method="taesd")}, "previews.method"),  # type: ignore[arg-type]
         ({"previews": Previews(method=PreviewMethod.UNKNOWN)}, "previews.method"),
-        ({"previews": Previews(method=2)}, "previews.method"),
-        ({"output": Output(format="gif")}, "output.format"),
-        ({"output": Output(format="unspecified")}, "output.format"),
-        ({"output": Output(quality="90")}, "output.quality"),
-        ({"output": Output(metadata=1)}, "output.metadata"),
+        ({"previews": Previews(method=2)}, "previews.method"),  # type: ignore[arg-type]
+        ({"output": Output(format="gif")}, "output.format"),  # type: ignore[arg-type]
+        ({"output": Output(format="unspecified")}, "output.format"),  # type: ignore[arg-type]
+        ({"output": Output(quality="90")}, "output.quality"),  # type: ignore[arg-type]
+        ({"output": Output(metadata=1)}, "output.metadata"),  # type: ignore[arg-type]
     ],
 )
 def test_values_that_a_request_cannot_carry_are_invalid(arguments, field):
@@ -132,7 +132,11 @@ def test_all_violations_are_listed():
     """InvalidRequest lists all violations at once."""
     with Client() as client, pytest.raises(InvalidRequest) as caught:
         client.generate(
-            7, width="wide", seed=2**70, previews=Previews(max_edge="big", method="best"), output=Output(format="gif")
+            7,  # type: ignore[arg-type]
+            width="wide",  # type: ignore[arg-type]
+            seed=2**70,
+            previews=Previews(max_edge="big", method="best"),  # type: ignore[arg-type]
+            output=Output(format="gif"),  # type: ignore[arg-type]
         )
     fields = ["prompt", "width", "seed", "previews.max_edge", "previews.method", "output.format"]
     assert [violation.field for violation in caught.value.violations] == fields

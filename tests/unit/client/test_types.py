@@ -4,6 +4,7 @@ import base64
 import io
 import subprocess
 import sys
+from typing import Any
 
 import PIL.ExifTags
 import PIL.Image
@@ -101,7 +102,8 @@ def test_notebooks_show_the_repr_of_unknown_formats():
 
 def written(kind, parameters):
     """Makes an image file with parameters in the fields that servers use."""
-    buffer, options = io.BytesIO(), {}
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {}
     if kind == "png":
         options["pnginfo"] = PIL.PngImagePlugin.PngInfo()
         options["pnginfo"].add_itxt("parameters", parameters)
@@ -137,7 +139,7 @@ def test_comment_of_another_program_is_ignored():
 )
 def test_preview_has_its_method(method, expected):
     """An unknown preview method becomes UNKNOWN; a missing one becomes None."""
-    message = v1.Progress(image=b"x", image_kind=v1.IMAGE_KIND_PREDICTED, image_format=99, preview_method=method)
+    message = v1.Progress(image=b"x", image_kind=v1.IMAGE_KIND_PREDICTED, image_format=99, preview_method=method)  # type: ignore[arg-type]
     progress = progress_from_proto(message)
     assert progress.preview_method is expected
     assert progress.preview.format == "unknown"
@@ -147,7 +149,7 @@ def test_preview_has_its_method(method, expected):
 
 def test_model_of_another_version_is_read():
     """Models from newer and from older servers can be read."""
-    newer = v1.Model(preview_methods=[v1.PREVIEW_METHOD_HEAD, 99], preview=v1.PreviewOptions(method=98))
+    newer = v1.Model(preview_methods=[v1.PREVIEW_METHOD_HEAD, 99], preview=v1.PreviewOptions(method=98))  # type: ignore[arg-type, list-item]
     assert model_from_proto(newer).preview_methods == (PreviewMethod.HEAD, PreviewMethod.UNKNOWN)
     assert model_from_proto(newer).previews.method is PreviewMethod.UNKNOWN
     older = model_from_proto(v1.Model())

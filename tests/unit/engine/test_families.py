@@ -9,7 +9,8 @@ import pytest
 
 from calotype_server.engine import assembly, generation_run
 from calotype_server.engine.assembly import build_engine
-from calotype_server.engine.capabilities import Defaults, denoiser_name
+from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
+from calotype_server.engine.request_view import make_scheduler
 from calotype_server.types import (
     Decoding,
     Denoising,
@@ -41,7 +42,7 @@ def unbinned(pipeline):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_engine_drives_the_family(family, tmp_path, monkeypatch):
     """Each family reports its events and a preview at each step by either method, and the image is as without them."""
-    described, made = assembly.describe, generation_run.make_scheduler
+    described, made = describe, make_scheduler
     taken = []
 
     def small(*args):

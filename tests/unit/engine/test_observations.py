@@ -3,6 +3,7 @@
 import contextvars
 import logging
 import threading
+from typing import Any
 
 import pytest
 import structlog
@@ -79,7 +80,8 @@ def test_steps_batches_and_previews_are_observed(tmp_path):
     assert len(steps) == STEPS - 1
     assert [batch.rows for batch in batches] == [2] * STEPS
     assert [preview.method for preview in drawn] == [PreviewMethod.HEAD] * STEPS
-    assert all(each.seconds > 0 for each in (*steps, *batches, *drawn))
+    timed: list[Any] = [*steps, *batches, *drawn]
+    assert all(each.seconds > 0 for each in timed)
     [decoding] = [event for event in run.events if isinstance(event, Decoding)]
     assert decoding.batch_rows == 2
 

@@ -1,8 +1,10 @@
 """The predicted x0 is correct for every scheduler, checked with an oracle that knows the true x0."""
 
 import copy
+import functools
 import inspect
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers
 import pytest
@@ -15,7 +17,7 @@ _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 _STEPS = 6
 _SHAPE = (1, 4, 6, 6)
 
-_DISCRETE = {
+_DISCRETE: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
     "ddpm": (diffusers.DDPMScheduler, {"clip_sample": False}),
     "deis": (diffusers.DEISMultistepScheduler, {}),
@@ -158,6 +160,11 @@ def test_x0_is_exact_for_a_perfect_model(scheduler, kind):
     assert evaluations >= _STEPS - 1
 
 
+def note_x0(seen, step):
+    """Appends the predicted x0 of a step to a list."""
+    seen.append(step.x0())
+
+
 @pytest.mark.parametrize(("scheduler", "kind"), list(schedulers()))
 def test_asking_for_x0_changes_no_bit(scheduler, kind):
     """Predicting x0 at every step does not change the final sample."""
@@ -168,7 +175,7 @@ def test_asking_for_x0_changes_no_bit(scheduler, kind):
             StepTap(
                 mine,
                 on_start=seen.append,
-                on_step=lambda step, seen=seen: seen.append(step.x0()),
+                on_step=functools.partial(note_x0, seen),
                 should_stop=lambda: False,
             )
         mine.set_timesteps(_STEPS)

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_all_tokenizers_have_one_lock():
     shared = shared_components(pipeline)
     assert shared["tokenizer"]._lock is shared["tokenizer_2"]._lock is not shared["vae"]._lock
     scheduler = type(pipeline.scheduler).__name__
-    call = {"output_type": "pt", "steps": 2}
+    call: dict[str, Any] = {"output_type": "pt", "steps": 2}
     picture = request_view(pipeline, make_scheduler(pipeline, scheduler), **shared)(
         **tiny_inputs.arguments("sdxl", **call)
     )[0]

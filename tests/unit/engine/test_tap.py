@@ -116,7 +116,7 @@ def test_last_x0_is_the_result(family):
         ends.append(getattr(output, "denoised", None) if hasattr(output, "denoised") else output.prev_sample)
         return output
 
-    recording_step.__signature__ = inspect.signature(step)
+    recording_step.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]
     scheduler.step = recording_step
     recorder = Recorder()
     recorder.tap(scheduler)
@@ -155,7 +155,12 @@ def test_stop_during_the_denoiser_takes_no_step(sd15):
     stopping = []
     recorder = Recorder()
     scheduler = make_scheduler(sd15, "DDIMScheduler")
-    StepTap(scheduler, on_start=recorder.totals.append, on_step=recorder.steps.append, should_stop=lambda: stopping)
+    StepTap(
+        scheduler,
+        on_start=recorder.totals.append,
+        on_step=recorder.steps.append,
+        should_stop=lambda: bool(stopping),
+    )
 
     class StoppingUnet:
         """Requests the stop in its second evaluation."""

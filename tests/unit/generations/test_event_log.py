@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -234,7 +235,8 @@ async def test_many_readers_are_woken_in_rounds(subscribe) -> None:
     """More readers mean fewer wake-ups: each gets the newest preview, the number of dropped ones, and the end."""
 
     class Clock:
-        now, due = 100.0, ()
+        now = 100.0
+        due: Any = None
 
         def __init__(self, loop) -> None:
             self.call_soon_threadsafe = loop.call_soon_threadsafe
@@ -255,7 +257,8 @@ async def test_many_readers_are_woken_in_rounds(subscribe) -> None:
             seen.append(update)
 
     log = EventLog()
-    log._loop = clock = Clock(asyncio.get_running_loop())
+    loop: Any = Clock(asyncio.get_running_loop())
+    log._loop = clock = loop
     all_seen = [[] for _ in range(40)]
     readers = [asyncio.create_task(read(seen)) for seen in all_seen]
     await settle()

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import structlog
 from hypothesis import given
@@ -34,7 +35,7 @@ class Work:
         self.stopwatch.events += 1
 
 
-def watchdog_of(*works: Work, usual: float | None = 1.0) -> Watchdog:
+def watchdog_of(*works: Any, usual: float | None = 1.0) -> Watchdog:
     """Returns a watchdog for these generations."""
     return Watchdog(lambda: works, lambda _: usual, PATIENCE)
 
@@ -58,7 +59,8 @@ def test_a_pause_above_the_limit_is_a_stall() -> None:
     assert not watchdog.check(40)
     assert watchdog.longest_pause == PATIENCE
     [stall] = watchdog.check(1)
-    assert (stall.generation, stall.seconds) == (work, 101.0)
+    assert stall.generation is work
+    assert stall.seconds == 101.0
 
 
 def test_a_generation_that_is_not_on_the_engine_cannot_stall() -> None:
@@ -124,7 +126,7 @@ async def test_the_process_exits_after_the_final_messages() -> None:
         done.append(stalls[0].generation.id)
         raise ValueError("no")
 
-    watchdog = SimpleNamespace(watch=lambda: asyncio.sleep(0, [SimpleNamespace(generation=Work(), seconds=101.0)]))
+    watchdog: Any = SimpleNamespace(watch=lambda: asyncio.sleep(0, [SimpleNamespace(generation=Work(), seconds=101.0)]))
     with structlog.testing.capture_logs() as logged:
         await end_when_stalled(watchdog, shut_down, done.append)
     assert done == ["g", EXIT_STALLED]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from PIL import ExifTags, Image
@@ -12,15 +13,15 @@ from PIL import ExifTags, Image
 from calotype_server import __version__
 from calotype_server.images.encoder import Encoder, encode_final, encode_preview
 from calotype_server.images.metadata import describe
-from calotype_server.types import Job, OutputOptions, Pixels, PreviewOptions
+from calotype_server.types import ImageFormat, Job, OutputOptions, Pixels, PreviewOptions
 from support.engine.fake_engine import MODEL, flat_pixels
 
-FORMATS = ("jpeg", "png", "webp")
+FORMATS: tuple[ImageFormat, ...] = ("jpeg", "png", "webp")
 NOISE = Pixels(96, 64, random.Random(0).randbytes(96 * 64 * 3))
 JOB = Job("a red apple", "pears", 64, 48, 20, 7.5, 123, "DDIMScheduler")
 
 
-def opened(data: bytes) -> Image.Image:
+def opened(data: bytes) -> Any:
     """Returns the image, fully decoded by Pillow."""
     image = Image.open(io.BytesIO(data))
     image.load()
@@ -40,7 +41,7 @@ def parameters(data: bytes) -> str | None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_final_images_have_the_requested_format_and_size(format: str) -> None:  # noqa: A002
+def test_final_images_have_the_requested_format_and_size(format: ImageFormat) -> None:  # noqa: A002
     """The file and its description agree on format and size."""
     image = encode_final(NOISE, OutputOptions(format), "text")
     assert opened(image.data).format == format.upper()
@@ -54,7 +55,7 @@ def test_png_is_lossless() -> None:
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
-def test_quality_is_honoured(format: str) -> None:  # noqa: A002
+def test_quality_is_honoured(format: ImageFormat) -> None:  # noqa: A002
     """A higher quality makes a larger file that is closer to the pixels."""
     sizes, distances = [], []
     for quality in (10, 50, 95):
@@ -87,14 +88,14 @@ def test_final_jpegs_have_full_colour_resolution() -> None:
     ],
 )
 @pytest.mark.parametrize("format", FORMATS)
-def test_parameters_survive_a_round_trip(format: str, text: str) -> None:  # noqa: A002
+def test_parameters_survive_a_round_trip(format: ImageFormat, text: str) -> None:  # noqa: A002
     """Parameters in any language, up to the maximum prompt length, are read back unchanged."""
     assert parameters(encode_final(NOISE, OutputOptions(format), text).data) == text
 
 
 @pytest.mark.parametrize("text", ["x" * 500_000, "🍎" * 200_000, "x" + "🍎" * 200_000])
 @pytest.mark.parametrize("format", FORMATS)
-def test_parameters_too_long_for_the_format_are_truncated(format: str, text: str) -> None:  # noqa: A002
+def test_parameters_too_long_for_the_format_are_truncated(format: ImageFormat, text: str) -> None:  # noqa: A002
     """An EXIF block has a maximum size; parameters beyond it are cut at a character boundary."""
     found = parameters(encode_final(NOISE, OutputOptions(format), text).data)
     assert text.startswith(found)
@@ -102,7 +103,7 @@ def test_parameters_too_long_for_the_format_are_truncated(format: str, text: str
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_without_metadata_the_file_has_no_prompt(format: str) -> None:  # noqa: A002
+def test_without_metadata_the_file_has_no_prompt(format: ImageFormat) -> None:  # noqa: A002
     """The file has no metadata and does not contain the prompt in any encoding."""
     data = encode_final(NOISE, OutputOptions(format, metadata=False), "a secret prompt").data
     assert parameters(data) is None
@@ -123,7 +124,9 @@ def test_metadata_does_not_change_pixels() -> None:
     ("size", "edge", "expected"),
     [((96, 64), 48, (48, 32)), ((64, 96), 48, (32, 48)), ((96, 64), 96, (96, 64)), ((8, 8), 512, (8, 8))],
 )
-def test_previews_fit_their_edge_and_are_never_enlarged(size: tuple, edge: int, expected: tuple) -> None:
+def test_previews_fit_their_edge_and_are_never_enlarged(
+    size: tuple[int, int], edge: int, expected: tuple[int, int]
+) -> None:
     """Previews are scaled down to the maximum edge, keeping proportions; smaller images keep their size."""
     preview = encode_preview(flat_pixels(*size, 9), edge, 75)
     assert preview.format == "jpeg"

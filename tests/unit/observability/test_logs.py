@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from typing import Literal
 
 import pytest
 import structlog
@@ -28,7 +29,7 @@ def restore():
 
 @pytest.mark.parametrize("log_format", ["console", "json"])
 def test_tracebacks_are_logged_without_the_values_of_variables(
-    log_format: str, capsys: pytest.CaptureFixture[str]
+    log_format: Literal["console", "json"], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A traceback has the error and its location, but not a prompt in a local variable."""
     configure_logging("info", log_format)

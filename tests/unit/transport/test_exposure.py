@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 if not any(command.name == "serve" for command in app.registered_commands):
     register(app)
 
-CERTIFICATE = {"tls_certificate": "a.pem", "tls_key": "a.key"}
+CERTIFICATE: dict[str, Any] = {"tls_certificate": "a.pem", "tls_key": "a.key"}
 
 
-def check(*addresses: str, **options: object) -> None:
+def check(*addresses: str, **options: Any) -> None:
     """Checks addresses as `serve` does."""
     check_exposure(Settings(**options), {f"--{number}": address for number, address in enumerate(addresses)})
 

@@ -46,7 +46,7 @@ class Transport(asyncio.Transport):
         self.reading = True
         self.protocol: Any = None
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Any) -> None:
         self.written += data
 
     def close(self) -> None:
@@ -141,7 +141,8 @@ async def test_head_contains_url_and_headers(protocol: Any) -> None:
 
 async def test_cycle_is_none_before_the_first_request(protocol: Any) -> None:
     """`cycle` is None at first, then the newest request, whose response is not complete."""
-    assert protocol.cycle is None
+    first = protocol.cycle
+    assert first is None
     protocol.data_received(GET)
     assert protocol.cycle.response_complete is False
 

@@ -13,7 +13,7 @@ from calotype.v1.calotype_pb2_grpc import add_GenerationServiceServicer_to_serve
 if TYPE_CHECKING:
     import grpc
 
-    from calotype_server.transport.grpc.servicer import GenerationServicer
+    from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
 
 __all__ = ["Services"]
 
@@ -29,7 +29,7 @@ class Services:
 
     names = (_SERVICE, health.SERVICE_NAME)
 
-    def __init__(self, servicer: GenerationServicer) -> None:
+    def __init__(self, servicer: GenerationServiceServicer) -> None:
         self._servicer = servicer
         self._health = _Health()
         self._serving = False

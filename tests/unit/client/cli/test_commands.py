@@ -303,7 +303,7 @@ def test_model(run):
 
 def test_every_nested_argument_has_its_option():
     """Each nested argument of `Client.generate` has an option of the command."""
-    flags = {flag for parameter in typer.main.get_command(app).commands["generate"].params for flag in parameter.opts}
+    flags = {flag for parameter in typer.main.get_group(app).commands["generate"].params for flag in parameter.opts}
     nested = {f"previews.{field.name}" for field in dataclasses.fields(Previews)}
     nested |= {f"output.{field.name}" for field in dataclasses.fields(Output)}
     assert set(OPTION_NAMES) - {"prompt"} == nested

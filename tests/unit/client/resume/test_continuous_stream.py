@@ -66,7 +66,9 @@ class Server:
         for step in range(1, STEPS + 1):
             if generation == "g1":  # later generations have fewer messages
                 messages.append(v1.Progress(phase=v1.PHASE_DENOISING, step=step))
-            messages.append(v1.Progress(phase=v1.PHASE_DENOISING, step=step, image=b"p", image_step=step, image_kind=1))
+            kind = v1.IMAGE_KIND_PREDICTED
+            preview = v1.Progress(phase=v1.PHASE_DENOISING, step=step, image=b"p", image_step=step, image_kind=kind)
+            messages.append(preview)
         messages.append(v1.Progress(phase=v1.PHASE_DECODING, step=STEPS))
         for sequence, message in enumerate(messages, 1):
             message.sequence = sequence
@@ -77,7 +79,7 @@ class Server:
                 step=STEPS,
                 sequence=len(messages) + 1,
                 image=part,
-                image_kind=2,
+                image_kind=v1.IMAGE_KIND_FINAL,
                 chunk_index=index,
                 chunk_count=len(parts),
             )

@@ -1,6 +1,7 @@
 """Repetition of broken calls: waits, limits, and continuous sequence numbers."""
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from calotype import (
     Cancelled,
@@ -203,7 +204,7 @@ def test_make_resumable_keeps_chosen_values():
     ("request_", "leaving_cancels", "lingers"),
     [
         (v1.GenerateRequest(), True, False),
-        (v1.GenerateRequest(disconnect_grace={"nanos": 1}), True, True),
+        (v1.GenerateRequest(disconnect_grace=Duration(nanos=1)), True, True),
         (v1.GenerateRequest(on_disconnect=v1.DISCONNECT_POLICY_KEEP), False, True),
         (v1.WatchRequest(generation_id="g"), False, True),
     ],

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from typing import Any
 
 import grpc
 import pytest
@@ -114,7 +115,7 @@ class EndingServicer(GenerationServiceServicer):
         """Sends a step, then the end."""
         self.requests.append(request)
         number = len(self.requests)
-        facts = {"generation_id": f"g{number}", "seed": 42}
+        facts: dict[str, Any] = {"generation_id": f"g{number}", "seed": 42}
         yield v1.Progress(**facts, sequence=1, phase=v1.PHASE_DENOISING, step=number)
         if number == 1:
             error = v1.Error(code=14, reason="DRAINING")
@@ -293,4 +294,4 @@ def test_retries_are_checked():
     """An invalid number of retries is rejected when the client is made."""
     for retries in (-1, 1.5, True):
         with pytest.raises(ValueError, match="retries"):
-            Client(retries=retries)
+            Client(retries=retries)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import wait
+from typing import Any
 
 import pytest
 import torch
@@ -218,8 +219,9 @@ def test_no_thread_is_left_after_many_requests():
 
 def test_proxy_looks_like_the_module(callers):
     """Attributes are those of the module and read-only; its caches are not touched."""
-    proxy = callers.batcher.open_session().proxy()
-    assert isinstance(proxy, torch.nn.Module)
+    proxy: Any = callers.batcher.open_session().proxy()
+    is_module = isinstance(proxy, torch.nn.Module)
+    assert is_module
     assert proxy.sizes is callers.module.sizes
     with pytest.raises(AttributeError, match="shared by all requests"):
         proxy.sizes = []

@@ -28,6 +28,12 @@ def bind(collator, rows=1, **arguments):
     return collator.bind((torch.ones(rows, 3),), arguments, {})
 
 
+def bind_call(collator, call):
+    """Binds a call, which is a pair of args and kwargs."""
+    args, kwargs = call
+    return collator.bind(args, kwargs, {})
+
+
 def joined(collator, *calls, padded_rows=None):
     """Returns the arguments that the module gets."""
     return collator.join(calls, padded_rows or sum(call.rows for call in calls))[1]
@@ -157,7 +163,7 @@ class TestLengths:
         module = getattr(tiny.shared(family), "transformer")  # noqa: B009
         collator = Collator(module, exact=exact)
         calls = [
-            collator.bind(*self.ARGUMENTS[family](self, number, *prompt), {}) for number, prompt in enumerate(prompts)
+            bind_call(collator, self.ARGUMENTS[family](self, number, *prompt)) for number, prompt in enumerate(prompts)
         ]
         if len({call.signature for call in calls}) > 1:
             return None
@@ -208,7 +214,7 @@ class TestLengths:
     def test_unneeded_masks_stay_missing(self):
         """If no call needs a mask, none is added, because models are faster without."""
         collator = Collator(tiny.shared("qwen_image").transformer)
-        calls = [collator.bind(*self.qwen_image(number, 12, None), {}) for number in range(2)]
+        calls = [bind_call(collator, self.qwen_image(number, 12, None)) for number in range(2)]
         assert joined(collator, *calls)["encoder_hidden_states_mask"] is None
 
     def test_z_image_takes_rows_of_any_size(self):

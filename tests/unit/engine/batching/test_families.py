@@ -58,6 +58,9 @@ def batched(family, cases, **options):
     )
     start = threading.Barrier(len(cases))
 
+    def begin(total):
+        start.wait(PATIENCE)
+
     def request(case):
         # Torch keeps the number per thread.
         torch.set_num_threads(1)
@@ -65,7 +68,7 @@ def batched(family, cases, **options):
             scheduler = make_scheduler(pipeline, type(pipeline.scheduler).__name__)
             StepTap(
                 scheduler,
-                on_start=lambda _: start.wait(PATIENCE),
+                on_start=begin,
                 on_step=lambda step: session.expect_no_more() if step.number == step.total else None,
                 should_stop=lambda: False,
             )

@@ -4,18 +4,19 @@ import dataclasses
 import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from calotype_server.engine import disk_cache
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.batching import measure, plan, plan_cache
 from calotype_server.engine.batching.measure import Threads
 from calotype_server.engine.batching.plan import Plan, PlanOptions
 from calotype_server.engine.batching.plan_cache import find_plan, load_plan, plan_facts, plan_path, save_plan
 from calotype_server.engine.capabilities import Defaults, describe
+from calotype_server.engine.machine import machine_facts
 from calotype_server.types import PreviewMethod
 from support.engine import tiny
 
@@ -138,7 +139,7 @@ class TestFile:
         def fail(source, target):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(disk_cache.os, "replace", fail)
+        monkeypatch.setattr(os, "replace", fail)
         save_plan(tmp_path / "plan.json", FACTS, PLAN)
         assert [entry["log_level"] for entry in logs] == ["warning"]
         assert list(tmp_path.iterdir()) == []
@@ -189,7 +190,7 @@ class TestKey:
     @pytest.mark.parametrize("name", ["cpu", "cores", "usable_cores", "cpu_quota", "torch_threads", "gpu"])
     def test_machine(self, pipeline, monkeypatch, name):
         """Each fact about the machine changes the key."""
-        before, facts = key(pipeline), plan_cache.machine_facts(torch.device("cpu"))
+        before, facts = key(pipeline), machine_facts(torch.device("cpu"))
         monkeypatch.setattr(plan_cache, "machine_facts", lambda _: {**facts, name: "something else"})
         assert key(pipeline) != before
 

@@ -1,6 +1,7 @@
 """The scheduler's decisions, on a simulated clock."""
 
 import types
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -22,7 +23,8 @@ class Simulation:
         self.scheduler.observe(STEP)
 
     def arrive(self, slot, signature="a", rows=1):
-        pending = PendingCall(slot, types.SimpleNamespace(signature=signature, rows=rows), self.now)
+        call: Any = types.SimpleNamespace(signature=signature, rows=rows)
+        pending = PendingCall(slot, call, self.now)
         self.scheduler.arrive(pending)
         return pending
 

@@ -125,5 +125,5 @@ class TestUnbatchable:
     def test_several_processes_cannot_be_shared(self):
         """Context parallelism would need all processes to agree on every batch."""
         module = Denoiser()
-        module._parallel_config = types.SimpleNamespace()
+        module._parallel_config = types.SimpleNamespace()  # type: ignore[assignment]
         assert "processes" in unbatchable(module)

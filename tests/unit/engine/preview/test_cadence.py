@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calotype_server.engine.preview.queue import PreviewSchedule
+from calotype_server.engine.preview.cadence import PreviewSchedule
 from calotype_server.types import PreviewOptions
 
 OPTIONS = st.builds(

@@ -2,13 +2,13 @@
 
 import copy
 import errno
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
-from calotype_server.engine import disk_cache
 from calotype_server.engine.preview import head_cache
 from calotype_server.engine.preview.head import PreviewHead
 from calotype_server.engine.preview.head_cache import head_path, load_head, save_head
@@ -68,9 +68,9 @@ class TestCache:
                 "empty": b"",
                 "cut": whole[:-100],
                 "garbage": b"\xff" * 500,
-                "other": head_cache.save({"weights": torch.zeros(3)}),
-                "old": head_cache.save(old, metadata={"checksum": head_cache._checksum(old)}),
-                "nan": head_cache.save(nan, metadata={"checksum": head_cache._checksum(nan)}),
+                "other": save({"weights": torch.zeros(3)}),
+                "old": save(old, metadata={"checksum": head_cache._checksum(old)}),
+                "nan": save(nan, metadata={"checksum": head_cache._checksum(nan)}),
                 "flipped": whole[:-1] + bytes([whole[-1] ^ 1]),
             }[damage]
         )
@@ -94,7 +94,7 @@ class TestCache:
         def full(source, target):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(disk_cache.os, "replace", full)
+        monkeypatch.setattr(os, "replace", full)
         save_head(tmp_path / "head.safetensors", head)
         assert [entry["log_level"] for entry in logs] == ["warning"]
         assert list(tmp_path.iterdir()) == []
@@ -108,7 +108,7 @@ class TestCache:
         def full(source, target):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(disk_cache.os, "replace", full)
+        monkeypatch.setattr(os, "replace", full)
         save_head(path, PreviewHead(1, head.calibration))
         assert path.read_bytes() == before
 

@@ -33,7 +33,7 @@ def own_pictures(family, **others):
 
     scheduler.step = recording
     # The pipelines look for `generator` among the parameters.
-    recording.__signature__ = inspect.signature(step)
+    recording.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]
     call = arguments(family, steps=1, output_type="pt", **others)
     return request_view(pipeline, scheduler)(**call)[0], ends[-1], (call["width"], call["height"])
 

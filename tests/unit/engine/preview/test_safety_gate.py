@@ -1,6 +1,7 @@
 """A pipeline with a safety checker shows sharp previews only after the checker has approved the image."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def run(heads):
         pipeline = guarded(*verdicts)
         engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
         engines.append(engine)
-        run = Run(engine)
+        run: Any = Run(engine)
         run.wait_before_each_evaluation(pipeline.unet)
         run.checker = pipeline.safety_checker
         try:

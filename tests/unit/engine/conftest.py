@@ -28,16 +28,6 @@ def _quick_calibration():
         yield
 
 
-@pytest.fixture(autouse=True)
-def _plain_tracebacks():
-    """Logs exceptions with Python's own tracebacks: the default of structlog takes seconds to format one."""
-    structlog.configure(
-        processors=[structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)]
-    )
-    yield
-    structlog.reset_defaults()
-
-
 @pytest.fixture
 def logs():
     """The log entries of the code under test."""

@@ -41,7 +41,6 @@ def entries():
     LIBRARY.addHandler(handler)
     yield found
     LIBRARY.removeHandler(handler)
-    structlog.reset_defaults()
 
 
 def bound(**ids):

@@ -2,7 +2,7 @@
 
 A cell is ✓ when all of its tests passed. Python tests name their cell with `@pytest.mark.proves(client, ability)`, see
 `support.proofs`; the tests of the TypeScript client and the page are listed here. A cell whose tests were skipped,
-because a toolchain is missing, keeps its mark. With `--fast`, as in `make test`, so does a cell whose tests did not run.
+because a toolchain is missing, keeps its mark. So does one whose tests did not run, with `--fast`, as in `make test`.
 """
 
 from __future__ import annotations

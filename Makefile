@@ -18,15 +18,21 @@ COMMENTS := service/calotype_server/transport/http/proto.binpb
 # googleapis-common-protos contains the types of gRPC's error details.
 GOOGLEAPIS = $(wildcard $(PROTO_VENV)/lib/python3*/site-packages)
 # Node is not listed, because the page needs it too. g++ and a JDK may be installed already.
-CLIENT_PACKAGES := make g++ pkg-config protobuf-compiler protobuf-compiler-grpc libgrpc++-dev ruby-grpc ruby-grpc-tools \
+CLIENT_PACKAGES := make g++ pkg-config protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libgrpc++-dev ruby-grpc ruby-grpc-tools \
 	default-jdk-headless libgrpc-java protobuf-compiler-grpc-java-plugin libnetty-java libperfmark-java \
 	libgeronimo-annotation-1.3-spec-java golang-go golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev \
 	protoc-gen-go protoc-gen-go-grpc
-VITEST = npm test --silent -- --reporter=default --reporter=json --outputFile.json=$(PROOFS)
+# Files that are named *.slow.test.ts run in `make test-all`.
+VITEST = npm test --silent -- $(if $(FAST),--exclude='**/*.slow.test.ts') --reporter=default --reporter=json --outputFile.json=$(PROOFS)
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
+CHECKS := lint type proto-check web-check
+ALL_READY := $(READY) $(PROTO_READY) $(CLIENT_JS_READY) $(WEB_READY)
+# Two targets at a time; each prints its output when it ends.
+TWO_AT_ONCE = $(MAKE) --no-print-directory --jobs=2 --output-sync=target
 # A change of the proto must not break the last release, or the last commit if there is no release.
 PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 .DEFAULT_GOAL := help
-.PHONY: help run generate test test-fast test-clients client-table client-table-check lint format type sync-client proto proto-check web web-check test-web settings bench soak ray-up ray-down test-ray bench-ray contact-sheet timeline filmstrip sizing evaluate-model clean
+.PHONY: help run generate test test-all test-fast coverage test-clients client-table client-table-check lint format type sync-client proto proto-check web web-check test-web settings bench soak ray-up ray-down test-ray bench-ray contact-sheet timeline filmstrip sizing evaluate-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,7 +69,18 @@ run: $(READY) ## start the service with the bundled model; ARGS="--model FOLDER"
 generate: $(READY) ## generate an image and show it in this terminal; PROMPT="a red apple"
 	$(BIN)/calotype generate "$(or $(PROMPT),a red apple)" $(ARGS)
 
-test: lint type proto-check web-check test-fast test-web client-table-check ## run the checks and tests that CI runs
+test: $(ALL_READY) ## run the checks and tests that CI runs; takes at most 7 minutes on two cores
+	@$(TWO_AT_ONCE) $(CHECKS)
+	@$(MAKE) --no-print-directory test-fast
+	@$(MAKE) --no-print-directory test-web client-table-check FAST=1
+
+test-all: $(ALL_READY) ## run all checks and tests, including slow ones, with the coverage of the Python code
+	@$(TWO_AT_ONCE) $(CHECKS)
+	@$(MAKE) --no-print-directory coverage
+	@$(MAKE) --no-print-directory test-web client-table-check
+
+coverage: $(READY) ## run all Python tests and measure the coverage of their code; fails below the floor in pyproject.toml
+	$(PYTEST) --hypothesis-profile=thorough --cov --cov-report=term:skip-covered $(ARGS)
 
 test-clients: $(READY) ## install the toolchains of the example clients and test all clients; on Debian, as root
 	@command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] || { echo "This target installs Debian packages and needs root: $(CLIENT_PACKAGES)"; echo "On other systems, install them yourself, then run: CALOTYPE_TOOLCHAINS=required $(BIN)/pytest tests/e2e/test_examples.py"; exit 1; }
@@ -71,15 +88,15 @@ test-clients: $(READY) ## install the toolchains of the example clients and test
 	CALOTYPE_TOOLCHAINS=required $(BIN)/pytest tests/e2e/test_examples.py $(ARGS)
 
 client-table: $(READY) ## write the README's table of clients from the results of their tests
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m proves
+	$(PYTEST) -m proves
 	@$(MAKE) --no-print-directory test-web
 	PYTHONPATH=tests $(BIN)/python -m support.client_table
 
 client-table-check: $(READY) ## fail if the README's table of clients differs from the test results
-	PYTHONPATH=tests $(BIN)/python -m support.client_table --check
+	PYTHONPATH=tests $(BIN)/python -m support.client_table --check $(if $(FAST),--fast)
 
-test-fast: $(READY) ## run only the Python tests, without Node; ARGS="-k name"
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+test-fast: $(READY) ## run only the Python tests that are not slow, without Node; ARGS="-k name"
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-web: $(READY) $(CLIENT_JS_READY) $(WEB_READY) ## lint, check and test the TypeScript client and the page, in a real browser
 	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || { echo "Chromium is needed; on Debian: apt-get install chromium. On other systems: CHROMIUM=/path/to/it make test-web"; exit 1; }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import socket
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from calotype.v1 import calotype_pb2 as pb
@@ -120,15 +118,9 @@ class Server:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch):
-    """A server; restores the logging configuration after the test."""
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    yield Server(monkeypatch)
-    root.handlers = handlers
-    root.setLevel(level)
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    """A server in this process."""
+    return Server(monkeypatch)
 
 
 async def test_probes_while_loading_serving_and_draining(server: Server) -> None:

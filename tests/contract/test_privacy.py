@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import grpc
 import pytest
-import structlog
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server import errors
@@ -16,24 +14,8 @@ from calotype_server.observability.logs import configure_logging
 from support.engine.fake_engine import FakeEngine
 from support.service import running
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 PROMPT, NEGATIVE = 'a "secret"\nübercat', "hidden dogs"
 WORDS = ("secret", "bercat", "hidden", "dogs")
-
-
-@pytest.fixture(autouse=True)
-def restore() -> Iterator[None]:
-    """Restores the logging configuration."""
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    yield
-    root.handlers = handlers
-    root.setLevel(level)
-    logging.getLogger("calotype_server").setLevel(logging.NOTSET)
-    structlog.reset_defaults()
-    structlog.contextvars.clear_contextvars()
 
 
 def make_request(**fields) -> pb.GenerateRequest:

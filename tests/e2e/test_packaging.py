@@ -183,7 +183,7 @@ def test_server_works_when_installed_from_wheels(published: Path, tmp_path: Path
 
     origin = "import calotype, calotype_server, calotype_bundled_model as m; print(calotype.__file__, m.__file__)"
     assert str(ROOT) not in run(clean.python, "-c", origin, cwd=tmp_path).stdout
-    with Installed("--cache-dir", str(tmp_path / "cache")) as server:
+    with Installed() as server:
         with calotype.Client(server.address) as client:
             assert client.model().name == "bundled"
             assert client.generate("a red apple", steps=2).result().width == 128

@@ -9,10 +9,11 @@ import socket
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 CALOTYPE = [sys.executable, "-m", "calotype"]
 
@@ -33,12 +34,16 @@ class ServerProcess:
         environment: Additional environment variables.
     """
 
+    cache_dir: ClassVar[Path | None] = None
+    """The cache folder of servers that are started without `--cache-dir`; by default that of the user."""
     calotype: Sequence[str] = CALOTYPE
     command: Sequence[str] = ("serve", "--grpc-address", "127.0.0.1:0")
 
     def __init__(self, *options: str, ready: bool = True, **environment: str) -> None:
         self._command = [*self.calotype, *self.command, "--web-address", "127.0.0.1:0", *options]
         self._environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+        if self.cache_dir is not None:
+            self._environment.setdefault("CALOTYPE_CACHE_DIR", str(self.cache_dir))
         self.address = ""
         self.web_address = ""
         self._ready = ready

@@ -42,13 +42,14 @@ class Recorder:
 
     Args:
         config: Configuration of the session.
-        path: A JSON file. A run of all tests replaces it; a run of some tests updates their cells.
+        path: A JSON file. A run of all tests, or of all that are not slow, replaces it; a run of some tests updates
+            their cells.
     """
 
     def __init__(self, config: pytest.Config, path: Path) -> None:
         self._path = path
         self._cells: dict[str, list[str]] = {}
-        chosen = config.option.keyword or config.option.markexpr not in ("", "proves")
+        chosen = config.option.keyword or config.option.markexpr not in ("", "proves", "not slow")
         self._replaces = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

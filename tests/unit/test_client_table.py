@@ -58,6 +58,18 @@ def test_the_check_fails_when_the_table_is_outdated(tmp_path, monkeypatch, capsy
     assert ("+| Go |" in capsys.readouterr().out) != committed
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_fast_run_keeps_the_cells_of_slow_tests(tmp_path, monkeypatch, fast):
+    """With --fast, a cell without a result keeps its mark; without it, the check fails."""
+    readme, results = tmp_path / "README.md", tmp_path / "pytest.json"
+    outcomes = {"go streams": "passed", "cpp streams": "passed"}
+    readme.write_text(rewrite(f"{BEGIN}{END}", outcomes), encoding="utf-8")
+    results.write_text(json.dumps({"go streams": "passed"}), encoding="utf-8")
+    monkeypatch.setattr(client_table, "README", readme)
+    monkeypatch.setattr(client_table, "PYTEST_RESULTS", results)
+    assert client_table.main(["--check", *(["--fast"] if fast else [])]) == (0 if fast else 1)
+
+
 def test_a_missing_test_of_vitest_is_an_error(tmp_path, monkeypatch):
     """Renaming a test that the table relies on is an error."""
     (tmp_path / "pytest.json").write_text("{}", encoding="utf-8")

@@ -2,18 +2,13 @@
 
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
-import { existsSync, mkdtempSync } from "node:fs";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { existsSync } from "node:fs";
 import { createInterface } from "node:readline";
 import { createClient, type GenerationSummary, isEnd } from "calotype";
-import { expect } from "vitest";
+import { expect, inject } from "vitest";
 
 const ROOT = new URL("../../", import.meta.url).pathname;
 const PYTHON = process.env.CALOTYPE_PYTHON ?? `${ROOT}.venv/bin/python`;
-
-/** Shared by the services of a test file, so that only the first one fits its preview head. */
-const CACHE = mkdtempSync(join(tmpdir(), "calotype-"));
 
 interface LogLine {
   readonly event: string;
@@ -43,7 +38,7 @@ export class Service {
   /** Starts a service with one thread, and waits until it accepts requests. */
   static async start(flags: readonly string[] = []): Promise<Service> {
     // A fixed number of threads saves the measurement at the start, and leaves a core for the browser.
-    const baseFlags = ["--grpc-address", "127.0.0.1:0", "--cache-dir", CACHE, "--threads", "1"];
+    const baseFlags = ["--grpc-address", "127.0.0.1:0", "--cache-dir", inject("cacheDir"), "--threads", "1"];
     const service = new Service("serve", [...baseFlags, ...flags]);
     await service.#waitUntilReady();
     return service;

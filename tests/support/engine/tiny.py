@@ -10,6 +10,7 @@ import inspect
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 import transformers
 
@@ -17,7 +18,7 @@ from support.engine import tiny_transformers, tiny_unets
 from support.engine.tiny_inputs import embeddings
 from support.engine.tiny_unets import sd15
 
-__all__ = ["FAMILIES", "build", "prompted", "sd15", "shared"]
+__all__ = ["FAMILIES", "REPRESENTATIVE", "build", "every_family", "prompted", "sd15", "shared"]
 
 # The libraries warn about unusually small configurations, and draw progress bars.
 diffusers.utils.logging.set_verbosity_error()
@@ -44,6 +45,14 @@ _BUILDERS = {
 }
 
 FAMILIES = tuple(_BUILDERS)
+
+REPRESENTATIVE = frozenset({"flux", "sana_sprint", "sd15", "sdxl", "z_image"})
+"""Two UNets, with one and two text encoders; a flow transformer; one that takes lists; and a consistency model."""
+
+every_family = pytest.mark.parametrize(
+    "family", [name if name in REPRESENTATIVE else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+"""Decorates a test for every family; `make test` runs it for the representative ones only."""
 
 
 def build(family: str, **arguments: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 import structlog
 import torch
 
+from calotype_server.engine import capabilities
 from calotype_server.engine.preview import pipeline_previews
 from calotype_server.engine.preview.calibrate import calibrate
 from support.engine import tiny
@@ -22,22 +23,38 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def _known_schedulers():
+    """The results of two slow functions, by function, scheduler and config."""
+    return {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _schedulers_examined_once(_known_schedulers):
+    """Examines the schedulers that suit a config once: that takes a second, and each `describe` would do it again."""
+
+    def once(function):
+        def result(pipeline, *others):
+            scheduler = pipeline.scheduler
+            key = function.__name__, type(scheduler), repr(sorted(scheduler.config.items())), others
+            if key not in _known_schedulers:
+                _known_schedulers[key] = function(pipeline, *others)
+            return _known_schedulers[key]
+
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (capabilities._schedulers, capabilities._max_step_counts):
+            patch.setattr(capabilities, function.__name__, once(function))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick_calibration():
     """Fits preview heads to 4 images instead of 24, in every engine that a test or a module's fixture starts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline_previews, "calibrate", functools.partial(calibrate, budget=0.0))
         yield
-
-
-@pytest.fixture(autouse=True)
-def _plain_tracebacks():
-    """Logs exceptions with Python's own tracebacks: the default of structlog takes seconds to format one."""
-    structlog.configure(
-        processors=[structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)]
-    )
-    yield
-    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -56,6 +56,11 @@ def model_of(pipeline, defaults=None):
     return describe("tiny", pipeline, defaults or Defaults())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _schedulers_examined_once():
+    """Nothing: these tests are about that examination."""
+
+
 @pytest.fixture(scope="module")
 def offered():
     """The schedulers offered for the tiny SD1.5."""
@@ -67,7 +72,7 @@ def test_every_family_is_expected():
     assert set(EXPECTED) == set(tiny.FAMILIES)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_family_is_described(family):
     """Sizes, guidance, negative prompt and steps come from the pipeline."""
     pipeline = tiny.shared(family)
@@ -82,7 +87,7 @@ def test_family_is_described(family):
     assert model.scheduler in model.schedulers
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_multiples_of_the_size_are_generated_exactly(family):
     """An image whose sides are any multiples, even or odd, has exactly the requested size."""
     multiple = EXPECTED[family][1]

@@ -5,8 +5,6 @@ import functools
 import inspect
 import threading
 
-import pytest
-
 from calotype_server.engine import assembly, generation_run
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
@@ -39,7 +37,7 @@ def unbinned(pipeline):
     return pipeline
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_engine_drives_the_family(family, tmp_path, monkeypatch):
     """Each family reports its events and a preview at each step by either method, and the image is as without them."""
     described, made = describe, make_scheduler

@@ -42,7 +42,6 @@ def entries():
     LIBRARY.addHandler(handler)
     yield found
     LIBRARY.removeHandler(handler)
-    structlog.reset_defaults()
 
 
 def bound(**ids):

@@ -62,7 +62,7 @@ def state(scheduler):
     }
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_result_is_bit_identical(family, untouched):
     """A tapped pipeline computes the same bits as one without a tap."""
     result = tapped_view(family, Recorder())(**arguments(family))[0]
@@ -70,7 +70,7 @@ def test_result_is_bit_identical(family, untouched):
     assert torch.equal(result, untouched(family))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_each_step_is_reported_once(family):
     """`on_start` receives the number of timesteps, and as many steps follow, numbered from 1."""
     recorder = Recorder()
@@ -99,7 +99,7 @@ def test_total_counts_evaluations(name, total, sd15):
     assert len(recorder.steps) == total
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_last_x0_is_the_result(family):
     """If the last step ends without noise, its predicted x0 is the scheduler's result."""
     pipeline = tiny.shared(family)
@@ -126,7 +126,7 @@ def test_last_x0_is_the_result(family):
     torch.testing.assert_close(last.x0(), ends[-1], rtol=1e-5, atol=1e-5 * float(ends[-1].abs().max()))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_stopping_ends_the_call(family, untouched):
     """When asked to stop, the call raises `Stopped` without a further step, and the shared pipeline still works."""
     recorder = Recorder(stop_after=1)
@@ -136,7 +136,7 @@ def test_stopping_ends_the_call(family, untouched):
     assert torch.equal(tiny.shared(family)(**arguments(family))[0], untouched(family))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_a_stop_while_encoding_costs_no_denoiser_call(family):
     """A request that should stop before the timesteps are set makes no step."""
     recorder = Recorder(stop_after=0)
@@ -265,7 +265,7 @@ def test_a_view_shares_modules_except_replaced_ones(sd15):
     assert sd15.scheduler is not scheduler
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_own_scheduler_is_copied(family):
     """Each request for the pipeline's own scheduler gets a separate one with the same configuration."""
     pipeline = tiny.shared(family)

@@ -35,7 +35,7 @@ class Work:
         self.stopwatch.events += 1
 
 
-def watchdog_of(*works: Any, usual: float | None = 1.0) -> Watchdog:
+def watchdog_of(*works: Any, usual: float | None = 1.0) -> Any:
     """Returns a watchdog for these generations."""
     return Watchdog(lambda: works, lambda _: usual, PATIENCE)
 

@@ -13,20 +13,6 @@ import structlog
 from calotype_server.observability.logs import configure_logging
 
 
-@pytest.fixture(autouse=True)
-def restore():
-    """Restores the logging configuration."""
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    yield
-    logging.captureWarnings(False)
-    root.handlers = handlers
-    root.setLevel(level)
-    logging.getLogger("calotype_server").setLevel(logging.NOTSET)
-    structlog.reset_defaults()
-    structlog.contextvars.clear_contextvars()
-
-
 @pytest.mark.parametrize("log_format", ["console", "json"])
 def test_tracebacks_are_logged_without_the_values_of_variables(
     log_format: Literal["console", "json"], capsys: pytest.CaptureFixture[str]

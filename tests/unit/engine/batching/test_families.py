@@ -5,7 +5,6 @@ import dataclasses
 import inspect
 import threading
 
-import pytest
 import torch
 
 from calotype_server.engine.batching.batcher import StepBatcher
@@ -81,7 +80,7 @@ def batched(family, cases, **options):
     return pictures, records
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_batched_equals_alone(family):
     """Requests with different seeds, prompts, steps, guidance and sizes give the same images as alone."""
     pictures, records = batched(family, CASES)
@@ -93,7 +92,7 @@ def test_batched_equals_alone(family):
         assert (picture - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_deterministic_is_bitwise(family):
     """With batches of one size, other requests do not change a single bit."""
     (single,), _ = batched(family, CASES[:1], deterministic=True)
@@ -105,7 +104,7 @@ def test_deterministic_is_bitwise(family):
     assert torch.equal(last, single)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_family_may_be_batched(family):
     """The checks at load allow batching for every family, deterministic or not."""
     pipeline = tiny.prompted(family)

@@ -46,7 +46,7 @@ def tails():
 
 
 @pytest.mark.parametrize("size", ["own", "second"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_the_image_is_the_pipelines_own(family, size, tails):
     """Decoding the scheduler's result gives the pipeline's image, bit for bit."""
     second = dict(zip(("width", "height"), SIZES.get(family, (96, 64)), strict=True))
@@ -56,7 +56,7 @@ def test_the_image_is_the_pipelines_own(family, size, tails):
     assert torch.equal(tails(family).decode(latents, width, height), picture)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@tiny.every_family
 def test_a_batch_gives_one_image_per_latent(family, tails):
     """Several latents at once give the image of each, in order, even if the pipeline supports one only."""
     _, latents, (width, height) = own_pictures(family)

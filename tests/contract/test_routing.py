@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 import calotype
-from calotype_server.api.service import Api
+from calotype_server.api.service import GenerationService
 from calotype_server.auth.access import Access
 from calotype_server.transport.cluster.routing_servicer import PeerReplicas, RoutingServicer
 from calotype_server.transport.grpc.server import NativeServer
@@ -38,7 +38,7 @@ async def shared() -> AsyncIterator[tuple[str, str, str, contextlib.AsyncExitSta
         async def list_addresses() -> dict[str, str]:
             return addresses
 
-        api = Api(LIMITS)
+        api = GenerationService(LIMITS)
         api.open(own.generations)
         peer_replicas = PeerReplicas(own.generations.replica, list_addresses)
         stack.push_async_callback(peer_replicas.close)

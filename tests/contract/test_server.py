@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.api.service import Api
+from calotype_server.api.service import GenerationService
 from calotype_server.auth.access import Access
 from calotype_server.errors import AddressInUse
 from calotype_server.transport.grpc.server import NativeServer
@@ -99,7 +99,7 @@ async def test_two_servers_cannot_share_a_port() -> None:
     async with running(FakeEngine()) as service:
         port = service.address.rpartition(":")[2]
         for host in ("127.0.0.1", "localhost"):
-            second = NativeServer(Services(GenerationServicer(Api(LIMITS), Access())), Access())
+            second = NativeServer(Services(GenerationServicer(GenerationService(LIMITS), Access())), Access())
             with pytest.raises(AddressInUse, match="--grpc-address"):
                 await second.start(f"{host}:{port}")
             await second.stop(0)
@@ -168,7 +168,7 @@ async def test_an_unexpected_exception_never_reaches_the_caller(
     def broken(*_: object) -> None:
         raise ValueError("secret")
 
-    monkeypatch.setattr(Api, "model", broken)
+    monkeypatch.setattr(GenerationService, "model", broken)
     async with running(FakeEngine(), transport=transport) as service:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await service.stub.GetModel(pb.GetModelRequest())

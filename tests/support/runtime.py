@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from calotype_server import errors
-from calotype_server.api.service import Api
+from calotype_server.api.service import GenerationService
 from calotype_server.apps.instruments import Instruments
 from calotype_server.apps.runtime import Runtime
 from calotype_server.observability.events import Observe, ignore
@@ -50,7 +50,7 @@ class WithSlots:
 async def running_runtime(
     engine: Engine,
     *,
-    service: Api | None = None,
+    service: GenerationService | None = None,
     store: Store | None = None,
     observe: Observe = ignore,
     max_active: int = 1,
@@ -70,7 +70,7 @@ async def running_runtime(
     async with Runtime(
         Settings(**given),
         WithSlots(engine, max_active),
-        service=service or Api(Settings().limits),
+        service=service or GenerationService(Settings().limits),
         instruments=Instruments(False, observe),
         store=store,
         warm_up=False,

@@ -11,7 +11,7 @@ import httpx
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
-from calotype_server.api.service import Api
+from calotype_server.api.service import GenerationService
 from calotype_server.auth.access import Access
 from calotype_server.limits import PORT_LIMITS, Limits, PortLimits
 from calotype_server.observability.events import Observe, ignore
@@ -57,7 +57,7 @@ class Service:
     address: str
     channel: Any
     stub: Any
-    api: Api
+    api: GenerationService
     services: Services
     runtime: Runtime
     engine: Any
@@ -114,7 +114,7 @@ async def running(
         web: Further arguments of `WebServer`.
     """
     access = access or Access()
-    api = Api(limits)
+    api = GenerationService(limits)
     services = Services(GenerationServicer(api, access))
     options = {**(web or {}), "observe": observe, "metrics": metrics}
     async with (
@@ -138,7 +138,7 @@ async def running(
 @contextlib.asynccontextmanager
 async def _port(
     services: Services,
-    api: Api,
+    api: GenerationService,
     access: Access,
     authority: Authority | None,
     transport: str,
@@ -179,7 +179,7 @@ async def _port(
                 access,
                 certificates,
                 is_ready=services.is_serving,
-                api=api,
+                service=api,
                 limits=limits,
                 call_limiter=call_limiter,
                 **options,

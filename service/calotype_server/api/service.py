@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from calotype_server.limits import Limits
     from calotype_server.types import EncodedImage
 
-__all__ = ["Api"]
+__all__ = ["GenerationService"]
 
 _log = structlog.get_logger(__name__)
 
 _LOADING_RETRY_SECONDS = 2.0
 
 
-class Api:
+class GenerationService:
     """The methods of the service. Every method raises `NotReady` until `open` is called.
 
     Args:

@@ -18,7 +18,7 @@ from ray import serve
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import add_GenerationServiceServicer_to_server
-from calotype_server.api.service import Api
+from calotype_server.api.service import GenerationService
 from calotype_server.apps.instruments import Instruments
 from calotype_server.apps.loading import load_engine
 from calotype_server.apps.runtime import FINAL_MESSAGE_GRACE_SECONDS, Runtime
@@ -92,7 +92,7 @@ class Replica(RayServicer):
         settings = Settings(**from_environment)
         configure_logging(settings.log_level, settings.log_format, prompts=settings.log_prompts)
         access = _SharedAccess(settings.api_keys)
-        service = Api(settings.limits)
+        service = GenerationService(settings.limits)
         servicer = GenerationServicer(service, access)
         self._services = Services(servicer)
         self._stack = stack = contextlib.AsyncExitStack()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from types import TracebackType
 
-    from calotype_server.api.service import Api
+    from calotype_server.api.service import GenerationService
     from calotype_server.apps.instruments import Instruments
     from calotype_server.engine.protocol import Engine
     from calotype_server.generations.store import Store
@@ -78,7 +78,7 @@ class Runtime:
         settings: Settings,
         engine: Engine,
         *,
-        service: Api,
+        service: GenerationService,
         instruments: Instruments,
         store: Store | None = None,
         hurry: asyncio.Event | None = None,

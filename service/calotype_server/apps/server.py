@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from calotype_server.api.service import Api
+from calotype_server.api.service import GenerationService
 from calotype_server.apps.instruments import Instruments
 from calotype_server.apps.loading import load_engine
 from calotype_server.apps.runtime import FINAL_MESSAGE_GRACE_SECONDS, Runtime
@@ -65,7 +65,7 @@ async def serve(
     started = time.monotonic()
     signals = Signals()
     exposure = Exposure(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
-    service = Api(settings.limits)
+    service = GenerationService(settings.limits)
     async with (
         Instruments(settings.tracing) as instruments,
         Store.opened(settings.state and settings.state.expanduser()) as store,
@@ -106,7 +106,9 @@ class _Ports:
     grpc_address: str
     web_address: str
 
-    def __init__(self, settings: Settings, service: Api, exposure: Exposure, instruments: Instruments) -> None:
+    def __init__(
+        self, settings: Settings, service: GenerationService, exposure: Exposure, instruments: Instruments
+    ) -> None:
         limits, metrics, observe = settings.port_limits, instruments.metrics, instruments.observe
         call_limiter = CallLimiter(limits.max_calls_per_peer)
         self._settings = settings
@@ -123,7 +125,7 @@ class _Ports:
             exposure.access,
             exposure.certificates,
             is_ready=services.is_serving,
-            api=service,
+            service=service,
             allowed_origins=settings.allowed_origins,
             allowed_hosts=settings.allowed_hosts,
             limits=limits,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from calotype_server.api.service import Api
+from calotype_server.api.service import GenerationService
 from calotype_server.limits import PortLimits
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection
@@ -183,7 +183,7 @@ async def test_an_unexpected_exception_is_hidden(client: httpx.AsyncClient, monk
         raise ValueError("secret")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Api, "model", broken)
+        patched.setattr(GenerationService, "model", broken)
         response = await client.get("/model")
         assert response.status_code == 500
         assert "secret" not in response.text

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import grpc.aio
 
     from calotype.v1 import calotype_pb2 as pb
-    from calotype_server.api.service import Api
+    from calotype_server.api.service import GenerationService
     from calotype_server.auth.access import Access, Caller
     from calotype_server.errors import ServiceError
 
@@ -30,12 +30,12 @@ class GenerationServicer(GenerationServiceServicer):
     """Implements `calotype.v1.GenerationService`.
 
     Args:
-        api: Carries out the calls.
+        service: Carries out the calls.
         access: Identifies the caller.
     """
 
-    def __init__(self, api: Api, access: Access) -> None:
-        self._api = api
+    def __init__(self, service: GenerationService, access: Access) -> None:
+        self._service = service
         self._access = access
 
     async def Generate(  # noqa: N802 - the name in the proto
@@ -43,7 +43,7 @@ class GenerationServicer(GenerationServiceServicer):
     ) -> AsyncGenerator[pb.Progress, None]:
         """Starts a generation and streams it; see the proto."""
         deadline = context.time_remaining()
-        async with self._api.generate(request, self._caller(context), deadline=deadline) as stream:
+        async with self._service.generate(request, self._caller(context), deadline=deadline) as stream:
             async for message in stream:
                 yield message
         await _set_status(context, stream.failure)
@@ -52,7 +52,7 @@ class GenerationServicer(GenerationServiceServicer):
         self, request: pb.WatchRequest, context: Context
     ) -> AsyncGenerator[pb.Progress, None]:
         """Streams a generation that was started earlier; see the proto."""
-        async with self._api.watch(request, self._caller(context)) as stream:
+        async with self._service.watch(request, self._caller(context)) as stream:
             async for message in stream:
                 yield message
         await _set_status(context, stream.failure)
@@ -61,25 +61,25 @@ class GenerationServicer(GenerationServiceServicer):
         self, request: pb.CancelRequest, context: Context
     ) -> pb.CancelResponse:
         """Cancels a generation; see the proto."""
-        return self._api.cancel(request, self._caller(context))
+        return self._service.cancel(request, self._caller(context))
 
     async def Finish(  # noqa: N802
         self, request: pb.FinishRequest, context: Context
     ) -> pb.FinishResponse:
         """Finishes a generation early; see the proto."""
-        return self._api.finish(request, self._caller(context))
+        return self._service.finish(request, self._caller(context))
 
     async def ListGenerations(  # noqa: N802
         self, request: pb.ListGenerationsRequest, context: Context
     ) -> pb.ListGenerationsResponse:
         """Lists generations; see the proto."""
-        return self._api.list_generations(request, self._caller(context))
+        return self._service.list_generations(request, self._caller(context))
 
     async def GetModel(  # noqa: N802
         self, request: pb.GetModelRequest, context: Context
     ) -> pb.Model:
         """Describes the model; see the proto."""
-        return self._api.model()
+        return self._service.model()
 
     def _caller(self, context: Context) -> Caller:
         caller = self._access.authenticate(from_metadata(context.invocation_metadata()), context.peer())

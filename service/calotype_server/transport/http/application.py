@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.routing import BaseRoute
 
-    from calotype_server.api.service import Api
+    from calotype_server.api.service import GenerationService
     from calotype_server.auth.access import Access
     from calotype_server.limits import PortLimits
     from calotype_server.transport.net.call_limits import CallLimiter
@@ -40,7 +40,7 @@ class HttpApi:
     """The HTTP API, to be mounted at the root.
 
     Args:
-        api: Implements the operations.
+        service: Implements the operations.
         access: Checks keys. The document and its page need none.
         limits: Sizes and timeouts.
         call_limiter: Counts the calls of each host.
@@ -48,7 +48,12 @@ class HttpApi:
     """
 
     def __init__(
-        self, api: Api, access: Access, limits: PortLimits, call_limiter: CallLimiter, observe: Observe = ignore
+        self,
+        service: GenerationService,
+        access: Access,
+        limits: PortLimits,
+        call_limiter: CallLimiter,
+        observe: Observe = ignore,
     ) -> None:
         self._application = application = FastAPI(
             title="Calotype",
@@ -62,7 +67,11 @@ class HttpApi:
             responses=ERRORS,
         )
         handle_errors(application, observe)
-        for routes in (openai_routes(api), calotype_routes(api), websocket_routes(api, call_limiter, observe)):
+        for routes in (
+            openai_routes(service),
+            calotype_routes(service),
+            websocket_routes(service, call_limiter, observe),
+        ):
             application.include_router(routes)
         self._middleware = HttpMiddleware(application, access, limits, call_limiter, observe)
         self._page: str | None = None

@@ -19,7 +19,7 @@ from calotype_server.transport.http.stream_routes import StreamRoutes
 if TYPE_CHECKING:
     from google.protobuf.message import Message
 
-    from calotype_server.api.service import Api
+    from calotype_server.api.service import GenerationService
     from calotype_server.types import EncodedImage
 
 __all__ = ["calotype_routes"]
@@ -41,23 +41,23 @@ def _json_response(message: type[Message]) -> dict[int | str, dict[str, Any]]:
     return {200: {"model": response_model(message), "description": "Success."}}
 
 
-def calotype_routes(api: Api) -> APIRouter:
+def calotype_routes(service: GenerationService) -> APIRouter:
     """Returns the routes.
 
     Args:
-        api: Implements the operations.
+        service: Implements the operations.
     """
     routes = APIRouter(tags=["Calotype"])
-    StreamRoutes(api).add_to(routes)
-    _GenerationRoutes(api).add_to(routes)
+    StreamRoutes(service).add_to(routes)
+    _GenerationRoutes(service).add_to(routes)
     return routes
 
 
 class _GenerationRoutes:
     """Routes that answer with one JSON object or one image."""
 
-    def __init__(self, api: Api) -> None:
-        self._api = api
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
 
     def add_to(self, routes: APIRouter) -> None:
         routes.get(
@@ -94,20 +94,24 @@ class _GenerationRoutes:
     async def list_generations(self, request: Request) -> Response:
         """Lists active, queued and recently ended generations."""
         query = parse_query(pb.ListGenerationsRequest, query_fields(request))
-        return _message_response(self._api.list_generations(query.value, caller_of(request), query.violations))
+        return _message_response(self._service.list_generations(query.value, caller_of(request), query.violations))
 
     async def state(self, request: Request, generation_id: GenerationId) -> Response:
         """Returns the newest `Progress`."""
-        state = self._api.state(generation_id, caller_of(request))
+        state = self._service.state(generation_id, caller_of(request))
         return JSONResponse(progress_json(state, "url", base_path(request)))
 
     async def cancel(self, request: Request, generation_id: GenerationId) -> Response:
         """Cancels a queued or active generation. Idempotent: `phase` is the phase it was in."""
-        return _message_response(self._api.cancel(pb.CancelRequest(generation_id=generation_id), caller_of(request)))
+        return _message_response(
+            self._service.cancel(pb.CancelRequest(generation_id=generation_id), caller_of(request))
+        )
 
     async def finish(self, request: Request, generation_id: GenerationId) -> Response:
         """Ends a generation after the current step. The current estimate becomes the final image."""
-        return _message_response(self._api.finish(pb.FinishRequest(generation_id=generation_id), caller_of(request)))
+        return _message_response(
+            self._service.finish(pb.FinishRequest(generation_id=generation_id), caller_of(request))
+        )
 
     async def preview(
         self,
@@ -116,16 +120,16 @@ class _GenerationRoutes:
         sequence: Annotated[int, Path(description="From `Progress.sequence`.", ge=0, le=2**63 - 1)],
     ) -> Response:
         """Returns the newest preview, of that event or a later one; after the end, the final image."""
-        image = await self._api.preview(generation_id, sequence, caller_of(request))
+        image = await self._service.preview(generation_id, sequence, caller_of(request))
         return _image_response(image, immutable=False)
 
     async def image(self, request: Request, generation_id: GenerationId) -> Response:
         """Returns the final image. Answers 404 with a retry delay while there is none yet."""
-        return _image_response(self._api.image(generation_id, caller_of(request)), immutable=True)
+        return _image_response(self._service.image(generation_id, caller_of(request)), immutable=True)
 
     async def model(self) -> Response:
         """Returns the same as `GetModel` over gRPC."""
-        return _message_response(self._api.model())
+        return _message_response(self._service.model())
 
 
 def _message_response(message: Message) -> JSONResponse:

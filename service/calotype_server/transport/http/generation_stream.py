@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from calotype_server.api.progress_stream import ProgressStream
-    from calotype_server.api.service import Api
+    from calotype_server.api.service import GenerationService
     from calotype_server.auth.access import Caller
     from calotype_server.transport.http.parsing import Parsed
 
@@ -20,14 +20,14 @@ __all__ = ["generation_stream"]
 
 @contextlib.asynccontextmanager
 async def generation_stream(
-    api: Api, parsed: Parsed[pb.GenerateRequest] | Parsed[pb.WatchRequest], caller: Caller
+    service: GenerationService, parsed: Parsed[pb.GenerateRequest] | Parsed[pb.WatchRequest], caller: Caller
 ) -> AsyncIterator[ProgressStream]:
     """Starts or watches a generation, and stops reading it at the end of the block.
 
     The final image comes in one message.
 
     Args:
-        api: Implements the operations.
+        service: Implements the operations.
         parsed: The request, with the violations found while parsing it.
         caller: Of the request.
 
@@ -35,8 +35,8 @@ async def generation_stream(
         ServiceError: The request is rejected.
     """
     if isinstance(parsed.value, pb.WatchRequest):
-        opening = api.watch(parsed.value, caller, whole=True, violations=parsed.violations)
+        opening = service.watch(parsed.value, caller, whole=True, violations=parsed.violations)
     else:
-        opening = api.generate(parsed.value, caller, whole=True, violations=parsed.violations)
+        opening = service.generate(parsed.value, caller, whole=True, violations=parsed.violations)
     async with opening as stream:
         yield stream

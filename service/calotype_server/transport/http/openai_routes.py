@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from sse_starlette import ServerSentEvent
 
     from calotype_server.api.progress_stream import ProgressStream
-    from calotype_server.api.service import Api
+    from calotype_server.api.service import GenerationService
 
 __all__ = ["openai_routes"]
 
@@ -60,14 +60,14 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def openai_routes(api: Api) -> APIRouter:
+def openai_routes(service: GenerationService) -> APIRouter:
     """Returns the routes.
 
     Args:
-        api: Implements the operations.
+        service: Implements the operations.
     """
     routes = APIRouter(tags=["OpenAI-compatible"])
-    images, models = _ImageRoutes(api), _ModelRoutes(api)
+    images, models = _ImageRoutes(service), _ModelRoutes(service)
     routes.post("/images/generations", summary="Generate images", responses=_RESPONSES)(images.generate)
     routes.get("/models", summary="List the models: the loaded one", responses={200: {"model": ModelList}})(
         models.models
@@ -79,8 +79,8 @@ def openai_routes(api: Api) -> APIRouter:
 class _ImageRoutes:
     """The route that generates images."""
 
-    def __init__(self, api: Api) -> None:
-        self._api = api
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
 
     async def generate(
         self, request: Request, body: Annotated[Parsed[ImagesRequest], Body(), Lenient(ImagesRequest)]
@@ -103,14 +103,16 @@ class _ImageRoutes:
         Raises:
             InvalidRequest: With all violations, under OpenAI's field names.
         """
-        asked, model = body.value, self._api.model()
+        asked, model = body.value, self._service.model()
         violations = [*body.violations, *conflicts(asked, model)]
         streams = []
         # An invalid request is sent once, so that validation adds its own violations.
         for index in range(1 if violations else asked.n):
             parsed = Parsed(to_generate_request(asked, model, index), violations)
             try:
-                stream = await resources.enter_async_context(generation_stream(self._api, parsed, caller_of(request)))
+                stream = await resources.enter_async_context(
+                    generation_stream(self._service, parsed, caller_of(request))
+                )
             except InvalidRequest as error:
                 raise with_openai_names(error) from None
             streams.append(stream)
@@ -120,8 +122,8 @@ class _ImageRoutes:
 class _ModelRoutes:
     """The routes that describe the loaded model."""
 
-    def __init__(self, api: Api) -> None:
-        self._api = api
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
         self._created = int(time.time())
 
     async def models(self) -> Response:
@@ -138,7 +140,7 @@ class _ModelRoutes:
         return JSONResponse(loaded.model_dump())
 
     def _loaded(self) -> ModelEntry:
-        return ModelEntry(id=self._api.model().name, created=self._created)
+        return ModelEntry(id=self._service.model().name, created=self._created)
 
 
 def _images_response(images: Sequence[pb.Progress], request: ImagesRequest) -> ImagesResponse:

@@ -23,7 +23,7 @@ from calotype_server.transport.http.sse import (
 )
 
 if TYPE_CHECKING:
-    from calotype_server.api.service import Api
+    from calotype_server.api.service import GenerationService
 
 __all__ = ["StreamRoutes"]
 
@@ -51,11 +51,11 @@ class StreamRoutes:
     """The handlers of these routes, as methods.
 
     Args:
-        api: Implements the operations.
+        service: Implements the operations.
     """
 
-    def __init__(self, api: Api) -> None:
-        self._api = api
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
 
     def add_to(self, routes: APIRouter) -> None:
         """Registers the routes."""
@@ -121,7 +121,7 @@ class StreamRoutes:
         self, parsed: Parsed[pb.GenerateRequest] | Parsed[pb.WatchRequest], request: Request, images: Images
     ) -> Response:
         async with contextlib.AsyncExitStack() as resources:
-            stream = await resources.enter_async_context(generation_stream(self._api, parsed, caller_of(request)))
+            stream = await resources.enter_async_context(generation_stream(self._service, parsed, caller_of(request)))
             state = stream.generation.events.state
             if (
                 isinstance(parsed.value, pb.WatchRequest)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.message import Message
 
-    from calotype_server.api.service import Api
+    from calotype_server.api.service import GenerationService
     from calotype_server.transport.net.call_limits import CallLimiter
 
 __all__ = ["MAX_STREAMS", "websocket_routes"]
@@ -60,11 +60,11 @@ class _Command(RequestModel):
     request: dict[str, Any] = Field(default_factory=dict)
 
 
-def websocket_routes(api: Api, call_limiter: CallLimiter, observe: Observe = ignore) -> APIRouter:
+def websocket_routes(service: GenerationService, call_limiter: CallLimiter, observe: Observe = ignore) -> APIRouter:
     """Returns the route.
 
     Args:
-        api: Implements the operations.
+        service: Implements the operations.
         call_limiter: Counts each followed generation as a call of its host.
         observe: Receives an event for each rejected command.
     """
@@ -75,7 +75,7 @@ def websocket_routes(api: Api, call_limiter: CallLimiter, observe: Observe = ign
         # The accepted subprotocol is sent back, so one that carries a key is never accepted.
         offered = (each for each in socket.scope["subprotocols"] if bearer_in_subprotocols([each]) is None)
         await socket.accept(next(offered, None))
-        await _Session(socket, api, call_limiter, observe).run()
+        await _Session(socket, service, call_limiter, observe).run()
 
     return routes
 
@@ -85,14 +85,16 @@ class _Session:
 
     Args:
         socket: Accepted.
-        api: Implements the operations.
+        service: Implements the operations.
         call_limiter: Counts each followed generation as a call of its host.
         observe: Receives an event for each rejected command.
     """
 
-    def __init__(self, socket: WebSocket, api: Api, call_limiter: CallLimiter, observe: Observe) -> None:
+    def __init__(
+        self, socket: WebSocket, service: GenerationService, call_limiter: CallLimiter, observe: Observe
+    ) -> None:
         self._socket = socket
-        self._api = api
+        self._service = service
         self._caller = caller_of(socket)
         self._call_limiter = call_limiter
         self._observe = observe
@@ -138,9 +140,9 @@ class _Session:
             case "leave":
                 self._streams[command.id].cancel()
             case "cancel":
-                await self._answer(command, parse_message(pb.CancelRequest, command.request), self._api.cancel)
+                await self._answer(command, parse_message(pb.CancelRequest, command.request), self._service.cancel)
             case "finish":
-                await self._answer(command, parse_message(pb.FinishRequest, command.request), self._api.finish)
+                await self._answer(command, parse_message(pb.FinishRequest, command.request), self._service.finish)
             case _:
                 if len(self._streams) >= MAX_STREAMS:
                     raise TooManyStreams(
@@ -159,7 +161,7 @@ class _Session:
             message_type: Any = pb.GenerateRequest if command.type == "generate" else pb.WatchRequest
             parsed: Parsed[Any] = parse_message(message_type, command.request)
             with self._call_limiter.admit(peer_of(self._socket.scope)):
-                async with generation_stream(self._api, parsed, self._caller) as stream:
+                async with generation_stream(self._service, parsed, self._caller) as stream:
                     async for message in stream:
                         await self._send_progress(command.id, message)
         except ServiceError as error:

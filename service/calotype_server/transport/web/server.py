@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from calotype_server.api.service import Api
+    from calotype_server.api.service import GenerationService
     from calotype_server.auth.access import Access
     from calotype_server.transport.net.certificates import Certificates
     from calotype_server.transport.web.metrics_endpoint import Render
@@ -59,7 +59,7 @@ class WebServer:
         access: Checks keys. The page and health checks need none.
         certificates: For TLS, or None for plaintext.
         is_ready: Whether the server accepts calls, for `/readyz`.
-        api: Backs the HTTP API; None for no HTTP API.
+        service: Backs the HTTP API; None for no HTTP API.
         allowed_origins: Origins of other sites whose pages may call, as https://example.com; "*" for all.
         allowed_hosts: Host names under which this server is reached; "*" for all.
         page: Folder of the built page.
@@ -78,7 +78,7 @@ class WebServer:
         certificates: Certificates | None = None,
         *,
         is_ready: Callable[[], Awaitable[bool]],
-        api: Api | None = None,
+        service: GenerationService | None = None,
         allowed_origins: Sequence[str] = (),
         allowed_hosts: Sequence[str] = (),
         page: Path = PAGE,
@@ -90,7 +90,7 @@ class WebServer:
     ) -> None:
         call_limiter = call_limiter or CallLimiter(limits.max_calls_per_peer)
         metrics_routes = [] if metrics is None else [metrics_route(metrics, access, address)]
-        api_routes = [] if api is None else HttpApi(api, access, limits, call_limiter, observe).routes
+        api_routes = [] if service is None else HttpApi(service, access, limits, call_limiter, observe).routes
         self._grpc_web = GrpcWeb(
             Starlette(routes=[*metrics_routes, *api_routes, *_site_routes(is_ready, page)]),
             interceptors=interceptors(access, transport, observe),

@@ -81,7 +81,7 @@ class TestFile:
             lambda _: "[]",
             lambda _: "\x00" * 50,
             lambda text: text.replace('"max_active": 8', '"max_active": 9'),
-            lambda text: text.replace('"weights": "abc"', '"weights": "abd"'),
+            lambda text: text.replace('"weights": "abc"', '"weights": "xyz"'),
         ],
         ids=["empty", "truncated", "not a plan", "zeros", "changed plan", "changed facts"],
     )

@@ -14,6 +14,7 @@ class AsgiClient:
         kind: "http" or "websocket".
         path: Of the request.
         method: HTTP method.
+        query: Query string, without the question mark.
         body: Of the request.
         headers: Of the request, in addition to host.
     """
@@ -25,6 +26,7 @@ class AsgiClient:
         path: str,
         *,
         method: str = "POST",
+        query: bytes = b"",
         body: bytes = b"",
         headers: tuple[tuple[bytes, bytes], ...] = ((b"content-type", b"application/json"),),
     ) -> None:
@@ -43,7 +45,7 @@ class AsgiClient:
             "method": method,
             "path": path,
             "raw_path": path.encode(),
-            "query_string": b"",
+            "query_string": query,
             "root_path": "",
             "headers": [(b"host", b"localhost"), *headers],
             "client": ("127.0.0.1", 4711),

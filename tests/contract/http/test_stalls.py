@@ -124,16 +124,22 @@ async def test_an_error_after_the_status_becomes_an_event() -> None:
         await until(lambda: bool(messages(client)))
         generation = service.generations.newest(Caller("ipv4:127.0.0.1"))[0]
 
-        async def lost() -> None:
-            raise StateUnavailable("It cannot be kept.")
+        encoded_preview = generation.encoded_preview
 
-        generation.persisted = lost
-        watcher = AsgiClient(site(service), "http", f"/v1/generations/{generation.id}/events", method="GET")
-        await watcher.done
+        async def lost(encoder, preview, options):
+            if options.max_edge == 64:  # the watcher's size
+                raise StateUnavailable("It cannot be kept.")
+            return await encoded_preview(encoder, preview, options)
+
+        generation.encoded_preview = lost
+        path, query = f"/v1/generations/{generation.id}/events", b"preview.max_edge_px=64"
+        watcher = AsgiClient(site(service), "http", path, method="GET", query=query)
+        await until(lambda: bool(messages(watcher)))
         engine.allow()
+        await watcher.done
         await until(lambda: messages(client)[-1].phase >= 5)
         await client.done
     text = b"".join(event.get("body", b"") for event in watcher.received).decode()
-    assert text.startswith("event: error\n")
+    assert "\nevent: error\n" in text
     assert '"code":"STATE_UNAVAILABLE"' in text
     assert [event["type"] for event in watcher.received].count("http.response.start") == 1

@@ -41,6 +41,10 @@ MODEL = ModelInfo(
 )
 
 
+_ALL_STEPS = 10_000
+"""More steps than any test makes. A semaphore counts to it one by one, so a million would take 0.4 s."""
+
+
 def flat_pixels(width: int, height: int, value: int) -> Pixels:
     """Returns a grey image."""
     return Pixels(width, height, bytes([value % 256]) * (width * height * 3))
@@ -75,7 +79,7 @@ class FakeEngine:
         """Blocks all steps until `allow`."""
         self._permits = threading.Semaphore(0)
 
-    def allow(self, steps: int = 1_000_000) -> None:
+    def allow(self, steps: int = _ALL_STEPS) -> None:
         """Allows a number of steps."""
         assert self._permits is not None
         self._permits.release(steps)

@@ -80,7 +80,7 @@ test-all: $(ALL_READY) ## run all checks and tests, including slow ones, with th
 	@$(MAKE) --no-print-directory test-web client-table-check
 
 coverage: $(READY) ## run all Python tests and measure the coverage of their code; fails below the floor in pyproject.toml
-	$(PYTEST) --hypothesis-profile=thorough --cov --cov-report=term:skip-covered $(ARGS)
+	FUZZ=$(or $(FUZZ),900) $(PYTEST) --hypothesis-profile=thorough --cov --cov-report=term:skip-covered $(ARGS)
 
 test-clients: $(READY) ## install the toolchains of the example clients and test all clients; on Debian, as root
 	@command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] || { echo "This target installs Debian packages and needs root: $(CLIENT_PACKAGES)"; echo "On other systems, install them yourself, then run: CALOTYPE_TOOLCHAINS=required $(BIN)/pytest tests/e2e/test_examples.py"; exit 1; }

@@ -22,6 +22,7 @@ from calotype_server.types import Pixels, PreviewMethod
 from support.checker import guarded
 from support.engine import tiny
 from support.engine.fake_engine import FakeEngine
+from support.engine.schedulers import schedulers_examined_once
 from support.service import LIMITS, running
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def tiny_service(heads: Path) -> AsyncIterator[Service]:
     """A server with a real engine and tiny weights."""
-    engine = build_engine("tiny", tiny.build("sd15"), defaults=Defaults(), cache_dir=heads, threads=1)
+    with schedulers_examined_once():
+        engine = build_engine("tiny", tiny.build("sd15"), defaults=Defaults(), cache_dir=heads, threads=1)
     async with running(engine) as service:
         yield service
 

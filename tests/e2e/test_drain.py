@@ -143,7 +143,7 @@ def succeeded(results: list[Received]) -> list[bool]:
 async def test_with_enough_time_all_accepted_generations_finish(cache_dir: Path) -> None:
     """Running and queued generations finish on both ports, new calls are rejected, and the exit code is 0."""
     with server_with(cache_dir, 90) as server:
-        async with load(*ports_of(server), steps=40) as results:
+        async with load(*ports_of(server), steps=20) as results:
             await terminate(server)
             for kind, address in ports_of(server):
                 await assert_rejected(kind, address)
@@ -153,7 +153,7 @@ async def test_with_enough_time_all_accepted_generations_finish(cache_dir: Path)
         await assert_ended_well(server)
 
 
-@pytest.mark.parametrize("grace", [0, 1])
+@pytest.mark.parametrize("grace", [pytest.param(0, marks=pytest.mark.slow), 1])
 async def test_without_enough_time_all_callers_get_a_typed_end(cache_dir: Path, grace: int) -> None:
     """Callers of running and queued generations get a typed end and a status on both ports; the exit code is 0."""
     with server_with(cache_dir, grace) as server:

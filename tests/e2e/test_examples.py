@@ -27,7 +27,14 @@ PATIENCE = 100
 """Seconds that a client may take."""
 
 
-@pytest.fixture(params=EXAMPLES.values(), ids=list(EXAMPLES), scope="module")
+SLOW_TO_BUILD = ("cpp", "go", "java")
+PARAMETERS = [
+    pytest.param(each, id=name, marks=[pytest.mark.slow] if name in SLOW_TO_BUILD else [])
+    for name, each in EXAMPLES.items()
+]
+
+
+@pytest.fixture(params=PARAMETERS, scope="module")
 def example(request: pytest.FixtureRequest) -> Example:
     """Each example client, built."""
     request.param.build()

@@ -19,7 +19,7 @@ from support.process import ServerProcess
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
-COUNT = int(os.environ.get("FUZZ", "900"))
+COUNT = int(os.environ.get("FUZZ", "300"))
 """Number of malformed requests; a third each uses native gRPC, grpc-web and raw HTTP."""
 AT_ONCE = 16
 PATIENCE = 30.0

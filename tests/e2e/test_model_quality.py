@@ -17,6 +17,7 @@ pytestmark = pytest.mark.e2e
 EVALUATE = Path(__file__).parents[2] / "service/bundled_model/recipe/evaluate.py"
 
 
+@pytest.mark.slow
 def test_names_are_drawn_as_named(tmp_path: Path) -> None:
     """At least ten of twelve names give the right image, the autoencoder has 28 dB, and the folder is below 100 MB."""
     output = tmp_path / "model.json"

@@ -26,6 +26,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run([*CALOTYPE, *arguments], capture_output=True, text=True, timeout=100, env=env, check=False)
 
 
+@pytest.mark.slow
 def test_sigterm_lets_the_running_generation_finish(cache_dir: Path) -> None:
     """The open stream ends with its image, new calls are rejected with a retry delay, and the exit code is 0."""
     with ServerProcess("--cache-dir", str(cache_dir)) as server, calotype.Client(server.address) as client:
@@ -43,6 +44,7 @@ def test_sigterm_lets_the_running_generation_finish(cache_dir: Path) -> None:
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_without_grace_the_stream_ends_typed(cache_dir: Path) -> None:
     """A generation that cannot finish ends as Unavailable with a retry delay, not as a lost connection."""
     options = ("--cache-dir", str(cache_dir), "--drain-seconds", "0")
@@ -78,7 +80,7 @@ def test_a_killed_client_frees_its_slot_and_a_killed_server_is_a_typed_error(cac
                     server.process.kill()
 
 
-@pytest.mark.parametrize("moment", ["calibrating", "model loaded"])
+@pytest.mark.parametrize("moment", ["calibrating", pytest.param("model loaded", marks=pytest.mark.slow)])
 def test_a_signal_while_loading_stops_the_server(tmp_path: Path, moment: str) -> None:
     """SIGTERM during the load gives exit code 0, and the server never reports that it is ready."""
     with ServerProcess("--cache-dir", str(tmp_path), ready=False) as server:
@@ -103,8 +105,8 @@ def test_a_taken_port_is_explained() -> None:
     ("model", "words"),
     [
         ("./no-such-folder", "no folder"),
-        ("org/no-such-model", "hub cannot be reached"),
-        ("nonsense", "neither a folder nor a hub id"),
+        pytest.param("org/no-such-model", "hub cannot be reached", marks=pytest.mark.slow),
+        pytest.param("nonsense", "neither a folder nor a hub id", marks=pytest.mark.slow),
     ],
 )
 def test_a_missing_model_is_explained(model: str, words: str) -> None:

@@ -82,6 +82,7 @@ async def test_forty_callers_survive_a_frozen_and_a_killed_server(cache_dir: Pat
         assert [each.phase.ended for each in job.seen].count(True) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 async def test_a_rolling_update_interrupts_no_stream(cache_dir: Path) -> None:
     """Two servers are replaced after SIGTERM while native callers and browsers stream; no stream is interrupted.

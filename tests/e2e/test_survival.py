@@ -18,7 +18,9 @@ STEPS = 40
 
 @pytest.mark.proves("python", "resumes")
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("keeps_state", [False, True], ids=["forgets", "keeps-state"])
+@pytest.mark.parametrize(
+    "keeps_state", [pytest.param(False, marks=pytest.mark.slow), True], ids=["forgets", "keeps-state"]
+)
 def test_a_stream_survives_a_killed_server(tmp_path, keeps_state: bool) -> None:
     """With and without a state folder, the loop continues with rising sequences, one end, and the same image."""
     address = free_address()
@@ -52,7 +54,7 @@ for progress in client.generate("fox", seed=3, steps=150, on_disconnect=sys.argv
 """
 
 
-@pytest.mark.parametrize("policy", ["cancel", "keep"])
+@pytest.mark.parametrize("policy", [pytest.param("cancel", marks=pytest.mark.slow), "keep"])
 def test_a_killed_client_frees_the_slot_or_leaves_the_image(policy: str) -> None:
     """With CANCEL the only slot is freed; with KEEP the image is finished and can be watched."""
     with ServerProcess("--max-active", "1") as server, calotype.Client(server.address) as client:

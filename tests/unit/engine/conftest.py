@@ -8,10 +8,10 @@ import pytest
 import structlog
 import torch
 
-from calotype_server.engine import capabilities
 from calotype_server.engine.preview import pipeline_previews
 from calotype_server.engine.preview.calibrate import calibrate
 from support.engine import tiny
+from support.engine.schedulers import schedulers_examined_once
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,29 +23,10 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def _known_schedulers():
-    """The results of two slow functions, by function, scheduler and config."""
-    return {}
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _schedulers_examined_once(_known_schedulers):
-    """Examines the schedulers that suit a config once: that takes a second, and each `describe` would do it again."""
-
-    def once(function):
-        def result(pipeline, *others):
-            scheduler = pipeline.scheduler
-            key = function.__name__, type(scheduler), repr(sorted(scheduler.config.items())), others
-            if key not in _known_schedulers:
-                _known_schedulers[key] = function(pipeline, *others)
-            return _known_schedulers[key]
-
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        for function in (capabilities._schedulers, capabilities._max_step_counts):
-            patch.setattr(capabilities, function.__name__, once(function))
+def _schedulers_examined_once():
+    """Examines the schedulers of each config once."""
+    with schedulers_examined_once():
         yield
 
 

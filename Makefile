@@ -100,7 +100,7 @@ test-fast: $(READY) ## run only the Python tests that are not slow, without Node
 
 test-web: $(READY) $(CLIENT_JS_READY) $(WEB_READY) ## lint, check and test the TypeScript client and the page, in a real browser
 	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || { echo "Chromium is needed; on Debian: apt-get install chromium. On other systems: CHROMIUM=/path/to/it make test-web"; exit 1; }
-	cd client && typescript/node_modules/.bin/biome ci --config-path=typescript node/generate.js connect/generate.ts
+	cd $(CLIENT_JS) && node_modules/.bin/biome ci ../node/generate.js ../connect/generate.ts
 	cd $(CLIENT_JS) && npm run --silent lint && npm run --silent type && npm run --silent build && $(VITEST)/typescript.json
 	cd web && npm run --silent lint && npm run --silent type && $(VITEST)/web.json
 

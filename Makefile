@@ -71,8 +71,8 @@ generate: $(READY) ## generate an image and show it in this terminal; PROMPT="a 
 
 test: $(ALL_READY) ## run the checks and tests that CI runs; takes at most 7 minutes on two cores
 	@$(TWO_AT_ONCE) $(CHECKS)
-	@$(MAKE) --no-print-directory test-fast
-	@$(MAKE) --no-print-directory test-web client-table-check FAST=1
+	@$(TWO_AT_ONCE) test-fast test-web FAST=1
+	@$(MAKE) --no-print-directory client-table-check FAST=1
 
 test-all: $(ALL_READY) ## run all checks and tests, including slow ones, with the coverage of the Python code
 	@$(TWO_AT_ONCE) $(CHECKS)

@@ -68,9 +68,9 @@ export class Service {
     throw new Error(`The service did not start:\n${this.#output.join("\n")}`);
   }
 
-  /** The log lines of ended generations, without the warm-up generations at the start. */
+  /** The log lines of ended generations. */
   get ended(): readonly LogLine[] {
-    return this.log.filter(({ event }) => event === "generation ended").slice(WARM_UPS);
+    return this.log.filter(({ event }) => event === "generation ended");
   }
 
   /** Waits until `count` generations have ended. Returns the outcome of the last one. */
@@ -108,8 +108,6 @@ export class Service {
     await once(this.#process, "exit");
   }
 }
-
-const WARM_UPS = 2;
 
 /** The prompt of every picture that tests compare. */
 export const PROMPT = "octopus";

@@ -6,6 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 import structlog
 
@@ -17,6 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 pytest_plugins = ["support.proofs"]
+
+# More examples than by default, for `make test-all`.
+hypothesis.settings.register_profile("thorough", max_examples=300)
 
 
 @pytest.fixture(autouse=True)

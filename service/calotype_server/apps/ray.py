@@ -97,7 +97,7 @@ class Replica(RayServicer):
         self._services = Services(servicer)
         self._stack = stack = contextlib.AsyncExitStack()
         instruments = await stack.enter_async_context(Instruments(settings.tracing))
-        store = await stack.enter_async_context(Store.opened(settings.state and settings.state.expanduser()))
+        store = await stack.enter_async_context(Store.opened(settings.state))
         engine = await self.load(settings, instruments.observe)
         self._runtime = Runtime(
             settings, engine, service=service, instruments=instruments, store=store, on_stall=self._end_stalled

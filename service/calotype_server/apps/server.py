@@ -68,7 +68,7 @@ async def serve(
     service = GenerationService(settings.limits)
     async with (
         Instruments(settings.tracing) as instruments,
-        Store.opened(settings.state and settings.state.expanduser()) as store,
+        Store.opened(settings.state) as store,
         _Ports(settings, service, exposure, instruments) as ports,
         contextlib.AsyncExitStack() as running,
     ):

@@ -3,7 +3,7 @@
 ```
 caller = access.authenticate(authorization, peer)     # raises Unauthenticated
 generation = generations.find(id, caller)             # raises GenerationNotFound, also for generations of others
-await generations.start(job, terms, caller.quota)     # raises RateLimited
+generations.start(job, delivery, caller.quota)        # raises RateLimited when its block is entered
 ```
 
 Without API keys, every call is accepted, callers are distinguished by host, and every caller that knows the id of a

@@ -64,7 +64,7 @@ class Store:
     replica: str
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder = folder.expanduser()
         self._thread = ThreadPoolExecutor(1, "calotype-store")
         self._closed = False
         self._database: sqlite3.Connection

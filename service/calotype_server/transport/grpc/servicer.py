@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import structlog
-from grpc_status import rpc_status
 
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
-from calotype_server.api import encoding
+from calotype_server.transport.grpc.status import to_status
 from calotype_server.transport.net.credentials import from_metadata
 
 if TYPE_CHECKING:
@@ -90,4 +89,4 @@ class GenerationServicer(GenerationServiceServicer):
 async def _set_status(context: Context, failure: ServiceError | None) -> None:
     """Repeats the error of the last message as the status, for clients that only look at the status."""
     if failure is not None:
-        await context.abort_with_status(rpc_status.to_status(encoding.encode_error(failure)))
+        await context.abort_with_status(to_status(failure))

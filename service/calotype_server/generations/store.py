@@ -17,7 +17,7 @@ import structlog
 from calotype_server import errors
 from calotype_server.failpoints import hit
 from calotype_server.generations.records import End, ImageFacts, Record
-from calotype_server.generations.state.file import Lock, StateFile
+from calotype_server.generations.state.folder import Lock
 from calotype_server.generations.state.repair import open_state
 from calotype_server.generations.state.seals import Damaged
 from calotype_server.types import Failed, Succeeded
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
     from pathlib import Path
 
+    from calotype_server.generations.state.file import StateFile
     from calotype_server.types import Job
 
 __all__ = ["Store"]
@@ -238,9 +239,12 @@ class Store:
         except errors.StateUnavailable as error:
             self._note_problem(error.message)
             raise
-        self._problem = None
+        if not self._missed:
+            self._problem = None
 
     def _note_problem(self, problem: str) -> None:
+        if self._problem is None:
+            _log.error("new generations are rejected until the state can be written", problem=problem)
         self._problem = problem
         if not self._closed and (self._probing is None or self._probing.done()):
             self._probing = asyncio.create_task(self._probe())
@@ -264,6 +268,7 @@ class Store:
         self._lock = Lock(self._folder)
         try:
             self._file = open_state(self._lock.path)
+            self._ordinals = _without_details(self._file.ordinals)
         except BaseException:
             self._lock.close()
             raise
@@ -296,8 +301,9 @@ class Store:
         needed = _COPIES * (size + sum(self._reserved.values())) + _SPARE_BYTES
         free = shutil.disk_usage(self._folder).free
         if free < needed:
+            if not self._missed:
+                _log.error("the disk of the state is almost full", free_bytes=free, needed_bytes=needed)
             self._missed = size
-            _log.error("the disk of the state is almost full", free_bytes=free, needed_bytes=needed)
             raise errors.StateUnavailable(
                 "The server's disk has no room for another image.", retry_after=_RETRY_SECONDS
             )

@@ -1,23 +1,23 @@
-"""The SQLite file of a state folder: its format, its lock, and the changes that a server makes.
+"""The SQLite file of a state folder: its format, and the changes that a server makes.
 
-Each change is one transaction in a write-ahead log that is synced with each commit (`synchronous=FULL`), so it is durable
-when its method returns. Rows are found by their number. An index over ids would be one more structure that damage can
-make wrong.
+Each change is one transaction in a write-ahead log that is synced with each commit (`synchronous=FULL`), so it is
+durable when its method returns. Rows are found by their number. An index over ids would be one more structure that
+damage can make wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sqlite3
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from calotype_server import errors
 from calotype_server.failpoints import hit
 from calotype_server.generations.ids import new_tag
 from calotype_server.generations.records import End, Record, dump_end, dump_record, parse_end, parse_record
+from calotype_server.generations.state.folder import primary_code, unusable
 from calotype_server.generations.state.pages import PAGE_BYTES
 from calotype_server.generations.state.seals import Damaged, seal, unseal
 from calotype_server.types import Timings
@@ -25,18 +25,14 @@ from calotype_server.types import Timings
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
-    from types import TracebackType
 
-__all__ = ["APPLICATION", "FILE", "FileDamaged", "Lock", "Row", "StateFile", "read_row", "unusable"]
-
-FILE: Final = "calotype.sqlite3"
-_LOCK: Final = "calotype.lock"
-
-APPLICATION: Final = int.from_bytes(b"calo")
-"""SQLite's application id, in the header of the file."""
+__all__ = ["APPLICATION", "FileDamaged", "Row", "StateFile", "read_row"]
 
 _VERSION: Final = 2
-"""Version of the tables, of the seals and of the meaning of the documents. A new field in a document does not change it."""
+"""Version of the tables, of the seals and of the meaning of the documents. New fields in documents do not change it."""
+
+APPLICATION: Final = b"cal" + bytes([_VERSION])
+"""SQLite's application id, in the header of the file. Repeats the version: one that does not match it is damaged."""
 
 _TABLES: Final = (
     """CREATE TABLE generations (
@@ -61,7 +57,7 @@ _ENVIRONMENT: Final = frozenset(
         sqlite3.SQLITE_NOMEM,
     }
 )
-"""Codes that say nothing about the content of the file. All others mean damage when they come from our own statements."""
+"""Codes that say nothing about the content of the file. All others mean damage, because the statements are correct."""
 
 
 class FileDamaged(Exception):
@@ -85,42 +81,6 @@ class Row:
     damage: tuple[str, ...] = ()
 
 
-class Lock:
-    """An exclusive lock on a state folder, until `close` or until the process exits. Creates the folder if needed.
-
-    Raises:
-        StateUnusable: Another process holds the lock, or the folder cannot be used.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
-        try:
-            # Only the owner may read prompts and images.
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise unusable(self.path, error) from None
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._descriptor)
-            if isinstance(error, BlockingIOError):
-                raise _in_use(self.path) from None
-            raise unusable(self.path, error) from None
-
-    def close(self) -> None:
-        """Releases the lock."""
-        os.close(self._descriptor)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
 class StateFile:
     """An open file. Not thread-safe; may be used by one thread at a time. The caller holds the folder's `Lock`.
 
@@ -139,8 +99,8 @@ class StateFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        hit("store.open")
         try:
+            hit("store.open")
             path.touch(mode=0o600)
             self._database = sqlite3.connect(path, timeout=0, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
@@ -151,8 +111,8 @@ class StateFile:
             self._prepare()
         except sqlite3.Error as error:
             self._database.close()
-            if _code(error) in _ENVIRONMENT or (
-                _code(error) == sqlite3.SQLITE_READONLY and not os.access(path, os.W_OK)
+            if primary_code(error) in _ENVIRONMENT or (
+                primary_code(error) == sqlite3.SQLITE_READONLY and not os.access(path, os.W_OK)
             ):
                 raise unusable(path, error) from None
             raise FileDamaged(str(error)) from None
@@ -169,6 +129,9 @@ class StateFile:
         execute("PRAGMA secure_delete = ON")
         (version,) = execute("PRAGMA user_version").fetchone()
         tables = [sql.decode(errors="replace") for (sql,) in execute("SELECT sql FROM sqlite_schema") if sql]
+        (application,) = execute("PRAGMA application_id").fetchone()
+        if version != _VERSION and application == int.from_bytes(APPLICATION):
+            raise FileDamaged("the version is damaged")
         if version > _VERSION:
             raise errors.StateUnusable(
                 f"--state: {self.path} was written by a newer Calotype. Update this server, or choose another folder."
@@ -186,6 +149,8 @@ class StateFile:
         (finding,) = execute("PRAGMA quick_check(1)").fetchone()
         if finding != b"ok":
             raise FileDamaged(finding.decode(errors="replace"))
+        # Some damage shows only when something is written.
+        self.probe()
         with contextlib.suppress(TypeError, Damaged):
             self.replica = unseal("replica", "", execute("SELECT tag FROM replica").fetchone()[0]).decode()
             return
@@ -196,9 +161,16 @@ class StateFile:
             self._database.execute("BEGIN IMMEDIATE")
             for table in _TABLES:
                 self._database.execute(table)
-            self._database.execute(f"PRAGMA application_id = {APPLICATION}")
+            self._database.execute(f"PRAGMA application_id = {int.from_bytes(APPLICATION)}")
             self._database.execute(f"PRAGMA user_version = {_VERSION}")
             self._database.execute("INSERT INTO replica VALUES (?)", (seal("replica", "", new_tag().encode()),))
+
+    def ordinals(self) -> dict[str, int]:
+        """Returns the numbers of all rows by the copies of their ids, which may be damaged."""
+        rows = self._database.execute("SELECT generation_id, ordinal FROM generations")
+        return {
+            copied_id.decode(errors="replace"): ordinal for copied_id, ordinal in rows if isinstance(copied_id, bytes)
+        }
 
     def rows(self) -> Iterator[Row]:
         """Yields all generations, oldest first, without their images."""
@@ -291,31 +263,12 @@ def read_row(ordinal: int, copied_id: object, record: object, attempts: object, 
     return Row(ordinal, found.generation_id, replace(found, attempts=count, end=end), tuple(damage))
 
 
-def unusable(path: Path, error: OSError | sqlite3.Error) -> errors.StateUnusable:
-    """Returns an error for the operator: why the file cannot be opened, and what to do."""
-    if _code(error) == sqlite3.SQLITE_BUSY:
-        return _in_use(path)
-    return errors.StateUnusable(
-        f"--state: {path} cannot be opened ({getattr(error, 'strerror', None) or error})."
-        " Choose a folder that this user may write to, on a disk with free space."
-    )
-
-
-def _in_use(path: Path) -> errors.StateUnusable:
-    return errors.StateUnusable(f"--state: {path} is in use by another server. Each server needs its own folder.")
-
-
-def _code(error: OSError | sqlite3.Error) -> int:
-    """Returns SQLite's primary code; the other bits are details."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF
-
-
 def _seal_attempts(generation_id: str, attempts: int) -> bytes:
     return seal("attempts", generation_id, str(attempts).encode())
 
 
 def _unseal_attempts(generation_id: str, stored: object) -> tuple[int, bool]:
-    """Returns the number of attempts, and whether it is damaged: then it counts as one, so that it may be tried again."""
+    """Returns the number of attempts, and whether it is damaged. It then counts as one: another may follow."""
     try:
         return int(unseal("attempts", generation_id, stored)), False
     except Damaged:

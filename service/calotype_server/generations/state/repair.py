@@ -9,14 +9,15 @@ import re
 import shutil
 import sqlite3
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from calotype_server import errors
 from calotype_server.generations.ids import tag_of
-from calotype_server.generations.state.file import APPLICATION, FileDamaged, Row, StateFile, read_row, unusable
+from calotype_server.generations.state.file import APPLICATION, FileDamaged, Row, StateFile, read_row
+from calotype_server.generations.state.folder import unusable
 from calotype_server.generations.state.pages import FoundRow, application_id, read_rows
 from calotype_server.generations.state.seals import Damaged, unseal
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Repair", "open_state", "repair", "salvage"]
+__all__ = ["Repair", "Salvage", "open_state", "repair", "salvage"]
 
 _log = structlog.get_logger(__name__)
 
@@ -47,8 +48,13 @@ class Repair:
 
 
 @dataclass(slots=True)
-class _Salvage:
-    """The rows that can be read: the index among all rows of the file, and the generation, oldest first."""
+class Salvage:
+    """The readable part of a damaged file.
+
+    Attributes:
+        rows: Each generation with its index among all rows of the file, oldest first.
+        replica: Tag of the server; None if it is lost.
+    """
 
     rows: list[tuple[int, Row]]
     replica: str | None
@@ -94,7 +100,7 @@ def repair(path: Path) -> Repair:
         raise unusable(path, error) from None
 
 
-def salvage(path: Path) -> _Salvage | None:
+def salvage(path: Path) -> Salvage | None:
     """Finds all readable rows without changing anything. Returns None if the file is not one of Calotype's."""
     best: dict[str, tuple[tuple[bool, int], int, int, Row]] = {}
     replica: str | None = None
@@ -110,11 +116,11 @@ def salvage(path: Path) -> _Salvage | None:
         worth = row.record is not None and row.record.end is not None and "end" not in row.damage, -len(row.damage)
         if row.generation_id not in best or best[row.generation_id][0] < worth:
             best[row.generation_id] = worth, found.number, index, row
-    if not best and replica is None and application_id(path) != APPLICATION.to_bytes(4):
+    if not best and replica is None and application_id(path) != APPLICATION:
         return None
     rows = sorted(best.values(), key=lambda each: each[1])
     tags = (tag_of(row.generation_id) for *_, row in rows if row.record is not None)
-    return _Salvage([(index, row) for _, _, index, row in rows], replica or next(tags, "") or None)
+    return Salvage([(index, row) for _, _, index, row in rows], replica or next(tags, "") or None)
 
 
 def _generation(found: FoundRow) -> Row | None:
@@ -122,11 +128,17 @@ def _generation(found: FoundRow) -> Row | None:
     if len(found.columns) != 6:
         return None
     row = read_row(found.number, *found.columns[1:5])
+    image = found.columns[5]
+    if row.record is not None and image is not None:
+        try:
+            unseal("image", row.generation_id, image)
+        except Damaged:
+            row = replace(row, damage=(*row.damage, "image"))
     is_certain = row.record is not None or (found.is_in_leaf and _ID.fullmatch(row.generation_id))
     return row if is_certain else None
 
 
-def _rebuild(path: Path, salvaged: _Salvage) -> Repair:
+def _rebuild(path: Path, salvaged: Salvage) -> Repair:
     new = path.with_name(path.name + ".new")
     log, new_log = (each.with_name(each.name + "-wal") for each in (path, new))
     new.unlink(missing_ok=True)
@@ -146,7 +158,7 @@ def _rebuild(path: Path, salvaged: _Salvage) -> Repair:
     return Repair(len(salvaged.rows), tuple(row.generation_id for _, row in salvaged.rows if row.damage), aside)
 
 
-def _columns(path: Path, salvaged: _Salvage) -> Iterator[tuple[object, ...]]:
+def _columns(path: Path, salvaged: Salvage) -> Iterator[tuple[object, ...]]:
     """Yields the columns of the salvaged rows, numbered by age. Reads the images one at a time."""
     ordinals = {index: ordinal for ordinal, (index, _) in enumerate(salvaged.rows, 1)}
     rows = dict(salvaged.rows)
@@ -158,9 +170,7 @@ def _columns(path: Path, salvaged: _Salvage) -> Iterator[tuple[object, ...]]:
 
 def _free_name(path: Path) -> Path:
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    names = (
-        path.with_name(f"{path.name}.damaged-{stamp}{suffix}") for suffix in ("", *map("-{}".format, range(2, 99)))
-    )
+    names = (path.with_name(f"{path.name}.damaged-{stamp}-{number}") for number in itertools.count(1))
     return next(name for name in names if not name.exists())
 
 

@@ -112,7 +112,7 @@ async def test_a_generation_beyond_the_new_limits_ends_visibly(tmp_path) -> None
     engine = FakeEngine()
     engine.hold()
     async with opened(tmp_path) as store, running_runtime(engine, store=store, max_queue=8) as runtime:
-        jobs = [JOB, replace(JOB, width=512), replace(JOB, step_count=60), replace(JOB, scheduler="OldScheduler")]
+        jobs = [JOB, replace(JOB, width=2048), replace(JOB, step_count=60), replace(JOB, scheduler="OldScheduler")]
         ids = []
         for job in jobs:
             options = DeliveryOptions(on_disconnect=DisconnectPolicy.KEEP)

@@ -17,7 +17,7 @@ from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.failpoints import injected
 from support.engine.fake_engine import FakeEngine
 from support.service import open_channel, read_until, running
-from support.state import crashed, opened
+from support.state.folders import crashed, opened
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,7 +19,7 @@ from calotype_server.types import DeliveryOptions, DisconnectPolicy
 from support.engine.fake_engine import FakeEngine
 from support.runtime import running_runtime
 from support.service import read_until, running
-from support.state import JOB, crashed, opened
+from support.state.folders import JOB, crashed, opened
 
 KEEP = pb.DISCONNECT_POLICY_KEEP
 
@@ -120,8 +120,10 @@ async def test_a_generation_beyond_the_new_limits_ends_visibly(tmp_path) -> None
                 ids.append(reader.generation.id)
     outcomes = []
     for _ in range(2):
-        limits = {"max_pixels": 256 * 256, "max_step_count": 50}
-        async with opened(tmp_path) as store, running_runtime(FakeEngine(), store=store, **limits) as runtime:
+        async with (
+            opened(tmp_path) as store,
+            running_runtime(FakeEngine(), store=store, max_pixels=256 * 256, max_step_count=50) as runtime,
+        ):
             await runtime.generations.idle()
             states = [runtime.generations.find(each, Caller("")).events.state for each in ids]
             outcomes.append([getattr(state.end, "error", None) for state in states])

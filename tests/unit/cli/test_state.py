@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from calotype_server.cli.state import state
 from calotype_server.generations.state.folder import Lock
 from calotype_server.generations.state.pages import PAGE_BYTES
-from support.state import FILE, Contents, fill, opened
+from support.state.folders import FILE, Contents, fill, opened
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,10 +21,10 @@ from calotype_server import errors
 from calotype_server.auth.access import Caller
 from calotype_server.generations.records import Record
 from calotype_server.generations.state.pages import PAGE_BYTES
-from calotype_server.types import DeliveryOptions, EncodedImage, Succeeded, Timings
+from calotype_server.types import DeliveryOptions, EncodedImage, Failed, Succeeded, Timings
 from support.engine.fake_engine import FakeEngine
 from support.runtime import running_runtime
-from support.state import FILE, JOB, Contents, crashed, fill, opened, wrong
+from support.state.folders import FILE, JOB, Contents, crashed, fill, opened, wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -150,9 +150,11 @@ async def test_callers_of_a_damaged_generation_get_data_loss(tmp_path: Path) -> 
         for damaged in (by_end, by_image):
             async with generations.follow(generations.find(damaged, alice)) as reader:
                 update, _ = await anext(reader)
+            assert isinstance(update.state.end, Failed)
             assert isinstance(update.state.end.error, errors.DataLoss)
-        state = generations.find(intact, alice).events.state
-        assert state.end.image.data == contents.images[intact]
+        end = generations.find(intact, alice).events.state.end
+        assert isinstance(end, Succeeded)
+        assert end.image.data == contents.images[intact]
 
 
 async def test_a_damaged_page_does_not_prevent_the_start(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """State files that earlier versions wrote can be read. `tests/fixtures/state/` has one file for each version.
 
 After a change of the format: raise its version, and add a file with
-`PYTHONPATH=tests python -m support.state tests/fixtures/state/VERSION`. Never change an existing file.
+`PYTHONPATH=tests python -m support.state.fixture tests/fixtures/state/VERSION`. Never change an existing file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from calotype_server import errors
 from calotype_server.generations.state.file import VERSION
 from support.engine.fake_engine import FakeEngine
 from support.runtime import running_runtime
-from support.state import FILE, FIXTURE_IMAGE, fixture_records, opened
+from support.state.fixture import FIXTURE_IMAGE, fixture_records
+from support.state.folders import FILE, opened
 
 FOLDERS = sorted((Path(__file__).parents[2] / "fixtures" / "state").iterdir())
 

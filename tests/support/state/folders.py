@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import random
 import shutil
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calotype_server import errors
 from calotype_server.generations.records import Record
-from calotype_server.generations.state.file import StateFile
-from calotype_server.generations.state.folder import Lock
 from calotype_server.generations.store import Store
 from calotype_server.types import (
     DeliveryOptions,
-    DisconnectPolicy,
     EncodedImage,
     Failed,
     Job,
-    OutputOptions,
-    PreviewMethod,
-    PreviewOptions,
-    Priority,
     Succeeded,
     Timings,
 )
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 FILE = "calotype.sqlite3"
 JOB = Job("a red apple", "pears", 64, 48, 20, 7.5, 123, "DDIMScheduler")
@@ -39,7 +30,7 @@ JOB = Job("a red apple", "pears", 64, 48, 20, 7.5, 123, "DDIMScheduler")
 
 @dataclass(frozen=True)
 class Contents:
-    """What a state folder was filled with."""
+    """Everything that a state folder was filled with."""
 
     records: dict[str, Record]
     """Every generation by id, without its end."""
@@ -110,56 +101,3 @@ async def wrong(store: Store, contents: Contents) -> list[str]:
 def crashed(folder: Path, copy: Path) -> Path:
     """Copies the folder of a running server to `copy`, as it would be found if the process were killed now."""
     return shutil.copytree(folder, copy)
-
-
-FIXTURE_IMAGE = bytes(range(256))
-
-
-def fixture_records() -> list[Record]:
-    """Returns the generations of the files in `tests/fixtures/state/`: two waiting, one given up, two ended."""
-    delivery = DeliveryOptions("key:alice", 30.0, DisconnectPolicy.KEEP, 10.0, "request", seed_was_drawn=True)
-    preview = PreviewOptions(2, 0.5, 256, 80, PreviewMethod.HEAD)
-    job = Job(
-        "a red apple",
-        "pears",
-        64,
-        48,
-        4,
-        7.5,
-        0,
-        "DDIMScheduler",
-        preview,
-        OutputOptions("webp", 80, False),
-        Priority.BATCH,
-    )
-    return [
-        Record(f"f1c2e3a4.generation{number}", replace(job, seed=number), delivery, 1.5 + number, attempts)
-        for number, attempts in enumerate([0, 1, 2, 1, 1])
-    ]
-
-
-def _write_fixture(folder: Path) -> None:
-    """Writes a file for the current version."""
-    folder.mkdir(parents=True)
-    with Lock(folder) as lock:
-        file = StateFile(lock.path)
-        file.restore("f1c2e3a4", [])
-        file.close()
-    asyncio.run(_fill_fixture(folder))
-    (folder / "calotype.lock").unlink()
-
-
-async def _fill_fixture(folder: Path) -> None:
-    records = fixture_records()
-    async with opened(folder) as store:
-        for record in records:
-            await store.accept(record)
-        image = EncodedImage("webp", 64, 48, FIXTURE_IMAGE)
-        early = Succeeded(image, Timings(0.1, 0.2, 0.3, 0.4, 0.5, 1.5), finished_early=True)
-        await store.end(records[3].generation_id, early, step=3, total_steps=4)
-        failed = Failed(errors.OutOfMemory("The device ran out of memory."), Timings(total=1.0))
-        await store.end(records[4].generation_id, failed, step=1, total_steps=4)
-
-
-if __name__ == "__main__":
-    _write_fixture(Path(sys.argv[1]))

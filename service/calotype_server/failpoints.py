@@ -18,11 +18,16 @@ FAILPOINTS = frozenset(
     {
         "store.accept",
         "store.end",
+        "store.call",
         "runner.start",
+        "runner.end",
         "encoder.preview",
         "encoder.final",
         "engine.run",
         "engine.step",
+        "engine.batch",
+        "engine.preview",
+        "engine.report",
     }
 )
 """All names. `tests/faults/` has a test for each."""

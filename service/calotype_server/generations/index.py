@@ -102,8 +102,7 @@ class GenerationIndex:
     def accept(self, generation: Generation) -> None:
         """Starts to write a new generation to disk, if there is a store. `Generation.persisted` waits for it."""
         if self._store is not None:
-            record = Record(generation.id, generation.job, generation.delivery, generation.created)
-            generation.persist(self._store.accept(record))
+            generation.persist(self._accept(self._store, generation))
 
     async def persist_end(self, generation: Generation, end: Succeeded | Failed) -> None:
         """Writes an end to disk, if there is a store. A failed write is logged."""
@@ -142,6 +141,19 @@ class GenerationIndex:
             self._expiry = None
         while self._writes:
             await asyncio.wait(self._writes)
+
+    async def _accept(self, store: Store, generation: Generation) -> None:
+        try:
+            await store.accept(Record(generation.id, generation.job, generation.delivery, generation.created))
+        except errors.StateUnavailable:
+            if store.problem is not None:
+                # A write that hangs may still succeed, and the next start would run a generation that was rejected.
+                self._write(self._forget_later(store, generation.id))
+            raise
+
+    async def _forget_later(self, store: Store, generation_id: str) -> None:
+        await store.responsive()
+        await store.forget([generation_id])
 
     def _running_bytes(self) -> int:
         return sum(generation.size for generation in self._running.values())

@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING
 import structlog
 
 from calotype_server import errors
+from calotype_server.generations.completion import Completion
 from calotype_server.generations.generation import Generation
 from calotype_server.generations.ids import tag_of
 from calotype_server.generations.reader import Reader
-from calotype_server.observability.events import GenerationEnded, Observe, ignore
-from calotype_server.observability.redaction import redact_in_logs
-from calotype_server.types import Failed, Job, Phase, Queued, Succeeded
+from calotype_server.observability.events import Observe, ignore
+from calotype_server.threads import stacks
+from calotype_server.types import Job, Phase, Queued
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Iterator
+    from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 
     from calotype_server.auth.access import Caller
     from calotype_server.auth.quotas import Quota
-    from calotype_server.generations.admission import Admission, QueueTicket
+    from calotype_server.generations.admission import Admission
     from calotype_server.generations.index import GenerationIndex
     from calotype_server.generations.records import Record
     from calotype_server.generations.retention import Retention
     from calotype_server.generations.runner import Runner
-    from calotype_server.observability.events import PhaseSpan
     from calotype_server.types import DeliveryOptions, EncodedImage, ModelInfo, PreviewOptions
 
 __all__ = ["Generations"]
@@ -37,6 +37,12 @@ _log = structlog.get_logger(__name__)
 
 _RESTORED_GRACE_SECONDS = 60.0
 """Least time for callers to reconnect after a restart before their generations are aborted."""
+
+_ABORT_SECONDS = 8.0
+"""Longest time to wait for threads after an abort."""
+
+_DISK_SECONDS = 3.0
+"""Longest time to wait for the disk when the server stops."""
 
 _RESTART_SECONDS = 2.0
 """Least time from the end of this process until its successor serves: callers should not retry earlier."""
@@ -75,9 +81,9 @@ class Generations:
         self._index = index
         self._heartbeat_seconds = heartbeat_seconds
         self._heartbeat: asyncio.TimerHandle | None = None
-        self._on_dead = on_dead
         self._observe = observe
         self._running: set[Generation] = set()
+        self._completion = Completion(runner, admission, index, on_ended=self._running.discard, on_dead=on_dead)
         self._numbers = itertools.count(1)
         self._retry_after: float | None = None
         self._readers = 0
@@ -226,12 +232,31 @@ class Generations:
         await self._all_ended()
         await self._all_read.wait()
 
-    async def abort_all(self) -> None:
-        """Ends all generations with `Draining` and waits: at most one denoising step, or one decode."""
+    async def abort_all(self, patience: float = _ABORT_SECONDS) -> bool:
+        """Ends all generations with `Draining`, usually within one denoising step or one decode.
+
+        Threads and a disk that do not respond are left behind, so that every generation ends in bounded time.
+
+        Args:
+            patience: Longest time to wait for the threads of engine and encoder, in seconds.
+
+        Returns:
+            Whether nothing was left behind.
+        """
         for generation in self.running:
             generation.abort(errors.Draining("The server is stopping.", retry_after=_RESTART_SECONDS))
-        await self._all_ended()
-        await self._index.settle()
+        orderly = await _within(patience, self._all_ended())
+        if not orderly:
+            _log.error("threads do not respond and are left behind", stacks=stacks())
+            self._runner.detach_threads()
+            if not await _within(_DISK_SECONDS, self._all_ended()):
+                _log.error("ends of generations are not stored, because the disk does not respond")
+                self._completion.give_up_storing()
+                await self._all_ended()
+        if not await _within(_DISK_SECONDS, self._index.settle()):
+            _log.error("changes are not stored, because the disk does not respond")
+            return False
+        return orderly
 
     async def abort_stalled(self, stalled: Collection[Generation]) -> None:
         """Ends all generations without waiting for threads, because those of `stalled` hang.
@@ -243,7 +268,7 @@ class Generations:
         for generation in stalled:
             generation.abort(errors.EngineStalled("The model stopped responding; the server restarts."))
         self._runner.detach_threads()
-        await self.abort_all()
+        await self.abort_all(_DISK_SECONDS)
 
     def close(self) -> None:
         """Stops the heartbeats. All generations must have ended."""
@@ -284,33 +309,11 @@ class Generations:
 
         delivery = generation.delivery
         ticket = self._admission.enter(generation.job, delivery.caller, on_move, delivery.deadline)
-        generation.begin(self._run_to_end(generation, ticket))
+        generation.begin(self._completion.run(generation, ticket))
         self._running.add(generation)
         self._index.add(generation)
         if self._heartbeat is None:
             self._heartbeat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._beat)
-
-    async def _run_to_end(self, generation: Generation, ticket: QueueTicket) -> None:
-        structlog.contextvars.bind_contextvars(generation=generation.id)
-        redact_in_logs(generation.job.prompt, generation.job.negative_prompt)
-        end = await self._runner.run(generation, ticket)
-        phases = generation.stopwatch.phases()
-        # On disk before any reader sees it, so that readers can rely on it.
-        await self._index.persist_end(generation, end)
-        generation.end(end)
-        self._running.discard(generation)
-        self._index.end(generation)
-        self._report_end(generation, end, phases)
-        if isinstance(end, Failed) and isinstance(end.error, errors.EngineDead):
-            self._on_dead()
-
-    @staticmethod
-    def _report_end(generation: Generation, end: Succeeded | Failed, phases: tuple[PhaseSpan, ...]) -> None:
-        steps, rows = generation.events.state.step, generation.stopwatch.batch_rows
-        generation.observe(GenerationEnded(generation.id, generation.job, end, phases, steps, rows))
-        outcome = "succeeded" if isinstance(end, Succeeded) else end.error.reason
-        seconds = round(end.timings.total or 0.0, 3)
-        _log.info("generation ended", outcome=outcome, seconds=seconds, previews=dict(generation.previews))
 
     def _beat(self) -> None:
         for generation in self._running:
@@ -333,3 +336,12 @@ class Generations:
     async def _all_ended(self) -> None:
         while self._running:
             await asyncio.gather(*(each.finished() for each in self._running))
+
+
+async def _within(seconds: float, work: Coroutine[object, object, None]) -> bool:
+    """Awaits `work`; returns whether it was done within `seconds`."""
+    try:
+        await asyncio.wait_for(work, seconds)
+    except TimeoutError:
+        return False
+    return True

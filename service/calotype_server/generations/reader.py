@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+import structlog
+
 from calotype_server.observability.events import PreviewsDropped
 
 if TYPE_CHECKING:
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from calotype_server.types import EncodedImage, PreviewOptions
 
 __all__ = ["Reader"]
+
+_log = structlog.get_logger(__name__)
 
 
 class Reader:
@@ -47,7 +51,12 @@ class Reader:
         self._report_drops(update)
         if update.preview is None:
             return update, None
-        return update, await self.generation.encoded_preview(self._encoder, update.preview, self._preview)
+        try:
+            return update, await self.generation.encoded_preview(self._encoder, update.preview, self._preview)
+        except Exception:
+            # The caller misses one preview. The stream goes on, and the end is what matters.
+            _log.exception("a preview could not be encoded")
+            return update, None
 
     def _report_drops(self, update: Update) -> None:
         """Reports previews that this reader was too slow to read."""

@@ -6,8 +6,8 @@ each commit (`synchronous=FULL`).
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import os
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import structlog
 
-from calotype_server import errors
+from calotype_server import errors, threads
+from calotype_server.failpoints import hit
 from calotype_server.generations.ids import new_tag
 from calotype_server.generations.records import End, ImageFacts, Record, dump_end, dump_record, parse
 from calotype_server.types import Failed, Succeeded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from concurrent.futures import Future
     from pathlib import Path
 
 __all__ = ["Store"]
@@ -47,6 +49,8 @@ _REPLICA = "CREATE TABLE IF NOT EXISTS replica (tag TEXT NOT NULL)"
 """Has one row: a restarted server keeps the tag that begins the ids of its generations."""
 
 _RETRY_SECONDS = 5.0
+_TIMEOUT_SECONDS = 10.0
+_CLOSE_SECONDS = 3.0
 
 T = TypeVar("T")
 
@@ -65,29 +69,40 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.expanduser()
+        self._timeout = _TIMEOUT_SECONDS
+        self._hanging: Future[Any] | None = None
+        self._writable = True
         self._thread = ThreadPoolExecutor(1, "calotype-store")
         self._closed = False
         self._database: sqlite3.Connection
 
     @classmethod
-    async def open(cls, folder: Path) -> Self:
+    async def open(cls, folder: Path, timeout: float = _TIMEOUT_SECONDS) -> Self:
         """Opens the state in `folder`, and creates it if needed. Holds an exclusive lock until `close` or process exit.
+
+        Args:
+            folder: Where the state is. Opening a large file, and `load`, may take longer than `timeout`.
+            timeout: Seconds after which every other call fails if the disk does not respond.
 
         Raises:
             StateUnusable: The state cannot be used; the message says why and what to do.
         """
         store = cls(folder)
+        store._timeout = timeout
         try:
-            await store._run(store._open)
+            await store._run(store._open, patient=True)
         except BaseException:
-            store._thread.shutdown()
+            # A caller that is cancelled does not wait for a disk that hangs.
+            store._thread.shutdown(wait=False)
             raise
         return store
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def opened(cls, folder: Path | None) -> AsyncIterator[Self | None]:
-        """Opens the state in `folder` for the duration of the block; yields None without a folder.
+    async def opened(
+        cls, folder: Path | None, timeout: float = _TIMEOUT_SECONDS
+    ) -> AsyncIterator[Self | None]:
+        """Opens the state in `folder` for the duration of the block, as `open`; yields None without a folder.
 
         Raises:
             StateUnusable: As for `open`.
@@ -95,7 +110,7 @@ class Store:
         if folder is None:
             yield None
             return
-        store = await cls.open(folder)
+        store = await cls.open(folder, timeout)
         try:
             yield store
         finally:
@@ -148,7 +163,7 @@ class Store:
         Raises:
             StateUnusable: The file is damaged.
         """
-        return await self._run(self._load)
+        return await self._run(self._load, patient=True)
 
     async def image(self, generation_id: str) -> bytes | None:
         """Returns the final image, or None if there is none.
@@ -166,15 +181,85 @@ class Store:
         return await self._run(read)
 
     async def close(self) -> None:
-        """Closes the file after pending calls and releases the lock. A second call does nothing."""
+        """Closes the file after pending calls and releases the lock. A second call does nothing.
+
+        If the disk does not respond within a few seconds, the exit of the process closes the file.
+        """
         if self._closed:
             return
         self._closed = True
-        await self._run(self._database.close)
-        self._thread.shutdown()
+        try:
+            await self._run(self._database.close, timeout=min(self._timeout, _CLOSE_SECONDS))
+        except errors.StateUnavailable:
+            _log.error("the state was not closed")
+        self._thread.shutdown(wait=False)
 
-    async def _run(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can be stored now, for health checks and the log; None if there is no problem."""
+        if self._hangs:
+            return "the state folder does not respond"
+        return None if self._writable else "the state folder cannot be written"
+
+    async def probe(self) -> None:
+        """Checks whether the folder accepts changes, so that `problem` is true on an idle server as well.
+
+        It does not wait for the disk, which may sleep: a file system that is frozen or read-only answers for it.
+
+        Raises:
+            StateUnavailable: It does not.
+        """
+
+        def touch() -> None:
+            try:
+                os.utime(self._folder)
+            except OSError as error:
+                raise _unavailable() from error
+
+        try:
+            await self._run(touch)
+        except errors.StateUnavailable:
+            self._writable = False
+            raise
+        self._writable = True
+
+    async def responsive(self) -> None:
+        """Waits until the call that hangs, if there is one, has returned."""
+        if self._hanging is not None:
+            await threads.completes(self._hanging, None)
+
+    @property
+    def _hangs(self) -> bool:
+        return self._hanging is not None and not self._hanging.done()
+
+    async def _run(self, function: Callable[[], T], *, patient: bool = False, timeout: float | None = None) -> T:
+        """Runs a function in the store's thread.
+
+        A call that does not return in time keeps the thread. Later calls then fail at once, until it returns.
+
+        Args:
+            function: Called in the thread.
+            patient: Whether the call may take any time.
+            timeout: Seconds, instead of the store's timeout.
+
+        Raises:
+            StateUnavailable: The disk does not respond.
+        """
+        if self._hangs:
+            raise _unavailable()
+        work = threads.submit(self._thread, _call, function)
+        if not await threads.completes(work, None if patient else timeout or self._timeout):
+            # A call that waits behind another one is taken back.
+            if not work.cancel():
+                self._hanging = work
+                work.add_done_callback(lambda _: _log.warning("the state folder responds again"))
+                _log.error("the state folder does not respond", stacks=threads.stacks())
+            raise _unavailable()
+        try:
+            return work.result()
+        except threads.ThreadFailed as error:
+            _log.exception("a call of the state failed")
+            raise _unavailable() from error
 
     async def _write(self, statement: str, rows: Callable[[], list[tuple[Any, ...]]]) -> None:
         def write() -> None:
@@ -245,9 +330,16 @@ def _database_errors() -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         _log.error("cannot access the state", error=str(error))
-        raise errors.StateUnavailable(
-            "The server cannot access its state right now.", retry_after=_RETRY_SECONDS
-        ) from None
+        raise _unavailable() from None
+
+
+def _call(function: Callable[[], T]) -> T:
+    hit("store.call")
+    return function()
+
+
+def _unavailable() -> errors.StateUnavailable:
+    return errors.StateUnavailable("The server cannot access its state right now.", retry_after=_RETRY_SECONDS)
 
 
 def _unusable(path: Path, error: OSError | sqlite3.Error) -> errors.StateUnusable:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import os
 import sys
 import threading
+import time
 import traceback
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -20,15 +22,33 @@ import structlog
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Pool", "ThreadFailed", "ThreadHangs", "completes", "contained", "done", "run", "stacks", "start", "submit"]
+__all__ = [
+    "LAST_RESORT",
+    "Pool",
+    "ThreadFailed",
+    "ThreadHangs",
+    "completes",
+    "contained",
+    "done",
+    "exit_after",
+    "exit_process",
+    "run",
+    "stacks",
+    "start",
+    "submit",
+]
 
 _log = structlog.get_logger(__name__)
 
 _PREFIX = "calotype-"
+LAST_RESORT = f"{_PREFIX}last-resort"
+"""Name of the thread of `exit_after`."""
+
 _SLICES = 10
 """A timeout is waited for in this many parts. A process that was suspended then loses one part, not the whole time."""
 
 _MAX_HUNG = 8
+_FLUSH_SECONDS = 1.0
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -102,6 +122,33 @@ async def run(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kw
     start(name, target)
     await asyncio.wait({done(work)})
     return work.result()
+
+
+def exit_process(code: int) -> None:
+    """Ends the process without waiting for any thread.
+
+    It flushes standard output and error before, for at most a second: the reader of a pipe may hang.
+    """
+
+    def flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # closed, or a pipe without a reader
+                stream.flush()
+
+    start("flush", flush).join(_FLUSH_SECONDS)
+    os._exit(code)
+
+
+def exit_after(seconds: float, code: int) -> None:
+    """Ends the process with exit code `code` after `seconds` if it still runs, even if the event loop hangs."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        report = start("last-words", lambda: _log.error("the shutdown takes too long", code=code, stacks=stacks()))
+        report.join(_FLUSH_SECONDS)
+        exit_process(code)
+
+    start(LAST_RESORT.removeprefix(_PREFIX), end)
 
 
 def done(work: Future[T]) -> asyncio.Future[None]:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from calotype_server.api.service import GenerationService
+from calotype_server.apps.health import HealthReporter
 from calotype_server.apps.instruments import Instruments
 from calotype_server.apps.loading import load_engine
 from calotype_server.apps.runtime import FINAL_MESSAGE_GRACE_SECONDS, Runtime
 from calotype_server.apps.signals import Signals
 from calotype_server.generations.store import Store
+from calotype_server.generations.watchdog import EXIT_STALLED
 from calotype_server.observability.logs import configure_logging
 from calotype_server.transport.grpc.server import NativeServer
 from calotype_server.transport.grpc.servicer import GenerationServicer
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Ready", "serve"]
 
+_STOP_SECONDS = 25.0
+"""Longest time from the end of a drain to the end of the process. Its parts wait for threads (8 s, then 3 s), the disk
+(three times 3 s), the last messages (2 s) and the last spans (2 s), if these do not respond."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ready:
@@ -50,29 +56,44 @@ async def serve(
     settings: Settings,
     announce: Callable[[Ready], None],
     load: Callable[[Settings, Observe], Coroutine[object, object, Engine]] = load_engine,
+    exit_after: Callable[[float, int], None] | None = None,
 ) -> int:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain early. Returns the exit code.
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain early.
 
     Args:
         settings: The operator's settings.
         announce: Called once, when the server accepts requests.
         load: Loads the engine.
+        exit_after: Called when the server starts to stop, with the longest time that it may take in seconds, and the
+            exit code to end the process with after that.
+
+    Returns:
+        The exit code: 0 after a signal, 1 when the engine cannot continue, 70 when something hung during the stop. In
+        the last case threads still run, and the process must end without joining them.
 
     Raises:
         StartupError: An address is in use, or the model, the state or a file cannot be used.
     """
     configure_logging(settings.log_level, settings.log_format, prompts=settings.log_prompts)
     started = time.monotonic()
-    signals = Signals()
+
+    def limit_stop(drain_seconds: float) -> None:
+        if exit_after is not None:
+            exit_after(drain_seconds + _STOP_SECONDS, EXIT_STALLED)
+
+    signals = Signals(lambda: limit_stop(settings.drain_seconds), lambda: limit_stop(0))
     exposure = Exposure(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
     service = GenerationService(settings.limits)
     async with (
         Instruments(settings.tracing) as instruments,
-        Store.opened(settings.state) as store,
         _Ports(settings, service, exposure, instruments) as ports,
+        contextlib.AsyncExitStack() as state,
         contextlib.AsyncExitStack() as running,
     ):
-        engine = await signals.unless_stopped(load(settings, instruments.observe))
+        # After the ports: the probes get answers even if the disk hangs.
+        opening = Store.opened(settings.state, settings.state_timeout_seconds)
+        store = await signals.unless_stopped(state.enter_async_context(opening))
+        engine = None if signals.stopped else await signals.unless_stopped(load(settings, instruments.observe))
         if engine is None:
             return 0
         runtime = Runtime(
@@ -86,12 +107,15 @@ async def serve(
         )
         if await signals.unless_stopped(running.enter_async_context(runtime)) is None:
             return 0
-        await ports.set_serving(True)
-        announce(Ready(ports.grpc_address, ports.web_address, engine.model, time.monotonic() - started))
-        await signals.unless_stopped(runtime.dead.wait())
-        await ports.set_serving(False)
+        async with HealthReporter(runtime.problems, ports.set_serving).running():
+            announce(Ready(ports.grpc_address, ports.web_address, engine.model, time.monotonic() - started))
+            await signals.unless_stopped(runtime.dead.wait())
+        if runtime.dead.is_set():
+            limit_stop(settings.drain_seconds)
         await running.aclose()
         await ports.stop(FINAL_MESSAGE_GRACE_SECONDS)
+        if runtime.left_behind:
+            return EXIT_STALLED
         return 1 if runtime.dead.is_set() else 0
 
 

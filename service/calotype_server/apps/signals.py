@@ -7,7 +7,7 @@ import signal
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
 __all__ = ["Signals"]
 
@@ -17,18 +17,29 @@ T = TypeVar("T")
 class Signals:
     """Handles SIGTERM and SIGINT: the first signal asks to stop, the second to hurry.
 
+    Args:
+        on_stop: Called at the first signal.
+        on_hurry: Called at the second signal.
+
     Attributes:
         hurry: Set by the second signal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_stop: Callable[[], None] = lambda: None, on_hurry: Callable[[], None] = lambda: None) -> None:
+        self._on_stop = on_stop
+        self._on_hurry = on_hurry
         self.hurry = asyncio.Event()
         self._stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._receive)
 
     def _receive(self) -> None:
-        (self.hurry if self._stop.is_set() else self._stop).set()
+        if not self._stop.is_set():
+            self._stop.set()
+            self._on_stop()
+        elif not self.hurry.is_set():
+            self.hurry.set()
+            self._on_hurry()
 
     @property
     def stopped(self) -> bool:

@@ -69,7 +69,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.expanduser()
-        self._timeout = _TIMEOUT_SECONDS
+        self._seconds = _TIMEOUT_SECONDS
         self._hanging: Future[Any] | None = None
         self._writable = True
         self._thread = ThreadPoolExecutor(1, "calotype-store")
@@ -77,18 +77,18 @@ class Store:
         self._database: sqlite3.Connection
 
     @classmethod
-    async def open(cls, folder: Path, timeout: float = _TIMEOUT_SECONDS) -> Self:
+    async def open(cls, folder: Path, seconds: float = _TIMEOUT_SECONDS) -> Self:
         """Opens the state in `folder`, and creates it if needed. Holds an exclusive lock until `close` or process exit.
 
         Args:
-            folder: Where the state is. Opening a large file, and `load`, may take longer than `timeout`.
-            timeout: Seconds after which every other call fails if the disk does not respond.
+            folder: Where the state is. Opening a large file, and `load`, may take longer than `seconds`.
+            seconds: Time after which every other call fails if the disk does not respond.
 
         Raises:
             StateUnusable: The state cannot be used; the message says why and what to do.
         """
         store = cls(folder)
-        store._timeout = timeout
+        store._seconds = seconds
         try:
             await store._run(store._open, patient=True)
         except BaseException:
@@ -99,9 +99,7 @@ class Store:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def opened(
-        cls, folder: Path | None, timeout: float = _TIMEOUT_SECONDS
-    ) -> AsyncIterator[Self | None]:
+    async def opened(cls, folder: Path | None, seconds: float = _TIMEOUT_SECONDS) -> AsyncIterator[Self | None]:
         """Opens the state in `folder` for the duration of the block, as `open`; yields None without a folder.
 
         Raises:
@@ -110,7 +108,7 @@ class Store:
         if folder is None:
             yield None
             return
-        store = await cls.open(folder, timeout)
+        store = await cls.open(folder, seconds)
         try:
             yield store
         finally:
@@ -189,7 +187,7 @@ class Store:
             return
         self._closed = True
         try:
-            await self._run(self._database.close, timeout=min(self._timeout, _CLOSE_SECONDS))
+            await self._run(self._database.close, seconds=min(self._seconds, _CLOSE_SECONDS))
         except errors.StateUnavailable:
             _log.error("the state was not closed")
         self._thread.shutdown(wait=False)
@@ -232,7 +230,7 @@ class Store:
     def _hangs(self) -> bool:
         return self._hanging is not None and not self._hanging.done()
 
-    async def _run(self, function: Callable[[], T], *, patient: bool = False, timeout: float | None = None) -> T:
+    async def _run(self, function: Callable[[], T], *, patient: bool = False, seconds: float | None = None) -> T:
         """Runs a function in the store's thread.
 
         A call that does not return in time keeps the thread. Later calls then fail at once, until it returns.
@@ -240,7 +238,7 @@ class Store:
         Args:
             function: Called in the thread.
             patient: Whether the call may take any time.
-            timeout: Seconds, instead of the store's timeout.
+            seconds: Longest duration, including the calls before it; None for that of the store.
 
         Raises:
             StateUnavailable: The disk does not respond.
@@ -248,7 +246,7 @@ class Store:
         if self._hangs:
             raise _unavailable()
         work = threads.submit(self._thread, _call, function)
-        if not await threads.completes(work, None if patient else timeout or self._timeout):
+        if not await threads.completes(work, None if patient else seconds or self._seconds):
             # A call that waits behind another one is taken back.
             if not work.cancel():
                 self._hanging = work

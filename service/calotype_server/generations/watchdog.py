@@ -7,15 +7,13 @@ every generation gets a typed end, the log shows where each thread hangs, and th
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
-import threading
 import time
-import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
+
+from calotype_server.threads import exit_process, stacks
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -23,12 +21,12 @@ if TYPE_CHECKING:
     from calotype_server.generations.generation import Generation
     from calotype_server.types import Job
 
-__all__ = ["EXIT_STALLED", "Stall", "Watchdog", "end_when_stalled", "stacks"]
+__all__ = ["EXIT_STALLED", "Stall", "Watchdog", "end_when_stalled"]
 
 _log = structlog.get_logger(__name__)
 
 EXIT_STALLED = 70
-"""Exit code: EX_SOFTWARE of sysexits.h."""
+"""Exit code when a thread or the disk hangs: EX_SOFTWARE of sysexits.h."""
 
 _USUAL_TIMES = 20
 """A pause of this many usual pauses is suspicious."""
@@ -36,7 +34,6 @@ _USUAL_TIMES = 20
 _FIRST_TIMES = 10
 """The first image of a size may take this many times longer: kernels are compiled and selected, memory is allocated."""
 
-_THREADS = "calotype-"
 _LONGEST_INTERVAL = 5.0
 _ORDERLY_END_SECONDS = 10.0
 
@@ -123,7 +120,7 @@ class Watchdog:
 async def end_when_stalled(
     watchdog: Watchdog,
     end_orderly: Callable[[Sequence[Stall]], Awaitable[None]],
-    exit_process: Callable[[int], object] = os._exit,
+    exit_process: Callable[[int], object] = exit_process,
 ) -> None:
     """Ends the process when a generation is stalled.
 
@@ -141,20 +138,14 @@ async def end_when_stalled(
         )
     _log.error("the process exits; a supervisor should restart it", code=EXIT_STALLED, stacks=stacks())
     try:
-        await asyncio.wait_for(end_orderly(stalls), _ORDERLY_END_SECONDS)
-    except Exception:
+        # Not `wait_for`, which would wait for the end of the cancelled task.
+        ending = asyncio.ensure_future(end_orderly(stalls))
+        await asyncio.wait({ending}, timeout=_ORDERLY_END_SECONDS)
+        if ending.done():
+            ending.result()
+        else:
+            _log.error("the orderly end took too long")
+    except BaseException:
         _log.exception("the orderly end failed")
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         exit_process(EXIT_STALLED)
-
-
-def stacks() -> dict[str, list[str]]:
-    """Returns the stacks of Calotype's threads, innermost call last: file, line and function, without values."""
-    names = {thread.ident: thread.name for thread in threading.enumerate() if thread.name.startswith(_THREADS)}
-    return {
-        names[ident]: [f"{each.filename}:{each.lineno} {each.name}" for each in traceback.extract_stack(frame)]
-        for ident, frame in sys._current_frames().items()
-        if ident in names
-    }

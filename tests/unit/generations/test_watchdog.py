@@ -12,7 +12,8 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calotype_server.generations.watchdog import EXIT_STALLED, Watchdog, end_when_stalled, stacks
+from calotype_server.generations.watchdog import EXIT_STALLED, Watchdog, end_when_stalled
+from calotype_server.threads import stacks
 from calotype_server.types import Job, Phase
 
 JOB = Job("unmistakable", None, 16, 16, 3, 3.0, 0, "DDIMScheduler")

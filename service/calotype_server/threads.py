@@ -88,7 +88,7 @@ def start(name: str, function: Callable[[], object]) -> threading.Thread:
         try:
             contained(function)
         except Exception:
-            _log.exception("a thread ended", thread=name)
+            _log.exception("a thread ended", thread=_PREFIX + name)
 
     thread = threading.Thread(target=target, name=_PREFIX + name, daemon=True)
     thread.start()

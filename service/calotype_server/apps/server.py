@@ -114,7 +114,7 @@ async def serve(
             limit_stop(settings.drain_seconds)
         await running.aclose()
         await ports.stop(FINAL_MESSAGE_GRACE_SECONDS)
-        if runtime.left_behind:
+        if runtime.left_behind or runtime.problems():
             return EXIT_STALLED
         return 1 if runtime.dead.is_set() else 0
 

@@ -72,7 +72,7 @@ class Completion:
             end = await self._runner.run(generation, ticket)
             phases = generation.stopwatch.phases()
             hit("runner.end")
-            await self._store(generation, end)
+            end = await self._store(generation, end)
         except asyncio.CancelledError:
             # The event loop closes. The generation runs again after a restart.
             end = end or Failed(errors.Draining("The server is stopping."), generation.stopwatch.timings())
@@ -90,12 +90,30 @@ class Completion:
         if not self._storing_given_up.done():
             self._storing_given_up.set_result(None)
 
-    async def _store(self, generation: Generation, end: Succeeded | Failed) -> None:
-        """Waits until an end is on disk, so that readers can rely on it; no longer than until `give_up_storing`."""
-        storing = asyncio.ensure_future(self._index.persist_end(generation, end))
+    async def _store(self, generation: Generation, end: Succeeded | Failed) -> Succeeded | Failed:
+        """Waits until an end is on disk, so that readers can rely on it; no longer than until `give_up_storing`.
+
+        Returns the end: a failure if the disk did not even accept the generation.
+        """
+
+        async def store() -> Succeeded | Failed:
+            try:
+                await generation.persisted()
+            except errors.StateUnavailable as error:
+                # Its caller was rejected.
+                return Failed(error, end.timings)
+            try:
+                await self._index.persist_end(generation, end)
+            except asyncio.CancelledError:
+                raise
+            except BaseException:
+                # Here and not in `run`: this is another task, and `SystemExit` in a task ends the event loop.
+                _log.exception("the end of a generation could not be stored")
+            return end
+
+        storing = asyncio.ensure_future(store())
         await asyncio.wait((storing, self._storing_given_up), return_when=asyncio.FIRST_COMPLETED)
-        if storing.done():
-            storing.result()
+        return storing.result() if storing.done() else end
 
     def _end(
         self, generation: Generation, ticket: QueueTicket, end: Succeeded | Failed, phases: tuple[PhaseSpan, ...]

@@ -232,20 +232,20 @@ class Generations:
         await self._all_ended()
         await self._all_read.wait()
 
-    async def abort_all(self, patience: float = _ABORT_SECONDS) -> bool:
+    async def abort_all(self, patience: float | None = None) -> bool:
         """Ends all generations with `Draining`, usually within one denoising step or one decode.
 
         Threads and a disk that do not respond are left behind, so that every generation ends in bounded time.
 
         Args:
-            patience: Longest time to wait for the threads of engine and encoder, in seconds.
+            patience: Longest time to wait for the threads of engine and encoder, in seconds; None for 8 seconds.
 
         Returns:
             Whether nothing was left behind.
         """
         for generation in self.running:
             generation.abort(errors.Draining("The server is stopping.", retry_after=_RESTART_SECONDS))
-        orderly = await _within(patience, self._all_ended())
+        orderly = await _within(_ABORT_SECONDS if patience is None else patience, self._all_ended())
         if not orderly:
             _log.error("threads do not respond and are left behind", stacks=stacks())
             self._runner.detach_threads()

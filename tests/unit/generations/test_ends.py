@@ -225,7 +225,7 @@ async def test_a_disk_that_hangs_does_not_delay_the_end_of_all_generations(
 
 async def test_an_encoder_that_hangs_ends_its_generation(hang: Hang) -> None:
     """The generation fails with a typed error, the runtime reports the problem, and the next generation succeeds."""
-    async with running_runtime(FakeEngine(), encode_timeout_seconds=0.05) as runtime:
+    async with running_runtime(FakeEngine(), encode_timeout_seconds=0.3) as runtime:
         with injected("encoder.final", hang):
             end = (await generate(runtime)).events.state.end
         assert isinstance(end, Failed)
@@ -237,7 +237,7 @@ async def test_an_encoder_that_hangs_ends_its_generation(hang: Hang) -> None:
 
 async def test_a_preview_that_hangs_costs_one_preview(hang: Hang) -> None:
     """Readers continue without the preview, and the generation succeeds."""
-    async with running_runtime(FakeEngine(), encode_timeout_seconds=0.05) as runtime:
+    async with running_runtime(FakeEngine(), encode_timeout_seconds=0.3) as runtime:
         with injected("encoder.preview", hang):
             assert isinstance((await generate(runtime)).events.state.end, Succeeded)
         hang.end()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,46 +14,13 @@ from calotype_server.generations.records import Record
 from calotype_server.generations.store import Store
 from calotype_server.types import DeliveryOptions, Failed, Job
 from support.engine.fake_engine import FakeEngine
+from support.frozen_disk import FrozenDisk
 from support.runtime import running_runtime
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
 JOB = Job("a cat", None, 16, 16, 3, 3.0, 0, "DDIMScheduler")
-BRIEF = 0.02
-"""A timeout that is meant to expire, in seconds."""
-
-
-class FrozenDisk:
-    """While it is frozen, every call of a store hangs."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.hangs = threading.Semaphore(0)
-        self._thawed = threading.Event()
-
-    def _hang(self) -> None:
-        self.calls += 1
-        self.hangs.release()
-        self._thawed.wait()
-
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Freezes the disk for the duration of the block."""
-        with injected("store.call", self._hang):
-            try:
-                yield
-            finally:
-                self._thawed.set()
-
-
-@contextlib.asynccontextmanager
-async def opened(folder: Path) -> AsyncIterator[Store]:
-    """Opens a store with a short timeout."""
-    async with Store.opened(folder, BRIEF) as store:
-        assert store is not None
-        yield store
 
 
 async def fails(store: Store) -> bool:
@@ -70,10 +35,10 @@ async def fails(store: Store) -> bool:
 async def test_a_call_that_hangs_fails_and_the_state_recovers(tmp_path: Path) -> None:
     """Later calls fail at once, without a new call of the disk, until the first one returns. The log shows both."""
     disk = FrozenDisk()
-    async with opened(tmp_path) as store:
+    async with Store.opened(tmp_path) as store:
         assert not await fails(store)
         with capture_logs() as logged:
-            with disk.frozen():
+            with disk.frozen(store):
                 assert await fails(store)
                 assert store.problem == "the state folder does not respond"
                 assert [await fails(store) for _ in range(5)] == [True] * 5
@@ -90,8 +55,8 @@ async def test_calls_behind_one_that_hangs_never_happen(tmp_path: Path) -> None:
     """A call that failed while it waited has no effect later."""
     disk = FrozenDisk()
     record = Record("a-1", JOB, DeliveryOptions(), 1.0)
-    async with opened(tmp_path) as store:
-        with disk.frozen():
+    async with Store.opened(tmp_path) as store:
+        with disk.frozen(store):
             found = await asyncio.gather(store.image("unknown"), store.accept(record), return_exceptions=True)
             assert [type(each) for each in found] == [errors.StateUnavailable] * 2
         await store.responsive()
@@ -104,7 +69,7 @@ async def test_a_harmful_exception_in_a_call_is_an_ordinary_failure(tmp_path: Pa
     def leave() -> None:
         raise SystemExit(3)
 
-    async with opened(tmp_path) as store:
+    async with Store.opened(tmp_path) as store:
         with injected("store.call", leave):
             assert await fails(store)
         assert not await fails(store)
@@ -113,9 +78,9 @@ async def test_a_harmful_exception_in_a_call_is_an_ordinary_failure(tmp_path: Pa
 async def test_an_idle_server_notices_a_disk_that_hangs(tmp_path: Path) -> None:
     """The probe finds it, and finds out when the disk responds again."""
     disk = FrozenDisk()
-    async with opened(tmp_path) as store:
+    async with Store.opened(tmp_path) as store:
         await store.probe()
-        with disk.frozen():
+        with disk.frozen(store):
             with pytest.raises(errors.StateUnavailable):
                 await store.probe()
             assert store.problem is not None
@@ -127,7 +92,7 @@ async def test_an_idle_server_notices_a_disk_that_hangs(tmp_path: Path) -> None:
 async def test_an_idle_server_notices_a_folder_that_cannot_be_changed(tmp_path: Path) -> None:
     """A folder that vanished, or a file system that became read-only, is a problem until it is back."""
     folder, elsewhere = tmp_path / "state", tmp_path / "elsewhere"
-    async with opened(folder) as store:
+    async with Store.opened(folder) as store:
         folder.rename(elsewhere)
         with pytest.raises(errors.StateUnavailable):
             await store.probe()
@@ -139,8 +104,8 @@ async def test_an_idle_server_notices_a_folder_that_cannot_be_changed(tmp_path: 
 
 async def test_a_store_that_hangs_can_be_closed(tmp_path: Path) -> None:
     """Closing waits only briefly; the exit of the process then closes the file."""
-    disk, store = FrozenDisk(), await Store.open(tmp_path, BRIEF)
-    with capture_logs() as logged, disk.frozen():
+    disk, store = FrozenDisk(), await Store.open(tmp_path)
+    with capture_logs() as logged, disk.frozen(store):
         await store.close()
     assert "the state was not closed" in [line["event"] for line in logged]
     await store.responsive()
@@ -150,7 +115,7 @@ async def test_opening_a_folder_that_hangs_can_be_cancelled(tmp_path: Path) -> N
     """A signal can stop a server whose disk hangs at the start."""
     disk = FrozenDisk()
     with disk.frozen():
-        opening = asyncio.create_task(Store.open(tmp_path, BRIEF))
+        opening = asyncio.create_task(Store.open(tmp_path))
         assert await asyncio.to_thread(disk.hangs.acquire, timeout=20)
         opening.cancel()
         await asyncio.wait({opening})
@@ -160,9 +125,9 @@ async def test_opening_a_folder_that_hangs_can_be_cancelled(tmp_path: Path) -> N
 async def test_a_rejected_generation_does_not_return_after_a_restart(tmp_path: Path) -> None:
     """If accepting it timed out, the caller gets an error; when the disk returns, no trace of it is left."""
     disk = FrozenDisk()
-    async with opened(tmp_path) as store:
+    async with Store.opened(tmp_path) as store:
         async with running_runtime(FakeEngine(), store=store) as runtime:
-            with disk.frozen():
+            with disk.frozen(store):
                 with pytest.raises(errors.StateUnavailable):
                     async with runtime.generations.start(JOB, DeliveryOptions()):
                         pass

@@ -137,15 +137,15 @@ async def end_when_stalled(
             "generation stalled", generation=generation.id, phase=phase.name, step=step, seconds=round(stall.seconds, 1)
         )
     _log.error("the process exits; a supervisor should restart it", code=EXIT_STALLED, stacks=stacks())
+
+    async def end() -> None:
+        try:
+            await end_orderly(stalls)
+        except BaseException:
+            _log.exception("the orderly end failed")
+
     try:
-        # Not `wait_for`, which would wait for the end of the cancelled task.
-        ending = asyncio.ensure_future(end_orderly(stalls))
-        await asyncio.wait({ending}, timeout=_ORDERLY_END_SECONDS)
-        if ending.done():
-            ending.result()
-        else:
-            _log.error("the orderly end took too long")
-    except BaseException:
-        _log.exception("the orderly end failed")
+        # Not `wait_for`, which waits until a task that it cancels has ended.
+        await asyncio.wait({asyncio.ensure_future(end())}, timeout=_ORDERLY_END_SECONDS)
     finally:
         exit_process(EXIT_STALLED)

@@ -12,9 +12,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import EngineDead
+from support.hangs.whole_server import NOT_SERVING, PATIENCE, SERVICE, SERVING, Server
 from support.metrics import Scrape
 from support.service import read_until
-from support.whole_server import NOT_SERVING, PATIENCE, SERVICE, SERVING, Server
 
 PROMPT = pb.GenerateRequest(prompt="a red apple")
 

@@ -37,10 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Ready", "serve"]
 
-_STOP_SECONDS = 25.0
-"""Longest time from the end of a drain to the end of the process. Its parts wait for threads (8 s, then 3 s), the disk
-(three times 3 s), the last messages (2 s) and the last spans (2 s), if these do not respond."""
-
 
 @dataclass(frozen=True, slots=True)
 class Ready:
@@ -64,8 +60,7 @@ async def serve(
         settings: The operator's settings.
         announce: Called once, when the server accepts requests.
         load: Loads the engine.
-        exit_after: Called when the server starts to stop, with the longest time that it may take in seconds, and the
-            exit code to end the process with after that.
+        exit_after: Limits the time of the stop; see `Signals`.
 
     Returns:
         The exit code: 0 after a signal, 1 when the engine cannot continue, 70 when something hung during the stop. In
@@ -76,12 +71,7 @@ async def serve(
     """
     configure_logging(settings.log_level, settings.log_format, prompts=settings.log_prompts)
     started = time.monotonic()
-
-    def limit_stop(drain_seconds: float) -> None:
-        if exit_after is not None:
-            exit_after(drain_seconds + _STOP_SECONDS, EXIT_STALLED)
-
-    signals = Signals(lambda: limit_stop(settings.drain_seconds), lambda: limit_stop(0))
+    signals = Signals(settings.drain_seconds, exit_after)
     exposure = Exposure(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
     service = GenerationService(settings.limits)
     async with (
@@ -111,7 +101,7 @@ async def serve(
             announce(Ready(ports.grpc_address, ports.web_address, engine.model, time.monotonic() - started))
             await signals.unless_stopped(runtime.dead.wait())
         if runtime.dead.is_set():
-            limit_stop(settings.drain_seconds)
+            signals.limit_stop(settings.drain_seconds)
         await running.aclose()
         await ports.stop(FINAL_MESSAGE_GRACE_SECONDS)
         if runtime.left_behind or runtime.problems():

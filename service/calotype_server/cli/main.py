@@ -53,7 +53,7 @@ def _serve(settings: Settings) -> None:
 def _bridge(settings: BridgeSettings) -> None:
     """Serve the web page and grpc-web in front of servers on other machines. Needs no model."""
     try:
-        asyncio.run(bridge.serve(settings, partial(_announce_bridge, settings)))
+        asyncio.run(bridge.serve(settings, partial(_announce_bridge, settings), threads.exit_after))
     except StartupError as error:
         typer.secho(f"calotype: {error}", fg="red", err=True)
         raise typer.Exit(1) from None

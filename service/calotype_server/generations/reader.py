@@ -54,7 +54,7 @@ class Reader:
         try:
             return update, await self.generation.encoded_preview(self._encoder, update.preview, self._preview)
         except Exception:
-            # The caller misses one preview. The stream goes on, and the end is what matters.
+            # The caller misses one preview, and the stream continues to its end.
             _log.exception("a preview could not be encoded")
             return update, None
 

@@ -217,7 +217,8 @@ class Store:
         try:
             await self._run(touch)
         except errors.StateUnavailable:
-            self._writable = False
+            if not self._hangs:
+                self._writable = False
             raise
         self._writable = True
 

@@ -14,7 +14,7 @@ from calotype_server.generations.records import Record
 from calotype_server.generations.store import Store
 from calotype_server.types import DeliveryOptions, Failed, Job
 from support.engine.fake_engine import FakeEngine
-from support.frozen_disk import FrozenDisk
+from support.hangs.frozen_disk import FrozenDisk
 from support.runtime import running_runtime
 
 if TYPE_CHECKING:

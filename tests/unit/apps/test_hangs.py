@@ -17,9 +17,9 @@ from calotype_server.apps import health, runtime
 from calotype_server.failpoints import injected
 from calotype_server.generations import lifecycle
 from calotype_server.generations.watchdog import EXIT_STALLED
-from support.frozen_disk import FrozenDisk
+from support.hangs.frozen_disk import FrozenDisk
+from support.hangs.whole_server import NOT_SERVING, PATIENCE, SERVING, Server
 from support.service import read_until
-from support.whole_server import NOT_SERVING, PATIENCE, SERVING, Server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -160,7 +160,8 @@ async def test_every_signal_limits_the_time_of_the_stop(monkeypatch: pytest.Monk
         assert await server.limits.get() == (125.0, EXIT_STALLED)
         assert not server.serving.done()
         os.kill(os.getpid(), signal.SIGTERM)
-        server.engine.allow(1)
-        assert (await read_until(running, pb.PHASE_FAILED)).error.reason == "DRAINING"
         assert await server.limits.get() == (25.0, EXIT_STALLED)
+        assert await asyncio.to_thread(server.engine.stops[0].wait, PATIENCE)
+        server.engine.allow()
+        assert (await read_until(running, pb.PHASE_FAILED)).error.reason == "DRAINING"
         assert await asyncio.wait_for(server.serving, PATIENCE) == 0

@@ -97,7 +97,7 @@ def start(name: str, function: Callable[[], object]) -> threading.Thread:
 
 def submit(executor: Executor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
     """Runs `function` in an executor, in the caller's context so that its log lines carry the caller's ids."""
-    return executor.submit(contextvars.copy_context().run, contained, function, *args, **kwargs)
+    return executor.submit(contextvars.copy_context().run, lambda: contained(function, *args, **kwargs))
 
 
 async def run(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -113,7 +113,7 @@ async def run(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kw
 
     def target() -> None:
         try:
-            result = context.run(contained, function, *args, **kwargs)
+            result = context.run(lambda: contained(function, *args, **kwargs))
         except Exception as error:
             work.set_exception(error)
         else:

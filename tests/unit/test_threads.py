@@ -67,7 +67,7 @@ async def test_a_harmful_exception_becomes_an_ordinary_one(error: BaseException)
     failures = await asyncio.gather(*waiting, return_exceptions=True)
     pool.close()
     assert [type(each) for each in failures] == [threads.ThreadFailed] * 3
-    assert all(each.__cause__ is error for each in failures)  # type: ignore[union-attr]
+    assert all(each.__cause__ is error for each in failures)
 
 
 async def test_an_ordinary_exception_stays_as_it_is() -> None:

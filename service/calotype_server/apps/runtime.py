@@ -132,8 +132,6 @@ class Runtime:
         )
         runner = Runner(engine, self.admission, estimator, encoder)
         stack.push_async_callback(self._close_threads, runner.close, encoder.close, engine.close)
-        if self._warm_up:
-            await self._warm_up_engine(runner)
         limits = RetentionLimits(settings.retain_seconds, settings.retain_count, settings.retain_bytes)
         self.generations = Generations(
             runner,
@@ -149,16 +147,17 @@ class Runtime:
             probing = asyncio.create_task(self._probe(self._store), name="probe")
             stack.callback(probing.cancel)
         if settings.watchdog_seconds:
-            # Not earlier: everything in the warm-up happens for the first time, and its duration is unknown.
-            watching = asyncio.create_task(self._watch(estimator))
+            watching = asyncio.create_task(self._watch(runner, estimator))
             stack.callback(watching.cancel)
+        if self._warm_up:
+            await self._warm_up_engine(runner)
         stack.push_async_callback(self._drain)
         await self.generations.restore()
         self._service.open(self.generations)
 
     def problems(self) -> list[str]:
         """Returns why the server cannot do its work now: parts that hang. Empty if there is no reason."""
-        found = [self._encoder.problem, self._store and self._store.problem]
+        found = [self._encoder.problem, None if self._store is None else self._store.problem]
         return [each for each in found if each is not None]
 
     def _encoder_exhausted(self) -> None:
@@ -210,10 +209,10 @@ class Runtime:
             retained_bytes=lambda: generations.retained.size,
         )
 
-    async def _watch(self, estimator: StepTimeEstimator) -> None:
-        """Ends the process when a generation hangs."""
+    async def _watch(self, runner: Runner, estimator: StepTimeEstimator) -> None:
+        """Ends the process when a generation hangs, also one of the warm-up."""
         watchdog = Watchdog(
-            lambda: self.generations.running,
+            lambda: [*runner.warming_up, *self.generations.running],
             lambda job: estimator.usual_pause(job, self.admission.active),
             self._settings.watchdog_seconds,
         )

@@ -119,19 +119,18 @@ class Completion:
         self, generation: Generation, ticket: QueueTicket, end: Succeeded | Failed, phases: tuple[PhaseSpan, ...]
     ) -> None:
         """Publishes an end, and frees what the generation holds. Each part is done even if another one fails."""
-        if isinstance(end, Failed):
-            # The engine's thread may still work, if something else failed.
-            generation.stop.set()
         generation.end(end)
         self._on_ended(generation)
-        steps = (
+        parts: tuple[Callable[[], None], ...] = (
+            # The engine's thread may still work, if something else failed.
+            lambda: generation.stop.set() if isinstance(end, Failed) else None,
             lambda: self._admission.leave(ticket),
             lambda: self._index.end(generation),
             lambda: _report(generation, end, phases),
         )
-        for step in steps:
+        for part in parts:
             try:
-                step()
+                part()
             except BaseException:
                 _log.exception("a generation ended, but not everything was updated")
         if isinstance(end, Failed) and isinstance(end.error, errors.EngineDead):

@@ -244,9 +244,9 @@ class Generation:
                 return error
             except Exception:
                 _log.exception("a generation could not be stored")
-                error = errors.StateUnavailable("The server cannot store the generation.")
-                self.abort(error)
-                return error
+                unavailable = errors.StateUnavailable("The server cannot store the generation.")
+                self.abort(unavailable)
+                return unavailable
             return None
 
         self._persisting = asyncio.create_task(persist())

@@ -63,12 +63,18 @@ class Runner:
         self._estimator = estimator
         self._threads = ThreadPoolExecutor(engine.model.max_active, "calotype-generation")
         self._drawn_sizes: set[tuple[int, int]] = set()
+        self._warming_up: Generation | None = None
         self._detached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def model(self) -> ModelInfo:
         """The engine's model."""
         return self._engine.model
+
+    @property
+    def warming_up(self) -> list[Generation]:
+        """The generation of the warm-up that runs now; no caller sees it."""
+        return [] if self._warming_up is None else [self._warming_up]
 
     def has_drawn(self, job: Job) -> bool:
         """Whether an image of the job's size was finished before."""
@@ -94,12 +100,14 @@ class Runner:
         for number in range(_WARM_UP_IMAGES):
             # The first image does many things for the first time, so its duration is not typical.
             self._estimator.forget()
-            generation = Generation(job, DeliveryOptions(), number, "warm-up")
+            generation = Generation(job, DeliveryOptions(), number, "warm-up", first_of_its_size=True)
+            self._warming_up = generation
             try:
                 end = await self.run(generation, self._admission.enter(job, "", lambda *_: None))
             finally:
                 # If the warm-up is cancelled, its thread ends before the next step.
                 generation.stop.set()
+                self._warming_up = None
             if isinstance(end, Failed):
                 raise end.error
 

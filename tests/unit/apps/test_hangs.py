@@ -14,6 +14,7 @@ import pytest
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.apps import health, runtime
+from calotype_server.errors import ModelUnavailable
 from calotype_server.failpoints import injected
 from calotype_server.generations import lifecycle
 from calotype_server.generations.watchdog import EXIT_STALLED
@@ -155,13 +156,26 @@ async def test_every_signal_limits_the_time_of_the_stop(monkeypatch: pytest.Monk
         await asyncio.wait_for(server.ready(), PATIENCE)
         server.engine.hold()
         running = server.stub.Generate(PROMPT)
-        await running.read()
+        await read_until(running, pb.PHASE_DENOISING)
         os.kill(os.getpid(), signal.SIGTERM)
         assert await server.limits.get() == (125.0, EXIT_STALLED)
         assert not server.serving.done()
         os.kill(os.getpid(), signal.SIGTERM)
         assert await server.limits.get() == (25.0, EXIT_STALLED)
-        assert await asyncio.to_thread(server.engine.stops[0].wait, PATIENCE)
+        assert await asyncio.to_thread(server.engine.stops[-1].wait, PATIENCE)
         server.engine.allow()
         assert (await read_until(running, pb.PHASE_FAILED)).error.reason == "DRAINING"
         assert await asyncio.wait_for(server.serving, PATIENCE) == 0
+
+
+async def test_a_warm_up_that_hangs_ends_the_process(
+    server: Server, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watchdog also covers the first images, which have ten times as long."""
+    exits: asyncio.Queue[int] = asyncio.Queue()
+    monkeypatch.setattr("os._exit", exits.put_nowait)
+    with injected("engine.run", gate.wait), pytest.raises(ModelUnavailable, match="stopped responding"):
+        async with server.running(watchdog_seconds=0.01):
+            server.loaded.set()
+            assert await asyncio.wait_for(exits.get(), PATIENCE) == EXIT_STALLED
+            gate.set()

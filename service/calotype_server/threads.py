@@ -27,6 +27,7 @@ __all__ = [
     "Pool",
     "ThreadFailed",
     "ThreadHangs",
+    "ThreadsExhausted",
     "completes",
     "contained",
     "done",
@@ -60,6 +61,10 @@ class ThreadFailed(Exception):
 
 class ThreadHangs(Exception):
     """A function did not return in time. Its thread still works on it."""
+
+
+class ThreadsExhausted(ThreadHangs):
+    """A function was not called, because too many threads hang."""
 
 
 def contained(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -219,11 +224,12 @@ class Pool:
 
         Raises:
             Exception: As for `contained`.
-            ThreadHangs: The call took longer than `seconds`, or too many threads hang.
+            ThreadHangs: The call took longer than `seconds`.
+            ThreadsExhausted: Too many threads hang.
         """
         async with self._free:
             if self.is_exhausted:
-                raise ThreadHangs(f"{self.hung} threads hang")
+                raise ThreadsExhausted(f"{self.hung} threads hang")
             work = submit(self._executor, function, *args, **kwargs)
             if await completes(work, seconds):
                 return work.result()

@@ -67,6 +67,7 @@ def test_a_hung_device_ends_the_process_after_typed_ends(cache_dir: Path, tmp_pa
         ("store.call", False),
         ("encoder.final", True),
         ("engine.run", False),
+        ("engine.step", True),
         ("engine.batch", True),
         ("engine.preview", False),
     ],

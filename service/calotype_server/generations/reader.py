@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self
 
 import structlog
 
+from calotype_server import errors
 from calotype_server.observability.events import PreviewsDropped
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class Reader:
             return update, None
         try:
             return update, await self.generation.encoded_preview(self._encoder, update.preview, self._preview)
+        except errors.ServiceError as error:
+            _log.warning("a preview was left out", error=error.message)
+            return update, None
         except Exception:
             # The caller misses one preview, and the stream continues to its end.
             _log.exception("a preview could not be encoded")

@@ -60,7 +60,7 @@ class Encoder:
     @property
     def problem(self) -> str | None:
         """Description of a hang for health checks and the log; None if no thread hangs. Never contains a prompt."""
-        return f"{self._pool.hung} threads hang while encoding an image" if self._pool.hung else None
+        return f"encoder threads that hang: {self._pool.hung}" if self._pool.hung else None
 
     @property
     def hung(self) -> int:
@@ -111,6 +111,8 @@ class Encoder:
 
         try:
             return await self._pool.run(seconds, encode)
+        except threads.ThreadsExhausted as error:
+            raise errors.GenerationFailed("The server cannot encode images right now.") from error
         except threads.ThreadHangs as error:
             _log.error("encoding hangs", kind=kind, error=str(error), stacks=threads.stacks())
             if self._pool.is_exhausted and self._on_exhausted is not None:

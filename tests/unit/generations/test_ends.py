@@ -230,7 +230,7 @@ async def test_an_encoder_that_hangs_ends_its_generation(hang: Hang) -> None:
             end = (await generate(runtime)).events.state.end
         assert isinstance(end, Failed)
         assert isinstance(end.error, errors.GenerationFailed)
-        assert runtime.problems() == ["1 threads hang while encoding an image"]
+        assert runtime.problems() == ["encoder threads that hang: 1"]
         await assert_works(runtime)
         hang.end()
 

@@ -22,11 +22,16 @@ FAILPOINTS = frozenset(
         "store.attempt",
         "store.end",
         "store.forget",
+        "store.call",
         "runner.start",
+        "runner.end",
         "encoder.preview",
         "encoder.final",
         "engine.run",
         "engine.step",
+        "engine.batch",
+        "engine.preview",
+        "engine.report",
     }
 )
 """All names. `tests/faults/` has a test for each."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from calotype_server import threads
 from calotype_server.errors import StartupError
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class FileWatcher:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(self._interval)
-            await asyncio.to_thread(self.check)
+            await threads.run("files", self.check)
 
     def _read_identities(self) -> list[tuple[int, int, int] | None]:
         return [_identity(path) for path in self._files]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from support.process import ServerProcess
 
 pytestmark = pytest.mark.e2e
 
-SCRIPT = Path(__file__).parents[1] / "support" / "hanging_server.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "hangs" / "hanging_server.py"
 PROMPT = "unmistakable apple"
 
 
@@ -57,3 +58,46 @@ def test_a_hung_device_ends_the_process_after_typed_ends(cache_dir: Path, tmp_pa
     warnings = [line for line in lines if line["event"] == "a slow kernel"]
     warned = {(line["generation"], line["request"]) for line in warnings if "request" in line}
     assert warned == set(accepted.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("point", "hurried"),
+    [
+        ("store.call", False),
+        ("encoder.final", True),
+        ("engine.run", False),
+        ("engine.step", True),
+        ("engine.batch", True),
+        ("engine.preview", False),
+    ],
+)
+def test_sigterm_ends_a_process_that_hangs(cache_dir: Path, tmp_path: Path, point: str, hurried: bool) -> None:
+    """The caller gets an end, and the process exits with code 70, although a thread hangs that cannot be joined."""
+    hang = tmp_path / "hang"
+    options = ("--cache-dir", str(cache_dir), "--state", str(tmp_path / "state"), "--state-timeout-seconds", "1")
+    drain = ("--drain-seconds", "3600" if hurried else "1")
+    reasons: list[str] = []
+    with (
+        HangingServer(*options, *drain, HANG_WHEN=str(hang), HANG_POINT=point) as server,
+        calotype.Client(server.address, retries=0) as client,
+    ):
+        client.generate(PROMPT, steps=2).result()
+
+        def generate() -> None:
+            try:
+                client.generate(PROMPT, steps=2).result()
+            except calotype.CalotypeError as error:
+                reasons.append(error.reason)
+
+        hang.touch()
+        calling = threading.Thread(target=generate)
+        calling.start()
+        server.wait_for_log("this thread hangs")
+        server.terminate()
+        server.wait_for_log("draining")
+        if hurried:
+            server.terminate()
+        assert server.process.wait(60) == EXIT_STALLED
+        calling.join(20)
+    assert reasons == ["STATE_UNAVAILABLE" if point == "store.call" else "DRAINING"]

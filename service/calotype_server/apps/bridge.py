@@ -30,7 +30,11 @@ __all__ = ["serve"]
 _log = structlog.get_logger(__name__)
 
 
-async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> None:
+async def serve(
+    settings: BridgeSettings,
+    announce: Callable[[str], None],
+    exit_after: Callable[[float, int], None] | None = None,
+) -> None:
     """Serves until SIGTERM or SIGINT, then lets running calls end; a second signal ends them.
 
     The bridge starts without its upstreams, and finds each one when it becomes available.
@@ -38,13 +42,14 @@ async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> No
     Args:
         settings: The operator's settings.
         announce: Called once with the web address, when the bridge accepts requests.
+        exit_after: Limits the time of the stop; see `Signals`.
 
     Raises:
         StartupError: The address is in use or exposed without protection, or a file cannot be used.
     """
     configure_logging(settings.log_level, settings.log_format)
     exposure = Exposure(settings, {"--web-address": settings.web_address})
-    signals = Signals()
+    signals = Signals(settings.drain_seconds, exit_after)
     metrics = Metrics(__version__)
     raise_open_file_limit(settings.max_connections)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Self
 
-from calotype_server import __version__
+from calotype_server import __version__, threads
 from calotype_server.observability import tracing
 from calotype_server.observability.events import Observe, to_all
 from calotype_server.observability.metrics import ServerMetrics
@@ -47,4 +46,4 @@ class Instruments:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._tracer is not None:
-            await asyncio.to_thread(self._tracer.close)
+            await threads.run("tracing", self._tracer.close)

@@ -19,6 +19,7 @@ from ray import serve
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import add_GenerationServiceServicer_to_server
 from calotype_server.api.service import GenerationService
+from calotype_server.apps.health import HealthReporter
 from calotype_server.apps.instruments import Instruments
 from calotype_server.apps.loading import load_engine
 from calotype_server.apps.runtime import FINAL_MESSAGE_GRACE_SECONDS, Runtime
@@ -97,7 +98,7 @@ class Replica(RayServicer):
         self._services = Services(servicer)
         self._stack = stack = contextlib.AsyncExitStack()
         instruments = await stack.enter_async_context(Instruments(settings.tracing))
-        store = await stack.enter_async_context(Store.opened(settings.state))
+        store = await stack.enter_async_context(Store.opened(settings.state, settings.state_timeout_seconds))
         engine = await self.load(settings, instruments.observe)
         self._runtime = Runtime(
             settings, engine, service=service, instruments=instruments, store=store, on_stall=self._end_stalled
@@ -115,7 +116,10 @@ class Replica(RayServicer):
         watcher = FileWatcher(access.files, access.reload)
         stack.push_async_callback(watcher.stop)
         watcher.start()
-        await self._services.set_serving(True)
+        self._health = contextlib.AsyncExitStack()
+        await self._health.enter_async_context(
+            HealthReporter(self._runtime.problems, self._services.set_serving).running()
+        )
         await self._peer_replicas.refresh()
 
     async def check_health(self) -> None:
@@ -145,7 +149,7 @@ class Replica(RayServicer):
     async def __del__(self) -> None:
         """Ends generations without readers behind the ingress: kept ones, and those that other replicas read."""
         self._rejecting.cancel()
-        await self._services.set_serving(False)
+        await self._health.aclose()
         await self._runtime.__aexit__(None, None, None)
         self._services.release_watchers()
         await self._native.stop(FINAL_MESSAGE_GRACE_SECONDS)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 import structlog
 
-from calotype_server import errors
+from calotype_server import errors, threads
 from calotype_server.generations.admission import Admission
 from calotype_server.generations.estimates import StepTimeEstimator
 from calotype_server.generations.index import GenerationIndex
@@ -33,6 +33,11 @@ __all__ = ["FINAL_MESSAGE_GRACE_SECONDS", "Runtime"]
 
 FINAL_MESSAGE_GRACE_SECONDS = 2.0
 """Time for streams to deliver their last message after every generation has ended."""
+
+_JOIN_SECONDS = 3.0
+"""Longest time to wait for the threads of engine and encoder after every generation has ended."""
+
+_PROBE_SECONDS = 5.0
 
 _log = structlog.get_logger(__name__)
 
@@ -61,7 +66,8 @@ class Runtime:
         warm_up: Whether to generate two small images first.
 
     Attributes:
-        dead: Set when the engine cannot continue.
+        dead: Set when the engine or the encoder cannot continue: only a new process helps.
+        left_behind: Whether threads or the disk did not respond when the block was left.
         admission: The queue.
         generations: All generations.
 
@@ -86,6 +92,7 @@ class Runtime:
         warm_up: bool = True,
     ) -> None:
         self.dead = asyncio.Event()
+        self.left_behind = False
         self._settings = settings
         self._engine = engine
         self._service = service
@@ -117,13 +124,14 @@ class Runtime:
             max_queue=settings.max_queue,
             max_queue_per_caller=settings.max_queue_per_caller,
         )
-        stack.callback(engine.close)
-        encoder = Encoder(engine.note_preview_encoding, self._instruments.observe)
-        stack.callback(encoder.close)
+        self._encoder = encoder = Encoder(
+            engine.note_preview_encoding,
+            self._instruments.observe,
+            seconds=settings.encode_timeout_seconds,
+            on_exhausted=self._encoder_exhausted,
+        )
         runner = Runner(engine, self.admission, estimator, encoder)
-        stack.callback(runner.close)
-        if self._warm_up:
-            await self._warm_up_engine(runner)
+        stack.push_async_callback(self._close_threads, runner.close, encoder.close, engine.close)
         limits = RetentionLimits(settings.retain_seconds, settings.retain_count, settings.retain_bytes)
         self.generations = Generations(
             runner,
@@ -135,13 +143,50 @@ class Runtime:
         )
         stack.callback(self.generations.close)
         self._report_metrics()
+        if self._store is not None:
+            probing = asyncio.create_task(self._probe(self._store), name="probe")
+            stack.callback(probing.cancel)
         if settings.watchdog_seconds:
-            # Not earlier: everything in the warm-up happens for the first time, and its duration is unknown.
-            watching = asyncio.create_task(self._watch(estimator))
+            watching = asyncio.create_task(self._watch(runner, estimator))
             stack.callback(watching.cancel)
+        if self._warm_up:
+            await self._warm_up_engine(runner)
         stack.push_async_callback(self._drain)
         await self.generations.restore(settings.limits)
         self._service.open(self.generations)
+
+    def problems(self) -> list[str]:
+        """Returns why the server cannot do its work now: parts that hang. Empty if there is no reason."""
+        found = [self._encoder.problem, None if self._store is None else self._store.problem]
+        return [each for each in found if each is not None]
+
+    def _encoder_exhausted(self) -> None:
+        _log.error("too many encoder threads hang; the server stops, and a supervisor should restart it")
+        self.dead.set()
+
+    async def _close_threads(self, *closes: Callable[[], None]) -> None:
+        """Stops the threads of all parts, and leaves behind those that do not end in time."""
+
+        def close() -> None:
+            for each in closes:
+                try:
+                    each()
+                except Exception:
+                    _log.exception("a part did not close")
+
+        closing = asyncio.ensure_future(threads.run("close", close))
+        await asyncio.wait({closing}, timeout=_JOIN_SECONDS)
+        if not closing.done():
+            closing.cancel()
+            self.left_behind = True
+            _log.error("threads still work and are left behind", stacks=threads.stacks())
+
+    async def _probe(self, store: Store) -> None:
+        """Notices a disk that hangs even if there is nothing to store."""
+        while True:
+            await asyncio.sleep(_PROBE_SECONDS)
+            with contextlib.suppress(errors.StateUnavailable):
+                await store.touch()
 
     async def _warm_up_engine(self, runner: Runner) -> None:
         try:
@@ -157,15 +202,17 @@ class Runtime:
             active=lambda: admission.active,
             queued=lambda: admission.waiting,
             readers=lambda: generations.readers,
+            state_problem=lambda: self._store is not None and self._store.problem is not None,
+            encoder_hung=lambda: self._encoder.hung,
             log_bytes=lambda: sum(generation.size for generation in generations.running),
             retained=lambda: len(generations.retained),
             retained_bytes=lambda: generations.retained.size,
         )
 
-    async def _watch(self, estimator: StepTimeEstimator) -> None:
-        """Ends the process when a generation hangs."""
+    async def _watch(self, runner: Runner, estimator: StepTimeEstimator) -> None:
+        """Ends the process when a generation hangs, also one of the warm-up."""
         watchdog = Watchdog(
-            lambda: self.generations.running,
+            lambda: [*runner.warming_up, *self.generations.running],
             lambda job: estimator.usual_pause(job, self.admission.active),
             self._settings.watchdog_seconds,
         )
@@ -194,4 +241,5 @@ class Runtime:
         finally:
             for each in waiting:
                 each.cancel()
-            await self.generations.abort_all()
+            if not await self.generations.abort_all():
+                self.left_behind = True

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from calotype_server.api.service import GenerationService
+from calotype_server.apps.health import HealthReporter
 from calotype_server.apps.instruments import Instruments
 from calotype_server.apps.loading import load_engine
 from calotype_server.apps.runtime import FINAL_MESSAGE_GRACE_SECONDS, Runtime
 from calotype_server.apps.signals import Signals
 from calotype_server.generations.store import Store
+from calotype_server.generations.watchdog import EXIT_STALLED
 from calotype_server.observability.logs import configure_logging
 from calotype_server.transport.grpc.server import NativeServer
 from calotype_server.transport.grpc.servicer import GenerationServicer
@@ -50,29 +52,38 @@ async def serve(
     settings: Settings,
     announce: Callable[[Ready], None],
     load: Callable[[Settings, Observe], Coroutine[object, object, Engine]] = load_engine,
+    exit_after: Callable[[float, int], None] | None = None,
 ) -> int:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain early. Returns the exit code.
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the drain early.
 
     Args:
         settings: The operator's settings.
         announce: Called once, when the server accepts requests.
         load: Loads the engine.
+        exit_after: Limits the time of the stop; see `Signals`.
+
+    Returns:
+        The exit code: 0 after a signal, 1 when the engine cannot continue, 70 when something hung during the stop. In
+        the last case threads still run, and the process must end without joining them.
 
     Raises:
         StartupError: An address is in use, or the model, the state or a file cannot be used.
     """
     configure_logging(settings.log_level, settings.log_format, prompts=settings.log_prompts)
     started = time.monotonic()
-    signals = Signals()
+    signals = Signals(settings.drain_seconds, exit_after)
     exposure = Exposure(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
     service = GenerationService(settings.limits)
     async with (
         Instruments(settings.tracing) as instruments,
-        Store.opened(settings.state) as store,
         _Ports(settings, service, exposure, instruments) as ports,
+        contextlib.AsyncExitStack() as state,
         contextlib.AsyncExitStack() as running,
     ):
-        engine = await signals.unless_stopped(load(settings, instruments.observe))
+        # After the ports: the probes get answers even if the disk hangs.
+        opening = Store.opened(settings.state, settings.state_timeout_seconds)
+        store = await signals.unless_stopped(state.enter_async_context(opening))
+        engine = None if signals.stopped else await signals.unless_stopped(load(settings, instruments.observe))
         if engine is None:
             return 0
         runtime = Runtime(
@@ -86,12 +97,15 @@ async def serve(
         )
         if await signals.unless_stopped(running.enter_async_context(runtime)) is None:
             return 0
-        await ports.set_serving(True)
-        announce(Ready(ports.grpc_address, ports.web_address, engine.model, time.monotonic() - started))
-        await signals.unless_stopped(runtime.dead.wait())
-        await ports.set_serving(False)
+        async with HealthReporter(runtime.problems, ports.set_serving).running():
+            announce(Ready(ports.grpc_address, ports.web_address, engine.model, time.monotonic() - started))
+            await signals.unless_stopped(runtime.dead.wait())
+        if runtime.dead.is_set():
+            signals.limit_stop(settings.drain_seconds)
         await running.aclose()
         await ports.stop(FINAL_MESSAGE_GRACE_SECONDS)
+        if runtime.left_behind or runtime.problems():
+            return EXIT_STALLED
         return 1 if runtime.dead.is_set() else 0
 
 

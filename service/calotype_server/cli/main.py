@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
 import typer
 
+from calotype_server import threads
 from calotype_server.apps import bridge
 from calotype_server.apps import server as application
-from calotype_server.apps.loading import LOADING_THREAD
 from calotype_server.cli.doctor import doctor
 from calotype_server.cli.keys import keys
 from calotype_server.cli.options import with_settings
@@ -41,21 +39,23 @@ def _serve(settings: Settings) -> None:
 
     Each option has an environment variable: --max-queue is CALOTYPE_MAX_QUEUE. Options override variables.
     """
+    earlier = threads.stacks().keys()
     try:
-        code = asyncio.run(application.serve(settings, partial(_announce, settings)))
+        code = asyncio.run(application.serve(settings, partial(_announce, settings), exit_after=threads.exit_after))
     except StartupError as error:
         typer.secho(f"calotype: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
-    if any(thread.name == LOADING_THREAD for thread in threading.enumerate()):
-        # Stopped while loading: torch aborts the process when the interpreter exits while a thread still uses it.
-        os._exit(code)
+        code = 1
+    if threads.stacks().keys() - earlier - {threads.LAST_RESORT}:
+        # Stopped while loading, or a thread hangs. The interpreter would wait for it, and torch aborts the process when
+        # the interpreter exits while a thread still uses it.
+        threads.exit_process(code)
     raise typer.Exit(code)
 
 
 def _bridge(settings: BridgeSettings) -> None:
     """Serve the web page and grpc-web in front of servers on other machines. Needs no model."""
     try:
-        asyncio.run(bridge.serve(settings, partial(_announce_bridge, settings)))
+        asyncio.run(bridge.serve(settings, partial(_announce_bridge, settings), threads.exit_after))
     except StartupError as error:
         typer.secho(f"calotype: {error}", fg="red", err=True)
         raise typer.Exit(1) from None

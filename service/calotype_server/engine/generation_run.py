@@ -13,6 +13,7 @@ from calotype_server import errors
 from calotype_server.engine.request_arguments import call_arguments, prompt_notices
 from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.tap import Step, StepTap, Stopped
+from calotype_server.failpoints import hit
 from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, Pixels, PreviewMethod, Withdrawn
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class GenerationRun:
         return self._stop.is_set() or self._queue.invalid
 
     def _on_step(self, step: Step) -> None:
+        hit("engine.step")
         self._queue.offer(step)
         if step.number >= step.total:
             if self._session is not None:

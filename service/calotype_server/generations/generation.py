@@ -9,6 +9,8 @@ import time
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING
 
+import structlog
+
 from calotype_server import errors
 from calotype_server.engine.protocol import Stop
 from calotype_server.generations.event_log import EventLog, State, advance
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from calotype_server.types import DeliveryOptions, Job, PreviewOptions
 
 __all__ = ["Generation"]
+
+_log = structlog.get_logger(__name__)
 
 _MAX_RENDITIONS = 8
 """Encoded previews kept: the newest one for each size and quality that current readers ask for."""
@@ -240,6 +244,11 @@ class Generation:
             except errors.ServiceError as error:
                 self.abort(error)
                 return error
+            except Exception:
+                _log.exception("a generation could not be stored")
+                unavailable = errors.StateUnavailable("The server cannot store the generation.")
+                self.abort(unavailable)
+                return unavailable
             return None
 
         self._persisting = asyncio.create_task(persist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -126,7 +127,7 @@ class GenerationIndex:
             self._attempts[generation.id] = 1
         attempts = self._attempts.get(generation.id, 0)
         record = Record(generation.id, generation.job, generation.delivery, generation.created, attempts)
-        generation.persist(self._store.accept(record))
+        generation.persist(self._accept(self._store, record))
 
     async def persist_attempt(self, generation: Generation) -> None:
         """Writes to disk that the engine starts to work on a generation, if there is a store.
@@ -194,6 +195,20 @@ class GenerationIndex:
 
     async def _write_attempts(self, store: Store, generation_id: str, attempts: int) -> bool:
         return await self._writer.try_for_a_while("attempt", lambda: store.note_attempts(generation_id, attempts))
+
+    async def _accept(self, store: Store, record: Record) -> None:
+        try:
+            await store.accept(record)
+        except errors.StateUnavailable:
+            if store.problem is not None:
+                # A write that hangs may still succeed, and the next start would run a generation that was rejected.
+                self._writer.start("removal", partial(self._forget_when_responsive, store, record.generation_id))
+            raise
+
+    @staticmethod
+    async def _forget_when_responsive(store: Store, generation_id: str) -> None:
+        await store.responsive()
+        await store.forget([generation_id])
 
     def _running_bytes(self) -> int:
         return sum(generation.size for generation in self._running.values())

@@ -6,22 +6,22 @@ import asyncio
 import contextlib
 import itertools
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
 
 from calotype_server import errors
+from calotype_server.generations.completion import Completion
 from calotype_server.generations.generation import Generation
 from calotype_server.generations.ids import tag_of
 from calotype_server.generations.reader import Reader
 from calotype_server.generations.restored import reason_not_to_run
-from calotype_server.observability.events import GenerationEnded, Observe, ignore
-from calotype_server.observability.redaction import redact_in_logs
-from calotype_server.types import Failed, Job, Phase, Queued, Succeeded
+from calotype_server.observability.events import Observe, ignore
+from calotype_server.threads import stacks
+from calotype_server.types import Job, Phase, Queued
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Iterator
+    from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
 
     from calotype_server.auth.access import Caller
     from calotype_server.auth.quotas import Quota
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from calotype_server.generations.retention import Retention
     from calotype_server.generations.runner import Runner
     from calotype_server.limits import Limits
-    from calotype_server.observability.events import PhaseSpan
     from calotype_server.types import DeliveryOptions, EncodedImage, ModelInfo, PreviewOptions
 
 __all__ = ["Generations"]
@@ -42,6 +41,12 @@ _RESTORED_GRACE_SECONDS = 60.0
 """Least time for callers to reconnect after a restart before their generations are aborted."""
 
 _STATE_RETRY_SECONDS = 5.0
+
+_ABORT_SECONDS = 8.0
+"""Longest time to wait for threads after an abort."""
+
+_DISK_SECONDS = 3.0
+"""Longest time to wait for the disk when the server stops."""
 
 _RESTART_SECONDS = 2.0
 """Least time from the end of this process until its successor serves: callers should not retry earlier."""
@@ -80,9 +85,9 @@ class Generations:
         self._index = index
         self._heartbeat_seconds = heartbeat_seconds
         self._heartbeat: asyncio.TimerHandle | None = None
-        self._on_dead = on_dead
         self._observe = observe
         self._running: set[Generation] = set()
+        self._completion = Completion(runner, admission, index, on_ended=self._running.discard, on_dead=on_dead)
         self._numbers = itertools.count(1)
         self._retry_after: float | None = None
         self._readers = 0
@@ -232,7 +237,7 @@ class Generations:
                     rejected.append((generation, error))
                 else:
                     generation.expect_reader()
-        await asyncio.gather(*(self._reject_restored(generation, error) for generation, error in rejected))
+        await asyncio.gather(*(self._completion.reject(generation, error) for generation, error in rejected))
 
     def reject_new(self, retry_after: float) -> None:
         """Rejects new generations from now on; rejected callers may retry after `retry_after` seconds."""
@@ -243,12 +248,31 @@ class Generations:
         await self._all_ended()
         await self._all_read.wait()
 
-    async def abort_all(self) -> None:
-        """Ends all generations with `Draining` and waits: at most one denoising step, or one decode."""
+    async def abort_all(self, patience: float | None = None) -> bool:
+        """Ends all generations with `Draining`, usually within one denoising step or one decode.
+
+        Threads and a disk that do not respond are left behind, so that every generation ends in bounded time.
+
+        Args:
+            patience: Longest time to wait for the threads of engine and encoder, in seconds; None for 8 seconds.
+
+        Returns:
+            Whether nothing was left behind.
+        """
         for generation in self.running:
             generation.abort(errors.Draining("The server is stopping.", retry_after=_RESTART_SECONDS))
-        await self._all_ended()
-        await self._index.settle()
+        orderly = await _within(_ABORT_SECONDS if patience is None else patience, self._all_ended())
+        if not orderly:
+            _log.error("threads do not respond and are left behind", stacks=stacks())
+            self._runner.detach_threads()
+            if not await _within(_DISK_SECONDS, self._all_ended()):
+                _log.error("ends of generations are not stored, because the disk does not respond")
+                self._completion.give_up_storing()
+                await self._all_ended()
+        if not await _within(_DISK_SECONDS, self._index.settle()):
+            _log.error("changes are not stored, because the disk does not respond")
+            return False
+        return orderly
 
     async def abort_stalled(self, stalled: Collection[Generation]) -> None:
         """Ends all generations without waiting for threads, because those of `stalled` hang.
@@ -260,7 +284,7 @@ class Generations:
         for generation in stalled:
             generation.abort(errors.EngineStalled("The model stopped responding; the server restarts."))
         self._runner.detach_threads()
-        await self.abort_all()
+        await self.abort_all(_DISK_SECONDS)
 
     def close(self) -> None:
         """Stops the heartbeats. All generations must have ended."""
@@ -310,50 +334,12 @@ class Generations:
             restored=restored,
             suspect=generation.attempts > 0,
         )
-        generation.begin(self._run_to_end(generation, ticket))
+        generation.begin(self._completion.run(generation, ticket))
         self._running.add(generation)
         self._index.add(generation)
         if self._heartbeat is None:
             self._heartbeat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._beat)
         return ticket
-
-    async def _run_to_end(self, generation: Generation, ticket: QueueTicket) -> None:
-        structlog.contextvars.bind_contextvars(generation=generation.id)
-        redact_in_logs(generation.job.prompt, generation.job.negative_prompt)
-        end = await self._runner.run(generation, ticket, partial(self._index.persist_attempt, generation))
-        await self._conclude(generation, end)
-        if isinstance(end, Failed) and isinstance(end.error, errors.EngineDead):
-            self._on_dead()
-
-    async def _conclude(self, generation: Generation, end: Succeeded | Failed) -> None:
-        """Stores and publishes an end."""
-        phases = generation.stopwatch.phases()
-        # On disk before any reader sees it, so that readers can rely on it.
-        end = await self._index.persist_end(generation, end)
-        generation.end(end)
-        self._running.discard(generation)
-        self._index.end(generation)
-        self._report_end(generation, end, phases)
-
-    async def _reject_restored(self, generation: Generation, error: errors.ServiceError) -> None:
-        """Ends a stored generation that may not run again."""
-        structlog.contextvars.bind_contextvars(generation=generation.id)
-        redact_in_logs(generation.job.prompt, generation.job.negative_prompt)
-        _log.error(
-            "a stored generation does not run again",
-            generation=generation.id,
-            reason=error.reason,
-            attempts=generation.attempts,
-        )
-        await self._conclude(generation, Failed(error, generation.stopwatch.timings()))
-
-    @staticmethod
-    def _report_end(generation: Generation, end: Succeeded | Failed, phases: tuple[PhaseSpan, ...]) -> None:
-        steps, rows = generation.events.state.step, generation.stopwatch.batch_rows
-        generation.observe(GenerationEnded(generation.id, generation.job, end, phases, steps, rows))
-        outcome = "succeeded" if isinstance(end, Succeeded) else end.error.reason
-        seconds = round(end.timings.total or 0.0, 3)
-        _log.info("generation ended", outcome=outcome, seconds=seconds, previews=dict(generation.previews))
 
     def _beat(self) -> None:
         for generation in self._running:
@@ -376,3 +362,12 @@ class Generations:
     async def _all_ended(self) -> None:
         while self._running:
             await asyncio.gather(*(each.finished() for each in self._running))
+
+
+async def _within(seconds: float, work: Coroutine[object, object, None]) -> bool:
+    """Awaits `work`; returns whether it was done within `seconds`."""
+    try:
+        await asyncio.wait_for(work, seconds)
+    except TimeoutError:
+        return False
+    return True

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+import structlog
+
+from calotype_server import errors
 from calotype_server.observability.events import PreviewsDropped
 
 if TYPE_CHECKING:
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from calotype_server.types import EncodedImage, PreviewOptions
 
 __all__ = ["Reader"]
+
+_log = structlog.get_logger(__name__)
 
 
 class Reader:
@@ -47,7 +52,15 @@ class Reader:
         self._report_drops(update)
         if update.preview is None:
             return update, None
-        return update, await self.generation.encoded_preview(self._encoder, update.preview, self._preview)
+        try:
+            return update, await self.generation.encoded_preview(self._encoder, update.preview, self._preview)
+        except errors.ServiceError as error:
+            _log.warning("a preview was left out", error=error.message)
+            return update, None
+        except Exception:
+            # The caller misses one preview, and the stream continues to its end.
+            _log.exception("a preview could not be encoded")
+            return update, None
 
     def _report_drops(self, update: Update) -> None:
         """Reports previews that this reader was too slow to read."""

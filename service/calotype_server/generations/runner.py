@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from calotype_server import errors
+from calotype_server import errors, threads
+from calotype_server.failpoints import hit
 from calotype_server.generations.generation import Generation
 from calotype_server.images import metadata
 from calotype_server.observability.events import LeftQueue
@@ -63,12 +63,18 @@ class Runner:
         self._estimator = estimator
         self._threads = ThreadPoolExecutor(engine.model.max_active, "calotype-generation")
         self._drawn_sizes: set[tuple[int, int]] = set()
+        self._warming_up: Generation | None = None
         self._detached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def model(self) -> ModelInfo:
         """The engine's model."""
         return self._engine.model
+
+    @property
+    def warming_up(self) -> list[Generation]:
+        """The generation of the warm-up that runs now; no caller sees it."""
+        return [] if self._warming_up is None else [self._warming_up]
 
     def has_drawn(self, job: Job) -> bool:
         """Whether an image of the job's size was finished before."""
@@ -94,12 +100,14 @@ class Runner:
         for number in range(_WARM_UP_IMAGES):
             # The first image does many things for the first time, so its duration is not typical.
             self._estimator.forget()
-            generation = Generation(job, DeliveryOptions(), number, "warm-up")
+            generation = Generation(job, DeliveryOptions(), number, "warm-up", first_of_its_size=True)
+            self._warming_up = generation
             try:
                 end = await self.run(generation, self._admission.enter(job, "", lambda *_: None))
             finally:
                 # If the warm-up is cancelled, its thread ends before the next step.
                 generation.stop.set()
+                self._warming_up = None
             if isinstance(end, Failed):
                 raise end.error
 
@@ -107,6 +115,8 @@ class Runner:
         self, generation: Generation, ticket: QueueTicket, before_start: Callable[[], Awaitable[None]] | None = None
     ) -> Succeeded | Failed:
         """Waits for the turn, generates the image and encodes it. Returns the end; does not publish it.
+
+        It raises only if its task is cancelled.
 
         Args:
             generation: The generation to run.
@@ -119,17 +129,22 @@ class Runner:
         except errors.ServiceError as error:
             cause = generation.abort_error if isinstance(error, errors.Cancelled) else None
             return Failed(cause or error, generation.stopwatch.timings())
-        except Exception:
+        except asyncio.CancelledError:
+            raise
+        except BaseException:
             _log.exception("generation failed")
             return Failed(errors.GenerationFailed("The image could not be generated."), generation.stopwatch.timings())
         early = generation.events.state.finished_early
         end = Succeeded(image, generation.stopwatch.timings(), early)
         if not early:
-            self._estimator.observe_end(generation.job, end.timings)
+            try:
+                self._estimator.observe_end(generation.job, end.timings)
+            except Exception:
+                _log.exception("the estimates cannot learn from a generation")
         return end
 
     def detach_threads(self) -> None:
-        """Stops waiting for the engine's threads: aborted generations end now, even if their thread hangs."""
+        """Stops waiting for the threads of engine and encoder: aborted generations end now, even if a thread hangs."""
         if not self._detached.done():
             self._detached.set_result(None)
 
@@ -143,7 +158,10 @@ class Runner:
         try:
             await generation.unless_aborted(ticket.turn)
             if before_start is not None:
-                await before_start()
+                preparing = asyncio.ensure_future(before_start())
+                await self._unless_detached(generation, preparing)
+                preparing.result()
+            hit("runner.start")
             generation.observe(LeftQueue(generation.stopwatch.total))
             with generation.running_on_engine():
                 pixels = await self._draw(generation, ticket)
@@ -155,22 +173,36 @@ class Runner:
         _check_cancelled(generation)
         state = generation.events.state
         parameters = metadata.describe(generation.job, self.model, state.step if state.finished_early else None)
-        image = await self.encoder.final(pixels, generation.job.output, parameters)
+        encoding = asyncio.ensure_future(self.encoder.final(pixels, generation.job.output, parameters))
+        await self._unless_detached(generation, encoding)
         _check_cancelled(generation)
-        return image
+        return encoding.result()
 
     async def _draw(self, generation: Generation, ticket: QueueTicket) -> Pixels:
         """Runs the engine in a thread, in the context of this task so that its log lines carry the same ids."""
         report = self._reporter(generation, ticket)
-        work = asyncio.get_running_loop().run_in_executor(
-            self._threads, contextvars.copy_context().run, self._engine.run, generation.job, report, generation.stop
-        )
+
+        def run() -> Pixels:
+            hit("engine.run")
+            return self._engine.run(generation.job, report, generation.stop)
+
+        work = threads.submit(self._threads, run)
+        await self._unless_detached(generation, threads.done(work))
+        return work.result()
+
+    async def _unless_detached(self, generation: Generation, work: asyncio.Future[Any]) -> None:
+        """Waits for a thread's work.
+
+        Raises:
+            ServiceError: The threads were detached first; the error of the abort.
+        """
         either: tuple[asyncio.Future[Any], ...] = work, self._detached
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            assert generation.abort_error is not None
-            raise generation.abort_error
-        return work.result()
+        if work.done():
+            return
+        # Its result does not matter any more.
+        work.add_done_callback(lambda _: work.cancelled() or work.exception())
+        raise generation.abort_error or errors.Draining("The server is stopping.")
 
     def _reporter(self, generation: Generation, ticket: QueueTicket) -> Callable[[Event], None]:
         """Returns the engine's `report`: learns from an event, adds the estimated time left, and publishes it.
@@ -179,6 +211,7 @@ class Runner:
         """
 
         def report(event: Event) -> None:
+            hit("engine.report")
             job, active = generation.job, self._admission.active
             match event:
                 case EncodingPrompt():

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import structlog
 
-from calotype_server import errors
+from calotype_server import errors, threads
 from calotype_server.failpoints import hit
 from calotype_server.generations.records import End, ImageFacts, Record
 from calotype_server.generations.state.folder import Lock
@@ -24,6 +25,7 @@ from calotype_server.types import Failed, Succeeded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
+    from concurrent.futures import Future
     from pathlib import Path
 
     from calotype_server.generations.state.file import Row, StateFile
@@ -34,6 +36,9 @@ __all__ = ["Store"]
 _log = structlog.get_logger(__name__)
 
 _RETRY_SECONDS: Final = 5.0
+
+_TIMEOUT_SECONDS: Final = 10.0
+_CLOSE_SECONDS: Final = 3.0
 
 _PROBE_SECONDS: Final = 2.0
 """Interval at which the store checks whether a problem is solved."""
@@ -61,6 +66,8 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.expanduser()
+        self._seconds = _TIMEOUT_SECONDS
+        self._hanging: Future[Any] | None = None
         self._thread = ThreadPoolExecutor(1, "calotype-store")
         self._closed = False
         self._problem: str | None = None
@@ -76,26 +83,32 @@ class Store:
         """Free space that the last rejected generation needed, in bytes: until it exists, the problem is not solved."""
 
     @classmethod
-    async def open(cls, folder: Path) -> Self:
+    async def open(cls, folder: Path, seconds: float = _TIMEOUT_SECONDS) -> Self:
         """Opens the state in `folder`, and creates it if needed. Holds an exclusive lock until `close` or process exit.
 
         A file with a damaged structure is repaired: a new one takes its place, and it is kept under another name.
+
+        Args:
+            folder: Where the state is. Opening a large file, and `load`, may take longer than `seconds`.
+            seconds: Time after which every other call fails if the disk does not respond.
 
         Raises:
             StateUnusable: The state cannot be used; the message says why and what to do.
         """
         store = cls(folder)
+        store._seconds = seconds
         try:
-            await store._run(store._open)
+            await store._run(store._open, patient=True)
         except BaseException:
-            store._thread.shutdown()
+            # A caller that is cancelled does not wait for a disk that hangs.
+            store._thread.shutdown(wait=False)
             raise
         return store
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def opened(cls, folder: Path | None) -> AsyncIterator[Self | None]:
-        """Opens the state in `folder` for the duration of the block; yields None without a folder.
+    async def opened(cls, folder: Path | None, seconds: float = _TIMEOUT_SECONDS) -> AsyncIterator[Self | None]:
+        """Opens the state in `folder` for the duration of the block, as `open`; yields None without a folder.
 
         Raises:
             StateUnusable: As for `open`.
@@ -103,7 +116,7 @@ class Store:
         if folder is None:
             yield None
             return
-        store = await cls.open(folder)
+        store = await cls.open(folder, seconds)
         try:
             yield store
         finally:
@@ -113,9 +126,9 @@ class Store:
     def problem(self) -> str | None:
         """Why no new generation can be accepted, in one sentence for operators; None while all is well.
 
-        It is set by a failed write. The store then checks every 2 s whether the disk works again.
+        It is set by a call that hangs or fails to write. The store then checks every 2 s whether the disk works again.
         """
-        return self._problem
+        return "The state folder does not respond." if self._hangs else self._problem
 
     @property
     def damaged(self) -> frozenset[str]:
@@ -129,7 +142,7 @@ class Store:
             StateUnusable: The file cannot be read.
         """
         try:
-            records, self._damaged = await self._run(self._load)
+            records, self._damaged = await self._run(self._load, patient=True)
         except errors.StateUnavailable:
             raise errors.StateUnusable(f"--state: the file in {self._folder} cannot be read; see the log.") from None
         return records
@@ -240,18 +253,73 @@ class Store:
         await self._run(lambda: _without_details(probe, quiet=True))
         self._problem = None
 
+    async def touch(self) -> None:
+        """Checks whether the folder accepts changes, so that `problem` is true on an idle server as well.
+
+        It does not wait for the disk, which may sleep: a file system that is frozen or read-only answers for it.
+
+        Raises:
+            StateUnavailable: The folder does not accept changes.
+        """
+        try:
+            await self._run(lambda: _without_details(lambda: os.utime(self._folder)))
+        except errors.StateUnavailable as error:
+            self._note_problem(error.message)
+            raise
+
+    async def responsive(self) -> None:
+        """Waits until the call that hangs, if there is one, has returned."""
+        if self._hanging is not None:
+            await threads.completes(self._hanging, None)
+
     async def close(self) -> None:
-        """Closes the file after pending calls and releases the lock. A second call does nothing."""
+        """Closes the file after pending calls and releases the lock. A second call does nothing.
+
+        If the disk does not respond within a few seconds, the exit of the process closes the file.
+        """
         if self._closed:
             return
         self._closed = True
         if self._recovering is not None:
             self._recovering.cancel()
-        await self._run(self._close)
-        self._thread.shutdown()
+        try:
+            await self._run(self._close, seconds=min(self._seconds, _CLOSE_SECONDS))
+        except errors.StateUnavailable:
+            _log.error("the state was not closed")
+        self._thread.shutdown(wait=False)
 
-    async def _run(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+    @property
+    def _hangs(self) -> bool:
+        return self._hanging is not None and not self._hanging.done()
+
+    async def _run(self, function: Callable[[], T], *, patient: bool = False, seconds: float | None = None) -> T:
+        """Runs a function in the store's thread.
+
+        A call that does not return in time keeps the thread. Later calls then fail at once, until it returns.
+
+        Args:
+            function: Called in the thread.
+            patient: Whether the call may take any time.
+            seconds: Longest duration, including the calls before it; None for that of the store.
+
+        Raises:
+            StateUnavailable: The disk does not respond.
+        """
+        if self._hangs:
+            raise _unavailable()
+        work = threads.submit(self._thread, _call, function)
+        if not await threads.completes(work, None if patient else seconds or self._seconds):
+            # A call that waits behind another one is taken back.
+            if not work.cancel():
+                self._hanging = work
+                work.add_done_callback(lambda _: _log.warning("the state folder responds again"))
+                _log.error("the state folder does not respond", stacks=threads.stacks())
+            raise _unavailable()
+        try:
+            return work.result()
+        except threads.ThreadFailed as error:
+            _log.exception("a call of the state failed")
+            raise _unavailable() from error
 
     async def _write(self, change: Callable[[], bool]) -> None:
         """Makes a change, which returns whether anything was written."""
@@ -342,6 +410,13 @@ def _without_details(work: Callable[[], T], *, quiet: bool = False) -> T:
     except Exception as error:
         if not quiet:
             _log.error("cannot access the state", error=str(error), kind=type(error).__name__)
-        raise errors.StateUnavailable(
-            "The server cannot access its state right now.", retry_after=_RETRY_SECONDS
-        ) from None
+        raise _unavailable() from None
+
+
+def _call(function: Callable[[], T]) -> T:
+    hit("store.call")
+    return function()
+
+
+def _unavailable() -> errors.StateUnavailable:
+    return errors.StateUnavailable("The server cannot access its state right now.", retry_after=_RETRY_SECONDS)

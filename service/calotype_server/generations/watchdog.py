@@ -7,15 +7,13 @@ every generation gets a typed end, the log shows where each thread hangs, and th
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
-import threading
 import time
-import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
+
+from calotype_server.threads import exit_process, stacks
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -23,12 +21,12 @@ if TYPE_CHECKING:
     from calotype_server.generations.generation import Generation
     from calotype_server.types import Job
 
-__all__ = ["EXIT_STALLED", "Stall", "Watchdog", "end_when_stalled", "stacks"]
+__all__ = ["EXIT_STALLED", "Stall", "Watchdog", "end_when_stalled"]
 
 _log = structlog.get_logger(__name__)
 
 EXIT_STALLED = 70
-"""Exit code: EX_SOFTWARE of sysexits.h."""
+"""Exit code when a thread or the disk hangs: EX_SOFTWARE of sysexits.h."""
 
 _USUAL_TIMES = 20
 """A pause of this many usual pauses is suspicious."""
@@ -36,7 +34,6 @@ _USUAL_TIMES = 20
 _FIRST_TIMES = 10
 """The first image of a size may take this many times longer: kernels are compiled and selected, memory is allocated."""
 
-_THREADS = "calotype-"
 _LONGEST_INTERVAL = 5.0
 _ORDERLY_END_SECONDS = 10.0
 
@@ -123,7 +120,7 @@ class Watchdog:
 async def end_when_stalled(
     watchdog: Watchdog,
     end_orderly: Callable[[Sequence[Stall]], Awaitable[None]],
-    exit_process: Callable[[int], object] = os._exit,
+    exit_process: Callable[[int], object] = exit_process,
 ) -> None:
     """Ends the process when a generation is stalled.
 
@@ -140,21 +137,15 @@ async def end_when_stalled(
             "generation stalled", generation=generation.id, phase=phase.name, step=step, seconds=round(stall.seconds, 1)
         )
     _log.error("the process exits; a supervisor should restart it", code=EXIT_STALLED, stacks=stacks())
+
+    async def end() -> None:
+        try:
+            await end_orderly(stalls)
+        except BaseException:
+            _log.exception("the orderly end failed")
+
     try:
-        await asyncio.wait_for(end_orderly(stalls), _ORDERLY_END_SECONDS)
-    except Exception:
-        _log.exception("the orderly end failed")
+        # Not `wait_for`, which waits until a task that it cancels has ended.
+        await asyncio.wait({asyncio.ensure_future(end())}, timeout=_ORDERLY_END_SECONDS)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         exit_process(EXIT_STALLED)
-
-
-def stacks() -> dict[str, list[str]]:
-    """Returns the stacks of Calotype's threads, innermost call last: file, line and function, without values."""
-    names = {thread.ident: thread.name for thread in threading.enumerate() if thread.name.startswith(_THREADS)}
-    return {
-        names[ident]: [f"{each.filename}:{each.lineno} {each.name}" for each in traceback.extract_stack(frame)]
-        for ident, frame in sys._current_frames().items()
-        if ident in names
-    }

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import io
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
 
+import structlog
 from PIL import ExifTags, Image, PngImagePlugin
 
+from calotype_server import errors, threads
+from calotype_server.failpoints import hit
 from calotype_server.observability.events import ImageEncoded, Observe, ignore
 from calotype_server.types import EncodedImage, OutputOptions, Pixels, PreviewOptions
 
@@ -19,35 +19,74 @@ if TYPE_CHECKING:
 
 __all__ = ["Encoder", "encode_final", "encode_preview"]
 
+_log = structlog.get_logger(__name__)
+
+_THREADS = 2
+"""Two, so that a preview does not wait for the final image of another generation."""
+
+_PREVIEW_SECONDS = 5.0
+"""Longest duration of encoding a preview: readers wait for it, and a newer one replaces it."""
+
 _MAX_COMMENT_BYTES = 60_000
 """An EXIF block can contain at most 64 KiB, including its other fields."""
 
 
 class Encoder:
-    """Encodes previews as JPEG and final images in the requested format.
+    """Encodes previews as JPEG and final images in the requested format. Lives in the event loop.
+
+    A call that takes too long fails, and its thread is replaced.
 
     Args:
         on_preview: Called with the CPU seconds that encoding a preview took.
         observe: Receives an `ImageEncoded` for each file.
+        seconds: Longest duration of a call; at most 5 s for a preview.
+        on_exhausted: Called when so many threads hang that only a new process helps.
     """
 
-    def __init__(self, on_preview: Callable[[float], None] | None = None, observe: Observe = ignore) -> None:
+    def __init__(
+        self,
+        on_preview: Callable[[float], None] | None = None,
+        observe: Observe = ignore,
+        *,
+        seconds: float = 30.0,
+        on_exhausted: Callable[[], None] | None = None,
+    ) -> None:
         self._on_preview = on_preview
         self._observe = observe
-        # Two, so that a preview does not wait for the final image of another generation.
-        self._threads = ThreadPoolExecutor(2, "calotype-encode")
+        self._seconds = seconds
+        self._on_exhausted = on_exhausted
+        self._pool = threads.Pool("encode", _THREADS)
+
+    @property
+    def problem(self) -> str | None:
+        """Description of a hang for health checks and the log; None if no thread hangs. Never contains a prompt."""
+        return f"encoder threads that hang: {self._pool.hung}" if self._pool.hung else None
+
+    @property
+    def hung(self) -> int:
+        """Number of threads that hang."""
+        return self._pool.hung
 
     async def preview(self, pixels: Pixels, options: PreviewOptions) -> EncodedImage:
-        """Returns a JPEG whose longer edge is at most `options.max_edge` pixels."""
-        return await self._run("preview", self._timed_preview, pixels, options.max_edge, options.quality)
+        """Returns a JPEG whose longer edge is at most `options.max_edge` pixels.
+
+        Raises:
+            GenerationFailed: It took too long.
+        """
+        seconds = min(self._seconds, _PREVIEW_SECONDS)
+        return await self._run("preview", seconds, self._timed_preview, pixels, options.max_edge, options.quality)
 
     async def final(self, pixels: Pixels, options: OutputOptions, parameters: str) -> EncodedImage:
-        """Returns the full-size image; its file contains `parameters` if `options.metadata`."""
-        return await self._run("final", encode_final, pixels, options, parameters)
+        """Returns the full-size image; its file contains `parameters` if `options.metadata`.
+
+        Raises:
+            GenerationFailed: It took too long.
+        """
+        return await self._run("final", self._seconds, encode_final, pixels, options, parameters)
 
     def close(self) -> None:
-        """Waits for running encodes to finish and stops the threads."""
-        self._threads.shutdown()
+        """Waits for running encodes to finish, except those that hang, and stops the threads."""
+        self._pool.close()
 
     def _timed_preview(self, pixels: Pixels, max_edge: int, quality: int) -> EncodedImage:
         start = time.thread_time()
@@ -57,16 +96,28 @@ class Encoder:
         return image
 
     async def _run(
-        self, kind: Literal["preview", "final"], function: Callable[..., EncodedImage], *arguments: object
+        self,
+        kind: Literal["preview", "final"],
+        seconds: float,
+        function: Callable[..., EncodedImage],
+        *arguments: object,
     ) -> EncodedImage:
         def encode() -> EncodedImage:
+            hit(f"encoder.{kind}")
             start = time.perf_counter()
             image = function(*arguments)
             self._observe(ImageEncoded(kind, image.format, time.perf_counter() - start))
             return image
 
-        # In the caller's context, so that log lines have its context variables.
-        return await asyncio.get_running_loop().run_in_executor(self._threads, contextvars.copy_context().run, encode)
+        try:
+            return await self._pool.run(seconds, encode)
+        except threads.ThreadsExhausted as error:
+            raise errors.GenerationFailed("The server cannot encode images right now.") from error
+        except threads.ThreadHangs as error:
+            _log.error("encoding hangs", kind=kind, error=str(error), stacks=threads.stacks())
+            if self._pool.is_exhausted and self._on_exhausted is not None:
+                self._on_exhausted()
+            raise errors.GenerationFailed("Encoding the image took too long.") from error
 
 
 def encode_preview(pixels: Pixels, max_edge: int, quality: int) -> EncodedImage:

@@ -1,7 +1,7 @@
-"""Observations: typed events that the stages of the server report to metrics and traces. Standard library only.
+"""Observations: typed events that the stages of the server report to metrics and traces.
 
-Any thread can report an observation. Observers must not block and must not raise. Frequent observations contain no ids,
-prompts or callers, so that metrics made from them have a bounded number of series.
+Any thread can report an observation. Observers must not block. Frequent observations contain no ids, prompts or
+callers, so that metrics made from them have a bounded number of series.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+import structlog
 
 if TYPE_CHECKING:
     from calotype_server.types import Failed, Job, PreviewMethod, Succeeded
@@ -34,6 +36,8 @@ __all__ = [
     "ignore",
     "to_all",
 ]
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,10 +195,21 @@ def ignore(observation: Observation) -> None:
 
 
 def to_all(*observers: Observe) -> Observe:
-    """Returns an observer that passes each observation to all of `observers`."""
+    """Returns an observer that passes each observation to all of `observers`.
+
+    It never raises: measuring must not change what is measured. The first exception of each observer for each kind of
+    observation is logged.
+    """
+    failed: set[tuple[int, type[Observation]]] = set()
 
     def observe(observation: Observation) -> None:
-        for observer in observers:
-            observer(observation)
+        for number, observer in enumerate(observers):
+            try:
+                observer(observation)
+            except BaseException:
+                kind = type(observation)
+                if (number, kind) not in failed:
+                    failed.add((number, kind))
+                    _log.exception("an observer failed", observation=kind.__name__)
 
     return observe

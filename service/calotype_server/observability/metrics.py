@@ -139,11 +139,19 @@ class ServerMetrics(Metrics):
         self._gauges = {
             "serving": self._gauge(
                 "calotype_serving",
-                "1 while the server accepts calls, 0 while it loads or drains; same as the health check.",
+                "1 while the server accepts calls, 0 while it loads, drains or hangs; same as the health check.",
             ),
             "active": self._gauge("calotype_active_generations", "Running generations."),
             "queued": self._gauge("calotype_queued_generations", "Generations in the queue."),
             "readers": self._gauge("calotype_readers", "Open streams that read a generation."),
+            "state_problem": self._gauge(
+                "calotype_state_problem",
+                "1 while the state folder does not respond or cannot be written; the server is then not serving.",
+            ),
+            "encoder_hung": self._gauge(
+                "calotype_encoder_hung_threads",
+                "Threads that hang while encoding an image; the server is then not serving.",
+            ),
             "log_bytes": self._gauge(
                 "calotype_event_log_bytes", "Bytes of previews, raw and encoded, kept for running generations."
             ),

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from calotype_server import threads
 from calotype_server.errors import Cancelled, TracingUnavailable
 from calotype_server.observability.events import GenerationEnded
 from calotype_server.types import Failed
@@ -92,9 +92,7 @@ class Tracing:
     def close(self) -> None:
         """Sends the remaining spans; gives up after two seconds."""
         # An exporter that cannot reach its collector retries for much longer than its timeout.
-        closing = threading.Thread(target=self._provider.shutdown, name="calotype-tracing", daemon=True)
-        closing.start()
-        closing.join(_FLUSH_SECONDS)
+        threads.start("tracing", self._provider.shutdown).join(_FLUSH_SECONDS)
 
     def _trace(self, ended: GenerationEnded) -> None:
         from opentelemetry import trace

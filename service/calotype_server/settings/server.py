@@ -130,6 +130,14 @@ class Settings(WebSettings):
         description="Folder in which generations are stored, so that they survive a restart. Default: they are kept "
         "in memory only.",
     )
+    state_timeout_seconds: float = Field(
+        10.0,
+        gt=0,
+        description="Time after which an access to the --state folder fails if the disk does not respond, in seconds.",
+    )
+    encode_timeout_seconds: float = Field(
+        30.0, gt=0, description="Time after which encoding an image as a file fails, in seconds."
+    )
     heartbeat_seconds: float = Field(
         5.0, gt=0, le=5, description="Time without events after which readers get a heartbeat, in seconds."
     )

@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from calotype_server import errors
+from calotype_server.failpoints import hit
 from calotype_server.types import (
     Decoding,
     Denoising,
@@ -109,6 +110,7 @@ class FakeEngine:
             if stop.is_set():
                 self.stopped.release()
                 raise errors.Cancelled("stopped")
+            hit("engine.step")
             report(PreviewReady(step, job.step_count, flat_pixels(*self.preview_size, step), PreviewMethod.HEAD))
             if self.failure is not None:
                 raise self.failure

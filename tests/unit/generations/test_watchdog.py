@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calotype_server.generations.watchdog import EXIT_STALLED, Watchdog, end_when_stalled, stacks
+from calotype_server.generations import watchdog as watchdog_module
+from calotype_server.generations.watchdog import EXIT_STALLED, Watchdog, end_when_stalled
+from calotype_server.threads import stacks
 from calotype_server.types import Job, Phase
 
 JOB = Job("unmistakable", None, 16, 16, 3, 3.0, 0, "DDIMScheduler")
@@ -38,6 +42,11 @@ class Work:
 def watchdog_of(*works: Any, usual: float | None = 1.0) -> Any:
     """Returns a watchdog for these generations."""
     return Watchdog(lambda: works, lambda _: usual, PATIENCE)
+
+
+def stalled() -> Any:
+    """Returns a watchdog that has found a stall."""
+    return SimpleNamespace(watch=lambda: asyncio.sleep(0, [SimpleNamespace(generation=Work(), seconds=101.0)]))
 
 
 def test_a_generation_with_events_is_never_stalled() -> None:
@@ -126,9 +135,8 @@ async def test_the_process_exits_after_the_final_messages() -> None:
         done.append(stalls[0].generation.id)
         raise ValueError("no")
 
-    watchdog: Any = SimpleNamespace(watch=lambda: asyncio.sleep(0, [SimpleNamespace(generation=Work(), seconds=101.0)]))
     with structlog.testing.capture_logs() as logged:
-        await end_when_stalled(watchdog, shut_down, done.append)
+        await end_when_stalled(stalled(), shut_down, done.append)
     assert done == ["g", EXIT_STALLED]
     assert (logged[0]["event"], logged[0]["generation"]) == ("generation stalled", "g")
     assert isinstance(logged[1]["stacks"], dict)
@@ -153,3 +161,31 @@ async def test_stacks_show_only_our_threads_and_no_values() -> None:
     assert all(name.startswith("calotype-") for name in found)
     assert any(line.endswith(" stuck_here") for line in found["calotype-generation_0"])
     assert "unmistakable" not in str(found)
+
+
+@pytest.mark.parametrize("failure", [SystemExit, asyncio.CancelledError])
+async def test_no_failure_of_the_shutdown_keeps_the_process(failure: type[BaseException]) -> None:
+    """The process exits although the shutdown raises an exception of any class."""
+    codes: list[int] = []
+
+    async def shut_down(stalls) -> None:
+        raise failure
+
+    await end_when_stalled(stalled(), shut_down, codes.append)
+    assert codes == [EXIT_STALLED]
+
+
+async def test_a_shutdown_that_hangs_does_not_keep_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a limited time, even if it cannot be cancelled."""
+    monkeypatch.setattr(watchdog_module, "_ORDERLY_END_SECONDS", 0.01)
+    codes: list[int] = []
+    released = asyncio.Event()
+
+    async def shut_down(stalls) -> None:
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+
+    await end_when_stalled(stalled(), shut_down, codes.append)
+    assert codes == [EXIT_STALLED]
+    released.set()

@@ -162,7 +162,7 @@ class BatchRunner:
     def _report(self, on_batch: Callable[[BatchRecord], None], record: BatchRecord) -> None:
         try:
             on_batch(record)
-        except Exception:
+        except BaseException:  # Exceptions of any class: all generations wait for this thread.
             _log.exception("a batch cannot be reported")
 
     def _lower_max_rows(self, rows: int, calls: Sequence[PendingCall]) -> None:

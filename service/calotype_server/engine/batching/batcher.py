@@ -15,6 +15,8 @@ from calotype_server.engine.batching.batch_runner import BatchRecord, BatchRunne
 from calotype_server.engine.batching.scheduler import BatchScheduler, PendingCall, RequestSlot
 from calotype_server.engine.batching.session import DenoiserSession
 from calotype_server.engine.tap import Stopped
+from calotype_server.failpoints import hit
+from calotype_server.threads import start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,8 +67,7 @@ class StepBatcher:
         self._running: Sequence[PendingCall] = ()
         self._closing = False
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="calotype-device", daemon=True)
-        self._thread.start()
+        self._thread = start("device", self._run)
 
     @property
     def collator(self) -> Collator:
@@ -144,9 +145,10 @@ class StepBatcher:
                 while self._run_next():
                     pass
         except BaseException as error:
+            # First of all: whatever fails from now on, the callers see that the device is dead.
+            self._failure = error
             context = self._running[0].context if self._running else contextvars.copy_context()
             context.run(_log.exception, "the device failed")
-            self._failure = error
         finally:
             with self._changed:
                 self._closing = True
@@ -165,6 +167,7 @@ class StepBatcher:
                 self._changed.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0))
             else:
                 return False
+        hit("engine.batch")
         self._runner.run(calls)
         self._running = ()
         return True

@@ -14,7 +14,9 @@ import torch
 
 from calotype_server.engine.preview.queue import PreviewQueue
 from calotype_server.engine.preview.safety_gate import blurred
+from calotype_server.failpoints import hit
 from calotype_server.observability.events import Observe, PreviewFailed, PreviewRendered, ignore
+from calotype_server.threads import start
 from calotype_server.types import Denoising, Event, Pixels, PreviewReady
 
 if TYPE_CHECKING:
@@ -63,8 +65,7 @@ class PreviewRenderer:
         self._due: deque[PreviewQueue] = deque()
         self._idle_tasks: deque[Callable[[], None]] = deque()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="calotype-preview", daemon=True)
-        self._thread.start()
+        self._thread = start("preview", self._run)
 
     def open_queue(self, job: Job, report: Callable[[Event], None]) -> PreviewQueue:
         """Opens a queue for one generation; `report` receives its progress and previews."""
@@ -103,6 +104,7 @@ class PreviewRenderer:
             self._changed.notify()
 
     def _run(self) -> None:
+        """Serves until `close`. No exception of any class ends the thread, because all generations wait for it."""
         # The other cores belong to the denoiser. Torch keeps the number per thread.
         torch.set_num_threads(1)
         while True:
@@ -112,11 +114,17 @@ class PreviewRenderer:
                 self._due.clear()
                 task = self._idle_tasks.popleft() if not queues and self._idle_tasks else None
             if queues:
-                self._serve(queues)
+                try:
+                    self._serve(queues)
+                except BaseException:
+                    _log.exception("previews failed")
+                    for queue in queues:
+                        queue.take()
+                        queue.done()
             elif task is not None:
                 try:
                     task()
-                except BaseException:  # Exceptions of any class: generations wait for this thread, so it must survive.
+                except BaseException:
                     _log.exception("the preview head cannot learn from an image")
             else:
                 return
@@ -144,6 +152,7 @@ class PreviewRenderer:
 
     def _render_in_context(self, group: Sequence[tuple[PreviewQueue, PendingPreview]]) -> None:
         """Renders in the context of the first member: lines that a decoder logs carry its ids."""
+        hit("engine.preview")
         group[0][0].context.copy().run(self._render, group)
 
     def _render(self, group: Sequence[tuple[PreviewQueue, PendingPreview]]) -> None:
@@ -216,8 +225,8 @@ def _report(queue: PreviewQueue, pending: PendingPreview, image: Pixels | None) 
             queue.report(Denoising(step.number, step.total, skipped))
         else:
             queue.report(PreviewReady(step.number, step.total, image, pending.method, skipped))
-    except Exception:
-        # It affects one generation only; the thread works for all of them.
+    except BaseException:
+        # Exceptions of any class affect one generation only; the thread works for all of them.
         queue.context.run(_log.exception, "preview cannot be reported")
     finally:
         queue.done()

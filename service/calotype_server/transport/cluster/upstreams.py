@@ -7,6 +7,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Self
 
 from calotype.targets import is_balanced, resolve
+from calotype_server import threads
 from calotype_server.generations.ids import tag_of
 from calotype_server.transport.cluster.upstream import Health, Upstream
 from calotype_server.transport.grpc.options import CHANNEL_OPTIONS
@@ -108,9 +109,8 @@ class Upstreams:
             await self.probe()
 
     async def _resolve(self) -> None:
-        loop = asyncio.get_running_loop()
         for name in self._dns_names:
-            found = dict(await loop.run_in_executor(None, resolve, name))
+            found = dict(await threads.run("resolve", resolve, name))
             if not found:
                 continue  # DNS fails more often than servers do
             for target in found.keys() - self._resolved.keys():

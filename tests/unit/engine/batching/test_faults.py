@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from calotype_server import errors
+from calotype_server.failpoints import injected
 from support.engine.batching import Callers, answer_to
 from support.runs import PATIENCE
 
@@ -186,6 +187,19 @@ class TestDevice:
         """An exception in the batcher's own code is logged, and all calls raise `EngineDead`."""
         with Callers() as callers:
             monkeypatch.setattr(callers.batcher._scheduler, "pick", lambda _: 1 / 0)
+            for _ in range(2):
+                with pytest.raises(errors.EngineDead):
+                    callers.call(1)
+        assert "the device failed" in [entry["event"] for entry in logs]
+
+    @pytest.mark.parametrize("failure", [SystemExit, GeneratorExit, MemoryError])
+    def test_a_dead_thread_reaches_all(self, failure, logs):
+        """If the device thread ends for any reason, current and later calls raise `EngineDead`."""
+
+        def fail():
+            raise failure
+
+        with Callers() as callers, injected("engine.batch", fail):
             for _ in range(2):
                 with pytest.raises(errors.EngineDead):
                     callers.call(1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from calotype_server.engine.tap import Step
+from calotype_server.failpoints import injected
 from calotype_server.types import Denoising
 from support.engine.rendering import JOB, PATIENCE, hold, preview, queues_of, step
 
@@ -110,11 +111,12 @@ def test_an_invalid_generation_does_not_affect_others(renderer, events):
     assert (broken.invalid, healthy.invalid) == (True, False)
 
 
-def test_a_failing_report_does_not_affect_others(renderer, events, logs):
+@pytest.mark.parametrize("failure", [KeyError, SystemExit, GeneratorExit])
+def test_a_failing_report_does_not_affect_others(renderer, events, logs, failure):
     """If one generation's `report` raises, other previews are reported, and `flush` still returns."""
 
     def fail(event):
-        raise KeyError("reporter")
+        raise failure("reporter")
 
     broken, healthy = renderer.open_queue(JOB, fail), renderer.open_queue(JOB, events.put)
     broken.offer(step(9))
@@ -122,3 +124,20 @@ def test_a_failing_report_does_not_affect_others(renderer, events, logs):
     healthy.offer(step(2))
     assert events.get(timeout=PATIENCE) == preview(2)
     assert [entry["log_level"] for entry in logs] == ["error"]
+
+
+def test_no_exception_ends_the_thread(renderer, events, logs, monkeypatch):
+    """If the renderer itself fails, the steps that were due are dropped, `flush` returns, and later steps are shown."""
+
+    def fail(group):
+        raise SystemExit(3)
+
+    broken, healthy = queues_of(renderer, events, "ab")
+    with monkeypatch.context() as patched:
+        patched.setattr(renderer, "_fail", fail)
+        with injected("engine.preview", lambda: fail(())):
+            broken.offer(step(1))
+            broken.flush()
+    healthy.offer(step(2))
+    assert events.get(timeout=PATIENCE) == ("b", preview(2))
+    assert [entry["event"] for entry in logs] == ["previews failed"]

@@ -1,0 +1,1 @@
+"""Servers whose parts hang."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -24,6 +25,7 @@ __all__ = [
     "Heartbeat",
     "ImageFormat",
     "Job",
+    "MemoryModel",
     "ModelInfo",
     "Notice",
     "OutputOptions",
@@ -168,6 +170,35 @@ class DeliveryOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """Memory that generations may use, and how much one of them needs, measured when the model is loaded.
+
+    Attributes:
+        available: Bytes for all running generations together, in addition to the loaded model.
+        curves: Bytes per pixel and per squared pixel, for each part of a generation. The larger part counts.
+    """
+
+    available: int
+    curves: tuple[tuple[float, float], ...]
+
+    def need(self, pixel_count: int) -> int:
+        """Returns the bytes that a generation of `pixel_count` pixels needs at most."""
+        parts = (linear * pixel_count + square * pixel_count**2 for linear, square in self.curves)
+        return math.ceil(max(parts, default=0.0))
+
+    @property
+    def max_pixels(self) -> int | None:
+        """The largest image, in pixels, that fits if nothing else runs; None without a bound."""
+        sizes = []
+        for linear, square in self.curves:
+            if square > 0:
+                sizes.append((math.sqrt(linear**2 + 4 * square * self.available) - linear) / (2 * square))
+            elif linear > 0:
+                sizes.append(self.available / linear)
+        return math.floor(min(sizes)) if sizes else None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Abilities and defaults of the loaded model, read from its pipeline.
 
@@ -190,6 +221,7 @@ class ModelInfo:
         max_active: Generations that run at the same time.
         max_batch_rows: Maximum rows of latents in one call of the denoiser; 0 when it does not batch requests.
         unbatched_reason: One sentence why the denoiser does not batch requests; empty when it does.
+        memory: Memory that generations need; None when it is not known or does not matter.
     """
 
     name: str
@@ -210,6 +242,7 @@ class ModelInfo:
     max_active: int = 1
     max_batch_rows: int = 0
     unbatched_reason: str = ""
+    memory: MemoryModel | None = None
 
     def max_steps(self, scheduler: str, ceiling: int) -> int:
         """Returns the maximum number of steps with this scheduler, at most `ceiling`."""

@@ -116,6 +116,9 @@ class Runtime:
             max_active=engine.model.max_active,
             max_queue=settings.max_queue,
             max_queue_per_caller=settings.max_queue_per_caller,
+            shared=settings.checks_keys,
+            memory=engine.model.memory,
+            spare=engine.model.width * engine.model.height,
         )
         stack.callback(engine.close)
         encoder = Encoder(engine.note_preview_encoding, self._instruments.observe)

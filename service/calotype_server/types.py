@@ -8,7 +8,7 @@ from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from calotype_server.errors import ServiceError
 
@@ -173,29 +173,31 @@ class DeliveryOptions:
 class MemoryModel:
     """Memory that generations may use, and how much one of them needs, measured when the model is loaded.
 
+    Generations denoise at the same time, but one after the other decodes its image.
+
     Attributes:
         available: Bytes for all running generations together, in addition to the loaded model.
-        curves: Bytes per pixel and per squared pixel, for each part of a generation. The larger part counts.
+        denoising: Bytes per pixel and per squared pixel of a generation that denoises.
+        decoding: The same in addition while it decodes.
     """
 
     available: int
-    curves: tuple[tuple[float, float], ...]
+    denoising: tuple[float, float]
+    decoding: tuple[float, float]
 
-    def need(self, pixel_count: int) -> int:
-        """Returns the bytes that a generation of `pixel_count` pixels needs at most."""
-        parts = (linear * pixel_count + square * pixel_count**2 for linear, square in self.curves)
-        return math.ceil(max(parts, default=0.0))
+    def need(self, sizes: Iterable[int]) -> float:
+        """Returns the bytes that generations of these sizes, in pixels, need at most if they run at the same time."""
+        sizes = list(sizes)
+        (linear, square), (last, last_square) = self.denoising, self.decoding
+        running = sum(linear * size + square * size**2 for size in sizes)
+        return running + max((last * size + last_square * size**2 for size in sizes), default=0.0)
 
     @property
-    def max_pixels(self) -> int | None:
-        """The largest image, in pixels, that fits if nothing else runs; None without a bound."""
-        sizes = []
-        for linear, square in self.curves:
-            if square > 0:
-                sizes.append((math.sqrt(linear**2 + 4 * square * self.available) - linear) / (2 * square))
-            elif linear > 0:
-                sizes.append(self.available / linear)
-        return math.floor(min(sizes)) if sizes else None
+    def max_pixels(self) -> int:
+        """The largest image, in pixels, that fits if nothing else runs."""
+        linear, square = (sum(parts) for parts in zip(self.denoising, self.decoding, strict=True))
+        # The solution of `linear * x + square * x**2 = available` in a form that is also stable for small `square`.
+        return math.floor(2 * self.available / (linear + math.sqrt(linear**2 + 4 * square * self.available)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,12 @@ class GenerationService:
         self._generations: Generations | None = None
 
     def open(self, generations: Generations) -> None:
-        """Accepts requests from now on."""
+        """Accepts requests from now on, with images that fit into memory."""
+        model = generations.model
+        if model.memory is not None:
+            # An image of the default size is always allowed: the server generated one when it started.
+            fitting = max(model.memory.max_pixels, model.width * model.height)
+            self._limits = replace(self._limits, max_pixels=min(self._limits.max_pixels, fitting))
         self._generations = generations
 
     @contextlib.asynccontextmanager

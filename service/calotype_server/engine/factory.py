@@ -77,6 +77,9 @@ def _build(settings: Settings, pipeline: Any, observe: Observe) -> Engine:
         max_rows=settings.max_batch_rows,
         deterministic=settings.deterministic,
         measure_again=settings.measure_again,
+        memory_limit=settings.memory_limit,
+        # Images that are retained later.
+        reserved_bytes=settings.retain_bytes,
         observe=observe,
     )
 

@@ -156,8 +156,9 @@ class Slots:
         """
         if len(self._running) >= self.count:
             return None
-        found = next((ticket for ticket in waiting if not self._holds_back(ticket)), None)
-        return found if found is not None and self._leaves(found, 0) else None
+        holds_back = self._rules()
+        found = next((ticket for ticket in waiting if not holds_back(ticket)), None)
+        return found if found is not None and self._fits(found) else None
 
     def take(self, ticket: QueueTicket) -> None:
         """Gives a slot to the work."""
@@ -172,21 +173,31 @@ class Slots:
             self._restored_limit = min(self.count, self._restored_limit * 2)
         return True
 
-    def _holds_back(self, ticket: QueueTicket) -> bool:
-        last = self.count > 1 and len(self._running) == self.count - 1
-        if last and ticket.job.priority is Priority.BATCH:
-            return True
-        if ticket.suspect and any(other.suspect for other in self._running):
-            return True
-        if ticket.restored and sum(other.restored for other in self._running) >= self._restored_limit:
-            return True
-        if not self._running or any(other.caller != ticket.caller for other in self._running):
-            return False
-        return self._callers.include_others_than(ticket.caller) and (last or not self._leaves(ticket, self._spare))
+    def _rules(self) -> Callable[[QueueTicket], bool]:
+        """Returns a function that tells whether a rule holds work back, in a time that does not depend on the slots."""
+        running = self._running
+        last = self.count > 1 and len(running) == self.count - 1
+        suspect = any(ticket.suspect for ticket in running)
+        ramping = sum(ticket.restored for ticket in running) >= self._restored_limit
+        callers = {ticket.caller for ticket in running}
+        # The only caller that holds slots, if there are others.
+        sole = callers.pop() if len(callers) == 1 else None
+        if sole is not None and not self._callers.include_others_than(sole):
+            sole = None
 
-    def _leaves(self, ticket: QueueTicket, pixel_count: int) -> bool:
-        """Whether the memory suffices for this, all running work, and a further image of `pixel_count` pixels."""
+        def holds_back(ticket: QueueTicket) -> bool:
+            return (
+                (last and ticket.job.priority is Priority.BATCH)
+                or (suspect and ticket.suspect)
+                or (ramping and ticket.restored)
+                or (ticket.caller == sole and (last or not self._fits(ticket, self._spare)))
+            )
+
+        return holds_back
+
+    def _fits(self, ticket: QueueTicket, *further: int) -> bool:
+        """Whether there is memory for the work beside all running work and images of `further` sizes, in pixels."""
         if self._memory is None or not self._running:
             return True
-        sizes = [ticket.job.pixel_count, pixel_count, *(other.job.pixel_count for other in self._running)]
-        return sum(map(self._memory.need, sizes)) <= self._memory.available
+        sizes = [*(other.job.pixel_count for other in self._running), ticket.job.pixel_count, *further]
+        return self._memory.need(sizes) <= self._memory.available

@@ -133,7 +133,7 @@ async def test_two_busy_callers_leave_no_slot_idle() -> None:
     assert started(tickets) == 4
 
 
-MEMORY = MemoryModel(available=100 * JOB.pixel_count, curves=((1.0, 0.0),))
+MEMORY = MemoryModel(available=100 * JOB.pixel_count, denoising=(1.0, 0.0), decoding=(0.0, 0.0))
 
 
 def with_memory(**options: object) -> Admission:

@@ -31,8 +31,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory(device: torch.device) -> int | None:
     """Returns the bytes that this process may use on a device in addition to those in use; None if that is unknown.
 
-    On a CPU, the limit is that of the control groups (v1 or v2), or else the physical memory. On CUDA, memory that other
-    processes use is not free, and memory that torch has cached is.
+    On a CPU, the limit is that of the control groups (v1 or v2), or else the physical memory. On CUDA, memory that
+    other processes use is not free, and memory that torch has cached is.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

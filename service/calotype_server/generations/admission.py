@@ -131,7 +131,7 @@ class Admission:
         restored: bool = False,
         suspect: bool = False,
     ) -> list[QueueTicket]:
-        """Takes a place for each of several jobs of one caller, or none.
+        """Takes a place for each of several jobs of one caller, or none. See `require_possible`.
 
         Args:
             jobs: The work, each with its `on_move`; see `enter`.
@@ -141,7 +141,6 @@ class Admission:
             suspect: As for `enter`.
 
         Raises:
-            InvalidRequest: The jobs do not fit into this server at once, even if it is idle.
             QueueFull, DeadlineTooShort: As for `enter`.
         """
         if caller:
@@ -165,6 +164,14 @@ class Admission:
         for ticket, seconds in zip(tickets, needed, strict=True):
             ticket.move(self._waiting.index(ticket) + 1 if ticket in self._waiting else 1, seconds)
         return tickets
+
+    def require_possible(self, jobs: Sequence[Job], caller: str) -> None:
+        """Raises `InvalidRequest` if the jobs of one caller do not fit together even into the idle server."""
+        tickets = [QueueTicket(job, caller, _ignore, (job.priority, 0.0, number)) for number, job in enumerate(jobs)]
+        idle = self._place(tickets, self._slots.idle(), [])
+        if idle.overload is not None:
+            description = f"is {len(jobs)}, but this server accepts at most {idle.count} such images at once"
+            raise errors.InvalidRequest([errors.Violation("image_count", description)])
 
     def leave(self, ticket: QueueTicket) -> None:
         """Gives the place or the slot back. A second call does nothing."""
@@ -202,18 +209,12 @@ class Admission:
             return _Overload(message, own, of_caller=True)
         return None
 
-    def _rejection(self, tickets: Sequence[QueueTicket], placed: _Placed) -> errors.ServiceError:
-        """Returns the error for jobs that do not fit now, or never do."""
-        overload = placed.overload
-        assert overload is not None
-        if len(tickets) > 1:
-            idle = self._place(tickets, self._slots.idle(), [])
-            if idle.overload is not None:
-                description = f"is {len(tickets)}, but this server accepts at most {idle.count} such images at once"
-                return errors.InvalidRequest([errors.Violation("image_count", description)])
-        missing = len(tickets) - placed.count
-        retry_after = self._seconds_until_free(missing, tickets[0], overload)
-        return errors.QueueFull(overload.message, retry_after=retry_after, metadata={"max_queue": str(overload.limit)})
+    def _rejection(self, tickets: Sequence[QueueTicket], placed: _Placed) -> errors.QueueFull:
+        """Returns the error for jobs that do not fit now."""
+        assert placed.overload is not None
+        retry_after = self._seconds_until_free(len(tickets) - placed.count, tickets[0], placed.overload)
+        metadata = {"max_queue": str(placed.overload.limit)}
+        return errors.QueueFull(placed.overload.message, retry_after=retry_after, metadata=metadata)
 
     def _seconds_until_free(self, places: int, ticket: QueueTicket, overload: _Overload) -> float:
         """Estimates the seconds until so many places of the queue, or of the caller's share, become free."""
@@ -314,6 +315,10 @@ class _Placed:
     started: list[QueueTicket] = field(default_factory=list)
     count: int = 0
     overload: _Overload | None = None
+
+
+def _ignore(position: int, seconds: float | None) -> None:
+    """Stands for a caller that needs no positions."""
 
 
 def _order(ticket: QueueTicket) -> tuple[int, float, int]:

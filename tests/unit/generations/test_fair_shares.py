@@ -245,8 +245,9 @@ async def test_jobs_that_never_fit_are_an_invalid_request(count: int, most: int)
     admission = Admission(StepTimeEstimator(), max_active=1, max_queue=4)
     jobs = [(JOB, lambda *_: None)] * count
     with pytest.raises(errors.InvalidRequest, match=f"at most {most} such images at once") as caught:
-        admission.enter_all(jobs, "a")
+        admission.require_possible([job for job, _ in jobs], "a")
     assert caught.value.retry_after is None
+    admission.require_possible([job for job, _ in jobs[:most]], "a")
     assert len(admission.enter_all(jobs[:most], "a")) == most
 
 

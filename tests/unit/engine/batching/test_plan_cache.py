@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from calotype_server.engine.assembly import build_engine
 from calotype_server.engine import disk_cache
+from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.batching import measure, plan, plan_cache
 from calotype_server.engine.batching.measure import Threads
 from calotype_server.engine.batching.plan import Plan, PlanOptions

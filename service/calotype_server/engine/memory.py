@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import resource
 import sys
 import weakref
@@ -16,16 +18,32 @@ from torch.utils._pytree import tree_leaves
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["free_memory", "is_out_of_memory", "peak_memory"]
+__all__ = ["free_memory", "is_out_of_memory", "peak_memory", "return_large_blocks"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 _STATM = Path("/proc/self/statm")
 
+_M_MMAP_THRESHOLD = -3
+"""From malloc.h of glibc."""
+_LARGE_BLOCK = 4 * 2**20
+"""Bytes. The tensors of a small image stay below it, so that they do not cost a system call."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether memory ran out, on a device or on the host. Torch has no exception type for the host."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def return_large_blocks() -> None:
+    """Makes the C library return every large block to the system when it is freed.
+
+    glibc raises its threshold up to 32 MiB by itself, and each thread keeps blocks below it. With eight generations of
+    512 x 512 pixels, the bundled model then used 1.6 GB instead of 0.35 GB. The environment variable
+    `MALLOC_MMAP_THRESHOLD_` takes precedence; other C libraries are not changed.
+    """
+    if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -1,11 +1,12 @@
 """Memory: the limit of this process, and how much a generation needs."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from calotype_server.engine import memory, memory_need
+from calotype_server.engine import loading, memory, memory_need
 from calotype_server.engine.capabilities import Defaults, describe
 from calotype_server.engine.memory import free_memory, peak_memory
 from calotype_server.engine.memory_need import extrapolation, memory_model
@@ -129,3 +130,30 @@ class TestOfAPipeline:
         """The error is logged, and the server starts."""
         monkeypatch.setattr(memory_need, "_measure", lambda *_: 1 / 0)
         assert memory_model(pipeline, model, cache_dir=tmp_path, limit=MIB) is None
+
+
+@pytest.mark.slow
+def test_the_documented_need_of_the_bundled_model_is_the_measured_one(tmp_path):
+    """The figures in service/SIZING.md, which the manifests rely on, are within 5 % of a new measurement."""
+    pipeline = loading.load_pipeline("bundled", revision=None, variant=None, device=CPU, dtype=torch.float32)
+    model = describe("bundled", pipeline, Defaults())
+    found = memory_model(pipeline, model, cache_dir=tmp_path, limit=MIB)
+    assert (found.denoising[0], found.decoding[0]) == pytest.approx((168, 883), rel=0.05)
+    assert (found.denoising[1], found.decoding[1]) == (0.0, 0.0)
+
+
+def test_large_blocks_are_returned_unless_the_operator_decides(monkeypatch):
+    """The threshold of glibc is set once, and not if the environment sets it."""
+    calls = []
+    libc = SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: libc)
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
+    memory.return_large_blocks()
+    assert calls == []
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_")
+    memory.return_large_blocks()
+    assert calls == [(-3, 4 * MIB)]
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
+    memory.return_large_blocks()
+    assert len(calls) == 1

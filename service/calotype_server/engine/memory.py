@@ -83,7 +83,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
     return allocated.peak
 
 
-class _AllocatedBytes(TorchDispatchMode):
+class _AllocatedBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that are created while the mode is active.
 
     Attributes:
@@ -91,7 +91,7 @@ class _AllocatedBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._bytes = 0
         self._counted: dict[int, int] = {}

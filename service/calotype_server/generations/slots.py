@@ -174,7 +174,7 @@ class Slots:
         return True
 
     def _rules(self) -> Callable[[QueueTicket], bool]:
-        """Returns a function that tells whether a rule holds work back, in a time that does not depend on the slots."""
+        """Returns a function that is true for work that a rule holds back. Its cost does not depend on the slots."""
         running = self._running
         last = self.count > 1 and len(running) == self.count - 1
         suspect = any(ticket.suspect for ticket in running)

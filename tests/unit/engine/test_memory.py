@@ -1,6 +1,9 @@
 """Memory: the limit of this process, and how much a generation needs."""
 
+import ctypes
 import os
+import platform
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -115,7 +118,7 @@ class TestOfAPipeline:
     def test_the_need_covers_the_measured_peak_of_a_larger_image(self, pipeline, model, tmp_path):
         """An image with four times the pixels of the default needs no more than the extrapolation."""
         found = memory_model(pipeline, model, cache_dir=tmp_path, limit=MIB)
-        large = memory_need.replace(model, width=2 * model.width, height=2 * model.height)
+        large = replace(model, width=2 * model.width, height=2 * model.height)
         peak = peak_memory(memory_need._generation(pipeline, large), CPU)
         assert peak < found.need([large.width * large.height])
 
@@ -146,14 +149,14 @@ def test_large_blocks_are_returned_unless_the_operator_decides(monkeypatch):
     """The threshold of glibc is set once, and not if the environment sets it."""
     calls = []
     libc = SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: libc)
-    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: libc)
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000")
     memory.return_large_blocks()
     assert calls == []
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_")
     memory.return_large_blocks()
     assert calls == [(-3, 4 * MIB)]
-    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     memory.return_large_blocks()
     assert len(calls) == 1

@@ -136,9 +136,11 @@ async def test_two_busy_callers_leave_no_slot_idle() -> None:
 MEMORY = MemoryModel(available=100 * JOB.pixel_count, denoising=(1.0, 0.0), decoding=(0.0, 0.0))
 
 
-def with_memory(**options: object) -> Admission:
+def with_memory(*, shared: bool = False) -> Admission:
     """Returns a queue in front of 8 slots, in whose memory 100 small or 6 large images fit."""
-    return Admission(StepTimeEstimator(), max_active=8, max_queue=32, memory=MEMORY, spare=JOB.pixel_count, **options)
+    return Admission(
+        StepTimeEstimator(), max_active=8, max_queue=32, shared=shared, memory=MEMORY, spare=JOB.pixel_count
+    )
 
 
 async def test_images_that_do_not_fit_into_memory_wait() -> None:

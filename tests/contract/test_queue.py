@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 
 from calotype.v1 import calotype_pb2 as pb
 from support.engine.fake_engine import FakeEngine
+from support.keyring import Keyring
 from support.service import read_until, running
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def request(seed: int, priority: pb.Priority.ValueType = pb.PRIORITY_INTERACTIVE) -> pb.GenerateRequest:
@@ -48,6 +53,36 @@ async def test_interactive_requests_overtake_batch_requests() -> None:
         engine.allow()
         await asyncio.gather(*(read_until(call, pb.PHASE_SUCCEEDED) for call in (running_call, interactive, batch)))
     assert [job.seed for job in engine.jobs] == [1, 3, 2]
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+async def test_one_key_cannot_keep_others_out(tmp_path: Path, slots: int) -> None:
+    """A key that sends as much as it can fills neither the queue nor, if there are several, all slots.
+
+    With several slots, another key's image starts at once; with one, it is the next.
+    """
+    keyring = Keyring(tmp_path / "keys.toml")
+    for name in ("alice", "bob"):
+        keyring.add(name)
+    engine = FakeEngine()
+    engine.hold()
+    settings = {"max_queue_per_caller": None, "api_keys": keyring.path}
+    async with running(engine, max_active=slots, max_queue=8, access=keyring.access(), settings=settings) as service:
+        hog = [service.stub.Generate(request(seed), metadata=keyring.metadata("alice")) for seed in range(20)]
+        answers = await asyncio.gather(*(call.read() for call in hog), return_exceptions=True)
+        rejected = [each for each in answers if isinstance(each, grpc.aio.AioRpcError)]
+        assert {error.code() for error in rejected} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert (service.admission.active, service.admission.waiting) == (max(1, slots - 1), 4)
+        other = service.stub.Generate(request(99), metadata=keyring.metadata("bob"))
+        if slots > 1:
+            await read_until(other, pb.PHASE_DENOISING)
+        else:
+            assert (await other.read()).queue_position == 1
+        engine.allow()
+        await read_until(other, pb.PHASE_SUCCEEDED)
+        assert [job.seed for job in engine.jobs].index(99) <= slots
+        for call in hog:
+            call.cancel()
 
 
 async def test_an_unknown_priority_is_rejected() -> None:

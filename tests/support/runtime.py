@@ -67,6 +67,9 @@ async def running_runtime(
         settings: Further fields of `Settings`.
     """
     given = {"drain_seconds": 0, "watchdog_seconds": 0, **settings}
+    if "max_queue" in given:
+        # Most tests have one caller, which may fill the queue.
+        given.setdefault("max_queue_per_caller", given["max_queue"])
     async with Runtime(
         Settings(**given),
         WithSlots(engine, max_active),

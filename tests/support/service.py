@@ -92,6 +92,7 @@ async def running(
     observe: Observe = ignore,
     metrics: Render | None = None,
     web: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> AsyncIterator[Service]:
     """Serves `engine` during the block: in plaintext and without keys, unless `authority` and `access` are given.
 
@@ -112,6 +113,7 @@ async def running(
         observe: Receives all events.
         metrics: Renders `/metrics`.
         web: Further arguments of `WebServer`.
+        settings: Further fields of `Settings`.
     """
     access = access or Access()
     api = GenerationService(limits)
@@ -129,6 +131,7 @@ async def running(
             retain_count=retained,
             retain_bytes=2**24,
             heartbeat_seconds=heartbeat,
+            **(settings or {}),
         ) as runtime,
     ):
         await services.set_serving(opened)

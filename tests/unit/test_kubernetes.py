@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from calotype_server.settings import BridgeSettings, Settings
+from calotype_server.types import MemoryModel
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "service" / "kubernetes"
@@ -190,6 +191,27 @@ def test_ray_has_the_same_configuration_as_locally() -> None:
     mode = dict(line.split("=") for line in lines if line and not line.startswith("#"))
     for pod in ray_pods():
         assert {each["name"]: each["value"] for each in pod["spec"]["containers"][0]["env"]} == mode
+
+
+def test_two_of_the_largest_images_fit_into_the_memory_limit() -> None:
+    """The memory limit covers the loaded model, retained images and two images of the largest size at once.
+
+    The figures of the model are those in service/SIZING.md; `tests/unit/engine/test_memory.py` measures them.
+    """
+    sizing = (ROOT / "service" / "SIZING.md").read_text()
+    denoising, decoding = map(float, re.findall(r"one image at a time \| (\d+) · (\d+) bytes", sizing)[0])
+    loaded = float(re.findall(r"just loaded · of a bridge \| ([\d.]+) GB", sizing)[0]) * 1e9
+    replicas = documents(MANIFESTS / "base" / "replicas.yaml")[0]["spec"]["template"]["spec"]["containers"][0]
+    given = {each["name"].removeprefix("CALOTYPE_").lower(): each["value"] for each in replicas["env"]}
+    settings = Settings(**given)
+    assert replicas["resources"]["limits"]["memory"] == "3Gi"
+    free = 3 * 2**30 - loaded - settings.retain_bytes - 256 * 2**20
+    two = [settings.max_pixels] * 2
+    assert MemoryModel(0, (denoising, 0.0), (decoding, 0.0)).need(two) <= free
+    actor = yaml.safe_load(ray_service()["spec"]["serveConfigV2"])["applications"][0]["deployments"][0]
+    variables = actor["ray_actor_options"]["runtime_env"]["env_vars"]
+    two = [int(variables["CALOTYPE_MAX_PIXELS"])] * 2
+    assert MemoryModel(0, (denoising, 0.0), (decoding, 0.0)).need(two) <= int(variables["CALOTYPE_MEMORY_LIMIT"])
 
 
 def test_every_variable_of_ray_replicas_is_a_valid_setting() -> None:

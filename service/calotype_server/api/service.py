@@ -46,7 +46,12 @@ class GenerationService:
         self._generations: Generations | None = None
 
     def open(self, generations: Generations) -> None:
-        """Accepts requests from now on."""
+        """Accepts requests from now on, with images that fit into memory."""
+        model = generations.model
+        if model.memory is not None:
+            # An image of the default size is always allowed: the server generated one when it started.
+            fitting = max(model.memory.max_pixels, model.width * model.height)
+            self._limits = replace(self._limits, max_pixels=min(self._limits.max_pixels, fitting))
         self._generations = generations
 
     @contextlib.asynccontextmanager
@@ -73,15 +78,46 @@ class GenerationService:
         Raises:
             ServiceError: The request is rejected.
         """
-        redact_in_logs(request.prompt, request.negative_prompt)
-        job, delivery = validate(request, self.generations.model, self._limits, violations)
-        delivery = replace(delivery, caller=caller.id, deadline=deadline)
-        async with self.generations.start(job, delivery, caller.quota) as reader:
-            structlog.contextvars.bind_contextvars(generation=reader.generation.id)
-            _log.info("generation accepted", size=f"{job.width}x{job.height}", steps=job.step_count, prompt=job.prompt)
-            stream = ProgressStream(reader, whole=whole)
-            await stream.prefetch()
+        opening = self.generate_all([request], caller, deadline=deadline, whole=whole, violations=violations)
+        async with opening as (stream,):
             yield stream
+
+    @contextlib.asynccontextmanager
+    async def generate_all(
+        self,
+        requests: Sequence[pb.GenerateRequest],
+        caller: Caller,
+        *,
+        deadline: float | None = None,
+        whole: bool = False,
+        violations: Sequence[Violation] = (),
+    ) -> AsyncIterator[list[ProgressStream]]:
+        """Starts a generation for each request, or none; the other arguments are those of `generate`.
+
+        Args:
+            requests: The images to generate, without a common request id.
+            caller: The caller that owns the generations.
+            deadline: Seconds in which the caller needs all final images; None for no limit.
+            whole: Whether each final image is sent in one message.
+            violations: Violations found when the requests were decoded.
+
+        Raises:
+            ServiceError: The requests are rejected. `InvalidRequest` has the field `image_count` if there are too many.
+        """
+        jobs = []
+        for request in requests:
+            redact_in_logs(request.prompt, request.negative_prompt)
+            job, delivery = validate(request, self.generations.model, self._limits, violations)
+            jobs.append((job, replace(delivery, caller=caller.id, deadline=deadline)))
+        async with self.generations.start_all(jobs, caller.quota) as readers:
+            streams = [ProgressStream(reader, whole=whole) for reader in readers]
+            for stream in streams:
+                job = stream.generation.job
+                structlog.contextvars.bind_contextvars(generation=stream.generation.id)
+                size = f"{job.width}x{job.height}"
+                _log.info("generation accepted", size=size, steps=job.step_count, prompt=job.prompt)
+                await stream.prefetch()
+            yield streams
 
     @contextlib.asynccontextmanager
     async def watch(

@@ -123,6 +123,9 @@ class Runtime:
             max_active=engine.model.max_active,
             max_queue=settings.max_queue,
             max_queue_per_caller=settings.max_queue_per_caller,
+            shared=settings.checks_keys,
+            memory=engine.model.memory,
+            spare=engine.model.width * engine.model.height,
         )
         self._encoder = encoder = Encoder(
             engine.note_preview_encoding,

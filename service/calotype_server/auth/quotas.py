@@ -13,10 +13,16 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from calotype_server.errors import ConcurrentGenerations, PixelStepsPerMinute, RequestsPerMinute
+from calotype_server.errors import (
+    ConcurrentGenerations,
+    InvalidRequest,
+    PixelStepsPerMinute,
+    RequestsPerMinute,
+    Violation,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from calotype_server.types import Job
 
@@ -70,6 +76,10 @@ class Bucket:
         """Takes `cost` tokens, which may leave a debt."""
         self._tokens -= cost
 
+    def give_back(self, cost: float) -> None:
+        """Returns tokens that were taken for something that did not happen."""
+        self._tokens = min(self._capacity, self._tokens + cost)
+
 
 class Quota:
     """The limits of one caller and how much of them it has used.
@@ -88,45 +98,71 @@ class Quota:
             None if limits.pixel_steps_per_minute is None else Bucket(limits.pixel_steps_per_minute, now)
         )
 
-    def check(self, job: Job, running: int) -> None:
-        """Checks whether the caller may start a job now, without charging for it.
+    def check(self, jobs: Sequence[Job], running: int) -> None:
+        """Checks whether the caller may start all of these jobs now, without charging for them.
 
         Args:
-            job: The job to start.
+            jobs: The jobs to start.
             running: Number of the caller's queued and running generations.
 
         Raises:
+            InvalidRequest: Several jobs together are more than the limits ever allow at once.
             ConcurrentGenerations: The maximum number of generations is queued or running.
             RequestsPerMinute: The caller started too many generations in the last minute.
             PixelStepsPerMinute: The caller's generations of the last minute used too many pixel steps.
         """
         limits, now = self.limits, self._clock()
-        if limits.concurrent is not None and running >= limits.concurrent:
+        count, cost = len(jobs), sum(map(_pixel_steps, jobs))
+        if count > 1:
+            _require_possible(limits, count, cost)
+        if limits.concurrent is not None and running + count > limits.concurrent:
             raise ConcurrentGenerations(
                 f"Your key allows {limits.concurrent} generations at the same time; {running} are queued or running.",
                 retry_after=_RUNNING_RETRY_SECONDS,
                 metadata={"limit": str(limits.concurrent)},
             )
-        if self._request_bucket is not None and (wait := self._request_bucket.wait(1, now)):
+        if self._request_bucket is not None and (wait := self._request_bucket.wait(count, now)):
             raise RequestsPerMinute(
                 f"Your key allows {limits.requests_per_minute:g} generations per minute.",
                 retry_after=wait,
                 metadata={"limit": f"{limits.requests_per_minute:g}"},
             )
-        if self._pixel_step_bucket is not None and (wait := self._pixel_step_bucket.wait(_pixel_steps(job), now)):
+        if self._pixel_step_bucket is not None and (wait := self._pixel_step_bucket.wait(cost, now)):
             raise PixelStepsPerMinute(
                 f"Your key allows {limits.pixel_steps_per_minute:.0f} pixels times steps per minute; "
-                f"this image needs {_pixel_steps(job)}.",
+                f"this request needs {cost}.",
                 retry_after=wait,
-                metadata={"limit": f"{limits.pixel_steps_per_minute:.0f}", "cost": str(_pixel_steps(job))},
+                metadata={"limit": f"{limits.pixel_steps_per_minute:.0f}", "cost": str(cost)},
             )
 
-    def charge(self, job: Job) -> None:
-        """Charges the caller for a job that was started."""
+    def charge(self, jobs: Sequence[Job]) -> None:
+        """Charges the caller for jobs that were started."""
         if self._request_bucket is not None:
-            self._request_bucket.take(1)
+            self._request_bucket.take(len(jobs))
         if self._pixel_step_bucket is not None:
-            self._pixel_step_bucket.take(_pixel_steps(job))
+            self._pixel_step_bucket.take(sum(map(_pixel_steps, jobs)))
+
+    def refund(self, jobs: Sequence[Job]) -> None:
+        """Reverses the charge for jobs that the server could not accept after all."""
+        if self._request_bucket is not None:
+            self._request_bucket.give_back(len(jobs))
+        if self._pixel_step_bucket is not None:
+            self._pixel_step_bucket.give_back(sum(map(_pixel_steps, jobs)))
+
+
+def _require_possible(limits: QuotaLimits, count: int, pixel_steps: int) -> None:
+    """Raises `InvalidRequest` if a group of jobs exceeds a limit even when nothing else was started.
+
+    A single job is never impossible: it may leave a debt. A group can be split.
+    """
+    for limit, needed, unit in (
+        (limits.concurrent, count, "generations at the same time"),
+        (limits.requests_per_minute, count, "generations per minute"),
+        (limits.pixel_steps_per_minute, pixel_steps, "pixels times steps per minute"),
+    ):
+        if limit is not None and needed > limit:
+            description = f"is {count}, which needs {needed} {unit}; your key allows {limit:.15g}"
+            raise InvalidRequest([Violation("image_count", description)])
 
 
 def _pixel_steps(job: Job) -> int:

@@ -16,6 +16,7 @@ from calotype_server.engine.capabilities import Defaults, denoiser_name, describ
 from calotype_server.engine.diffusers_engine import DiffusersEngine
 from calotype_server.engine.early_finish import EarlyFinisher
 from calotype_server.engine.generation_run import EngineParts
+from calotype_server.engine.memory_need import memory_model
 from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
 from calotype_server.engine.request_view import request_view
@@ -50,6 +51,8 @@ def build_engine(
     max_rows: int | None = None,
     deterministic: bool = False,
     measure_again: bool = False,
+    memory_limit: int | None = 0,
+    reserved_bytes: int = 0,
     on_batch: Callable[[BatchRecord], None] | None = None,
     observe: Observe = ignore,
 ) -> DiffusersEngine:
@@ -68,6 +71,8 @@ def build_engine(
         max_rows: Most rows of latents that the denoiser computes together. None: as many as pay off, measured.
         deterministic: Whether an image must be bitwise the same regardless of other generations.
         measure_again: Whether to ignore a cached batching plan and replace it.
+        memory_limit: Bytes that running generations may use together; 0 for no limit, None for the free memory.
+        reserved_bytes: Bytes of the free memory that are for other purposes.
         on_batch: Called after every call of a shared denoiser; it must not block.
         observe: Receives observations.
     """
@@ -103,7 +108,10 @@ def build_engine(
         EngineParts(
             pipeline=shared,
             denoiser=denoiser_name(pipeline),
-            model=_planned(model, plan, previews),
+            model=replace(
+                _planned(model, plan, previews),
+                memory=memory_model(pipeline, model, cache_dir=cache_dir, limit=memory_limit, reserved=reserved_bytes),
+            ),
             previews=previews,
             finisher=EarlyFinisher(_with_session(shared, batcher)),
             budget=budget,

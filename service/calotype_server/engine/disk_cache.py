@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["config_of", "weights_fingerprint", "write_atomically"]
+__all__ = [
+    "config_of",
+    "facts_hash",
+    "facts_path",
+    "load_checked",
+    "save_checked",
+    "weights_fingerprint",
+    "write_atomically",
+]
+
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -34,6 +46,46 @@ def weights_fingerprint(module: Any) -> str:
 def config_of(module: Any) -> dict[str, Any]:
     """Returns a module's config without the entries that diffusers keeps for itself, such as the path of the file."""
     return {name: value for name, value in module.config.items() if not name.startswith("_")}
+
+
+def facts_hash(value: Any) -> str:
+    """Returns a hash of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def facts_path(cache_dir: Path, folder: str, facts: dict[str, Any]) -> Path:
+    """Returns the file in a folder of the cache for a value that depends on these facts."""
+    return cache_dir.expanduser() / folder / f"{facts_hash(facts)[:32]}.json"
+
+
+def load_checked(path: Path, facts: dict[str, Any], decode: Callable[[Any], T], *, key: str, kind: str) -> T | None:
+    """Returns a value that `save_checked` wrote, or None if there is none. A file that cannot be used is logged.
+
+    Args:
+        path: The file.
+        facts: Everything that the value depends on, as plain values.
+        decode: Checks and converts the plain value; it may raise any exception.
+        key: Name of the value in the file.
+        kind: Names the value in the log.
+    """
+    try:
+        stored = json.loads(path.read_bytes())
+        if stored["checksum"] != facts_hash([stored["facts"], stored[key]]):
+            raise ValueError("its checksum does not match")
+        if stored["facts"] != facts:
+            raise ValueError("it was measured for something else")
+        return decode(stored[key])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:
+        _log.warning(f"cannot use the cached {kind}, measuring again", path=str(path), error=repr(error))
+        return None
+
+
+def save_checked(path: Path, facts: dict[str, Any], value: Any, *, key: str, kind: str) -> None:
+    """Writes a plain value with its facts and a checksum. If the folder is not writable, that is logged."""
+    content = {key: value, "facts": facts, "checksum": facts_hash([facts, value])}
+    write_atomically(path, json.dumps(content, indent=1).encode(), kind=kind)
 
 
 def write_atomically(path: Path, content: bytes, *, kind: str) -> None:

@@ -36,8 +36,9 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
     # and spinning was measured to make a step up to twenty times slower. Torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Not at the top: importing torch takes seconds, and a wrong address or flag should be reported before that.
-    from calotype_server.engine import loading
+    from calotype_server.engine import loading, memory
 
+    memory.return_large_blocks()
     device = loading.pick_device(settings.device)
     pipeline = loading.load_pipeline(
         settings.model,
@@ -77,6 +78,9 @@ def _build(settings: Settings, pipeline: Any, observe: Observe) -> Engine:
         max_rows=settings.max_batch_rows,
         deterministic=settings.deterministic,
         measure_again=settings.measure_again,
+        memory_limit=settings.memory_limit,
+        # Images that are retained later.
+        reserved_bytes=settings.retain_bytes,
         observe=observe,
     )
 

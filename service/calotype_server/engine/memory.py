@@ -1,12 +1,157 @@
-"""Recognizes out-of-memory errors."""
+"""Memory: how much this process may use, how much a call needs, and errors that say that it ran out."""
 
 from __future__ import annotations
 
-import torch
+import ctypes
+import os
+import platform
+import resource
+import sys
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["is_out_of_memory"]
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["free_memory", "is_out_of_memory", "peak_memory", "return_large_blocks"]
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_STATM = Path("/proc/self/statm")
+
+_M_MMAP_THRESHOLD = -3
+"""From malloc.h of glibc."""
+_LARGE_BLOCK = 4 * 2**20
+"""Bytes. The tensors of a small image stay below it, so that they do not cost a system call."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether memory ran out, on a device or on the host. Torch has no exception type for the host."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def return_large_blocks() -> None:
+    """Makes the C library return every large block to the system when it is freed.
+
+    glibc raises its threshold up to 32 MiB by itself, and each thread keeps blocks below it. With eight generations of
+    512 x 512 pixels, the bundled model then used 1.6 GB instead of 0.4 GB. The environment variable
+    `MALLOC_MMAP_THRESHOLD_` takes precedence; other C libraries are not changed.
+    """
+    if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Returns the bytes that this process may use on a device in addition to those in use; None if that is unknown.
+
+    On a CPU, the limit is that of the control groups (v1 or v2), or else the physical memory. On CUDA, memory that
+    other processes use is not free, and memory that torch has cached is.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(0, min([physical, *_cgroup_limits()]) - _resident())
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
+    """Returns the most bytes that a call needs at once, in addition to those in use when it starts.
+
+    On a CPU, only the tensors that torch's operations return count, not the memory that an operation uses internally:
+    torch's profiler knows that memory, but it writes to the standard error stream.
+
+    Args:
+        call: Allocates on the device, from this thread.
+        device: A CPU or CUDA device.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _AllocatedBytes() as allocated:
+        call()
+    return allocated.peak
+
+
+class _AllocatedBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that are created while the mode is active.
+
+    Attributes:
+        peak: Most bytes at the same time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._bytes = 0
+        self._counted: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        result = func(*args, **kwargs)
+        for storage in _storages(result):
+            # Views and results in place share the storage of an argument, such as a weight.
+            if id(storage) not in given and id(storage) not in self._counted:
+                self._counted[id(storage)] = storage.nbytes()
+                self._bytes += storage.nbytes()
+                weakref.finalize(storage, self._freed, id(storage))
+        self.peak = max(self.peak, self._bytes)
+        return result
+
+    def _freed(self, storage: int) -> None:
+        self._bytes -= self._counted.pop(storage)
+
+
+def _storages(values: Any) -> Iterator[Any]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+
+
+def _resident() -> int:
+    """Bytes of memory that this process uses; the most that it has used, on systems that say no more."""
+    try:
+        return int(_STATM.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+
+def _cgroup_limits() -> list[int]:
+    """Returns the memory limits, in bytes, of the control groups of this process and of those above them."""
+    try:
+        lines = _OWN_CGROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            root, file = _CGROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, file = _CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        folder = root / group.lstrip("/")
+        # In a container, the path may be one of the host that does not exist here. The limit is then at the root.
+        for each in (folder, *folder.parents):
+            if each.is_relative_to(root) and (limit := _read_limit(each / file)) is not None:
+                found.append(limit)
+    return found
+
+
+def _read_limit(file: Path) -> int | None:
+    try:
+        text = file.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+import heapq
+import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
     from calotype_server.types import Job, Timings
 
-__all__ = ["StepTimeEstimator", "Work", "finish_times"]
+__all__ = ["Pace", "StepTimeEstimator", "Work", "finish_times"]
 
 _NEWEST_WEIGHT = 0.2
 """Weight of the newest measurement in the moving averages: a busy minute loses its effect after a few generations."""
@@ -62,6 +63,22 @@ class StepTimeEstimator:
         # An unmeasured number is assumed to share the device evenly. Batching does better, and is measured soon.
         return known[nearest] * job.pixel_count * active / nearest
 
+    def paces(self, most: int) -> list[Pace] | None:
+        """Returns the speeds at 0 (meaningless), 1, ..., `most` running generations; None before the first measurement.
+
+        They are those of `step_seconds`, in time O(`most` + measurements).
+        """
+        known, around = self._step, self._around
+        if not known or around is None:
+            return None
+        counts = sorted(known)
+        found, nearest = [Pace(math.inf, math.inf)], 0
+        for active in range(1, most + 1):
+            while nearest + 1 < len(counts) and counts[nearest + 1] - active <= active - counts[nearest]:
+                nearest += 1
+            found.append(Pace(known[counts[nearest]] * active / counts[nearest], around))
+        return found
+
     def usual_pause(self, job: Job, active: int = 1) -> float | None:
         """Usual seconds between two events of `job`: a step, or the work before or after the steps."""
         step = self.step_seconds(job, active)
@@ -94,45 +111,91 @@ def finish_times(
     """Simulates the queue: when does each waiting job finish if no other job arrives?
 
     All running jobs progress together at the speed measured for their number. Waiting jobs start in order when a slot
-    becomes free.
+    becomes free. Costs O((running + waiting) log slots), and in addition `slots` times the number of different step
+    counts among the last `slots` jobs.
 
     Args:
         estimator: The measured durations.
-        running: Running jobs.
+        running: Running jobs, at most `slots`.
         waiting: Waiting jobs, the next one first.
         slots: Number of jobs that run at once.
 
     Returns:
         Seconds from now to the final image of each waiting job; None before the first measurement.
     """
-    if waiting and estimator.total_seconds(waiting[0]) is None:
+    if not waiting:
+        return []
+    count = min(slots, len(running) + len(waiting))
+    paces = estimator.paces(count)
+    if paces is None:
         return None
-    pending = deque(_Place(job, 1.0, index) for index, job in enumerate(waiting))
-    active = [_Place(work.job, work.left, None) for work in running]
     times = [0.0] * len(waiting)
-    now, unfinished = 0.0, len(waiting)
-    while unfinished:
-        while pending and len(active) < slots:
-            active.append(pending.popleft())
-        durations = [estimator.total_seconds(place.job, len(active)) or 0.0 for place in active]
-        lefts = [place.left * duration for place, duration in zip(active, durations, strict=True)]
-        passed = min(lefts)
-        now += passed
-        for place, duration in zip(active, durations, strict=True):
-            place.left -= passed / duration if duration else place.left
-        ended = active.pop(lefts.index(passed))
+    # As long as jobs wait, as many run as there are slots, so their speed and the time of their end do not change.
+    joining = count - len(running)
+    active = [_Place(work.left * paces[count].seconds(work.job), None, work.job) for work in running]
+    active += [_Place(paces[count].seconds(job), index, job) for index, job in enumerate(waiting[:joining])]
+    heapq.heapify(active)
+    now = 0.0
+    for index in range(joining, len(waiting)):
+        ended = active[0]
+        now = ended.end
         if ended.index is not None:
             times[ended.index] = now
-            unfinished -= 1
+        heapq.heapreplace(active, _Place(now + paces[count].seconds(waiting[index]), index, waiting[index]))
+    _finish_last(active, now, paces, times)
     return times
 
 
-@dataclass(slots=True)
+def _finish_last(active: list[_Place], now: float, paces: Sequence[Pace], times: list[float]) -> None:
+    """Simulates jobs that run until all have ended, and writes the times of those that had been waiting.
+
+    The speed changes whenever one ends. Jobs with the same number of steps keep their order then, because the time of
+    each is its number of pixels times a factor that they have in common. So only the next of each group is compared.
+    """
+    count = len(active)
+    groups: dict[int, list[tuple[float, int]]] = {}
+    for place in sorted(active, reverse=True):
+        pixels_left = (place.end - now) / paces[count].seconds_per_pixel(place.job)
+        groups.setdefault(place.job.step_count, []).append((pixels_left, -1 if place.index is None else place.index))
+    done = dict.fromkeys(groups, 0.0)
+    for pace in paces[count:0:-1]:
+        factors = {steps: pace.step * steps + pace.around for steps in groups}
+        passed, steps = min((factors[steps] * (group[-1][0] - done[steps]), steps) for steps, group in groups.items())
+        now += passed
+        for each in groups:
+            done[each] += passed / factors[each]
+        _, index = groups[steps].pop()
+        if index >= 0:
+            times[index] = now
+        if not groups[steps]:
+            del groups[steps]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Speed at a number of running generations: seconds per pixel for a step, and for the work around the steps."""
+
+    step: float
+    around: float
+
+    def seconds(self, job: Job) -> float:
+        """Seconds that a job takes."""
+        return self.seconds_per_pixel(job) * job.pixel_count
+
+    def seconds_per_pixel(self, job: Job) -> float:
+        """Seconds that each pixel of a job takes."""
+        return self.step * job.step_count + self.around
+
+
+@dataclass(order=True, slots=True)
 class _Place:
-    job: Job
-    left: float
-    index: int | None
+    """A running job in the simulation."""
+
+    end: float
+    """Seconds from the start of the simulation."""
+    index: int | None = field(compare=False)
     """Index in the queue; None for a job that already runs."""
+    job: Job = field(compare=False)
 
 
 def _mix(old: float | None, new: float) -> float:

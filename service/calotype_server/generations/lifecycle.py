@@ -15,13 +15,14 @@ from calotype_server.generations.completion import Completion
 from calotype_server.generations.generation import Generation
 from calotype_server.generations.ids import tag_of
 from calotype_server.generations.reader import Reader
+from calotype_server.generations.reservation import position_reporter, reserve
 from calotype_server.generations.restored import reason_not_to_run
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.threads import stacks
-from calotype_server.types import Job, Phase, Queued
+from calotype_server.types import Job, Phase
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 
     from calotype_server.auth.access import Caller
     from calotype_server.auth.quotas import Quota
@@ -128,10 +129,42 @@ class Generations:
             DeadlineTooShort: The image cannot be ready before the deadline.
             StateUnavailable: The generation could not be written to disk, or the disk has no room for its image.
         """
-        generation = self._index.same(job, delivery) or self._accept(job, delivery, quota)
-        with self._read(generation) as reader:
-            await generation.persisted()
+        async with self.start_all([(job, delivery)], quota) as (reader,):
             yield reader
+
+    @contextlib.asynccontextmanager
+    async def start_all(
+        self, requests: Sequence[tuple[Job, DeliveryOptions]], quota: Quota | None = None
+    ) -> AsyncIterator[list[Reader]]:
+        """Accepts several jobs of one caller, or none of them, and opens a reader of each; see `start`.
+
+        A rejection uses up nothing: no slot, no place in the queue, and no part of the quota.
+
+        Args:
+            requests: Jobs and their delivery, with the same caller and deadline, and without a common request id.
+            quota: Limits of the caller; only new generations count.
+
+        Raises:
+            InvalidRequest: Together the jobs exceed a limit even when nothing else waits or runs.
+            ServiceError: As for `start`.
+        """
+        earlier = [self._index.same(job, delivery) for job, delivery in requests]
+        new = [request for request, found in zip(requests, earlier, strict=True) if found is None]
+        accepted = self._accept(new, quota) if new else []
+        rest = iter(accepted)
+        with contextlib.ExitStack() as stack:
+            generations = [found or next(rest) for found in earlier]
+            readers = [stack.enter_context(self._read(generation)) for generation in generations]
+            try:
+                for generation in generations:
+                    await generation.persisted()
+            except errors.ServiceError as error:
+                for generation in accepted:
+                    generation.abort(error)
+                if quota is not None:
+                    quota.refund([generation.job for generation in accepted])
+                raise
+            yield readers
 
     @contextlib.asynccontextmanager
     async def follow(
@@ -232,7 +265,7 @@ class Generations:
                 rejected.append((generation, error))
             else:
                 try:
-                    self._run(generation, restored=True)
+                    self._run_again(generation)
                 except errors.ServiceError as error:
                     rejected.append((generation, error))
                 else:
@@ -291,19 +324,19 @@ class Generations:
         if self._heartbeat is not None:
             self._heartbeat.cancel()
 
-    def _accept(self, job: Job, delivery: DeliveryOptions, quota: Quota | None) -> Generation:
+    def _accept(self, requests: Sequence[tuple[Job, DeliveryOptions]], quota: Quota | None) -> list[Generation]:
+        """Accepts all jobs or none, without giving control to the event loop in between."""
         if self._retry_after is not None:
             raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
-        if quota is not None:
-            quota.check(job, self._index.active(delivery.caller))
         if problem := self._index.problem:
             raise errors.StateUnavailable(problem, retry_after=_STATE_RETRY_SECONDS)
-        generation = self._create(job, delivery)
-        ticket = self._run(generation)
-        if quota is not None:
-            quota.charge(job)
-        self._index.accept(generation, starts=ticket.turn.done())
-        return generation
+        generations = [self._create(job, delivery) for job, delivery in requests]
+        active = self._index.active(generations[0].delivery.caller)
+        tickets = reserve(self._admission, generations, quota, active)
+        for generation, ticket in zip(generations, tickets, strict=True):
+            self._begin(generation, ticket)
+            self._index.accept(generation, starts=ticket.turn.done())
+        return generations
 
     def _create(
         self, job: Job, delivery: DeliveryOptions, record: Record | None = None, image: bytes | None = None
@@ -319,27 +352,25 @@ class Generations:
             observe=self._observe,
         )
 
-    def _run(self, generation: Generation, *, restored: bool = False) -> QueueTicket:
-        """Puts a generation in the queue and runs it in its own task. Returns its place in the queue."""
-
-        def on_move(position: int, remaining: float | None) -> None:
-            generation.events.publish(Queued(position, remaining))
-
+    def _run_again(self, generation: Generation) -> None:
+        """Puts a restored generation in the queue."""
         delivery = generation.delivery
         ticket = self._admission.enter(
             generation.job,
             delivery.caller,
-            on_move,
-            delivery.deadline,
-            restored=restored,
+            position_reporter(generation),
+            restored=True,
             suspect=generation.attempts > 0,
         )
+        self._begin(generation, ticket)
+
+    def _begin(self, generation: Generation, ticket: QueueTicket) -> None:
+        """Runs a generation that has a place in the queue."""
         generation.begin(self._completion.run(generation, ticket))
         self._running.add(generation)
         self._index.add(generation)
         if self._heartbeat is None:
             self._heartbeat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._beat)
-        return ticket
 
     def _beat(self) -> None:
         for generation in self._running:

@@ -77,7 +77,13 @@ class Settings(WebSettings):
         32, ge=0, description="Maximum generations in the queue. When it is full, further requests are rejected."
     )
     max_queue_per_caller: int | None = Field(
-        None, ge=0, description="Maximum generations of one caller in the queue. Default: --max-queue."
+        None, ge=0, description="Maximum generations of one caller in the queue. Default: half of --max-queue."
+    )
+    memory_limit: int | None = Field(
+        None,
+        ge=0,
+        description="Memory that running generations may use together, in addition to the loaded model, in bytes. "
+        "Default: measured at startup. 0 turns the limit off.",
     )
     preview_method: PreviewMethod = Field(
         _PREVIEW.method,

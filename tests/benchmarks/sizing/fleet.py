@@ -1,7 +1,8 @@
 """A fleet of replicas in SimPy: the product's policies with simulated time.
 
 The product's own `BatchScheduler` decides which calls are joined. `FairQueue` follows the rules of the product's
-`Admission`, without its futures and estimates; the tests compare the two.
+`Admission`, without its futures and estimates, and without the slot that it keeps for other callers; the tests compare
+the two.
 """
 
 from __future__ import annotations

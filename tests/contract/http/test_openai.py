@@ -12,6 +12,7 @@ import pytest
 from calotype_server import errors
 from calotype_server.api import service as api
 from support.engine.fake_engine import FakeEngine
+from support.lab import until
 from support.service import running
 
 if TYPE_CHECKING:
@@ -168,8 +169,10 @@ async def test_errors_become_the_sdks_exceptions(sdk: openai.AsyncOpenAI, servic
             pass
     engine.failure = None
     engine.hold()
+    running_images = asyncio.create_task(sdk.images.generate(prompt="a red apple", n=3))
+    await until(lambda: service.admission.waiting == 2)
     with pytest.raises(openai.RateLimitError) as full:
-        await sdk.images.generate(prompt="a red apple", n=9)
+        await sdk.images.generate(prompt="a red apple", n=3)
     assert full.value.code == "QUEUE_FULL"
     assert int(full.value.response.headers["retry-after"]) >= 1
     with pytest.raises(openai.NotFoundError, match="'fake'"):
@@ -179,6 +182,7 @@ async def test_errors_become_the_sdks_exceptions(sdk: openai.AsyncOpenAI, servic
         await sdk.images.generate(prompt="a red apple")
     assert (draining.value.status_code, draining.value.response.headers["retry-after"]) == (503, "5")
     engine.allow()
+    await running_images
 
 
 async def test_the_sdk_retries_while_the_model_loads(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

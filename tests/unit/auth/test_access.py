@@ -150,13 +150,13 @@ def test_usage_survives_a_reload_unless_the_limits_change(keyring: Keyring) -> N
     """Touching the file does not reset the usage of a key; changing its limits does."""
     alice = keyring.add("alice", requests_per_minute=1)
     access = keyring.access()
-    access.authenticate(f"Bearer {alice}", PEER).quota.charge(JOB)
+    access.authenticate(f"Bearer {alice}", PEER).quota.charge([JOB])
     access.reload()
     with pytest.raises(RequestsPerMinute):
-        access.authenticate(f"Bearer {alice}", PEER).quota.check(JOB, 0)
+        access.authenticate(f"Bearer {alice}", PEER).quota.check([JOB], 0)
     keyring.path.write_text(keyring.path.read_text().replace("requests_per_minute = 1.0", "requests_per_minute = 2.0"))
     access.reload()
-    access.authenticate(f"Bearer {alice}", PEER).quota.check(JOB, 0)
+    access.authenticate(f"Bearer {alice}", PEER).quota.check([JOB], 0)
 
 
 def test_the_file_contains_no_secrets(keyring: Keyring) -> None:

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calotype_server.auth.quotas import Bucket, Quota, QuotaLimits
-from calotype_server.errors import ConcurrentGenerations, PixelStepsPerMinute, RequestsPerMinute, ServiceError
+from calotype_server.errors import (
+    ConcurrentGenerations,
+    InvalidRequest,
+    PixelStepsPerMinute,
+    RequestsPerMinute,
+    ServiceError,
+)
 from calotype_server.types import Job
 
 JOB = Job("a cat", None, 64, 64, 10, 3.0, 0, "DDIMScheduler")
@@ -70,32 +76,65 @@ def test_each_limit_rejects_by_name_and_recovers(limits: QuotaLimits, error: typ
     clock = Clock()
     quota = Quota(limits, clock)
     for running in range(2):
-        quota.check(JOB, running)
-        quota.charge(JOB)
+        quota.check([JOB], running)
+        quota.charge([JOB])
     with pytest.raises(error) as caught:
-        quota.check(JOB, 2)
+        quota.check([JOB], 2)
     assert caught.value.retry_after == pytest.approx(wait)
     assert caught.value.code == "RESOURCE_EXHAUSTED"
     clock.now += wait
-    quota.check(JOB, 1)
+    quota.check([JOB], 1)
 
 
 def test_a_job_larger_than_the_bucket_leaves_a_debt() -> None:
     """A job worth three minutes starts at once if the bucket is full, and the next job waits for three minutes."""
     clock = Clock()
     quota = Quota(QuotaLimits(pixel_steps_per_minute=COST / 3), clock)
-    quota.check(JOB, 0)
-    quota.charge(JOB)
+    quota.check([JOB], 0)
+    quota.charge([JOB])
     with pytest.raises(PixelStepsPerMinute) as caught:
-        quota.check(JOB, 0)
+        quota.check([JOB], 0)
     assert caught.value.retry_after == pytest.approx(180)
+
+
+@pytest.mark.parametrize(
+    ("limits", "error"),
+    [
+        (QuotaLimits(requests_per_minute=3), RequestsPerMinute),
+        (QuotaLimits(pixel_steps_per_minute=3 * COST), PixelStepsPerMinute),
+        (QuotaLimits(concurrent=3), ConcurrentGenerations),
+    ],
+)
+def test_a_group_of_jobs_counts_together(limits: QuotaLimits, error: type[ServiceError]) -> None:
+    """After one job, three at once exceed the limit for now, and two are accepted. Four at once are never accepted."""
+    quota = Quota(limits, Clock())
+    quota.charge([JOB])
+    with pytest.raises(error) as caught:
+        quota.check([JOB] * 3, 1)
+    assert caught.value.retry_after
+    quota.check([JOB] * 2, 1)
+    with pytest.raises(InvalidRequest, match="image_count: is 4") as never:
+        quota.check([JOB] * 4, 0)
+    assert never.value.retry_after is None
+
+
+def test_a_refund_reverses_a_charge() -> None:
+    """A job that the server could not accept does not count, and a refund never exceeds a full bucket."""
+    quota = Quota(QuotaLimits(requests_per_minute=2, pixel_steps_per_minute=2 * COST), Clock())
+    quota.charge([JOB] * 2)
+    quota.refund([JOB] * 2)
+    quota.refund([JOB] * 2)
+    quota.check([JOB] * 2, 0)
+    quota.charge([JOB] * 2)
+    with pytest.raises(RequestsPerMinute):
+        quota.check([JOB], 0)
 
 
 def test_a_check_charges_nothing() -> None:
     """A request that is rejected elsewhere, for example by a full queue, does not count."""
     quota = Quota(QuotaLimits(requests_per_minute=1), Clock())
-    quota.check(JOB, 0)
-    quota.check(JOB, 0)
-    quota.charge(JOB)
+    quota.check([JOB], 0)
+    quota.check([JOB], 0)
+    quota.charge([JOB])
     with pytest.raises(RequestsPerMinute):
-        quota.check(JOB, 0)
+        quota.check([JOB], 0)

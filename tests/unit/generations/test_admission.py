@@ -37,13 +37,15 @@ class Mover:
 
 async def test_the_first_request_starts_at_once_and_others_move_up() -> None:
     """Positions are reported on entry and on every change, and turns come in order."""
-    admission = Admission(StepTimeEstimator(), max_active=1, max_queue=3)
+    admission = Admission(StepTimeEstimator(), max_active=1, max_queue=3, max_queue_per_caller=3)
     callers = [Mover() for _ in range(4)]
     tickets = [admission.enter(JOB, "a", caller) for caller in callers]
     assert [ticket.turn.done() for ticket in tickets] == [True, False, False, False]
     admission.leave(tickets[0])
     assert [ticket.turn.done() for ticket in tickets] == [True, True, False, False]
+    await asyncio.sleep(0)
     admission.leave(tickets[2])
+    await asyncio.sleep(0)
     assert [position for position, _ in callers[3].moves] == [3, 2, 1]
     admission.leave(tickets[1])
     assert tickets[3].turn.done()
@@ -53,7 +55,7 @@ async def test_estimates_are_refreshed_while_positions_stay(monkeypatch: pytest.
     """A waiting request gets a new estimate as the work ahead progresses, which also keeps its stream alive."""
     monkeypatch.setattr("calotype_server.generations.admission._REFRESH_SECONDS", 0.001)
     updates: asyncio.Queue[tuple[int, float | None]] = asyncio.Queue()
-    admission = Admission(measured(), max_active=1, max_queue=3)
+    admission = Admission(measured(), max_active=1, max_queue=3, max_queue_per_caller=3)
     running = admission.enter(JOB, "a", Mover())
     admission.enter(JOB, "a", lambda *place: updates.put_nowait(place))
     first = await updates.get()
@@ -65,7 +67,7 @@ async def test_estimates_are_refreshed_while_positions_stay(monkeypatch: pytest.
 
 async def test_leaving_twice_frees_only_one_slot() -> None:
     """A slot that is released twice is given to only one request."""
-    admission = Admission(StepTimeEstimator(), max_active=1, max_queue=3)
+    admission = Admission(StepTimeEstimator(), max_active=1, max_queue=3, max_queue_per_caller=3)
     tickets = [admission.enter(JOB, "a", Mover()) for _ in range(3)]
     admission.leave(tickets[0])
     admission.leave(tickets[0])
@@ -96,7 +98,7 @@ async def test_without_a_queue_requests_are_rejected_only_while_busy() -> None:
 
 async def test_a_deadline_below_the_estimate_is_rejected() -> None:
     """12 s of work exceed a deadline of 11 s, 24 s one of 20 s; without measurements, any deadline is accepted."""
-    admission = Admission(measured(), max_active=1, max_queue=3)
+    admission = Admission(measured(), max_active=1, max_queue=3, max_queue_per_caller=3)
     with pytest.raises(errors.DeadlineTooShort) as caught:
         admission.enter(JOB, "a", Mover(), deadline=11.0)
     assert float(caught.value.metadata["estimated_seconds"]) == pytest.approx(12.0)
@@ -122,7 +124,7 @@ async def test_rejections_by_deadline_end_on_an_idle_server() -> None:
 
 async def test_estimates_add_up_along_the_queue() -> None:
     """The estimate for position 2 includes the running request, position 1 and itself; work is counted by pixels."""
-    admission = Admission(measured(), max_active=1, max_queue=3)
+    admission = Admission(measured(), max_active=1, max_queue=3, max_queue_per_caller=3)
     admission.enter(JOB, "a", Mover())
     admission.enter(replace(JOB, width=128), "a", Mover())
     third = Mover()
@@ -159,10 +161,11 @@ async def test_one_caller_can_be_limited_to_a_share_of_the_queue() -> None:
 
 async def test_interactive_requests_overtake_batch_requests() -> None:
     """A batch request that arrived earlier runs after an interactive one, and receives its new position."""
-    admission = Admission(StepTimeEstimator(), max_active=1, max_queue=3)
+    admission = Admission(StepTimeEstimator(), max_active=1, max_queue=3, max_queue_per_caller=3)
     running, batch = admission.enter(JOB, "a", Mover()), Mover()
     waiting = admission.enter(replace(JOB, priority=Priority.BATCH), "b", batch)
     interactive = admission.enter(JOB, "c", Mover())
+    await asyncio.sleep(0)
     assert [position for position, _ in batch.moves] == [1, 2]
     admission.leave(running)
     assert interactive.turn.done()
@@ -171,7 +174,7 @@ async def test_interactive_requests_overtake_batch_requests() -> None:
 
 async def test_the_last_free_slot_is_kept_for_interactive_requests() -> None:
     """Batch requests fill one of two slots and the queue; an interactive request still starts at once."""
-    admission = Admission(StepTimeEstimator(), max_active=2, max_queue=2)
+    admission = Admission(StepTimeEstimator(), max_active=2, max_queue=2, max_queue_per_caller=2)
     batch = replace(JOB, priority=Priority.BATCH)
     turns = [admission.enter(batch, "a", Mover()).turn.done() for _ in range(3)]
     assert turns == [True, False, False]
@@ -181,9 +184,11 @@ async def test_the_last_free_slot_is_kept_for_interactive_requests() -> None:
 async def test_restored_work_is_never_rejected() -> None:
     """A full queue, the caller's share and a deadline reject new work, but not work that was accepted before."""
     admission = Admission(measured(), max_active=1, max_queue=1, max_queue_per_caller=1)
+    admission.enter(JOB, "a", Mover())
+    admission.enter(JOB, "a", Mover())
     for _ in range(4):
         admission.enter(JOB, "a", Mover(), deadline=0.001, restored=True)
-    assert (admission.active, admission.waiting) == (1, 3)
+    assert (admission.active, admission.waiting) == (1, 5)
     with pytest.raises(errors.QueueFull):
         admission.enter(JOB, "b", Mover())
 
@@ -252,7 +257,7 @@ async def test_restored_and_new_work_do_not_starve_each_other(actions: list, max
 @given(st.lists(st.tuples(st.sampled_from(["enter", "leave"]), st.integers(0, 20))), st.integers(1, 3))
 async def test_slots_are_neither_lost_nor_used_twice(actions: list, max_active: int) -> None:
     """At most `max_active` requests have a turn, in order, and no slot stays free while requests wait."""
-    admission = Admission(StepTimeEstimator(), max_active=max_active, max_queue=5)
+    admission = Admission(StepTimeEstimator(), max_active=max_active, max_queue=5, max_queue_per_caller=5)
     inside = []
     for action, which in actions:
         if action == "enter":

@@ -102,6 +102,7 @@ async def test_an_exception_next_to_a_generation_keeps_its_image(kind: type[Base
                 generation = await generate(runtime)
                 assert isinstance(generation.events.state.end, Succeeded), place
             await runtime.generations.idle()
+            await store.probe()
             await assert_works(runtime)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,9 @@ from hypothesis import strategies as st
 
 from calotype_server.generations.estimates import StepTimeEstimator, Work, finish_times
 from calotype_server.types import Job, Timings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 JOB = Job("a cat", None, 64, 64, 10, 3.0, 0, "DDIMScheduler")
 
@@ -77,3 +82,90 @@ def test_finish_times_are_finite_and_in_order(fractions: list[float], steps: lis
         assert seconds >= estimator.total_seconds(job) * (1 - 1e-9)
     if slots == 1:
         assert times == sorted(times)
+
+
+@given(
+    paces=st.dictionaries(st.integers(1, 9), st.floats(0.01, 10.0), min_size=1, max_size=5),
+    lefts=st.lists(st.tuples(st.floats(0.0, 1.0), st.integers(1, 4), st.integers(1, 30)), max_size=6),
+    jobs=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 30)), max_size=12),
+    slots=st.integers(1, 8),
+)
+def test_the_simulation_in_linear_time_equals_the_simple_one(
+    paces: dict[int, float], lefts: list[tuple[float, int, int]], jobs: list[tuple[int, int]], slots: int
+) -> None:
+    """The times equal those of a simulation that recomputes every running job at every event."""
+    estimator = measured(paces)
+    running = [Work(replace(JOB, width=64 * width, step_count=steps), left) for left, width, steps in lefts[:slots]]
+    waiting = [replace(JOB, width=64 * width, step_count=steps) for width, steps in jobs]
+    expected = simple_finish_times(estimator, running, waiting, slots)
+    assert finish_times(estimator, running, waiting, slots) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@given(st.sets(st.integers(1, 20), min_size=1, max_size=6))
+def test_the_table_of_paces_equals_single_estimates(measured_counts: set[int]) -> None:
+    """For every number of running generations, the table has the time of `step_seconds`."""
+    estimator = measured({count: 0.1 * count**1.5 for count in measured_counts})
+    paces = estimator.paces(25)
+    for active in range(1, 26):
+        assert paces[active].step * JOB.pixel_count == pytest.approx(estimator.step_seconds(JOB, active))
+
+
+def test_the_work_of_an_estimate_grows_linearly() -> None:
+    """Twice as many jobs, of two different lengths, cost at most 2.3 times as many looks at a job."""
+
+    def looks(slots: int, queued: int) -> int:
+        counted = 0
+
+        class Counted(Job):
+            __slots__ = ()
+
+            @property
+            def pixel_count(self) -> int:
+                nonlocal counted
+                counted += 1
+                return self.width * self.height
+
+        jobs = [Counted("a", None, 64, 64, 10 + 10 * (n % 2), 3.0, 0, "DDIMScheduler") for n in range(slots + queued)]
+        finish_times(
+            measured(dict.fromkeys(range(1, slots), 1.0)),
+            [Work(job, 0.5) for job in jobs[:slots]],
+            jobs[slots:],
+            slots,
+        )
+        return counted
+
+    assert looks(128, 512) <= 2.3 * looks(64, 256)
+    assert looks(64, 256) <= 3 * (64 + 256)
+
+
+@dataclass
+class Place:
+    """A running job in the simple simulation."""
+
+    job: Job
+    left: float
+    index: int | None
+
+
+def simple_finish_times(
+    estimator: StepTimeEstimator, running: Sequence[Work], waiting: Sequence[Job], slots: int
+) -> list[float]:
+    """The definition of `finish_times`, in quadratic time."""
+    pending = deque(Place(job, 1.0, index) for index, job in enumerate(waiting))
+    active = [Place(work.job, work.left, None) for work in running]
+    times = [0.0] * len(waiting)
+    now, unfinished = 0.0, len(waiting)
+    while unfinished:
+        while pending and len(active) < slots:
+            active.append(pending.popleft())
+        durations = [estimator.total_seconds(place.job, len(active)) for place in active]
+        lefts = [place.left * duration for place, duration in zip(active, durations, strict=True)]
+        passed = min(lefts)
+        now += passed
+        for place, duration in zip(active, durations, strict=True):
+            place.left -= passed / duration
+        ended = active.pop(lefts.index(passed))
+        if ended.index is not None:
+            times[ended.index] = now
+            unfinished -= 1
+    return times

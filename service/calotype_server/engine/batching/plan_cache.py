@@ -7,7 +7,6 @@ repeats the facts that make up its key, for people and against files that were c
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -27,7 +26,7 @@ from calotype_server.engine.batching.plan import (
     reason_to_run_alone,
 )
 from calotype_server.engine.capabilities import denoiser_name
-from calotype_server.engine.disk_cache import config_of, weights_fingerprint, write_atomically
+from calotype_server.engine.disk_cache import config_of, facts_path, load_checked, save_checked, weights_fingerprint
 from calotype_server.engine.machine import machine_facts
 
 if TYPE_CHECKING:
@@ -97,30 +96,17 @@ def plan_facts(pipeline: Any, model: ModelInfo, options: PlanOptions) -> dict[st
 
 def plan_path(cache_dir: Path, facts: dict[str, Any]) -> Path:
     """Returns the file for a plan that depends on these facts."""
-    return cache_dir.expanduser() / "plans" / f"{_hash(facts)[:32]}.json"
+    return facts_path(cache_dir, "plans", facts)
 
 
 def load_plan(path: Path, facts: dict[str, Any]) -> Plan | None:
     """Returns the plan, or None if there is none. A file that cannot be used is logged, and replaced later."""
-    try:
-        stored = json.loads(path.read_bytes())
-        if stored["checksum"] != _hash([stored["facts"], stored["plan"]]):
-            raise ValueError("its checksum does not match")
-        if stored["facts"] != facts:
-            raise ValueError("it was measured for something else")
-        return _decode(stored["plan"])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except Exception as error:
-        _log.warning("cannot use the cached batching plan, measuring again", path=str(path), error=repr(error))
-        return None
+    return load_checked(path, facts, _decode, key="plan", kind="batching plan")
 
 
 def save_plan(path: Path, facts: dict[str, Any], plan: Plan) -> None:
     """Writes the plan. If the folder is not writable, that is logged, and the next start measures again."""
-    encoded = _encode(plan)
-    content = {"plan": encoded, "facts": facts, "checksum": _hash([facts, encoded])}
-    write_atomically(path, json.dumps(content, indent=1).encode(), kind="batching plan")
+    save_checked(path, facts, _encode(plan), key="plan", kind="batching plan")
 
 
 def _encode(plan: Plan) -> dict[str, Any]:
@@ -153,7 +139,3 @@ def _count(value: Any, least: int) -> int:
     if type(value) is not int or value < least:
         raise ValueError(f"{value!r} is not a whole number from {least}")
     return value
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,6 @@ from starlette.exceptions import HTTPException
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import InvalidRequest
 from calotype_server.transport.http.callers import caller_of
-from calotype_server.transport.http.generation_stream import generation_stream
 from calotype_server.transport.http.openai_models import (
     Image,
     ImageEvent,
@@ -98,25 +97,20 @@ class _ImageRoutes:
     async def _start(
         self, body: Parsed[ImagesRequest], request: Request, resources: contextlib.AsyncExitStack
     ) -> list[ProgressStream]:
-        """Starts one generation for each image; `resources` closes them.
+        """Starts one generation for each image, or none; `resources` closes them.
 
         Raises:
             InvalidRequest: With all violations, under OpenAI's field names.
         """
         asked, model = body.value, self._service.model()
         violations = [*body.violations, *conflicts(asked, model)]
-        streams = []
         # An invalid request is sent once, so that validation adds its own violations.
-        for index in range(1 if violations else asked.n):
-            parsed = Parsed(to_generate_request(asked, model, index), violations)
-            try:
-                stream = await resources.enter_async_context(
-                    generation_stream(self._service, parsed, caller_of(request))
-                )
-            except InvalidRequest as error:
-                raise with_openai_names(error) from None
-            streams.append(stream)
-        return streams
+        requests = [to_generate_request(asked, model, index) for index in range(1 if violations else asked.n)]
+        opening = self._service.generate_all(requests, caller_of(request), whole=True, violations=violations)
+        try:
+            return await resources.enter_async_context(opening)
+        except InvalidRequest as error:
+            raise with_openai_names(error) from None
 
 
 class _ModelRoutes:

@@ -16,7 +16,12 @@ __all__ = ["conflicts", "file_format", "quality_of", "to_generate_request", "wit
 
 _STEP_FACTORS = {"low": 0.5, "high": 2.0}
 
-_OPENAI_NAMES = {"width_px": "size", "height_px": "size", "output.quality": "output_compression"}
+_OPENAI_NAMES = {
+    "width_px": "size",
+    "height_px": "size",
+    "output.quality": "output_compression",
+    "image_count": "n",
+}
 """OpenAI's names of the proto's fields, where they differ."""
 
 

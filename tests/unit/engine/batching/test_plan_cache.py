@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from calotype_server.engine import disk_cache
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.batching import measure, plan, plan_cache
 from calotype_server.engine.batching.measure import Threads
@@ -114,7 +115,7 @@ class TestFile:
         save_plan(path, FACTS, PLAN)
         content = json.loads(path.read_text())
         content["plan"] |= change
-        content["checksum"] = plan_cache._hash([content["facts"], content["plan"]])
+        content["checksum"] = disk_cache.facts_hash([content["facts"], content["plan"]])
         path.write_text(json.dumps(content))
         assert load_plan(path, FACTS) is None
         assert [entry["log_level"] for entry in logs] == ["warning"]
@@ -249,7 +250,7 @@ class TestFindPlan:
     def test_a_read_only_folder_is_still_read(self, pipeline, tmp_path, measured, monkeypatch, logs):
         """A plan in a read-only folder is loaded, and the folder is not written to."""
         find(pipeline, tmp_path)
-        monkeypatch.setattr(plan_cache, "write_atomically", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr(disk_cache, "write_atomically", lambda *_, **__: 1 / 0)
         assert find(pipeline, tmp_path) == PLAN
         assert len(measured) == 1
 

@@ -1,8 +1,8 @@
 """Names hosts the same way on every port, and decides which addresses share a limit.
 
 gRPC and asyncio write the same peer differently: gRPC quotes the brackets of IPv6, and gives zones as numbers. A
-listener for both IP versions may see an IPv4 client as `::ffff:192.0.2.1`. All ports use these functions, so that a host
-is one caller everywhere.
+listener for both IP versions may see an IPv4 client as `::ffff:192.0.2.1`. All ports use these functions, so that a
+host is one caller everywhere.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ It overrides undocumented parts of uvicorn. `tests/unit/transport/test_uvicorn_i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 if TYPE_CHECKING:
@@ -22,11 +23,16 @@ _BAD_HANDSHAKE = (
 )
 
 
+_INVALID_DATA = 1007
+"""The code with which a WebSocket is closed after text that is not UTF-8."""
+
+
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """Closes the connection when a handshake is invalid, or not complete in time.
+    """Closes the connection when a handshake is invalid or not complete in time, and logs no error of the client.
 
     websockets rejects some requests while it parses them, such as those with more than 128 headers. uvicorn does not
-    notice, and would leave the connection open without any timer.
+    notice, and would leave the connection open without any timer. It also logs a traceback for text that is not UTF-8,
+    and makes the app fail that sends to a client which violates the protocol.
     """
 
     _connection: Connection | None = None
@@ -50,6 +56,25 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.transport.write(b"".join(self.conn.data_to_send()) or _BAD_HANDSHAKE)
             self.transport.close()
 
+    def send_receive_event_to_app(self) -> None:
+        """Passes a message on, and closes the connection if it is text but not UTF-8."""
+        if self.curr_msg_data_type == "text" and not _is_utf8(b"".join(self.frames)):
+            self.frames = []
+            self.conn.fail(_INVALID_DATA, "Text must be UTF-8.")
+            self.handle_parser_exception()
+            return
+        super().send_receive_event_to_app()
+
+    async def send(self, message: Any) -> None:
+        """Sends an event of the app.
+
+        Raises:
+            ClientDisconnected: The connection is closing.
+        """
+        if self.close_sent:
+            raise ClientDisconnected
+        await super().send(message)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends the WebSocket."""
         if self._handshake_timer is not None:
@@ -61,3 +86,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def _end_handshake(self) -> None:
         if not self.handshake_complete:
             self.transport.abort()
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Who a caller without a key is: nobody can name another host, except a proxy that the operator trusts."""
+"""Callers without keys are hosts: no client can pass for another one, except a proxy that the operator trusts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def test_no_header_of_a_stranger_evades_the_call_limit(transport: str) -> 
 
 
 async def test_a_trusted_proxy_names_its_client(transport: str) -> None:
-    """Callers behind a trusted proxy are told apart by the address that the proxy has appended."""
+    """Callers behind a trusted proxy are distinguished by the address that the proxy has appended."""
     async with running(FakeEngine(), transport=transport, proxies=LOCAL, web={"proxies": LOCAL}) as service:
         mine = await generate(service.stub, forwarded(OTHER))
         assert await listed(service.stub, forwarded("192.0.2.8")) == set()
@@ -90,7 +90,7 @@ async def test_a_server_knows_the_callers_of_a_trusted_bridge() -> None:
 
 
 async def test_a_trusted_proxy_names_the_scheme() -> None:
-    """Over a proxy with TLS, responses require TLS from then on; nobody else can cause that."""
+    """Over a proxy with TLS, responses require TLS from then on; no other client can cause that."""
     for trusted, expected in ((LOCAL, True), (TrustedProxies(), False)):
         async with running(FakeEngine(), transport="sse", proxies=trusted) as service:
             secure = {"host": "pictures.localhost", "x-forwarded-proto": "https"}

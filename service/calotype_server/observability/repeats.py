@@ -16,7 +16,7 @@ _SECONDS = 60.0
 """Lines of one kind in this time; further ones are only counted."""
 
 _KINDS = 256
-"""Kinds that are told apart in that time. Further ones count together."""
+"""Kinds that are distinguished in that time. Further ones count together."""
 
 _OWN = "calotype_server"
 _PORTS = "calotype_server.transport"

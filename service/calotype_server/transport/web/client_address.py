@@ -21,7 +21,7 @@ class ClientAddressMiddleware:
 
     Args:
         application: The app inside.
-        proxies: Whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed.
+        proxies: Trusted to send a correct `X-Forwarded-For` and `X-Forwarded-Proto`.
     """
 
     def __init__(self, application: Any, proxies: TrustedProxies) -> None:

@@ -71,7 +71,7 @@ async def test_a_call_without_a_key_ends_before_its_request_arrives(
 ) -> None:
     """The server answers UNAUTHENTICATED at once, counts the rejection, and keeps its call slots for others."""
     observed: list[Any] = []
-    service_options = {"access": keyring.access(), "ports": SLOW, "observe": observed.append}
+    service_options: dict[str, Any] = {"access": keyring.access(), "ports": SLOW, "observe": observed.append}
     async with running(FakeEngine(), transport=transport, **service_options) as service:
         calls = [await silent_call(service, transport, path) for _ in range(4)]
         assert {await code_of(call) for call in calls} == {grpc.StatusCode.UNAUTHENTICATED.value[0]}

@@ -36,7 +36,7 @@ class Port:
         """Opens connections named a0, a1, ... for host `ipv4:a`."""
         opened = [self.open(f"{host[-1]}{number}", host) for number in range(count)]
         assert None not in opened
-        return opened  # type: ignore[return-value]
+        return opened
 
 
 def peer(letter: str) -> str:
@@ -91,7 +91,7 @@ def test_a_full_port_takes_from_the_host_with_the_most(port: Port) -> None:
 
 
 def test_requests_in_progress_are_never_closed(port: Port) -> None:
-    """If all connections have a request in progress, the new connection is rejected, also that of a host without any."""
+    """If all connections have a request in progress, the new one is rejected, also that of a host without any."""
     for each in [*port.fill(peer("a")), *port.fill(peer("b"))]:
         each.set_busy()
     assert port.open("c0", peer("c")) is None

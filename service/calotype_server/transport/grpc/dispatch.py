@@ -40,7 +40,8 @@ class EarlyHandler(grpc.RpcMethodHandler):  # type: ignore[type-arg]
     stream_unary = None
 
     def __init__(self, method: Callable[[Any, Any], AsyncGenerator[Any, None]]) -> None:
-        self.unary_stream = self.stream_stream = method
+        function: Any = method  # The annotations of grpc describe synchronous handlers.
+        self.unary_stream = self.stream_stream = function
 
 
 async def find_handler(

@@ -38,6 +38,14 @@ OVERRIDDEN = {
 }
 """Methods of uvicorn's HTTP protocol that ours overrides, with their parameters."""
 
+OVERRIDDEN_BY_WEBSOCKETS = {
+    "data_received": ["self", "data"],
+    "send_receive_event_to_app": ["self"],
+    "send": ["self", "message"],
+    "connection_lost": ["self", "exc"],
+}
+"""The same for uvicorn's WebSocket protocol."""
+
 GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 UPGRADE = (
     b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
@@ -122,18 +130,22 @@ def test_every_override_has_a_test() -> None:
     assert {name for name in own if hasattr(HttpToolsProtocol, name) and not name.startswith("__")} == set(OVERRIDDEN)
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"), [("data_received", ["self", "data"]), ("connection_lost", ["self", "exc"])]
-)
-def test_overridden_websocket_method_exists(name: str, parameters: list[str]) -> None:
+@pytest.mark.parametrize("name", OVERRIDDEN_BY_WEBSOCKETS)
+def test_overridden_websocket_method_exists(name: str) -> None:
     """The WebSocket protocol of uvicorn has the method, with the same parameters, and ours overrides no other."""
     theirs = websockets_sansio_impl.WebSocketsSansIOProtocol
-    assert list(inspect.signature(getattr(theirs, name)).parameters) == parameters
+    assert list(inspect.signature(getattr(theirs, name)).parameters) == OVERRIDDEN_BY_WEBSOCKETS[name]
     overridden = {each for each in vars(WebSocketProtocol) if hasattr(theirs, each) and not each.startswith("__")}
-    assert overridden == {"data_received", "connection_lost"}
+    assert overridden == set(OVERRIDDEN_BY_WEBSOCKETS)
 
 
-@pytest.mark.parametrize("name", ["conn", "loop", "transport", "handshake_initiated", "handshake_complete"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("conn", "loop", "transport", "handshake_initiated", "handshake_complete"),
+        *("curr_msg_data_type", "frames", "close_sent", "handle_parser_exception"),
+    ],
+)
 async def test_websocket_attribute_exists(name: str) -> None:
     """A WebSocket protocol has the attributes that ours reads."""
     protocol = WebSocketProtocol(config=configuration(), server_state=ServerState(), app_state={})

@@ -140,6 +140,12 @@ _COMMANDS = (
 )
 
 
+def websocket_upgrade() -> bytes:
+    """Returns a valid WebSocket handshake."""
+    lines = ["GET /v1/ws HTTP/1.1", *(f"{name}: {value}" for name, value in _UPGRADE.items()), "", ""]
+    return "\r\n".join(lines).encode()
+
+
 def websocket(chance: random.Random) -> list[bytes]:
     """Returns a WebSocket handshake that may be damaged, and what follows after the answer to it."""
     headers = dict(_UPGRADE)

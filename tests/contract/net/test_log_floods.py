@@ -62,6 +62,26 @@ async def test_random_bytes_leave_no_traceback(
     assert "exc_info" not in logged
 
 
+@pytest.mark.parametrize(
+    "frames",
+    [b"\x81\x82\0\0\0\0\xff\xfe", b"\x81\x82\0\0\0\0\xff\xfe\x88\x80\0\0\0\0", b"\x81\x81\0\0\0\0{\xff\x80\0\0\0\0"],
+)
+async def test_faulty_websocket_messages_leave_no_error(frames: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text that is not UTF-8, also before a close, and a violation after a command only end the connection."""
+    upgrade = fuzz.websocket_upgrade()
+    async with running(FakeEngine(), transport="websocket", ports=LIMITS) as service:
+        configure_logging("info", "json")
+        connection = await Connection.open(service.address)
+        await connection.send(upgrade)
+        assert (await connection.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+        await connection.send(frames)
+        async with asyncio.timeout(20):
+            await connection.reader.read()
+        connection.close()
+    logged = capsys.readouterr().err
+    assert '"level": "error"' not in logged
+
+
 async def test_repeated_bad_requests_leave_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """A stranger who repeats a request that uvicorn warns about adds ten lines a minute, not one for each."""
     async with running(FakeEngine(), transport="websocket", ports=LIMITS) as service:

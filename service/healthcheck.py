@@ -1,6 +1,7 @@
 """The container's HEALTHCHECK: exit code 0 if the service accepts requests.
 
-It reads the same variables as the service. It has no client certificate, so it fails if the service requires one.
+It reads the same variables as the service, and uses the port for probes if there is one. On the web port it fails if
+the service requires client certificates, because it has none.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import urllib.request
 
 def main() -> int:
     """Requests /readyz on this machine, and returns the exit code."""
-    port = os.environ.get("CALOTYPE_WEB_ADDRESS", "127.0.0.1:8080").rpartition(":")[2]
-    secure = "CALOTYPE_TLS_CERTIFICATE" in os.environ
+    probes = os.environ.get("CALOTYPE_PROBE_ADDRESS")
+    address = probes or os.environ.get("CALOTYPE_WEB_ADDRESS") or "127.0.0.1:8080"
+    port = address.rpartition(":")[2]
+    secure = not probes and bool(os.environ.get("CALOTYPE_TLS_CERTIFICATE"))
     # The certificate is for the service's name, not for 127.0.0.1, and the request does not leave this machine.
     context = ssl._create_unverified_context() if secure else None
     try:

@@ -19,6 +19,7 @@ __all__ = [
     "PREVIEW_INTERVAL_MAX",
     "REQUEST_ID_CHARS_MAX",
     "SEED_MAX",
+    "SIDE_PORT_LIMITS",
     "WEBP_QUALITY_MAX",
     "Limits",
     "PortLimits",
@@ -82,6 +83,7 @@ class PortLimits:
     max_request_bytes: int = 64 * 1024
     max_metadata_bytes: int = 16 * 1024
     max_connections: int = 1000
+    max_connections_per_peer: int = 256
     max_calls_per_peer: int = 256
     request_seconds: float = 10.0
     stall_seconds: float = 20.0
@@ -92,3 +94,8 @@ class PortLimits:
 
 PORT_LIMITS = PortLimits()
 """The defaults."""
+
+SIDE_PORT_LIMITS = PortLimits(
+    max_connections=64, max_connections_per_peer=8, request_seconds=2.0, stall_seconds=2.0, idle_seconds=60.0
+)
+"""Of the ports for probes and for metrics: few connections and short timeouts, for a handful of known clients."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
 from calotype_server.auth.access import Access
+from calotype_server.limits import PortLimits
 from calotype_server.transport.grpc.server import NativeServer
 from calotype_server.transport.grpc.services import Services
 from calotype_server.transport.net.call_limits import CallLimiter
@@ -64,7 +65,14 @@ async def main() -> None:
     services = Services(ScriptedServicer())
     call_limiter = CallLimiter(_MOST_CALLS)
     native = NativeServer(services, Access(), call_limiter=call_limiter)
-    web = WebServer("127.0.0.1:0", services.add_to, Access(), is_ready=services.is_serving, call_limiter=call_limiter)
+    web = WebServer(
+        "127.0.0.1:0",
+        services.add_to,
+        Access(),
+        is_ready=services.is_serving,
+        call_limiter=call_limiter,
+        limits=PortLimits(max_connections_per_peer=_MOST_CALLS),
+    )
     print(await native.start("127.0.0.1:0"), await web.start(), flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await asyncio.gather(native.stop(0), web.stop(0))

@@ -66,6 +66,26 @@ async def test_a_dead_device_ends_the_server(server: Server) -> None:
         assert await asyncio.wait_for(server.serving, PATIENCE) == 1
 
 
+async def test_probes_have_their_own_address(server: Server) -> None:
+    """It serves only probes, from the start, under any host name, and while one host fills the web port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    async with server.running(probe_address=address, max_connections=4, max_connections_per_peer=4):
+        held = [await Connection.open(server.web_address) for _ in range(4)]
+        server.web_address = address
+        assert [(await server.get(path))[0] for path in ("/healthz", "/readyz")] == [200, 503]
+        server.loaded.set()
+        await asyncio.wait_for(server.ready(), PATIENCE)
+        assert [(await server.get(path))[0] for path in ("/healthz", "/readyz")] == [200, 200]
+        assert [(await server.get(path))[0] for path in ("/", "/metrics", "/v1/model")] == [404, 404, 404]
+        connection = await Connection.open(address)
+        await connection.send(b"HEAD /readyz HTTP/1.1\r\nhost: some-container\r\n\r\n")
+        assert (await connection.answer("HEAD"))[0].status_code == 200
+        for each in (connection, *held):
+            each.close()
+
+
 async def test_metrics_can_have_their_own_address(server: Server) -> None:
     """With a metrics address, the web port does not serve `/metrics`."""
     with socket.socket() as probe:

@@ -334,3 +334,18 @@ def test_the_open_file_limit_is_raised_as_far_as_possible(capsys: pytest.Capture
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == min(728, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+"""The start of an HTTP/2 connection, with empty settings."""
+
+
+@pytest.mark.parametrize("sent", [b"", PREFACE[:10], PREFACE], ids=["nothing", "part of the preface", "preface"])
+async def test_a_native_connection_that_does_not_answer_is_closed(sent: bytes) -> None:
+    """Each phase of an HTTP/2 connection without calls has a timeout: preface, settings, and the answers to pings."""
+    limits = PortLimits(request_seconds=0.5, keepalive_seconds=1, keepalive_timeout_seconds=0.5, idle_seconds=600)
+    async with running(FakeEngine(), ports=limits) as service:
+        connection = await Connection.open(service.address)
+        await connection.send(sent)
+        await closed(connection)
+        await works(service)

@@ -120,3 +120,75 @@ def framed(chance: random.Random) -> bytes:
     flags = chance.choice((0, 0, 0, 1, 0x80, 0xFF))
     length = chance.choice((len(data), len(data), 0, len(data) + 1, 2**32 - 1))
     return struct.pack(">BI", flags, length) + data
+
+
+_UPGRADE = {
+    "host": "localhost",
+    "connection": "upgrade",
+    "upgrade": "websocket",
+    "sec-websocket-version": "13",
+    "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+_COMMANDS = (
+    b'{"type": "generate", "id": "a", "request": {"prompt": "x"}}',
+    b'{"type": "generate", "id": ["a"], "request": 5}',
+    b'{"type": "watch", "id": "\\ud800"}',
+    b"{",
+    b"[]",
+    b"\xff\xfe",
+    b"",
+)
+
+
+def websocket_upgrade() -> bytes:
+    """Returns a valid WebSocket handshake."""
+    lines = ["GET /v1/ws HTTP/1.1", *(f"{name}: {value}" for name, value in _UPGRADE.items()), "", ""]
+    return "\r\n".join(lines).encode()
+
+
+def websocket(chance: random.Random) -> list[bytes]:
+    """Returns a WebSocket handshake that may be damaged, and what follows after the answer to it."""
+    headers = dict(_UPGRADE)
+    faults = {
+        "upgrade": ("h2c", "websocket, x"),
+        "sec-websocket-version": ("12", "x"),
+        "sec-websocket-key": ("x", ""),
+        "sec-websocket-extensions": (";;", 'permessage-deflate; x="'),
+        "sec-websocket-protocol": (",", "\x80", "calotype.bearer.x, calotype.v1"),
+        "origin": ("null", "::", "\x80"),
+        "content-length": ("0", "5", "-1"),
+        "transfer-encoding": ("chunked",),
+    }
+    for name, values in faults.items():
+        if chance.random() < 0.08:
+            headers[name] = chance.choice(values)
+    target = chance.choice(("/v1/ws",) * 6 + ("/", "/v1/ws?\x80", "/v1/%80", "http://x/v1/ws", "*"))
+    line = f"{chance.choice(('GET',) * 6 + ('POST', 'HEAD'))} {target} HTTP/1.1"
+    head = "\r\n".join([line, *(f"{name}: {value}" for name, value in headers.items()), "", ""])
+    return [head.encode("latin-1"), b"".join(_frame(chance) for _ in range(chance.randint(1, 4)))]
+
+
+def _frame(chance: random.Random) -> bytes:
+    """Returns a WebSocket frame: a command, or one with random flags and content."""
+    if chance.random() < 0.5:
+        payload, first, masked = chance.choice(_COMMANDS), 0x81, 0x80
+    else:
+        payload, first = chance.randbytes(chance.randrange(100)), chance.randrange(256)
+        masked = chance.choice((0x80, 0x80, 0))
+    # The mask is zero, so that it changes nothing.
+    return bytes([first, masked | len(payload)]) + bytes(4 if masked else 0) + payload
+
+
+def http2(chance: random.Random) -> bytes:
+    """Returns bytes for the native port: the start of an HTTP/2 connection with faulty frames, or something else."""
+    if chance.random() < 0.3:
+        return chance.choice((b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\x05hello", chance.randbytes(200)))
+    frames = b"".join(
+        _http2_frame(chance.randrange(10), chance.randrange(256), chance.choice((0, 1, 2, 3)), chance.randbytes(30))
+        for _ in range(chance.randint(1, 4))
+    )
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _http2_frame(4, 0, 0, b"") + frames
+
+
+def _http2_frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload

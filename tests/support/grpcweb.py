@@ -37,9 +37,12 @@ class Connection:
         self._parser = h11.Connection(h11.CLIENT)
 
     @classmethod
-    async def open(cls, address: str, context: ssl.SSLContext | None = None) -> Connection:
+    async def open(cls, address: str, context: ssl.SSLContext | None = None, local: str | None = None) -> Connection:
+        """Connects, from the given address of this machine: each address in 127.0.0.0/8 stands for another host."""
         host, _, port = address.rpartition(":")
-        return cls(*await asyncio.open_connection(host, int(port), limit=4096, ssl=context))
+        source = None if local is None else (local, 0)
+        opening = asyncio.open_connection(host, int(port), limit=4096, ssl=context, local_addr=source)
+        return cls(*await opening)
 
     async def send(self, data: bytes) -> None:
         self.writer.write(data)
@@ -144,7 +147,7 @@ class WebCall:
         self._initial = grpc.aio.Metadata()
 
     async def _send(self, path: str, body: bytes, metadata, seconds) -> Connection:
-        connection = await Connection.open(self._channel.address, self._channel.context)
+        connection = await Connection.open(self._channel.address, self._channel.context, self._channel.local)
         self._channel.connections.append(connection)
         kind = "application/grpc-web" + ("-text" if self._channel.text else "") + "+proto"
         headers = {"host": self._channel.address, "content-type": kind, "x-grpc-web": "1", **dict(metadata or ())}
@@ -222,8 +225,11 @@ class WebUnaryCall(WebCall):
 class WebChannel:
     """The methods of a channel that generated stubs need."""
 
-    def __init__(self, address: str, *, text: bool = False, context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, address: str, *, text: bool = False, context: ssl.SSLContext | None = None, local: str | None = None
+    ) -> None:
         self.address = address
+        self.local = local
         self.context = context
         self.text = text
         self.connections: list[Connection] = []

@@ -21,6 +21,7 @@ from calotype_server.transport.grpc.options import CHANNEL_OPTIONS
 from calotype_server.transport.grpc.server import NativeServer
 from calotype_server.transport.grpc.servicer import GenerationServicer
 from calotype_server.transport.grpc.services import Services
+from calotype_server.transport.net.proxies import NO_PROXIES, TrustedProxies
 from calotype_server.transport.web.server import WebServer
 from support.grpcweb import WebChannel
 from support.http import EventStub, SocketStub
@@ -91,6 +92,7 @@ async def running(
     transport: str = "native",
     observe: Observe = ignore,
     metrics: Render | None = None,
+    proxies: TrustedProxies = NO_PROXIES,
     web: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> AsyncIterator[Service]:
@@ -112,15 +114,20 @@ async def running(
         transport: One of `TRANSPORTS`.
         observe: Receives all events.
         metrics: Renders `/metrics`.
+        proxies: Trusted by the server; a bridge trusts those in `web`.
         web: Further arguments of `WebServer`.
         settings: Further fields of `Settings`.
     """
     access = access or Access()
     api = GenerationService(limits)
-    services = Services(GenerationServicer(api, access))
+    services = Services(GenerationServicer(api, access, proxies))
     options = {**(web or {}), "observe": observe, "metrics": metrics}
     async with (
-        _port(services, api, access, authority, transport, ports, call_limiter, options) as (address, channel, stub),
+        _port(services, api, access, authority, transport, ports, call_limiter, proxies, options) as (
+            address,
+            channel,
+            stub,
+        ),
         running_runtime(
             engine,
             service=api if opened else None,
@@ -147,6 +154,7 @@ async def _port(
     transport: str,
     limits: PortLimits,
     call_limiter: CallLimiter | None,
+    proxies: TrustedProxies,
     options: dict[str, Any],
 ) -> AsyncIterator[tuple[str, Any, Any]]:
     """Opens the port; yields its address, a channel to it (the server for HTTP transports), and a stub."""
@@ -154,7 +162,13 @@ async def _port(
     async with contextlib.AsyncExitStack() as stack:
         if transport in ("native", "bridge"):
             native = NativeServer(
-                services, access, certificates, limits=limits, call_limiter=call_limiter, observe=options["observe"]
+                services,
+                access,
+                certificates,
+                limits=limits,
+                call_limiter=call_limiter,
+                observe=options["observe"],
+                proxies=proxies,
             )
             address = await native.start("127.0.0.1:0")
             stack.push_async_callback(native.stop, None)
@@ -185,7 +199,7 @@ async def _port(
                 service=api,
                 limits=limits,
                 call_limiter=call_limiter,
-                **options,
+                **{"proxies": proxies, **options},
             )
         address = await web.start()
         stack.push_async_callback(web.stop, 0)

@@ -101,6 +101,12 @@ def test_the_unit_gives_time_to_drain() -> None:
     assert {name.lower() for name in variables} <= set(Settings.model_fields)
 
 
+def test_grpc_logs_no_failed_handshakes() -> None:
+    """The image and the unit silence gRPC's core, whose log any stranger could flood."""
+    assert "GRPC_VERBOSITY=NONE" in UNIT.read_text()
+    assert any(name == "ENV" and "GRPC_VERBOSITY=NONE" in words for name, words in instructions())
+
+
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
 def test_the_health_check_reports_readiness(status: int, code: int) -> None:
     """The exit code is 0 if the server is ready, and 1 if it is not ready or cannot be reached."""
@@ -118,9 +124,17 @@ def test_the_health_check_reports_readiness(status: int, code: int) -> None:
         thread.start()
         address = f"0.0.0.0:{server.server_port}"
         done = run(sys.executable, SERVICE / "healthcheck.py", CALOTYPE_WEB_ADDRESS=address)
+        probed = run(
+            *(sys.executable, SERVICE / "healthcheck.py"),
+            CALOTYPE_WEB_ADDRESS="0.0.0.0:1",
+            CALOTYPE_PROBE_ADDRESS=address,
+            CALOTYPE_TLS_CERTIFICATE="certificate.pem",
+        )
         server.shutdown()
         thread.join()
     assert done.returncode == code, done.stderr
+    # The port for probes is preferred, and never uses TLS.
+    assert probed.returncode == code, probed.stderr
     gone = run(sys.executable, SERVICE / "healthcheck.py", CALOTYPE_WEB_ADDRESS=address)
     assert gone.returncode == 1
     assert "Traceback" not in gone.stderr

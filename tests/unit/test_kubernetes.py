@@ -125,10 +125,29 @@ def test_every_variable_is_a_valid_setting() -> None:
         given = {each["name"]: each["value"] for each in container["env"]}
         assert all(isinstance(value, str) for value in given.values())
         READERS[command](**{name.removeprefix("CALOTYPE_").lower(): value for name, value in given.items()})
-        # The ports of the container are those that the image listens on.
+        # The ports of the container are those that it listens on: by default of the image, and for probes.
         ports = {port["containerPort"] for port in container["ports"]}
         image = re.findall(r"CALOTYPE_(GRPC|WEB)_ADDRESS=0\.0\.0\.0:(\d+)", (ROOT / "service/Dockerfile").read_text())
-        assert ports <= {int(port) for _, port in image}
+        assert ports <= {int(port) for _, port in image} | {probe_port(container)}
+
+
+def probe_port(container: dict[str, Any]) -> int:
+    """Returns the port for probes that the variables of a container set."""
+    (address,) = (each["value"] for each in container["env"] if each["name"] == "CALOTYPE_PROBE_ADDRESS")
+    host, _, port = address.rpartition(":")
+    assert host == "0.0.0.0"
+    return int(port)
+
+
+def test_probes_have_their_own_port() -> None:
+    """The kubelet asks a port that no client can fill: a flood must not make it restart the container."""
+    for deployment in deployments():
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        numbers = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert numbers["probes"] == probe_port(container)
+        asked = [container[name] for name in container if name.endswith("Probe")]
+        assert {probe["httpGet"]["port"] for probe in asked} == {"probes"}
+        assert {probe["httpGet"]["path"] for probe in asked} == {"/healthz", "/readyz"}
 
 
 def test_there_is_time_to_drain() -> None:

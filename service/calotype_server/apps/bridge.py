@@ -16,7 +16,9 @@ from calotype_server.transport.cluster.upstreams import Upstreams
 from calotype_server.transport.net.certificates import upstream_credentials
 from calotype_server.transport.net.exposure import Exposure
 from calotype_server.transport.net.open_files import raise_open_file_limit
+from calotype_server.transport.net.proxies import TrustedProxies
 from calotype_server.transport.web.metrics_endpoint import serve_metrics
+from calotype_server.transport.web.probes import serve_probes
 from calotype_server.transport.web.server import WebServer
 
 if TYPE_CHECKING:
@@ -69,11 +71,15 @@ async def serve(
             transport="bridge",
             observe=metrics.observe,
             metrics=None if settings.metrics_address else metrics.render,
+            proxies=TrustedProxies(settings.trusted_proxies),
         )
         address = await web.start()
         try:
             exposure.watch_files()
-            async with serve_metrics(settings.metrics_address, metrics.render):
+            async with (
+                serve_probes(settings.probe_address, is_ready),
+                serve_metrics(settings.metrics_address, metrics.render),
+            ):
                 announce(address)
                 await signals.stopping()
                 _log.info("draining", grace=settings.drain_seconds)

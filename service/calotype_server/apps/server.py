@@ -23,7 +23,9 @@ from calotype_server.transport.grpc.services import Services
 from calotype_server.transport.net.call_limits import CallLimiter
 from calotype_server.transport.net.exposure import Exposure
 from calotype_server.transport.net.open_files import raise_open_file_limit
+from calotype_server.transport.net.proxies import TrustedProxies
 from calotype_server.transport.web.metrics_endpoint import serve_metrics
+from calotype_server.transport.web.probes import serve_probes
 from calotype_server.transport.web.server import WebServer
 
 if TYPE_CHECKING:
@@ -110,7 +112,9 @@ async def serve(
 
 
 class _Ports:
-    """The gRPC port, the web port and, if configured, the metrics port. They are open during the `async with` block.
+    """The gRPC port, the web port and, if configured, those for probes and metrics.
+
+    They are open during the `async with` block.
 
     Attributes:
         grpc_address: HOST:PORT of the gRPC port.
@@ -125,13 +129,20 @@ class _Ports:
     ) -> None:
         limits, metrics, observe = settings.port_limits, instruments.metrics, instruments.observe
         call_limiter = CallLimiter(limits.max_calls_per_peer)
+        proxies = TrustedProxies(settings.trusted_proxies)
         self._settings = settings
         self._exposure = exposure
         self._metrics = metrics
-        self._services = services = Services(GenerationServicer(service, exposure.access))
+        self._services = services = Services(GenerationServicer(service, exposure.access, proxies))
         metrics.bind_gauges(serving=lambda: services.serving)
         self._native = NativeServer(
-            services, exposure.access, exposure.certificates, limits=limits, call_limiter=call_limiter, observe=observe
+            services,
+            exposure.access,
+            exposure.certificates,
+            limits=limits,
+            call_limiter=call_limiter,
+            observe=observe,
+            proxies=proxies,
         )
         self._web = WebServer(
             settings.web_address,
@@ -146,6 +157,7 @@ class _Ports:
             call_limiter=call_limiter,
             observe=observe,
             metrics=None if settings.metrics_address else metrics.render,
+            proxies=proxies,
         )
         self._stack = contextlib.AsyncExitStack()
 
@@ -159,6 +171,7 @@ class _Ports:
             stack.push_async_callback(self._exposure.close)
             stack.push_async_callback(self._web.stop, 0)
             self.web_address = await self._web.start()
+            await stack.enter_async_context(serve_probes(self._settings.probe_address, self._services.is_serving))
             await stack.enter_async_context(serve_metrics(self._settings.metrics_address, self._metrics.render))
             self._stack = stack.pop_all()
         return self

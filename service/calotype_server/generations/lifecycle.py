@@ -19,7 +19,6 @@ from calotype_server.generations.reservation import position_reporter, reserve
 from calotype_server.generations.restored import reason_not_to_run
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.threads import stacks
-from calotype_server.types import Job, Phase
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from calotype_server.generations.retention import Retention
     from calotype_server.generations.runner import Runner
     from calotype_server.limits import Limits
-    from calotype_server.types import DeliveryOptions, EncodedImage, ModelInfo, PreviewOptions
+    from calotype_server.types import DeliveryOptions, EncodedImage, Job, ModelInfo, Phase, PreviewOptions
 
 __all__ = ["Generations"]
 

@@ -10,6 +10,7 @@ import structlog
 from structlog.tracebacks import ExceptionDictTransformer
 
 from calotype_server.observability.redaction import RedactPrompts
+from calotype_server.observability.repeats import RepeatLimitingHandler
 
 __all__ = ["configure_logging"]
 
@@ -21,6 +22,8 @@ def configure_logging(
     prompts: bool = False,
 ) -> None:
     """Sends all logs to standard error, as text for people or as one JSON object per line.
+
+    Lines that clients can cause are limited, see `RepeatLimitingHandler`.
 
     Args:
         level: Lowest level to log: "debug", "info", "warning" or "error".
@@ -51,7 +54,7 @@ def configure_logging(
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
     # Libraries log through the standard library; their lines get the same format.
-    handler = logging.StreamHandler(sys.stderr)
+    handler = RepeatLimitingHandler(sys.stderr)
     remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[remove, *renderers]))
     # Python warnings too, so that they have the context variables of the call.

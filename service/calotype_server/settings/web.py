@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -34,6 +35,17 @@ class WebSettings(BaseSettings):
         description="Comma-separated host names under which browsers reach this server; '*' allows all. localhost and "
         "IP addresses are always allowed. Default: none.",
     )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Comma-separated addresses or networks of proxies and bridges in front of this server, such as "
+        "10.0.0.0/8. Their X-Forwarded-For names the caller, and --max-connections-per-peer does not apply to them. "
+        "Default: none, and the header is ignored.",
+    )
+    probe_address: str | None = Field(
+        None,
+        description="HOST:PORT of a separate port for /healthz and /readyz, in plaintext, which strangers on the other "
+        "ports cannot fill. Default: only the web port serves them.",
+    )
     metrics_address: str | None = Field(
         None,
         description="HOST:PORT of a separate port for /metrics, open to every client that can connect to it. Default: "
@@ -50,13 +62,20 @@ class WebSettings(BaseSettings):
     max_connections: int = Field(
         PORT_LIMITS.max_connections,
         ge=1,
-        description="Maximum open connections per port. The server closes further ones at once.",
+        description="Maximum open connections per port. When it is full, the web port closes a connection without a "
+        "request, of the host that has the most, or else the new one; the gRPC port closes the new one.",
+    )
+    max_connections_per_peer: int = Field(
+        PORT_LIMITS.max_connections_per_peer,
+        ge=1,
+        description="Maximum open connections per host on the web port. The server closes an idle one of the host, or "
+        "else the new one. Hosts in one IPv6 /64 count as one.",
     )
     max_calls_per_peer: int = Field(
         PORT_LIMITS.max_calls_per_peer,
         ge=1,
         description="Maximum open calls per host, over all ports. The server rejects further ones. All clients behind "
-        "one bridge or proxy count as one host.",
+        "one bridge or proxy count as one host, unless --trusted-proxies names it.",
     )
     request_seconds: float = Field(
         PORT_LIMITS.request_seconds,
@@ -110,7 +129,7 @@ class WebSettings(BaseSettings):
         "console", description="Format of the log: console for people, json for machines."
     )
 
-    @field_validator("allowed_origins", "allowed_hosts", mode="before")
+    @field_validator("allowed_origins", "allowed_hosts", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return split_list(value)
@@ -132,12 +151,22 @@ class WebSettings(BaseSettings):
                 raise ValueError(f"{host!r} is not a host name without scheme and port")
         return value
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in value:
+            try:
+                ip_network(proxy)
+            except ValueError:
+                raise ValueError(f"{proxy!r} is not an IP address, or a network such as 10.0.0.0/8") from None
+        return value
+
     @field_validator("tls_certificate", "tls_key", "tls_client_ca", "api_keys")
     @classmethod
     def _expand_home(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser()
 
-    @field_validator("web_address", "metrics_address")
+    @field_validator("web_address", "probe_address", "metrics_address")
     @classmethod
     def _check_web_addresses(cls, value: str | None) -> str | None:
         return None if value is None else check_address(value)

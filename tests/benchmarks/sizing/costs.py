@@ -39,7 +39,7 @@ _QUEUES = (32, 256, 1024)
 _SERVERS = (8, 512, 2048)
 _MB = 1e6
 _JOB = Job("a red apple", None, 1024, 1024, 28, 3.0, 0, "DDIMScheduler")
-_BRIDGE = ("--log-level", "warning", "--max-calls-per-peer", "10000")
+_BRIDGE = ("--log-level", "warning", "--max-calls-per-peer", "10000", "--max-connections-per-peer", "10000")
 
 
 def measure() -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The undocumented parts of uvicorn that the web port overrides or reads still exist and behave as expected.
 
-If a test fails after an upgrade of uvicorn, check `uvicorn_server.py` and `tls_handshake.py` in `transport/web` before
-raising the version cap in pyproject.toml.
+If a test fails after an upgrade of uvicorn, check `uvicorn_server.py`, `http_protocol.py`, `websocket_protocol.py` and
+`tls_handshake.py` in `transport/web` before raising the version cap in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -19,20 +19,38 @@ from uvicorn.protocols.websockets import websockets_sansio_impl
 from uvicorn.server import ServerState
 
 from calotype_server.transport.web import uvicorn_server
+from calotype_server.transport.web.http_protocol import HttpProtocol
 from calotype_server.transport.web.sockets import listen
+from calotype_server.transport.web.websocket_protocol import WebSocketProtocol
 
 OVERRIDDEN = {
     "connection_made": ["self", "transport"],
     "data_received": ["self", "data"],
+    "handle_websocket_upgrade": ["self"],
+    "on_message_begin": ["self"],
+    "on_header": ["self", "name", "value"],
     "on_headers_complete": ["self"],
     "on_body": ["self", "body"],
     "on_message_complete": ["self"],
+    "on_response_complete": ["self"],
     "_start_asgi_task": ["self", "cycle", "app"],
     "connection_lost": ["self", "exc"],
 }
 """Methods of uvicorn's HTTP protocol that ours overrides, with their parameters."""
 
+OVERRIDDEN_BY_WEBSOCKETS = {
+    "data_received": ["self", "data"],
+    "send_receive_event_to_app": ["self"],
+    "send": ["self", "message"],
+    "connection_lost": ["self", "exc"],
+}
+"""The same for uvicorn's WebSocket protocol."""
+
 GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
+UPGRADE = (
+    b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+    b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
 POST_HEAD = b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n"
 
 
@@ -108,8 +126,47 @@ def test_overridden_method_exists(name: str) -> None:
 
 def test_every_override_has_a_test() -> None:
     """The methods that our protocol overrides are exactly those in `OVERRIDDEN`."""
-    own = vars(uvicorn_server._Protocol)
+    own = vars(HttpProtocol)
     assert {name for name in own if hasattr(HttpToolsProtocol, name) and not name.startswith("__")} == set(OVERRIDDEN)
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN_BY_WEBSOCKETS)
+def test_overridden_websocket_method_exists(name: str) -> None:
+    """The WebSocket protocol of uvicorn has the method, with the same parameters, and ours overrides no other."""
+    theirs = websockets_sansio_impl.WebSocketsSansIOProtocol
+    assert list(inspect.signature(getattr(theirs, name)).parameters) == OVERRIDDEN_BY_WEBSOCKETS[name]
+    overridden = {each for each in vars(WebSocketProtocol) if hasattr(theirs, each) and not each.startswith("__")}
+    assert overridden == set(OVERRIDDEN_BY_WEBSOCKETS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("conn", "loop", "transport", "handshake_initiated", "handshake_complete"),
+        *("curr_msg_data_type", "frames", "close_sent", "handle_parser_exception"),
+    ],
+)
+async def test_websocket_attribute_exists(name: str) -> None:
+    """A WebSocket protocol has the attributes that ours reads."""
+    protocol = WebSocketProtocol(config=configuration(), server_state=ServerState(), app_state={})
+    assert hasattr(protocol, name), f"uvicorn's WebSocketsSansIOProtocol no longer has {name}"
+
+
+async def test_a_handshake_that_cannot_be_parsed_is_not_closed_by_uvicorn(protocol: Any) -> None:
+    """The fault that our WebSocket protocol corrects is still there: only `conn.handshake_exc` shows the failure."""
+    headers = b"".join(b"x-%d: y\r\n" % number for number in range(130))
+    protocol.data_received(b"GET / HTTP/1.1\r\nhost: localhost\r\n" + UPGRADE + headers + b"\r\n")
+    websocket = protocol.transport.get_protocol()
+    assert not protocol.transport.closed
+    assert websocket.conn.handshake_exc is not None
+    assert not websocket.handshake_initiated
+
+
+async def test_trailers_become_headers(protocol: Any) -> None:
+    """The fault that our `on_header` corrects is still there: a trailer is appended to the headers of its request."""
+    head = b"POST / HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    protocol.data_received(head + b"0\r\nauthorization: Bearer late\r\n\r\n")
+    assert (b"authorization", b"Bearer late") in protocol.cycle.scope["headers"]
 
 
 @pytest.mark.parametrize("name", ["connections", "transport", "loop", "flow", "pipeline", "cycle", "send_400_response"])
@@ -204,17 +261,15 @@ async def test_connections_are_those_of_the_server_state(protocol: Any) -> None:
 
 async def test_a_websocket_replaces_the_protocol_of_the_transport(protocol: Any) -> None:
     """After an upgrade, `transport.get_protocol()` is no longer the HTTP protocol."""
-    upgrade = b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
-    key = b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    protocol.data_received(b"GET / HTTP/1.1\r\nhost: localhost\r\n" + upgrade + key)
+    protocol.data_received(b"GET / HTTP/1.1\r\nhost: localhost\r\n" + UPGRADE + b"\r\n")
     assert isinstance(protocol.transport.get_protocol(), websockets_sansio_impl.WebSocketsSansIOProtocol)
 
 
 def test_http_may_be_a_callable_with_known_arguments() -> None:
     """`Config(http=...)` accepts a callable, and the server calls it with the arguments of `HttpToolsProtocol`."""
-    config = configuration(http=uvicorn_server._Protocol)
+    config = configuration(http=HttpProtocol)
     config.load()
-    assert config.http_protocol_class is uvicorn_server._Protocol
+    assert config.http_protocol_class is HttpProtocol
     parameters = list(inspect.signature(HttpToolsProtocol.__init__).parameters)
     assert parameters == ["self", "config", "server_state", "app_state", "_loop"]
 
@@ -260,3 +315,18 @@ def test_client_disconnected_exists() -> None:
     """A WebSocket app may raise ClientDisconnected after its response, and uvicorn's protocol catches it."""
     assert issubclass(ClientDisconnected, OSError)
     assert "except ClientDisconnected" in inspect.getsource(websockets_sansio_impl.WebSocketsSansIOProtocol.run_asgi)
+
+
+def test_ws_may_be_a_class() -> None:
+    """`Config(ws=...)` accepts a protocol class."""
+    config = uvicorn.Config(waiting_app, ws=WebSocketProtocol, loop="none", lifespan="off", log_config=None)
+    config.load()
+    assert config.ws_protocol_class is WebSocketProtocol
+
+
+def test_without_proxy_headers_the_application_is_not_wrapped() -> None:
+    """`Config(proxy_headers=False)` turns off uvicorn's trust in proxies on this machine, which is on by default."""
+    for trusting in (False, True):
+        config = configuration(proxy_headers=trusting)
+        config.load()
+        assert (config.loaded_app is waiting_app) is not trusting

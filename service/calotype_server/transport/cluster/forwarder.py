@@ -17,6 +17,9 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.validation import validate_page
 from calotype_server.errors import UpstreamUnavailable
 from calotype_server.transport.cluster.upstream import Health
+from calotype_server.transport.net.credentials import peer_of_call
+from calotype_server.transport.net.peers import host_of
+from calotype_server.transport.net.proxies import FORWARDED_FOR
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Sequence
@@ -98,7 +101,7 @@ class Forwarder(grpc.GenericRpcHandler):
     async def _candidates(self, path: str, request: bytes, context: Context) -> list[Upstream]:
         """Returns the servers that may answer, best first."""
         if path in _BY_GENERATION:
-            metadata = forwarded_metadata(context)
+            metadata = _bridged_metadata(context)
             if (owner := await self._upstreams.owner_of(_generation_id(request), metadata)) is not None:
                 return [owner]
         # If the owner is gone, any server returns the right error.
@@ -144,7 +147,16 @@ async def _list_all(upstreams: Sequence[Upstream], request: bytes, context: Cont
 def _call(channel: grpc.aio.Channel, path: str, request: bytes, context: Context, timeout: float | None = None) -> Any:
     method: Any = channel.unary_stream(path)
     timeout = context.time_remaining() if timeout is None else timeout
-    return method(request, timeout=timeout, metadata=forwarded_metadata(context))
+    return method(request, timeout=timeout, metadata=_bridged_metadata(context))
+
+
+def _bridged_metadata(context: Context) -> list[tuple[str, Any]]:
+    """Returns the metadata of a call with the address of its client, for servers that trust this bridge.
+
+    An address that the client itself has sent is dropped: it could be false.
+    """
+    metadata = [(key, value) for key, value in forwarded_metadata(context) if key != FORWARDED_FOR]
+    return [*metadata, (FORWARDED_FOR, host_of(peer_of_call(context)) or "unknown")]
 
 
 def _generation_id(request: bytes) -> str:

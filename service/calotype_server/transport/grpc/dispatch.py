@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
     Handler = grpc.RpcMethodHandler[Any, Any]
 
-__all__ = ["CallDetails", "find_handler"]
+__all__ = ["CallDetails", "EarlyHandler", "find_handler"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,27 @@ class CallDetails(grpc.HandlerCallDetails):
 
     method: str
     invocation_metadata: Any
+
+
+class EarlyHandler(grpc.RpcMethodHandler):  # type: ignore[type-arg]
+    """A handler that ports call as soon as the headers of a call arrive, because it needs no request.
+
+    Its requests and responses are streams, which also suits clients of unary methods.
+
+    Args:
+        method: Receives the request, if it has already arrived, and the context.
+    """
+
+    request_streaming = True
+    response_streaming = True
+    request_deserializer = None
+    response_serializer = None
+    unary_unary = None
+    stream_unary = None
+
+    def __init__(self, method: Callable[[Any, Any], AsyncGenerator[Any, None]]) -> None:
+        function: Any = method  # The annotations of grpc describe synchronous handlers.
+        self.unary_stream = self.stream_stream = function
 
 
 async def find_handler(

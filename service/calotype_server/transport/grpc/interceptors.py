@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import InvalidRequest, Violation
 from calotype_server.observability.events import CallEnded, MessageSent, Observe, ignore
+from calotype_server.transport.grpc.dispatch import EarlyHandler
 from calotype_server.transport.grpc.key_check import KeyCheckInterceptor
 from calotype_server.transport.grpc.status import abort
 from calotype_server.transport.net.request_id import bind_request_id, bind_traceparent
@@ -86,8 +87,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-        yields = inspect.isasyncgenfunction(method)
-        counted = not handler.request_streaming and (yields or not handler.response_streaming)
+        yields, early = inspect.isasyncgenfunction(method), isinstance(handler, EarlyHandler)
+        counted = early or (not handler.request_streaming and (yields or not handler.response_streaming))
         name = _METHOD_NAMES.get(handler_call_details.method, "other") if counted else None
 
         async def stream(request: Any, context: Context) -> AsyncGenerator[Any, None]:
@@ -102,6 +103,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async with self._call(handler, name, request, context) as received:
                 return await method(received, context)
 
+        if early:
+            return EarlyHandler(stream)
         # A guarded handler reads its one request from a stream, see `RequestGuard`.
         request_streaming = handler.request_streaming or self._guard is not None
         # grpc.aio inspects the function: generators yield their messages, coroutines return or write them.
@@ -118,8 +121,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         with self._recorded(context, name):
             try:
                 async with contextlib.AsyncExitStack() as stack:
-                    if self._guard is not None:
-                        stack.enter_context(self._guard.admit(context.peer()))
+                    if self._guard is not None and not isinstance(handler, EarlyHandler):
+                        stack.enter_context(self._guard.admit(context))
                         if not handler.request_streaming:
                             request = await self._guard.receive(context)
                     yield _decoded(request)

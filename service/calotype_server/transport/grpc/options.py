@@ -39,7 +39,8 @@ def server_options(limits: PortLimits) -> Options:
         ("grpc.keepalive_timeout_ms", _ms(limits.keepalive_timeout_seconds)),
         # Detects frozen processes, for which the kernel still acknowledges packets.
         ("grpc.http2.ping_timeout_ms", _ms(limits.keepalive_timeout_seconds)),
-        ("grpc.keepalive_permit_without_calls", 0),
+        # Also on connections without calls: of those, one host may hold a whole port.
+        ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.max_ping_strikes", 5),
         ("grpc.max_connection_idle_ms", _ms(limits.idle_seconds)),

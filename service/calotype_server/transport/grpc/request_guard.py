@@ -9,6 +9,8 @@ import grpc
 
 from calotype_server.errors import InvalidRequest, Violation
 from calotype_server.transport.net.body import request_too_late
+from calotype_server.transport.net.credentials import peer_of_call
+from calotype_server.transport.net.proxies import NO_PROXIES, TrustedProxies
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -30,15 +32,17 @@ class RequestGuard:
     Args:
         call_limiter: Counts the calls of each host.
         seconds: Time for a request to arrive.
+        proxies: Trusted proxies, whose calls count for the clients behind them.
     """
 
-    def __init__(self, call_limiter: CallLimiter, seconds: float) -> None:
+    def __init__(self, call_limiter: CallLimiter, seconds: float, proxies: TrustedProxies = NO_PROXIES) -> None:
         self._call_limiter = call_limiter
         self._seconds = seconds
+        self._proxies = proxies
 
-    def admit(self, peer: str) -> AbstractContextManager[None]:
-        """Counts a call of `peer` while the block runs; see `CallLimiter.admit`."""
-        return self._call_limiter.admit(peer)
+    def admit(self, context: Context) -> AbstractContextManager[None]:
+        """Counts a call while the block runs; see `CallLimiter.admit`."""
+        return self._call_limiter.admit(peer_of_call(context, self._proxies))
 
     async def receive(self, context: Context) -> Any:
         """Returns the request of a call.

@@ -14,6 +14,7 @@ from calotype_server.transport.grpc.options import server_options
 from calotype_server.transport.grpc.request_guard import RequestGuard
 from calotype_server.transport.net.address import address_in_use, check_free
 from calotype_server.transport.net.call_limits import CallLimiter
+from calotype_server.transport.net.proxies import NO_PROXIES, TrustedProxies
 
 if TYPE_CHECKING:
     from calotype_server.auth.access import Access
@@ -35,6 +36,7 @@ class NativeServer:
         limits: Limits per connection and per host.
         call_limiter: Counts the calls of a host on all ports; None to count those of this port only.
         observe: Receives events about calls and messages.
+        proxies: Trusted proxies, whose calls count for the clients behind them.
     """
 
     def __init__(
@@ -46,9 +48,11 @@ class NativeServer:
         limits: PortLimits = PORT_LIMITS,
         call_limiter: CallLimiter | None = None,
         observe: Observe = ignore,
+        proxies: TrustedProxies = NO_PROXIES,
     ) -> None:
         self._certificates = certificates
-        guard = RequestGuard(call_limiter or CallLimiter(limits.max_calls_per_peer), limits.request_seconds)
+        call_limiter = call_limiter or CallLimiter(limits.max_calls_per_peer)
+        guard = RequestGuard(call_limiter, limits.request_seconds, proxies)
         self._server = grpc.aio.server(
             interceptors=interceptors(access, "native", observe, guard),
             options=server_options(limits),

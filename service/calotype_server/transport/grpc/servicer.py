@@ -8,7 +8,8 @@ import structlog
 
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
 from calotype_server.transport.grpc.status import to_status
-from calotype_server.transport.net.credentials import from_metadata
+from calotype_server.transport.net.credentials import from_metadata, peer_of_call
+from calotype_server.transport.net.proxies import NO_PROXIES, TrustedProxies
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -31,11 +32,13 @@ class GenerationServicer(GenerationServiceServicer):
     Args:
         service: Carries out the calls.
         access: Identifies the caller.
+        proxies: Trusted proxies, which name the callers behind them.
     """
 
-    def __init__(self, service: GenerationService, access: Access) -> None:
+    def __init__(self, service: GenerationService, access: Access, proxies: TrustedProxies = NO_PROXIES) -> None:
         self._service = service
         self._access = access
+        self._proxies = proxies
 
     async def Generate(  # noqa: N802 - the name in the proto
         self, request: pb.GenerateRequest, context: Context
@@ -81,7 +84,8 @@ class GenerationServicer(GenerationServiceServicer):
         return self._service.model()
 
     def _caller(self, context: Context) -> Caller:
-        caller = self._access.authenticate(from_metadata(context.invocation_metadata()), context.peer())
+        peer = peer_of_call(context, self._proxies)
+        caller = self._access.authenticate(from_metadata(context.invocation_metadata()), peer)
         structlog.contextvars.bind_contextvars(caller=caller.id)
         return caller
 

@@ -12,7 +12,7 @@ import grpc
 import structlog
 
 from calotype_server.errors import InvalidRequest, ServiceError, Violation
-from calotype_server.transport.grpc.dispatch import CallDetails
+from calotype_server.transport.grpc.dispatch import CallDetails, EarlyHandler
 from calotype_server.transport.grpc.status import to_status
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.context import Context
@@ -72,13 +72,14 @@ class Call:
         if not self._decision.done():
             self._decision.set_result(status)
 
-    async def run(self, find_handler: FindHandler) -> None:
+    async def run(self, find_handler: FindHandler, admit: Callable[[], object]) -> None:
         """Answers the call.
 
         Args:
             find_handler: Returns the handler of a method, or None.
+            admit: Called before the request is read. Raises a `ServiceError` if the host has too many calls.
         """
-        handling = asyncio.create_task(self._handle(find_handler))
+        handling = asyncio.create_task(self._handle(find_handler, admit))
         deciders: list[asyncio.Future[Any]] = [handling, self._decision]
         try:
             await asyncio.wait(deciders, return_when=asyncio.FIRST_COMPLETED)
@@ -103,7 +104,7 @@ class Call:
             # Returning without a final event makes the server close the connection.
             _log.warning("dropped a stalled reader", seconds=self._limits.stall_seconds)
 
-    async def _handle(self, find_handler: FindHandler) -> None:
+    async def _handle(self, find_handler: FindHandler, admit: Callable[[], object]) -> None:
         if self._decision.done():
             return
         headers = self._scope["headers"]
@@ -112,12 +113,15 @@ class Call:
         handler = await find_handler(CallDetails(self._path, metadata))
         if handler is None:
             raise CallRejected(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
-        if handler.request_streaming:
-            raise CallRejected(
-                grpc.StatusCode.UNIMPLEMENTED, "grpc-web cannot stream requests: call this method on the gRPC port."
-            )
-        request = self._decode(handler, await self._read())
-        self._disconnect_watcher = asyncio.create_task(self._watch_disconnect())
+        request = None
+        if not isinstance(handler, EarlyHandler):
+            if handler.request_streaming:
+                raise CallRejected(
+                    grpc.StatusCode.UNIMPLEMENTED, "grpc-web cannot stream requests: call this method on the gRPC port."
+                )
+            admit()
+            request = self._decode(handler, await self._read())
+            self._disconnect_watcher = asyncio.create_task(self._watch_disconnect())
         self._context = Context(self._response, metadata, deadline, self.peer)
         self._context.serializer = handler.response_serializer
         await _invoke(handler, request, self._context)

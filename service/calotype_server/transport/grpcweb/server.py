@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 from sonora.asgi import grpcASGI
@@ -106,16 +107,19 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
             call.end(_stopping_status())
         try:
             with contextlib.ExitStack() as counted:
-                try:
-                    counted.enter_context(self._call_limiter.admit(call.peer))
-                except ServiceError as error:
-                    self._observe(CallRefused(error.reason))
-                    call.end(status_of(error))
-                await call.run(self._find_handler)
+                await call.run(self._find_handler, functools.partial(self._admit, call, counted))
         finally:
             self._calls.discard(call)
             if not self._calls:
                 self._idle.set()
+
+    def _admit(self, call: Call, counted: contextlib.ExitStack) -> None:
+        """Counts a call until `counted` is closed."""
+        try:
+            counted.enter_context(self._call_limiter.admit(call.peer))
+        except ServiceError as error:
+            self._observe(CallRefused(error.reason))
+            raise
 
     async def _find_handler(self, details: grpc.HandlerCallDetails) -> Handler | None:
         return await find_handler(details, self._interceptors, self._handlers)

@@ -16,6 +16,7 @@ answered with an error and affects nothing else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -104,11 +105,13 @@ class _Session:
     async def run(self) -> None:
         """Executes commands until the client disconnects, and then stops stream all generations."""
         try:
-            while (received := await self._socket.receive())["type"] == "websocket.receive":
-                if received.get("text") is None:
-                    await self._socket.close(_UNSUPPORTED_DATA, "Commands must be text frames.")
-                    return
-                await self._handle(received["text"])
+            # Sending to a client that has just disconnected raises.
+            with contextlib.suppress(WebSocketDisconnect):
+                while (received := await self._socket.receive())["type"] == "websocket.receive":
+                    if received.get("text") is None:
+                        await self._socket.close(_UNSUPPORTED_DATA, "Commands must be text frames.")
+                        return
+                    await self._handle(received["text"])
         finally:
             streams = list(self._streams.values())
             for stream in streams:
@@ -157,6 +160,11 @@ class _Session:
 
     async def _stream(self, command: _Command) -> None:
         """Sends all messages of a generation. A slow reader delays sending, and skips to the newest preview."""
+        # `run` notices a disconnect by itself.
+        with contextlib.suppress(WebSocketDisconnect):
+            await self._send_stream(command)
+
+    async def _send_stream(self, command: _Command) -> None:
         try:
             message_type: Any = pb.GenerateRequest if command.type == "generate" else pb.WatchRequest
             parsed: Parsed[Any] = parse_message(message_type, command.request)

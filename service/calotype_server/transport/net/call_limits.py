@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from calotype_server.errors import TooManyCalls
+from calotype_server.transport.net.peers import share_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,12 +33,12 @@ class CallLimiter:
         """Counts a call while the block runs.
 
         Args:
-            peer: Address in gRPC's notation, such as ipv4:127.0.0.1:4711.
+            peer: The canonical peer; hosts in one IPv6 /64 count as one.
 
         Raises:
             TooManyCalls: The host has reached its limit.
         """
-        host = peer.rpartition(":")[0]
+        host = share_of(peer)
         if self._calls[host] >= self._max_calls:
             raise TooManyCalls(
                 f"Your host already has {self._max_calls} active calls.",

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from calotype_server.auth.access import bearer_in_subprotocols
+from calotype_server.transport.net.peers import canonical_peer, peer_name
+from calotype_server.transport.net.proxies import FORWARDED_FOR, NO_PROXIES, TrustedProxies
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["from_metadata", "from_scope", "peer_of"]
+    import grpc.aio
+
+__all__ = ["from_metadata", "from_scope", "peer_of", "peer_of_call"]
 
 _HEADER = "authorization"
 
@@ -31,12 +35,18 @@ def from_scope(scope: Any) -> str | None:
 
 
 def peer_of(scope: Any) -> str:
-    """Returns the address of an ASGI client in gRPC's notation, so that a host is the same caller on every port."""
-    client = scope.get("client")
-    if client is None:
-        return "unknown:"
-    host, port = client[:2]
-    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+    """Returns the canonical peer of an ASGI request, as `peer_of_call` does for gRPC.
+
+    The web port has replaced `client` by the client behind a trusted proxy, see `ClientAddressMiddleware`.
+    """
+    host, port = (scope.get("client") or ("", 0))[:2]
+    return peer_name(host, port)
+
+
+def peer_of_call(context: grpc.aio.ServicerContext[Any, Any], proxies: TrustedProxies = NO_PROXIES) -> str:
+    """Returns the canonical peer of a gRPC call: the client behind a trusted proxy, or the end of the connection."""
+    forwarded_for = [str(value) for key, value in context.invocation_metadata() or () if key == FORWARDED_FOR]
+    return proxies.client_of(canonical_peer(context.peer()), forwarded_for)
 
 
 def _single(values: list[str]) -> str | None:

@@ -18,6 +18,7 @@ from starlette.routing import Route
 
 from calotype_server.auth.keys import Role
 from calotype_server.errors import RoleRequired, Unauthenticated
+from calotype_server.limits import SIDE_PORT_LIMITS
 from calotype_server.transport.net.address import is_loopback
 from calotype_server.transport.web.origin_guard import ANY, OriginHostMiddleware
 from calotype_server.transport.web.uvicorn_server import UvicornServer
@@ -119,7 +120,8 @@ class MetricsServer:
         application = Starlette(routes=[Route("/metrics", metrics)])
         # On loopback, pages in a local browser must not read metrics; in a network, scrapers use any host name.
         hosts = () if is_loopback(address) else (ANY,)
-        self._server = UvicornServer(OriginHostMiddleware(application, hosts=hosts), option=_OPTION)
+        guarded = OriginHostMiddleware(application, hosts=hosts)
+        self._server = UvicornServer(guarded, SIDE_PORT_LIMITS, option=_OPTION)
         self._address = address
 
     async def start(self) -> str:

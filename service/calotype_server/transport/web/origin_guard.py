@@ -36,10 +36,20 @@ class OriginHostMiddleware:
         application: The protected app.
         origins: Origins of other sites whose pages may call, as https://example.com; "*" for all.
         hosts: Host names under which this server is reached; "*" for all.
+        any_host: Paths that GET and HEAD may request under any host name, or none: load balancers probe servers by
+            address or by the name of a container.
     """
 
-    def __init__(self, application: Any, *, origins: Sequence[str] = (), hosts: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        application: Any,
+        *,
+        origins: Sequence[str] = (),
+        hosts: Sequence[str] = (),
+        any_host: Sequence[str] = (),
+    ) -> None:
         self._application = application
+        self._any_host = frozenset(any_host)
         self._origins = frozenset(origins)
         self._hosts = frozenset(host.lower() for host in hosts)
 
@@ -55,7 +65,7 @@ class OriginHostMiddleware:
             # A proxy in front of this server may have checked the other one.
             rejection: PlainTextResponse | None = PlainTextResponse("Duplicate Host or Origin header.\n", 400)
         else:
-            rejection = self._check(host, headers.get(b"origin"))
+            rejection = self._check_host(scope, host) or self._check_origin(host, headers.get(b"origin"))
         if scope.get("scheme") == "https" and _split(f"//{host}")[1] != "localhost":
             # On localhost, HSTS would affect every other local server.
             send = _with_header(send, _HSTS)
@@ -66,14 +76,17 @@ class OriginHostMiddleware:
         else:
             await rejection(scope, receive, send)
 
-    def _check(self, host: str, origin: str | None) -> PlainTextResponse | None:
-        """Returns the response to a request that must be rejected, or None."""
+    def _check_host(self, scope: Any, host: str) -> PlainTextResponse | None:
+        """Returns the response to a request for a foreign host name, or None."""
         name = _split(f"//{host}")[1]
-        if not self._is_own_name(name):
-            return PlainTextResponse(f"This server does not answer to the name {name!r}; see --allowed-hosts.\n", 421)
-        if origin is None or ANY in self._origins or origin in self._origins:
+        is_probe = scope.get("method") in ("GET", "HEAD") and scope["path"] in self._any_host
+        if is_probe or self._is_own_name(name):
             return None
-        if _split(origin)[0] == host:
+        return PlainTextResponse(f"This server does not answer to the name {name!r}; see --allowed-hosts.\n", 421)
+
+    def _check_origin(self, host: str, origin: str | None) -> PlainTextResponse | None:
+        """Returns the response to a request from a foreign page, or None."""
+        if origin is None or ANY in self._origins or origin in self._origins or _split(origin)[0] == host:
             return None
         return PlainTextResponse(f"Pages from {origin!r} may not call this server; see --allowed-origins.\n", 403)
 

@@ -17,8 +17,11 @@ from calotype_server.transport.grpcweb import GrpcWeb
 from calotype_server.transport.http import HttpApi
 from calotype_server.transport.http.page import Page
 from calotype_server.transport.net.call_limits import CallLimiter
+from calotype_server.transport.net.proxies import NO_PROXIES, TrustedProxies
+from calotype_server.transport.web.client_address import ClientAddressMiddleware
 from calotype_server.transport.web.metrics_endpoint import metrics_route
 from calotype_server.transport.web.origin_guard import OriginHostMiddleware
+from calotype_server.transport.web.probes import PROBE_PATHS, probe_routes
 from calotype_server.transport.web.uvicorn_server import UvicornServer
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class WebServer:
         transport: Name of the port in the metrics.
         observe: Receives events about calls and messages.
         metrics: Renders `/metrics`; None for no such path.
+        proxies: Trusted proxies, whose requests count for the clients behind them.
     """
 
     def __init__(
@@ -87,12 +91,13 @@ class WebServer:
         transport: str = "grpc-web",
         observe: Observe = ignore,
         metrics: Render | None = None,
+        proxies: TrustedProxies = NO_PROXIES,
     ) -> None:
         call_limiter = call_limiter or CallLimiter(limits.max_calls_per_peer)
         metrics_routes = [] if metrics is None else [metrics_route(metrics, access, address)]
         api_routes = [] if service is None else HttpApi(service, access, limits, call_limiter, observe).routes
         self._grpc_web = GrpcWeb(
-            Starlette(routes=[*metrics_routes, *api_routes, *_site_routes(is_ready, page)]),
+            Starlette(routes=[*metrics_routes, *api_routes, *probe_routes(is_ready), _page_route(page)]),
             interceptors=interceptors(access, transport, observe),
             limits=limits,
             call_limiter=call_limiter,
@@ -109,9 +114,8 @@ class WebServer:
         )
         hosts = (*allowed_hosts, address.rpartition(":")[0])
         context = None if certificates is None else certificates.ssl_context()
-        self._server = UvicornServer(
-            OriginHostMiddleware(application, origins=allowed_origins, hosts=hosts), limits, context
-        )
+        guarded = OriginHostMiddleware(application, origins=allowed_origins, hosts=hosts, any_host=PROBE_PATHS)
+        self._server = UvicornServer(ClientAddressMiddleware(guarded, proxies), limits, context, proxies=proxies)
         self._address = address
 
     @property
@@ -133,17 +137,10 @@ class WebServer:
         await self._server.stop()
 
 
-def _site_routes(is_ready: Callable[[], Awaitable[bool]], page: Path) -> list[BaseRoute]:
-    """Returns the routes of the health checks and the page."""
-
-    async def alive(_: Request) -> PlainTextResponse:
-        return PlainTextResponse("ok\n")
-
-    async def ready(_: Request) -> PlainTextResponse:
-        return PlainTextResponse("ready\n") if await is_ready() else PlainTextResponse("not ready\n", 503)
+def _page_route(page: Path) -> BaseRoute:
+    """Returns the route of the page."""
 
     async def no_page(_: Request) -> PlainTextResponse:
         return PlainTextResponse("This port answers grpc-web. Calotype was installed without its web page.\n")
 
-    root = Mount("/", Page(directory=page, html=True)) if page.is_dir() else Route("/", no_page)
-    return [Route("/healthz", alive), Route("/readyz", ready), root]
+    return Mount("/", Page(directory=page, html=True)) if page.is_dir() else Route("/", no_page)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from calotype_server.transport.net.peers import peer_name
+
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable
 
     from calotype_server.limits import PortLimits
+    from calotype_server.transport.web.connections import Connection, Connections
 
 __all__ = ["TlsHandshakes"]
 
@@ -22,13 +25,21 @@ class TlsHandshakes:
     Args:
         http: Creates the HTTP protocol of a connection from uvicorn's keyword arguments.
         context: For TLS.
-        limits: Number of connections and time for a handshake.
+        limits: Time for a handshake.
+        connections: Counts the connections of the port.
     """
 
-    def __init__(self, http: Callable[..., asyncio.Protocol], context: ssl.SSLContext, limits: PortLimits) -> None:
+    def __init__(
+        self,
+        http: Callable[..., asyncio.Protocol],
+        context: ssl.SSLContext,
+        limits: PortLimits,
+        connections: Connections,
+    ) -> None:
         self._http = http
         self._context = context
         self._limits = limits
+        self._connections = connections
         self._active: set[asyncio.Task[None]] = set()
 
     def __call__(self, **uvicorn_arguments: Any) -> asyncio.Protocol:
@@ -37,13 +48,14 @@ class TlsHandshakes:
 
     def start(self, transport: asyncio.Transport, uvicorn_arguments: dict[str, Any]) -> None:
         """Starts the handshake of a connection, or closes the connection if there are too many."""
-        connections = len(self._active) + len(uvicorn_arguments["server_state"].connections)
-        if connections >= self._limits.max_connections:
+        peer = transport.get_extra_info("peername") or ("", 0)
+        connection = self._connections.open(peer_name(*peer[:2]), transport.abort)
+        if connection is None:
             transport.abort()
             return
         # From now on, incoming bytes belong to the handshake.
         transport.pause_reading()
-        task = asyncio.create_task(self._shake_hands(transport, uvicorn_arguments))
+        task = asyncio.create_task(self._shake_hands(transport, connection, uvicorn_arguments))
         self._active.add(task)
         task.add_done_callback(self._active.discard)
 
@@ -52,19 +64,28 @@ class TlsHandshakes:
         for task in self._active:
             task.cancel()
 
-    async def _shake_hands(self, transport: asyncio.Transport, uvicorn_arguments: dict[str, Any]) -> None:
+    async def _shake_hands(
+        self, transport: asyncio.Transport, connection: Connection, uvicorn_arguments: dict[str, Any]
+    ) -> None:
         early = _EarlyData()
         loop, seconds = asyncio.get_running_loop(), self._limits.request_seconds
         try:
             encrypted = await loop.start_tls(
-                transport, early, self._context, server_side=True, ssl_handshake_timeout=seconds
+                transport,
+                early,
+                self._context,
+                server_side=True,
+                ssl_handshake_timeout=seconds,
+                # Otherwise a client could keep a closed connection open for half a minute.
+                ssl_shutdown_timeout=seconds,
             )
         except OSError:
             # Not TLS, an untrusted certificate, a timeout or a disconnect; asyncio has closed the connection.
-            return
+            encrypted = None
         if encrypted is None or early.lost:
+            connection.closed()
             return
-        protocol = self._http(**uvicorn_arguments)
+        protocol = self._http(connection=connection, **uvicorn_arguments)
         encrypted.set_protocol(protocol)
         protocol.connection_made(encrypted)
         for data in early.received:

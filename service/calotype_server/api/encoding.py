@@ -153,6 +153,19 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica:
     )
 
 
+def encode_status(code: str, reason: str, message: str) -> Status:
+    """Returns a status with an `ErrorInfo`.
+
+    Args:
+        code: Name of the status code.
+        reason: `ErrorInfo.reason`.
+        message: For people.
+    """
+    status = Status(code=Code.Value(code), message=message)
+    status.details.add().Pack(ErrorInfo(reason=reason, domain=DOMAIN))
+    return status
+
+
 def encode_error(error: ServiceError) -> Status:
     """Returns the status of a call that ends with `error`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import grpc
@@ -71,6 +72,8 @@ async def serve(settings: BridgeSettings, announce: Callable[[str], None]) -> No
             async with serve_metrics(settings.metrics_address, metrics.render):
                 announce(address)
                 await signals.stopping()
+                web.drain()
+                await signals.unless_hurried(asyncio.sleep(settings.handover_seconds))
                 _log.info("draining", grace=settings.drain_seconds)
                 await signals.unless_hurried(web.stop(settings.drain_seconds))
         finally:

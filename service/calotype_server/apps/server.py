@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+import structlog
+
 from calotype_server.api.service import GenerationService
 from calotype_server.apps.instruments import Instruments
 from calotype_server.apps.loading import load_engine
@@ -15,9 +17,11 @@ from calotype_server.apps.runtime import FINAL_MESSAGE_GRACE_SECONDS, Runtime
 from calotype_server.apps.signals import Signals
 from calotype_server.generations.store import Store
 from calotype_server.observability.logs import configure_logging
+from calotype_server.transport.grpc.server import OPTION as GRPC_OPTION
 from calotype_server.transport.grpc.server import NativeServer
 from calotype_server.transport.grpc.servicer import GenerationServicer
 from calotype_server.transport.grpc.services import Services
+from calotype_server.transport.net.address import check_free
 from calotype_server.transport.net.call_limits import CallLimiter
 from calotype_server.transport.net.exposure import Exposure
 from calotype_server.transport.net.open_files import raise_open_file_limit
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from calotype_server.types import ModelInfo
 
 __all__ = ["Ready", "serve"]
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +92,13 @@ async def serve(
         )
         if await signals.unless_stopped(running.enter_async_context(runtime)) is None:
             return 0
-        await ports.set_serving(True)
+        await ports.open()
         announce(Ready(ports.grpc_address, ports.web_address, engine.model, time.monotonic() - started))
         await signals.unless_stopped(runtime.dead.wait())
         await ports.set_serving(False)
+        with contextlib.suppress(TimeoutError):
+            await signals.unless_hurried(ports.hand_over(runtime.dead))
+        ports.drain()
         await running.aclose()
         await ports.stop(FINAL_MESSAGE_GRACE_SECONDS)
         return 1 if runtime.dead.is_set() else 0
@@ -99,11 +108,10 @@ class _Ports:
     """The gRPC port, the web port and, if configured, the metrics port. They are open during the `async with` block.
 
     Attributes:
-        grpc_address: HOST:PORT of the gRPC port.
+        grpc_address: HOST:PORT of the gRPC port; "" until it is open.
         web_address: HOST:PORT of the web port.
     """
 
-    grpc_address: str
     web_address: str
 
     def __init__(
@@ -133,6 +141,7 @@ class _Ports:
             observe=observe,
             metrics=None if settings.metrics_address else metrics.render,
         )
+        self.grpc_address = ""
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -140,7 +149,11 @@ class _Ports:
             raise_open_file_limit(2 * self._settings.port_limits.max_connections)
             await self.set_serving(False)
             stack.push_async_callback(self._native.stop, 0)
-            self.grpc_address = await self._native.start(self._settings.grpc_address)
+            if self._settings.handover_seconds:
+                # gRPC's own clients would send calls to a server that is loading, and not retry them with another.
+                check_free(self._settings.grpc_address, GRPC_OPTION)
+            else:
+                await self._open_native()
             self._exposure.watch_files()
             stack.push_async_callback(self._exposure.close)
             stack.push_async_callback(self._web.stop, 0)
@@ -154,9 +167,41 @@ class _Ports:
     ) -> None:
         await self._stack.aclose()
 
+    async def open(self) -> None:
+        """Opens the gRPC port, unless it is open, and reports success in health checks.
+
+        Raises:
+            AddressInUse: The address of the gRPC port is in use.
+        """
+        if not self.grpc_address:
+            await self._open_native()
+        await self.set_serving(True)
+
     async def set_serving(self, serving: bool) -> None:
         """Sets the result of health checks."""
         await self._services.set_serving(serving)
+
+    async def _open_native(self) -> None:
+        self.grpc_address = await self._native.start(self._settings.grpc_address)
+
+    async def hand_over(self, dead: asyncio.Event) -> None:
+        """Accepts the last calls while clients move to other servers, until `dead` is set.
+
+        Raises:
+            TimeoutError: The time is over.
+        """
+        seconds = self._settings.handover_seconds
+        if not seconds:
+            return
+        _log.info("handing over", seconds=seconds)
+        self._native.refuse_connections()
+        self._web.drain()
+        await asyncio.wait_for(dead.wait(), seconds)
+
+    def drain(self) -> None:
+        """Asks clients to start new calls elsewhere. Active calls continue until `stop`."""
+        self._native.drain()
+        self._web.drain()
 
     async def stop(self, grace: float) -> None:
         """Closes the ports; calls get `grace` seconds to deliver their last message."""

@@ -111,7 +111,7 @@ class Generations:
             quota: Limits of the caller; only new generations count.
 
         Raises:
-            NotReady: The server is draining.
+            Draining: The server is draining.
             RequestIdTaken: The request id was used with other parameters.
             RateLimited: The quota is exhausted for now.
             QueueFull: The queue has no free place.
@@ -252,7 +252,7 @@ class Generations:
 
     def _accept(self, job: Job, delivery: DeliveryOptions, quota: Quota | None) -> Generation:
         if self._retry_after is not None:
-            raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
+            raise errors.Draining("The server is stopping.", retry_after=self._retry_after)
         if quota is not None:
             quota.check(job, self._index.active(delivery.caller))
         generation = self._create(job, delivery)

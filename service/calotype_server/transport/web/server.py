@@ -17,6 +17,7 @@ from calotype_server.transport.grpcweb import GrpcWeb
 from calotype_server.transport.http import HttpApi
 from calotype_server.transport.http.page import Page
 from calotype_server.transport.net.call_limits import CallLimiter
+from calotype_server.transport.web.closing import ClosingMiddleware
 from calotype_server.transport.web.metrics_endpoint import metrics_route
 from calotype_server.transport.web.origin_guard import OriginHostMiddleware
 from calotype_server.transport.web.uvicorn_server import UvicornServer
@@ -109,9 +110,8 @@ class WebServer:
         )
         hosts = (*allowed_hosts, address.rpartition(":")[0])
         context = None if certificates is None else certificates.ssl_context()
-        self._server = UvicornServer(
-            OriginHostMiddleware(application, origins=allowed_origins, hosts=hosts), limits, context
-        )
+        self._closing = ClosingMiddleware(OriginHostMiddleware(application, origins=allowed_origins, hosts=hosts))
+        self._server = UvicornServer(self._closing, limits, context)
         self._address = address
 
     @property
@@ -126,6 +126,10 @@ class WebServer:
             AddressInUse: The address is in use, or does not belong to this machine.
         """
         return await self._server.start(self._address)
+
+    def drain(self) -> None:
+        """Ends each connection after its next response; clients then connect to another server behind a proxy."""
+        self._closing.begin()
 
     async def stop(self, grace: float) -> None:
         """Closes the port. Active calls have `grace` seconds to send their last message; new ones get UNAVAILABLE."""

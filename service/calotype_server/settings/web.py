@@ -86,9 +86,9 @@ class WebSettings(BaseSettings):
     handover_seconds: float = Field(
         PORT_LIMITS.handover_seconds,
         ge=0,
-        description="With several servers: time after SIGTERM for clients to move to the others, in seconds. The server "
-        "still accepts calls on open connections, renews each connection at least this often, and then drains. Its gRPC "
-        "port is open only while it is ready. 0: there is no other server, so the drain begins at once.",
+        description="With several servers: time after SIGTERM for clients to move to the others, in seconds. The "
+        "server still accepts calls on open connections, renews each connection at least this often, and then drains. "
+        "Its gRPC port is open only while it is ready. 0: there is no other server, so the drain begins at once.",
     )
     tls_certificate: Path | None = Field(
         None, description="PEM file with the server's certificate and its chain. Turns on TLS on all ports."

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from calotype_server.limits import Limits
     from calotype_server.types import ModelInfo
 
-__all__ = ["DOMAIN", "encode_error", "encode_model", "encode_page", "encode_update"]
+__all__ = ["DOMAIN", "encode_error", "encode_model", "encode_page", "encode_status", "encode_update"]
 
 DOMAIN = "calotype"
 """`google.rpc.ErrorInfo.domain` of every error."""

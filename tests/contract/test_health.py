@@ -25,6 +25,7 @@ from calotype_server.transport.web.server import WebServer
 from support.engine.fake_engine import MODEL, FakeEngine
 from support.grpcweb import Connection, WebChannel
 from support.metrics import Scrape
+from support.process import free_address
 from support.service import read_until
 
 if TYPE_CHECKING:
@@ -74,12 +75,15 @@ class Server:
             WebServer=asyncio.get_running_loop().create_future(),
         )
         announced = asyncio.Event()
-        given = Settings(grpc_address="127.0.0.1:0", web_address="127.0.0.1:0", **settings)
+        given = Settings(**{"grpc_address": "127.0.0.1:0", "web_address": "127.0.0.1:0", **settings})
         self.serving = asyncio.create_task(app.serve(given, lambda _: announced.set(), self._load))
         self.ready = announced.wait
         self.web_address = await self._addresses["WebServer"]
         web = WebChannel(self.web_address)
-        async with grpc.aio.insecure_channel(await self._addresses["NativeServer"]) as native:
+        # With a handover time, the port opens later.
+        address = given.grpc_address if given.handover_seconds else await self._addresses["NativeServer"]
+        async with grpc.aio.insecure_channel(address) as native:
+            self.native_address = address
             self.channels = native, web
             self.stub = GenerationServiceStub(native)
             try:
@@ -92,14 +96,24 @@ class Server:
                 await asyncio.wait_for(self.serving, PATIENCE)
                 web.close()
 
-    async def health(self) -> set[int]:
-        """Returns the health statuses on both ports, of the service and of the whole server."""
+    async def health(self, *, native: bool = True) -> set[int]:
+        """Returns the health statuses on both ports, or on the web port, of the service and of the whole server."""
         answers = [
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
-            for channel in self.channels
+            for channel in self.channels[0 if native else 1 :]
             for service in (SERVICE, "")
         ]
         return {answer.status for answer in answers}
+
+    async def refuses_connections(self) -> bool:
+        """Returns whether a client that connects to the gRPC port now fails."""
+        options = (("grpc.use_local_subchannel_pool", 1),)
+        async with grpc.aio.insecure_channel(self.native_address, options) as channel:
+            try:
+                await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            except grpc.aio.AioRpcError as error:
+                return "Connection refused" in (error.details() or "")
+        return False
 
     async def get(self, path: str) -> tuple[int, str]:
         """Returns the HTTP status and body of a path on the web port."""
@@ -111,10 +125,15 @@ class Server:
             connection.close()
         return head.status_code, body.decode()
 
-    async def probes(self) -> tuple[set[int], int, int, float]:
+    async def probes(self, *, native: bool = True) -> tuple[set[int], int, int, float]:
         """Returns the results of all probes: gRPC health, `/healthz`, `/readyz` and the metric."""
         serving = Scrape((await self.get("/metrics"))[1]).value("calotype_serving")
-        return await self.health(), (await self.get("/healthz"))[0], (await self.get("/readyz"))[0], serving
+        return (
+            await self.health(native=native),
+            (await self.get("/healthz"))[0],
+            (await self.get("/readyz"))[0],
+            serving,
+        )
 
 
 @pytest.fixture
@@ -137,9 +156,33 @@ async def test_probes_while_loading_serving_and_draining(server: Server) -> None
         assert (await watch.read()).status == SERVING
         os.kill(os.getpid(), signal.SIGTERM)
         assert (await watch.read()).status == NOT_SERVING
-        assert await server.probes() == ({NOT_SERVING}, 200, 503, 0)
+        assert await server.probes(native=False) == ({NOT_SERVING}, 200, 503, 0)
+        assert await server.refuses_connections()
         server.engine.allow()
         await read_until(running, pb.PHASE_SUCCEEDED)
+        assert await asyncio.wait_for(server.serving, PATIENCE) == 0
+
+
+async def test_with_a_handover_time_the_grpc_port_accepts_connections_only_while_ready(server: Server) -> None:
+    """Clients that connect to a loading or stopping server are refused, while those with a connection can still call.
+
+    A second signal ends the handover.
+    """
+    async with server.running(grpc_address=free_address(), handover_seconds=3600):
+        assert await server.refuses_connections()
+        server.loaded.set()
+        await asyncio.wait_for(server.ready(), PATIENCE)
+        assert not await server.refuses_connections()
+        watch = health_pb2_grpc.HealthStub(server.channels[0]).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert (await watch.read()).status == SERVING
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (await watch.read()).status == NOT_SERVING
+        while not await server.refuses_connections():
+            pass
+        await read_until(server.stub.Generate(PROMPT), pb.PHASE_SUCCEEDED)
+        assert await server.probes() == ({NOT_SERVING}, 200, 503, 0)
+        watch.cancel()
+        os.kill(os.getpid(), signal.SIGTERM)
         assert await asyncio.wait_for(server.serving, PATIENCE) == 0
 
 
@@ -157,7 +200,7 @@ async def test_a_dead_device_ends_the_server(server: Server) -> None:
         server.engine.failure = EngineDead("The device failed.")
         server.engine.allow(1)
         assert (await watch.read()).status == NOT_SERVING
-        assert await server.probes() == ({NOT_SERVING}, 200, 503, 0)
+        assert await server.probes(native=False) == ({NOT_SERVING}, 200, 503, 0)
         server.engine.allow()
         for call in calls:
             assert (await read_until(call, pb.PHASE_FAILED)).error.reason == "ENGINE_DEAD"

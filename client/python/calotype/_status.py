@@ -34,8 +34,8 @@ _PLAIN_MESSAGES = {
 }
 
 _LOST = ("RST_STREAM", "CANCELLED")
-"""Texts of the status CANCELLED for lost calls: a proxy resets a call whose server is gone, and a stopping server cancels
-a call that arrives in that moment. Cancels by the server have details, and those by this client another text."""
+"""Texts of the status CANCELLED for lost calls: a proxy resets a call whose server is gone, and gRPC cancels a call
+that reaches a stopping server. A cancelled generation has details, and a cancel by this client another text."""
 
 
 def from_rpc_error(error: grpc.RpcError) -> CalotypeError:

@@ -18,7 +18,7 @@ from support.examples import EXAMPLES
 from support.lab import PATIENCE
 from support.service import read_until, running
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 README = (ROOT / "protos" / "README.md").read_text(encoding="utf-8")
 [CURL] = re.findall(r"```sh\n(buf curl .*?)```", README, re.DOTALL)
 [GRPC_JS] = [block for block in re.findall(r"```js\n(.*?)```", README, re.DOTALL) if ".cancel()" in block]

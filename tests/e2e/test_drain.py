@@ -87,7 +87,9 @@ async def load(*ports: tuple[str, str], steps: int) -> AsyncIterator[list[Receiv
 async def opened(kind: str, address: str) -> AsyncIterator[Any]:
     """Opens a channel to a port."""
     if kind == "native":
-        async with grpc.aio.insecure_channel(address) as channel:
+        # With gRPC's shared pool, a channel could use the connection of an earlier one.
+        options = (("grpc.use_local_subchannel_pool", 1),)
+        async with grpc.aio.insecure_channel(address, options) as channel:
             yield channel
     else:
         with contextlib.closing(WebChannel(address)) as channel:

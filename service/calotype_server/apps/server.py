@@ -98,7 +98,7 @@ async def serve(
         await ports.set_serving(False)
         with contextlib.suppress(TimeoutError):
             await signals.unless_hurried(ports.hand_over(runtime.dead))
-        ports.drain()
+        await ports.drain()
         await running.aclose()
         await ports.stop(FINAL_MESSAGE_GRACE_SECONDS)
         return 1 if runtime.dead.is_set() else 0
@@ -198,9 +198,9 @@ class _Ports:
         self._web.drain()
         await asyncio.wait_for(dead.wait(), seconds)
 
-    def drain(self) -> None:
+    async def drain(self) -> None:
         """Asks clients to start new calls elsewhere. Active calls continue until `stop`."""
-        self._native.drain()
+        await self._native.drain()
         self._web.drain()
 
     async def stop(self, grace: float) -> None:

@@ -305,7 +305,7 @@ async def test_a_bridge_repeats_a_call_that_a_stopping_server_cancelled() -> Non
     """GRPC cancels calls that reach a server after it has stopped, without details; the next server answers them."""
     reached = []
 
-    async def cancelled(request: bytes, context: Any) -> bytes:
+    async def cancelled(request: bytes, context: Any) -> None:
         reached.append(request)
         await context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
 
@@ -338,7 +338,7 @@ async def test_a_bridge_repeats_a_call_that_a_stopping_server_cancelled() -> Non
 async def test_a_status_of_grpc_itself_gets_a_reason_from_the_bridge() -> None:
     """A status without details, such as that of a request that is too large, has the name of its code as the reason."""
 
-    async def full(request: bytes, context: Any) -> bytes:
+    async def full(request: bytes, context: Any) -> None:
         await context.abort(grpc.StatusCode.OUT_OF_RANGE, "Too far.")
 
     async with lab("bridge", {"Full": full}) as server:

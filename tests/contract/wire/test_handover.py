@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 import pytest
@@ -120,6 +120,17 @@ async def port(**limits: float) -> AsyncIterator[Port]:
             await opened.server.stop(0)
 
 
+def held(channel: Any) -> Any:
+    """Starts a call of `Hold`."""
+    return channel.unary_stream(f"/{NAME}/Hold")(b"")
+
+
+async def echoed(channel: Any, message: bytes) -> bytes:
+    """Returns the answer of `Echo`."""
+    answer: bytes = await channel.unary_unary(f"/{NAME}/Echo")(message)
+    return answer
+
+
 async def refuses(address: str) -> bool:
     """Returns whether nothing listens on an address; waits for a connection that was just accepted."""
     host, _, number = address.rpartition(":")
@@ -136,9 +147,9 @@ async def test_draining_sends_goaway_and_completes_active_calls() -> None:
     async with port() as native, opener()(native.address, ()) as channel:
         raw = await RawConnection.open(native.address)
         await raw.settings()
-        call = channel.unary_stream(f"/{NAME}/Hold")(b"")
+        call = held(channel)
         assert await call.read() == b"first"
-        native.server.drain()
+        await native.server.drain()
         assert await raw.goaway() == ANY_STREAM
         assert await refuses(native.address)
         native.proceed.set()
@@ -150,9 +161,9 @@ async def test_draining_sends_goaway_and_completes_active_calls() -> None:
 async def test_active_calls_continue_until_the_port_stops() -> None:
     """Draining has no time limit of its own; `stop` sets the grace period."""
     async with port() as native, opener()(native.address, ()) as channel:
-        call = channel.unary_stream(f"/{NAME}/Hold")(b"")
+        call = held(channel)
         assert await call.read() == b"first"
-        native.server.drain()
+        await native.server.drain()
         await native.server.stop(0)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
@@ -164,10 +175,10 @@ async def test_with_a_handover_time_connections_end_without_a_lost_call() -> Non
     async with port(handover_seconds=0.5) as native, opener()(native.address, ()) as channel:
         raw = await RawConnection.open(native.address)
         await raw.settings()
-        running = channel.unary_stream(f"/{NAME}/Hold")(b"")
+        running = held(channel)
         assert await running.read() == b"first"
         native.server.refuse_connections()
-        assert await channel.unary_unary(f"/{NAME}/Echo")(b"late") == b"late"
+        assert await echoed(channel, b"late") == b"late"
         assert await refuses(native.address)
         assert await raw.goaway() == ANY_STREAM
         raw.close()

@@ -102,10 +102,12 @@ class NativeServer:
         refuse_connections(self._listeners)
         self._listeners = frozenset()
 
-    def drain(self) -> None:
+    async def drain(self) -> None:
         """Closes the port and asks clients to start new calls elsewhere; active calls continue until `stop`."""
         if self._draining is None:
             self._draining = asyncio.create_task(self._server.stop(_UNTIL_STOPPED_SECONDS))
+            # The task closes the port before it first waits.
+            await asyncio.sleep(0)
 
     async def stop(self, grace: float) -> None:
         """Closes the port. Active calls have `grace` seconds to send their last message."""

@@ -20,7 +20,7 @@ GOOGLEAPIS = $(wildcard $(PROTO_VENV)/lib/python3*/site-packages)
 # Node is not listed, because the page needs it too. g++ and a JDK may be installed already.
 CLIENT_PACKAGES := make g++ pkg-config protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libgrpc++-dev ruby-grpc ruby-grpc-tools \
 	default-jdk-headless libgrpc-java protobuf-compiler-grpc-java-plugin libnetty-java libperfmark-java \
-	libgeronimo-annotation-1.3-spec-java golang-go golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev \
+	libgeronimo-annotation-1.3-spec-java libprotobuf-java libgoogle-common-protos-java libgoogle-gson-java libopencensus-java golang-go golang-google-grpc-dev golang-github-golang-protobuf-1-5-dev \
 	protoc-gen-go protoc-gen-go-grpc
 # Files that are named *.slow.test.ts run in `make test-all`.
 VITEST = npm test --silent -- $(if $(FAST),--exclude='**/*.slow.test.ts') --reporter=default --reporter=json --outputFile.json=$(PROOFS)

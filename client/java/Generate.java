@@ -4,9 +4,9 @@
 
 import static java.util.concurrent.TimeUnit.SECONDS;
 
-import calotype.v1.Calotype.GenerateRequest;
-import calotype.v1.Calotype.ImageKind;
+import calotype.v1.GenerateRequest;
 import calotype.v1.GenerationServiceGrpc;
+import calotype.v1.ImageKind;
 import com.google.protobuf.Any;
 import com.google.rpc.BadRequest;
 import io.grpc.Grpc;

@@ -90,6 +90,7 @@ class PortLimits:
     idle_seconds: float = 300.0
     keepalive_seconds: float = 20.0
     keepalive_timeout_seconds: float = 10.0
+    handover_seconds: float = 0.0
 
 
 PORT_LIMITS = PortLimits()

@@ -12,8 +12,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import EngineDead
+from support.grpcweb import Connection
 from support.hangs.whole_server import NOT_SERVING, PATIENCE, SERVICE, SERVING, Server
 from support.metrics import Scrape
+from support.process import free_address
 from support.service import read_until
 
 PROMPT = pb.GenerateRequest(prompt="a red apple")
@@ -39,9 +41,33 @@ async def test_probes_while_loading_serving_and_draining(server: Server) -> None
         assert (await watch.read()).status == SERVING
         os.kill(os.getpid(), signal.SIGTERM)
         assert (await watch.read()).status == NOT_SERVING
-        assert await server.probes() == ({NOT_SERVING}, 200, 503, 0)
+        assert await server.probes(native=False) == ({NOT_SERVING}, 200, 503, 0)
+        assert await server.refuses_connections()
         server.engine.allow()
         await read_until(running, pb.PHASE_SUCCEEDED)
+        assert await asyncio.wait_for(server.serving, PATIENCE) == 0
+
+
+async def test_with_a_handover_time_the_grpc_port_accepts_connections_only_while_ready(server: Server) -> None:
+    """Clients that connect to a loading or stopping server are refused, while those with a connection can still call.
+
+    A second signal ends the handover.
+    """
+    async with server.running(grpc_address=free_address(), handover_seconds=3600):
+        assert await server.refuses_connections()
+        server.loaded.set()
+        await asyncio.wait_for(server.ready(), PATIENCE)
+        assert not await server.refuses_connections()
+        watch = health_pb2_grpc.HealthStub(server.channels[0]).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        assert (await watch.read()).status == SERVING
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (await watch.read()).status == NOT_SERVING
+        while not await server.refuses_connections():
+            pass
+        await read_until(server.stub.Generate(PROMPT), pb.PHASE_SUCCEEDED)
+        assert await server.probes() == ({NOT_SERVING}, 200, 503, 0)
+        watch.cancel()
+        os.kill(os.getpid(), signal.SIGTERM)
         assert await asyncio.wait_for(server.serving, PATIENCE) == 0
 
 
@@ -59,7 +85,7 @@ async def test_a_dead_device_ends_the_server(server: Server) -> None:
         server.engine.failure = EngineDead("The device failed.")
         server.engine.allow(1)
         assert (await watch.read()).status == NOT_SERVING
-        assert await server.probes() == ({NOT_SERVING}, 200, 503, 0)
+        assert await server.probes(native=False) == ({NOT_SERVING}, 200, 503, 0)
         server.engine.allow()
         for call in calls:
             assert (await read_until(call, pb.PHASE_FAILED)).error.reason == "ENGINE_DEAD"

@@ -180,18 +180,6 @@ async def test_a_request_that_does_not_arrive_times_out(port: str) -> None:
         await works(service)
 
 
-async def test_a_call_without_a_request_is_rejected() -> None:
-    """A client that closes its side without a request gets INVALID_ARGUMENT."""
-    async with running(FakeEngine()) as service:
-
-        async def nothing():
-            return
-            yield
-
-        error = await rejected(service.channel.stream_stream(METHOD)(nothing()))
-        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-
-
 async def test_the_head_timeout_applies_to_later_requests() -> None:
     """On a reused connection, an incomplete request head times out, too."""
     async with running(FakeEngine(), transport="grpc-web", ports=PortLimits(request_seconds=0.2)) as service:

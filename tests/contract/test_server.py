@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_status import rpc_status
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.service import GenerationService
@@ -20,10 +23,17 @@ from calotype_server.transport.grpc.servicer import GenerationServicer
 from calotype_server.transport.grpc.services import Services
 from calotype_server.types import PreviewMethod, PreviewOptions
 from support.engine.fake_engine import MODEL, FakeEngine
-from support.service import LIMITS, read_until, running
+from support.service import LIMITS, Service, read_until, running
 
 SERVICE = "calotype.v1.GenerationService"
 PROMPT = pb.GenerateRequest(prompt="a red apple")
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    """Returns the reason in the details of a status."""
+    info = ErrorInfo()
+    assert rpc_status.from_call(error).details[0].Unpack(info)
+    return info.reason
 
 
 async def test_calls_are_unavailable_until_the_model_is_loaded(grpc_transport: str) -> None:
@@ -33,6 +43,7 @@ async def test_calls_are_unavailable_until_the_model_is_loaded(grpc_transport: s
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert reason_of(caught.value) == "NOT_READY"
         health = health_pb2_grpc.HealthStub(service.channel)
         for name in (SERVICE, ""):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
@@ -52,13 +63,38 @@ async def test_health_can_be_watched(grpc_transport: str) -> None:
         watch.cancel()
 
 
-async def test_reflection_lists_the_service() -> None:
-    """Tools such as `buf curl` work without a proto file."""
+REFLECTION = ("grpc.reflection.v1", "grpc.reflection.v1alpha")
+
+
+async def reflect(service: Service, package: str, **request: str) -> reflection_pb2.ServerReflectionResponse:
+    """Returns the response of one version of reflection; the messages of both are the same."""
+    call = service.channel.stream_stream(
+        f"/{package}.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    return await call(iter([reflection_pb2.ServerReflectionRequest(**request)])).read()
+
+
+@pytest.mark.parametrize("package", REFLECTION)
+async def test_reflection_lists_the_services(package: str) -> None:
+    """Tools such as `buf curl` work without a proto file, with both versions of the protocol."""
     async with running(FakeEngine()) as service:
-        stub = reflection_pb2_grpc.ServerReflectionStub(service.channel)
-        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
-        names = {each.name for each in (await call.read()).list_services_response.service}
-    assert {SERVICE, "grpc.health.v1.Health"} <= names
+        answer = await reflect(service, package, list_services="")
+    names = {each.name for each in answer.list_services_response.service}
+    assert names == {SERVICE, "grpc.health.v1.Health", *(f"{each}.ServerReflection" for each in REFLECTION)}
+
+
+@pytest.mark.parametrize("package", REFLECTION)
+async def test_reflection_describes_every_service_that_it_lists(package: str) -> None:
+    """Tools can load the descriptors of all listed services, reflection included."""
+    async with running(FakeEngine()) as service:
+        for name in (SERVICE, "grpc.health.v1.Health", *(f"{each}.ServerReflection" for each in REFLECTION)):
+            answer = await reflect(service, package, file_containing_symbol=name)
+            pool = DescriptorPool()
+            for file in reversed(answer.file_descriptor_response.file_descriptor_proto):
+                pool.AddSerializedFile(file)
+            assert pool.FindServiceByName(name).methods
 
 
 async def test_get_model_returns_the_operators_limits(transport: str) -> None:
@@ -106,7 +142,7 @@ async def test_two_servers_cannot_share_a_port() -> None:
 
 
 async def test_draining_finishes_accepted_generations_and_rejects_new_ones(transport: str) -> None:
-    """New calls get UNAVAILABLE with a retry delay; the running generation succeeds."""
+    """New calls get UNAVAILABLE with the reason DRAINING; the running generation succeeds."""
     engine = FakeEngine()
     engine.hold()
     async with running(engine, transport=transport) as service:
@@ -116,6 +152,7 @@ async def test_draining_finishes_accepted_generations_and_rejects_new_ones(trans
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await service.stub.Generate(PROMPT).read()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert reason_of(caught.value) == "DRAINING"
         engine.allow()
         await service.generations.idle()
         await read_until(accepted, pb.PHASE_SUCCEEDED)

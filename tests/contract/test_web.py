@@ -8,6 +8,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
+import h11
 import pytest
 
 from calotype_server.auth.access import Access
@@ -15,8 +16,8 @@ from calotype_server.errors import AddressInUse
 from calotype_server.limits import PortLimits
 from calotype_server.transport.web.server import WebServer
 from calotype_server.transport.web.sockets import listen
-from support.grpcweb import Connection, frame
-from support.lab import NAME, PATIENCE, lab
+from support.grpcweb import Connection, frame, header_dict, read_answer
+from support.lab import NAME, PATIENCE, echo, lab
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -261,5 +262,25 @@ async def test_idle_connections_do_not_delay_a_stop() -> None:
         head, _ = await connection.answer()
         assert head.status_code == 200
         await asyncio.wait_for(server.server.stop(PATIENCE), PATIENCE)
+        assert await connection.reader.read() == b""
+        connection.close()
+
+
+async def test_a_draining_port_ends_each_connection_after_its_response() -> None:
+    """Clients behind a load balancer then connect to another server; until then, they get their responses."""
+    async with lab(methods={"Echo": echo}) as server:
+        connection = await server.post("Echo")
+        head, _ = await connection.answer()
+        assert "connection" not in header_dict(head)
+        server.server.drain()
+        connection.next_answer()
+        kind = {"host": server.address, "content-type": "application/grpc-web"}
+        await connection.request("POST", f"/{NAME}/Echo", kind, frame(b"x"))
+        head = await connection.event()
+        body = b""
+        while isinstance(event := await connection.event(), h11.Data):
+            body += event.data
+        assert header_dict(head)["connection"] == "close"
+        assert read_answer((head, body))[0] == [b"x"]
         assert await connection.reader.read() == b""
         connection.close()

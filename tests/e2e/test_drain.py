@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
-from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
-from support.grpcweb import Connection, WebChannel
+from support.grpcweb import Connection, WebChannel, header_dict
 from support.process import BridgeProcess, ServerProcess
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Received:
     messages: list[pb.Progress] = field(default_factory=list)
     status: grpc.StatusCode | None = None
     retry_after: float | None = None
+    reason: str | None = None
 
 
 async def follow(channel: Any, received: Received, steps: int, seed: int = 0) -> AsyncIterator[None]:
@@ -47,10 +48,13 @@ async def follow(channel: Any, received: Received, steps: int, seed: int = 0) ->
         received.status = grpc.StatusCode.OK
     except grpc.aio.AioRpcError as error:
         received.status = error.code()
-        info = RetryInfo()
+        retry, info = RetryInfo(), ErrorInfo()
         status = rpc_status.from_call(error)
-        if status is not None and any(detail.Unpack(info) for detail in status.details):
-            received.retry_after = info.retry_delay.ToMilliseconds() / 1000
+        for detail in [] if status is None else status.details:
+            if detail.Unpack(retry):
+                received.retry_after = retry.retry_delay.ToMilliseconds() / 1000
+            elif detail.Unpack(info):
+                received.reason = info.reason
 
 
 @contextlib.asynccontextmanager
@@ -83,7 +87,9 @@ async def load(*ports: tuple[str, str], steps: int) -> AsyncIterator[list[Receiv
 async def opened(kind: str, address: str) -> AsyncIterator[Any]:
     """Opens a channel to a port."""
     if kind == "native":
-        async with grpc.aio.insecure_channel(address) as channel:
+        # With gRPC's shared pool, a channel could use the connection of an earlier one.
+        options = (("grpc.use_local_subchannel_pool", 1),)
+        async with grpc.aio.insecure_channel(address, options) as channel:
             yield channel
     else:
         with contextlib.closing(WebChannel(address)) as channel:
@@ -113,13 +119,14 @@ async def assert_ended_well(process: ServerProcess) -> None:
 
 
 async def assert_rejected(kind: str, address: str) -> None:
-    """Checks that a new call is rejected with a retry delay."""
+    """Checks that a new call is rejected: the gRPC port is closed, the web port answers with a reason and a delay."""
     received = Received()
     async with opened(kind, address) as channel:
         async for _ in follow(channel, received, steps=5):
             pass
     assert (received.messages, received.status) == ([], grpc.StatusCode.UNAVAILABLE)
-    assert received.retry_after > 0
+    assert received.reason == (None if kind == "native" else "DRAINING")
+    assert received.retry_after is None or received.retry_after > 0
 
 
 def assert_typed_end(received: Received) -> None:
@@ -189,7 +196,8 @@ async def test_a_bridge_drains_too(server: ServerProcess, hurried: bool) -> None
             await assert_rejected("web", bridge.web_address)
             connection = await Connection.open(bridge.web_address)
             await connection.request("GET", "/readyz", {"host": bridge.web_address})
-            assert (await connection.answer("GET"))[0].status_code == 503
+            head, _ = await connection.answer("GET")
+            assert (head.status_code, header_dict(head)["connection"]) == (503, "close")
             connection.close()
             if hurried:
                 bridge.terminate()

@@ -28,7 +28,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.slow
 def test_sigterm_lets_the_running_generation_finish(cache_dir: Path) -> None:
-    """The open stream ends with its image, new calls are rejected with a retry delay, and the exit code is 0."""
+    """The open stream ends with its image, new calls find the port closed, and the exit code is 0."""
     with ServerProcess("--cache-dir", str(cache_dir)) as server, calotype.Client(server.address) as client:
         generation = client.generate("a red apple", steps=60, seed=1)
         rejected = False
@@ -36,9 +36,9 @@ def test_sigterm_lets_the_running_generation_finish(cache_dir: Path) -> None:
             if progress.step >= 3 and not rejected:
                 server.terminate()
                 server.wait_for_log("draining")
-                with pytest.raises(calotype.Unavailable) as caught:
+                with pytest.raises(calotype.Unavailable):
                     client.generate("another").result()
-                rejected = caught.value.retry_after > 0
+                rejected = True
         assert rejected
         assert generation.result().width == 128
         assert server.process.wait(30) == 0

@@ -155,7 +155,8 @@ def test_there_is_time_to_drain() -> None:
     for deployment in deployments():
         pod = deployment["spec"]["template"]["spec"]
         given = {each["name"]: each["value"] for each in pod["containers"][0]["env"]}
-        assert pod["terminationGracePeriodSeconds"] >= float(given["CALOTYPE_DRAIN_SECONDS"]) + 15
+        stopping = float(given["CALOTYPE_HANDOVER_SECONDS"]) + float(given["CALOTYPE_DRAIN_SECONDS"])
+        assert pod["terminationGracePeriodSeconds"] >= stopping + 15
     serve = yaml.safe_load(ray_service()["spec"]["serveConfigV2"])["applications"][0]["deployments"][0]
     *_, worker = ray_pods()
     grace = serve["graceful_shutdown_timeout_s"]

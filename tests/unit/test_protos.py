@@ -14,7 +14,7 @@ from calotype_server import errors
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "protos" / "README.md").read_text(encoding="utf-8")
 BUF = str(Path(sys.executable).with_name("buf"))
-COMMANDS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+COMMANDS = [each for each in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "_out=" in each]
 CHECK = re.search(r"buf (breaking protos --against .*)", (ROOT / "Makefile").read_text(encoding="utf-8"))[1]
 
 

@@ -33,8 +33,9 @@ _PLAIN_MESSAGES = {
     "Locally cancelled by application!": "Cancelled by this client.",
 }
 
-_RESET = "RST_STREAM"
-"""A proxy resets a call whose server is gone; gRPC reports the reset as CANCELLED."""
+_LOST = ("RST_STREAM", "CANCELLED")
+"""Texts of the status CANCELLED for lost calls: a proxy resets a call whose server is gone, and gRPC cancels a call
+that reaches a stopping server. A cancelled generation has details, and a cancel by this client another text."""
 
 
 def from_rpc_error(error: grpc.RpcError) -> CalotypeError:
@@ -52,10 +53,11 @@ def from_rpc_error(error: grpc.RpcError) -> CalotypeError:
 def from_status(code: grpc.StatusCode | None, text: str | None, metadata: Any) -> CalotypeError:
     """Makes the exception for a status code, its message and the trailing metadata."""
     kind = BY_CODE.get(code.value[0], UnknownError) if code is not None else UnknownError
-    if kind is Cancelled and _RESET in (text or ""):
+    status = _details(metadata)
+    if kind is Cancelled and not status.details and any(lost in (text or "") for lost in _LOST):
         kind, text = Unavailable, "The connection was lost."
     text = next((words for phrase, words in _PLAIN_MESSAGES.items() if phrase in (text or "")), text or "")
-    return _make(kind, text, _details(metadata))
+    return _make(kind, text, status)
 
 
 def from_error_message(error: v1.Error, default: type[CalotypeError]) -> CalotypeError:

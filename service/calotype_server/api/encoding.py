@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from calotype_server.limits import Limits
     from calotype_server.types import ModelInfo
 
-__all__ = ["DOMAIN", "encode_error", "encode_model", "encode_page", "encode_update"]
+__all__ = ["DOMAIN", "encode_error", "encode_model", "encode_page", "encode_status", "encode_update"]
 
 DOMAIN = "calotype"
 """`google.rpc.ErrorInfo.domain` of every error."""
@@ -152,6 +152,19 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica:
         unbatched_reason=model.unbatched_reason,
         replica=replica,
     )
+
+
+def encode_status(code: str, reason: str, message: str) -> Status:
+    """Returns a status with an `ErrorInfo`.
+
+    Args:
+        code: Name of the status code.
+        reason: `ErrorInfo.reason`.
+        message: For people.
+    """
+    status = Status(code=Code.Value(code), message=message)
+    status.details.add().Pack(ErrorInfo(reason=reason, domain=DOMAIN))
+    return status
 
 
 def encode_error(error: ServiceError) -> Status:

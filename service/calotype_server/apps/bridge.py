@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import grpc
@@ -51,7 +52,7 @@ async def serve(
     """
     configure_logging(settings.log_level, settings.log_format)
     exposure = Exposure(settings, {"--web-address": settings.web_address})
-    signals = Signals(settings.drain_seconds, exit_after)
+    signals = Signals(settings.handover_seconds + settings.drain_seconds, exit_after)
     metrics = Metrics(__version__)
     raise_open_file_limit(settings.max_connections)
 
@@ -82,6 +83,8 @@ async def serve(
             ):
                 announce(address)
                 await signals.stopping()
+                web.drain()
+                await signals.unless_hurried(asyncio.sleep(settings.handover_seconds))
                 _log.info("draining", grace=settings.drain_seconds)
                 await signals.unless_hurried(web.stop(settings.drain_seconds))
         finally:

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+import structlog
+
 from calotype_server.api.service import GenerationService
 from calotype_server.apps.health import HealthReporter
 from calotype_server.apps.instruments import Instruments
@@ -17,9 +19,11 @@ from calotype_server.apps.signals import Signals
 from calotype_server.generations.store import Store
 from calotype_server.generations.watchdog import EXIT_STALLED
 from calotype_server.observability.logs import configure_logging
+from calotype_server.transport.grpc.server import OPTION as GRPC_OPTION
 from calotype_server.transport.grpc.server import NativeServer
 from calotype_server.transport.grpc.servicer import GenerationServicer
 from calotype_server.transport.grpc.services import Services
+from calotype_server.transport.net.address import check_free
 from calotype_server.transport.net.call_limits import CallLimiter
 from calotype_server.transport.net.exposure import Exposure
 from calotype_server.transport.net.open_files import raise_open_file_limit
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
     from calotype_server.types import ModelInfo
 
 __all__ = ["Ready", "serve"]
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ async def serve(
     """
     configure_logging(settings.log_level, settings.log_format, prompts=settings.log_prompts)
     started = time.monotonic()
-    signals = Signals(settings.drain_seconds, exit_after)
+    signals = Signals(settings.handover_seconds + settings.drain_seconds, exit_after)
     exposure = Exposure(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
     service = GenerationService(settings.limits)
     async with (
@@ -99,11 +105,16 @@ async def serve(
         )
         if await signals.unless_stopped(running.enter_async_context(runtime)) is None:
             return 0
+        await ports.open()
         async with HealthReporter(runtime.problems, ports.set_serving).running():
             announce(Ready(ports.grpc_address, ports.web_address, engine.model, time.monotonic() - started))
             await signals.unless_stopped(runtime.dead.wait())
         if runtime.dead.is_set():
             signals.limit_stop(settings.drain_seconds)
+        else:
+            with contextlib.suppress(TimeoutError):
+                await signals.unless_hurried(ports.hand_over(runtime.dead))
+        await ports.drain()
         await running.aclose()
         await ports.stop(FINAL_MESSAGE_GRACE_SECONDS)
         if runtime.left_behind or runtime.problems():
@@ -117,11 +128,10 @@ class _Ports:
     They are open during the `async with` block.
 
     Attributes:
-        grpc_address: HOST:PORT of the gRPC port.
+        grpc_address: HOST:PORT of the gRPC port; "" until it is open.
         web_address: HOST:PORT of the web port.
     """
 
-    grpc_address: str
     web_address: str
 
     def __init__(
@@ -159,6 +169,7 @@ class _Ports:
             metrics=None if settings.metrics_address else metrics.render,
             proxies=proxies,
         )
+        self.grpc_address = ""
         self._stack = contextlib.AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -166,7 +177,11 @@ class _Ports:
             raise_open_file_limit(2 * self._settings.port_limits.max_connections)
             await self.set_serving(False)
             stack.push_async_callback(self._native.stop, 0)
-            self.grpc_address = await self._native.start(self._settings.grpc_address)
+            if self._settings.handover_seconds:
+                # gRPC's own clients would send calls to a server that is loading, and not retry them with another.
+                check_free(self._settings.grpc_address, GRPC_OPTION)
+            else:
+                await self._open_native()
             self._exposure.watch_files()
             stack.push_async_callback(self._exposure.close)
             stack.push_async_callback(self._web.stop, 0)
@@ -181,9 +196,41 @@ class _Ports:
     ) -> None:
         await self._stack.aclose()
 
+    async def open(self) -> None:
+        """Opens the gRPC port, unless it is open, and reports success in health checks.
+
+        Raises:
+            AddressInUse: The address of the gRPC port is in use.
+        """
+        if not self.grpc_address:
+            await self._open_native()
+        await self.set_serving(True)
+
     async def set_serving(self, serving: bool) -> None:
         """Sets the result of health checks."""
         await self._services.set_serving(serving)
+
+    async def _open_native(self) -> None:
+        self.grpc_address = await self._native.start(self._settings.grpc_address)
+
+    async def hand_over(self, dead: asyncio.Event) -> None:
+        """Accepts the last calls while clients move to other servers, until `dead` is set.
+
+        Raises:
+            TimeoutError: The time is over.
+        """
+        seconds = self._settings.handover_seconds
+        if not seconds:
+            return
+        _log.info("handing over", seconds=seconds)
+        self._native.refuse_connections()
+        self._web.drain()
+        await asyncio.wait_for(dead.wait(), seconds)
+
+    async def drain(self) -> None:
+        """Asks clients to start new calls elsewhere. Active calls continue until `stop`."""
+        await self._native.drain()
+        self._web.drain()
 
     async def stop(self, grace: float) -> None:
         """Closes the ports; calls get `grace` seconds to deliver their last message."""

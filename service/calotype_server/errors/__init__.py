@@ -3,7 +3,7 @@
 ```
 ServiceError                      a status code, a reason and a message that is safe to show to any caller
 ├── InvalidRequest                INVALID_ARGUMENT     lists every violation
-├── NotReady                      UNAVAILABLE
+├── NotReady                      UNAVAILABLE          loading
 ├── UpstreamUnavailable           UNAVAILABLE          sent by the bridge
 ├── StateUnavailable              UNAVAILABLE
 ├── Unauthenticated               UNAUTHENTICATED
@@ -14,6 +14,12 @@ ServiceError                      a status code, a reason and a message that is 
 ├── QueueFull                     RESOURCE_EXHAUSTED
 ├── TooManyCalls                  RESOURCE_EXHAUSTED   limit per host
 ├── RequestTooLate                DEADLINE_EXCEEDED
+├── DeadlineExceeded              DEADLINE_EXCEEDED
+├── MethodNotFound                UNIMPLEMENTED
+├── RequestStreamUnsupported      UNIMPLEMENTED        grpc-web only
+├── WrongRequestCount             UNIMPLEMENTED
+├── CompressionUnsupported        UNIMPLEMENTED
+├── RequestUnreadable             INTERNAL
 ├── RateLimited                   RESOURCE_EXHAUSTED   limits of one key
 │   ├── RequestsPerMinute
 │   ├── PixelStepsPerMinute
@@ -73,7 +79,9 @@ from calotype_server.errors.generation import (
     OutOfMemory,
 )
 from calotype_server.errors.rejections import (
+    CompressionUnsupported,
     ConcurrentGenerations,
+    DeadlineExceeded,
     DeadlineTooShort,
     GenerationNotFound,
     ImageNotFound,
@@ -81,6 +89,7 @@ from calotype_server.errors.rejections import (
     KeyExpired,
     KeyInvalid,
     KeyRequired,
+    MethodNotFound,
     NotReady,
     OtherReplica,
     PixelStepsPerMinute,
@@ -89,14 +98,17 @@ from calotype_server.errors.rejections import (
     RateLimited,
     RequestIdTaken,
     RequestsPerMinute,
+    RequestStreamUnsupported,
     RequestTooLarge,
     RequestTooLate,
+    RequestUnreadable,
     RoleRequired,
     StateUnavailable,
     TooManyCalls,
     TooManyStreams,
     Unauthenticated,
     UpstreamUnavailable,
+    WrongRequestCount,
 )
 from calotype_server.errors.startup import (
     AddressInUse,
@@ -114,9 +126,11 @@ __all__ = [
     "AddressInUse",
     "Cancelled",
     "CertificatesUnusable",
+    "CompressionUnsupported",
     "ConcurrentGenerations",
     "ContentWithheld",
     "DataLoss",
+    "DeadlineExceeded",
     "DeadlineTooShort",
     "Draining",
     "EngineCrashed",
@@ -132,6 +146,7 @@ __all__ = [
     "KeyInvalid",
     "KeyRequired",
     "KeysUnusable",
+    "MethodNotFound",
     "ModelUnavailable",
     "NotReady",
     "NumericalFailure",
@@ -142,8 +157,10 @@ __all__ = [
     "QueueFull",
     "RateLimited",
     "RequestIdTaken",
+    "RequestStreamUnsupported",
     "RequestTooLarge",
     "RequestTooLate",
+    "RequestUnreadable",
     "RequestsPerMinute",
     "RoleRequired",
     "ServiceError",
@@ -156,4 +173,5 @@ __all__ = [
     "Unauthenticated",
     "UpstreamUnavailable",
     "Violation",
+    "WrongRequestCount",
 ]

@@ -38,7 +38,7 @@ class Abandoned(Cancelled):
 
 
 class Draining(GenerationError):
-    """The server shut down before the generation finished."""
+    """The server shuts down: it ended the generation before it finished, or accepts no new ones."""
 
     code = "UNAVAILABLE"
     reason = "DRAINING"

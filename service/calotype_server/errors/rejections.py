@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
+    "CompressionUnsupported",
     "ConcurrentGenerations",
+    "DeadlineExceeded",
     "DeadlineTooShort",
     "GenerationNotFound",
     "ImageNotFound",
@@ -18,6 +20,7 @@ __all__ = [
     "KeyExpired",
     "KeyInvalid",
     "KeyRequired",
+    "MethodNotFound",
     "NotReady",
     "OtherReplica",
     "PixelStepsPerMinute",
@@ -25,8 +28,10 @@ __all__ = [
     "QueueFull",
     "RateLimited",
     "RequestIdTaken",
+    "RequestStreamUnsupported",
     "RequestTooLarge",
     "RequestTooLate",
+    "RequestUnreadable",
     "RequestsPerMinute",
     "RoleRequired",
     "StateUnavailable",
@@ -34,6 +39,7 @@ __all__ = [
     "TooManyStreams",
     "Unauthenticated",
     "UpstreamUnavailable",
+    "WrongRequestCount",
 ]
 
 
@@ -49,7 +55,7 @@ class InvalidRequest(ServiceError):
 
 
 class NotReady(ServiceError):
-    """The server accepts no new work because it is loading its model or shutting down."""
+    """The server is loading its model."""
 
     code = "UNAVAILABLE"
     reason = "NOT_READY"
@@ -113,6 +119,47 @@ class TooManyCalls(ServiceError):
 
     code = "RESOURCE_EXHAUSTED"
     reason = "TOO_MANY_CALLS"
+
+
+class MethodNotFound(ServiceError):
+    """The port offers no method of this name."""
+
+    code = "UNIMPLEMENTED"
+    reason = "METHOD_NOT_FOUND"
+
+
+class RequestStreamUnsupported(ServiceError):
+    """The method receives a stream of requests, which grpc-web cannot send."""
+
+    code = "UNIMPLEMENTED"
+    reason = "REQUEST_STREAM_UNSUPPORTED"
+
+
+class WrongRequestCount(ServiceError):
+    """The method takes exactly one request, and the client sent none or several."""
+
+    code = "UNIMPLEMENTED"
+    reason = "WRONG_REQUEST_COUNT"
+
+
+class CompressionUnsupported(ServiceError):
+    """The request is compressed in a way that the port does not support."""
+
+    code = "UNIMPLEMENTED"
+    reason = "COMPRESSION_UNSUPPORTED"
+
+
+class RequestUnreadable(ServiceError):
+    """The bytes of the request are not a message of the method's type, or not a message at all."""
+
+    reason = "REQUEST_UNREADABLE"
+
+
+class DeadlineExceeded(ServiceError):
+    """The deadline of the call passed. Native clients notice it themselves."""
+
+    code = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_EXCEEDED"
 
 
 class RequestTooLate(ServiceError):

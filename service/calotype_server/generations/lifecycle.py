@@ -121,7 +121,7 @@ class Generations:
             quota: Limits of the caller; only new generations count.
 
         Raises:
-            NotReady: The server is draining.
+            Draining: The server is draining.
             RequestIdTaken: The request id was used with other parameters.
             RateLimited: The quota is exhausted for now.
             QueueFull: The queue has no free place.
@@ -326,7 +326,7 @@ class Generations:
     def _accept(self, requests: Sequence[tuple[Job, DeliveryOptions]], quota: Quota | None) -> list[Generation]:
         """Accepts all jobs or none, without giving control to the event loop in between."""
         if self._retry_after is not None:
-            raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
+            raise errors.Draining("The server is stopping.", retry_after=self._retry_after)
         if problem := self._index.problem:
             raise errors.StateUnavailable(problem, retry_after=_STATE_RETRY_SECONDS)
         generations = [self._create(job, delivery) for job, delivery in requests]

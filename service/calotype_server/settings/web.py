@@ -102,6 +102,13 @@ class WebSettings(BaseSettings):
         ge=1,
         description="Timeout for the reply to a ping, in seconds. Then the client's calls end.",
     )
+    handover_seconds: float = Field(
+        PORT_LIMITS.handover_seconds,
+        ge=0,
+        description="With several servers: time after SIGTERM for clients to move to the others, in seconds. The "
+        "server still accepts calls on open connections, renews each connection at least this often, and then drains. "
+        "Its gRPC port is open only while it is ready. 0: there is no other server, so the drain begins at once.",
+    )
     tls_certificate: Path | None = Field(
         None, description="PEM file with the server's certificate and its chain. Turns on TLS on all ports."
     )

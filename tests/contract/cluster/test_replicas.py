@@ -23,7 +23,7 @@ from calotype_server.transport.web.server import WebServer
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import WebChannel
 from support.keyring import Keyring
-from support.lab import NAME, handlers, until
+from support.lab import NAME, handlers, lab, until
 from support.service import Service, opener, read_until, running
 
 if TYPE_CHECKING:
@@ -299,6 +299,54 @@ async def test_a_bridge_identifies_servers_with_the_callers_key(tmp_path) -> Non
         made = await service.stub.Generate(kept(1), metadata=authorization).read()
         assert await upstreams.owner_of(made.generation_id, ()) is None
         assert await upstreams.owner_of(made.generation_id, authorization) is not None
+
+
+async def test_a_bridge_repeats_a_call_that_a_stopping_server_cancelled() -> None:
+    """GRPC cancels calls that reach a server after it has stopped, without details; the next server answers them."""
+    reached = []
+
+    async def cancelled(request: bytes, context: Any) -> None:
+        reached.append(request)
+        await context.abort(grpc.StatusCode.CANCELLED, "CANCELLED")
+
+    async def echo(request: bytes, context: Any) -> bytes:
+        return request
+
+    async with contextlib.AsyncExitStack() as stack:
+        addresses = []
+        for method in (cancelled, echo):
+            server = grpc.aio.server()
+            server.add_generic_rpc_handlers([handlers({"Echo": method})])
+            addresses.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+            await server.start()
+            stack.push_async_callback(server.stop, 0)
+        upstreams = await stack.enter_async_context(Upstreams(addresses, opener()))
+        web = WebServer(
+            "127.0.0.1:0",
+            lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
+            Access(),
+            is_ready=upstreams.is_serving,
+        )
+        channel = WebChannel(await web.start())
+        stack.push_async_callback(web.stop, 0)
+        stack.callback(channel.close)
+        for number in range(4):
+            assert await channel.unary_unary(f"/{NAME}/Echo")(b"%d" % number) == b"%d" % number
+    assert reached
+
+
+async def test_a_status_of_grpc_itself_gets_a_reason_from_the_bridge() -> None:
+    """A status without details, such as that of a request that is too large, has the name of its code as the reason."""
+
+    async def full(request: bytes, context: Any) -> None:
+        await context.abort(grpc.StatusCode.OUT_OF_RANGE, "Too far.")
+
+    async with lab("bridge", {"Full": full}) as server:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await server.stream("Full").read()
+    info = ErrorInfo()
+    assert rpc_status.from_call(caught.value).details[0].Unpack(info)
+    assert (caught.value.code(), info.reason, info.domain) == (grpc.StatusCode.OUT_OF_RANGE, "OUT_OF_RANGE", "calotype")
 
 
 async def test_calls_above_the_limit_of_a_connection_use_another_one() -> None:

@@ -210,7 +210,7 @@ async def test_a_stopping_server_ends_generations_and_closes_with_1012(
     service.generations.reject_new(retry_after=5.0)
     await send(socket, "generate", "b", request=APPLE)
     rejected = await read_until(socket, lambda frame: frame["id"] == "b")
-    assert (rejected["error"]["code"], rejected["error"]["retry_after"]) == ("NOT_READY", 5.0)
+    assert (rejected["error"]["code"], rejected["error"]["retry_after"]) == ("DRAINING", 5.0)
     ending = asyncio.create_task(service.generations.abort_all())
     await asyncio.sleep(0)
     engine.allow()

@@ -72,14 +72,17 @@ class Server:
             WebServer=asyncio.get_running_loop().create_future(),
         )
         announced = asyncio.Event()
-        given = Settings(grpc_address="127.0.0.1:0", web_address="127.0.0.1:0", **settings)
+        given = Settings(**{"grpc_address": "127.0.0.1:0", "web_address": "127.0.0.1:0", **settings})
         self.serving = asyncio.create_task(
             app.serve(given, lambda _: announced.set(), self._load, lambda *limit: self.limits.put_nowait(limit))
         )
         self.ready = announced.wait
         self.web_address = await self._addresses["WebServer"]
         web = WebChannel(self.web_address)
-        async with grpc.aio.insecure_channel(await self._addresses["NativeServer"]) as native:
+        # With a handover time, the port opens later.
+        address = given.grpc_address if given.handover_seconds else await self._addresses["NativeServer"]
+        async with grpc.aio.insecure_channel(address) as native:
+            self.native_address = address
             self.channels = native, web
             self.stub = GenerationServiceStub(native)
             try:
@@ -92,14 +95,24 @@ class Server:
                 await asyncio.wait_for(self.serving, PATIENCE)
                 web.close()
 
-    async def health(self) -> set[int]:
-        """Returns the health statuses on both ports, of the service and of the whole server."""
+    async def health(self, *, native: bool = True) -> set[int]:
+        """Returns the health statuses on both ports, or on the web port, of the service and of the whole server."""
         answers = [
             await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
-            for channel in self.channels
+            for channel in self.channels[0 if native else 1 :]
             for service in (SERVICE, "")
         ]
         return {answer.status for answer in answers}
+
+    async def refuses_connections(self) -> bool:
+        """Returns whether a client that connects to the gRPC port now fails."""
+        options = (("grpc.use_local_subchannel_pool", 1),)
+        async with grpc.aio.insecure_channel(self.native_address, options) as channel:
+            try:
+                await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            except grpc.aio.AioRpcError as error:
+                return "Connection refused" in (error.details() or "")
+        return False
 
     async def get(self, path: str) -> tuple[int, str]:
         """Returns the HTTP status and body of a path on the web port."""
@@ -111,10 +124,15 @@ class Server:
             connection.close()
         return head.status_code, body.decode()
 
-    async def probes(self) -> tuple[set[int], int, int, float]:
+    async def probes(self, *, native: bool = True) -> tuple[set[int], int, int, float]:
         """Returns the results of all probes: gRPC health, `/healthz`, `/readyz` and the metric."""
         serving = await self.metric("calotype_serving")
-        return await self.health(), (await self.get("/healthz"))[0], (await self.get("/readyz"))[0], serving
+        return (
+            await self.health(native=native),
+            (await self.get("/healthz"))[0],
+            (await self.get("/readyz"))[0],
+            serving,
+        )
 
     async def metric(self, name: str) -> float:
         """Returns the value of a metric without labels."""

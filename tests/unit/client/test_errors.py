@@ -4,6 +4,8 @@ import pickle
 
 import grpc
 import pytest
+from google.protobuf.any_pb2 import Any
+from google.rpc.status_pb2 import Status
 
 import calotype
 from calotype import CalotypeError, Client, InvalidRequest, Overloaded, StreamIncomplete, Violation
@@ -133,6 +135,14 @@ def test_call_reset_by_a_proxy_counts_as_lost() -> None:
     """A call that a proxy resets counts as lost, although gRPC reports CANCELLED."""
     reset = "Stream removed (RST_STREAM (Received RST_STREAM with error code 8))"
     assert isinstance(from_status(grpc.StatusCode.CANCELLED, reset, ()), calotype.Unavailable)
+
+
+def test_a_call_that_reaches_a_stopping_server_counts_as_lost() -> None:
+    """GRPC cancels it without details; a generation that was cancelled on purpose has them."""
+    assert isinstance(from_status(grpc.StatusCode.CANCELLED, "CANCELLED", ()), calotype.Unavailable)
+    details = Status(code=1, message="The generation was cancelled.", details=[Any()]).SerializeToString()
+    metadata = (("grpc-status-details-bin", details),)
+    assert isinstance(from_status(grpc.StatusCode.CANCELLED, "CANCELLED", metadata), calotype.Cancelled)
     assert isinstance(
         from_status(grpc.StatusCode.CANCELLED, "Locally cancelled by application!", ()), calotype.Cancelled
     )

@@ -26,9 +26,10 @@ class Context(AbortMixin):
 
     def __init__(self) -> None:
         self._code: grpc.StatusCode | None = None
+        self._unread: list[Any] = [grpc.aio.EOF, b"request"]
 
-    async def read(self) -> bytes:
-        return b"request"
+    async def read(self) -> Any:
+        return self._unread.pop()
 
     def peer(self) -> str:
         return "ipv4:127.0.0.1:1"
@@ -146,6 +147,12 @@ async def test_long_lived_calls_are_not_counted() -> None:
     assert observed == []
 
 
-async def test_an_unknown_method_has_no_handler() -> None:
-    """The chain returns None, which gRPC answers with UNIMPLEMENTED."""
-    assert await native(None) is None
+async def test_an_unknown_method_is_rejected_before_its_request_arrives() -> None:
+    """A client that streams requests to it gets the status at once, without sending one."""
+    observed: list[Any] = []
+    handler = await native(None, observed)
+    context = Context()
+    with pytest.raises(grpc.aio.AbortError):
+        await anext(handler.stream_stream(None, context))
+    assert context.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert observed == [CallRefused("METHOD_NOT_FOUND")]

@@ -34,8 +34,10 @@ class GenerationServiceStub:
     """Generates images from text and streams previews while it denoises them.
 
     Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; `protos/README.md` lists all
-    reasons. Every method can return UNAVAILABLE with a `google.rpc.RetryInfo` while the server loads its model. If the
-    server requires API keys, every method can also return UNAUTHENTICATED.
+    reasons. Every method can return UNAVAILABLE with a `google.rpc.RetryInfo` while the server loads its model (NOT_READY),
+    and `Generate` also while the server shuts down (DRAINING). If the server requires API keys, every method can also
+    return UNAUTHENTICATED. As in every gRPC service, a request that cannot be parsed returns INTERNAL, and an unknown
+    method UNIMPLEMENTED.
     """
 
     @_typing.overload
@@ -97,8 +99,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Generates images from text and streams previews while it denoises them.
 
     Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; `protos/README.md` lists all
-    reasons. Every method can return UNAVAILABLE with a `google.rpc.RetryInfo` while the server loads its model. If the
-    server requires API keys, every method can also return UNAUTHENTICATED.
+    reasons. Every method can return UNAVAILABLE with a `google.rpc.RetryInfo` while the server loads its model (NOT_READY),
+    and `Generate` also while the server shuts down (DRAINING). If the server requires API keys, every method can also
+    return UNAUTHENTICATED. As in every gRPC service, a request that cannot be parsed returns INTERNAL, and an unknown
+    method UNIMPLEMENTED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -156,8 +160,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates images from text and streams previews while it denoises them.
 
     Every error carries a `google.rpc.ErrorInfo` with the domain `calotype` and a reason; `protos/README.md` lists all
-    reasons. Every method can return UNAVAILABLE with a `google.rpc.RetryInfo` while the server loads its model. If the
-    server requires API keys, every method can also return UNAUTHENTICATED.
+    reasons. Every method can return UNAVAILABLE with a `google.rpc.RetryInfo` while the server loads its model (NOT_READY),
+    and `Generate` also while the server shuts down (DRAINING). If the server requires API keys, every method can also
+    return UNAUTHENTICATED. As in every gRPC service, a request that cannot be parsed returns INTERNAL, and an unknown
+    method UNIMPLEMENTED.
     """
 
     @_abc_1.abstractmethod

@@ -14,6 +14,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.api import encoding
 from calotype_server.api.validation import validate_page
 from calotype_server.errors import UpstreamUnavailable
 from calotype_server.transport.cluster.upstream import Health
@@ -88,9 +89,10 @@ class Forwarder(grpc.GenericRpcHandler):
                         context.set_trailing_metadata(_returned_metadata(await call.trailing_metadata()))
                         return
                     except grpc.aio.AioRpcError as error:
-                        if _is_connection_error(error):
+                        lost = _is_connection_error(error)
+                        if lost:
                             upstream.health = Health.LOST
-                        if started or not candidates or error.code() not in _RETRYABLE:
+                        if started or not candidates or not (lost or error.code() in _RETRYABLE):
                             await abort_like(error, context)
                     finally:
                         call.cancel()
@@ -169,10 +171,14 @@ def _generation_id(request: bytes) -> str:
 
 def _is_connection_error(error: grpc.aio.AioRpcError) -> bool:
     """Whether the connection failed, as opposed to a status that the server sent."""
-    has_details = any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
-    # A proxy resets a call whose server is gone; gRPC reports that as a cancel.
-    is_reset = error.code() is grpc.StatusCode.CANCELLED and "RST_STREAM" in (error.details() or "")
-    return is_reset or (error.code() is grpc.StatusCode.UNAVAILABLE and not has_details)
+    # A proxy resets a call whose server is gone, and a stopping server cancels a call that arrives in that moment. Our
+    # own cancels never end up here, and those of a server have details.
+    lost = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    return error.code() in lost and not _has_details(error)
+
+
+def _has_details(error: grpc.aio.AioRpcError) -> bool:
+    return any(key == _DETAILS for key, _ in error.trailing_metadata() or ())
 
 
 def _unavailable() -> UpstreamUnavailable:
@@ -184,11 +190,16 @@ async def abort_like(error: grpc.aio.AioRpcError, context: Context) -> None:
 
     Raises:
         UpstreamUnavailable: The connection failed. gRPC's own text would reveal addresses and system errors.
-        grpc.aio.AbortError: In all other cases.
+        grpc.aio.AbortError: In all other cases. A status without details, which comes from gRPC itself, gets an
+            `ErrorInfo` with the name of its code as the reason.
     """
     if _is_connection_error(error):
         raise _unavailable() from None
-    await context.abort(error.code(), error.details() or "", tuple(_returned_metadata(error.trailing_metadata())))
+    metadata = _returned_metadata(error.trailing_metadata())
+    if not _has_details(error):
+        details = encoding.encode_status(error.code().name, error.code().name, error.details() or "")
+        metadata.append((_DETAILS, details.SerializeToString()))
+    await context.abort(error.code(), error.details() or "", tuple(metadata))
 
 
 def forwarded_metadata(context: Context) -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ import grpc
 
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer, GenerationServiceStub
 from calotype_server.api.validation import validate_page
-from calotype_server.errors import NotReady
+from calotype_server.errors import Draining
 from calotype_server.generations.ids import tag_of
 from calotype_server.transport.cluster.forwarder import abort_like, forwarded_metadata, merge_pages
 from calotype_server.transport.cluster.upstream import Health, Upstream
@@ -100,7 +100,7 @@ class RoutingServicer(GenerationServiceServicer):
                 async for message in messages:
                     yield message
             return
-        except NotReady:
+        except Draining:
             others = await self._peer_replicas.responding()
             if not others:
                 raise

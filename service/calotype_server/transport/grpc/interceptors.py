@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.errors import InvalidRequest, Violation
+from calotype_server.errors import MethodNotFound, RequestUnreadable
 from calotype_server.observability.events import CallEnded, MessageSent, Observe, ignore
 from calotype_server.transport.grpc.dispatch import EarlyHandler
 from calotype_server.transport.grpc.key_check import KeyCheckInterceptor
@@ -82,10 +82,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler | None:
-        """Returns the wrapped handler of a method, or None for an unknown method."""
+        """Returns the wrapped handler of a method; for an unknown method, one that rejects the call."""
         handler: Any = await continuation(handler_call_details)
         if handler is None:
-            return None
+            # gRPC ports reject it before a request arrives, because it may never come; other ports have the request.
+            handler = _MAKE_HANDLER[self._guard is not None, True](_not_found)
         method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         yields, early = inspect.isasyncgenfunction(method), isinstance(handler, EarlyHandler)
         counted = early or (not handler.request_streaming and (yields or not handler.response_streaming))
@@ -167,9 +168,9 @@ class _Undecodable:
 
 
 def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """Returns a deserializer that does not raise, so that the wrapper can answer INVALID_ARGUMENT.
+    """Returns a deserializer that does not raise, so that the wrapper can add details to the status.
 
-    gRPC itself would answer INTERNAL, which blames the server.
+    gRPC itself would answer without them, and grpc.aio would log a traceback for every such request.
     """
     if deserialize is None:
         return None
@@ -185,5 +186,10 @@ def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], An
 
 def _decoded(request: Any) -> Any:
     if isinstance(request, _Undecodable):
-        raise InvalidRequest([Violation("request", "Could not decode the request.")])
+        raise RequestUnreadable("Could not decode the request.")
     return request
+
+
+async def _not_found(_: Any, __: Context) -> AsyncGenerator[Any, None]:
+    raise MethodNotFound("This port has no such method.")
+    yield

@@ -15,6 +15,9 @@ __all__ = ["CHANNEL_OPTIONS", "server_options"]
 
 _MAX_RESPONSE_BYTES = 8 * 1024 * 1024
 
+_CONNECTION_AGE_SHARE = 0.8
+"""Maximum age of a connection as a share of the handover time. gRPC adds up to 10 %; the rest is for the client."""
+
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)
@@ -22,7 +25,10 @@ def _ms(seconds: float) -> int:
 
 def server_options(limits: PortLimits) -> Options:
     """Returns the options of a server that applies `limits` to its clients."""
+    age = _CONNECTION_AGE_SHARE * limits.handover_seconds
     return [
+        # Ends a connection with GOAWAY, for new calls only. No grace period: active calls continue.
+        *([("grpc.max_connection_age_ms", _ms(age))] if age else []),
         # A second server on the same port must fail instead of sharing it.
         ("grpc.so_reuseport", 0),
         ("grpc.max_allowed_incoming_connections", limits.max_connections),

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from calotype_server.errors import InvalidRequest, Violation
-from calotype_server.transport.net.body import request_too_late
+from calotype_server.transport.net.body import request_too_late, wrong_request_count
 from calotype_server.transport.net.credentials import peer_of_call
 from calotype_server.transport.net.proxies import NO_PROXIES, TrustedProxies
 
@@ -49,13 +48,16 @@ class RequestGuard:
 
         Raises:
             RequestTooLate: The request did not arrive in time.
-            InvalidRequest: The client closed its side without sending one.
+            WrongRequestCount: The client sent no request, or several.
         """
         try:
             async with asyncio.timeout(self._seconds):
                 request = await context.read()
+                if request is grpc.aio.EOF:
+                    raise wrong_request_count(0)
+                # gRPC sends the end together with the only request, so this does not wait.
+                if await context.read() is not grpc.aio.EOF:
+                    raise wrong_request_count(2)
         except TimeoutError:
             raise request_too_late(self._seconds) from None
-        if request is grpc.aio.EOF:
-            raise InvalidRequest([Violation("request", "The call ended without a request.")])
         return request

@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 
-from calotype_server.errors import InvalidRequest, ServiceError, Violation
+from calotype_server.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    GenerationFailed,
+    MethodNotFound,
+    RequestStreamUnsupported,
+    RequestUnreadable,
+    ServiceError,
+)
 from calotype_server.transport.grpc.dispatch import CallDetails, EarlyHandler
 from calotype_server.transport.grpc.status import to_status
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.context import Context
-from calotype_server.transport.grpcweb.framing import CallRejected, Status
+from calotype_server.transport.grpcweb.framing import Status
 from calotype_server.transport.grpcweb.response import Response, Stalled
 from calotype_server.transport.net.body import ClientGone, read_body
 from calotype_server.transport.net.credentials import peer_of
@@ -112,13 +120,11 @@ class Call:
         metadata = framing.decode_metadata(headers)
         handler = await find_handler(CallDetails(self._path, metadata))
         if handler is None:
-            raise CallRejected(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+            raise MethodNotFound("This port has no such method.")
         request = None
         if not isinstance(handler, EarlyHandler):
             if handler.request_streaming:
-                raise CallRejected(
-                    grpc.StatusCode.UNIMPLEMENTED, "grpc-web cannot stream requests: call this method on the gRPC port."
-                )
+                raise RequestStreamUnsupported("grpc-web cannot stream requests: call this method on the gRPC port.")
             admit()
             request = self._decode(handler, await self._read())
             self._disconnect_watcher = asyncio.create_task(self._watch_disconnect())
@@ -131,7 +137,7 @@ class Call:
         if timeout is None:
             return None
         seconds = framing.parse_timeout(timeout)
-        exceeded = Status(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+        exceeded = status_of(DeadlineExceeded("The deadline of the call has passed."))
         self._deadline_timer = asyncio.get_running_loop().call_later(seconds, self.end, exceeded)
         return time.monotonic() + seconds
 
@@ -145,13 +151,14 @@ class Call:
             seconds=limits.request_seconds,
             max_wire_bytes=framing.wire_size(limits.max_request_bytes, text=self._text),
         )
-        return framing.decode_request(body, text=self._text)
+        encoding = framing.header(self._scope["headers"], b"grpc-encoding")
+        return framing.decode_request(body, text=self._text, encoding=encoding)
 
     def _decode(self, handler: Handler, data: bytes) -> Any:
         try:
             return data if handler.request_deserializer is None else handler.request_deserializer(data)
         except Exception:
-            raise InvalidRequest([Violation("request", "Could not decode the request.")]) from None
+            raise RequestUnreadable("Could not decode the request.") from None
 
     async def _watch_disconnect(self) -> None:
         """Ends the call when the client disconnects, even while the handler waits for something else."""
@@ -162,20 +169,18 @@ class Call:
     def _outcome(self, handling: asyncio.Task[None]) -> Status:
         """Returns the status of a call whose handler ended without an external reason."""
         if handling.cancelled():
-            return Status(grpc.StatusCode.CANCELLED, "The call was cancelled by the server.")
+            return status_of(Cancelled("The call was cancelled by the server."))
         error = handling.exception()
         if error is None or isinstance(error, grpc.aio.AbortError):
             assert self._context is not None
             return self._context.status
-        if isinstance(error, CallRejected):
-            return error.status
         if isinstance(error, ServiceError):
             return status_of(error)
         if isinstance(error, (ClientGone, Stalled)):
             raise error
         # The interceptors convert what handlers raise; this is for errors outside of them, such as in serializers.
         _log.error("call failed", method=self._path, exc_info=error)
-        return Status(grpc.StatusCode.UNKNOWN, "Internal error.")
+        return status_of(GenerationFailed("Internal error."))
 
 
 def status_of(error: ServiceError) -> Status:

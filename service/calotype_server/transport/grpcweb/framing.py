@@ -13,18 +13,28 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
-import grpc
 from sonora import protocol
+
+from calotype_server.errors import (
+    CompressionUnsupported,
+    InvalidRequest,
+    RequestUnreadable,
+    ServiceError,
+    Violation,
+)
+from calotype_server.transport.net.body import wrong_request_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    import grpc
 
     Headers = Iterable[tuple[bytes, bytes]]
     Metadatum = tuple[str, str | bytes]
 
 __all__ = [
     "ACCEPTED",
-    "CallRejected",
+    "ACCEPTED_ENCODING",
     "Status",
     "check_metadata",
     "decode_metadata",
@@ -45,6 +55,9 @@ ACCEPTED = {
     "application/grpc-web-text+proto": True,
 }
 """Content types of a call, and whether each is in text mode."""
+
+ACCEPTED_ENCODING = "identity"
+"""The only supported `grpc-encoding`: no compression."""
 
 _PREFIX = struct.Struct(">BI")
 _TRAILERS_FLAG, _COMPRESSED_FLAG = 0x80, 0x01
@@ -73,14 +86,6 @@ class Status(NamedTuple):
     trailing_metadata: Sequence[Metadatum] = ()
 
 
-class CallRejected(Exception):
-    """The request violates the protocol, so the call ends before its handler starts."""
-
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(details)
-        self.status = Status(code, details)
-
-
 def header(headers: Headers, name: bytes) -> str | None:
     """Returns the first header with that name, or None."""
     return next((value.decode("latin-1") for key, value in headers if key == name), None)
@@ -96,13 +101,11 @@ def parse_timeout(value: str) -> float:
     """Returns the seconds of a `grpc-timeout`: at most 8 digits and a unit.
 
     Raises:
-        CallRejected: The value has another form.
+        InvalidRequest: The value has another form.
     """
     number, unit = value[:-1], value[-1:]
     if unit not in _UNITS or not (number.isascii() and number.isdecimal()) or len(number) > 8:
-        raise CallRejected(
-            grpc.StatusCode.INVALID_ARGUMENT, f"grpc-timeout: {value[:20]!r} is not at most 8 digits and a unit."
-        )
+        raise InvalidRequest([Violation("grpc-timeout", f"{value[:20]!r} is not at most 8 digits and a unit.")])
     return int(number) * _UNITS[unit]
 
 
@@ -110,7 +113,7 @@ def decode_metadata(headers: Headers) -> tuple[Metadatum, ...]:
     """Returns the call's metadata: all headers except cookies and those of HTTP, browsers and gRPC itself.
 
     Raises:
-        CallRejected: The value of a `-bin` header is not base64.
+        InvalidRequest: The value of a `-bin` header is not base64.
     """
     metadata: list[Metadatum] = []
     for raw_key, raw_value in headers:
@@ -130,7 +133,7 @@ def _from_base64(value: str, key: str) -> bytes:
     try:
         return base64.b64decode(value + "=" * (-len(value) % 4), validate=True)
     except ValueError:
-        raise CallRejected(grpc.StatusCode.INVALID_ARGUMENT, f"{key}: the value is not base64.") from None
+        raise InvalidRequest([Violation(key, "The value is not base64.")]) from None
 
 
 def wire_size(limit: int, *, text: bool) -> int:
@@ -139,28 +142,45 @@ def wire_size(limit: int, *, text: bool) -> int:
     return -(-framed // 3) * 4 if text else framed
 
 
-def decode_request(body: bytes, *, text: bool) -> bytes:
+def decode_request(body: bytes, *, text: bool, encoding: str | None = None) -> bytes:
     """Returns the one message in the body of a request.
 
+    Args:
+        body: The body.
+        text: Whether it is base64.
+        encoding: The header `grpc-encoding`, which names the algorithm of compressed messages.
+
     Raises:
-        CallRejected: The body is not exactly one uncompressed message.
+        WrongRequestCount: The body has no message, or several.
+        CompressionUnsupported: The message is compressed.
+        RequestUnreadable: The body has another form.
     """
-    malformed = grpc.StatusCode.INVALID_ARGUMENT
     if text:
         body = _from_text(body)
+    if not body:
+        raise wrong_request_count(0)
     if len(body) < _PREFIX.size:
-        raise CallRejected(malformed, f"The request has {len(body)} bytes; a message has at least {_PREFIX.size}.")
+        raise RequestUnreadable(f"The request has {len(body)} bytes; a message has at least {_PREFIX.size}.")
     flags, length = _PREFIX.unpack_from(body)
-    message = body[_PREFIX.size :]
+    message, rest = body[_PREFIX.size : _PREFIX.size + length], body[_PREFIX.size + length :]
     if flags & _TRAILERS_FLAG:
-        raise CallRejected(malformed, "The request starts with trailers instead of a message.")
-    if flags & _COMPRESSED_FLAG:
-        raise CallRejected(
-            grpc.StatusCode.UNIMPLEMENTED, "Compressed requests are not supported: send the message uncompressed."
-        )
+        raise RequestUnreadable("The request starts with trailers instead of a message.")
     if len(message) != length:
-        raise CallRejected(malformed, f"The request announces a message of {length} bytes but has {len(message)}.")
+        raise RequestUnreadable(f"The request announces a message of {length} bytes but has {len(message)}.")
+    if flags & _COMPRESSED_FLAG:
+        raise _undecompressable(encoding)
+    if len(rest) >= _PREFIX.size and not rest[0] & _TRAILERS_FLAG:
+        raise wrong_request_count(2)
+    if rest:
+        raise RequestUnreadable(f"The request has {len(rest)} bytes after its message.")
     return message
+
+
+def _undecompressable(encoding: str | None) -> ServiceError:
+    """Returns the error for a compressed message, as gRPC's `compression.md` defines it."""
+    if encoding in (None, ACCEPTED_ENCODING):
+        return RequestUnreadable("The message is marked as compressed, but grpc-encoding names no algorithm.")
+    return CompressionUnsupported("Compressed requests are not supported: send the message uncompressed.")
 
 
 def _from_text(body: bytes) -> bytes:
@@ -171,9 +191,7 @@ def _from_text(body: bytes) -> bytes:
             return b"".join(base64.b64decode(segment, validate=True) for segment in segments)
         except binascii.Error:
             pass
-    raise CallRejected(
-        grpc.StatusCode.INVALID_ARGUMENT, "The request is not base64, although its content type says so."
-    )
+    raise RequestUnreadable("The request is not base64, although its content type says so.")
 
 
 def check_metadata(metadata: Iterable[Metadatum]) -> tuple[Metadatum, ...]:

@@ -91,6 +91,7 @@ class Response:
         headers = [
             (b"content-type", content_type),
             (b"cache-control", b"no-store"),
+            (b"grpc-accept-encoding", framing.ACCEPTED_ENCODING.encode()),
             # Otherwise nginx buffers the stream until it ends.
             (b"x-accel-buffering", b"no"),
             *extra,

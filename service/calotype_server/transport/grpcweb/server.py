@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sonora.asgi import grpcASGI
 from starlette.responses import PlainTextResponse
 
-from calotype_server.errors import NotReady, ServiceError
+from calotype_server.errors import Draining, ServiceError
 from calotype_server.limits import PORT_LIMITS, PortLimits
 from calotype_server.observability.events import CallRefused, Observe, ignore
 from calotype_server.transport.grpc.dispatch import find_handler
@@ -126,4 +126,4 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
 
 
 def _stopping_status() -> Status:
-    return status_of(NotReady("The server is stopping.", retry_after=_RETRY_SECONDS))
+    return status_of(Draining("The server is stopping.", retry_after=_RETRY_SECONDS))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from calotype_server.errors import RequestTooLarge, RequestTooLate
+from calotype_server.errors import RequestTooLarge, RequestTooLate, WrongRequestCount
 
-__all__ = ["ClientGone", "read_body", "request_too_late"]
+__all__ = ["ClientGone", "read_body", "request_too_late", "wrong_request_count"]
 
 
 class ClientGone(Exception):
@@ -55,3 +55,9 @@ async def read_body(
 def request_too_late(seconds: float) -> RequestTooLate:
     """Returns the error for a request that did not arrive within `seconds`."""
     return RequestTooLate(f"The request did not arrive within {seconds:g} seconds.")
+
+
+def wrong_request_count(count: int) -> WrongRequestCount:
+    """Returns the error for a gRPC call with `count` requests to a method that takes one."""
+    found = "no request" if count == 0 else "several requests"
+    return WrongRequestCount(f"The method takes exactly one request, but the call has {found}.")

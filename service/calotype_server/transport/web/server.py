@@ -19,6 +19,7 @@ from calotype_server.transport.http.page import Page
 from calotype_server.transport.net.call_limits import CallLimiter
 from calotype_server.transport.net.proxies import NO_PROXIES, TrustedProxies
 from calotype_server.transport.web.client_address import ClientAddressMiddleware
+from calotype_server.transport.web.closing import ClosingMiddleware
 from calotype_server.transport.web.metrics_endpoint import metrics_route
 from calotype_server.transport.web.origin_guard import OriginHostMiddleware
 from calotype_server.transport.web.probes import PROBE_PATHS, probe_routes
@@ -115,7 +116,8 @@ class WebServer:
         hosts = (*allowed_hosts, address.rpartition(":")[0])
         context = None if certificates is None else certificates.ssl_context()
         guarded = OriginHostMiddleware(application, origins=allowed_origins, hosts=hosts, any_host=PROBE_PATHS)
-        self._server = UvicornServer(ClientAddressMiddleware(guarded, proxies), limits, context, proxies=proxies)
+        self._closing = ClosingMiddleware(ClientAddressMiddleware(guarded, proxies))
+        self._server = UvicornServer(self._closing, limits, context, proxies=proxies)
         self._address = address
 
     @property
@@ -130,6 +132,10 @@ class WebServer:
             AddressInUse: The address is in use, or does not belong to this machine.
         """
         return await self._server.start(self._address)
+
+    def drain(self) -> None:
+        """Ends each connection after its next response; clients then connect to another server behind a proxy."""
+        self._closing.begin()
 
     async def stop(self, grace: float) -> None:
         """Closes the port. Active calls have `grace` seconds to send their last message; new ones get UNAVAILABLE."""

@@ -139,8 +139,9 @@ class EventCall(StreamCall):
     async def next(self, opened: Any) -> pb.Progress | None:
         async for event in opened[1]:
             message = from_json(json.loads(event.data))
-            assert event.id == f"{message.generation_id}:{message.sequence}"
-            assert event.event == ("end" if message.phase >= pb.PHASE_SUCCEEDED else "progress")
+            ended = message.phase >= pb.PHASE_SUCCEEDED
+            assert event.event == ("end" if ended else "progress")
+            assert event.id == f"{message.generation_id}:{'end' if ended else message.sequence}"
             return message
         return None
 

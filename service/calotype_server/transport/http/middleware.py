@@ -65,7 +65,7 @@ class HttpMiddleware:
             return
         except ServiceError as error:
             self._observe(CallRefused(error.reason))
-            await error_response(error)(scope, receive, sender.send)
+            await error_response(error, scope)(scope, receive, sender.send)
             if scope["type"] == "websocket":
                 # The response is sent, but uvicorn logs an error if a WebSocket app returns without accepting.
                 raise ClientDisconnected from None

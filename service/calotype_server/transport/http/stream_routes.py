@@ -10,9 +10,11 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.errors import GenerationNotFound
 from calotype_server.transport.http.callers import caller_of
 from calotype_server.transport.http.generation_stream import generation_stream
 from calotype_server.transport.http.parsing import Lenient, Parsed, parse_query, query_parameters
+from calotype_server.transport.http.problems import is_event_source
 from calotype_server.transport.http.request_parts import GenerationId, base_path, query_fields
 from calotype_server.transport.http.sse import (
     KEEPALIVE_SECONDS,
@@ -24,6 +26,7 @@ from calotype_server.transport.http.sse import (
 
 if TYPE_CHECKING:
     from calotype_server.api.service import GenerationService
+    from calotype_server.auth.access import Caller
 
 __all__ = ["StreamRoutes"]
 
@@ -39,7 +42,9 @@ _LastEventId = Annotated[
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Events named `progress`, and `end` for the last one. Their data is a `Progress` in JSON, their "
-        f"id `GENERATION_ID:SEQUENCE`. A comment every {KEEPALIVE_SECONDS} seconds keeps the connection open.",
+        f"id `GENERATION_ID:SEQUENCE`, or `GENERATION_ID:end`. A comment every {KEEPALIVE_SECONDS} seconds keeps the "
+        "connection open. A `GET` with `Accept: text/event-stream` that fails, but would succeed later, gets one event "
+        "named `waiting` with a `Problem` as data, and the delay in `retry`.",
         # Only OpenAPI 3.2 can describe the schema of each event.
         "content": {"text/event-stream": {}},
     }
@@ -91,13 +96,16 @@ class StreamRoutes:
     ) -> Response:
         """Like `POST`, with the request in the query: dots lead into objects, as in `preview.max_edge_px=256`.
 
-        An EventSource reconnects automatically, so the default of `disconnect_grace` is 10s.
+        An EventSource reconnects automatically, so the default of `disconnect_grace` is 10s. If it reconnects too late,
+        or to a server that has lost the generation in a restart, the generation starts again.
         """
         _reject_other_sites(request)
-        if last_event_id:
-            return await self._resume(last_event_id, request, images)
         query = {"disconnect_grace": _RECONNECT_GRACE, **query_fields(request)}
-        return await self._stream(parse_query(pb.GenerateRequest, query), request, images)
+        parsed = parse_query(pb.GenerateRequest, query)
+        if last_event_id:
+            again = parsed if is_event_source(request.scope) else None
+            return await self._resume(last_event_id, request, images, again)
+        return await self._stream(parsed, request, images)
 
     async def watch(
         self,
@@ -112,25 +120,39 @@ class StreamRoutes:
         parsed = parse_query(pb.WatchRequest, {**query_fields(request), "generation_id": generation_id})
         return await self._stream(parsed, request, images)
 
-    async def _resume(self, last_event_id: str, request: Request, images: Images) -> Response:
+    async def _resume(
+        self,
+        last_event_id: str,
+        request: Request,
+        images: Images,
+        again: Parsed[pb.GenerateRequest] | None = None,
+    ) -> Response:
+        """Continues after an event; with `again`, a generation that was lost is started again with this request."""
         generation_id, sequence = parse_last_event_id(last_event_id)
+        if sequence is None:
+            # This status makes an EventSource stop reconnecting.
+            return Response(status_code=204)
+        if again is not None and self._is_lost(generation_id, caller_of(request)):
+            return await self._stream(again, request, images)
         watch = pb.WatchRequest(generation_id=generation_id, after_sequence=sequence)
         return await self._stream(Parsed(watch, []), request, images)
+
+    def _is_lost(self, generation_id: str, caller: Caller) -> bool:
+        """Returns whether a generation is unknown, or ended only for lack of a reader or because the server stopped."""
+        try:
+            generation = self._service.generations.find(generation_id, caller)
+        except GenerationNotFound:
+            return True
+        return generation.ended and generation.is_replaceable
 
     async def _stream(
         self, parsed: Parsed[pb.GenerateRequest] | Parsed[pb.WatchRequest], request: Request, images: Images
     ) -> Response:
         async with contextlib.AsyncExitStack() as resources:
             stream = await resources.enter_async_context(generation_stream(self._service, parsed, caller_of(request)))
-            state = stream.generation.events.state
-            if (
-                isinstance(parsed.value, pb.WatchRequest)
-                and state.end is not None
-                and state.sequence <= parsed.value.after_sequence
-            ):
-                # This status makes an EventSource stop reconnecting.
-                return Response(status_code=204)
-            return EventStream(progress_events(stream, images, base_path(request)), resources.pop_all())
+            reconnects = is_event_source(request.scope)
+            events = progress_events(stream, images, base_path(request), reconnects=reconnects)
+            return EventStream(events, resources.pop_all())
 
 
 def _reject_other_sites(request: Request) -> None:

@@ -13,8 +13,10 @@ import urllib.request
 
 def main() -> int:
     """Requests /readyz on this machine, and returns the exit code."""
-    port = os.environ.get("CALOTYPE_WEB_ADDRESS", "127.0.0.1:8080").rpartition(":")[2]
-    secure = "CALOTYPE_TLS_CERTIFICATE" in os.environ
+    # As for the service, an empty variable counts as unset.
+    address = os.environ.get("CALOTYPE_WEB_ADDRESS", "").strip() or "127.0.0.1:8080"
+    port = address.rpartition(":")[2]
+    secure = bool(os.environ.get("CALOTYPE_TLS_CERTIFICATE", "").strip())
     # The certificate is for the service's name, not for 127.0.0.1, and the request does not leave this machine.
     context = ssl._create_unverified_context() if secure else None
     try:

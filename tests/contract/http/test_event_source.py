@@ -102,6 +102,8 @@ async def test_it_comes_back_while_a_retry_helps(occupy: Callable[..., Any], cod
         assert code in ("", json.loads(lines["data"])["error"]["code"])
         for plain in (await client.post("/generate", json=APPLE), await client.get("/generate", params=APPLE)):
             assert (plain.status_code, "retry-after" in plain.headers) == (status, True)
+        if occupied is not None:
+            occupied.cancel()
         service.engine.allow()
 
 

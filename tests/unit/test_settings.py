@@ -158,7 +158,7 @@ def test_an_empty_option_is_an_error_except_for_lists(kind: type[WebSettings], n
         if name in kind.lists:
             assert split_list(getattr(kind(**options), name)) == ()
             continue
-        with pytest.raises(pydantic.ValidationError, match="is empty; give it a value|must name at least one server"):
+        with pytest.raises(pydantic.ValidationError, match=r"is empty; give it a value|must name at least one server"):
             kind(**options)
 
 

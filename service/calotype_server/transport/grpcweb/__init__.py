@@ -1,7 +1,5 @@
-"""grpc-web over ASGI. It uses sonora's service registry and framing, and replaces the rest of sonora's server.
+"""grpc-web over ASGI.
 
-sonora 0.2.3 loses messages, statuses, errors and cancels; `tests/contract/grpcweb` has a test for each case. Two parts
-of it are used: its base class, a `grpc.Server` that generated `add_..._to_server` functions accept, and its framing.
 A call passes through these modules:
 
 | module | responsibility |

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
 import grpc
-from sonora import protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -192,12 +191,12 @@ def check_metadata(metadata: Iterable[Metadatum]) -> tuple[Metadatum, ...]:
 
 def encode_headers(metadata: Sequence[Metadatum]) -> list[tuple[bytes, bytes]]:
     """Returns initial metadata as HTTP headers."""
-    return [(key.encode(), value.encode()) for key, value in protocol.encode_headers(metadata)]
+    return [(key.encode(), value.encode()) for key, value in _in_text(metadata)]
 
 
 def encode_message(message: bytes, *, text: bool) -> bytes:
     """Returns the frame of a message."""
-    return _to_wire(protocol.wrap_message(False, False, message), text)
+    return _to_wire(0, message, text)
 
 
 def encode_trailers(status: Status, *, text: bool) -> bytes:
@@ -206,9 +205,16 @@ def encode_trailers(status: Status, *, text: bool) -> bytes:
     if status.details:
         # Percent-encoded UTF-8, except for printable ASCII other than the percent sign.
         trailers.append(("grpc-message", quote(status.details, safe=_UNQUOTED, errors="replace")))
-    trailers += protocol.encode_headers(status.trailing_metadata)
-    return _to_wire(protocol.wrap_message(True, False, protocol.pack_trailers(trailers)), text)
+    trailers += _in_text(status.trailing_metadata)
+    block = "".join(f"{key.lower()}: {value}\r\n" for key, value in trailers)
+    return _to_wire(_TRAILERS_FLAG, block.encode("ascii"), text)
 
 
-def _to_wire(frame: bytes, text: bool) -> bytes:
+def _in_text(metadata: Iterable[Metadatum]) -> list[tuple[str, str]]:
+    """Returns metadata with binary values in base64."""
+    return [(key, base64.b64encode(value).decode() if isinstance(value, bytes) else value) for key, value in metadata]
+
+
+def _to_wire(flags: int, content: bytes, text: bool) -> bytes:
+    frame = _PREFIX.pack(flags, len(content)) + content
     return base64.b64encode(frame) if text else frame

@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from sonora.asgi import grpcASGI
 from starlette.responses import PlainTextResponse
 
 from calotype_server.errors import NotReady, ServiceError
 from calotype_server.limits import PORT_LIMITS, PortLimits
 from calotype_server.observability.events import CallRefused, Observe, ignore
-from calotype_server.transport.grpc.dispatch import find_handler
+from calotype_server.transport.grpc.dispatch import CallDetails, find_handler
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.call import Call, status_of
 from calotype_server.transport.net.call_limits import CallLimiter
@@ -32,8 +31,8 @@ _RETRY_SECONDS = 5.0
 """Time after which a stopping server has probably restarted."""
 
 
-class GrpcWeb(grpcASGI):  # type: ignore[misc]
-    """An ASGI app that answers grpc-web, and a `grpc.Server` to register servicers on.
+class GrpcWeb:
+    """An ASGI app that answers grpc-web. Generated `add_..._to_server` functions accept it in place of a gRPC server.
 
     Args:
         application: The ASGI app for all other requests.
@@ -52,7 +51,8 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
         call_limiter: CallLimiter | None = None,
         observe: Observe = ignore,
     ) -> None:
-        super().__init__(application, enable_cors=False)
+        self._application = application
+        self._handlers: list[grpc.GenericRpcHandler] = []
         self._interceptors = tuple(interceptors)
         self._limits = limits
         self._call_limiter = call_limiter or CallLimiter(limits.max_calls_per_peer)
@@ -67,6 +67,18 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
         """Number of calls whose response is not complete."""
         return len(self._calls)
 
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Registers handlers."""
+        self._handlers.extend(generic_rpc_handlers)
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
+        """Does nothing: generated code registers the same handlers as generic ones."""
+
+    def has_method(self, path: str) -> bool:
+        """Returns whether a path, as /package.Service/Method, is that of a method."""
+        details = CallDetails(path, None)
+        return any(handlers.service(details) for handlers in self._handlers)
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers one request."""
         if scope["type"] != "http":
@@ -74,7 +86,7 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         text = framing.is_text(scope["headers"])
-        if text is None and self._get_rpc_handler(path) is None:
+        if text is None and not self.has_method(path):
             await self._application(scope, receive, send)
         elif scope["method"] != "POST":
             rejection = PlainTextResponse("Use POST.\n", 405, {"allow": "POST"})
@@ -84,6 +96,11 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
             accepted = ", ".join(framing.ACCEPTED)
             rejection = PlainTextResponse(
                 f"Use one of these content types: {accepted}\n", 415, {"accept-post": accepted}
+            )
+            await rejection(scope, receive, send)
+        elif (framing.header(scope["headers"], b"content-encoding") or "identity") != "identity":
+            rejection = PlainTextResponse(
+                "Send the body without Content-Encoding.\n", 415, {"accept-encoding": "identity"}
             )
             await rejection(scope, receive, send)
         else:

@@ -18,12 +18,23 @@ from starlette.exceptions import HTTPException
 
 from calotype_server.errors import GenerationError, GenerationFailed, InvalidRequest, ServiceError, Violation
 from calotype_server.observability.events import CallRefused, Observe, ignore
+from calotype_server.transport.http.methods import allowed_methods
 from calotype_server.transport.http.parsing import sentence
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fastapi import FastAPI, Request
 
-__all__ = ["ERRORS", "describe", "error_response", "handle_errors", "is_event_source", "waiting_event"]
+__all__ = [
+    "ERRORS",
+    "describe",
+    "error_response",
+    "handle_errors",
+    "http_error",
+    "is_event_source",
+    "waiting_event",
+]
 
 # As mapped by google.rpc.Code, https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto
 _STATUSES = {
@@ -131,6 +142,14 @@ def waiting_event(error: ServiceError) -> ServerSentEvent:
     return ServerSentEvent(json.dumps(describe(error), separators=(",", ":")), event="waiting", retry=retry, sep="\n")
 
 
+def http_error(status: int, message: str, headers: Mapping[str, str]) -> JSONResponse:
+    """Returns the response for an error of HTTP itself, which has no gRPC error; no retry helps."""
+    name = _NAMES.get(status, "INVALID_ARGUMENT")
+    detail = ErrorDetail(message=message, type=_type(status), param=None, code=name, status=name)
+    body = {"error": detail.model_dump(exclude_defaults=True)}
+    return JSONResponse(body, status, {**headers, "x-should-retry": "false"})
+
+
 def handle_errors(application: FastAPI, observe: Observe = ignore) -> None:
     """Registers handlers that answer every error of an app in this format, and observe the rejected requests."""
 
@@ -149,13 +168,13 @@ def handle_errors(application: FastAPI, observe: Observe = ignore) -> None:
         observe(CallRefused(InvalidRequest.reason))
         return error_response(InvalidRequest(violations), request.scope)
 
-    async def plain(_: Request, error: Exception) -> JSONResponse:
+    async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        status = error.status_code
-        name = _NAMES.get(status, "INVALID_ARGUMENT")
-        detail = ErrorDetail(message=f"{error.detail}.", type=_type(status), param=None, code=name, status=name)
-        body = {"error": detail.model_dump(exclude_defaults=True)}
-        return JSONResponse(body, status, {**(error.headers or {}), "x-should-retry": "false"})
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            # The exception knows only the methods of one route, but a path may have several.
+            headers = {"allow": ", ".join(allowed_methods(request.app.routes, request.scope))}
+        return http_error(error.status_code, f"{error.detail}.", headers)
 
     async def unexpected(request: Request, __: Exception) -> Response:
         return error_response(GenerationFailed("Internal error."), request.scope)

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.responses import Response
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import InvalidRequest, ServiceError, Violation
@@ -24,6 +25,7 @@ __all__ = [
     "KEEPALIVE_SECONDS",
     "EventStream",
     "Images",
+    "empty_event_stream",
     "event",
     "event_name",
     "parse_last_event_id",
@@ -60,6 +62,13 @@ class EventStream(EventSourceResponse):
         """Sends the events."""
         async with self._resources:
             await super().__call__(scope, receive, send)
+
+
+def empty_event_stream() -> Response:
+    """Returns the response to a HEAD request for a stream."""
+    response = Response(media_type="text/event-stream", headers={"cache-control": "no-store"})
+    del response.headers["content-length"]
+    return response
 
 
 async def _with_error_event(events: AsyncIterator[ServerSentEvent]) -> AsyncIterator[ServerSentEvent]:

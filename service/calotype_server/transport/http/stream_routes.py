@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Body, Header, Query, Request
+from fastapi import APIRouter, Body, Depends, Header, Query, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
@@ -13,6 +13,8 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import GenerationNotFound
 from calotype_server.transport.http.callers import caller_of
 from calotype_server.transport.http.generation_stream import generation_stream
+from calotype_server.transport.http.media import require_json
+from calotype_server.transport.http.methods import is_head
 from calotype_server.transport.http.parsing import Lenient, Parsed, parse_query, query_parameters
 from calotype_server.transport.http.problems import is_event_source
 from calotype_server.transport.http.request_parts import GenerationId, base_path, query_fields
@@ -20,6 +22,7 @@ from calotype_server.transport.http.sse import (
     KEEPALIVE_SECONDS,
     EventStream,
     Images,
+    empty_event_stream,
     parse_last_event_id,
     progress_events,
 )
@@ -65,7 +68,12 @@ class StreamRoutes:
     def add_to(self, routes: APIRouter) -> None:
         """Registers the routes."""
         responses = _EVENTS | _ENDED
-        routes.post("/generate", summary="Start a generation and follow it", responses=responses)(self.generate)
+        routes.post(
+            "/generate",
+            summary="Start a generation and follow it",
+            responses=responses,
+            dependencies=[Depends(require_json)],
+        )(self.generate)
         routes.get(
             "/generate",
             summary="The same for a browser's EventSource",
@@ -100,6 +108,8 @@ class StreamRoutes:
         or to a server that has lost the generation in a restart, the generation starts again.
         """
         _reject_other_sites(request)
+        if is_head(request.scope):
+            return empty_event_stream()
         query = {"disconnect_grace": _RECONNECT_GRACE, **query_fields(request)}
         parsed = parse_query(pb.GenerateRequest, query)
         if last_event_id:
@@ -115,6 +125,9 @@ class StreamRoutes:
         last_event_id: _LastEventId = None,
     ) -> Response:
         """Works from any connection. Starts with the newest preview, or the end, and continues with new events."""
+        if is_head(request.scope):
+            self._service.state(generation_id, caller_of(request))
+            return empty_event_stream()
         if last_event_id:
             return await self._resume(last_event_id, request, images)
         parsed = parse_query(pb.WatchRequest, {**query_fields(request), "generation_id": generation_id})

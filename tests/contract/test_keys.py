@@ -17,9 +17,8 @@ from calotype_server.file_watcher import FileWatcher
 from calotype_server.generations.store import Store
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection, frame, read_answer
-from support.keyring import Keyring
+from support.keyring import Keyring, notice_change
 from support.service import read_until, running
-from support.watching import notice_change
 
 if TYPE_CHECKING:
     from pathlib import Path

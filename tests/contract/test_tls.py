@@ -19,8 +19,8 @@ from calotype_server.limits import PortLimits
 from support.authority import Authority
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection, WebChannel, header_dict
+from support.keyring import notice_change
 from support.service import open_channel, running
-from support.watching import notice_change
 
 if TYPE_CHECKING:
     from pathlib import Path

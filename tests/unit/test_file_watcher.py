@@ -15,8 +15,7 @@ from calotype_server.auth import keys
 from calotype_server.auth.access import Access
 from calotype_server.errors import KeyInvalid, KeysUnusable
 from calotype_server.file_watcher import FileWatcher
-from support.keyring import Keyring
-from support.watching import notice_change
+from support.keyring import Keyring, notice_change
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,7 @@ from calotype_server import errors
 from calotype_server.generations.store import Store
 from calotype_server.transport.net.call_limits import CallLimiter
 from support.engine.fake_engine import FakeEngine
-from support.event_source import EventSource
+from support.http import ReconnectingEvents
 from support.keyring import Keyring
 from support.lab import until
 from support.service import Service, read_until, running
@@ -53,7 +53,7 @@ async def test_it_waits_while_the_model_loads() -> None:
         async def load() -> None:
             service.api.open(service.generations)
 
-        source = EventSource(service.stub.client, "/generate", load, **APPLE)
+        source = ReconnectingEvents(service.stub.client, "/generate", load, **APPLE)
         received = [event async for event in source]
     assert source.statuses == [200, 200, 204]
     assert names(received) == ["waiting", "progress", "end"]
@@ -139,7 +139,7 @@ async def test_nothing_is_lost_or_repeated_over_many_connections() -> None:
         async def step() -> None:
             engine.allow(1)
 
-        source = EventSource(service.stub.client, "/generate", step, **APPLE, step_count=6)
+        source = ReconnectingEvents(service.stub.client, "/generate", step, **APPLE, step_count=6)
         while not source.statuses or source.statuses[-1] == 200:
             async for event in connection(source):
                 received.append(event)
@@ -159,7 +159,7 @@ async def _closing(events: Any) -> AsyncIterator[Any]:
         await events.aclose()
 
 
-async def connection(source: EventSource) -> AsyncIterator[Any]:
+async def connection(source: ReconnectingEvents) -> AsyncIterator[Any]:
     """Yields the events of one connection, and drops it when the caller stops reading."""
     async with _closing(source.__aiter__()) as events:
         async for event in events:
@@ -198,7 +198,7 @@ async def test_it_survives_a_restart_of_the_server(stored: bool, tmp_path: Path)
                 await stack.aclose()
                 source.client = (await start(FakeEngine())).stub.client
 
-        source = EventSource(service.stub.client, "/generate", restart, **APPLE)
+        source = ReconnectingEvents(service.stub.client, "/generate", restart, **APPLE)
         received: list[Any] = []
         async for event in source:
             received.append(event)
@@ -217,7 +217,7 @@ async def test_it_starts_again_when_it_was_away_for_too_long() -> None:
     engine = FakeEngine()
     engine.hold()
     async with running(engine, transport="sse") as service:
-        source = EventSource(service.stub.client, "/generate", nothing, **APPLE, disconnect_grace="0s")
+        source = ReconnectingEvents(service.stub.client, "/generate", nothing, **APPLE, disconnect_grace="0s")
         async for _ in connection(source):
             break
         await until(lambda: not service.generations.running or engine.allow(1))

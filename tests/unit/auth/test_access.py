@@ -18,8 +18,7 @@ from calotype_server.auth.keys import Role
 from calotype_server.errors import KeyExpired, KeyInvalid, KeyRequired, KeysUnusable, RequestsPerMinute, RoleRequired
 from calotype_server.file_watcher import FileWatcher
 from calotype_server.types import Job
-from support.keyring import Keyring
-from support.watching import notice_change
+from support.keyring import Keyring, notice_change
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -137,7 +137,7 @@ def is_event_source(scope: Any) -> bool:
 
 
 def waiting_event(error: ServiceError) -> ServerSentEvent:
-    """Returns the event that tells an EventSource why it must wait, and for how long."""
+    """Returns the event with which an EventSource learns why it must wait, and for how long."""
     retry = max(math.ceil((error.retry_after or 0) * 1000), _MIN_RECONNECT_MILLISECONDS)
     return ServerSentEvent(json.dumps(describe(error), separators=(",", ":")), event="waiting", retry=retry, sep="\n")
 

@@ -66,7 +66,9 @@ async def test_it_waits_while_the_model_loads() -> None:
 async def queue_full(service: Service) -> None:
     """Fills the slot and the queue."""
     for seed in (1, 2):
-        call = service.stub.Generate(pb.GenerateRequest(prompt="a cat", seed=seed, on_disconnect=2))
+        call = service.stub.Generate(
+            pb.GenerateRequest(prompt="a cat", seed=seed, on_disconnect=pb.DISCONNECT_POLICY_KEEP)
+        )
         await read_until(call, pb.PHASE_QUEUED)
         call.cancel()
 

@@ -9,7 +9,7 @@ from pydantic_settings import EnvSettingsSource
 if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
 
-__all__ = ["Environment", "check_address", "check_not_blank", "is_blank", "split_list"]
+__all__ = ["Environment", "check_address", "check_not_blank", "split_list"]
 
 
 class Environment(EnvSettingsSource):
@@ -29,11 +29,11 @@ class Environment(EnvSettingsSource):
         self.env_vars = {
             name: value
             for name, value in self.env_vars.items()
-            if not is_blank(value) or name.lower().removeprefix(prefix) in guarded
+            if not _is_blank(value) or name.lower().removeprefix(prefix) in guarded
         }
 
 
-def is_blank(value: object) -> bool:
+def _is_blank(value: object) -> bool:
     """Returns whether a value is text without any visible character."""
     return isinstance(value, str) and not value.strip()
 
@@ -44,7 +44,7 @@ def check_not_blank(value: object) -> Any:
     Raises:
         ValueError: It is text without any visible character.
     """
-    if is_blank(value):
+    if _is_blank(value):
         raise ValueError("is empty; give it a value, or leave the option and its variable out")
     return value
 

@@ -227,3 +227,20 @@ async def test_it_starts_again_when_it_was_away_for_too_long() -> None:
     assert source.statuses == [200, 200, 204]
     assert names(received) == ["progress", "end"]
     assert json.loads(received[-1].data)["phase"] == "PHASE_SUCCEEDED"
+
+
+async def test_a_watched_generation_that_was_abandoned_ends() -> None:
+    """A generation that will not continue sends its end, so that an EventSource does not wait for it forever."""
+    engine = FakeEngine()
+    engine.hold()
+    async with running(engine, transport="sse") as service:
+        call = service.stub.Generate(pb.GenerateRequest(prompt="a cat"))
+        started = await call.read()
+        call.cancel()
+        await until(lambda: not service.generations.running or engine.allow(1))
+        path = f"/generations/{started.generation_id}/events"
+        source = ReconnectingEvents(service.stub.client, path, nothing)
+        received = [event async for event in source]
+    assert names(received) == ["end"]
+    assert json.loads(received[0].data)["error"]["reason"] == "ABANDONED"
+    assert source.statuses == [200, 204]

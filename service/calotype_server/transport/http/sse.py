@@ -10,7 +10,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.errors import InvalidRequest, ServiceError, Violation
+from calotype_server.errors import Draining, InvalidRequest, ServiceError, Violation
 from calotype_server.transport.http.problems import describe, waiting_event
 from calotype_server.transport.http.schema import as_json
 
@@ -89,13 +89,13 @@ async def progress_events(
         stream: The messages of a generation.
         images: Whether images are inside the events or referenced by URL.
         base: Path under which the API is mounted, for these URLs.
-        reconnects: Whether the client reconnects by itself. If the generation fails only because the server stops, such
-            a client gets `waiting` instead of `end`, because the generation continues or restarts when it reconnects.
+        reconnects: Whether the client reconnects by itself. If the generation ends only because the server stops, such a
+            client gets `waiting` instead of `end`, because the generation continues or restarts when it reconnects.
     """
     retry: int | None = _RECONNECT_MILLISECONDS
     async for message in stream:
         name = event_name(message)
-        if name == _END and reconnects and stream.failure is not None and stream.generation.is_replaceable:
+        if reconnects and name == _END and isinstance(stream.failure, Draining):
             yield waiting_event(stream.failure)
             return
         # The end has an id of its own, because a log that was lost and restarted may end with any number.

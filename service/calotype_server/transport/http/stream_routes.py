@@ -151,12 +151,11 @@ class StreamRoutes:
         return await self._stream(Parsed(watch, []), request, images)
 
     def _is_lost(self, generation_id: str, caller: Caller) -> bool:
-        """Returns whether a generation is unknown, or ended only for lack of a reader or because the server stopped."""
+        """Returns whether a generation is unknown, or fails only for lack of a reader, server or disk."""
         try:
-            generation = self._service.generations.find(generation_id, caller)
+            return self._service.generations.find(generation_id, caller).is_replaceable
         except GenerationNotFound:
             return True
-        return generation.ended and generation.is_replaceable
 
     async def _stream(
         self, parsed: Parsed[pb.GenerateRequest] | Parsed[pb.WatchRequest], request: Request, images: Images

@@ -89,8 +89,8 @@ async def progress_events(
         stream: The messages of a generation.
         images: Whether images are inside the events or referenced by URL.
         base: Path under which the API is mounted, for these URLs.
-        reconnects: Whether the client reconnects by itself. If the generation ends only because the server stops, such a
-            client gets `waiting` instead of `end`, because the generation continues or restarts when it reconnects.
+        reconnects: Whether the client reconnects by itself. If the generation ends only because the server stops, it
+            gets `waiting` instead of `end`, because the generation continues or restarts when it reconnects.
     """
     retry: int | None = _RECONNECT_MILLISECONDS
     async for message in stream:

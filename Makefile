@@ -11,6 +11,7 @@ CLIENT_JS_READY := $(CLIENT_JS)/node_modules/.ready
 WEB_READY := web/node_modules/.ready
 PAGE := service/calotype_server/page
 PROTO_READY := $(PROTO_VENV)/.ready
+OVERRIDE := $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement overrides.txt
 # The folder for generated code.
 GENERATED := .
 # The proto with its comments, which also describe the HTTP API.
@@ -37,18 +38,20 @@ PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(READY): pyproject.toml constraints.txt service/bundled_model/pyproject.toml
+$(READY): pyproject.toml constraints.txt overrides.txt service/bundled_model/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed: PYTHON=/path/to/python make ..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, this is $$($(PYTHON) --version)."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo "Python's venv is missing; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable service/bundled_model --editable '.[server,cli,notebook,dev]'
+	$(OVERRIDE)
 	@touch $@
 
 # Ray is 240 MB, so only the targets for Ray install it.
 $(RAY_READY): $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
+	$(OVERRIDE)
 	@touch $@
 
 $(PROTO_READY): protos/requirements.txt

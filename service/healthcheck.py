@@ -14,10 +14,11 @@ import urllib.request
 
 def main() -> int:
     """Requests /readyz on this machine, and returns the exit code."""
-    probes = os.environ.get("CALOTYPE_PROBE_ADDRESS")
-    address = probes or os.environ.get("CALOTYPE_WEB_ADDRESS") or "127.0.0.1:8080"
+    # As for the service, an empty variable counts as unset.
+    probes = os.environ.get("CALOTYPE_PROBE_ADDRESS", "").strip()
+    address = probes or os.environ.get("CALOTYPE_WEB_ADDRESS", "").strip() or "127.0.0.1:8080"
     port = address.rpartition(":")[2]
-    secure = not probes and bool(os.environ.get("CALOTYPE_TLS_CERTIFICATE"))
+    secure = not probes and bool(os.environ.get("CALOTYPE_TLS_CERTIFICATE", "").strip())
     # The certificate is for the service's name, not for 127.0.0.1, and the request does not leave this machine.
     context = ssl._create_unverified_context() if secure else None
     try:

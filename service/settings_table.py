@@ -15,7 +15,9 @@ HEAD = """# Settings
 <!-- Written by `make settings` from calotype_server/settings. -->
 
 `calotype serve --help` prints the same list. Each option has an environment variable: `--max-queue` is
-`CALOTYPE_MAX_QUEUE`. Options override variables. Options marked with * also exist in `calotype bridge`.
+`CALOTYPE_MAX_QUEUE`. Options override variables. An empty variable counts as unset, except where that would turn off
+protection: empty variables for keys, certificates and the bridge's TLS are errors. Options marked with * also exist in
+`calotype bridge`.
 
 | option | default | meaning |
 |---|---|---|"""

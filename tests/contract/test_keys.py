@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from calotype_server.file_watcher import FileWatcher
 from calotype_server.generations.store import Store
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection, frame, read_answer
-from support.keyring import Keyring
+from support.keyring import Keyring, notice_change
 from support.service import read_until, running
 
 if TYPE_CHECKING:
@@ -210,8 +209,8 @@ async def test_a_removed_key_is_rejected(transport: str, keyring: Keyring) -> No
         watcher = FileWatcher(access.files, access.reload)
         call = service.stub.Generate(CAT, metadata=keyring.metadata("alice"))
         assert (await call.read()).phase == pb.PHASE_QUEUED
-        keyring.path.write_text("")
-        await asyncio.to_thread(watcher.check)
+        keyring.path.write_text("key = []")
+        notice_change(watcher)
         code, reason, _ = await rejection(service.stub.GetModel, pb.GetModelRequest(), keyring.metadata("alice"))
         assert (code, reason) == (grpc.StatusCode.UNAUTHENTICATED, "KEY_INVALID")
         engine.allow()

@@ -19,6 +19,7 @@ from calotype_server.limits import PortLimits
 from support.authority import Authority
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection, WebChannel, header_dict
+from support.keyring import notice_change
 from support.service import open_channel, running
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ async def test_a_new_certificate_applies_to_new_connections(grpc_transport: str,
         call = service.stub.Generate(pb.GenerateRequest(prompt="a cat"))
         assert (await call.read()).phase == pb.PHASE_QUEUED
         authority.renew()
-        await asyncio.to_thread(watcher.check)
+        notice_change(watcher)
         assert (await get_model(service.address, grpc_transport, authority)).name == "fake"
         await fails_to_connect(service.address, grpc_transport, old)
         engine.allow()
@@ -111,15 +112,15 @@ async def test_an_incomplete_replacement_keeps_the_old_certificate(grpc_transpor
         whole = authority.certificate.read_bytes()
         for broken in (b"", b"no certificate", whole[:200]):
             authority.certificate.write_bytes(broken)
-            watcher.check()
+            notice_change(watcher)
             assert (await get_model(service.address, grpc_transport, authority)).name == "fake"
         authority.issue()
         fresh = authority.certificate.read_bytes()
         authority.certificate.write_bytes(whole)
-        watcher.check()
+        notice_change(watcher)
         assert (await get_model(service.address, grpc_transport, authority)).name == "fake"
         authority.certificate.write_bytes(fresh)
-        watcher.check()
+        notice_change(watcher)
         assert (await get_model(service.address, grpc_transport, authority)).name == "fake"
         if grpc_transport != "native":
             first = fresh.decode().partition("-----END")[0] + "-----END CERTIFICATE-----"

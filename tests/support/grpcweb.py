@@ -1,7 +1,6 @@
 """A grpc-web client for tests: the parts of `grpc.aio.Channel` that generated stubs need, over a real socket.
 
-sonora's own client rejects the arguments of current stubs, loses errors of unary calls, and has no trailing metadata.
-This one parses HTTP with h11, which shares no code with the server's parser.
+It parses HTTP with h11, which shares no code with the server's parser.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Stubs of the service over server-sent events and the WebSocket, with the interface of generated gRPC stubs.
 
 The contract tests run over all of them. Their clients (httpx, httpx-sse, websockets) share no code with the server.
+`ReconnectingEvents` behaves like a browser's EventSource.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from calotype.v1 import calotype_pb2 as pb
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     import httpx
+    from httpx_sse import ServerSentEvent
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -139,8 +141,9 @@ class EventCall(StreamCall):
     async def next(self, opened: Any) -> pb.Progress | None:
         async for event in opened[1]:
             message = from_json(json.loads(event.data))
-            assert event.id == f"{message.generation_id}:{message.sequence}"
-            assert event.event == ("end" if message.phase >= pb.PHASE_SUCCEEDED else "progress")
+            ended = message.phase >= pb.PHASE_SUCCEEDED
+            assert event.event == ("end" if ended else "progress")
+            assert event.id == f"{message.generation_id}:{'end' if ended else message.sequence}"
             return message
         return None
 
@@ -274,3 +277,52 @@ class SocketStub(EventStub):
             raise as_rpc_error(frame["error"])
         assert (frame.pop("type"), frame.pop("id")) == (name, "b")
         return from_json(frame, kind)
+
+
+class ReconnectingEvents:
+    """The part of an EventSource that reconnects, as the WHATWG specifies it, without its delays.
+
+    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
+
+    Args:
+        client: Sends the requests. The test may replace it before a reconnect, as after a restart of the server.
+        path: Of the stream.
+        before_reconnect: Awaited instead of the delay.
+        params: The query.
+
+    Attributes:
+        client: As given.
+        statuses: HTTP status of each connection.
+        retry: Delay before a reconnect, in milliseconds, as last set by the server.
+    """
+
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        path: str,
+        before_reconnect: Callable[[], Awaitable[object]],
+        **params: Any,
+    ) -> None:
+        self.client = client
+        self.statuses: list[int] = []
+        self.retry: int | None = None
+        self._path = path
+        self._params = params
+        self._before_reconnect = before_reconnect
+        self._last_id = ""
+
+    async def __aiter__(self) -> AsyncIterator[ServerSentEvent]:
+        """Yields all events until the server answers with another status than 200."""
+        while True:
+            headers = {"accept": "text/event-stream", "cache-control": "no-store"}
+            if self._last_id:
+                headers["last-event-id"] = self._last_id
+            async with self.client.stream("GET", self._path, params=self._params, headers=headers) as response:
+                self.statuses.append(response.status_code)
+                if response.status_code != 200:
+                    return
+                async for event in EventSource(response).aiter_sse():
+                    self._last_id = event.id or self._last_id
+                    self.retry = event.retry or self.retry
+                    yield event
+            await self._before_reconnect()

@@ -1,4 +1,4 @@
-"""An API key file for tests, and the keys in clear text."""
+"""An API key file for tests, the keys in clear text, and how a server notices a change of the file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from calotype_server.auth.keys import KeyRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from calotype_server.file_watcher import FileWatcher
 
 
 class Keyring:
@@ -41,3 +43,9 @@ class Keyring:
     def access(self) -> Access:
         """Returns the `Access` of the file."""
         return Access(self.path, now=lambda: self.time, clock=lambda: self.time)
+
+
+def notice_change(watcher: FileWatcher) -> None:
+    """Makes a watcher read the files that have changed: it notices a change first, and reads files that rest."""
+    watcher.check()
+    watcher.check()

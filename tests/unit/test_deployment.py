@@ -1,6 +1,7 @@
 """The Dockerfile and the systemd unit, checked without Docker and without systemd running."""
 
-from __future__ import annotations
+from __future__ import importlib.metadata
+import annotations
 
 import configparser
 import http.server
@@ -60,6 +61,14 @@ def test_the_image_is_small_unprivileged_and_without_secrets() -> None:
     # Every variable that the image sets is a setting.
     variables = re.findall(r"CALOTYPE_(\w+)=", " ".join(words for name, words in last if name == "ENV"))
     assert {name.lower() for name in variables} <= set(Settings.model_fields)
+
+
+def test_no_installed_package_has_the_vulnerabilities_of_urllib3_1() -> None:
+    """Both `make` and the image install the versions of overrides.txt last, although sonora asks for an older one."""
+    overrides = (ROOT / "overrides.txt").read_text()
+    assert f"urllib3=={importlib.metadata.version('urllib3')}" in overrides
+    [*_, last] = [words for name, words in instructions() if "pip install" in words]
+    assert last.endswith("pip install --no-deps --requirement overrides.txt")
 
 
 def test_all_copied_files_are_in_the_build_context() -> None:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
+import runpy
+from pathlib import Path
+from typing import Any, get_args
 
 import pydantic
 import pytest
 import typer
+from typer.models import OptionInfo
 from typer.testing import CliRunner
 
+from calotype.__main__ import main as calotype_main
+from calotype._cli import main as cli
+from calotype._cli.server_options import Server, with_server_options
 from calotype_server.cli import main
 from calotype_server.cli.options import help_text
 from calotype_server.limits import DEFAULT_LIMITS
+from calotype_server.observability import tracing
 from calotype_server.settings import BridgeSettings, Settings, WebSettings
+from calotype_server.settings.parsing import split_list
 from calotype_server.types import PreviewMethod, PreviewOptions
+
+SERVICE = Path(__file__).parents[2] / "service"
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +129,99 @@ def test_every_setting_has_a_description(kind: type[WebSettings]) -> None:
     """Help texts are sentences, and say what the default is where its value alone does not."""
     for name, field in kind.model_fields.items():
         assert (field.description or "").endswith("."), name
+
+
+EMPTY = ["", " ", "\t\n"]
+ALL_SETTINGS = [(kind, name) for kind in (Settings, BridgeSettings) for name in kind.model_fields]
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL_SETTINGS)
+def test_an_empty_variable_counts_as_unset(kind: type[WebSettings], name: str, monkeypatch) -> None:
+    """Compose files set variables to nothing. Only where the default protects less, that is an error."""
+    default = kind()
+    for value in EMPTY:
+        monkeypatch.setenv(f"CALOTYPE_{name.upper()}", value)
+        if name in kind.guarded:
+            with pytest.raises(pydantic.ValidationError, match="is empty; give it a value") as caught:
+                kind()
+            assert caught.value.errors()[0]["loc"] == (name,)
+        else:
+            assert kind() == default
+            assert name not in kind().model_fields_set
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL_SETTINGS)
+def test_an_empty_option_is_an_error_except_for_lists(kind: type[WebSettings], name: str) -> None:
+    """`--state ""` is a mistake, and never means the current folder; `--allowed-origins ""` allows none."""
+    for value in EMPTY:
+        options: Any = {name: value}
+        if name in kind.lists:
+            assert split_list(getattr(kind(**options), name)) == ()
+            continue
+        with pytest.raises(pydantic.ValidationError, match=r"is empty; give it a value|must name at least one server"):
+            kind(**options)
+
+
+@pytest.mark.parametrize("command", ["serve", "bridge"])
+def test_an_empty_variable_for_keys_or_certificates_does_not_start_a_server(command: str, monkeypatch) -> None:
+    """A missing value in a template must not turn off keys or encryption."""
+    for name in ("API_KEYS", "TLS_CERTIFICATE"):
+        monkeypatch.setenv(f"CALOTYPE_{name}", "")
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    main.register(app)
+    result = CliRunner().invoke(app, [command])
+    assert result.exit_code == 2
+    reason = "is empty; give it a value, or leave the option and its variable out"
+    assert set(result.stderr.splitlines()) == {
+        f"calotype: --api-keys: {reason}",
+        f"calotype: --tls-certificate: {reason}",
+    }
+
+
+@pytest.mark.parametrize("value", EMPTY)
+def test_the_clients_empty_variables_count_as_unset(value: str, monkeypatch) -> None:
+    """The command line uses the defaults of its options."""
+    for parameter in inspect.signature(Server).parameters.values():
+        [option] = [each for each in get_args(parameter.annotation) if isinstance(each, OptionInfo)]
+        monkeypatch.setenv(str(option.envvar), value)
+    found: list[Server] = []
+
+    def probe(server: Server) -> None:
+        found.append(server)
+
+    app = typer.Typer()
+    app.command()(with_server_options(probe))
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr("sys.argv", ["calotype", "probe"])
+    with pytest.raises(SystemExit) as ended:
+        calotype_main()
+    assert (ended.value.code, found) == (0, [Server()])
+
+
+@pytest.mark.parametrize("value", EMPTY)
+def test_the_container_checks_the_default_port_if_the_variables_are_empty(value: str, monkeypatch) -> None:
+    """The health check reads the variables as the server does: without a certificate, and on the default port."""
+    monkeypatch.setenv("CALOTYPE_WEB_ADDRESS", value)
+    monkeypatch.setenv("CALOTYPE_TLS_CERTIFICATE", value)
+    asked: list[str] = []
+
+    def urlopen(url: str, **_: object) -> contextlib.nullcontext[None]:
+        asked.append(url)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    assert runpy.run_path(str(SERVICE / "healthcheck.py"))["main"]() == 0
+    assert asked == ["http://127.0.0.1:8080/readyz"]
+
+
+def test_opentelemetrys_empty_variables_count_as_unset(monkeypatch) -> None:
+    """Spans have the default name of the service, and go to the default protocol."""
+    for name in ("OTEL_SERVICE_NAME", "OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_TRACES_EXPORTER"):
+        monkeypatch.setenv(name, "")
+    found = tracing.from_environment("1", required=True)
+    assert found is not None
+    try:
+        assert found._provider.resource.attributes["service.name"] == "calotype"
+    finally:
+        found._provider.shutdown()

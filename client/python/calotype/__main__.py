@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 
@@ -13,6 +14,11 @@ def main() -> None:
     if any(find_spec(name) is None for name in ("typer", "rich", "textual_image", "PIL")):
         sys.stderr.write("The command line needs an extra: pip install 'calotype[cli]'\n")
         raise SystemExit(2)
+
+    for name, value in os.environ.items():
+        # An empty variable counts as unset, and so does one that only looks empty.
+        if name.startswith("CALOTYPE_") and value.isspace():
+            os.environ[name] = ""
 
     from ._cli.main import app, register_missing_server
 

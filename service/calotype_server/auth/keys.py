@@ -16,6 +16,9 @@ requests_per_minute = 60            # default for this and the next two: no limi
 pixel_steps_per_minute = 100_000_000
 concurrent = 4
 ```
+
+A file without any key is invalid, because it is usually an accident, such as a full disk or an editor that has not
+written the new content yet. `key = []` says that there are no keys, so that every caller is rejected.
 """
 
 from __future__ import annotations
@@ -101,14 +104,25 @@ def read(path: Path) -> dict[str, KeyRecord]:
     """Returns the records of a file by id.
 
     Raises:
-        KeysUnusable: The file cannot be read, or a record is invalid. The message names the record and the field.
+        KeysUnusable: The file cannot be read, has no keys and does not say so with `key = []`, or a record is invalid.
+            The message names the record and the field.
     """
+    tables = _tables(path)
+    if not tables:
+        raise KeysUnusable(f"--api-keys: {path} contains no keys; to reject every caller, write `key = []`.")
+    return _records(path, tables)
+
+
+def _tables(path: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise KeysUnusable(f"--api-keys: {path} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KeysUnusable(f"--api-keys: {path} is not TOML: {error}.") from None
+
+
+def _records(path: Path, tables: dict[str, Any]) -> dict[str, KeyRecord]:
     listed = tables.pop("key", [])
     if tables or not isinstance(listed, list):
         raise KeysUnusable(f"--api-keys: {path} may contain only tables named [[key]].")
@@ -130,7 +144,10 @@ def append(path: Path, record: KeyRecord) -> None:
     Raises:
         KeysUnusable: The file is invalid, has a record with the same id, or cannot be written.
     """
-    if path.exists() and record.id in read(path):
+    tables = _tables(path) if path.exists() else {}
+    if tables.get("key") == []:
+        raise KeysUnusable(f"{path} says `key = []`, no keys: remove this line first.")
+    if record.id in _records(path, tables):
         raise KeysUnusable(
             f"{path} already has a key with the id {record.id!r}: choose another name, or remove that key."
         )

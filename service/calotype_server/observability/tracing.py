@@ -63,9 +63,10 @@ def from_environment(version: str, *, required: bool) -> Tracing | None:
             raise TracingUnavailable("--tracing needs OpenTelemetry: pip install 'calotype[server,otel]'.") from None
         _log.warning("tracing is off: OpenTelemetry is not installed", install="pip install 'calotype[server,otel]'")
         return None
-    service = {"service.name": os.environ.get("OTEL_SERVICE_NAME", "calotype"), "service.version": version}
-    named = "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
-    if named and "OTEL_SERVICE_NAME" not in os.environ:
+    # OpenTelemetry's specification treats an empty variable as unset.
+    name = os.environ.get("OTEL_SERVICE_NAME")
+    service = {"service.name": name or "calotype", "service.version": version}
+    if not name and "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         del service["service.name"]
     provider = TracerProvider(resource=Resource.create(service), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(_exporter()))
@@ -149,9 +150,8 @@ def _exporter() -> Any:
     """Returns an instance of the installed exporter that the variables name."""
     name = os.environ.get("OTEL_TRACES_EXPORTER") or "otlp"
     if name == "otlp":
-        protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get(
-            "OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"
-        )
+        variables = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+        protocol = next(filter(None, map(os.environ.get, variables)), "http/protobuf")
         name = "otlp_proto_grpc" if protocol == "grpc" else "otlp_proto_http"
     found = list(importlib.metadata.entry_points(group="opentelemetry_traces_exporter", name=name))
     if not found:

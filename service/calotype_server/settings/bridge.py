@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode
@@ -17,6 +17,10 @@ __all__ = ["BridgeSettings"]
 
 class BridgeSettings(WebSettings):
     """Settings of `calotype bridge`."""
+
+    guarded: ClassVar[frozenset[str]] = WebSettings.guarded | {
+        *("upstream_tls", "upstream_ca", "upstream_certificate", "upstream_key"),
+    }
 
     upstream: Annotated[tuple[str, ...], NoDecode] = Field(
         ("127.0.0.1:50051",),

@@ -1,10 +1,52 @@
-"""Parsing of settings that are lists or addresses."""
+"""Reading of the environment, and parsing of settings that are lists or addresses."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["check_address", "split_list"]
+from pydantic_settings import EnvSettingsSource
+
+if TYPE_CHECKING:
+    from pydantic_settings import BaseSettings
+
+__all__ = ["Environment", "check_address", "check_not_blank", "split_list"]
+
+
+class Environment(EnvSettingsSource):
+    """Reads settings from environment variables. A variable without text counts as unset.
+
+    Compose files and templates produce such variables, as in `CALOTYPE_STATE=${STATE}`.
+
+    Args:
+        kind: The settings.
+        guarded: Names of the settings whose empty variables are kept, so that they fail, because their defaults protect
+            less. Otherwise a missing value in a template could turn off keys or encryption.
+    """
+
+    def __init__(self, kind: type[BaseSettings], guarded: frozenset[str]) -> None:
+        super().__init__(kind)
+        prefix = self.env_prefix.lower()
+        self.env_vars = {
+            name: value
+            for name, value in self.env_vars.items()
+            if not _is_blank(value) or name.lower().removeprefix(prefix) in guarded
+        }
+
+
+def _is_blank(value: object) -> bool:
+    """Returns whether a value is text without any visible character."""
+    return isinstance(value, str) and not value.strip()
+
+
+def check_not_blank(value: object) -> Any:
+    """Returns a value unchanged.
+
+    Raises:
+        ValueError: It is text without any visible character.
+    """
+    if _is_blank(value):
+        raise ValueError("is empty; give it a value, or leave the option and its variable out")
+    return value
 
 
 def split_list(value: object) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,6 +26,8 @@ _PREVIEW = DEFAULT_LIMITS.preview
 
 class Settings(WebSettings):
     """Settings of `calotype serve`."""
+
+    lists: ClassVar[frozenset[str]] = WebSettings.lists | {"preview_methods"}
 
     grpc_address: str = Field(
         "127.0.0.1:50051", description="HOST:PORT of the native gRPC port. Port 0 picks a free one."

@@ -5,20 +5,28 @@ from __future__ import annotations
 import dataclasses
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from calotype_server.limits import PORT_LIMITS, PortLimits
-from calotype_server.settings.parsing import check_address, split_list
+from calotype_server.settings.parsing import Environment, check_address, check_not_blank, split_list
 
 __all__ = ["WebSettings"]
 
 
 class WebSettings(BaseSettings):
-    """Settings of the web port, of TLS, of API keys and of the log."""
+    """Settings of the web port, of TLS, of API keys and of the log.
+
+    Attributes:
+        guarded: Names of the settings whose defaults protect less, so that an empty variable is an error.
+        lists: Names of the settings that may be empty, because they are lists.
+    """
+
+    guarded: ClassVar[frozenset[str]] = frozenset({"api_keys", "tls_certificate", "tls_key", "tls_client_ca"})
+    lists: ClassVar[frozenset[str]] = frozenset({"allowed_origins", "allowed_hosts"})
 
     model_config = SettingsConfigDict(env_prefix="CALOTYPE_", extra="forbid", protected_namespaces=())
 
@@ -135,6 +143,18 @@ class WebSettings(BaseSettings):
     log_format: Literal["console", "json"] = Field(
         "console", description="Format of the log: console for people, json for machines."
     )
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Returns where settings come from: options first, then variables."""
+        return init_settings, Environment(settings_cls, cls.guarded)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_not_blank(cls, value: object, info: ValidationInfo) -> object:
+        return value if info.field_name in cls.lists else check_not_blank(value)
 
     @field_validator("allowed_origins", "allowed_hosts", "trusted_proxies", mode="before")
     @classmethod

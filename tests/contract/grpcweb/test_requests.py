@@ -1,7 +1,4 @@
-"""grpc-web requests byte by byte, from clients, browsers, proxies and attackers, and the responses to them.
-
-Together with `test_calls.py` and the suites that run over every port, this has a case for each fault of sonora 0.2.3.
-"""
+"""grpc-web requests byte by byte, from clients, browsers, proxies and attackers, and the responses to them."""
 
 from __future__ import annotations
 

@@ -74,8 +74,9 @@ async def test_headers_and_ids_suit_browsers_and_proxies(client, engine: FakeEng
     assert {event.event for event in received[:-1]} == {"progress"}
     assert received[-1].event == "end"
     assert received[0].retry == 1000
-    sequences = [int(event.id.partition(":")[2]) for event in received]
+    sequences = [int(event.id.partition(":")[2]) for event in received[:-1]]
     assert sequences == sorted(set(sequences))
+    assert received[-1].id == f"{received[0].id.partition(':')[0]}:end"
     last = json.loads(received[-1].data)
     assert (last["phase"], last["seed"]) == ("PHASE_SUCCEEDED", "7")
     assert base64.b64decode(last["image"]).startswith(b"\x89PNG")
@@ -93,7 +94,7 @@ async def test_last_event_id_resumes_after_a_disconnect(client, engine: FakeEngi
         received = await rest(EventSource(response).aiter_sse())
     assert len(engine.jobs) == 1
     assert {event.id.partition(":")[0] for event in received} == {seen.id.partition(":")[0]}
-    assert all(int(event.id.partition(":")[2]) > int(seen.id.partition(":")[2]) for event in received)
+    assert all(int(event.id.partition(":")[2]) > int(seen.id.partition(":")[2]) for event in received[:-1])
     assert received[-1].event == "end"
     for path in ("/generate", f"/generations/{seen.id.partition(':')[0]}/events"):
         again = await client.get(

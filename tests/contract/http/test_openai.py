@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import openai
 import pytest
+from openai.types import image_generate_params
 
 from calotype_server import errors
 from calotype_server.api import service as api
+from calotype_server.transport.http.openai_models import ImagesRequest
 from support.engine.fake_engine import FakeEngine
+from support.keyring import Keyring
 from support.lab import until
 from support.service import running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     import httpx2
 
@@ -147,7 +151,7 @@ async def test_all_violations_are_reported_together(sdk: openai.AsyncOpenAI) -> 
             size="63x64",
             background="transparent",
             output_compression=50,
-            response_format="url",
+            response_format="svg",  # type: ignore[call-overload]
             partial_images=2,
             extra_body={"seed": -1, "strength": 0.3},
         )
@@ -209,3 +213,69 @@ async def test_models_are_listed(sdk: openai.AsyncOpenAI) -> None:
     models = [model async for model in await sdk.models.list()]
     assert [(model.id, model.owned_by) for model in models] == [("fake", "calotype")]
     assert (await sdk.models.retrieve("fake")).created == models[0].created
+
+
+async def test_an_image_can_be_returned_as_a_url(engine: FakeEngine, tmp_path: Path) -> None:
+    """The URL works with a plain GET without a key, until the server forgets the image. Others cannot be guessed."""
+    keyring = Keyring(tmp_path / "keys.toml")
+    key = keyring.add("alice")
+    async with running(engine, access=keyring.access(), retained=2, transport="sse") as service:
+        base = f"http://{service.address}/v1"
+        async with openai.AsyncOpenAI(base_url=base, api_key=key, max_retries=0) as sdk:
+            answer = await sdk.images.generate(prompt="a red apple", n=2, response_format="url", output_format="webp")
+            assert [image.b64_json for image in answer.data] == [None, None]
+            first, second = (str(image.url) for image in answer.data)
+            assert first.startswith(f"{base}/images/")
+            assert first != second
+            client = service.stub.client
+            found = await client.get(first)
+            assert (found.status_code, found.headers["content-type"]) == (200, "image/webp")
+            assert found.content[8:12] == b"WEBP"
+            generation_id, token = first.split("/")[-2:]
+            other_token = second.rpartition("/")[2]
+            for guess in (other_token, "0" * 64, token[:-1], token.upper(), ""):
+                assert (await client.get(f"{base}/images/{generation_id}/{guess}")).status_code == 401
+            headers = dict(keyring.metadata("alice"))
+            assert (await client.get(f"{base}/images/{generation_id}/{'0' * 64}", headers=headers)).status_code == 404
+            await sdk.images.generate(prompt="next", n=2)
+            assert (await client.get(first)).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("quality", "steps"),
+    [("low", 2), ("auto", 4), ("medium", 4), ("standard", 4), ("high", 8), ("hd", 8), ("xhigh", 12), ("max", 16)],
+)
+async def test_every_quality_of_the_sdk_is_accepted(
+    sdk: openai.AsyncOpenAI, engine: FakeEngine, quality: Any, steps: int
+) -> None:
+    """A quality is a multiple of the model's default number of steps. The response has one of OpenAI's names."""
+    answer = await sdk.images.generate(prompt="a red apple", quality=quality)
+    [job] = engine.jobs
+    assert job.step_count == steps
+    assert answer.quality == {"auto": "medium", "standard": "medium", "hd": "high"}.get(quality, quality)
+
+
+def test_every_quality_of_the_sdk_is_tested() -> None:
+    """A new version of the SDK that adds a quality fails this test."""
+    annotation = get_type_hints(image_generate_params.ImageGenerateParamsBase)["quality"]
+    known = {value for union in get_args(annotation) for value in get_args(union)}
+    accepted = get_args(get_type_hints(ImagesRequest)["quality"])
+    assert known <= set(accepted)
+
+
+@pytest.mark.parametrize("size", ["auto", "64x64"])
+async def test_parameters_without_effect_are_accepted(sdk: openai.AsyncOpenAI, size: Any) -> None:
+    """Callers that set them need no change: style, moderation, an opaque background, and the automatic size."""
+    answer = await sdk.images.generate(
+        prompt="a red apple",
+        size=size,
+        style="vivid",
+        moderation="low",
+        background="opaque",
+        output_format="jpeg",
+        output_compression=100,
+        response_format="b64_json",
+    )
+    assert base64.b64decode(answer.data[0].b64_json).startswith(b"\xff\xd8")
+    with pytest.raises(openai.BadRequestError, match="response_format: must be b64_json with stream"):
+        await sdk.images.generate(prompt="a red apple", stream=True, response_format="url")

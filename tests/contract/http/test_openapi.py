@@ -99,9 +99,7 @@ def test_responses_match_the_document_for_any_request(
         @given(operation.as_strategy(generation_mode=mode))
         @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
         def send(case: Any) -> None:
-            # schemathesis' own client cannot read events with the urllib3 version that sonora requires.
-            response = session.request(**case.as_transport_kwargs(), timeout=20)
-            case.validate_response(response, checks=CHECKS[mode])
+            case.call_and_validate(session=session, checks=CHECKS[mode], timeout=20)
 
         send()
 

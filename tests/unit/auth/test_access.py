@@ -18,7 +18,7 @@ from calotype_server.auth.keys import Role
 from calotype_server.errors import KeyExpired, KeyInvalid, KeyRequired, KeysUnusable, RequestsPerMinute, RoleRequired
 from calotype_server.file_watcher import FileWatcher
 from calotype_server.types import Job
-from support.keyring import Keyring
+from support.keyring import Keyring, notice_change
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,17 +121,17 @@ def test_an_edited_key_file_takes_effect_without_a_restart(keyring: Keyring) -> 
     bob = keyring.add("bob")
     with pytest.raises(KeyInvalid):
         access.authenticate(f"Bearer {bob}", PEER)
-    watcher.check()
+    notice_change(watcher)
     access.authenticate(f"Bearer {bob}", PEER)
     records = keyring.path.read_text().split("[[key]]")
     keyring.path.write_text("[[key]]" + records[2])
-    watcher.check()
+    notice_change(watcher)
     access.authenticate(f"Bearer {bob}", PEER)
     with pytest.raises(KeyInvalid):
         access.authenticate(f"Bearer {alice}", PEER)
 
 
-@pytest.mark.parametrize("edit", ["[[key]", "[[key]]\nid = 'x'\n", "\xff", None])
+@pytest.mark.parametrize("edit", ["[[key]", "[[key]]\nid = 'x'\n", "\xff", "", "\n# none\n", None])
 def test_an_invalid_key_file_keeps_the_old_keys(edit: str | None, keyring: Keyring, monkeypatch) -> None:
     """A mistake in the file locks no caller out and lets none in, and is logged once."""
     log = structlog.testing.CapturingLogger()
@@ -140,8 +140,8 @@ def test_an_invalid_key_file_keeps_the_old_keys(edit: str | None, keyring: Keyri
     access = keyring.access()
     watcher = FileWatcher(access.files, access.reload)
     keyring.path.unlink() if edit is None else keyring.path.write_text(edit, encoding="latin-1")
-    watcher.check()
-    watcher.check()
+    notice_change(watcher)
+    notice_change(watcher)
     access.authenticate(f"Bearer {alice}", PEER)
     assert [call.method_name for call in log.calls] == ["warning"]
 

@@ -117,7 +117,7 @@ async def test_a_unary_method_returns_its_answer_and_hides_exceptions() -> None:
 async def test_a_call_without_a_key_is_rejected(tmp_path, method: str) -> None:
     """Interceptors apply to streaming and unary methods."""
     keys = tmp_path / "keys"
-    keys.write_text("")
+    keys.write_text("key = []")
     replica, context = make_replica(), ServeContext()
     replica.handlers = HandlerRegistry(interceptors(Access(keys)))
     add_GenerationServiceServicer_to_server(replica.servicer, replica.handlers)

@@ -68,6 +68,10 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
         """Number of calls whose response is not complete."""
         return len(self._calls)
 
+    def has_method(self, path: str) -> bool:
+        """Returns whether a path, as /package.Service/Method, is that of a method."""
+        return self._get_rpc_handler(path) is not None
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers one request."""
         if scope["type"] != "http":
@@ -75,7 +79,7 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         text = framing.is_text(scope["headers"])
-        if text is None and self._get_rpc_handler(path) is None:
+        if text is None and not self.has_method(path):
             await self._application(scope, receive, send)
         elif scope["method"] != "POST":
             rejection = PlainTextResponse("Use POST.\n", 405, {"allow": "POST"})
@@ -85,6 +89,11 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
             accepted = ", ".join(framing.ACCEPTED)
             rejection = PlainTextResponse(
                 f"Use one of these content types: {accepted}\n", 415, {"accept-post": accepted}
+            )
+            await rejection(scope, receive, send)
+        elif (framing.header(scope["headers"], b"content-encoding") or "identity") != "identity":
+            rejection = PlainTextResponse(
+                "Send the body without Content-Encoding.\n", 415, {"accept-encoding": "identity"}
             )
             await rejection(scope, receive, send)
         else:

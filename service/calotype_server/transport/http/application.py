@@ -12,6 +12,7 @@ from calotype_server import __version__
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.transport.http.calotype_routes import calotype_routes
 from calotype_server.transport.http.docs import STYLE, render
+from calotype_server.transport.http.image_links import ImageLinks
 from calotype_server.transport.http.middleware import HttpMiddleware
 from calotype_server.transport.http.openai_models import ImageEvent
 from calotype_server.transport.http.openai_routes import openai_routes
@@ -41,7 +42,7 @@ class HttpApi:
 
     Args:
         service: Implements the operations.
-        access: Checks keys. The document and its page need none.
+        access: Checks keys. The document, its page and the addresses of `ImageLinks` need none.
         limits: Sizes and timeouts.
         call_limiter: Counts the calls of each host.
         observe: Receives events about requests and messages.
@@ -67,13 +68,14 @@ class HttpApi:
             responses=ERRORS,
         )
         handle_errors(application, observe)
+        links = ImageLinks()
         for routes in (
-            openai_routes(service),
+            openai_routes(service, links),
             calotype_routes(service),
             websocket_routes(service, call_limiter, observe),
         ):
             application.include_router(routes)
-        self._middleware = HttpMiddleware(application, access, limits, call_limiter, observe)
+        self._middleware = HttpMiddleware(application, access, limits, call_limiter, observe, is_open=links.is_valid)
         self._page: str | None = None
 
     @property

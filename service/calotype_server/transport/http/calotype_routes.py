@@ -11,7 +11,13 @@ from pydantic import Field, create_model
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.transport.http.callers import caller_of
 from calotype_server.transport.http.parsing import parse_query, query_parameters
-from calotype_server.transport.http.request_parts import GenerationId, base_path, query_fields
+from calotype_server.transport.http.request_parts import (
+    IMAGE_RESPONSES,
+    GenerationId,
+    base_path,
+    image_response,
+    query_fields,
+)
 from calotype_server.transport.http.schema import as_json, response_model
 from calotype_server.transport.http.sse import progress_json
 from calotype_server.transport.http.stream_routes import StreamRoutes
@@ -20,7 +26,6 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from calotype_server.api.service import GenerationService
-    from calotype_server.types import EncodedImage
 
 __all__ = ["calotype_routes"]
 
@@ -29,12 +34,6 @@ _Progress = create_model(
     __base__=response_model(pb.Progress),
     image_url=(str, Field(None, description="With `images=url`: address of the image, instead of `image`.")),
 )
-_IMAGE: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The image file.",
-        "content": {f"image/{kind}": {"schema": {"type": "string"}} for kind in ("jpeg", "png", "webp")},
-    }
-}
 
 
 def _json_response(message: type[Message]) -> dict[int | str, dict[str, Any]]:
@@ -84,9 +83,13 @@ class _GenerationRoutes:
             responses=_json_response(pb.FinishResponse),
         )(self.finish)
         routes.get(
-            "/generations/{generation_id}/preview/{sequence}", summary="The image of an event", responses=_IMAGE
+            "/generations/{generation_id}/preview/{sequence}",
+            summary="The image of an event",
+            responses=IMAGE_RESPONSES,
         )(self.preview)
-        routes.get("/generations/{generation_id}/image", summary="The final image", responses=_IMAGE)(self.image)
+        routes.get("/generations/{generation_id}/image", summary="The final image", responses=IMAGE_RESPONSES)(
+            self.image
+        )
         routes.get("/model", summary="The loaded model, its limits and defaults", responses=_json_response(pb.Model))(
             self.model
         )
@@ -121,11 +124,11 @@ class _GenerationRoutes:
     ) -> Response:
         """Returns the newest preview, of that event or a later one; after the end, the final image."""
         image = await self._service.preview(generation_id, sequence, caller_of(request))
-        return _image_response(image, immutable=False)
+        return image_response(image, immutable=False)
 
     async def image(self, request: Request, generation_id: GenerationId) -> Response:
         """Returns the final image. Answers 404 with a retry delay while there is none yet."""
-        return _image_response(self._service.image(generation_id, caller_of(request)), immutable=True)
+        return image_response(self._service.image(generation_id, caller_of(request)), immutable=True)
 
     async def model(self) -> Response:
         """Returns the same as `GetModel` over gRPC."""
@@ -134,9 +137,3 @@ class _GenerationRoutes:
 
 def _message_response(message: Message) -> JSONResponse:
     return JSONResponse(as_json(message))
-
-
-def _image_response(image: EncodedImage, *, immutable: bool) -> Response:
-    caching = "private, max-age=31536000, immutable" if immutable else "no-store"
-    headers = {"cache-control": caching, "x-content-type-options": "nosniff"}
-    return Response(image.data, media_type=f"image/{image.format}", headers=headers)

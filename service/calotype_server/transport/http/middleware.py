@@ -11,12 +11,19 @@ from uvicorn.protocols.utils import ClientDisconnected
 from calotype_server.errors import ServiceError
 from calotype_server.observability.events import CallEnded, CallRefused, MessageSent, Observe, ignore
 from calotype_server.transport.http.callers import admit
+from calotype_server.transport.http.media import reject_coding
+from calotype_server.transport.http.methods import as_get
 from calotype_server.transport.http.problems import error_response
 from calotype_server.transport.net.body import ClientGone, read_body
 from calotype_server.transport.net.credentials import peer_of
 from calotype_server.transport.net.request_id import bind_request_id, bind_traceparent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastapi import FastAPI
+    from starlette.routing import BaseRoute
+
     from calotype_server.auth.access import Access
     from calotype_server.limits import PortLimits
     from calotype_server.transport.net.call_limits import CallLimiter
@@ -37,16 +44,30 @@ class HttpMiddleware:
         limits: Sizes and timeouts.
         call_limiter: Counts the calls of each host.
         observe: Receives events about requests and messages.
+        is_open: Whether a path needs no key.
     """
 
     def __init__(
-        self, application: Any, access: Access, limits: PortLimits, call_limiter: CallLimiter, observe: Observe = ignore
+        self,
+        application: FastAPI,
+        access: Access,
+        limits: PortLimits,
+        call_limiter: CallLimiter,
+        observe: Observe = ignore,
+        *,
+        is_open: Callable[[str], bool],
     ) -> None:
         self._application = application
+        self._is_open = is_open
         self._access = access
         self._limits = limits
         self._call_limiter = call_limiter
         self._observe = observe
+
+    @property
+    def routes(self) -> list[BaseRoute]:
+        """The routes of the app."""
+        return self._application.routes
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Handles one request or WebSocket."""
@@ -55,17 +76,22 @@ class HttpMiddleware:
         transport = "websocket" if scope["type"] == "websocket" else "http"
         request_id = bind_request_id(headers.get(b"x-request-id"))
         sender = _ResponseSender(send, self._limits.stall_seconds, request_id, transport, self._observe)
+        scope = as_get(scope)
         try:
-            admit(self._access, scope)
+            if not self._is_open(scope["path"]):
+                admit(self._access, scope)
             with self._call_limiter.admit(peer_of(scope)):
                 if scope["type"] == "http":
+                    if (rejection := reject_coding(scope)) is not None:
+                        await rejection(scope, receive, sender.send)
+                        return
                     receive = await self._with_body(scope, receive)
                 await self._application(scope, receive, sender.send)
         except (ClientGone, ClientDisconnected):
             return
         except ServiceError as error:
             self._observe(CallRefused(error.reason))
-            await error_response(error)(scope, receive, sender.send)
+            await error_response(error, scope)(scope, receive, sender.send)
             if scope["type"] == "websocket":
                 # The response is sent, but uvicorn logs an error if a WebSocket app returns without accepting.
                 raise ClientDisconnected from None

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 FileFormat = Literal["png", "jpeg", "webp"]
-Quality = Literal["low", "medium", "high"]
+Quality = Literal["low", "medium", "high", "xhigh", "max"]
 
 
 class ImagesRequest(RequestModel):
@@ -44,8 +44,11 @@ class ImagesRequest(RequestModel):
         ),
     ] = "auto"
     quality: Annotated[
-        Literal["auto", "low", "medium", "high", "standard", "hd"],
-        Field(description="low: half the default number of steps; high, hd: twice; the others: the default."),
+        Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"],
+        Field(
+            description="Number of steps, times the model's default: low 0.5; auto, medium and standard 1; high and hd "
+            "2; xhigh 3; max 4. At most the server's maximum."
+        ),
     ] = "auto"
     output_format: Annotated[FileFormat, Field(description="File format.")] = "png"
     output_compression: Annotated[
@@ -55,7 +58,14 @@ class ImagesRequest(RequestModel):
         Literal["auto", "opaque"], Field(description="Transparent backgrounds are not supported.")
     ] = "auto"
     moderation: Annotated[Literal["auto", "low"], Field(description="Has no effect: the model decides.")] = "auto"
-    response_format: Annotated[Literal["b64_json"], Field(description="URLs are not supported.")] = "b64_json"
+    style: Annotated[Literal["vivid", "natural"] | None, Field(description="Has no effect.")] = None
+    response_format: Annotated[
+        Literal["b64_json", "url"],
+        Field(
+            description="url: the address of each image instead of its file. It works without a key, while the server "
+            "retains the image. Not with `stream`."
+        ),
+    ] = "b64_json"
     stream: Annotated[bool, Field(description="Whether to respond with server-sent events.")] = False
     partial_images: Annotated[
         int | None,
@@ -99,7 +109,8 @@ class Usage(BaseModel):
 class Image(BaseModel):
     """One image."""
 
-    b64_json: str = Field(description="The image file, in base64.")
+    b64_json: str | None = Field(None, description="The image file, in base64; absent with `response_format=url`.")
+    url: str | None = Field(None, description="Address of the image file, with `response_format=url`.")
     seed: int = Field(description="Calotype only: the seed used.")
 
 

@@ -8,13 +8,15 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Body, Path, Request
+from fastapi import APIRouter, Body, Depends, Path, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.errors import InvalidRequest
+from calotype_server.auth.access import Caller
+from calotype_server.errors import ImageNotFound, InvalidRequest
 from calotype_server.transport.http.callers import caller_of
+from calotype_server.transport.http.media import require_json
 from calotype_server.transport.http.openai_models import (
     Image,
     ImageEvent,
@@ -33,6 +35,7 @@ from calotype_server.transport.http.openai_translation import (
 )
 from calotype_server.transport.http.parsing import Lenient, Parsed
 from calotype_server.transport.http.problems import describe
+from calotype_server.transport.http.request_parts import IMAGE_RESPONSES, GenerationId, base_path, image_response
 from calotype_server.transport.http.sse import EventStream, event
 
 if TYPE_CHECKING:
@@ -42,12 +45,16 @@ if TYPE_CHECKING:
 
     from calotype_server.api.progress_stream import ProgressStream
     from calotype_server.api.service import GenerationService
+    from calotype_server.transport.http.image_links import ImageLinks
 
 __all__ = ["openai_routes"]
 
 T = TypeVar("T")
 
 _CLIENT_CLOSED_REQUEST = 499
+
+_LINK = Caller("image-link")
+"""Fetches an image by its address, which proves that it may: the address contains a token."""
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -59,15 +66,24 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def openai_routes(service: GenerationService) -> APIRouter:
+def openai_routes(service: GenerationService, links: ImageLinks) -> APIRouter:
     """Returns the routes.
 
     Args:
         service: Implements the operations.
+        links: Makes and checks the addresses of images.
     """
     routes = APIRouter(tags=["OpenAI-compatible"])
-    images, models = _ImageRoutes(service), _ModelRoutes(service)
-    routes.post("/images/generations", summary="Generate images", responses=_RESPONSES)(images.generate)
+    images, models = _ImageRoutes(service, links), _ModelRoutes(service)
+    routes.post(
+        "/images/generations",
+        summary="Generate images",
+        responses=_RESPONSES,
+        dependencies=[Depends(require_json)],
+    )(images.generate)
+    routes.get(
+        "/images/{generation_id}/{token}", summary="An image by the address in a response", responses=IMAGE_RESPONSES
+    )(images.linked)
     routes.get("/models", summary="List the models: the loaded one", responses={200: {"model": ModelList}})(
         models.models
     )
@@ -76,10 +92,11 @@ def openai_routes(service: GenerationService) -> APIRouter:
 
 
 class _ImageRoutes:
-    """The route that generates images."""
+    """The routes that generate images, and return them by their addresses."""
 
-    def __init__(self, service: GenerationService) -> None:
+    def __init__(self, service: GenerationService, links: ImageLinks) -> None:
         self._service = service
+        self._links = links
 
     async def generate(
         self, request: Request, body: Annotated[Parsed[ImagesRequest], Body(), Lenient(ImagesRequest)]
@@ -92,7 +109,26 @@ class _ImageRoutes:
             images = await _unless_disconnected(request, _final_messages(streams))
         if images is None:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
-        return JSONResponse(_images_response(images, body.value).model_dump())
+        if body.value.response_format == "url":
+            described = [Image(url=self._link(each, request), seed=each.seed) for each in images]
+        else:
+            described = [Image(b64_json=base64.b64encode(each.image).decode(), seed=each.seed) for each in images]
+        size = f"{images[0].width_px}x{images[0].height_px}"
+        return JSONResponse(_images_response(described, body.value, size).model_dump(exclude_none=True))
+
+    async def linked(
+        self,
+        generation_id: GenerationId,
+        token: Annotated[str, Path(description="Cannot be guessed.", pattern="^[0-9a-f]{64}$")],
+    ) -> Response:
+        """Needs no key. Answers 404 when the server no longer retains the image, and after a restart."""
+        if not self._links.is_valid(f"/images/{generation_id}/{token}"):
+            raise ImageNotFound("There is no image with this address.")
+        return image_response(self._service.image(generation_id, _LINK), immutable=True)
+
+    def _link(self, image: pb.Progress, request: Request) -> str:
+        url = request.url
+        return f"{url.scheme}://{url.netloc}{base_path(request)}{self._links.path(image.generation_id)}"
 
     async def _start(
         self, body: Parsed[ImagesRequest], request: Request, resources: contextlib.AsyncExitStack
@@ -137,13 +173,13 @@ class _ModelRoutes:
         return ModelEntry(id=self._service.model().name, created=self._created)
 
 
-def _images_response(images: Sequence[pb.Progress], request: ImagesRequest) -> ImagesResponse:
+def _images_response(images: list[Image], request: ImagesRequest, size: str) -> ImagesResponse:
     return ImagesResponse(
         created=int(time.time()),
-        data=[Image(b64_json=base64.b64encode(each.image).decode(), seed=each.seed) for each in images],
+        data=images,
         output_format=request.output_format,
         quality=quality_of(request),
-        size=f"{images[0].width_px}x{images[0].height_px}",
+        size=size,
     )
 
 

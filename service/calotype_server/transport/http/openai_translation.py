@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.enums import IMAGE_FORMATS
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["conflicts", "file_format", "quality_of", "to_generate_request", "with_openai_names"]
 
-_STEP_FACTORS = {"low": 0.5, "high": 2.0}
+_STEP_FACTORS = {"low": 0.5, "medium": 1.0, "high": 2.0, "xhigh": 3.0, "max": 4.0}
+
+_OLDER_QUALITIES: dict[str, Quality] = {"auto": "medium", "standard": "medium", "hd": "high"}
 
 _OPENAI_NAMES = {
     "width_px": "size",
@@ -34,6 +36,8 @@ def conflicts(request: ImagesRequest, model: pb.Model) -> list[Violation]:
         found.append(Violation("n", "must be 1 with stream"))
     if request.partial_images and not request.stream:
         found.append(Violation("partial_images", "needs stream"))
+    if request.stream and request.response_format == "url":
+        found.append(Violation("response_format", "must be b64_json with stream"))
     return found
 
 
@@ -58,7 +62,7 @@ def to_generate_request(request: ImagesRequest, model: pb.Model, index: int) -> 
         largest = JPEG_QUALITY_MAX if request.output_format == "jpeg" else WEBP_QUALITY_MAX
         translated.output.quality = max(1, min(request.output_compression, largest))
     if request.step_count is None:
-        steps = int(model.step_count * _STEP_FACTORS.get(quality_of(request), 1.0))
+        steps = int(model.step_count * _STEP_FACTORS[quality_of(request)])
         translated.step_count = max(1, min(steps, model.max_step_count))
     if request.stream and request.partial_images:
         # Spreads the previews evenly; the last of these positions is the final image.
@@ -71,9 +75,7 @@ def to_generate_request(request: ImagesRequest, model: pb.Model, index: int) -> 
 
 def quality_of(request: ImagesRequest) -> Quality:
     """Returns the quality, with OpenAI's older names and "auto" replaced."""
-    if request.quality in ("high", "hd"):
-        return "high"
-    return "low" if request.quality == "low" else "medium"
+    return cast("Quality", _OLDER_QUALITIES.get(request.quality, request.quality))
 
 
 def file_format(message: pb.Progress) -> FileFormat:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from starlette.responses import PlainTextResponse
 from starlette.staticfiles import StaticFiles
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Page(StaticFiles):
 
     async def get_response(self, path: str, scope: Any) -> Response:
         """Returns a file, or 404 or 405."""
+        if scope["method"] not in ("GET", "HEAD"):
+            return PlainTextResponse("Use GET.\n", 405, {"allow": "GET, HEAD"})
         response = await super().get_response(path, scope)
         immutable = path.startswith("assets/") and response.status_code == 200
         response.headers["cache-control"] = "public, max-age=31536000, immutable" if immutable else "no-cache"

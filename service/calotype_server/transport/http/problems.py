@@ -1,23 +1,40 @@
-"""Errors over HTTP: all in the format of OpenAI's API, with additional fields."""
+"""Errors over HTTP: all in the format of OpenAI's API, with additional fields.
+
+A browser's EventSource stops for good when it receives any status other than 200. So if a retry helps, its GET requests
+get an event named `waiting` with the error, and close; the EventSource then reconnects after the delay of the event.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
+from sse_starlette import ServerSentEvent
 from starlette.exceptions import HTTPException
 
 from calotype_server.errors import GenerationError, GenerationFailed, InvalidRequest, ServiceError, Violation
 from calotype_server.observability.events import CallRefused, Observe, ignore
+from calotype_server.transport.http.methods import allowed_methods
 from calotype_server.transport.http.parsing import sentence
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fastapi import FastAPI, Request
 
-__all__ = ["ERRORS", "describe", "error_response", "handle_errors"]
+__all__ = [
+    "ERRORS",
+    "describe",
+    "error_response",
+    "handle_errors",
+    "http_error",
+    "is_event_source",
+    "waiting_event",
+]
 
 # As mapped by google.rpc.Code, https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto
 _STATUSES = {
@@ -34,6 +51,8 @@ _STATUSES = {
 }
 _BY_REASON = {"REQUEST_TOO_LARGE": 413, "REQUEST_TOO_LATE": 408}
 _NAMES = {404: "NOT_FOUND", 405: "UNIMPLEMENTED"}
+_EVENTS = "text/event-stream"
+_MIN_RECONNECT_MILLISECONDS = 1000
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -88,8 +107,16 @@ def describe(error: ServiceError) -> dict[str, Any]:
     return {"error": detail.model_dump(exclude_defaults=True)}
 
 
-def error_response(error: ServiceError) -> JSONResponse:
-    """Returns the response for an error."""
+def error_response(error: ServiceError, scope: Any) -> Response:
+    """Returns the response to a request that fails with an error.
+
+    Args:
+        error: The error.
+        scope: The ASGI scope of the request.
+    """
+    if error.retry_after is not None and is_event_source(scope):
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return Response(waiting_event(error).encode(), media_type=_EVENTS, headers=headers)
     status = _status(error)
     # OpenAI's SDKs read this; they would otherwise retry twice after a permanent failure.
     headers = {"x-should-retry": "false" if error.retry_after is None else "true"}
@@ -100,34 +127,57 @@ def error_response(error: ServiceError) -> JSONResponse:
     return JSONResponse(describe(error), status, headers)
 
 
+def is_event_source(scope: Any) -> bool:
+    """Returns whether a request is a GET that accepts server-sent events by name, as an EventSource sends it."""
+    return (
+        scope["type"] == "http"
+        and scope["method"] == "GET"
+        and any(name == b"accept" and _EVENTS.encode() in value for name, value in scope["headers"])
+    )
+
+
+def waiting_event(error: ServiceError) -> ServerSentEvent:
+    """Returns the event with which an EventSource learns why it must wait, and for how long."""
+    retry = max(math.ceil((error.retry_after or 0) * 1000), _MIN_RECONNECT_MILLISECONDS)
+    return ServerSentEvent(json.dumps(describe(error), separators=(",", ":")), event="waiting", retry=retry, sep="\n")
+
+
+def http_error(status: int, message: str, headers: Mapping[str, str]) -> JSONResponse:
+    """Returns the response for an error of HTTP itself, which has no gRPC error; no retry helps."""
+    name = _NAMES.get(status, "INVALID_ARGUMENT")
+    detail = ErrorDetail(message=message, type=_type(status), param=None, code=name, status=name)
+    body = {"error": detail.model_dump(exclude_defaults=True)}
+    return JSONResponse(body, status, {**headers, "x-should-retry": "false"})
+
+
 def handle_errors(application: FastAPI, observe: Observe = ignore) -> None:
     """Registers handlers that answer every error of an app in this format, and observe the rejected requests."""
 
-    async def known(_: Request, error: Exception) -> JSONResponse:
+    async def known(request: Request, error: Exception) -> Response:
         assert isinstance(error, ServiceError)
         if not isinstance(error, GenerationError):
             observe(CallRefused(error.reason))
-        return error_response(error)
+        return error_response(error, request.scope)
 
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
+    async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         violations = []
         for each in error.errors():
             path = [str(part) for part in each["loc"][1:] if not isinstance(part, int)]
             violations.append(Violation(".".join(path) or str(each["loc"][0]), sentence(each)))
         observe(CallRefused(InvalidRequest.reason))
-        return error_response(InvalidRequest(violations))
+        return error_response(InvalidRequest(violations), request.scope)
 
-    async def plain(_: Request, error: Exception) -> JSONResponse:
+    async def plain(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        status = error.status_code
-        name = _NAMES.get(status, "INVALID_ARGUMENT")
-        detail = ErrorDetail(message=f"{error.detail}.", type=_type(status), param=None, code=name, status=name)
-        body = {"error": detail.model_dump(exclude_defaults=True)}
-        return JSONResponse(body, status, {**(error.headers or {}), "x-should-retry": "false"})
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            # The exception knows only the methods of one route, but a path may have several.
+            headers = {"allow": ", ".join(allowed_methods(request.app.routes, request.scope))}
+        return http_error(error.status_code, f"{error.detail}.", headers)
 
-    async def unexpected(_: Request, __: Exception) -> JSONResponse:
-        return error_response(GenerationFailed("Internal error."))
+    async def unexpected(request: Request, __: Exception) -> Response:
+        return error_response(GenerationFailed("Internal error."), request.scope)
 
     application.add_exception_handler(ServiceError, known)
     application.add_exception_handler(RequestValidationError, invalid)

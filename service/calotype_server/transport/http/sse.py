@@ -7,10 +7,11 @@ import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.responses import Response
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.errors import InvalidRequest, ServiceError, Violation
-from calotype_server.transport.http.problems import describe
+from calotype_server.errors import Draining, InvalidRequest, ServiceError, Violation
+from calotype_server.transport.http.problems import describe, waiting_event
 from calotype_server.transport.http.schema import as_json
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "KEEPALIVE_SECONDS",
     "EventStream",
     "Images",
+    "empty_event_stream",
     "event",
     "event_name",
     "parse_last_event_id",
@@ -40,7 +42,8 @@ GENERATION_ID = r"[A-Za-z0-9._-]{1,128}"
 """Pattern of a generation id."""
 
 _RECONNECT_MILLISECONDS = 1000
-_EVENT_ID = re.compile(rf"({GENERATION_ID}):([0-9]{{1,18}})")
+_END = "end"
+_EVENT_ID = re.compile(rf"({GENERATION_ID}):([0-9]{{1,18}}|{_END})")
 
 
 class EventStream(EventSourceResponse):
@@ -61,6 +64,13 @@ class EventStream(EventSourceResponse):
             await super().__call__(scope, receive, send)
 
 
+def empty_event_stream() -> Response:
+    """Returns the response to a HEAD request for a stream."""
+    response = Response(media_type="text/event-stream", headers={"cache-control": "no-store"})
+    del response.headers["content-length"]
+    return response
+
+
 async def _with_error_event(events: AsyncIterator[ServerSentEvent]) -> AsyncIterator[ServerSentEvent]:
     """Adds an event for an error that occurs after the HTTP status was sent."""
     try:
@@ -70,24 +80,33 @@ async def _with_error_event(events: AsyncIterator[ServerSentEvent]) -> AsyncIter
         yield event("error", describe(error))
 
 
-async def progress_events(stream: ProgressStream, images: Images, base: str) -> AsyncGenerator[ServerSentEvent, None]:
+async def progress_events(
+    stream: ProgressStream, images: Images, base: str, *, reconnects: bool = False
+) -> AsyncGenerator[ServerSentEvent, None]:
     """Yields a `progress` event for each message, and `end` for the last one.
 
     Args:
         stream: The messages of a generation.
         images: Whether images are inside the events or referenced by URL.
         base: Path under which the API is mounted, for these URLs.
+        reconnects: Whether the client reconnects by itself. If the generation ends only because the server stops, it
+            gets `waiting` instead of `end`, because the generation continues or restarts when it reconnects.
     """
     retry: int | None = _RECONNECT_MILLISECONDS
     async for message in stream:
-        event_id = f"{message.generation_id}:{message.sequence}"
-        yield event(event_name(message), progress_json(message, images, base), id=event_id, retry=retry)
+        name = event_name(message)
+        if reconnects and name == _END and isinstance(stream.failure, Draining):
+            yield waiting_event(stream.failure)
+            return
+        # The end has an id of its own, because a log that was lost and restarted may end with any number.
+        event_id = f"{message.generation_id}:{_END if name == _END else message.sequence}"
+        yield event(name, progress_json(message, images, base), id=event_id, retry=retry)
         retry = None
 
 
 def event_name(message: pb.Progress) -> str:
     """Returns the name of the event for a message: `end` for the last one, otherwise `progress`."""
-    return "end" if message.phase >= pb.PHASE_SUCCEEDED else "progress"
+    return _END if message.phase >= pb.PHASE_SUCCEEDED else "progress"
 
 
 def event(name: str, data: dict[str, Any], **fields: Any) -> ServerSentEvent:
@@ -110,13 +129,16 @@ def progress_json(message: pb.Progress, images: Images, base: str) -> dict[str, 
     return as_json(message)
 
 
-def parse_last_event_id(given: str) -> tuple[str, int]:
+def parse_last_event_id(given: str) -> tuple[str, int | None]:
     """Returns the generation id and the sequence number in the id of the last event that a client received.
+
+    The sequence number is None for the id of an `end`.
 
     Raises:
         InvalidRequest: It is not the id of an event of this API.
     """
     found = _EVENT_ID.fullmatch(given)
     if found is None:
-        raise InvalidRequest([Violation("last-event-id", "must be GENERATION_ID:SEQUENCE, as in the ids of events")])
-    return found[1], int(found[2])
+        form = f"must be GENERATION_ID:SEQUENCE or GENERATION_ID:{_END}, as in the ids of events"
+        raise InvalidRequest([Violation("last-event-id", form)])
+    return found[1], None if found[2] == _END else int(found[2])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
 
@@ -15,11 +14,13 @@ from calotype_server.observability.events import Observe, ignore
 from calotype_server.transport.grpc.interceptors import interceptors
 from calotype_server.transport.grpcweb import GrpcWeb
 from calotype_server.transport.http import HttpApi
+from calotype_server.transport.http.methods import allowed_methods
 from calotype_server.transport.http.page import Page
 from calotype_server.transport.net.call_limits import CallLimiter
 from calotype_server.transport.net.proxies import NO_PROXIES, TrustedProxies
 from calotype_server.transport.web.client_address import ClientAddressMiddleware
 from calotype_server.transport.web.closing import ClosingMiddleware
+from calotype_server.transport.web.cors import Cors
 from calotype_server.transport.web.metrics_endpoint import metrics_route
 from calotype_server.transport.web.origin_guard import OriginHostMiddleware
 from calotype_server.transport.web.probes import PROBE_PATHS, probe_routes
@@ -39,19 +40,6 @@ __all__ = ["PAGE", "WebServer"]
 
 PAGE = Path(__file__).parents[2] / "page"
 """Folder of the built page; absent if the page was not built."""
-
-_CORS_REQUEST_HEADERS = (
-    "authorization",
-    "content-type",
-    "grpc-timeout",
-    "traceparent",
-    "last-event-id",
-    "x-grpc-web",
-    "x-request-id",
-    "x-user-agent",
-)
-_CORS_RESPONSE_HEADERS = ("grpc-message", "grpc-status", "grpc-status-details-bin", "retry-after", "x-request-id")
-_CORS_MAX_AGE_SECONDS = 2 * 60 * 60
 
 
 class WebServer:
@@ -97,22 +85,16 @@ class WebServer:
         call_limiter = call_limiter or CallLimiter(limits.max_calls_per_peer)
         metrics_routes = [] if metrics is None else [metrics_route(metrics, access, address)]
         api_routes = [] if service is None else HttpApi(service, access, limits, call_limiter, observe).routes
+        self._routes = [*metrics_routes, *api_routes, *probe_routes(is_ready), _page_route(page)]
         self._grpc_web = GrpcWeb(
-            Starlette(routes=[*metrics_routes, *api_routes, *probe_routes(is_ready), _page_route(page)]),
+            Starlette(routes=self._routes),
             interceptors=interceptors(access, transport, observe),
             limits=limits,
             call_limiter=call_limiter,
             observe=observe,
         )
         register(self._grpc_web)
-        application = CORSMiddleware(
-            self._grpc_web,
-            allow_origins=allowed_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=_CORS_REQUEST_HEADERS,
-            expose_headers=_CORS_RESPONSE_HEADERS,
-            max_age=_CORS_MAX_AGE_SECONDS,
-        )
+        application = Cors(self._grpc_web, allowed_origins, self._methods_of)
         hosts = (*allowed_hosts, address.rpartition(":")[0])
         context = None if certificates is None else certificates.ssl_context()
         guarded = OriginHostMiddleware(application, origins=allowed_origins, hosts=hosts, any_host=PROBE_PATHS)
@@ -124,6 +106,10 @@ class WebServer:
     def active_calls(self) -> int:
         """Number of grpc-web calls whose response is not complete."""
         return self._grpc_web.active_calls
+
+    def _methods_of(self, scope: Any) -> list[str]:
+        """Returns the methods of the path in an ASGI scope."""
+        return ["POST"] if self._grpc_web.has_method(scope["path"]) else allowed_methods(self._routes, scope)
 
     async def start(self) -> str:
         """Listens and returns the address with the real port.

@@ -33,6 +33,9 @@ _PLAIN_MESSAGES = {
     "Locally cancelled by application!": "Cancelled by this client.",
 }
 
+_UNHEALTHY = "backend unhealthy"
+"""With several servers, gRPC watches their health, and fails calls itself while none of them is ready."""
+
 _RESET = "RST_STREAM"
 """A proxy resets a call whose server is gone; gRPC reports the reset as CANCELLED."""
 
@@ -54,6 +57,8 @@ def from_status(code: grpc.StatusCode | None, text: str | None, metadata: Any) -
     kind = BY_CODE.get(code.value[0], UnknownError) if code is not None else UnknownError
     if kind is Cancelled and _RESET in (text or ""):
         kind, text = Unavailable, "The connection was lost."
+    if kind is Unavailable and _UNHEALTHY in (text or ""):
+        return Unavailable("No server is ready: they load their model or shut down.", reason="NOT_READY")
     text = next((words for phrase, words in _PLAIN_MESSAGES.items() if phrase in (text or "")), text or "")
     return _make(kind, text, _details(metadata))
 

@@ -15,6 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from calotype import AsyncClient, CalotypeError
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.apps import server as app
@@ -29,6 +30,7 @@ from support.service import read_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 SERVICE = "calotype.v1.GenerationService"
 PROMPT = pb.GenerateRequest(prompt="a red apple")
@@ -45,7 +47,8 @@ class Engine(FakeEngine):
 class Server:
     """Runs `app.serve` in a task, with an engine that finishes loading when the test sets `loaded`."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
+        self.cache_dir = cache_dir
         self.engine = Engine()
         self.loaded = threading.Event()
         self._addresses: dict[str, asyncio.Future[str]] = {}
@@ -74,12 +77,14 @@ class Server:
             WebServer=asyncio.get_running_loop().create_future(),
         )
         announced = asyncio.Event()
-        given = Settings(grpc_address="127.0.0.1:0", web_address="127.0.0.1:0", **settings)
+        addresses = {"grpc_address": "127.0.0.1:0", "web_address": "127.0.0.1:0"}
+        given = Settings(**addresses, cache_dir=self.cache_dir, **settings)
         self.serving = asyncio.create_task(app.serve(given, lambda _: announced.set(), self._load))
         self.ready = announced.wait
         self.web_address = await self._addresses["WebServer"]
+        self.address = await self._addresses["NativeServer"]
         web = WebChannel(self.web_address)
-        async with grpc.aio.insecure_channel(await self._addresses["NativeServer"]) as native:
+        async with grpc.aio.insecure_channel(self.address) as native:
             self.channels = native, web
             self.stub = GenerationServiceStub(native)
             try:
@@ -118,9 +123,9 @@ class Server:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
     """A server in this process."""
-    return Server(monkeypatch)
+    return Server(monkeypatch, tmp_path)
 
 
 async def test_probes_while_loading_serving_and_draining(server: Server) -> None:
@@ -141,6 +146,23 @@ async def test_probes_while_loading_serving_and_draining(server: Server) -> None
         server.engine.allow()
         await read_until(running, pb.PHASE_SUCCEEDED)
         assert await asyncio.wait_for(server.serving, PATIENCE) == 0
+
+
+async def test_a_client_waits_until_the_model_is_loaded(server: Server) -> None:
+    """The first call of a client waits for a loading server, which asks for at least a second, and then succeeds."""
+    waits, waiting = [], asyncio.Event()
+
+    def note(error: CalotypeError, delay: float) -> None:
+        waits.append((error.reason, error.retry_after, delay))
+        waiting.set()
+
+    async with server.running(), AsyncClient(server.address, on_reconnect=note) as client:
+        call = asyncio.create_task(client.generate("a red apple").result())
+        await asyncio.wait_for(waiting.wait(), PATIENCE)
+        server.loaded.set()
+        assert (await asyncio.wait_for(call, PATIENCE)).format == "png"
+    assert {reason for reason, _, _ in waits} == {"NOT_READY"}
+    assert all(1 <= asked <= min(delay, 30) for _, asked, delay in waits)
 
 
 async def test_a_dead_device_ends_the_server(server: Server) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from calotype_server.api.service import GenerationService
 from calotype_server.apps.instruments import Instruments
+from calotype_server.apps.load_time import LoadTime
 from calotype_server.apps.loading import load_engine
 from calotype_server.apps.runtime import FINAL_MESSAGE_GRACE_SECONDS, Runtime
 from calotype_server.apps.signals import Signals
@@ -62,10 +62,10 @@ async def serve(
         StartupError: An address is in use, or the model, the state or a file cannot be used.
     """
     configure_logging(settings.log_level, settings.log_format, prompts=settings.log_prompts)
-    started = time.monotonic()
+    load_time = LoadTime(settings.cache_dir, settings.model)
     signals = Signals()
     exposure = Exposure(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
-    service = GenerationService(settings.limits)
+    service = GenerationService(settings.limits, load_time.remaining)
     async with (
         Instruments(settings.tracing) as instruments,
         Store.opened(settings.state) as store,
@@ -87,7 +87,8 @@ async def serve(
         if await signals.unless_stopped(running.enter_async_context(runtime)) is None:
             return 0
         await ports.set_serving(True)
-        announce(Ready(ports.grpc_address, ports.web_address, engine.model, time.monotonic() - started))
+        announce(Ready(ports.grpc_address, ports.web_address, engine.model, load_time.seconds))
+        load_time.save()
         await signals.unless_stopped(runtime.dead.wait())
         await ports.set_serving(False)
         await running.aclose()

@@ -77,8 +77,8 @@ class Server:
             WebServer=asyncio.get_running_loop().create_future(),
         )
         announced = asyncio.Event()
-        addresses = {"grpc_address": "127.0.0.1:0", "web_address": "127.0.0.1:0"}
-        given = Settings(**addresses, cache_dir=self.cache_dir, **settings)
+        settings |= {"grpc_address": "127.0.0.1:0", "web_address": "127.0.0.1:0", "cache_dir": self.cache_dir}
+        given = Settings(**settings)
         self.serving = asyncio.create_task(app.serve(given, lambda _: announced.set(), self._load))
         self.ready = announced.wait
         self.web_address = await self._addresses["WebServer"]

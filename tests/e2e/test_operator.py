@@ -36,8 +36,9 @@ def test_sigterm_lets_the_running_generation_finish(cache_dir: Path) -> None:
             if progress.step >= 3 and not rejected:
                 server.terminate()
                 server.wait_for_log("draining")
-                with pytest.raises(calotype.Unavailable) as caught:
-                    client.generate("another").result()
+                impatient = calotype.Client(server.address, loading_timeout=0)
+                with impatient, pytest.raises(calotype.Unavailable) as caught:
+                    impatient.generate("another").result()
                 rejected = caught.value.retry_after > 0
         assert rejected
         assert generation.result().width == 128

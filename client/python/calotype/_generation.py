@@ -69,9 +69,9 @@ class BaseGeneration:
             self._assembler.close(verdict)
             return None
         self._assembler.interrupt()
-        loss = self._resumption.last_loss
-        for listener in self._on_reconnect if loss is not None else ():
-            listener(loss, verdict)
+        if (loss := self._resumption.last_loss) is not None:
+            for listener in self._on_reconnect:
+                listener(loss, verdict)
         return verdict
 
     def _start_iterating(self) -> None:

@@ -83,7 +83,8 @@ async def test_the_first_call_waits_while_the_server_loads(without_waits, name):
 async def test_a_loading_server_is_an_error_if_the_caller_wants_that(name):
     """With a loading timeout of 0, or without retries, each kind of call raises NOT_READY at once."""
     with FakeServer(loading_calls=FOREVER) as server:
-        for options in ({"loading_timeout": 0}, {"retries": 0}):
+        choices: list[dict[str, Any]] = [{"loading_timeout": 0}, {"retries": 0}]
+        for options in choices:
             with Client(server.address, **options) as client, pytest.raises(Unavailable) as caught:
                 USES[name](client)
             assert caught.value.reason == "NOT_READY"

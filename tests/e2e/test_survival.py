@@ -50,7 +50,7 @@ def test_a_stream_survives_a_killed_server(tmp_path, keeps_state: bool) -> None:
 class SlowLoadingProcess(ServerProcess):
     """A server that loads its model only after `load`."""
 
-    calotype = (sys.executable, "-P", str(Path(__file__).parents[1] / "support" / "slow_loading_server.py"))
+    calotype = (sys.executable, "-P", str(Path(__file__).parents[1] / "support" / "servers" / "slow_loading.py"))
 
     def __init__(self, *options: str, pipe: Path) -> None:
         super().__init__(*options, ready=False, LOAD_WHEN=str(pipe))

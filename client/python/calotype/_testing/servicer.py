@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["KeyCheckInterceptor", "LoadingInterceptor", "Servicer"]
 
 _PAGE_SIZE = 50
+_SERVICE = v1.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 
 class KeyCheckInterceptor(grpc.ServerInterceptor):
@@ -51,7 +52,8 @@ class LoadingInterceptor(grpc.ServerInterceptor):
         self._answers = iter(range(count))
 
     def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
-        if next(self._answers, None) is None:
+        # gRPC's own health checks are no calls of the client.
+        if _SERVICE not in handler_call_details.method or next(self._answers, None) is None:
             return continuation(handler_call_details)
         error = Unavailable("The model is still loading.", reason="NOT_READY", retry_after=0.0)
         return grpc.unary_stream_rpc_method_handler(lambda _, context: abort(context, error))

@@ -156,3 +156,15 @@ async def test_a_server_that_was_just_started_is_waited_for(without_waits):
             client.model()
         with without_waits(Client(server.address, on_reconnect=start), wait_for_server=60.0) as client:
             assert client.generate("a red apple").result().format == "png"
+
+
+async def test_a_list_of_several_servers_waits_while_all_of_them_load(without_waits):
+    """While every server loads, `generations` waits."""
+    with FakeServer(loading_calls=6) as one, FakeServer(loading_calls=6) as other:
+        address = f"ipv4:{one.address},{other.address}"
+        with without_waits(Client(address)) as client:
+            assert list(client.generations()) == []
+        one.restart(loading_calls=6)
+        other.restart(loading_calls=6)
+        async with without_waits(AsyncClient(address)) as client:
+            assert [each async for each in client.generations()] == []

@@ -10,6 +10,7 @@ import socket
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from calotype import AsyncClient, CalotypeError
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import EngineDead
 from support.grpcweb import Connection
@@ -22,9 +23,9 @@ PROMPT = pb.GenerateRequest(prompt="a red apple")
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
     """A server in this process."""
-    return Server(monkeypatch)
+    return Server(monkeypatch, tmp_path)
 
 
 async def test_probes_while_loading_serving_and_draining(server: Server) -> None:
@@ -69,6 +70,23 @@ async def test_with_a_handover_time_the_grpc_port_accepts_connections_only_while
         watch.cancel()
         os.kill(os.getpid(), signal.SIGTERM)
         assert await asyncio.wait_for(server.serving, PATIENCE) == 0
+
+
+async def test_a_client_waits_until_the_model_is_loaded(server: Server) -> None:
+    """The first call of a client waits for a loading server, which asks for at least a second, and then succeeds."""
+    waits, waiting = [], asyncio.Event()
+
+    def note(error: CalotypeError, delay: float) -> None:
+        waits.append((error.reason, error.retry_after, delay))
+        waiting.set()
+
+    async with server.running(), AsyncClient(server.native_address, on_reconnect=note) as client:
+        call = asyncio.create_task(client.generate("a red apple").result())
+        await asyncio.wait_for(waiting.wait(), PATIENCE)
+        server.loaded.set()
+        assert (await asyncio.wait_for(call, PATIENCE)).format == "png"
+    assert {reason for reason, _, _ in waits} == {"NOT_READY"}
+    assert all(1 <= asked <= min(delay, 30) for _, asked, delay in waits)
 
 
 async def test_a_dead_device_ends_the_server(server: Server) -> None:

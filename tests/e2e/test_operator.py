@@ -36,8 +36,9 @@ def test_sigterm_lets_the_running_generation_finish(cache_dir: Path) -> None:
             if progress.step >= 3 and not rejected:
                 server.terminate()
                 server.wait_for_log("draining")
-                with pytest.raises(calotype.Unavailable):
-                    client.generate("another").result()
+                impatient = calotype.Client(server.address, retries=0)
+                with impatient, pytest.raises(calotype.Unavailable):
+                    impatient.generate("another").result()
                 rejected = True
         assert rejected
         assert generation.result().width == 128

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import calotype
-from support.process import ServerProcess, free_address
+from support.process import CALOTYPE, ServerProcess, free_address
 
 pytestmark = pytest.mark.e2e
 
@@ -43,6 +45,67 @@ def test_a_stream_survives_a_killed_server(tmp_path, keeps_state: bool) -> None:
     assert [progress.sequence for progress in seen] == sorted({progress.sequence for progress in seen})
     assert [progress.step for progress in seen] == sorted(progress.step for progress in seen)
     assert [progress.phase.ended for progress in seen].count(True) == 1
+
+
+class SlowLoadingProcess(ServerProcess):
+    """A server that loads its model only after `load`."""
+
+    calotype = (sys.executable, "-P", str(Path(__file__).parents[1] / "support" / "servers" / "slow_loading.py"))
+
+    def __init__(self, *options: str, pipe: Path) -> None:
+        super().__init__(*options, ready=False, LOAD_WHEN=str(pipe))
+        self._pipe = pipe
+        os.mkfifo(pipe)
+
+    def load(self) -> None:
+        """Lets the server load its model. Waits until it is about to."""
+        self._pipe.open("wb").close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_stream_survives_a_server_that_loads_for_longer_than_all_retries(tmp_path) -> None:
+    """After kill -9, the client waits for a server that answers NOT_READY more often than the client retries."""
+    address = free_address()
+    options = ["--grpc-address", address, "--deterministic"]
+    answers = []
+
+    def note(error: calotype.CalotypeError, _: float) -> None:
+        answers.append(error)
+        if len(loading := [each for each in answers if each.reason == "NOT_READY"]) == 4:
+            assert all(each.retry_after >= 1 for each in loading)
+            second.load()
+
+    with calotype.Client(address, retries=2, on_reconnect=note) as client, contextlib.ExitStack() as servers:
+        first = servers.enter_context(ServerProcess(*options))
+        undisturbed = client.generate("a red apple", seed=5, steps=STEPS).result()
+        generation = client.generate("a red apple", seed=5, steps=STEPS)
+        for progress in generation:
+            if progress.step >= 5 and first.process.poll() is None:
+                first.process.kill()
+                first.process.wait()
+                second = servers.enter_context(SlowLoadingProcess(*options, pipe=tmp_path / "pipe"))
+                probe = calotype.Client(address, wait_for_server=60, loading_timeout=0)
+                with probe, pytest.raises(calotype.Unavailable, match="loading"):
+                    probe.model()
+        assert generation.result().data == undisturbed.data
+    assert len(answers) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_generate_waits_for_a_server_that_is_started_at_the_same_time(tmp_path) -> None:
+    """`calotype generate` waits for the port and for the model, says so on stderr, and saves the image."""
+    address = free_address()
+    command = [*CALOTYPE, "generate", "a red apple", "--steps", "2", "--address", address, "-o", "apple.png"]
+    with subprocess.Popen([*command, "--wait", "60"], cwd=tmp_path, stderr=subprocess.PIPE, text=True) as caller:
+        assert caller.stderr.readline() == f"No Calotype server answers at {address}; waiting ...\n"
+        with SlowLoadingProcess("--grpc-address", address, pipe=tmp_path / "pipe") as server:
+            assert caller.stderr.readline() == "The server is loading its model; waiting ...\n"
+            server.load()
+            assert caller.wait() == 0
+        assert caller.stderr.read() == ""
+    assert (tmp_path / "apple.png").exists()
 
 
 CALLER = """

@@ -1,10 +1,10 @@
 """The Dockerfile and the systemd unit, checked without Docker and without systemd running."""
 
-from __future__ import importlib.metadata
-import annotations
+from __future__ import annotations
 
 import configparser
 import http.server
+import importlib.metadata
 import re
 import shutil
 import subprocess

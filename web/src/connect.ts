@@ -1,6 +1,9 @@
-/** Connects to the service: reads the model, retries until that succeeds, and shows problems in plain language. */
+/**
+ * Connects to the service: reads the model, retries until that succeeds, and shows problems in plain language. The client
+ * waits by itself while the service loads its model.
+ */
 
-import { CalotypeError, type Client, explain, type Model } from "calotype";
+import { CalotypeError, type Client, explain, isLoading, type Model } from "calotype";
 import type { KeyPrompt } from "./key_prompt";
 
 const FIRST_WAIT_MS = 1_000;
@@ -31,7 +34,12 @@ export async function connect(
   };
   for (let wait = FIRST_WAIT_MS; ; wait = Math.min(wait * 1.5, MAX_WAIT_MS)) {
     try {
-      const model = await client.getModel();
+      const model = await client.getModel({
+        onReconnect: ({ error }) => {
+          showProblem(error, false, elements);
+          authenticated();
+        },
+      });
       elements.problem.hidden = true;
       keyPrompt.close();
       authenticated();
@@ -54,7 +62,8 @@ export async function connect(
 
 function showProblem(error: CalotypeError, needsKey: boolean, { model, problem }: StatusElements): void {
   const { title, advice } = explain(error);
-  const text = needsKey ? `${title} ${advice}` : `${title} ${advice} This page retries automatically.`;
+  const next = isLoading(error) ? "This page continues by itself." : "This page retries automatically.";
+  const text = needsKey ? `${title} ${advice}` : `${title} ${advice} ${next}`;
   if (problem.textContent !== text) problem.textContent = text;
   problem.hidden = false;
   model.textContent = "No model yet";

@@ -58,7 +58,7 @@ describe("the page, if something goes wrong,", () => {
     await expect.poll(() => generation.cancelled).toEqual(["g"]);
   });
 
-  it("offers to continue with the same seed if the service shut down twice", async () => {
+  it("continues with the same seed if the service shut down, and its successor too", async () => {
     const seeds: (bigint | undefined)[] = [];
     const { url } = await serveScripted({
       async *generate({ seed }) {
@@ -71,13 +71,61 @@ describe("the page, if something goes wrong,", () => {
     });
     const page = await openPage(url);
     await develop(page, "sunrise");
+    await waitForText(page, "Finished");
+    expect(seeds).toEqual([undefined, 42n, 42n]);
+    expect(await page.getByRole("alert").filter({ visible: true }).count()).toBe(0);
+  });
+
+  it("offers to continue a picture started elsewhere if its service shut down", async () => {
+    let calls = 0;
+    const { url } = await serveScripted({
+      async *watch() {
+        calls += 1;
+        yield preview(1);
+        const error = { $typeName: "calotype.v1.Error", code: 14, reason: "DRAINING", message: "" } as const;
+        if (calls === 1) yield progress({ sequence: 3n, phase: Phase.FAILED, error });
+        yield final();
+      },
+      listGenerations: () => ({ generations: [] }),
+    });
+    const page = await openPage(`${url}/#watch=g`);
     await waitForText(page, "The service is shutting down.");
     await expectAccessible(page);
     await screenshot(page, "lost");
     await page.getByRole("button", { name: "Continue" }).click();
     await waitForText(page, "Finished");
-    expect(seeds).toEqual([undefined, 42n, 42n]);
     expect(await page.getByRole("alert").filter({ visible: true }).count()).toBe(0);
+  });
+
+  it("says that the service is loading after a restart, and continues the picture by itself", async () => {
+    let calls = 0;
+    const opened = new Gate();
+    const notReady = () =>
+      new ConnectError("", Code.Unavailable, undefined, [
+        { desc: ErrorInfoSchema, value: { reason: "NOT_READY" } },
+        { desc: RetryInfoSchema, value: { retryDelay: { nanos: 50_000_000 } } },
+      ]);
+    let isLoading = true;
+    const { url } = await serveScripted({
+      async *generate() {
+        calls += 1;
+        if (isLoading) throw notReady();
+        yield preview(1);
+        await opened.opened;
+        yield final();
+      },
+    });
+    const page = await openPage(url);
+    await develop(page, "sunrise");
+    await waitForText(page, "The service is loading its model; the picture will follow");
+    await expectAccessible(page);
+    await screenshot(page, "loading");
+    expect(await page.getByRole("alert").filter({ visible: true }).count()).toBe(0);
+    await expect.poll(() => calls).toBeGreaterThan(1);
+    isLoading = false;
+    await waitForText(page, "Step 1 of 8");
+    opened.open();
+    await waitForText(page, /^Finished/);
   });
 
   it("lists every invalid field with the label of the form", async () => {
@@ -132,12 +180,14 @@ describe("the page, if something goes wrong,", () => {
         if (calls === 1)
           throw new ConnectError("", Code.Unavailable, undefined, [
             { desc: ErrorInfoSchema, value: { reason: "NOT_READY" } },
+            { desc: RetryInfoSchema, value: { retryDelay: { seconds: 1n } } },
           ]);
         return MODEL;
       },
     });
     const page = await openPage(url);
     await page.getByText("The model is still loading.").waitFor();
+    await page.getByText("This page continues by itself.").waitFor();
     expect(await page.getByRole("button", { name: "Develop" }).isDisabled()).toBe(true);
     await page.locator("#develop:enabled").waitFor();
     expect(await page.getByRole("alert").filter({ visible: true }).count()).toBe(0);

@@ -8,12 +8,18 @@ import { createClient, type GenerationSummary, isEnd } from "calotype";
 import { expect, inject } from "vitest";
 
 const ROOT = new URL("../../", import.meta.url).pathname;
+const SLOW_LOADING_SERVER = `${ROOT}tests/support/servers/slow_loading.py`;
 const PYTHON = process.env.CALOTYPE_PYTHON ?? `${ROOT}.venv/bin/python`;
 
 interface LogLine {
   readonly event: string;
   readonly generation?: string;
   readonly outcome?: string;
+}
+
+/** A fixed number of threads saves the measurement at the start, and leaves a core for the browser. */
+function serveFlags(): string[] {
+  return ["--grpc-address", "127.0.0.1:0", "--cache-dir", inject("cacheDir"), "--threads", "1"];
 }
 
 export class Service {
@@ -26,22 +32,26 @@ export class Service {
   readonly #output: string[] = [];
   #onLine: () => void = () => {};
 
-  private constructor(command: string, flags: readonly string[]) {
+  private constructor(command: string, flags: readonly string[], pipe?: string) {
     if (!existsSync(PYTHON)) throw new Error(`${PYTHON} is missing: run \`make test-web\`, or set CALOTYPE_PYTHON.`);
-    const baseFlags = ["-m", "calotype", command, "--web-address", "127.0.0.1:0", "--log-format", "json"];
-    this.#process = spawn(PYTHON, [...baseFlags, ...flags], {
-      env: { ...process.env, HF_HUB_OFFLINE: "1", OMP_WAIT_POLICY: "PASSIVE" },
+    const program = pipe === undefined ? ["-m", "calotype"] : ["-P", SLOW_LOADING_SERVER];
+    const baseFlags = [command, "--web-address", "127.0.0.1:0", "--log-format", "json"];
+    this.#process = spawn(PYTHON, [...program, ...baseFlags, ...flags], {
+      env: { ...process.env, HF_HUB_OFFLINE: "1", OMP_WAIT_POLICY: "PASSIVE", ...(pipe && { LOAD_WHEN: pipe }) },
       stdio: ["ignore", "pipe", "pipe"],
     });
   }
 
   /** Starts a service with one thread, and waits until it accepts requests. */
   static async start(flags: readonly string[] = []): Promise<Service> {
-    // A fixed number of threads saves the measurement at the start, and leaves a core for the browser.
-    const baseFlags = ["--grpc-address", "127.0.0.1:0", "--cache-dir", inject("cacheDir"), "--threads", "1"];
-    const service = new Service("serve", [...baseFlags, ...flags]);
+    const service = new Service("serve", [...serveFlags(), ...flags]);
     await service.#waitUntilReady();
     return service;
+  }
+
+  /** Starts a service that loads its model only after `pipe`, a named pipe, is opened for writing. Does not wait. */
+  static startSlowly(flags: readonly string[], pipe: string): Service {
+    return new Service("serve", [...serveFlags(), ...flags], pipe);
   }
 
   /** Starts a bridge to other servers. */

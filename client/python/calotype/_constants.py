@@ -3,6 +3,7 @@
 __all__ = [
     "CONTROL_TIMEOUT_SECONDS",
     "DISCONNECT_GRACE_SECONDS",
+    "LOADING_TIMEOUT_SECONDS",
     "RETRIES",
     "RETRY_BASE_SECONDS",
     "RETRY_MAX_SECONDS",
@@ -10,7 +11,8 @@ __all__ = [
 ]
 
 RETRIES = 10
-"""Reconnection attempts in a row that may fail: about half a minute with the waits below, enough for a restart."""
+"""Reconnection attempts in a row that may fail: about half a minute with the waits below, enough until the next process
+listens. The answers of a server that loads its model do not count."""
 
 RETRY_BASE_SECONDS = 0.25
 """Longest wait before the first attempt. It doubles with each attempt."""
@@ -20,6 +22,9 @@ RETRY_MAX_SECONDS = 8.0
 
 DISCONNECT_GRACE_SECONDS = 10
 """How long the server keeps a generation that has no reader, unless the caller sets `disconnect_grace`."""
+
+LOADING_TIMEOUT_SECONDS = 600.0
+"""How long a call without a timeout waits for a server that loads its model. `loading_timeout` changes it."""
 
 STALL_TIMEOUT_SECONDS = 20.0
 """Silence after which a server counts as lost: twice the interval of its heartbeats."""

@@ -121,7 +121,7 @@ class Cancelled(CalotypeError):
 
 
 class DataLoss(CalotypeError):
-    """The server lost data, or data is damaged."""
+    """The stored generation is damaged. With another request id, the same seed makes the same image again."""
 
     code = "DATA_LOSS"
 
@@ -139,7 +139,11 @@ class FailedPrecondition(CalotypeError):
 
 
 class InternalError(CalotypeError):
-    """The server failed. Its log has the cause."""
+    """The server failed. Its log has the cause.
+
+    With the reason ENGINE_CRASHED, the generation ended the server's process on every attempt. The same request id gets
+    the same end, so the client does not send the request again.
+    """
 
     code = "INTERNAL"
 

@@ -22,7 +22,7 @@ class BaseGeneration:
 
     def __init__(self, resumption: Resumption, on_reconnect: Callable[[CalotypeError, float], None] | None) -> None:
         self._resumption = resumption
-        self._on_reconnect = on_reconnect
+        self._on_reconnect = [] if on_reconnect is None else [on_reconnect]
         self._assembler = Assembler()
         self._iterated = False
 
@@ -51,6 +51,10 @@ class BaseGeneration:
         """Whether the generation has ended: with an image, with an error, or because this client left it."""
         return self._assembler.ended
 
+    def on_reconnect(self, listener: Callable[[CalotypeError, float], None]) -> None:
+        """Adds a function for this generation that is called like the client's `on_reconnect`."""
+        self._on_reconnect.append(listener)
+
     def _take(self, message: v1.Progress) -> Progress | None:
         """Takes a message. Returns the progress to show, or None when the caller has seen it before."""
         news = self._resumption.take(message)
@@ -65,9 +69,9 @@ class BaseGeneration:
             self._assembler.close(verdict)
             return None
         self._assembler.interrupt()
-        loss = self._resumption.last_loss
-        if self._on_reconnect is not None and loss is not None:
-            self._on_reconnect(loss, verdict)
+        if (loss := self._resumption.last_loss) is not None:
+            for listener in self._on_reconnect:
+                listener(loss, verdict)
         return verdict
 
     def _start_iterating(self) -> None:

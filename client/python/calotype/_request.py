@@ -31,6 +31,7 @@ __all__ = [
     "build_request",
     "fill",
     "resolve_retries",
+    "resolve_seconds",
     "resolve_stall_timeout",
     "resolve_timeout",
 ]
@@ -140,6 +141,17 @@ def resolve_stall_timeout(seconds: float | None) -> float | None:
         return None
     if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not seconds > 0:
         raise ValueError(f"stall_timeout must be a positive number of seconds, not {seconds!r}")
+    return float(seconds)
+
+
+def resolve_seconds(name: str, seconds: float) -> float:
+    """Returns the duration of the argument `name` in seconds. `math.inf` means no limit.
+
+    Raises:
+        ValueError: It is not a number, or negative.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, numbers.Real) or not seconds >= 0:
+        raise ValueError(f"{name} must be a number of seconds, 0 or more, not {seconds!r}")
     return float(seconds)
 
 

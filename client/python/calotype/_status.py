@@ -37,6 +37,9 @@ _LOST = ("RST_STREAM", "CANCELLED")
 """Texts of the status CANCELLED for lost calls: a proxy resets a call whose server is gone, and gRPC cancels a call
 that reaches a stopping server. A cancelled generation has details, and a cancel by this client another text."""
 
+_UNHEALTHY = "backend unhealthy"
+"""With several servers, gRPC watches their health, and fails calls itself while none of them is ready."""
+
 
 def from_rpc_error(error: grpc.RpcError) -> CalotypeError:
     """Makes the exception for a call that ended with a status other than OK.
@@ -56,6 +59,8 @@ def from_status(code: grpc.StatusCode | None, text: str | None, metadata: Any) -
     status = _details(metadata)
     if kind is Cancelled and not status.details and any(lost in (text or "") for lost in _LOST):
         kind, text = Unavailable, "The connection was lost."
+    if kind is Unavailable and _UNHEALTHY in (text or ""):
+        return Unavailable("No server is ready: they load their model or shut down.", reason="NOT_READY")
     text = next((words for phrase, words in _PLAIN_MESSAGES.items() if phrase in (text or "")), text or "")
     return _make(kind, text, status)
 

@@ -19,8 +19,11 @@ try:
 except ImportError:
     raise ImportError("calotype.notebook needs an extra: pip install 'calotype[notebook]'") from None
 
+from ._resume.waits import is_loading
+
 if TYPE_CHECKING:
     from ._async.generation import AsyncGeneration
+    from ._errors import CalotypeError
     from ._image import Image
     from ._sync.generation import Generation
     from ._types import Notice, Progress
@@ -31,13 +34,15 @@ __all__ = ["ashow", "show"]
 def show(generation: Generation) -> Image:
     """Displays a generation while it runs, and returns its final image.
 
-    Each preview replaces the previous one, with the phase, the step, the seed and warnings below it. Interrupting the
-    cell cancels the generation on the server.
+    Each preview replaces the previous one, with the phase, the step, the seed and warnings below it. While the server
+    loads its model, or the client reconnects, the caption says so. Interrupting the cell cancels the generation on the
+    server.
 
     Raises:
         CalotypeError: The generation ended without an image.
     """
     cell = _Cell()
+    generation.on_reconnect(cell.wait)
     for progress in generation:
         cell.update(progress, generation.warnings)
     image = generation.result()
@@ -52,6 +57,7 @@ async def ashow(generation: AsyncGeneration) -> Image:
         CalotypeError: The generation ended without an image.
     """
     cell = _Cell()
+    generation.on_reconnect(cell.wait)
     async for progress in generation:
         cell.update(progress, generation.warnings)
     image = await generation.result()
@@ -76,6 +82,12 @@ class _Cell:
         if progress.previews_withdrawn:
             words.append("previews withdrawn")
         self._caption = ", ".join([*words, f"seed {progress.seed}", *(notice.message for notice in warnings)])
+        self._show()
+
+    def wait(self, error: CalotypeError, _: float) -> None:
+        """Shows why no progress arrives, and keeps the image."""
+        loading = "The server is loading its model; waiting ..."
+        self._caption = loading if is_loading(error) else "Connection lost; reconnecting ..."
         self._show()
 
     def finish(self, image: Image) -> None:

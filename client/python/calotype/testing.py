@@ -34,7 +34,7 @@ import grpc
 
 from ._options import PreviewMethod, Previews
 from ._testing.generation import Script
-from ._testing.servicer import KeyCheckInterceptor, Servicer
+from ._testing.servicer import KeyCheckInterceptor, LoadingInterceptor, Servicer
 from ._testing.state import FakeState
 from ._types import Model, Notice
 from .v1.calotype_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -112,6 +112,7 @@ class FakeServer:
         withdraw_at: int | None = None,
         drop_at: Collection[int] = (),
         lose_at: Collection[int] = (),
+        loading_calls: int = 0,
         model: Model = _MODEL,
         api_key: str | None = None,
     ) -> None:
@@ -132,6 +133,7 @@ class FakeServer:
                 CONTENT_WITHHELD.
             drop_at: Steps after which all connections are cut, the first time that a generation reaches them.
             lose_at: Like `drop_at`, but all generations are lost as well, as when a server restarts.
+            loading_calls: Number of calls that are answered with NOT_READY first, as while a server loads its model.
             model: The model that `Client.model` returns.
             api_key: The key that every call must carry. Default: no key is required.
         """
@@ -149,6 +151,7 @@ class FakeServer:
         )
         self._state = FakeState(script, drop_at, lose_at)
         self.requests, self.watched, self.cancelled = self._state.requests, self._state.watched, self._state.cancelled
+        self._loading = LoadingInterceptor(loading_calls)
         self._interceptors: list[grpc.ServerInterceptor] = [] if api_key is None else [KeyCheckInterceptor(api_key)]
         self._server: grpc.Server | None = None
         self._port = 0
@@ -158,7 +161,7 @@ class FakeServer:
         # Clients ping every 20 s; gRPC's default allows a ping every 5 minutes.
         options = (("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),)
         pool = ThreadPoolExecutor(16, "fake-calotype")
-        server = grpc.server(pool, interceptors=self._interceptors, options=options)
+        server = grpc.server(pool, interceptors=[*self._interceptors, self._loading], options=options)
         add_GenerationServiceServicer_to_server(Servicer(self._state), server)
         self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")
         self.address = f"127.0.0.1:{self._port}"
@@ -173,11 +176,16 @@ class FakeServer:
             self.release()
             stopped.wait()
 
-    def restart(self) -> None:
-        """Cuts all connections, loses all generations, and serves again at the same address."""
+    def restart(self, *, loading_calls: int = 0) -> None:
+        """Cuts all connections, loses all generations, and serves again at the same address.
+
+        Args:
+            loading_calls: Number of calls that are answered with NOT_READY first.
+        """
         if self._server is not None:
             self._server.stop(None).wait()
         self._state.forget_all()
+        self._loading = LoadingInterceptor(loading_calls)
         self.start()
 
     def drop(self) -> None:

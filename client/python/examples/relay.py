@@ -29,7 +29,9 @@ Started: TypeAlias = tuple[AsyncGeneration, AsyncIterator[Progress]]
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Uses one client for all requests."""
-    async with AsyncClient(os.environ.get("CALOTYPE_GRPC_ADDRESS", "localhost:50051")) as client:
+    address = os.environ.get("CALOTYPE_GRPC_ADDRESS", "localhost:50051")
+    # A person should not look at an empty page for the minutes that a large model may load.
+    async with AsyncClient(address, loading_timeout=10) as client:
         app.state.client = client
         yield
 

@@ -1,11 +1,13 @@
 /** The calls to one service: adds headers, timeouts and stream slots, and translates errors. */
 
 import type { Client as ConnectClient } from "@connectrpc/connect";
-import { CONTROL_TIMEOUT_SECONDS, STALL_TIMEOUT_SECONDS } from "./constants.js";
+import { CONTROL_TIMEOUT_SECONDS, RETRIES, STALL_TIMEOUT_SECONDS } from "./constants.js";
 import { CalotypeError, cancelledHere } from "./errors.js";
 import type * as wire from "./gen/calotype/v1/calotype_pb.js";
+import type { Clock } from "./resume/clock.js";
 import type { OpenStream } from "./resume/connection.js";
 import { withStallTimeout } from "./resume/stall_timeout.js";
+import { isLoading, isUnreached, Waits } from "./resume/waits.js";
 import { fromCall } from "./status.js";
 import type { StreamSlots } from "./stream_slots.js";
 import type { CallOptions, FollowOptions } from "./types.js";
@@ -32,11 +34,13 @@ export class ServiceCalls {
   readonly #stub: Stub;
   readonly #slots: StreamSlots;
   readonly #headers: CallHeaders;
+  readonly #clock: Clock;
 
-  constructor(stub: Stub, slots: StreamSlots, headers: CallHeaders) {
+  constructor(stub: Stub, slots: StreamSlots, headers: CallHeaders, clock: Clock) {
     this.#stub = stub;
     this.#slots = slots;
     this.#headers = headers;
+    this.#clock = clock;
   }
 
   generate(request: wire.GenerateRequest, options: FollowOptions, leaveSignal: AbortSignal): OpenStream {
@@ -66,12 +70,24 @@ export class ServiceCalls {
     return this.#unary((callOptions) => this.#stub.getModel({}, callOptions), options);
   }
 
+  /** Makes a call that is not a stream. Waits while the service loads its model. */
   async #unary<T>(call: (options: ConnectCallOptions) => Promise<T>, options: CallOptions): Promise<T> {
-    const { signal, timeout = CONTROL_TIMEOUT_SECONDS } = options;
-    try {
-      return await call(this.#callOptions({ ...options, timeout }));
-    } catch (thrown) {
-      throw signal?.aborted ? cancelledHere(signal.reason) : fromCall(thrown, false);
+    const { signal = new AbortController().signal, onReconnect } = options;
+    const waits = new Waits({ retries: RETRIES, ...options }, this.#clock);
+    for (;;) {
+      const { timeLeft } = waits;
+      const timeout = options.timeout === undefined ? CONTROL_TIMEOUT_SECONDS : Math.max(timeLeft, 0);
+      try {
+        return await call(this.#callOptions({ ...options, timeout }));
+      } catch (thrown) {
+        if (signal.aborted) throw cancelledHere(signal.reason);
+        const error = fromCall(thrown, false);
+        if (!isLoading(error) && !isUnreached(error)) throw error;
+        const wait = waits.after(error);
+        onReconnect?.({ ...wait, error });
+        await this.#clock.sleep(wait.delay * 1000, signal);
+      }
+      if (signal.aborted) throw cancelledHere(signal.reason);
     }
   }
 

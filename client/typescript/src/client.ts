@@ -9,7 +9,7 @@ import { GenerationService } from "./gen/calotype/v1/calotype_pb.js";
 import { Generation } from "./generation.js";
 import { newRequestId } from "./request_id.js";
 import { type Clock, realClock } from "./resume/clock.js";
-import { follow, type StreamCalls } from "./resume/follow.js";
+import { type FollowPlan, follow, type StreamCalls } from "./resume/follow.js";
 import { defaultStreamSlots, LocalStreamSlots } from "./stream_slots.js";
 import type {
   CallOptions,
@@ -71,7 +71,7 @@ export interface Client {
   generations(
     options?: CallOptions & { readonly pageSize?: number },
   ): AsyncGenerator<GenerationSummary, void, undefined>;
-  /** Describes the loaded model: sizes, limits, defaults, schedulers. */
+  /** Describes the loaded model: sizes, limits, defaults, schedulers. Waits while the model loads. */
   getModel(options?: CallOptions): Promise<Model>;
 }
 
@@ -86,8 +86,9 @@ export function createClient(baseUrl: string, options: ClientOptions = {}): Clie
   const transport =
     options.transport ?? createGrpcWebTransport({ baseUrl: root, ...(options.fetch && { fetch: options.fetch }) });
   const slots = options.maxStreams === undefined ? defaultStreamSlots(root) : new LocalStreamSlots(options.maxStreams);
-  const calls = new ServiceCalls(createConnectClient(GenerationService, transport), slots, options);
-  return new ServiceClient(calls, options.clock ?? realClock);
+  const clock = options.clock ?? realClock;
+  const calls = new ServiceCalls(createConnectClient(GenerationService, transport), slots, options, clock);
+  return new ServiceClient(calls, clock);
 }
 
 class ServiceClient implements Client {
@@ -121,7 +122,7 @@ class ServiceClient implements Client {
     return new Generation(
       {
         follow: (leaveSignal, onOrphan) => follow(streamCalls(leaveSignal), plan, leaveSignal, onOrphan),
-        cancel: (id) => this.cancel(id, headersOf(options)),
+        cancel: (id) => this.cancel(id, inBackground(options)),
         cancelsOnLeave: isDefaultGrace,
       },
       options.signal,
@@ -142,7 +143,7 @@ class ServiceClient implements Client {
     return new Generation(
       {
         follow: (leaveSignal) => follow(streamCalls(leaveSignal), plan, leaveSignal),
-        cancel: (id) => this.cancel(id, headersOf(options)),
+        cancel: (id) => this.cancel(id, inBackground(options)),
         cancelsOnLeave: false,
       },
       options.signal,
@@ -176,8 +177,9 @@ class ServiceClient implements Client {
   }
 }
 
-function followPlan({ timeout, onReconnect }: FollowOptions): Pick<FollowOptions, "timeout" | "onReconnect"> {
-  return { ...(timeout !== undefined && { timeout }), ...(onReconnect && { onReconnect }) };
+function followPlan(options: FollowOptions): Omit<FollowPlan, "retries" | "clock"> {
+  const { timeout, loadingTimeout, waitForServer, onReconnect } = options;
+  return { timeout, loadingTimeout, waitForServer, ...(onReconnect && { onReconnect }) };
 }
 
 /** The options of a single stream. It gets no `signal`: the generation decides when to leave it. */
@@ -188,6 +190,11 @@ function streamOptions(options: FollowOptions, timeout: number | undefined): Fol
     ...(timeout !== undefined && { timeout }),
     ...(stallTimeout !== undefined && { stallTimeout }),
   };
+}
+
+/** The options of a cancel whose caller has left. It waits for nothing, which would keep a process alive. */
+function inBackground(options: CallOptions): CallOptions {
+  return { ...headersOf(options), loadingTimeout: 0 };
 }
 
 function headersOf({ headers }: CallOptions): CallOptions {

@@ -77,6 +77,16 @@ const BY_REASON: Readonly<Record<string, Explanation>> = {
     retry: RESUME,
   },
   NOT_READY: { title: "The model is still loading.", advice: "This takes a moment after a start.", retry: RETRY },
+  UPSTREAM_UNAVAILABLE: {
+    title: "The bridge does not reach a service.",
+    advice: "The service behind it may be starting, or it may have been stopped. Try again in a moment.",
+    retry: RETRY,
+  },
+  STATE_UNAVAILABLE: {
+    title: "The service cannot use its storage.",
+    advice: "Its disk may be full; the log of the service has the cause. Try again later.",
+    retry: RETRY,
+  },
   CONTENT_WITHHELD: {
     title: "This picture is withheld.",
     advice: "The model's safety checker rejected it. Try another prompt or seed.",
@@ -98,18 +108,13 @@ const BY_REASON: Readonly<Record<string, Explanation>> = {
     retry: RETRY,
   },
   ENGINE_CRASHED: {
-    title: "The service crashed each time it worked on this picture.",
-    advice: "It does not try again. A smaller size or fewer steps may help; the log of the service has the cause.",
+    title: "This picture crashed the service more than once.",
+    advice: "The service does not try it again. Choose a smaller size, or other settings.",
     retry: undefined,
   },
   DATA_LOSS: {
     title: "The stored picture is damaged.",
-    advice: "The same seed makes the same picture again.",
-    retry: RETRY,
-  },
-  STATE_UNAVAILABLE: {
-    title: "The service cannot store pictures at the moment.",
-    advice: "Its disk may be full. Your request is valid; try again later.",
+    advice: "You can generate it again: the same seed gives the same picture.",
     retry: RETRY,
   },
 };

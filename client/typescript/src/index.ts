@@ -8,6 +8,7 @@ export { Pacer } from "./pacer.js";
 export { fraction, frameAt, initialState, isOver, reduce, stages, type ViewEvent, type ViewState } from "./reducer.js";
 export { newRequestId } from "./request_id.js";
 export type { Clock } from "./resume/clock.js";
+export { isLoading } from "./resume/waits.js";
 export {
   type CallOptions,
   type FollowOptions,

@@ -7,8 +7,8 @@ export type ViewEvent =
   | { readonly type: "start" }
   | { readonly type: "progress"; readonly progress: Progress }
   | { readonly type: "error"; readonly error: CalotypeError }
-  /** The connection was lost, and the client is reconnecting. */
-  | { readonly type: "reconnect" }
+  /** The connection was lost, and the client is reconnecting. `loading`: the service is loading its model. */
+  | { readonly type: "reconnect"; readonly loading?: boolean }
   /** The user asked to finish early; `requested` is false if that call failed. */
   | { readonly type: "finish"; readonly requested: boolean }
   /** Selects the picture at this index of `stages`; undefined for the newest. */
@@ -19,6 +19,8 @@ export interface ViewState {
   readonly status: "idle" | "waiting" | "running" | "succeeded" | "failed" | "cancelled";
   /** The connection is lost, and the client is reconnecting. */
   readonly reconnecting: boolean;
+  /** The client is waiting for the service, which is loading its model. */
+  readonly loading: boolean;
   /** The client asked the service to finish early. */
   readonly finishing: boolean;
   /** The generation was finished early: the final picture is the estimate of `step`. */
@@ -47,6 +49,7 @@ export interface ViewState {
 export const initialState: ViewState = {
   status: "idle",
   reconnecting: false,
+  loading: false,
   finishing: false,
   finishedEarly: false,
   phase: undefined,
@@ -75,7 +78,7 @@ export function reduce(state: ViewState, event: ViewEvent): ViewState {
     case "error":
       return isOver(state) ? state : withError(state, event.error);
     case "reconnect":
-      return isOver(state) ? state : { ...state, reconnecting: true };
+      return isOver(state) ? state : { ...state, reconnecting: true, loading: event.loading ?? false };
     case "finish":
       return isOver(state) ? state : { ...state, finishing: event.requested };
     case "scrub":
@@ -113,6 +116,7 @@ function withProgress(state: ViewState, progress: Progress): ViewState {
     // A failure is reported by the error event that follows, not by the phase of its last message.
     status: phase === "succeeded" ? "succeeded" : "running",
     reconnecting: false,
+    loading: false,
     finishing: state.finishing && !isEnd(phase),
     finishedEarly: progress.finishedEarly,
     phase,
@@ -140,6 +144,7 @@ function withError(state: ViewState, error: CalotypeError): ViewState {
     error,
     previews,
     reconnecting: false,
+    loading: false,
     finishing: false,
     queuePosition: 0,
     remaining: undefined,

@@ -161,8 +161,20 @@ export interface WatchOptions {
 export interface CallOptions {
   /** Leaves the call when it is aborted. `onDisconnect` decides what happens to the generation. */
   readonly signal?: AbortSignal;
-  /** Seconds until the call must have ended, including all waits. Default: no limit for streams, 10 for other calls. */
+  /**
+   * Seconds until the call must have ended, including all waits. Default: no limit for streams; other calls wait 10
+   * seconds for their answer, not counting the time in which the service loads its model.
+   */
   readonly timeout?: number;
+  /**
+   * Seconds to wait for a service that is loading its model, or shutting down and about to be replaced. 0 fails at once.
+   * Default: until `timeout`; without a timeout, 600.
+   */
+  readonly loadingTimeout?: number;
+  /** Seconds to wait for a service that does not answer at first, for example because it was just started. Default: 0. */
+  readonly waitForServer?: number;
+  /** Called before each wait for another attempt. The next progress or answer means that the wait is over. */
+  readonly onReconnect?: (reconnect: Reconnect) => void;
   /** Additional HTTP headers, such as `authorization`. */
   readonly headers?: HeadersInit;
 }
@@ -170,8 +182,9 @@ export interface CallOptions {
 /** Options of streams. */
 export interface FollowOptions extends CallOptions {
   /**
-   * Retries in a row after a lost connection, if none of them brings anything new. The client resumes the stream or, if
-   * the server no longer knows the generation, starts it again with the same seed. 0 disables retries. Default: 10.
+   * Failed retries in a row after a lost connection. The client resumes the stream or, if the server no longer knows the
+   * generation, starts it again with the same seed. The answers of a service that loads its model do not count. 0 disables
+   * retries and all waits. Default: 10.
    */
   readonly retries?: number;
   /**
@@ -179,17 +192,15 @@ export interface FollowOptions extends CallOptions {
    * least every 10 seconds. Default: 20; `Infinity` means no limit.
    */
   readonly stallTimeout?: number;
-  /** Called before each wait for a retry. The next progress means that the client is connected again. */
-  readonly onReconnect?: (reconnect: Reconnect) => void;
 }
 
-/** A connection was lost, and the client will reconnect. */
+/** A connection was lost, or the service is loading its model. The client will try again. */
 export interface Reconnect {
-  /** Retries in a row, from 1. */
+  /** Failed attempts in a row, or answers of a loading service in a row; from 1. */
   readonly attempt: number;
-  /** Seconds until the retry. */
+  /** Seconds until the next attempt. */
   readonly delay: number;
-  /** Why the last connection failed. */
+  /** Why the last attempt failed. `isLoading(error)` is true while the service loads its model. */
   readonly error: CalotypeError;
 }
 

@@ -108,21 +108,27 @@ describe("a generation over unreliable connections", () => {
   });
 
   it.each([
-    ["shut down", "DRAINING", drainingEnd],
-    ["found no reader", "ABANDONED", abandonedEnd],
-  ])("is started again if the server %s, but only once for the same end", async (_, reason, ended) => {
+    ["shut down", drainingEnd],
+    ["found no reader", abandonedEnd],
+  ])("is started again if the server %s, also if the stopping server repeats the end", async (_, ended) => {
     const stopped = async function* () {
       yield preview(1);
       yield ended("g");
     };
-    const { calls, requested } = scripted(stopped, async function* () {
+    const { calls, requested } = scripted(stopped, stopped, async function* () {
       yield { ...final(), generationId: "h" };
     });
     expect((await outcome(calls)).seen.map(({ phase }) => phase)).toEqual(["denoising", "succeeded"]);
-    expect(requested).toEqual(["generate undefined", "generate 42"]);
-    const again = scripted(stopped);
-    expect((await outcome(again.calls)).error).toMatchObject({ reason });
-    expect(again.requested).toHaveLength(2);
+    expect(requested).toEqual(["generate undefined", "generate 42", "generate 42"]);
+  });
+
+  it("ends if no server finds a reader", async () => {
+    const { calls, requested } = scripted(async function* () {
+      yield preview(1);
+      yield abandonedEnd("g");
+    });
+    expect((await outcome(calls, { retries: 3 })).error).toMatchObject({ reason: "ABANDONED" });
+    expect(requested).toHaveLength(4);
   });
 
   it("waits until a server that shut down is back", async () => {

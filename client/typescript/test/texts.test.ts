@@ -20,6 +20,19 @@ describe("explanations of errors", () => {
   });
 });
 
+describe("the explanation of an end that a retry repeats", () => {
+  it("has no button for a generation that crashes the service, and one to generate a damaged picture again", () => {
+    expect(explain(new CalotypeError("INTERNAL", "", { reason: "ENGINE_CRASHED" }))).toMatchObject({
+      title: "This picture crashed the service more than once.",
+      retry: undefined,
+    });
+    expect(explain(new CalotypeError("DATA_LOSS", "", { reason: "DATA_LOSS" }))).toMatchObject({
+      title: "The stored picture is damaged.",
+      retry: "Try again",
+    });
+  });
+});
+
 describe("the status line", () => {
   const running: ViewState = { ...initialState, status: "running", phase: "denoising", step: 7, totalSteps: 20 };
 
@@ -34,6 +47,10 @@ describe("the status line", () => {
 
   it("is neutral during a reconnect, and shows an early finish", () => {
     expect(statusLine({ ...running, reconnecting: true })).toBe("Reconnecting; the picture will continue");
+    const loading = { ...running, reconnecting: true, loading: true };
+    expect(statusLine(loading)).toBe("The service is loading its model; the picture will follow");
+    expect(announcement(loading)).toBe("The service is loading its model; the picture will follow");
+    expect(statusLine({ ...loading, status: "waiting" })).toBe(statusLine(loading));
     expect(statusLine({ ...running, finishing: true, remaining: 11 })).toBe("Finishing the picture as it is");
     const picture = { data: new Uint8Array(), format: "png", width: 8, height: 8, kind: "final", step: 7 } as const;
     const early: ViewState = {

@@ -19,7 +19,7 @@ from calotype_server.observability.redaction import redact_in_logs
 from calotype_server.types import Failed, Succeeded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from calotype_server.auth.access import Caller
     from calotype_server.errors import Violation
@@ -31,7 +31,7 @@ __all__ = ["GenerationService"]
 
 _log = structlog.get_logger(__name__)
 
-_LOADING_RETRY_SECONDS = 2.0
+_LOADING_SECONDS = 2.0
 
 
 class GenerationService:
@@ -39,10 +39,12 @@ class GenerationService:
 
     Args:
         limits: The operator's limits for requests.
+        loading_seconds: Estimates the seconds until `open` is called. Default: always 2.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, loading_seconds: Callable[[], float] = lambda: _LOADING_SECONDS) -> None:
         self._limits = limits
+        self._loading_seconds = loading_seconds
         self._generations: Generations | None = None
 
     def open(self, generations: Generations) -> None:
@@ -212,5 +214,5 @@ class GenerationService:
     def generations(self) -> Generations:
         """All generations."""
         if self._generations is None:
-            raise errors.NotReady("The model is still loading.", retry_after=_LOADING_RETRY_SECONDS)
+            raise errors.NotReady("The model is still loading.", retry_after=self._loading_seconds())
         return self._generations

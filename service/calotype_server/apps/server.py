@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -13,6 +12,7 @@ import structlog
 from calotype_server.api.service import GenerationService
 from calotype_server.apps.health import HealthReporter
 from calotype_server.apps.instruments import Instruments
+from calotype_server.apps.load_time import LoadTime
 from calotype_server.apps.loading import load_engine
 from calotype_server.apps.runtime import FINAL_MESSAGE_GRACE_SECONDS, Runtime
 from calotype_server.apps.signals import Signals
@@ -78,10 +78,10 @@ async def serve(
         StartupError: An address is in use, or the model, the state or a file cannot be used.
     """
     configure_logging(settings.log_level, settings.log_format, prompts=settings.log_prompts)
-    started = time.monotonic()
+    load_time = LoadTime(settings.cache_dir, settings.model)
     signals = Signals(settings.handover_seconds + settings.drain_seconds, exit_after)
     exposure = Exposure(settings, {"--grpc-address": settings.grpc_address, "--web-address": settings.web_address})
-    service = GenerationService(settings.limits)
+    service = GenerationService(settings.limits, load_time.remaining)
     async with (
         Instruments(settings.tracing) as instruments,
         _Ports(settings, service, exposure, instruments) as ports,
@@ -107,7 +107,8 @@ async def serve(
             return 0
         await ports.open()
         async with HealthReporter(runtime.problems, ports.set_serving).running():
-            announce(Ready(ports.grpc_address, ports.web_address, engine.model, time.monotonic() - started))
+            announce(Ready(ports.grpc_address, ports.web_address, engine.model, load_time.seconds))
+            load_time.save()
             await signals.unless_stopped(runtime.dead.wait())
         if runtime.dead.is_set():
             signals.limit_stop(settings.drain_seconds)

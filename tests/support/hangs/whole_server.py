@@ -24,6 +24,7 @@ from support.metrics import Scrape
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     import pytest
 
@@ -41,7 +42,8 @@ class Engine(FakeEngine):
 class Server:
     """Runs `app.serve` in a task, with an engine that finishes loading when the test sets `loaded`."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
+        self.cache_dir = cache_dir
         self.engine = Engine()
         self.loaded = threading.Event()
         self.limits: asyncio.Queue[tuple[float, int]] = asyncio.Queue()
@@ -72,7 +74,8 @@ class Server:
             WebServer=asyncio.get_running_loop().create_future(),
         )
         announced = asyncio.Event()
-        given = Settings(**{"grpc_address": "127.0.0.1:0", "web_address": "127.0.0.1:0", **settings})
+        defaults = {"grpc_address": "127.0.0.1:0", "web_address": "127.0.0.1:0", "cache_dir": self.cache_dir}
+        given = Settings(**{**defaults, **settings})
         self.serving = asyncio.create_task(
             app.serve(given, lambda _: announced.set(), self._load, lambda *limit: self.limits.put_nowait(limit))
         )

@@ -43,14 +43,14 @@ def gate() -> Iterator[threading.Event]:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
     """A server in this process, whose limits are short."""
     monkeypatch.setattr(health, "_INTERVAL_SECONDS", BRIEF)
     monkeypatch.setattr(lifecycle, "_ABORT_SECONDS", BRIEF)
     monkeypatch.setattr(lifecycle, "_DISK_SECONDS", BRIEF)
     monkeypatch.setattr(runtime, "_JOIN_SECONDS", BRIEF)
     monkeypatch.setattr(runtime, "_PROBE_SECONDS", BRIEF)
-    return Server(monkeypatch)
+    return Server(monkeypatch, tmp_path)
 
 
 @contextlib.asynccontextmanager
@@ -150,7 +150,7 @@ async def test_sigterm_while_the_engine_hangs(server: Server, gate: threading.Ev
 
 async def test_every_signal_limits_the_time_of_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first signal allows the drain and 25 s, the second one 25 s; then the process would end with code 70."""
-    server = Server(monkeypatch)
+    server = Server(monkeypatch, tmp_path)
     async with server.running(drain_seconds=100):
         server.loaded.set()
         await asyncio.wait_for(server.ready(), PATIENCE)

@@ -63,7 +63,7 @@ def without_waits():
     """Returns a function that lets a client reconnect without waiting, and sets other parts of its retry policy."""
 
     def change(client, **policy):
-        client._retry = dataclasses.replace(client._retry, **{"random": lambda: 0.0, **policy})
+        client._calls.policy = dataclasses.replace(client._calls.policy, **{"random": lambda: 0.0, **policy})
         return client
 
     return change

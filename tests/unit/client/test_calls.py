@@ -11,7 +11,7 @@ from calotype._resume.policy import Resumption
 from calotype._sync.calls import Calls
 from calotype.v1 import calotype_pb2 as v1
 
-ARGUMENTS: dict[str, Any] = {"credentials": None, "metadata": (), "wait_for_ready": False, "stall_timeout": None}
+ARGUMENTS: dict[str, Any] = {"credentials": None, "metadata": (), "policy": RetryPolicy(), "stall_timeout": None}
 
 
 @pytest.fixture

@@ -38,6 +38,19 @@ def test_show_updates_one_display(shown):
     assert "succeeded, step 2/2" in shown[-1]
 
 
+async def test_the_caption_says_that_the_server_is_loading(shown):
+    """While the server loads, the cell says so; show() and ashow() then continue."""
+    with FakeServer(steps=2, loading_calls=1) as server, Client(server.address) as client:
+        show(client.generate("a red apple"))
+        assert "The server is loading its model; waiting ..." in shown[0]
+        assert "data:image/png;base64," in shown[-1]
+        shown.clear()
+        server.restart(loading_calls=1)
+        async with AsyncClient(server.address) as other:
+            await ashow(other.generate("a red apple"))
+        assert "The server is loading its model; waiting ..." in shown[0]
+
+
 async def test_ashow_updates_one_display(shown):
     """ashow() shows the same for an AsyncGeneration."""
     with FakeServer(steps=2) as server:

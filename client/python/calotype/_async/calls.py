@@ -8,20 +8,24 @@ import grpc
 
 from .._backends.aio.message_reader import MessageReader
 from .._backends.aio.pending_cancels import PendingCancels
-from .._backends.aio.primitives import StateLock, connect, make_stub
+from .._backends.aio.primitives import Event, StateLock, connect, make_stub
 from .._channel import Metadata, Options, channel_options
 from .._constants import CONTROL_TIMEOUT_SECONDS
 from .._convert import model_from_proto, phase_from_proto
-from .._errors import ClientClosed
+from .._errors import CalotypeError, ClientClosed
+from .._resume.waits import Waits, is_loading, is_unreached
 from .._status import from_rpc_error
 from ..targets import is_balanced
 from ..v1 import calotype_pb2 as v1
 from .replicas import AsyncReplicas
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from google.protobuf.message import Message
 
     from .._backends.aio.primitives import Call, Channel, Stub
+    from .._resume.backoff import RetryPolicy
     from .._resume.policy import Resumption
     from .._types import Model, Phase
 
@@ -35,10 +39,12 @@ class AsyncCalls:
         target: Where the server is, from `parse_address`.
         credentials: Credentials of the channels. None means unencrypted.
         metadata: Metadata of every call.
-        wait_for_ready: Whether a call waits for a server that cannot be reached.
+        policy: When to call again after a failed call.
         stall_timeout: Seconds of silence after which a server counts as lost. None means no limit.
+        on_reconnect: Called before each wait of a call that is not a stream.
 
     Attributes:
+        policy: When to call again after a failed call.
         closed: Whether the client is closed.
     """
 
@@ -48,18 +54,21 @@ class AsyncCalls:
         *,
         credentials: grpc.ChannelCredentials | None,
         metadata: Metadata,
-        wait_for_ready: bool,
+        policy: RetryPolicy,
         stall_timeout: float | None,
+        on_reconnect: Callable[[CalotypeError, float], None] | None = None,
     ) -> None:
         self._target = target
         self._credentials = credentials
-        self._call_kwargs: dict[str, Any] = {"wait_for_ready": wait_for_ready, "metadata": metadata}
-        self._wait_for_ready = wait_for_ready
+        self._metadata = metadata
+        self.policy = policy
         self._stall_timeout = stall_timeout
+        self._on_reconnect = on_reconnect
         self._reader = MessageReader()
         self._pending_cancels = PendingCancels(metadata)
         self._replicas = AsyncReplicas(target, self._connect, metadata) if is_balanced(target) else None
         self._state_lock = StateLock()
+        self._closing = Event()
         self._channel: Channel | None = None
         self._stub: Stub | None = None
         self.closed = False
@@ -79,8 +88,8 @@ class AsyncCalls:
             usual = self.require_open()
             stub = stub or usual
             if isinstance(request, v1.WatchRequest):
-                return stub.Watch(request, timeout=timeout, **self._call_kwargs)
-            return stub.Generate(request, timeout=timeout, **self._call_kwargs)
+                return stub.Watch(request, timeout=timeout, metadata=self._metadata)
+            return stub.Generate(request, timeout=timeout, metadata=self._metadata)
 
     async def restart(self, resumption: Resumption) -> Call:
         """Sends the next request of a generation whose call is lost, to the server that has the generation."""
@@ -88,18 +97,13 @@ class AsyncCalls:
         stub = await self._stub_for(request.generation_id) if isinstance(request, v1.WatchRequest) else None
         return self.start(resumption, stub)
 
-    async def read(self, call: Call, *, heard: bool) -> v1.Progress:
+    async def read(self, call: Call) -> v1.Progress:
         """Returns the next message of a call.
-
-        Args:
-            call: The call to read.
-            heard: Whether the call has returned a message. Until then, `wait_for_ready` suspends the stall timeout.
 
         Raises:
             CalotypeError: The call failed, stalled or has no more messages.
         """
-        timeout = None if self._wait_for_ready and not heard else self._stall_timeout
-        return await self._reader.read(call, timeout)
+        return await self._reader.read(call, self._stall_timeout)
 
     async def drain(self, call: Call) -> None:
         """Reads the status of a call after its last message."""
@@ -138,7 +142,11 @@ class AsyncCalls:
 
     async def stubs(self) -> list[Stub]:
         """Returns one stub for each server that answers; the usual stub when there is only one server, or none."""
-        stubs = {} if self._replicas is None else {replica: stub async for replica, stub in self._replicas.ask()}
+        if self._replicas is None:
+            return [self.require_open()]
+        if not (stubs := {replica: stub async for replica, stub in self._replicas.ask()}):
+            await self.model()  # waits while all servers are loading
+            stubs = {replica: stub async for replica, stub in self._replicas.ask()}
         return list(stubs.values()) or [self.require_open()]
 
     def require_open(self) -> Stub:
@@ -159,6 +167,7 @@ class AsyncCalls:
         """Waits up to 1 s for pending cancels, then closes all channels. Can be called again."""
         with self._state_lock:
             self.closed = True
+        self._closing.set()
         await self._pending_cancels.wait()
         if self._replicas is not None:
             await self._replicas.close()
@@ -171,11 +180,20 @@ class AsyncCalls:
         return stub if self._replicas is None else await self._replicas.find(generation_id) or stub
 
     async def _ask(self, method: Any, request: Message) -> Any:
-        """Calls a method that the server answers immediately."""
-        try:
-            return await method(request, timeout=CONTROL_TIMEOUT_SECONDS, **self._call_kwargs)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        """Calls a method that the server answers immediately. Waits while the server loads its model."""
+        waits = Waits(self.policy)
+        while True:
+            try:
+                return await method(request, timeout=CONTROL_TIMEOUT_SECONDS, metadata=self._metadata)
+            except grpc.RpcError as failure:
+                error = from_rpc_error(failure)
+            verdict = waits.after(error) if is_loading(error) or is_unreached(error) else error
+            if isinstance(verdict, CalotypeError):
+                raise verdict
+            if self._on_reconnect is not None:
+                self._on_reconnect(error, verdict)
+            await self._closing.wait(verdict)
+            self.require_open()
 
     def _connect(self, target: str, options: Options) -> Channel:
         return connect(target, self._credentials, options)

@@ -125,7 +125,7 @@ class AsyncGeneration(BaseGeneration):
         """Takes one message, or makes the next call when the current one is lost."""
         async with self._lock:
             try:
-                message = await self._calls.read(self._call, heard=self._resumption.heard)
+                message = await self._calls.read(self._call)
             except CalotypeError as error:
                 await self._reconnect(self._lost(error))
                 return None

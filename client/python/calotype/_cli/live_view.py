@@ -66,8 +66,13 @@ class LiveView(BaseView):
 
     def reconnect(self, error: CalotypeError, delay: float) -> None:
         """Keeps the picture, and shows below it that the connection is lost."""
+        self.wait(RECONNECTING)
+
+    def wait(self, text: str) -> bool:
+        """Keeps the picture, and shows the text below it."""
         parts = [] if self._picture is None else [self._picture]
-        self._live.update(Group(*parts, *self._notes(), Text(RECONNECTING)), refresh=True)
+        self._live.update(Group(*parts, *self._notes(), Text(text)), refresh=True)
+        return True
 
     def finish(self, progress: Progress, image: Image, output: Path) -> None:
         """Draws the final image, and prints the path of its file."""

@@ -29,6 +29,7 @@ from .options import (
 )
 from .running import connected, show
 from .server_options import Server, with_server_options
+from .waiting import WAIT_SECONDS
 
 __all__ = ["app", "register_missing_server"]
 
@@ -58,6 +59,14 @@ def generate(
     priority: Annotated[PriorityName | None, typer.Option(help="Rank in the queue.")] = None,
     timeout: Timeout = None,
     retries: Retries = RETRIES,
+    wait: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="Time to wait for a server that does not answer yet, such as one just started.",
+        ),
+    ] = WAIT_SECONDS,
     on_disconnect: Annotated[
         DisconnectPolicyName | None,
         typer.Option(
@@ -152,7 +161,7 @@ def generate(
 
     kept = "Stopped watching. The generation continues: see `calotype list` and `calotype watch`."
     left = kept if on_disconnect == "keep" else None
-    show(server, start, output, previews, filmstrip, retries=retries, as_json=as_json, left=left)
+    show(server, start, output, previews, filmstrip, retries=retries, wait=wait, as_json=as_json, left=left)
 
 
 @app.command()

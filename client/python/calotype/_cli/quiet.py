@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import TextIO
 
 __all__ = ["quiet_core", "quiet_keyboard"]
 
@@ -33,16 +34,21 @@ def quiet_keyboard() -> Iterator[None]:
 
 
 @contextmanager
-def quiet_core() -> Iterator[None]:
-    """Silences gRPC's C core, which writes to file descriptor 2 and not to `sys.stderr`."""
+def quiet_core() -> Iterator[TextIO]:
+    """Silences gRPC's C core, which writes to file descriptor 2 and not to `sys.stderr`.
+
+    Yields:
+        The stream for messages during the block.
+    """
     if "GRPC_VERBOSITY" in os.environ:  # the user wants to see its log
-        yield
+        yield sys.stderr
         return
     sys.stderr.flush()
     stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        yield
+        with open(stderr, "w", encoding="utf-8", closefd=False) as stream:
+            yield stream if sys.stderr is sys.__stderr__ else sys.stderr
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)

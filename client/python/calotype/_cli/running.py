@@ -17,6 +17,7 @@ from .quiet import quiet_core
 from .server_options import Server
 from .text_views import JsonView, PlainView
 from .view import View
+from .waiting import WaitMessages
 
 __all__ = ["connected", "show"]
 
@@ -29,6 +30,7 @@ def show(
     filmstrip: Path | None,
     *,
     retries: int,
+    wait: float = 0.0,
     as_json: bool,
     left: str | None,
 ) -> None:
@@ -41,6 +43,7 @@ def show(
         previews: Folder for the previews. None saves no previews.
         filmstrip: File for the filmstrip. None writes no filmstrip.
         retries: Attempts in a row to reconnect.
+        wait: Seconds to wait for a server that cannot be reached at first.
         as_json: Whether to print JSON events.
         left: Message after Ctrl-C for a generation that then continues. None when Ctrl-C cancels it.
     """
@@ -49,9 +52,9 @@ def show(
     except BadPath as error:
         exit_with(str(error), EXIT_USAGE)
     view = _choose_view(Console(), as_json=as_json)
-    with connected(server, retries, left or "Cancelled.", view.reconnect) as client, view:
+    with _session(server, retries, wait, view, left or "Cancelled.") as (client, messages), view:
         try:
-            _follow(start(client), outputs, view)
+            _follow(start(client), outputs, view, messages)
         except CalotypeError as error:
             view.fail(error)
             raise
@@ -68,31 +71,42 @@ def _choose_view(console: Console, *, as_json: bool) -> View:
     return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainView(console)
 
 
-def _follow(generation: Generation, outputs: Outputs, view: View) -> None:
+def _follow(generation: Generation, outputs: Outputs, view: View, messages: WaitMessages) -> None:
     for progress in generation:
+        messages.note_progress()
         view.update(progress, outputs.keep(progress))
     image = generation.result()
     view.finish(progress, image, outputs.finish(image, progress.seed))
 
 
 @contextmanager
-def connected(
+def connected(server: Server) -> Iterator[Client]:
+    """Connects a client. Errors inside the block end the program with a message and an exit code."""
+    with _session(server) as (client, _):
+        yield client
+
+
+@contextmanager
+def _session(
     server: Server,
     retries: int = RETRIES,
+    wait: float = 0.0,
+    view: View | None = None,
     on_interrupt: str = "Cancelled.",
-    on_reconnect: Callable[[CalotypeError, float], None] | None = None,
-) -> Iterator[Client]:
-    """Connects a client. Errors inside the block end the program with a message and an exit code."""
+) -> Iterator[tuple[Client, WaitMessages]]:
+    """Connects a client whose waits are explained to the user. Errors end the program as in `connected`."""
     try:
-        client = Client(
-            server.address,
-            api_key=server.api_key,
-            tls=server.credentials(),
-            retries=retries,
-            on_reconnect=on_reconnect,
-        )
-        with quiet_core(), client:
-            yield client
+        with quiet_core() as stderr:
+            messages = WaitMessages(server, stderr, view)
+            with Client(
+                server.address,
+                api_key=server.api_key,
+                tls=server.credentials(),
+                retries=retries,
+                wait_for_server=wait,
+                on_reconnect=messages.note,
+            ) as client:
+                yield client, messages
     except CalotypeError as error:
         exit_with(explain(error, server), exit_code(error))
     except KeyboardInterrupt:

@@ -32,6 +32,9 @@ class View(Protocol):
     def reconnect(self, error: CalotypeError, delay: float) -> None:
         """Shows that the connection is lost. The client reconnects in `delay` seconds."""
 
+    def wait(self, text: str) -> bool:
+        """Shows why the command waits for the server. Returns False if the view has no place for it."""
+
     def finish(self, progress: Progress, image: Image, output: Path) -> None:
         """Shows the final image."""
 
@@ -52,6 +55,10 @@ class BaseView:
 
     def reconnect(self, error: CalotypeError, delay: float) -> None:
         """Does nothing."""
+
+    def wait(self, text: str) -> bool:
+        """Returns False: there is no place for the text."""
+        return False
 
     def fail(self, error: CalotypeError) -> None:
         """Does nothing."""

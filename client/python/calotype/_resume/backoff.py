@@ -22,11 +22,14 @@ class RetryPolicy:
     Source: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter
 
     Attributes:
-        retries: Attempts in a row without progress. 0 disables reconnecting.
+        retries: Failed attempts in a row. 0 disables all waits.
         base: Longest wait before the first attempt, in seconds. It doubles with each attempt.
         cap: Longest wait before any attempt, in seconds.
         random: Returns a random number, 0 to 1.
         clock: Returns monotonic time in seconds.
+        wait_for_server: Seconds to wait before the first contact for a server that cannot be reached.
+        loading_timeout: Seconds to wait for a server that is not ready. None means until the caller's deadline, or
+            `LOADING_TIMEOUT_SECONDS` without a deadline.
         is_balanced: Whether the target can stand for several servers, so that another server may serve the request.
     """
 
@@ -35,6 +38,8 @@ class RetryPolicy:
     cap: float = RETRY_MAX_SECONDS
     random: Callable[[], float] = random.random
     clock: Callable[[], float] = time.monotonic
+    wait_for_server: float = 0.0
+    loading_timeout: float | None = None
     is_balanced: bool = False
 
     def wait(self, attempt: int) -> float:

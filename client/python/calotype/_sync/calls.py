@@ -9,20 +9,24 @@ import grpc
 
 from .._backends.threads.message_reader import MessageReader
 from .._backends.threads.pending_cancels import PendingCancels
-from .._backends.threads.primitives import StateLock, connect, make_stub
+from .._backends.threads.primitives import Event, StateLock, connect, make_stub
 from .._channel import Metadata, Options, channel_options
 from .._constants import CONTROL_TIMEOUT_SECONDS
 from .._convert import model_from_proto, phase_from_proto
-from .._errors import ClientClosed
+from .._errors import CalotypeError, ClientClosed
+from .._resume.waits import Waits, is_loading, is_unreached
 from .._status import from_rpc_error
 from ..targets import is_balanced
 from ..v1 import calotype_pb2 as v1
 from .replicas import Replicas
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from google.protobuf.message import Message
 
     from .._backends.threads.primitives import Call, Channel, Stub
+    from .._resume.backoff import RetryPolicy
     from .._resume.policy import Resumption
     from .._types import Model, Phase
 
@@ -36,10 +40,12 @@ class Calls:
         target: Where the server is, from `parse_address`.
         credentials: Credentials of the channels. None means unencrypted.
         metadata: Metadata of every call.
-        wait_for_ready: Whether a call waits for a server that cannot be reached.
+        policy: When to call again after a failed call.
         stall_timeout: Seconds of silence after which a server counts as lost. None means no limit.
+        on_reconnect: Called before each wait of a call that is not a stream.
 
     Attributes:
+        policy: When to call again after a failed call.
         closed: Whether the client is closed.
     """
 
@@ -49,18 +55,21 @@ class Calls:
         *,
         credentials: grpc.ChannelCredentials | None,
         metadata: Metadata,
-        wait_for_ready: bool,
+        policy: RetryPolicy,
         stall_timeout: float | None,
+        on_reconnect: Callable[[CalotypeError, float], None] | None = None,
     ) -> None:
         self._target = target
         self._credentials = credentials
-        self._call_kwargs: dict[str, Any] = {"wait_for_ready": wait_for_ready, "metadata": metadata}
-        self._wait_for_ready = wait_for_ready
+        self._metadata = metadata
+        self.policy = policy
         self._stall_timeout = stall_timeout
+        self._on_reconnect = on_reconnect
         self._reader = MessageReader()
         self._pending_cancels = PendingCancels(metadata)
         self._replicas = Replicas(target, self._connect, metadata) if is_balanced(target) else None
         self._state_lock = StateLock()
+        self._closing = Event()
         self._channel: Channel | None = None
         self._stub: Stub | None = None
         self.closed = False
@@ -80,8 +89,8 @@ class Calls:
             usual = self.require_open()
             stub = stub or usual
             if isinstance(request, v1.WatchRequest):
-                return stub.Watch(request, timeout=timeout, **self._call_kwargs)
-            return stub.Generate(request, timeout=timeout, **self._call_kwargs)
+                return stub.Watch(request, timeout=timeout, metadata=self._metadata)
+            return stub.Generate(request, timeout=timeout, metadata=self._metadata)
 
     def restart(self, resumption: Resumption) -> Call:
         """Sends the next request of a generation whose call is lost, to the server that has the generation."""
@@ -89,18 +98,13 @@ class Calls:
         stub = self._stub_for(request.generation_id) if isinstance(request, v1.WatchRequest) else None
         return self.start(resumption, stub)
 
-    def read(self, call: Call, *, heard: bool) -> v1.Progress:
+    def read(self, call: Call) -> v1.Progress:
         """Returns the next message of a call.
-
-        Args:
-            call: The call to read.
-            heard: Whether the call has returned a message. Until then, `wait_for_ready` suspends the stall timeout.
 
         Raises:
             CalotypeError: The call failed, stalled or has no more messages.
         """
-        timeout = None if self._wait_for_ready and not heard else self._stall_timeout
-        return self._reader.read(call, timeout)
+        return self._reader.read(call, self._stall_timeout)
 
     def drain(self, call: Call) -> None:
         """Reads the status of a call after its last message."""
@@ -139,7 +143,11 @@ class Calls:
 
     def stubs(self) -> list[Stub]:
         """Returns one stub for each server that answers; the usual stub when there is only one server, or none."""
-        stubs = {} if self._replicas is None else {replica: stub for replica, stub in self._replicas.ask()}
+        if self._replicas is None:
+            return [self.require_open()]
+        if not (stubs := {replica: stub for replica, stub in self._replicas.ask()}):
+            self.model()  # waits while all servers are loading
+            stubs = {replica: stub for replica, stub in self._replicas.ask()}
         return list(stubs.values()) or [self.require_open()]
 
     def require_open(self) -> Stub:
@@ -160,6 +168,7 @@ class Calls:
         """Waits up to 1 s for pending cancels, then closes all channels. Can be called again."""
         with self._state_lock:
             self.closed = True
+        self._closing.set()
         self._pending_cancels.wait()
         if self._replicas is not None:
             self._replicas.close()
@@ -172,11 +181,20 @@ class Calls:
         return stub if self._replicas is None else self._replicas.find(generation_id) or stub
 
     def _ask(self, method: Any, request: Message) -> Any:
-        """Calls a method that the server answers immediately."""
-        try:
-            return method(request, timeout=CONTROL_TIMEOUT_SECONDS, **self._call_kwargs)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        """Calls a method that the server answers immediately. Waits while the server loads its model."""
+        waits = Waits(self.policy)
+        while True:
+            try:
+                return method(request, timeout=CONTROL_TIMEOUT_SECONDS, metadata=self._metadata)
+            except grpc.RpcError as failure:
+                error = from_rpc_error(failure)
+            verdict = waits.after(error) if is_loading(error) or is_unreached(error) else error
+            if isinstance(verdict, CalotypeError):
+                raise verdict
+            if self._on_reconnect is not None:
+                self._on_reconnect(error, verdict)
+            self._closing.wait(verdict)
+            self.require_open()
 
     def _connect(self, target: str, options: Options) -> Channel:
         return connect(target, self._credentials, options)

@@ -12,7 +12,14 @@ from .._channel import TLS, call_metadata, channel_credentials
 from .._constants import RETRIES, STALL_TIMEOUT_SECONDS
 from .._convert import summary_from_proto
 from .._errors import Cancelled
-from .._request import build, build_request, resolve_retries, resolve_stall_timeout, resolve_timeout
+from .._request import (
+    build,
+    build_request,
+    resolve_retries,
+    resolve_seconds,
+    resolve_stall_timeout,
+    resolve_timeout,
+)
 from .._resume.backoff import RetryPolicy
 from .._resume.policy import Resumption, make_resumable
 from ..targets import is_balanced, parse_address
@@ -48,9 +55,13 @@ class Client:
     generation then continues where it was. If the server lost the generation in a restart, the client requests it again
     with the same seed, and the loop continues when the new generation has passed the last progress shown. Waits between
     attempts are random and grow exponentially, to at most 8 s. Reconnecting ends with `DeadlineExceeded` at the
-    timeout, or with `Unavailable` after `retries` attempts in a row without progress. A server that sends nothing for
+    timeout, or with `Unavailable` after `retries` failed attempts in a row. A server that sends nothing for
     `stall_timeout` seconds counts as lost. The first attempt is different: if the server cannot be reached, or rejects
-    the request, the error is raised immediately.
+    the request, the error is raised immediately, unless `wait_for_server` is set.
+
+    Loading: while the server loads its model, every call waits, the first one as well. The answers of a loading server
+    are not failed attempts: the wait ends at the timeout, or after 10 minutes if there is no timeout (see
+    `loading_timeout`).
 
     Several servers: a target such as `dns:///calotype:50051` or `ipv4:10.0.0.1:50051,10.0.0.2:50051` can stand for
     several servers of the same model. New generations are distributed round-robin among the servers that are ready.
@@ -69,7 +80,8 @@ class Client:
         api_key: str | None = None,
         tls: TLS | bool | None = None,
         timeout: float | None = None,
-        wait_for_ready: bool = False,
+        wait_for_server: float = 0.0,
+        loading_timeout: float | None = None,
         retries: int = RETRIES,
         stall_timeout: float | None = STALL_TIMEOUT_SECONDS,
         on_reconnect: Callable[[CalotypeError, float], None] | None = None,
@@ -83,29 +95,40 @@ class Client:
                 variable CALOTYPE_API_KEY, if set. A key is a secret: send it over untrusted networks only with `tls`.
             tls: Whether and how to encrypt. True trusts the public certificate authorities. Default: unencrypted.
             timeout: Default timeout of `generate` and `watch`, in seconds. None means no limit.
-            wait_for_ready: Whether to wait for a server that cannot be reached, instead of raising `Unavailable`.
-            retries: Number of attempts to reconnect in a row without progress before `Unavailable` is raised. 0
-                disables reconnecting.
+            wait_for_server: Seconds to wait for a server that cannot be reached at first, for example because it was
+                just started; `math.inf` means until the timeout. Default: 0, which raises `Unavailable` immediately.
+            loading_timeout: Seconds to wait for a server that is loading its model, or shutting down and about to be
+                replaced, before `Unavailable` is raised. 0 raises immediately. Default: until the timeout; without a
+                timeout, 600.
+            retries: Number of failed attempts to reconnect in a row before `Unavailable` is raised. 0 disables
+                reconnecting and all waits.
             stall_timeout: Seconds without a message after which the server counts as lost. Servers send a message at
                 least every 10 s. None means no limit.
-            on_reconnect: Called when a connection is lost, with the error and the seconds until the next attempt. It
-                runs inside the loop over the generation or its `result`.
+            on_reconnect: Called when a connection is lost or the server is loading, with the error and the seconds
+                until the next attempt. The error's `reason` is NOT_READY while the server is loading. It runs inside
+                the call that waits: the loop over the generation, its `result`, or for example `model`.
 
         Raises:
-            ValueError: The address or the key is malformed, or `retries` or `stall_timeout` is out of range.
+            ValueError: The address or the key is malformed, or a number is out of range.
             InvalidRequest: The timeout is not a positive number.
         """
         self.address = address
         target = parse_address(address)
         self._timeout = resolve_timeout(timeout, None)
+        policy = RetryPolicy(
+            resolve_retries(retries),
+            wait_for_server=resolve_seconds("wait_for_server", wait_for_server),
+            loading_timeout=None if loading_timeout is None else resolve_seconds("loading_timeout", loading_timeout),
+            is_balanced=is_balanced(target),
+        )
         self._calls = Calls(
             target,
             credentials=channel_credentials(tls),
             metadata=call_metadata(api_key),
-            wait_for_ready=wait_for_ready,
+            policy=policy,
             stall_timeout=resolve_stall_timeout(stall_timeout),
+            on_reconnect=on_reconnect,
         )
-        self._retry = RetryPolicy(resolve_retries(retries), is_balanced=is_balanced(target))
         self._on_reconnect = on_reconnect
         self._running: WeakSet[Generation] = WeakSet()
         self._state_lock = StateLock()
@@ -177,7 +200,7 @@ class Client:
             previews=previews,
             output=output,
         )
-        if self._retry.retries:
+        if self._calls.policy.retries:
             make_resumable(request)
         return self._follow(request, timeout)
 
@@ -275,7 +298,7 @@ class Client:
         """Describes the loaded model: sizes, limits, defaults and schedulers. Waits up to 10 s for the answer.
 
         Raises:
-            Unavailable: No server responds, or the model is still loading.
+            Unavailable: No server responds, or the model is still loading after `loading_timeout`.
             CalotypeError: The call failed in another way.
             ClientClosed: The client is closed.
         """
@@ -293,7 +316,7 @@ class Client:
         self._calls.close()
 
     def _follow(self, request: v1.GenerateRequest | v1.WatchRequest, timeout: float | None) -> Generation:
-        resumption = Resumption(request, self._retry, resolve_timeout(timeout, self._timeout))
+        resumption = Resumption(request, self._calls.policy, resolve_timeout(timeout, self._timeout))
         generation = Generation(self._calls, resumption, self._on_reconnect)
         with self._state_lock:
             self._running.add(generation)

@@ -126,7 +126,7 @@ class Generation(BaseGeneration):
         """Takes one message, or makes the next call when the current one is lost."""
         with self._lock:
             try:
-                message = self._calls.read(self._call, heard=self._resumption.heard)
+                message = self._calls.read(self._call)
             except CalotypeError as error:
                 self._reconnect(self._lost(error))
                 return None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from .._errors import CalotypeError, Unauthenticated
+from .._errors import CalotypeError, Unauthenticated, Unavailable
 from .._request import fill
 from ..v1 import calotype_pb2 as v1
 from ..v1.calotype_pb2_grpc import GenerationServiceServicer
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from .generation import FakeGeneration
     from .state import FakeState
 
-__all__ = ["KeyCheckInterceptor", "Servicer"]
+__all__ = ["KeyCheckInterceptor", "LoadingInterceptor", "Servicer"]
 
 _PAGE_SIZE = 50
+_SERVICE = v1.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
 
 class KeyCheckInterceptor(grpc.ServerInterceptor):
@@ -37,6 +38,24 @@ class KeyCheckInterceptor(grpc.ServerInterceptor):
         error = Unauthenticated("The API key is not valid.", reason="KEY_INVALID")
         if given is None:
             error = Unauthenticated("This server requires an API key.", reason="KEY_REQUIRED")
+        return grpc.unary_stream_rpc_method_handler(lambda _, context: abort(context, error))
+
+
+class LoadingInterceptor(grpc.ServerInterceptor):
+    """Answers calls like a server that loads its model.
+
+    Args:
+        count: Number of calls to answer like this. Later calls are answered by the servicer.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._answers = iter(range(count))
+
+    def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
+        # gRPC's own health checks are no calls of the client.
+        if _SERVICE not in handler_call_details.method or next(self._answers, None) is None:
+            return continuation(handler_call_details)
+        error = Unavailable("The model is still loading.", reason="NOT_READY", retry_after=0.0)
         return grpc.unary_stream_rpc_method_handler(lambda _, context: abort(context, error))
 
 

@@ -5,7 +5,8 @@ import { CalotypeError } from "../errors.js";
 import type { Generation } from "../generation.js";
 import { Pacer } from "../pacer.js";
 import { frameAt, initialState, isOver, reduce, type ViewEvent, type ViewState } from "../reducer.js";
-import type { FollowOptions, GenerateOptions, Picture } from "../types.js";
+import { isLoading } from "../resume/waits.js";
+import type { FollowOptions, GenerateOptions, Picture, Reconnect } from "../types.js";
 import { fileName, optionsOf } from "./options.js";
 import { View } from "./view.js";
 
@@ -151,8 +152,8 @@ export class CalotypeView extends Base {
 
   async #follow(call: (options: FollowOptions) => Generation, signal: AbortSignal): Promise<void> {
     const isCurrent = () => this.#leave.signal === signal;
-    const onReconnect = () => {
-      if (isCurrent()) this.#dispatch({ type: "reconnect" });
+    const onReconnect = ({ error }: Reconnect) => {
+      if (isCurrent()) this.#dispatch({ type: "reconnect", loading: isLoading(error) });
     };
     try {
       this.#generation = undefined;

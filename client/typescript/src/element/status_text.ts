@@ -9,9 +9,9 @@ export function statusLine(state: ViewState): string {
     case "idle":
       return "";
     case "waiting":
-      return state.reconnecting ? RECONNECTING : "Waiting for a free connection";
+      return state.reconnecting ? reconnecting(state) : "Waiting for a free connection";
     case "running":
-      if (state.reconnecting) return RECONNECTING;
+      if (state.reconnecting) return reconnecting(state);
       // The estimate is for all steps, so it does not apply once the picture is finished early.
       return [running(state), state.finishing ? "" : remaining(state.remaining)].filter(Boolean).join(" · ");
     case "succeeded":
@@ -25,13 +25,16 @@ export function statusLine(state: ViewState): string {
 /** Returns the text to announce. It changes only with the phase and with every quarter of the steps. */
 export function announcement(state: ViewState): string {
   if (state.status === "succeeded") return "The picture is finished.";
-  if (state.reconnecting) return RECONNECTING;
+  if (state.reconnecting) return reconnecting(state);
   if (state.status !== "running") return "";
   if (state.finishing || state.phase !== "denoising") return running(state);
   return `Developing, ${Math.floor(fraction(state) * 4) * 25} percent`;
 }
 
-const RECONNECTING = "Reconnecting; the picture will continue";
+function reconnecting({ loading, previews }: ViewState): string {
+  if (!loading) return "Reconnecting; the picture will continue";
+  return `The service is loading its model; the picture will ${previews.length > 0 ? "continue" : "follow"}`;
+}
 
 function running({ phase, queuePosition, step, totalSteps, finishing }: ViewState): string {
   if (finishing) return "Finishing the picture as it is";

@@ -7,12 +7,13 @@
  */
 
 import { Assembler } from "../assembler.js";
-import { CalotypeError, cancelledHere } from "../errors.js";
+import { type CalotypeError, cancelledHere } from "../errors.js";
 import { fromCall } from "../status.js";
 import type { FollowOptions, Progress } from "../types.js";
 import type { Clock } from "./clock.js";
 import { Connection, type OpenStream } from "./connection.js";
-import { backoff, type CallFailure, type ResumeOptions, Resumption } from "./policy.js";
+import { type CallFailure, type ResumeOptions, Resumption } from "./policy.js";
+import { tooLate } from "./waits.js";
 
 /** The streaming calls of one generation. `timeout` is the rest of the caller's timeout, in seconds. */
 export interface StreamCalls {
@@ -21,7 +22,7 @@ export interface StreamCalls {
   readonly watch: (generationId: string, afterSequence: number, timeout: number | undefined) => OpenStream;
 }
 
-export interface FollowPlan extends Omit<ResumeOptions, "canGenerate">, Pick<FollowOptions, "timeout" | "onReconnect"> {
+export interface FollowPlan extends Omit<ResumeOptions, "canGenerate">, Pick<FollowOptions, "onReconnect"> {
   readonly clock: Clock;
 }
 
@@ -38,31 +39,26 @@ export async function* follow(
   leaveSignal: AbortSignal,
   onOrphan?: (generationId: string) => void,
 ): AsyncGenerator<Progress, void, undefined> {
-  const { clock, timeout } = plan;
-  const deadline = timeout === undefined ? Number.POSITIVE_INFINITY : clock.now() + timeout * 1000;
-  const resumption = new Resumption({ ...plan, canGenerate: calls.generate !== undefined });
+  const { clock } = plan;
+  const resumption = new Resumption({ ...plan, canGenerate: calls.generate !== undefined }, clock);
+  let lastError: CalotypeError | undefined;
   for (;;) {
     if (leaveSignal.aborted) throw cancelledHere(leaveSignal.reason);
-    const remaining = timeout === undefined ? undefined : (deadline - clock.now()) / 1000;
-    if (remaining !== undefined && remaining <= 0) throw new CalotypeError("DEADLINE_EXCEEDED", NO_TIME_LEFT);
+    const { timeLeft } = resumption.waits;
+    if (timeLeft <= 0) throw tooLate(lastError);
+    const remaining = Number.isFinite(timeLeft) ? timeLeft : undefined;
     const orphanHandler = resumption.generates ? onOrphan : undefined;
     const connection = new Connection(openNext(calls, resumption, remaining), leaveSignal, orphanHandler);
     const failure = yield* readCall(connection, resumption, leaveSignal);
     if (failure === undefined) return;
 
-    const attempt = resumption.next(failure);
-    if (attempt === 0) continue;
-    const { error } = failure;
-    const timeLeft = deadline - clock.now();
-    const delay = Math.min(backoff(attempt, clock.random()), timeLeft / 2);
-    const wait = Math.max(delay, (error.retryAfter ?? 0) * 1000);
-    if (wait >= timeLeft) throw new CalotypeError("DEADLINE_EXCEEDED", NO_TIME_LEFT, { cause: error });
-    plan.onReconnect?.({ attempt, delay: wait / 1000, error });
-    await clock.sleep(wait, leaveSignal);
+    const wait = resumption.next(failure);
+    if (wait === undefined) continue;
+    lastError = failure.error;
+    plan.onReconnect?.({ ...wait, error: failure.error });
+    await clock.sleep(wait.delay * 1000, leaveSignal);
   }
 }
-
-const NO_TIME_LEFT = "The connection was lost, and the timeout leaves no time to reconnect.";
 
 function openNext(calls: StreamCalls, resumption: Resumption, timeout: number | undefined): OpenStream {
   const { seed, generationId = "", sequence } = resumption.continuity;
@@ -79,15 +75,13 @@ async function* readCall(
   leaveSignal: AbortSignal,
 ): AsyncGenerator<Progress, CallFailure | undefined, undefined> {
   const assembler = new Assembler();
-  let replaces: string | undefined;
+  let isReplaced = false;
   try {
     for (let message = await connection.next(); message; message = await connection.next()) {
       const progress = assembler.feed(message);
       const { error, endedByServer } = assembler;
-      if (endedByServer && error && resumption.shouldReplace(error, message.generationId)) {
-        replaces = message.generationId;
-        break;
-      }
+      isReplaced = endedByServer && error !== undefined && resumption.shouldReplace(error);
+      if (isReplaced) break;
       const news = progress && resumption.continuity.accept(progress);
       if (news) yield news;
       if (assembler.ended) await connection.drain();
@@ -100,5 +94,5 @@ async function* readCall(
     connection.close();
   }
   const { error, endedByServer } = assembler;
-  return error && { error, endedByServer, received: connection.received, replaces };
+  return error && { error, endedByServer, received: connection.received, isReplaced };
 }

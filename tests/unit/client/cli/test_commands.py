@@ -7,7 +7,6 @@ import os
 import PIL.Image
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from calotype import Client, FailedPrecondition, InternalError, InvalidRequest, Notice, Overloaded, Unavailable
 from calotype._cli.main import app
@@ -15,18 +14,6 @@ from calotype._cli.options import OPTION_NAMES
 from calotype._options import Output, Previews
 from calotype._request import build_request
 from calotype.testing import FakeServer
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Runs the command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(server, *arguments):
-        address = server if isinstance(server, str) else server.address
-        return CliRunner().invoke(app, arguments, env={"CALOTYPE_GRPC_ADDRESS": address})
-
-    return run
 
 
 def requested(server):
@@ -264,7 +251,8 @@ def test_lost_connections_do_not_change_the_image(run):
 
 def test_no_server(run):
     """Without a server, the message says how to start one."""
-    for command in (["generate", "a red apple"], ["model"], ["cancel", "x"], ["watch", "x"], ["finish", "x"], ["list"]):
+    generate = ["generate", "a red apple", "--wait", "0"]
+    for command in (generate, ["model"], ["cancel", "x"], ["watch", "x"], ["finish", "x"], ["list"]):
         result = run("127.0.0.1:1", *command)
         assert result.exit_code == 3
         assert result.stderr == "No Calotype server answers at 127.0.0.1:1; start one with: calotype serve\n"

@@ -193,6 +193,27 @@ def test_terminal_is_restored(terminal):
     assert "\x1b[?25h" in output
 
 
+def test_ctrl_c_ends_the_wait_for_a_loading_server(terminal):
+    """The terminal shows that the server is loading, and Ctrl-C ends the wait at once."""
+    with FakeServer(loading_calls=10**9) as server:
+        process, screen = terminal(server, "generate", "a red apple")
+        screen.expect_exact("The server is loading its model; waiting ...")
+        screen.send("\x03")
+        output, code = rest(process, screen)
+    assert code == 130
+    assert "Cancelled." in output
+    assert "Traceback" not in output
+
+
+def test_a_message_about_a_wait_reaches_stderr(tmp_path):
+    """Outside a terminal, the message is on stderr although the output of gRPC's C core is not."""
+    with FakeServer(loading_calls=1) as server:
+        command = [sys.executable, "-m", "calotype", "generate", "a red apple", "--address", server.address]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stderr == "The server is loading its model; waiting ...\n"
+    assert "Saved calotype-1234.png" in result.stdout
+
+
 def test_lost_server_is_one_line(terminal):
     """A lost server gives a message and an exit code, without output of gRPC's C core."""
     with FakeServer(hold_at=2) as server:

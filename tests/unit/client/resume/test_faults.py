@@ -1,6 +1,7 @@
 """Absent, dying, stalled and broken servers: every failure is a CalotypeError, never gRPC's own exception."""
 
 import contextlib
+import math
 import socket
 import threading
 
@@ -70,10 +71,13 @@ async def test_no_grpc_server(where, request):
 
 
 async def test_waiting_for_a_server_ends_with_the_timeout(free_address):
-    """With wait_for_ready, a call waits for a server until its timeout."""
-    with Client(free_address, wait_for_ready=True) as client, pytest.raises(DeadlineExceeded, match="timeout passed"):
+    """With wait_for_server, a call waits for a server until its timeout."""
+    with (
+        Client(free_address, wait_for_server=math.inf) as client,
+        pytest.raises(DeadlineExceeded, match="timeout passed"),
+    ):
         client.generate("a red apple", timeout=0.1).result()
-    async with AsyncClient(free_address, wait_for_ready=True, timeout=0.1) as client:
+    async with AsyncClient(free_address, wait_for_server=math.inf, timeout=0.1) as client:
         with pytest.raises(DeadlineExceeded):
             await client.generate("a red apple").result()
 

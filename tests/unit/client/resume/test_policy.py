@@ -90,15 +90,16 @@ def test_gives_up_after_attempts_without_news():
 
 
 def test_wait_includes_the_servers_delay_and_ends_at_the_deadline():
-    """retry_after is added to the wait, and the deadline limits it."""
+    """retry_after is added to the wait, and an attempt comes before the deadline."""
     now = [100.0]
     policy = RetryPolicy(random=lambda: 0.5, clock=lambda: now[0])
     resumption = Resumption(v1.GenerateRequest(), policy, 10.0)
     resumption.take(progress(sequence=1))
     assert resumption.lost(Unavailable("loading", reason="NOT_READY", retry_after=3)) == 3.125
-    assert resumption.lost(Overloaded("full", reason="QUEUE_FULL", retry_after=3)) == 3.25
+    assert resumption.lost(Overloaded("full", reason="QUEUE_FULL", retry_after=3)) == 3.125
     now[0] = 108.0
-    assert resumption.lost(Unavailable("loading", retry_after=3)) == resumption.time_left == 2.0
+    assert resumption.time_left == 2.0
+    assert resumption.lost(Unavailable("loading", retry_after=3)) == 1.0
     now[0] = 111.0
     assert resumption.time_left == 0.0
     error = resumption.lost(DeadlineExceeded("too late"))
@@ -113,7 +114,7 @@ def test_wait_includes_the_servers_delay_and_ends_at_the_deadline():
     "error",
     [
         UNREACHABLE,
-        Unavailable("draining", reason="NOT_READY", retry_after=1),
+        Unavailable("no disk", reason="STATE_UNAVAILABLE", retry_after=1),
         Overloaded("full", reason="QUEUE_FULL", retry_after=1),
         InvalidRequest("no"),
     ],

@@ -1,0 +1,1 @@
+"""Servers with unusual behaviour, for tests that run them as processes."""

@@ -23,6 +23,12 @@ FAILPOINTS = frozenset(
         "encoder.final",
         "engine.run",
         "engine.step",
+        "grpc.call",
+        "grpc.message",
+        "grpcweb.call",
+        "grpcweb.message",
+        "http.call",
+        "http.message",
     }
 )
 """All names. `tests/faults/` has a test for each."""

@@ -9,5 +9,6 @@ from __future__ import annotations
 from support.history.checks import CHECKS, Violation, violations
 from support.history.facts import CRASHED, SUCCEEDED
 from support.history.history import History, ReaderLog
+from support.history.recording import follow, read
 
-__all__ = ["CHECKS", "CRASHED", "SUCCEEDED", "History", "ReaderLog", "Violation", "violations"]
+__all__ = ["CHECKS", "CRASHED", "SUCCEEDED", "History", "ReaderLog", "Violation", "follow", "read", "violations"]

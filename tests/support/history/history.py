@@ -117,16 +117,20 @@ class ReaderLog:
     Args:
         history: Receives the facts.
         number: Distinguishes readers.
+
+    Attributes:
+        number: Distinguishes readers.
+        generation: Id of the generation that the newest message was from, or "".
     """
 
     def __init__(self, history: History, number: int) -> None:
         self.number = number
+        self.generation = ""
         self._history = history
-        self._generation = ""
 
     def saw(self, generation: str, sequence: int, phase: str, step: int) -> None:
         """Adds a message; `phase` is in lower case."""
-        self._generation = generation
+        self.generation = generation
         self._history.add(
             Saw(reader=self.number, generation=generation, sequence=sequence, phase=phase.lower(), step=step)
         )
@@ -138,7 +142,7 @@ class ReaderLog:
         self._history.add(
             SawEnd(
                 reader=self.number,
-                generation=self._generation,
+                generation=self.generation,
                 outcome=outcome,
                 image=digest(image),
                 early=early,

@@ -12,6 +12,7 @@ import grpc
 import structlog
 
 from calotype_server.errors import InvalidRequest, ServiceError, Violation
+from calotype_server.failpoints import hit
 from calotype_server.transport.grpc.dispatch import CallDetails
 from calotype_server.transport.grpc.status import to_status
 from calotype_server.transport.grpcweb import framing
@@ -106,6 +107,7 @@ class Call:
     async def _handle(self, find_handler: FindHandler) -> None:
         if self._decision.done():
             return
+        hit("grpcweb.call")
         headers = self._scope["headers"]
         deadline = self._start_deadline(framing.header(headers, b"grpc-timeout"))
         metadata = framing.decode_metadata(headers)

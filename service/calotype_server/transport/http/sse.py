@@ -10,6 +10,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import InvalidRequest, ServiceError, Violation
+from calotype_server.failpoints import hit
 from calotype_server.transport.http.problems import describe
 from calotype_server.transport.http.schema import as_json
 
@@ -80,6 +81,7 @@ async def progress_events(stream: ProgressStream, images: Images, base: str) -> 
     """
     retry: int | None = _RECONNECT_MILLISECONDS
     async for message in stream:
+        hit("http.message")
         event_id = f"{message.generation_id}:{message.sequence}"
         yield event(event_name(message), progress_json(message, images, base), id=event_id, retry=retry)
         retry = None

@@ -16,8 +16,12 @@ __all__ = ["FAILPOINTS", "hit", "injected"]
 
 FAILPOINTS = frozenset(
     {
+        "store.open",
+        "store.load",
         "store.accept",
+        "store.attempt",
         "store.end",
+        "store.forget",
         "runner.start",
         "encoder.preview",
         "encoder.final",

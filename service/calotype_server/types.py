@@ -332,19 +332,27 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """The end of a generation that has a final image."""
+    """The end of a generation that has a final image.
+
+    Not `persisted`: the server keeps its state on disk, but could not write this end. A crash may lose it.
+    """
 
     image: EncodedImage
     timings: Timings
     finished_early: bool = False
+    persisted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The end of a generation without an image. A cancelled generation has an `errors.Cancelled`."""
+    """The end of a generation without an image. A cancelled generation has an `errors.Cancelled`.
+
+    `persisted` as for `Succeeded`.
+    """
 
     error: ServiceError
     timings: Timings
+    persisted: bool = True
 
 
 @dataclass(frozen=True, slots=True)

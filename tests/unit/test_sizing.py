@@ -126,6 +126,7 @@ async def test_the_simulated_queue_has_the_order_of_the_product(callers: list[tu
     queue = FairQueue()
     tickets = []
     active: list[int] = []
+    ended: set[int] = set()
     for number, (caller, steps) in enumerate(callers):
         work = Job(job.prompt, None, 1, 1, steps, 3.0, 0, job.scheduler)
         tickets.append(admission.enter(work, str(caller), lambda *_: None))
@@ -133,8 +134,10 @@ async def test_the_simulated_queue_has_the_order_of_the_product(callers: list[tu
         if len(active) < slots:
             active.append(queue.pop())
     while active:
-        assert {number for number, ticket in enumerate(tickets) if ticket in admission._active} == set(active)
-        admission.leave(tickets[active.pop(0)])
+        assert {number for number, ticket in enumerate(tickets) if ticket.turn.done()} - ended == set(active)
+        first = active.pop(0)
+        ended.add(first)
+        admission.leave(tickets[first])
         if len(queue):
             active.append(queue.pop())
 

@@ -58,6 +58,7 @@ def encode_update(
         seed=seed,
         previews_withdrawn=state.withdrawn,
         finished_early=state.finished_early and state.phase is Phase.SUCCEEDED,
+        not_persisted=state.end is not None and not state.end.persisted,
         warnings=[pb.Warning(reason=notice.reason, message=notice.message) for notice in state.notices],
     )
     match state.end:

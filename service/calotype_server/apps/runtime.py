@@ -140,7 +140,7 @@ class Runtime:
             watching = asyncio.create_task(self._watch(estimator))
             stack.callback(watching.cancel)
         stack.push_async_callback(self._drain)
-        await self.generations.restore()
+        await self.generations.restore(settings.limits)
         self._service.open(self.generations)
 
     async def _warm_up_engine(self, runner: Runner) -> None:

@@ -1,4 +1,4 @@
-"""The commands `serve`, `bridge` and `doctor`, which the server adds to the client's `calotype` script."""
+"""The commands that the server adds to the client's `calotype` script."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from calotype_server.apps.loading import LOADING_THREAD
 from calotype_server.cli.doctor import doctor
 from calotype_server.cli.keys import keys
 from calotype_server.cli.options import with_settings
+from calotype_server.cli.state import state
 from calotype_server.errors import StartupError
 from calotype_server.settings import BridgeSettings, Settings
 
@@ -32,6 +33,7 @@ def register(app: typer.Typer) -> None:
     app.command("bridge")(with_settings(_bridge, BridgeSettings))
     app.command("doctor")(with_settings(doctor, Settings))
     app.add_typer(keys, name="keys")
+    app.add_typer(state, name="state")
 
 
 def _serve(settings: Settings) -> None:

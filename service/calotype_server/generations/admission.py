@@ -3,7 +3,7 @@
 The order is that of start-time fair queueing (Goyal, Vin & Cheng 1996, "Start-time Fair Queuing"): every job is tagged
 with the work that its caller queued before it, and the smallest tag is next. So a caller that queues a hundred images
 delays another caller's first image by one, and a single caller can use the whole server. INTERACTIVE jobs run before
-BATCH jobs, and with several slots, one is never given to BATCH.
+BATCH jobs. `slots` has the rules for who may take a free slot.
 
 Lives in the event loop; not thread-safe.
 """
@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from calotype_server import errors
 from calotype_server.generations.estimates import Work, finish_times
-from calotype_server.types import Priority
+from calotype_server.generations.slots import QueueTicket, Slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,31 +29,6 @@ __all__ = ["Admission", "QueueTicket"]
 
 _REFRESH_SECONDS = 10.0
 """Longest time between two estimates for waiting jobs. Proxies close a stream without a message for a minute."""
-
-
-@dataclass(eq=False)
-class QueueTicket:
-    """A place in the queue, and a slot once its turn has come. Give it back with `Admission.leave` when the work ends.
-
-    Attributes:
-        job: The work.
-        caller: Id of the caller.
-        on_move: Called with the position and the estimated seconds to the final image.
-        order: Sort key of the queue: priority, tag, arrival.
-        turn: Done when the work may start.
-        left: Share of the work that is left, 0 to 1.
-    """
-
-    job: Job
-    caller: str
-    on_move: Callable[[int, float | None], None]
-    order: tuple[int, float, int]
-    turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    left: float = 1.0
-
-    def note_left(self, share: float) -> None:
-        """Records progress: the share of the work that is left, 0 to 1. It never rises. Thread-safe."""
-        self.left = min(self.left, share)
 
 
 class Admission:
@@ -71,10 +45,9 @@ class Admission:
         self, estimator: StepTimeEstimator, *, max_active: int, max_queue: int, max_queue_per_caller: int | None = None
     ) -> None:
         self._estimator = estimator
-        self._max_active = max_active
+        self._slots = Slots(max_active)
         self._max_queue = max_queue
         self._max_queue_per_caller = max_queue if max_queue_per_caller is None else max_queue_per_caller
-        self._active: list[QueueTicket] = []
         self._waiting: list[QueueTicket] = []
         self._arrivals = itertools.count()
         self._virtual_time = 0.0
@@ -85,7 +58,7 @@ class Admission:
     @property
     def active(self) -> int:
         """Number of running generations."""
-        return len(self._active)
+        return len(self._slots.running)
 
     @property
     def waiting(self) -> int:
@@ -93,16 +66,28 @@ class Admission:
         return len(self._waiting)
 
     def enter(
-        self, job: Job, caller: str, on_move: Callable[[int, float | None], None], deadline: float | None = None
+        self,
+        job: Job,
+        caller: str,
+        on_move: Callable[[int, float | None], None],
+        deadline: float | None = None,
+        *,
+        restored: bool = False,
+        suspect: bool = False,
     ) -> QueueTicket:
         """Takes a place in the queue.
+
+        Restored work is never rejected, because an earlier process accepted it, and it starts gradually.
 
         Args:
             job: The work.
             caller: Id of the caller; callers share the server evenly.
             on_move: Called with the position (1 is next) and the estimated seconds to the final image: now, whenever
                 they change, and every 10 s until the turn comes.
-            deadline: Seconds in which the caller needs the final image; None for no limit.
+            deadline: Seconds in which the caller needs the final image; None for no limit. Not checked for restored
+                work.
+            restored: Whether an earlier process accepted the work.
+            suspect: Whether the work ran when an earlier process crashed. At most one such job runs at a time.
 
         Raises:
             QueueFull: All slots are busy, and the queue or the caller's share of it is full; `retry_after` estimates
@@ -110,13 +95,13 @@ class Admission:
             DeadlineTooShort: The estimated time exceeds the deadline.
         """
         tag = max(self._virtual_time, self._tags.get(caller, 0.0))
-        ticket = QueueTicket(job, caller, on_move, (job.priority, tag, next(self._arrivals)))
+        ticket = QueueTicket(job, caller, on_move, (job.priority, tag, next(self._arrivals)), restored, suspect)
         waiting = sorted([*self._waiting, ticket], key=lambda each: each.order)
-        if waiting[0] is not ticket or len(self._active) >= self._slots(job):
+        if not restored and self._slots.next(waiting) is not ticket:
             self._reject_overload(job, caller)
         needed = self._estimates(waiting)[waiting.index(ticket)]
-        if deadline is not None and needed is not None and needed > deadline:
-            if not self._active:
+        if not restored and deadline is not None and needed is not None and needed > deadline:
+            if not self._slots.running:
                 self._estimator.lower()
             raise errors.DeadlineTooShort(
                 f"The image takes about {needed:.1f} s, but the deadline is in {deadline:.1f} s.",
@@ -126,18 +111,16 @@ class Admission:
         self._waiting = waiting
         self._fill()
         self._report_positions()
-        if ticket in self._active:
+        if ticket not in self._waiting:
             on_move(1, needed)
         return ticket
 
     def leave(self, ticket: QueueTicket) -> None:
         """Gives the place or the slot back. A second call does nothing."""
-        if ticket in self._active:
-            self._active.remove(ticket)
-        elif ticket in self._waiting:
+        if not self._slots.release(ticket):
+            if ticket not in self._waiting:
+                return
             self._waiting.remove(ticket)
-        else:
-            return
         self._fill()
         self._report_positions()
 
@@ -149,25 +132,17 @@ class Admission:
             message, limit = f"You already have {own} waiting generations.", self._max_queue_per_caller
         else:
             return
-        times = finish_times(
-            self._estimator, [Work(each.job, each.left) for each in self._active], [job], self._max_active
-        )
+        times = finish_times(self._estimator, self._running_work(), [job], self._slots.count)
         own_seconds = self._estimator.total_seconds(job) or 0.0
         retry_after = max(1.0, times[0] - own_seconds) if times else 1.0
         raise errors.QueueFull(message, retry_after=retry_after, metadata={"max_queue": str(limit)})
 
-    def _slots(self, job: Job) -> int:
-        """Number of slots that a job may use: with several, one is reserved for INTERACTIVE jobs."""
-        return self._max_active - (job.priority is Priority.BATCH and self._max_active > 1)
-
     def _fill(self) -> None:
-        while self._waiting and len(self._active) < self._slots(self._waiting[0].job):
-            ticket = self._waiting.pop(0)
+        while ticket := self._slots.next(self._waiting):
+            self._waiting.remove(ticket)
             self._virtual_time = max(self._virtual_time, ticket.order[1])
             self._tags = {caller: tag for caller, tag in self._tags.items() if tag > self._virtual_time}
-            self._active.append(ticket)
-            if not ticket.turn.done():
-                ticket.turn.set_result(None)
+            self._slots.take(ticket)
 
     def _report_positions(self) -> None:
         if self._refresh is not None:
@@ -180,6 +155,9 @@ class Admission:
 
     def _estimates(self, waiting: list[QueueTicket]) -> list[float] | list[None]:
         """Estimated seconds to the final image of each waiting job."""
-        running = [Work(ticket.job, ticket.left) for ticket in self._active]
-        times = finish_times(self._estimator, running, [ticket.job for ticket in waiting], self._max_active)
+        jobs = [ticket.job for ticket in waiting]
+        times = finish_times(self._estimator, self._running_work(), jobs, self._slots.count)
         return [None] * len(waiting) if times is None else times
+
+    def _running_work(self) -> list[Work]:
+        return [Work(ticket.job, ticket.left) for ticket in self._slots.running]

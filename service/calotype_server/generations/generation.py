@@ -67,6 +67,7 @@ class Generation:
         job: The image to generate.
         delivery: How the caller wants it delivered, and who the caller is.
         created: Time of acceptance, in Unix seconds.
+        attempts: How often an earlier process gave it to the engine without reaching an end.
         events: The event log.
         stopwatch: Durations of the phases.
         stop: Signals the engine to stop or to finish early.
@@ -92,6 +93,7 @@ class Generation:
         self.job = job
         self.delivery = delivery
         self.created = time.time() if record is None else record.created
+        self.attempts = 0 if record is None else record.attempts
         self.events = EventLog() if record is None else EventLog(_restored(record, image))
         self.stopwatch = Stopwatch()
         self.stop = Stop()
@@ -317,5 +319,5 @@ def _restored(record: Record, image: bytes | None) -> State:
         file = EncodedImage(stored.image.format, stored.image.width, stored.image.height, image)
         end = Succeeded(file, stored.timings, stored.finished_early)
     else:
-        end = Failed(stored.error or errors.GenerationFailed("The image was lost."), stored.timings)
+        end = Failed(stored.error or errors.DataLoss("The stored image is damaged."), stored.timings)
     return advance(State(step=stored.step, total_steps=stored.total_steps), end)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -12,10 +12,11 @@ from calotype_server import errors
 from calotype_server.generations.ids import new_tag
 from calotype_server.generations.records import Record
 from calotype_server.generations.retention import Retention
+from calotype_server.generations.state_writer import StateWriter
 from calotype_server.types import Failed, Succeeded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator
 
     from calotype_server.auth.access import Caller
     from calotype_server.generations.generation import Generation
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["GenerationIndex"]
 
 _log = structlog.get_logger(__name__)
+
+_RETRY_SECONDS = 5.0
 
 
 class GenerationIndex:
@@ -48,7 +51,9 @@ class GenerationIndex:
         self._requests: dict[tuple[str, str], Generation] = {}
         """Running and retained generations by caller and request id."""
         self._expiry: asyncio.TimerHandle | None = None
-        self._writes: set[asyncio.Task[None]] = set()
+        self._writer = StateWriter()
+        self._attempts: dict[str, int] = {}
+        """The stored number of attempts of each generation that this process gave to the engine."""
 
     def add(self, generation: Generation) -> None:
         """Adds a generation that runs."""
@@ -99,49 +104,99 @@ class GenerationIndex:
         earlier = (each for each in own if before is None or each.created_ns < before)
         return sorted(earlier, key=lambda each: (-each.created_ns, -each.number))
 
-    def accept(self, generation: Generation) -> None:
-        """Starts to write a new generation to disk, if there is a store. `Generation.persisted` waits for it."""
-        if self._store is not None:
-            record = Record(generation.id, generation.job, generation.delivery, generation.created)
-            generation.persist(self._store.accept(record))
+    @property
+    def problem(self) -> str | None:
+        """Why no new generation can be stored, in one sentence for operators; None without a problem or a store."""
+        return None if self._store is None else self._store.problem
 
-    async def persist_end(self, generation: Generation, end: Succeeded | Failed) -> None:
-        """Writes an end to disk, if there is a store. A failed write is logged."""
-        if self._store is None or (isinstance(end, Failed) and isinstance(end.error, errors.Draining)):
-            # A generation that the server's own stop aborted runs again after the restart.
+    def is_damaged(self, generation_id: str) -> bool:
+        """Whether the generation is stored but cannot be read."""
+        return self._store is not None and generation_id in self._store.damaged
+
+    def accept(self, generation: Generation, *, starts: bool) -> None:
+        """Starts to write a new generation to disk, if there is a store. `Generation.persisted` waits for it.
+
+        Args:
+            generation: The generation.
+            starts: Whether it has a slot already: then its first attempt is written together with it.
+        """
+        if self._store is None:
             return
-        state = generation.events.state
+        if starts:
+            self._attempts[generation.id] = 1
+        attempts = self._attempts.get(generation.id, 0)
+        record = Record(generation.id, generation.job, generation.delivery, generation.created, attempts)
+        generation.persist(self._store.accept(record))
+
+    async def persist_attempt(self, generation: Generation) -> None:
+        """Writes to disk that the engine starts to work on a generation, if there is a store.
+
+        If the process ends before the generation does, the next one knows that this generation may be the cause.
+
+        Raises:
+            StateUnavailable: It could not be written; the engine must not start.
+        """
+        await generation.persisted()
+        if self._store is None or generation.id in self._attempts:
+            return
+        if not await self._write_attempts(generation.id, generation.attempts + 1):
+            raise errors.StateUnavailable("The server cannot access its state right now.", retry_after=_RETRY_SECONDS)
+
+    async def persist_end(self, generation: Generation, end: Succeeded | Failed) -> Succeeded | Failed:
+        """Writes an end to disk, if there is a store. Returns it, marked as not persisted if that failed.
+
+        A failed write is repeated in the background while the server runs.
+        """
+        if self._store is None:
+            return end
+        attempted = self._attempts.pop(generation.id, None)
+        if isinstance(end, Failed) and isinstance(end.error, errors.Draining):
+            # The server's own stop aborted it, so it runs again after the restart, and the attempt does not count.
+            if attempted is not None:
+                await self._write_attempts(generation.id, generation.attempts)
+            return end
+        state, write = generation.events.state, self._store.end
         early = isinstance(end, Succeeded) and end.finished_early
         step = state.total_steps if isinstance(end, Succeeded) and not early else state.step
-        try:
-            await self._store.end(generation.id, end, step=step, total_steps=state.total_steps)
-        except errors.ServiceError:
-            _log.exception("the end of a generation could not be stored")
+        is_durable = await self._writer.try_for_a_while(
+            "end", lambda: write(generation.id, end, step=step, total_steps=state.total_steps)
+        )
+        if not is_durable:
+            _log.error("the end of a generation is delivered although it could not be stored", generation=generation.id)
+        return replace(end, persisted=is_durable)
 
     async def load(self) -> AsyncIterator[tuple[Record, bytes | None]]:
-        """Yields the stored records, oldest first, each with its final image if there is one."""
+        """Yields the stored generations, oldest first, each with its final image if there is one.
+
+        Raises:
+            StateUnusable: The file cannot be read.
+        """
         if self._store is None:
             return
         for record in await self._store.load():
             image = None
             if record.end is not None:
-                # The store logs it. One unreadable image must not prevent the start.
-                with contextlib.suppress(errors.StateUnavailable):
+                try:
                     image = await self._store.image(record.generation_id)
+                except errors.ServiceError as error:
+                    # One unreadable image must not prevent the start.
+                    _log.error("a stored image cannot be read", generation=record.generation_id, reason=error.reason)
             yield record, image
-
-    def drop(self, generation: Generation) -> None:
-        """Removes a generation from disk without waiting. If that fails, the next start removes it."""
-        if self._store is not None:
-            self._write(self._store.forget([generation.id]))
 
     async def settle(self) -> None:
         """Waits for pending writes, and stops expiring generations."""
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
-        while self._writes:
-            await asyncio.wait(self._writes)
+        await self._writer.settle()
+
+    async def _write_attempts(self, generation_id: str, attempts: int) -> bool:
+        assert self._store is not None
+        write = self._store.note_attempts
+        if not await self._writer.try_for_a_while("attempt", lambda: write(generation_id, attempts)):
+            return False
+        self._attempts[generation_id] = attempts
+        return True
 
     def _running_bytes(self) -> int:
         return sum(generation.size for generation in self._running.values())
@@ -165,13 +220,6 @@ class GenerationIndex:
         key = generation.delivery.caller, generation.delivery.request_id
         if self._requests.get(key) is generation:
             del self._requests[key]
-        self.drop(generation)
-
-    def _write(self, work: Coroutine[object, object, None]) -> None:
-        async def write() -> None:
-            with contextlib.suppress(errors.ServiceError):
-                await work
-
-        task = asyncio.create_task(write())
-        self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
+        if self._store is not None:
+            forget = self._store.forget
+            self._writer.start("removal", lambda: forget([generation.id]))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -14,6 +15,7 @@ from calotype_server import errors
 from calotype_server.generations.generation import Generation
 from calotype_server.generations.ids import tag_of
 from calotype_server.generations.reader import Reader
+from calotype_server.generations.restored import reason_not_to_run
 from calotype_server.observability.events import GenerationEnded, Observe, ignore
 from calotype_server.observability.redaction import redact_in_logs
 from calotype_server.types import Failed, Job, Phase, Queued, Succeeded
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from calotype_server.generations.records import Record
     from calotype_server.generations.retention import Retention
     from calotype_server.generations.runner import Runner
+    from calotype_server.limits import Limits
     from calotype_server.observability.events import PhaseSpan
     from calotype_server.types import DeliveryOptions, EncodedImage, ModelInfo, PreviewOptions
 
@@ -37,6 +40,8 @@ _log = structlog.get_logger(__name__)
 
 _RESTORED_GRACE_SECONDS = 60.0
 """Least time for callers to reconnect after a restart before their generations are aborted."""
+
+_STATE_RETRY_SECONDS = 5.0
 
 _RESTART_SECONDS = 2.0
 """Least time from the end of this process until its successor serves: callers should not retry earlier."""
@@ -116,7 +121,7 @@ class Generations:
             RateLimited: The quota is exhausted for now.
             QueueFull: The queue has no free place.
             DeadlineTooShort: The image cannot be ready before the deadline.
-            StateUnavailable: The generation could not be written to disk.
+            StateUnavailable: The generation could not be written to disk, or the disk has no room for its image.
         """
         generation = self._index.same(job, delivery) or self._accept(job, delivery, quota)
         with self._read(generation) as reader:
@@ -147,8 +152,11 @@ class Generations:
         Raises:
             GenerationNotFound: There is no such generation, it is no longer retained, or the caller may not see it.
             OtherReplica: The id belongs to another server.
+            DataLoss: The generation is stored but cannot be read.
         """
         found = self._index.find(generation_id)
+        if found is None and self._index.is_damaged(generation_id):
+            raise errors.DataLoss("The stored generation is damaged.")
         if found is None and tag_of(generation_id) not in ("", self.replica):
             raise errors.OtherReplica(
                 "The generation belongs to another server, or to one that no longer runs.",
@@ -196,26 +204,35 @@ class Generations:
         """
         return self._index.newest(caller, before)
 
-    async def restore(self) -> None:
+    async def restore(self, limits: Limits) -> None:
         """Loads the stored generations: ended ones can be watched again, the others run again.
 
-        Callers that want a cancel on disconnect get time to reconnect first.
+        None is lost, no matter what has changed: one that may not run again ends with an error. Callers that want a
+        cancel on disconnect get time to reconnect first.
+
+        Args:
+            limits: The limits of requests, which may be lower than when the generations were accepted.
+
+        Raises:
+            StateUnusable: The file cannot be read.
         """
+        rejected: list[tuple[Generation, errors.ServiceError]] = []
         async for record, image in self._index.load():
             grace = max(record.delivery.grace, _RESTORED_GRACE_SECONDS)
             delivery = replace(record.delivery, deadline=None, grace=grace)
             generation = self._create(record.job, delivery, record=record, image=image)
             if generation.ended:
                 self._index.end(generation)
-                continue
-            try:
-                self._run(generation)
-            except errors.ServiceError as error:
-                # Remove it from disk too: a caller that retries would otherwise get a second copy after a restart.
-                _log.warning("stored generation not restarted", generation=generation.id, reason=error.reason)
-                self._index.drop(generation)
-                continue
-            generation.expect_reader()
+            elif error := reason_not_to_run(record, self.model, limits):
+                rejected.append((generation, error))
+            else:
+                try:
+                    self._run(generation, restored=True)
+                except errors.ServiceError as error:
+                    rejected.append((generation, error))
+                else:
+                    generation.expect_reader()
+        await asyncio.gather(*(self._reject_restored(generation, error) for generation, error in rejected))
 
     def reject_new(self, retry_after: float) -> None:
         """Rejects new generations from now on; rejected callers may retry after `retry_after` seconds."""
@@ -255,11 +272,13 @@ class Generations:
             raise errors.NotReady("The server is stopping.", retry_after=self._retry_after)
         if quota is not None:
             quota.check(job, self._index.active(delivery.caller))
+        if problem := self._index.problem:
+            raise errors.StateUnavailable(problem, retry_after=_STATE_RETRY_SECONDS)
         generation = self._create(job, delivery)
-        self._run(generation)
+        ticket = self._run(generation)
         if quota is not None:
             quota.charge(job)
-        self._index.accept(generation)
+        self._index.accept(generation, starts=ticket.turn.done())
         return generation
 
     def _create(
@@ -276,33 +295,55 @@ class Generations:
             observe=self._observe,
         )
 
-    def _run(self, generation: Generation) -> None:
-        """Puts a generation in the queue and runs it in its own task."""
+    def _run(self, generation: Generation, *, restored: bool = False) -> QueueTicket:
+        """Puts a generation in the queue and runs it in its own task. Returns its place in the queue."""
 
         def on_move(position: int, remaining: float | None) -> None:
             generation.events.publish(Queued(position, remaining))
 
         delivery = generation.delivery
-        ticket = self._admission.enter(generation.job, delivery.caller, on_move, delivery.deadline)
+        ticket = self._admission.enter(
+            generation.job,
+            delivery.caller,
+            on_move,
+            delivery.deadline,
+            restored=restored,
+            suspect=generation.attempts > 0,
+        )
         generation.begin(self._run_to_end(generation, ticket))
         self._running.add(generation)
         self._index.add(generation)
         if self._heartbeat is None:
             self._heartbeat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._beat)
+        return ticket
 
     async def _run_to_end(self, generation: Generation, ticket: QueueTicket) -> None:
         structlog.contextvars.bind_contextvars(generation=generation.id)
         redact_in_logs(generation.job.prompt, generation.job.negative_prompt)
-        end = await self._runner.run(generation, ticket)
+        end = await self._runner.run(generation, ticket, partial(self._index.persist_attempt, generation))
+        await self._conclude(generation, end)
+        if isinstance(end, Failed) and isinstance(end.error, errors.EngineDead):
+            self._on_dead()
+
+    async def _conclude(self, generation: Generation, end: Succeeded | Failed) -> None:
+        """Stores and publishes an end."""
         phases = generation.stopwatch.phases()
         # On disk before any reader sees it, so that readers can rely on it.
-        await self._index.persist_end(generation, end)
+        end = await self._index.persist_end(generation, end)
         generation.end(end)
         self._running.discard(generation)
         self._index.end(generation)
         self._report_end(generation, end, phases)
-        if isinstance(end, Failed) and isinstance(end.error, errors.EngineDead):
-            self._on_dead()
+
+    async def _reject_restored(self, generation: Generation, error: errors.ServiceError) -> None:
+        """Ends a stored generation that may not run again."""
+        structlog.contextvars.bind_contextvars(generation=generation.id)
+        redact_in_logs(generation.job.prompt, generation.job.negative_prompt)
+        if isinstance(error, errors.EngineCrashed):
+            _log.error("a generation is given up: the process crashed on every attempt", attempts=generation.attempts)
+        else:
+            _log.error("a stored generation cannot run again", reason=error.reason)
+        await self._conclude(generation, Failed(error, generation.stopwatch.timings()))
 
     @staticmethod
     def _report_end(generation: Generation, end: Succeeded | Failed, phases: tuple[PhaseSpan, ...]) -> None:

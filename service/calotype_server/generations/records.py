@@ -6,7 +6,7 @@ other's records.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter
@@ -17,12 +17,14 @@ from calotype_server.types import DeliveryOptions, ImageFormat, Job, Phase, Timi
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["End", "ImageFacts", "Record", "dump_end", "dump_record", "parse"]
+__all__ = ["End", "ImageFacts", "Record", "dump_end", "dump_record", "parse_end", "parse_record"]
 
 
 def _revive(document: Any) -> errors.ServiceError:
     """Returns the stored error. An unknown reason becomes `GenerationFailed`."""
     match document:
+        case {"reason": errors.InvalidRequest.reason, "violations": [*violations]}:
+            return errors.InvalidRequest([errors.Violation(field, text) for field, text in violations])
         case {"reason": str(reason), "message": str(message)}:
             kind = _KINDS.get(reason, errors.GenerationFailed)
             return kind(message, retry_after=document.get("retry_after"), metadata=document.get("metadata"))
@@ -36,6 +38,7 @@ def _describe(error: errors.ServiceError) -> dict[str, Any]:
         "message": error.message,
         "retry_after": error.retry_after,
         "metadata": error.metadata,
+        "violations": [(each.field, each.description) for each in getattr(error, "violations", ())],
     }
 
 
@@ -45,7 +48,6 @@ def _kinds(base: type[errors.ServiceError]) -> Iterator[type[errors.ServiceError
         yield from _kinds(kind)
 
 
-# Violations are reported before a generation exists, so they are never stored.
 _KINDS = {kind.reason: kind for kind in _kinds(errors.ServiceError) if kind is not errors.InvalidRequest}
 
 
@@ -98,6 +100,7 @@ class Record:
         job: The image to generate, with its seed.
         delivery: How the caller wants it delivered, and who the caller is.
         created: Time of acceptance, in Unix seconds.
+        attempts: How often the engine started to work on it without an end or an orderly stop.
         end: How it ended; None if it has not.
     """
 
@@ -105,6 +108,7 @@ class Record:
     job: Job
     delivery: DeliveryOptions
     created: float
+    attempts: int = 0
     end: End | None = None
 
 
@@ -112,24 +116,29 @@ _record = TypeAdapter(Record)
 _end = TypeAdapter(End)
 
 
-def dump_record(record: Record) -> str:
-    """Returns a record without its end, as JSON."""
-    return _record.dump_json(record, exclude={"end"}).decode()
+def dump_record(record: Record) -> bytes:
+    """Returns a record without its end and its attempts, as JSON."""
+    return _record.dump_json(record, exclude={"attempts", "end"})
 
 
-def dump_end(end: End) -> str:
+def dump_end(end: End) -> bytes:
     """Returns an end as JSON."""
-    return _end.dump_json(end).decode()
+    return _end.dump_json(end)
 
 
-def parse(record: bytes, end: bytes | None) -> Record:
-    """Returns a record with its end, if it has one.
-
-    Args:
-        record: JSON from `dump_record`.
-        end: JSON from `dump_end`, or None.
+def parse_record(document: bytes) -> Record:
+    """Returns a record from `dump_record`.
 
     Raises:
         ValueError: The JSON is invalid.
     """
-    return replace(_record.validate_json(record), end=None if end is None else _end.validate_json(end))
+    return _record.validate_json(document)
+
+
+def parse_end(document: bytes) -> End:
+    """Returns an end from `dump_end`.
+
+    Raises:
+        ValueError: The JSON is invalid.
+    """
+    return _end.validate_json(document)

@@ -27,7 +27,7 @@ from calotype_server.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from calotype_server.engine.protocol import Engine
     from calotype_server.generations.admission import Admission, QueueTicket
@@ -103,15 +103,19 @@ class Runner:
             if isinstance(end, Failed):
                 raise end.error
 
-    async def run(self, generation: Generation, ticket: QueueTicket) -> Succeeded | Failed:
+    async def run(
+        self, generation: Generation, ticket: QueueTicket, before_start: Callable[[], Awaitable[None]] | None = None
+    ) -> Succeeded | Failed:
         """Waits for the turn, generates the image and encodes it. Returns the end; does not publish it.
 
         Args:
             generation: The generation to run.
             ticket: Its place in the queue, which is given back in any case.
+            before_start: Awaited when the turn has come, before the engine gets the job; a `ServiceError` from it is
+                the end.
         """
         try:
-            image = await self._make(generation, ticket)
+            image = await self._make(generation, ticket, before_start)
         except errors.ServiceError as error:
             cause = generation.abort_error if isinstance(error, errors.Cancelled) else None
             return Failed(cause or error, generation.stopwatch.timings())
@@ -133,9 +137,13 @@ class Runner:
         """Joins the threads. All generations must have ended."""
         self._threads.shutdown()
 
-    async def _make(self, generation: Generation, ticket: QueueTicket) -> EncodedImage:
+    async def _make(
+        self, generation: Generation, ticket: QueueTicket, before_start: Callable[[], Awaitable[None]] | None
+    ) -> EncodedImage:
         try:
             await generation.unless_aborted(ticket.turn)
+            if before_start is not None:
+                await before_start()
             generation.observe(LeftQueue(generation.stopwatch.total))
             with generation.running_on_engine():
                 pixels = await self._draw(generation, ticket)

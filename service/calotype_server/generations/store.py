@@ -1,52 +1,48 @@
-"""Stores every accepted generation and its end in one SQLite file, so that they survive a restart. Optional.
+"""Stores every accepted generation and its end on disk, so that they survive a restart. Optional.
 
-When a method returns, its change is durable: each change is one transaction, in a write-ahead log that is synced with
-each commit (`synchronous=FULL`).
+When a method returns, its change is durable. `state` has the file.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 import structlog
 
 from calotype_server import errors
-from calotype_server.generations.ids import new_tag
-from calotype_server.generations.records import End, ImageFacts, Record, dump_end, dump_record, parse
+from calotype_server.failpoints import hit
+from calotype_server.generations.records import End, ImageFacts, Record
+from calotype_server.generations.state.folder import Lock
+from calotype_server.generations.state.repair import open_state
+from calotype_server.generations.state.seals import Damaged
 from calotype_server.types import Failed, Succeeded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable
     from pathlib import Path
+
+    from calotype_server.generations.state.file import StateFile
+    from calotype_server.types import Job
 
 __all__ = ["Store"]
 
 _log = structlog.get_logger(__name__)
 
-_FILE = "calotype.sqlite3"
+_RETRY_SECONDS: Final = 5.0
 
-_VERSION = 1
-"""Version of the tables and of the meaning of the documents. Adding a field to a document does not change it."""
+_PROBE_SECONDS: Final = 2.0
+"""Interval at which the store checks whether a problem is solved."""
 
-_TABLES = """
-CREATE TABLE IF NOT EXISTS generations (
-    ordinal INTEGER PRIMARY KEY,
-    generation_id TEXT NOT NULL UNIQUE,
-    record TEXT NOT NULL, -- a Record without its end, in JSON
-    ended TEXT,           -- an End in JSON
-    image BLOB            -- the last column: pages of a large value are read only when it is asked for
-)
-"""
+_SPARE_BYTES: Final = 4 * 1024**2
+"""Free space for everything except images: the write-ahead log keeps 1000 pages before it is moved into the file."""
 
-_REPLICA = "CREATE TABLE IF NOT EXISTS replica (tag TEXT NOT NULL)"
-"""Has one row: a restarted server keeps the tag that begins the ids of its generations."""
-
-_RETRY_SECONDS = 5.0
+_COPIES: Final = 2
+"""An image is written to the write-ahead log, and then to the file."""
 
 T = TypeVar("T")
 
@@ -67,11 +63,23 @@ class Store:
         self._folder = folder.expanduser()
         self._thread = ThreadPoolExecutor(1, "calotype-store")
         self._closed = False
-        self._database: sqlite3.Connection
+        self._problem: str | None = None
+        self._probing: asyncio.Task[None] | None = None
+        self._damaged: frozenset[str] = frozenset()
+        # Everything below belongs to the thread.
+        self._lock: Lock
+        self._file: StateFile
+        self._ordinals: dict[str, int] = {}
+        self._reserved: dict[str, int] = {}
+        """Free space for the image of each generation that has not ended, in bytes."""
+        self._missed = 0
+        """Free space that the last rejected generation needed, in bytes: until it exists, the problem is not solved."""
 
     @classmethod
     async def open(cls, folder: Path) -> Self:
         """Opens the state in `folder`, and creates it if needed. Holds an exclusive lock until `close` or process exit.
+
+        A file with a damaged structure is repaired: a new one takes its place, and it is kept under another name.
 
         Raises:
             StateUnusable: The state cannot be used; the message says why and what to do.
@@ -101,16 +109,60 @@ class Store:
         finally:
             await store.close()
 
+    @property
+    def problem(self) -> str | None:
+        """Why no new generation can be accepted, in one sentence for operators; None while all is well.
+
+        It is set by a failed write. The store then checks every 2 s whether the disk works again.
+        """
+        return self._problem
+
+    @property
+    def damaged(self) -> frozenset[str]:
+        """Ids of the stored generations that cannot be read. Known after `load`."""
+        return self._damaged
+
+    async def load(self) -> list[Record]:
+        """Returns all generations that can be read, oldest first, without images. A damaged end is a `DataLoss`.
+
+        Raises:
+            StateUnusable: The file cannot be read.
+        """
+        try:
+            records, self._damaged = await self._run(self._load)
+        except errors.StateUnavailable:
+            raise errors.StateUnusable(f"--state: the file in {self._folder} cannot be read; see the log.") from None
+        return records
+
     async def accept(self, record: Record) -> None:
         """Stores a new generation.
 
         Raises:
+            StateUnavailable: It could not be written, or the disk has no room for its image.
+        """
+
+        def accept() -> None:
+            hit("store.accept")
+            needed = _image_bytes(record.job)
+            self._require_space(needed)
+            self._ordinals[record.generation_id] = self._file.add(record)
+            self._reserved[record.generation_id] = needed
+
+        await self._write(accept)
+
+    async def note_attempts(self, generation_id: str, attempts: int) -> None:
+        """Stores how often the engine started to work on a generation. An unknown id is ignored.
+
+        Raises:
             StateUnavailable: It could not be written.
         """
-        await self._write(
-            "INSERT INTO generations (generation_id, record) VALUES (?, ?)",
-            lambda: [(record.generation_id, dump_record(record))],
-        )
+
+        def write() -> None:
+            hit("store.attempt")
+            if ordinal := self._ordinals.get(generation_id):
+                self._file.set_attempts(ordinal, generation_id, attempts)
+
+        await self._write(write)
 
     async def end(self, generation_id: str, end: Succeeded | Failed, *, step: int, total_steps: int) -> None:
         """Stores how a generation ended, with its image. The first end counts; an unknown id is ignored.
@@ -128,10 +180,14 @@ class Store:
             image=None if image is None else ImageFacts(image.format, image.width, image.height, len(image.data)),
             error=end.error if isinstance(end, Failed) else None,
         )
-        await self._write(
-            "UPDATE generations SET ended = ?, image = ? WHERE generation_id = ? AND ended IS NULL",
-            lambda: [(dump_end(stored), image and image.data, generation_id)],
-        )
+
+        def write() -> None:
+            hit("store.end")
+            if ordinal := self._ordinals.get(generation_id):
+                self._file.end(ordinal, generation_id, stored, None if image is None else image.data)
+                self._reserved.pop(generation_id, None)
+
+        await self._write(write)
 
     async def forget(self, generation_ids: Iterable[str]) -> None:
         """Removes generations; unknown ids are ignored.
@@ -139,126 +195,136 @@ class Store:
         Raises:
             StateUnavailable: It could not be written.
         """
-        ids = [(each,) for each in generation_ids]
-        await self._write("DELETE FROM generations WHERE generation_id = ?", lambda: ids)
+        ids = list(generation_ids)
 
-    async def load(self) -> list[Record]:
-        """Returns all records, oldest first, without images. Unreadable records are logged and left out.
+        def forget() -> None:
+            hit("store.forget")
+            self._file.remove(self._ordinals[each] for each in ids if each in self._ordinals)
+            for each in ids:
+                self._ordinals.pop(each, None)
+                self._reserved.pop(each, None)
 
-        Raises:
-            StateUnusable: The file is damaged.
-        """
-        return await self._run(self._load)
+        await self._write(forget)
 
     async def image(self, generation_id: str) -> bytes | None:
         """Returns the final image, or None if there is none.
 
         Raises:
+            DataLoss: It is damaged.
             StateUnavailable: It could not be read.
         """
 
         def read() -> bytes | None:
-            query = "SELECT image FROM generations WHERE generation_id = ?"
-            with _database_errors():
-                found: tuple[bytes | None] | None = self._database.execute(query, (generation_id,)).fetchone()
-            return None if found is None else found[0]
+            ordinal = self._ordinals.get(generation_id)
+            return None if ordinal is None else self._file.image(ordinal, generation_id)
 
-        return await self._run(read)
+        return await self._run(lambda: _without_details(read))
 
     async def close(self) -> None:
         """Closes the file after pending calls and releases the lock. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        await self._run(self._database.close)
+        if self._probing is not None:
+            self._probing.cancel()
+        await self._run(self._close)
         self._thread.shutdown()
 
     async def _run(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
-    async def _write(self, statement: str, rows: Callable[[], list[tuple[Any, ...]]]) -> None:
-        def write() -> None:
-            with _database_errors(), self._database:
-                self._database.executemany(statement, rows())
+    async def _write(self, change: Callable[[], None]) -> None:
+        try:
+            await self._run(lambda: _without_details(change))
+        except errors.StateUnavailable as error:
+            self._note_problem(error.message)
+            raise
+        if not self._missed:
+            self._problem = None
 
-        await self._run(write)
+    def _note_problem(self, problem: str) -> None:
+        if self._problem is None:
+            _log.error("new generations are rejected until the state can be written", problem=problem)
+        self._problem = problem
+        if not self._closed and (self._probing is None or self._probing.done()):
+            self._probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        """Checks regularly whether the disk works again: while it does not, no other write may come."""
+
+        def probe() -> None:
+            self._require_space(self._missed)
+            self._file.probe()
+            self._missed = 0
+
+        while self._problem is not None:
+            await asyncio.sleep(_PROBE_SECONDS)
+            with contextlib.suppress(errors.StateUnavailable):
+                await self._run(lambda: _without_details(probe, quiet=True))
+                self._problem = None
+        _log.info("the state can be written again")
 
     def _open(self) -> None:
-        path = self._folder / _FILE
+        self._lock = Lock(self._folder)
         try:
-            # Only the owner may read prompts and images.
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            self._database = sqlite3.connect(path, timeout=0)
-            # Bytes, so that text that is not UTF-8 damages only one record.
-            self._database.text_factory = bytes
-        except (OSError, sqlite3.Error) as error:
-            raise _unusable(path, error) from None
-        try:
-            self._prepare(path)
-        except sqlite3.Error as error:
-            self._database.close()
-            raise _unusable(path, error) from None
-        except errors.StateUnusable:
-            self._database.close()
+            self._file = open_state(self._lock.path)
+            self._ordinals = _without_details(self._file.ordinals)
+        except BaseException:
+            self._lock.close()
             raise
+        self.replica = self._file.replica
 
-    def _prepare(self, path: Path) -> None:
-        # Before the first access, so that the lock is held until the connection is closed or the process exits.
-        self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        (version,) = self._database.execute("PRAGMA user_version").fetchone()
-        if version > _VERSION:
-            raise errors.StateUnusable(
-                f"--state: {path} was written by a newer Calotype. Update this server, or choose another folder."
-            )
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = FULL")
-        with self._database:
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.execute(_TABLES)
-            self._database.execute(_REPLICA)
-            tag = self._database.execute("SELECT tag FROM replica").fetchone()
-            self.replica = new_tag() if tag is None else tag[0].decode()
-            if tag is None:
-                self._database.execute("INSERT INTO replica VALUES (?)", (self.replica,))
-            self._database.execute(f"PRAGMA user_version = {_VERSION}")
-
-    def _load(self) -> list[Record]:
-        records = []
+    def _close(self) -> None:
         try:
-            rows = self._database.execute("SELECT generation_id, record, ended FROM generations ORDER BY ordinal")
-            for generation_id, record, ended in rows:
-                try:
-                    records.append(parse(record, ended))
-                except ValueError:
-                    # Without the reason, which would quote the prompt.
-                    _log.warning("unreadable record ignored", generation=generation_id.decode(errors="replace"))
-        except sqlite3.Error as error:
-            raise _unusable(self._folder / _FILE, error) from None
-        return records
+            self._file.close()
+        finally:
+            self._lock.close()
+
+    def _load(self) -> tuple[list[Record], frozenset[str]]:
+        hit("store.load")
+        records: list[Record] = []
+        damaged: set[str] = set()
+        for row in _without_details(lambda: list(self._file.rows())):
+            if row.damage:
+                # Without its content, which would quote the prompt.
+                _log.error("a stored generation is damaged", generation=row.generation_id, parts=list(row.damage))
+            if row.record is None:
+                damaged.add(row.generation_id)
+                continue
+            self._ordinals[row.generation_id] = row.ordinal
+            if row.record.end is None:
+                self._reserved[row.generation_id] = _image_bytes(row.record.job)
+            records.append(row.record)
+        return records, frozenset(damaged)
+
+    def _require_space(self, size: int) -> None:
+        needed = _COPIES * (size + sum(self._reserved.values())) + _SPARE_BYTES
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            if not self._missed:
+                _log.error("the disk of the state is almost full", free_bytes=free, needed_bytes=needed)
+            self._missed = size
+            raise errors.StateUnavailable(
+                "The server's disk has no room for another image.", retry_after=_RETRY_SECONDS
+            )
 
 
-@contextlib.contextmanager
-def _database_errors() -> Iterator[None]:
-    """Logs a database error for the operator, and raises one without details for the caller."""
+def _image_bytes(job: Job) -> int:
+    """Returns a bound for the size of the final image: formats that compress never add more than this."""
+    return 3 * job.pixel_count + 64 * 1024
+
+
+def _without_details(work: Callable[[], T], *, quiet: bool = False) -> T:
+    """Returns the result of `work`. Logs an error for the operator, and raises one without details for the caller."""
     try:
-        yield
-    except sqlite3.Error as error:
-        _log.error("cannot access the state", error=str(error))
+        return work()
+    except errors.ServiceError:
+        raise
+    except Damaged:
+        raise errors.DataLoss("The stored image is damaged.") from None
+    except Exception as error:
+        if not quiet:
+            _log.error("cannot access the state", error=str(error), kind=type(error).__name__)
         raise errors.StateUnavailable(
             "The server cannot access its state right now.", retry_after=_RETRY_SECONDS
         ) from None
-
-
-def _unusable(path: Path, error: OSError | sqlite3.Error) -> errors.StateUnusable:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code; the other bits are details
-    if code == sqlite3.SQLITE_BUSY:
-        return errors.StateUnusable(f"--state: {path} is in use by another server. Each server needs its own folder.")
-    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return errors.StateUnusable(
-            f"--state: {path} is damaged or was not written by Calotype. Move it away, or choose another folder."
-        )
-    return errors.StateUnusable(
-        f"--state: {path} cannot be opened ({getattr(error, 'strerror', None) or error})."
-        " Choose a folder that this user may write to, on a disk with free space."
-    )

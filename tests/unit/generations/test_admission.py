@@ -178,6 +178,77 @@ async def test_the_last_free_slot_is_kept_for_interactive_requests() -> None:
     assert admission.enter(JOB, "b", Mover()).turn.done()
 
 
+async def test_restored_work_is_never_rejected() -> None:
+    """A full queue, the caller's share and a deadline reject new work, but not work that was accepted before."""
+    admission = Admission(measured(), max_active=1, max_queue=1, max_queue_per_caller=1)
+    for _ in range(4):
+        admission.enter(JOB, "a", Mover(), deadline=0.001, restored=True)
+    assert (admission.active, admission.waiting) == (1, 3)
+    with pytest.raises(errors.QueueFull):
+        admission.enter(JOB, "b", Mover())
+
+
+async def test_restored_work_ramps_up() -> None:
+    """After a restart, restored work uses one slot; each restored generation that ends doubles the number."""
+    admission = Admission(StepTimeEstimator(), max_active=4, max_queue=3)
+    waiting = [admission.enter(JOB, "a", Mover(), restored=True) for _ in range(12)]
+    running = []
+    counts = []
+    for _ in range(4):
+        running += [ticket for ticket in waiting if ticket.turn.done()]
+        waiting = [ticket for ticket in waiting if not ticket.turn.done()]
+        counts.append(len(running))
+        admission.leave(running.pop(0))
+    assert counts == [1, 2, 4, 4]
+
+
+async def test_new_work_uses_the_slots_that_restored_work_may_not_use_yet() -> None:
+    """Restored work that waits for the ramp delays neither new work nor loses its place to it."""
+    admission = Admission(StepTimeEstimator(), max_active=2, max_queue=0)
+    first, second = (admission.enter(JOB, "a", Mover(), restored=True) for _ in range(2))
+    new = admission.enter(JOB, "b", Mover())
+    assert [ticket.turn.done() for ticket in (first, second, new)] == [True, False, True]
+    admission.leave(first)
+    assert second.turn.done()
+
+
+async def test_suspect_work_runs_one_at_a_time() -> None:
+    """Of the generations that ran when the process crashed, a second starts only after the first has ended."""
+    admission = Admission(StepTimeEstimator(), max_active=4, max_queue=4)
+    suspects = [admission.enter(JOB, "a", Mover(), restored=True, suspect=True) for _ in range(3)]
+    harmless = [admission.enter(JOB, "a", Mover(), restored=True) for _ in range(2)]
+    assert [ticket.turn.done() for ticket in (*suspects, *harmless)] == [True, False, False, False, False]
+    admission.leave(suspects[0])
+    assert [ticket.turn.done() for ticket in (*suspects[1:], *harmless)] == [True, False, True, False]
+    admission.leave(suspects[1])
+    assert [ticket.turn.done() for ticket in (suspects[2], harmless[1])] == [True, True]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["new", "restored", "suspect", "leave"]), st.integers(0, 20)), max_size=40),
+    st.integers(1, 4),
+)
+async def test_restored_and_new_work_do_not_starve_each_other(actions: list, max_active: int) -> None:
+    """Whatever arrives and ends, the running work keeps the limits, and in the end everything has run."""
+    admission = Admission(StepTimeEstimator(), max_active=max_active, max_queue=100)
+    inside = []
+    for action, which in actions:
+        if action != "leave":
+            caller = "ab"[which % 2]
+            old = action != "new"
+            inside.append(admission.enter(JOB, caller, Mover(), restored=old, suspect=action == "suspect"))
+        elif inside:
+            admission.leave(inside.pop(which % len(inside)))
+        running = [ticket for ticket in inside if ticket.turn.done()]
+        assert len(running) <= max_active
+        assert sum(ticket.suspect for ticket in running) <= 1
+        assert any(ticket.turn.done() for ticket in inside) or not inside
+    while inside:
+        (*_, ended) = (ticket for ticket in inside if ticket.turn.done())
+        inside.remove(ended)
+        admission.leave(ended)
+
+
 @given(st.lists(st.tuples(st.sampled_from(["enter", "leave"]), st.integers(0, 20))), st.integers(1, 3))
 async def test_slots_are_neither_lost_nor_used_twice(actions: list, max_active: int) -> None:
     """At most `max_active` requests have a turn, in order, and no slot stays free while requests wait."""

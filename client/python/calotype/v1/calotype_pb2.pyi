@@ -462,6 +462,7 @@ class Progress(_message.Message):
     PREVIEW_METHOD_FIELD_NUMBER: _builtins.int
     PREVIEWS_WITHDRAWN_FIELD_NUMBER: _builtins.int
     FINISHED_EARLY_FIELD_NUMBER: _builtins.int
+    NOT_PERSISTED_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """Identifies the generation; the same in every message of a stream. Unguessable. Starts with `Model.replica` of its
     server, followed by a full stop.
@@ -514,6 +515,11 @@ class Progress(_message.Message):
     """
     finished_early: _builtins.bool
     """With `PHASE_SUCCEEDED`: the image is the estimate of `step`, because a caller used `Finish`."""
+    not_persisted: _builtins.bool
+    """In the last message, and in every chunk of a final image: the server stores generations on disk, but could not store
+    this end. It is final for this process; after a crash, the generation may run again. Always false for a server that
+    stores nothing.
+    """
     @_builtins.property
     def estimated_remaining(self) -> _duration_pb2.Duration:
         """Estimated time until the final image, including time in the queue. Absent until the server has measurements."""
@@ -556,10 +562,11 @@ class Progress(_message.Message):
         preview_method: Global___PreviewMethod.ValueType = ...,
         previews_withdrawn: _builtins.bool = ...,
         finished_early: _builtins.bool = ...,
+        not_persisted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "estimated_remaining", b"estimated_remaining", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "chunk_index", b"chunk_index", "error", b"error", "estimated_remaining", b"estimated_remaining", "finished_early", b"finished_early", "generation_id", b"generation_id", "height_px", b"height_px", "image", b"image", "image_format", b"image_format", "image_kind", b"image_kind", "image_step", b"image_step", "phase", b"phase", "preview_method", b"preview_method", "previews_dropped", b"previews_dropped", "previews_withdrawn", b"previews_withdrawn", "queue_position", b"queue_position", "seed", b"seed", "sequence", b"sequence", "step", b"step", "timings", b"timings", "total_steps", b"total_steps", "warnings", b"warnings", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_count", b"chunk_count", "chunk_index", b"chunk_index", "error", b"error", "estimated_remaining", b"estimated_remaining", "finished_early", b"finished_early", "generation_id", b"generation_id", "height_px", b"height_px", "image", b"image", "image_format", b"image_format", "image_kind", b"image_kind", "image_step", b"image_step", "not_persisted", b"not_persisted", "phase", b"phase", "preview_method", b"preview_method", "previews_dropped", b"previews_dropped", "previews_withdrawn", b"previews_withdrawn", "queue_position", b"queue_position", "seed", b"seed", "sequence", b"sequence", "step", b"step", "timings", b"timings", "total_steps", b"total_steps", "warnings", b"warnings", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

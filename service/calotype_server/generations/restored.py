@@ -1,0 +1,48 @@
+"""Decides whether a stored generation may run again after a restart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from calotype_server import errors
+
+if TYPE_CHECKING:
+    from calotype_server.generations.records import Record
+    from calotype_server.limits import Limits
+    from calotype_server.types import Job, ModelInfo
+
+__all__ = ["MAX_ATTEMPTS", "reason_not_to_run"]
+
+MAX_ATTEMPTS: Final = 2
+"""Attempts without an end, after which a generation is taken for the cause of the crashes."""
+
+
+def reason_not_to_run(record: Record, model: ModelInfo, limits: Limits) -> errors.ServiceError | None:
+    """Returns the error that a generation without an end must end with; None if it may run.
+
+    Args:
+        record: The stored generation.
+        model: The model of this process, which may not be the one that the request was checked for.
+        limits: The limits of this process.
+    """
+    if record.attempts >= MAX_ATTEMPTS:
+        return errors.EngineCrashed(
+            f"The server stopped unexpectedly on each of {record.attempts} attempts, so it does not try again."
+        )
+    violations = _violations(record.job, model, limits)
+    return errors.InvalidRequest(violations) if violations else None
+
+
+def _violations(job: Job, model: ModelInfo, limits: Limits) -> list[errors.Violation]:
+    """Returns the reasons why the engine cannot, or must not, draw the image."""
+    found = []
+    for field, size in (("width_px", job.width), ("height_px", job.height)):
+        if size % model.size_multiple:
+            found.append((field, f"is {size}, must be a positive multiple of {model.size_multiple}"))
+    if job.pixel_count > limits.max_pixels:
+        found.append(("width_px", f"times height_px is {job.pixel_count} pixels, the maximum is {limits.max_pixels}"))
+    if job.scheduler not in model.schedulers:
+        found.append(("scheduler", f"{job.scheduler!r} is unknown, must be one of {', '.join(model.schedulers)}"))
+    elif job.step_count > (maximum := model.max_steps(job.scheduler, limits.max_step_count)):
+        found.append(("step_count", f"is {job.step_count}, must be 1 to {maximum}"))
+    return [errors.Violation(field, f"{text}, since the server restarted") for field, text in found]

@@ -91,7 +91,7 @@ async def test_a_fault_breaks_no_promise(name: str, action: str, make_engine, tm
         async with asyncio.timeout(PATIENCE):
             await scenario(history, name, make_engine(), tmp_path, "afterwards")
     history.entries(logs)
-    history.store(tmp_path)
+    await history.store(tmp_path)
     assert [str(each) for each in violations(history)] == []
 
 

@@ -268,7 +268,7 @@ async def test_rows_of_the_store_are_read_as_facts(tmp_path) -> None:
     ):
         updates = [update async for update, _ in reader]
     history = History()
-    history.store(tmp_path)
+    await history.store(tmp_path)
     (row,) = history.facts
     assert (row.caller, row.request_id, row.outcome) == ("me", "r", "SUCCEEDED")
     reader = history.reader()

@@ -13,6 +13,7 @@ from support.history.facts import (
     REPLACEABLE,
     SUCCEEDED,
     Crashed,
+    Dropped,
     Fact,
     Forgot,
     Left,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["CHECKS", "MAX_ATTEMPTS", "Violation", "violations"]
 
 MAX_ATTEMPTS = 2
-"""Times that the engine gets a job which ends its process."""
+"""Times that the engine gets a job whose process ends each time."""
 
 _ENDS = {"succeeded", "failed", "cancelled"}
 _CANCELS = {"CANCELLED", "ABANDONED"}
@@ -146,11 +147,13 @@ def _request_ids_start_once(view: _View) -> Iterator[str]:
         if row.request_id:
             started[tag_of(row.generation), row.caller, row.request_id].append(row.generation)
     ends = view.ends()
+    dropped = {fact.generation for _, fact in view.of(Dropped)}
     for (_, _, request_id), generations in started.items():
         counted = [
             generation
             for generation in dict.fromkeys(generations)
-            if not {outcome for _, _, outcome, _ in ends.get(generation, ())} & REPLACEABLE
+            if generation not in dropped
+            and not {outcome for _, _, outcome, _ in ends.get(generation, ())} & REPLACEABLE
         ]
         if len(counted) > 1 and not view.lost(counted[0]):
             yield f"request id {request_id} started {', '.join(counted)}"
@@ -218,7 +221,7 @@ def _failures_are_explained(view: _View) -> Iterator[str]:
 def _attempts_are_bounded(view: _View) -> Iterator[str]:
     """A job that ends its process gets a bounded number of attempts, then a typed end."""
     for _, row in view.of(Stored):
-        if row.attempts is not None and row.attempts > MAX_ATTEMPTS:
+        if row.attempts > MAX_ATTEMPTS:
             yield f"{row.generation} had {row.attempts} attempts"
     ends = view.ends()
     for generation, places in _attempts(view).items():

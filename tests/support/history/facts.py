@@ -10,6 +10,7 @@ __all__ = [
     "REPLACEABLE",
     "SUCCEEDED",
     "Crashed",
+    "Dropped",
     "Fact",
     "Forgot",
     "Left",
@@ -107,7 +108,7 @@ class Left(Fact):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored(Fact):
-    """A row of the store, read while no server had it open.
+    """A generation in the store.
 
     Attributes:
         generation: Id of the generation.
@@ -115,7 +116,7 @@ class Stored(Fact):
         request_id: The request's id, or "".
         outcome: SUCCEEDED, the reason of the error, or None if the generation has not ended.
         image: SHA-256 of the final image, or "".
-        attempts: Times that the engine got the job; None if the store does not count them.
+        attempts: Times that the engine got the job without an end.
     """
 
     generation: str
@@ -123,7 +124,7 @@ class Stored(Fact):
     request_id: str = ""
     outcome: str | None = None
     image: str = ""
-    attempts: int | None = None
+    attempts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +148,13 @@ class Logged(Fact):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crashed(Fact):
     """The server's process was killed or exited without draining."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped(Fact):
+    """The server no longer retains a generation that ended."""
+
+    generation: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

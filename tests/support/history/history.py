@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from support.history.facts import (
     SUCCEEDED,
     Crashed,
+    Dropped,
     Fact,
     Forgot,
     Left,
@@ -66,9 +67,9 @@ class History:
         self.add(Opened(reader=reader.number, caller=caller, request_id=request_id, recipe=recipe))
         return reader
 
-    def store(self, folder: Path) -> None:
-        """Adds the rows of a state folder that no server has open."""
-        for row in stored(folder):
+    async def store(self, folder: Path) -> None:
+        """Adds the generations of a state folder."""
+        async for row in stored(folder):
             self.add(row)
 
     def log(self, lines: Iterable[str]) -> None:
@@ -105,6 +106,10 @@ class History:
     def stopped(self, code: int | None) -> None:
         """The server received SIGTERM and exited with `code`; None says that it did not exit in time."""
         self.add(Stopped(code=code))
+
+    def dropped(self, generation: str) -> None:
+        """The server no longer retains a generation that ended, so its request id is free."""
+        self.add(Dropped(generation=generation))
 
     def settled(self, *, active: int, waiting: int) -> None:
         """All callers are done, and the server reports these numbers."""

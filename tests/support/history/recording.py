@@ -68,9 +68,9 @@ async def read(log: ReaderLog, call: Any) -> bytes | None:
             if message.phase < pb.PHASE_SUCCEEDED or message.chunk_index + 1 < message.chunk_count:
                 continue
             if message.phase == pb.PHASE_SUCCEEDED:
-                log.ended(SUCCEEDED, image, early=message.finished_early)
+                log.ended(SUCCEEDED, image, early=message.finished_early, persisted=not message.not_persisted)
                 return image
-            log.ended(message.error.reason)
+            log.ended(message.error.reason, persisted=not message.not_persisted)
             return None
     except grpc.aio.AioRpcError as error:
         log.refused(reason_of(error))

@@ -1,51 +1,44 @@
-"""Reads the rows of a state folder as facts."""
+"""Reads the generations of a state folder as facts."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import shutil
-import sqlite3
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calotype_server.generations.store import Store
 from support.history.facts import SUCCEEDED, Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator
 
-__all__ = ["stored"]
-
-_FILE = "calotype.sqlite3"
+__all__ = ["copy_state", "stored"]
 
 
-def stored(folder: Path) -> Iterator[Stored]:
-    """Yields the rows of the state in `folder`. Reads a copy, so that the original keeps its write-ahead log."""
-    if not (folder / _FILE).exists():
-        return
+def copy_state(folder: Path, target: Path) -> None:
+    """Copies a state folder as a crash at this moment would leave it, even while a server uses it."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.sqlite3*"):
+        shutil.copy(path, target)
+
+
+async def stored(folder: Path) -> AsyncIterator[Stored]:
+    """Yields the generations in `folder`. Reads a copy, because a server may use the folder, or read it next."""
     with tempfile.TemporaryDirectory() as copy:
-        for path in folder.glob(f"{_FILE}*"):
-            shutil.copy(path, copy)
-        with contextlib.closing(sqlite3.connect(Path(copy) / _FILE)) as database:
-            database.row_factory = sqlite3.Row
-            if not database.execute("PRAGMA table_info(generations)").fetchall():
-                return
-            for row in database.execute("SELECT * FROM generations ORDER BY ordinal"):
-                yield _fact(row)
-
-
-def _fact(row: sqlite3.Row) -> Stored:
-    record, ended = json.loads(row["record"]), row["ended"] and json.loads(row["ended"])
-    delivery, outcome, image = record["delivery"], None, row["image"]
-    if ended:
-        outcome = ended["error"]["reason"] if ended["error"] else SUCCEEDED
-    return Stored(
-        generation=row["generation_id"],
-        caller=delivery["caller"],
-        request_id=delivery["request_id"],
-        outcome=outcome,
-        image=hashlib.sha256(image).hexdigest() if image else "",
-        attempts=row["attempts"] if "attempts" in row.keys() else None,  # noqa: SIM118 - a Row is no mapping
-    )
+        copy_state(folder, Path(copy))
+        async with Store.opened(Path(copy)) as store:
+            for record in await store.load():
+                outcome = image = None
+                if record.end is not None:
+                    outcome = record.end.error.reason if record.end.error else SUCCEEDED
+                    image = await store.image(record.generation_id) if record.end.image else None
+                yield Stored(
+                    generation=record.generation_id,
+                    caller=record.delivery.caller,
+                    request_id=record.delivery.request_id,
+                    outcome=outcome,
+                    image=hashlib.sha256(image).hexdigest() if image else "",
+                    attempts=record.attempts,
+                )

@@ -333,6 +333,7 @@ class Promises(RuleBasedStateMachine):
             admission = self._server.runtime.admission
             self._history.settled(active=admission.active, waiting=admission.waiting)
             await self._server.stop()
+            await self._history.store(self._server.state)
         for generation_id, (outcome, _) in self._ends.items():
             log = self._history.reader()
             log.saw(generation_id, 1, "ended", 0)

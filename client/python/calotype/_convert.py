@@ -79,6 +79,7 @@ def progress_from_proto(message: v1.Progress) -> Progress:
         warnings=tuple(Notice(warning.reason, warning.message) for warning in message.warnings),
         timings=_timings_from_proto(message.timings) if message.HasField("timings") else None,
         finished_early=message.finished_early,
+        not_persisted=message.not_persisted,
     )
 
 

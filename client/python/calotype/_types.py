@@ -100,6 +100,8 @@ class Progress:
         warnings: Problems that do not stop the generation, such as a truncated prompt.
         timings: Durations, at the end. None before.
         finished_early: At the end: whether `finish` ended the generation early, so that the image shows `step`.
+        not_persisted: At the end: whether a server that stores generations on disk could not store this one. After a
+            crash of the server, it may run again.
     """
 
     generation_id: str
@@ -118,6 +120,7 @@ class Progress:
     warnings: tuple[Notice, ...] = ()
     timings: Timings | None = None
     finished_early: bool = False
+    not_persisted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

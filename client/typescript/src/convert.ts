@@ -139,6 +139,7 @@ export function progressFromWire(message: wire.Progress): types.Progress {
     seed: Number(message.seed),
     warnings: message.warnings.map(({ reason, message: text }) => ({ reason, message: text })),
     finishedEarly: message.finishedEarly,
+    notPersisted: message.notPersisted,
     timings: message.timings && {
       queued: seconds(message.timings.queued),
       encodingPrompt: seconds(message.timings.encodingPrompt),

@@ -97,6 +97,21 @@ const BY_REASON: Readonly<Record<string, Explanation>> = {
     advice: "The service is restarting; try again in a minute.",
     retry: RETRY,
   },
+  ENGINE_CRASHED: {
+    title: "The service crashed each time it worked on this picture.",
+    advice: "It does not try again. A smaller size or fewer steps may help; the log of the service has the cause.",
+    retry: undefined,
+  },
+  DATA_LOSS: {
+    title: "The stored picture is damaged.",
+    advice: "The same seed makes the same picture again.",
+    retry: RETRY,
+  },
+  STATE_UNAVAILABLE: {
+    title: "The service cannot store pictures at the moment.",
+    advice: "Its disk may be full. Your request is valid; try again later.",
+    retry: RETRY,
+  },
 };
 
 const BY_CODE: Partial<Record<CalotypeError["code"], Explanation>> = {

@@ -72,6 +72,8 @@ export interface Progress {
   readonly warnings: readonly Notice[];
   /** The final picture is the estimate of `step`, because a caller ended the generation with `finish`. */
   readonly finishedEarly: boolean;
+  /** A server that stores generations on disk could not store this end: after a crash, the generation may run again. */
+  readonly notPersisted: boolean;
   /** Only in the last progress. */
   readonly timings: Timings | undefined;
 }

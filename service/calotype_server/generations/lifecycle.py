@@ -339,10 +339,12 @@ class Generations:
         """Ends a stored generation that may not run again."""
         structlog.contextvars.bind_contextvars(generation=generation.id)
         redact_in_logs(generation.job.prompt, generation.job.negative_prompt)
-        if isinstance(error, errors.EngineCrashed):
-            _log.error("a generation is given up: the process crashed on every attempt", attempts=generation.attempts)
-        else:
-            _log.error("a stored generation cannot run again", reason=error.reason)
+        _log.error(
+            "a stored generation does not run again",
+            generation=generation.id,
+            reason=error.reason,
+            attempts=generation.attempts,
+        )
         await self._conclude(generation, Failed(error, generation.stopwatch.timings()))
 
     @staticmethod

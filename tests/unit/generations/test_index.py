@@ -149,22 +149,6 @@ async def test_ended_generations_expire_without_any_request(tmp_path: Path) -> N
 class TestAfterARestart:
     """Every stored generation that can be read is restored."""
 
-    async def test_a_generation_without_a_place_is_removed_from_disk(self, tmp_path: Path) -> None:
-        """A later restart does not run it: its caller has retried by then, and must not get a second copy."""
-        store, engine = await Store.open(tmp_path), FakeEngine()
-        engine.hold()
-        options = DeliveryOptions(on_disconnect=DisconnectPolicy.KEEP)
-        async with running_runtime(engine, store=store, max_queue=3) as runtime:
-            for _ in range(3):
-                await first_of(runtime.generations.start(JOB, options))
-        assert len(await store.load()) == 3
-        engine = FakeEngine()
-        engine.hold()
-        async with running_runtime(engine, store=store, max_queue=1) as runtime:
-            assert len(runtime.generations.newest(Caller(""))) == 2
-        assert len(await store.load()) == 2
-        await store.close()
-
     async def test_an_unreadable_image_does_not_prevent_the_start(self, tmp_path: Path) -> None:
         """The generation ends as failed; the others are restored."""
         store = await SlowStore.open(tmp_path)

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-__all__ = ["APPLICATION", "FileDamaged", "Row", "StateFile", "read_row"]
+__all__ = ["APPLICATION", "VERSION", "FileDamaged", "Row", "StateFile", "read_row"]
 
-_VERSION: Final = 2
+VERSION: Final = 2
 """Version of the tables, of the seals and of the meaning of the documents. New fields in documents do not change it."""
 
-APPLICATION: Final = b"cal" + bytes([_VERSION])
+APPLICATION: Final = b"cal" + bytes([VERSION])
 """SQLite's application id, in the header of the file. Repeats the version: one that does not match it is damaged."""
 
 _TABLES: Final = (
@@ -130,13 +130,13 @@ class StateFile:
         (version,) = execute("PRAGMA user_version").fetchone()
         tables = [sql.decode(errors="replace") for (sql,) in execute("SELECT sql FROM sqlite_schema") if sql]
         (application,) = execute("PRAGMA application_id").fetchone()
-        if version != _VERSION and application == int.from_bytes(APPLICATION):
+        if version != VERSION and application == int.from_bytes(APPLICATION):
             raise FileDamaged("the version is damaged")
-        if version > _VERSION:
+        if version > VERSION:
             raise errors.StateUnusable(
                 f"--state: {self.path} was written by a newer Calotype. Update this server, or choose another folder."
             )
-        if 0 < version < _VERSION:
+        if 0 < version < VERSION:
             raise errors.StateUnusable(
                 f"--state: {self.path} was written by an older Calotype that was never released. Choose another folder."
             )
@@ -162,7 +162,7 @@ class StateFile:
             for table in _TABLES:
                 self._database.execute(table)
             self._database.execute(f"PRAGMA application_id = {int.from_bytes(APPLICATION)}")
-            self._database.execute(f"PRAGMA user_version = {_VERSION}")
+            self._database.execute(f"PRAGMA user_version = {VERSION}")
             self._database.execute("INSERT INTO replica VALUES (?)", (seal("replica", "", new_tag().encode()),))
 
     def ordinals(self) -> dict[str, int]:

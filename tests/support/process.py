@@ -92,6 +92,10 @@ class ServerProcess:
             assert self._logged.wait_for(find, timeout), f"no line with {words} in:\n{''.join(self.log)}"
             return find()
 
+    def join_log(self) -> None:
+        """Waits until all lines of a process that has ended are in `log`."""
+        self._reader.join(10)
+
     def terminate(self) -> None:
         """Sends SIGTERM."""
         self.process.send_signal(signal.SIGTERM)

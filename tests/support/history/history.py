@@ -126,11 +126,13 @@ class ReaderLog:
     Attributes:
         number: Distinguishes readers.
         generation: Id of the generation that the newest message was from, or "".
+        outcome: The end, or "".
     """
 
     def __init__(self, history: History, number: int) -> None:
         self.number = number
         self.generation = ""
+        self.outcome = ""
         self._history = history
 
     def saw(self, generation: str, sequence: int, phase: str, step: int) -> None:
@@ -144,6 +146,7 @@ class ReaderLog:
         self, outcome: str = SUCCEEDED, image: bytes | None = None, *, early: bool = False, persisted: bool = True
     ) -> None:
         """Adds the end of the generation that the last message was from; arguments as for `SawEnd`."""
+        self.outcome = outcome
         self._history.add(
             SawEnd(
                 reader=self.number,

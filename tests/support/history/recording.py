@@ -18,7 +18,7 @@ from calotype_server import errors
 from support.history.facts import SUCCEEDED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from support.history.history import History, ReaderLog
 
@@ -52,12 +52,13 @@ def reason_of(error: BaseException) -> str:
     return ""
 
 
-async def read(log: ReaderLog, call: Any) -> bytes | None:
+async def read(log: ReaderLog, call: Any, *, stop_at: int | None = None) -> bytes | None:
     """Reads a call of a generated stub to its end. Returns the image; None if there is none or the call failed.
 
     Args:
         log: Receives the messages, and the end or the error.
         call: A streaming call of any transport, see `support.service`.
+        stop_at: The step at which the caller disconnects; None to stay until the end.
     """
     image = b""
     try:
@@ -65,6 +66,9 @@ async def read(log: ReaderLog, call: Any) -> bytes | None:
             image += message.image if message.phase == pb.PHASE_SUCCEEDED else b""
             if message.chunk_index == 0:
                 log.saw(message.generation_id, message.sequence, phase_name(message), message.step)
+            if stop_at is not None and message.phase < pb.PHASE_SUCCEEDED and message.step >= stop_at:
+                log.left()
+                return None
             if message.phase < pb.PHASE_SUCCEEDED or message.chunk_index + 1 < message.chunk_count:
                 continue
             if message.phase == pb.PHASE_SUCCEEDED:
@@ -89,7 +93,12 @@ def phase_name(message: pb.Progress) -> str:
 
 
 async def follow(
-    history: History, generation: calotype.AsyncGeneration, *, stop_at: int | None = None, **opening: str
+    history: History,
+    generation: calotype.AsyncGeneration,
+    *,
+    stop_at: int | None = None,
+    on_message: Callable[[calotype.Progress], Awaitable[object]] | None = None,
+    **opening: str,
 ) -> bytes | None:
     """Reads a generation of the Python client, which reconnects on its own. Returns the image.
 
@@ -97,6 +106,7 @@ async def follow(
         history: Receives the messages, and the end or the error.
         generation: Of `AsyncClient.generate` or `watch`.
         stop_at: The step at which the caller leaves; None to stay until the end.
+        on_message: Awaited with each message.
         opening: Arguments of `History.reader`.
 
     Raises:
@@ -109,6 +119,8 @@ async def follow(
             if stop_at is not None and progress.step >= stop_at and not progress.phase.ended:
                 log.left()
                 return None
+            if on_message is not None:
+                await on_message(progress)
         image = (await generation.result()).data
     except calotype.CalotypeError as error:
         if log.generation and error.reason in _END_REASONS:

@@ -30,6 +30,7 @@ function progress(values: Partial<Progress>): ViewEvent {
     seed: 7,
     warnings: [],
     finishedEarly: false,
+    notPersisted: false,
     timings: undefined,
   };
   return { type: "progress", progress: { ...empty, ...values } };

@@ -8,8 +8,8 @@ These statements always hold, whatever fails. "Accepted" means that the caller h
    `index` and `state_writer` order this. If the stored end is damaged, readers get `DataLoss` and never wrong content.
 3. A request id never starts two generations of one caller while the first one is retained. The same seed and parameters
    produce the same image.
-4. A generation that crashes the process is tried twice, and then ends with `EngineCrashed`. An attempt is on disk before
-   the engine starts. `restored` and `slots` have the rules.
+4. A generation that crashes the process is tried twice, and then ends with `EngineCrashed`. Each attempt is on disk
+   before the engine starts. `restored` and `slots` have the rules.
 5. No exception of any class, on any thread, leaves a generation without an end, or a server that ignores SIGTERM.
    `runner` turns every outcome into an end.
 6. No caller, with or without a key, can lock others out: connections, queue places, slots and memory are shared fairly.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
     from pathlib import Path
 
-    from calotype_server.generations.state.file import StateFile
+    from calotype_server.generations.state.file import Row, StateFile
     from calotype_server.types import Job
 
 __all__ = ["Store"]
@@ -64,7 +64,7 @@ class Store:
         self._thread = ThreadPoolExecutor(1, "calotype-store")
         self._closed = False
         self._problem: str | None = None
-        self._probing: asyncio.Task[None] | None = None
+        self._recovering: asyncio.Task[None] | None = None
         self._damaged: frozenset[str] = frozenset()
         # Everything below belongs to the thread.
         self._lock: Lock
@@ -220,13 +220,28 @@ class Store:
 
         return await self._run(lambda: _without_details(read))
 
+    async def probe(self) -> None:
+        """Checks whether a new generation could be stored: writes to the disk, and clears `problem` if that succeeds.
+
+        Raises:
+            StateUnavailable: It could not be stored.
+        """
+
+        def probe() -> None:
+            self._require_space(self._missed)
+            self._file.probe()
+            self._missed = 0
+
+        await self._run(lambda: _without_details(probe, quiet=True))
+        self._problem = None
+
     async def close(self) -> None:
         """Closes the file after pending calls and releases the lock. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        if self._probing is not None:
-            self._probing.cancel()
+        if self._recovering is not None:
+            self._recovering.cancel()
         await self._run(self._close)
         self._thread.shutdown()
 
@@ -246,22 +261,15 @@ class Store:
         if self._problem is None:
             _log.error("new generations are rejected until the state can be written", problem=problem)
         self._problem = problem
-        if not self._closed and (self._probing is None or self._probing.done()):
-            self._probing = asyncio.create_task(self._probe())
+        if not self._closed and (self._recovering is None or self._recovering.done()):
+            self._recovering = asyncio.create_task(self._recover())
 
-    async def _probe(self) -> None:
-        """Checks regularly whether the disk works again: while it does not, no other write may come."""
-
-        def probe() -> None:
-            self._require_space(self._missed)
-            self._file.probe()
-            self._missed = 0
-
+    async def _recover(self) -> None:
+        """Checks regularly whether the problem is solved: while it is not, there may be no other write."""
         while self._problem is not None:
             await asyncio.sleep(_PROBE_SECONDS)
             with contextlib.suppress(errors.StateUnavailable):
-                await self._run(lambda: _without_details(probe, quiet=True))
-                self._problem = None
+                await self.probe()
         _log.info("the state can be written again")
 
     def _open(self) -> None:
@@ -281,10 +289,13 @@ class Store:
             self._lock.close()
 
     def _load(self) -> tuple[list[Record], frozenset[str]]:
-        hit("store.load")
+        def read() -> list[Row]:
+            hit("store.load")
+            return list(self._file.rows())
+
         records: list[Record] = []
         damaged: set[str] = set()
-        for row in _without_details(lambda: list(self._file.rows())):
+        for row in _without_details(read):
             if row.damage:
                 # Without its content, which would quote the prompt.
                 _log.error("a stored generation is damaged", generation=row.generation_id, parts=list(row.damage))

@@ -96,7 +96,7 @@ def test_whatever_is_served_is_right_or_data_loss(healthy, damage: Damage, seed:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(seed=seeds, count=counts)
 def test_hundreds_of_damaged_files(healthy, damage: Damage, seed: int, count: int) -> None:
     """The same as above, many times."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
 from calotype_server import errors
 from calotype_server.auth.access import Caller
+from calotype_server.failpoints import injected
 from calotype_server.generations.store import Store
 from calotype_server.types import DeliveryOptions, DisconnectPolicy, Job, Phase
 from support.engine.fake_engine import FakeEngine
@@ -143,6 +145,24 @@ async def test_ended_generations_expire_without_any_request(tmp_path: Path) -> N
         async with asyncio.timeout(20):
             while await store.load():  # noqa: ASYNC110 - there is no event to wait for
                 await asyncio.sleep(0.01)
+    await store.close()
+
+
+async def test_a_failed_removal_is_repeated(tmp_path: Path) -> None:
+    """A generation that is no longer retained leaves the disk once the disk can be written again."""
+    failed = threading.Event()
+
+    def fail_once() -> None:
+        if not failed.is_set():
+            failed.set()
+            raise OSError(28, "No space left on device")
+
+    store = await Store.open(tmp_path)
+    with injected("store.forget", fail_once):
+        async with running_runtime(FakeEngine(), store=store, retain_count=0) as runtime:
+            assert await to_end(runtime.generations.start(JOB, DeliveryOptions())) is Phase.SUCCEEDED
+    assert failed.is_set()
+    assert await store.load() == []
     await store.close()
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from calotype_server import errors
+from calotype_server.failpoints import injected
 from calotype_server.generations.records import ImageFacts, Record
 from calotype_server.generations.state.seals import seal, unseal
 from calotype_server.generations.store import Store
@@ -316,6 +317,38 @@ async def test_a_later_version_can_add_fields_and_reasons(tmp_path: Path) -> Non
     assert replace(kept, end=None) == record("a")
     assert type(kept.end.error) is errors.GenerationFailed
     assert kept.end.error.message == "gone"
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("store.open", errors.StateUnusable), ("store.load", errors.StateUnusable)]
+)
+async def test_an_unreadable_disk_prevents_the_start_with_advice(tmp_path: Path, name: str, error: type) -> None:
+    """An I/O error when the server starts is reported to the operator."""
+
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
+
+    with injected(name, fail), pytest.raises(error, match=r"--state: "):
+        async with opened(tmp_path) as store:
+            await store.load()
+    async with opened(tmp_path) as store:
+        assert await store.load() == []
+
+
+async def test_a_problem_ends_when_the_disk_can_be_written(tmp_path: Path, monkeypatch) -> None:
+    """The store checks by itself, because no other write may come."""
+    monkeypatch.setattr("calotype_server.generations.store._PROBE_SECONDS", 0.01)
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    async with opened(tmp_path) as store:
+        with injected("store.accept", fail), pytest.raises(errors.StateUnavailable):
+            await store.accept(record("a"))
+        assert store.problem is not None
+        async with asyncio.timeout(20):
+            while store.problem is not None:  # noqa: ASYNC110 - there is no event to wait for
+                await asyncio.sleep(0.01)
 
 
 def test_the_store_imports_neither_torch_nor_protobuf() -> None:

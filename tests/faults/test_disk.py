@@ -179,7 +179,7 @@ def frozen(folder: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("fault", [limited, slow, frozen])
 async def test_an_unusable_disk_loses_nothing(tmp_path: Path, fault, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the disk is full, slow or frozen, calls are rejected or end; after a restart, all accepted work is there."""
+    """While the disk is full, slow or frozen, calls are rejected or end; a restart finds all accepted work."""
     monkeypatch.setattr(state_writer, "_PATIENCE_SECONDS", 0.05)
     history, folder = History(), tmp_path / "state"
     accepted = []

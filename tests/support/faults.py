@@ -13,6 +13,7 @@ A fault is `FAILPOINT=ACTION`, optionally with an argument, a turn and a probabi
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import random
@@ -66,6 +67,15 @@ _SPEC = re.compile(
 )
 
 _log = structlog.get_logger("calotype_server.faults")
+
+
+def in_event_loop() -> bool:
+    """Whether the caller runs in an event loop, which a hang stops completely."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +161,8 @@ class Faults:
                 return
             self.hits[name] += 1
         self.reached.set()
-        _log.warning("fault injected", failpoint=name, action=fault.action, argument=fault.argument)
+        place = "event loop" if in_event_loop() else "thread"
+        _log.warning("fault injected", failpoint=name, action=fault.action, argument=fault.argument, place=place)
         match fault.action:
             case "raise":
                 raise KINDS[fault.argument or "error"]()

@@ -57,8 +57,12 @@ class Trend:
     noise: float
 
     def exceeds(self, limit: float) -> bool:
-        """Whether the value grows faster than `limit` for each 1,000 requests, and by more than noise explains."""
-        return self.per_1000 > limit and self.growth > 3 * self.noise
+        """Whether the value grows faster than `limit` for each 1,000 requests, and by more than noise explains.
+
+        Neighbouring samples resemble each other, so hundreds of them say as much as 20 independent ones. Twice the
+        noise is then about two standard errors of the growth.
+        """
+        return self.per_1000 > limit and self.growth > 2 * self.noise
 
 
 def trend(samples: Sequence[tuple[float, float]]) -> Trend:
@@ -106,5 +110,5 @@ class LeakGate:
 
     def report(self) -> str:
         """Describes all trends on one line."""
-        shown = (f"{name} {found.per_1000:+.1f}" for name, found in self.trends().items())
+        shown = (f"{name} {found.per_1000:+.1f} (noise {found.noise:.0f})" for name, found in self.trends().items())
         return f"growth for each 1,000 requests, from {len(self._samples)} samples: {', '.join(shown) or 'unknown'}"

@@ -208,6 +208,16 @@ class TestEndThatCannotBeStored:
             assert [record.job.seed for record in await store.load()] == [7]
 
 
+async def test_a_generation_that_was_not_accepted_does_not_hide_the_problem(tmp_path) -> None:
+    """The failed write of one call rejects the next one early, also after the rejected generation has ended."""
+    async with opened(tmp_path) as store, running(FakeEngine(), store=store) as service:
+        with injected("store.accept", TestEndThatCannotBeStored.full):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await start(service, 1)
+            await service.generations.idle()
+            assert store.problem is not None
+
+
 async def test_a_disk_without_room_for_an_image_rejects_new_generations(tmp_path, monkeypatch) -> None:
     """The free space must hold the image of every accepted generation, in the file and in its log."""
     engine = FakeEngine()

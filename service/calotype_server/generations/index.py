@@ -139,8 +139,10 @@ class GenerationIndex:
         await generation.persisted()
         if self._store is None or generation.id in self._attempts:
             return
-        if not await self._write_attempts(generation.id, generation.attempts + 1):
+        attempts = generation.attempts + 1
+        if not await self._write_attempts(self._store, generation.id, attempts):
             raise errors.StateUnavailable("The server cannot access its state right now.", retry_after=_RETRY_SECONDS)
+        self._attempts[generation.id] = attempts
 
     async def persist_end(self, generation: Generation, end: Succeeded | Failed) -> Succeeded | Failed:
         """Writes an end to disk, if there is a store. Returns it, marked as not persisted if that failed.
@@ -153,7 +155,7 @@ class GenerationIndex:
         if isinstance(end, Failed) and isinstance(end.error, errors.Draining):
             # The server's own stop aborted it, so it runs again after the restart, and the attempt does not count.
             if attempted is not None:
-                await self._write_attempts(generation.id, generation.attempts)
+                await self._write_attempts(self._store, generation.id, generation.attempts)
             return end
         state, write = generation.events.state, self._store.end
         early = isinstance(end, Succeeded) and end.finished_early
@@ -190,13 +192,8 @@ class GenerationIndex:
             self._expiry = None
         await self._writer.settle()
 
-    async def _write_attempts(self, generation_id: str, attempts: int) -> bool:
-        assert self._store is not None
-        write = self._store.note_attempts
-        if not await self._writer.try_for_a_while("attempt", lambda: write(generation_id, attempts)):
-            return False
-        self._attempts[generation_id] = attempts
-        return True
+    async def _write_attempts(self, store: Store, generation_id: str, attempts: int) -> bool:
+        return await self._writer.try_for_a_while("attempt", lambda: store.note_attempts(generation_id, attempts))
 
     def _running_bytes(self) -> int:
         return sum(generation.size for generation in self._running.values())

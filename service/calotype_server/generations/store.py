@@ -141,12 +141,13 @@ class Store:
             StateUnavailable: It could not be written, or the disk has no room for its image.
         """
 
-        def accept() -> None:
+        def accept() -> bool:
             hit("store.accept")
             needed = _image_bytes(record.job)
             self._require_space(needed)
             self._ordinals[record.generation_id] = self._file.add(record)
             self._reserved[record.generation_id] = needed
+            return True
 
         await self._write(accept)
 
@@ -157,10 +158,11 @@ class Store:
             StateUnavailable: It could not be written.
         """
 
-        def write() -> None:
+        def write() -> bool:
             hit("store.attempt")
             if ordinal := self._ordinals.get(generation_id):
                 self._file.set_attempts(ordinal, generation_id, attempts)
+            return ordinal is not None
 
         await self._write(write)
 
@@ -181,11 +183,12 @@ class Store:
             error=end.error if isinstance(end, Failed) else None,
         )
 
-        def write() -> None:
+        def write() -> bool:
             hit("store.end")
             if ordinal := self._ordinals.get(generation_id):
                 self._file.end(ordinal, generation_id, stored, None if image is None else image.data)
                 self._reserved.pop(generation_id, None)
+            return ordinal is not None
 
         await self._write(write)
 
@@ -197,12 +200,14 @@ class Store:
         """
         ids = list(generation_ids)
 
-        def forget() -> None:
+        def forget() -> bool:
             hit("store.forget")
-            self._file.remove(self._ordinals[each] for each in ids if each in self._ordinals)
-            for each in ids:
-                self._ordinals.pop(each, None)
+            known = [each for each in ids if each in self._ordinals]
+            self._file.remove(self._ordinals[each] for each in known)
+            for each in known:
+                del self._ordinals[each]
                 self._reserved.pop(each, None)
+            return bool(known)
 
         await self._write(forget)
 
@@ -248,13 +253,14 @@ class Store:
     async def _run(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
-    async def _write(self, change: Callable[[], None]) -> None:
+    async def _write(self, change: Callable[[], bool]) -> None:
+        """Makes a change, which returns whether anything was written."""
         try:
-            await self._run(lambda: _without_details(change))
+            written = await self._run(lambda: _without_details(change))
         except errors.StateUnavailable as error:
             self._note_problem(error.message)
             raise
-        if not self._missed:
+        if written and not self._missed:
             self._problem = None
 
     def _note_problem(self, problem: str) -> None:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PATIENCE = 60
-OPTIONS = ("--deterministic", "--log-format", "json", "--max-active", "2", "--retain-count", "1")
+OPTIONS = ("--deterministic", "--log-format", "json")
+OPTIONS += ("--max-active", "2", "--retain-count", "1", "--drain-seconds", "1")
 
 AT_START = {"store.open", "store.load"}
 """Failpoints that a server reaches before it accepts requests."""

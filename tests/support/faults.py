@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-__all__ = ["ACTIONS", "EXIT_CODE", "KINDS", "Fault", "Faults", "full_disk"]
+__all__ = ["ACTIONS", "EXIT_CODE", "KINDS", "Fault", "Faults", "Panic", "full_disk"]
 
 ACTIONS = ("raise", "delay", "hang", "exit")
 

@@ -68,7 +68,7 @@ class History:
         return reader
 
     async def store(self, folder: Path) -> None:
-        """Adds the generations of a state folder."""
+        """Adds the generations of a state folder; none if there is no such folder."""
         async for row in stored(folder):
             self.add(row)
 

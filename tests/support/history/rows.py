@@ -27,6 +27,7 @@ def copy_state(folder: Path, target: Path) -> None:
 async def stored(folder: Path) -> AsyncIterator[Stored]:
     """Yields the generations in `folder`. Reads a copy, because a server may use the folder, or read it next."""
     with tempfile.TemporaryDirectory() as copy:
+        # Without such a folder, the copy is empty.
         copy_state(folder, Path(copy))
         async with Store.opened(Path(copy)) as store:
             for record in await store.load():

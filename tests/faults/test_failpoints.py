@@ -92,7 +92,7 @@ def cases() -> Iterator[object]:
             yield pytest.param(name, action, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "action"), cases())
+@pytest.mark.parametrize(("name", "action"), list(cases()))
 async def test_a_fault_breaks_no_promise(name: str, action: str, make_engine, tmp_path: Path) -> None:
     """During the fault, calls end or fail with a reason. After a restart without it, every generation has one end."""
     history = History()

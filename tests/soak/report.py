@@ -1,4 +1,4 @@
-"""What both soak tests do at their end: wait until the server has nothing to do, and report what was tried."""
+"""The end of both soak tests: they wait until the server has nothing to do, and report everything that they tried."""
 
 from __future__ import annotations
 

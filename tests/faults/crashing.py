@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,7 @@ class CrashingServer:
         self._stack = contextlib.AsyncExitStack()
         self._failpoints = contextlib.ExitStack()
         for name in STORE_POINTS:
-            self._failpoints.enter_context(injected(name, lambda name=name: self._visit(name)))
+            self._failpoints.enter_context(injected(name, functools.partial(self._visit, name)))
 
     @property
     def state(self) -> Path:

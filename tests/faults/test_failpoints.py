@@ -42,7 +42,7 @@ def hits() -> Iterator[str]:
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "hit":
                 (argument,) = node.args
                 parts = argument.values if isinstance(argument, ast.JoinedStr) else [argument]
-                yield "".join(part.value if isinstance(part, ast.Constant) else "*" for part in parts)
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in parts)
 
 
 @pytest.mark.xfail(reason="needs branch r16-stuck", strict=True)

@@ -14,9 +14,9 @@ import pytest
 import calotype
 from calotype.v1 import calotype_pb2 as pb
 from soak.report import report, settle
+from support.faults.leaks import Footprint, LeakGate
 from support.grpcweb import WebChannel
 from support.history import History, follow, read
-from support.leaks import Footprint, LeakGate
 from support.process import ServerProcess, free_address
 from support.proxy import Link
 

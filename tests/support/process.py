@@ -113,14 +113,14 @@ class FailingServerProcess(ServerProcess):
     """Runs `calotype serve` with faults.
 
     Args:
-        faults: Arguments of `support.failing_server`.
+        faults: Arguments of `support.faults.server`.
         options: Additional flags of the server.
         ready: Whether to wait until the server accepts requests.
         environment: Additional environment variables.
     """
 
     def __init__(self, faults: Sequence[str], *options: str, ready: bool = True, **environment: str) -> None:
-        self.calotype = [sys.executable, "-m", "support.failing_server", *faults, "--"]
+        self.calotype = [sys.executable, "-m", "support.faults.server", *faults, "--"]
         super().__init__(*options, ready=ready, PYTHONPATH=os.pathsep.join(sys.path), **environment)
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from calotype_server.generations.store import Store
-from calotype_server.types import DeliveryOptions, Job
+from calotype_server.types import DeliveryOptions, Job, Succeeded
 from support.engine.fake_engine import FakeEngine
 from support.history import CHECKS, CRASHED, History, violations
 from support.history.facts import Listed, Logged, Stored
@@ -270,8 +270,11 @@ async def test_rows_of_the_store_are_read_as_facts(tmp_path) -> None:
     history = History()
     await history.store(tmp_path)
     (row,) = history.facts
+    assert isinstance(row, Stored)
     assert (row.caller, row.request_id, row.outcome) == ("me", "r", "SUCCEEDED")
     reader = history.reader()
     reader.saw(row.generation, 1, "succeeded", 3)
-    reader.ended(image=updates[-1].state.end.image.data)
+    end = updates[-1].state.end
+    assert isinstance(end, Succeeded)
+    reader.ended(image=end.image.data)
     assert violations(history) == []

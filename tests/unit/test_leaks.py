@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from support.leaks import Footprint, LeakGate, trend
+from support.faults.leaks import Footprint, LeakGate, trend
 
 COUNTS = range(0, 2000, 10)
 

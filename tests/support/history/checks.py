@@ -73,7 +73,7 @@ class _View:
 
     def readers(self) -> Iterator[tuple[Opened, list[Fact]]]:
         """Yields each reader's opening with all that it saw."""
-        seen = defaultdict(list)
+        seen: dict[int, list[Fact]] = defaultdict(list)
         for _, fact in self.facts:
             if isinstance(fact, Saw | SawEnd | Refused | Left):
                 seen[fact.reader].append(fact)

@@ -27,7 +27,7 @@ from support.history.facts import (
 from support.history.rows import stored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import calotype
@@ -82,7 +82,7 @@ class History:
             if isinstance(entry, dict):
                 self.entries([entry])
 
-    def entries(self, entries: Iterable[dict[str, Any]]) -> None:
+    def entries(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Adds log entries, such as those of `structlog.testing.capture_logs`."""
         for entry in entries:
             level = str(entry.get("level", entry.get("log_level", "info")))

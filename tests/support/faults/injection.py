@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import random
 import re
@@ -141,7 +142,7 @@ class Faults:
 
     def __enter__(self) -> Self:
         for name in FAILPOINTS if self._control else self._faults:
-            self._stack.enter_context(injected(name, lambda name=name: self._visit(name)))
+            self._stack.enter_context(injected(name, functools.partial(self._visit, name)))
         return self
 
     def __exit__(self, *_: object) -> None:

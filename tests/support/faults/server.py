@@ -1,4 +1,4 @@
-"""Runs `calotype` with faults: `python -m support.failing_server store.end=exit@2 -- serve --state DIR`.
+"""Runs `calotype` with faults: `python -m support.faults.server store.end=exit@2 -- serve --state DIR`.
 
 `support.faults` describes the faults. `--control FILE` reads other ones from a file whenever it changes, and `--seed N`
 sets the seed of their probabilities.

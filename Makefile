@@ -157,7 +157,7 @@ settings: $(READY) ## write the table of all settings, service/SETTINGS.md
 bench: $(READY) ## measure performance; prints a table and writes build/bench.json
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench
 
-soak: $(READY) ## load, crashes, dead peers, malformed requests; SECONDS=120 (for each of the first two) FUZZ=10000 SEED=0
+soak: $(READY) ## load, crashes, injected faults, dead peers, malformed requests; SECONDS=120 (for each of the first two) FUZZ=10000 SEED=0
 	FUZZ=$(or $(FUZZ),10000) SCHEMATHESIS=$(or $(SCHEMATHESIS),100) $(BIN)/pytest tests/soak tests/e2e/test_fuzz.py tests/contract/http/test_openapi.py -s $(ARGS)
 
 ray-up: $(RAY_READY) ## start the service with Ray on this machine; CONFIG=service/ray.yaml

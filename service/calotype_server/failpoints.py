@@ -32,6 +32,12 @@ FAILPOINTS = frozenset(
         "engine.batch",
         "engine.preview",
         "engine.report",
+        "grpc.call",
+        "grpc.message",
+        "grpcweb.call",
+        "grpcweb.message",
+        "http.call",
+        "http.message",
     }
 )
 """All names. `tests/faults/` has a test for each."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+from typing import TYPE_CHECKING
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -18,6 +19,9 @@ from support.hangs.whole_server import NOT_SERVING, PATIENCE, SERVICE, SERVING, 
 from support.metrics import Scrape
 from support.process import free_address
 from support.service import read_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROMPT = pb.GenerateRequest(prompt="a red apple")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import calotype
+from calotype_server.generations.ids import tag_of
+from support.history import History, violations
 from support.process import CALOTYPE, ServerProcess, free_address
 
 pytestmark = pytest.mark.e2e
@@ -27,24 +30,36 @@ def test_a_stream_survives_a_killed_server(tmp_path, keeps_state: bool) -> None:
     """With and without a state folder, the loop continues with rising sequences, one end, and the same image."""
     address = free_address()
     options = ["--grpc-address", address, "--deterministic", "--max-batch-rows", "4", "--max-active", "2"]
+    options += ["--log-format", "json"]
     if keeps_state:
         options += ["--state", str(tmp_path / "state")]
+    history = History()
+    log = history.reader(recipe="a red apple")
     with calotype.Client(address) as client, contextlib.ExitStack() as servers:
         first = servers.enter_context(ServerProcess(*options))
         undisturbed = client.generate("a red apple", seed=5, steps=STEPS).result()
         generation, seen = client.generate("a red apple", seed=5, steps=STEPS), []
         for progress in generation:
+            log.saw(progress.generation_id, progress.sequence, progress.phase.value, progress.step)
             if progress.step >= 5 and first.process.poll() is None:
                 killed_at = progress.step
                 first.process.kill()
                 first.process.wait()
-                servers.enter_context(ServerProcess(*options))
+                first.join_log()
+                history.log(first.log)
+                history.crashed(forgets="" if keeps_state else tag_of(progress.generation_id))
+                second = servers.enter_context(ServerProcess(*options))
             seen.append(progress)
+        log.ended(image=generation.result().data)
+        second.terminate()
+        history.stopped(second.process.wait(60))
+        second.join_log()
+        history.log(second.log)
     assert 5 <= killed_at < STEPS
     assert generation.result().data == undisturbed.data
-    assert [progress.sequence for progress in seen] == sorted({progress.sequence for progress in seen})
-    assert [progress.step for progress in seen] == sorted(progress.step for progress in seen)
     assert [progress.phase.ended for progress in seen].count(True) == 1
+    asyncio.run(history.store(tmp_path / "state"))
+    assert [str(each) for each in violations(history)] == []
 
 
 class SlowLoadingProcess(ServerProcess):

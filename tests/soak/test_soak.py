@@ -6,25 +6,34 @@ import asyncio
 import contextlib
 import os
 import random
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import calotype
 from calotype.v1 import calotype_pb2 as pb
+from soak.report import report, settle
+from support.faults.leaks import Footprint, LeakGate
 from support.grpcweb import WebChannel
-from support.process import ServerProcess
+from support.history import History, follow, read
+from support.process import ServerProcess, free_address
 from support.proxy import Link
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 SECONDS = float(os.environ.get("SECONDS", "120"))
+SEED = int(os.environ.get("SEED", "0"))
 CALLERS = 12
 PATIENCE = 120.0
 """Seconds after which a generation counts as stuck."""
 
-SETTLED = 60
-"""Number of requests after which caches and pools have their final size."""
+SETTLED = 400
+"""Number of requests after which caches, pools and the retained images have their final size."""
+
+LEAST = 60
+"""Number of requests of a short run, whose growth says nothing about leaks."""
 
 VARIANTS = [
     {"prompt": "a red apple", "seed": 1, "steps": 8},
@@ -45,79 +54,65 @@ VARIANTS = [
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Threads, open files and memory of a process."""
-
-    threads: int
-    files: int
-    resident_kib: int
-
-    @staticmethod
-    def of(pid: int) -> Footprint:
-        """Reads the values from the kernel."""
-        status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        return Footprint(
-            int(status["Threads"]), len(list(Path(f"/proc/{pid}/fd").iterdir())), int(status["VmRSS"].split()[0])
-        )
-
-
-@dataclass(frozen=True)
 class Place:
-    """Addresses and clients of the server."""
+    """Addresses and clients of the server, and the history of the run."""
 
+    history: History
     client: calotype.AsyncClient
     web_address: str
     link: str
     """Address of the native port over an unstable connection."""
 
 
-async def complete(place: Place, variant: dict, _: random.Random) -> bytes:
+def recipe_of(variant: dict) -> str:
+    """Returns everything that determines the image."""
+    return repr(sorted((name, value) for name, value in variant.items() if name != "timeout"))
+
+
+async def generate(place: Place, variant: dict, *, client: calotype.AsyncClient | None = None, **options) -> None:
+    """Generates an image and records what happens; options of `support.history.follow`."""
+    generation = (client or place.client).generate(**variant)
+    await follow(place.history, generation, recipe=recipe_of(variant), **options)
+
+
+async def complete(place: Place, variant: dict, _: random.Random) -> None:
     """Reads the stream to its end."""
-    return (await place.client.generate(**variant).result()).data
+    await generate(place, variant)
 
 
-async def stall(place: Place, variant: dict, chance: random.Random) -> bytes:
+async def stall(place: Place, variant: dict, chance: random.Random) -> None:
     """Reads the stream slowly."""
-    generation = place.client.generate(**variant)
-    async for _ in generation:
-        await asyncio.sleep(chance.uniform(0, 0.3))
-    return (await generation.result()).data
+    await generate(place, variant, on_message=lambda _: asyncio.sleep(chance.uniform(0, 0.3)))
 
 
 async def cancel(place: Place, variant: dict, chance: random.Random) -> None:
     """Cancels by id after a random step, or while queued."""
-    generation, step = place.client.generate(**variant), chance.randrange(variant["steps"])
-    with pytest.raises(calotype.Cancelled):
-        async for progress in generation:
-            if progress.step >= step:
-                await place.client.cancel(progress.generation_id)
-        # A cancel that arrives too late leaves a finished image, which is correct too.
-        raise calotype.Cancelled("")
+    step = chance.randrange(variant["steps"])
+
+    async def cancel_at_step(progress: calotype.Progress) -> None:
+        if progress.step >= step:
+            await place.client.cancel(progress.generation_id)
+
+    # A cancel that arrives too late leaves a finished image, which is correct too.
+    with contextlib.suppress(calotype.Cancelled):
+        await generate(place, variant, on_message=cancel_at_step)
 
 
 async def leave(place: Place, variant: dict, chance: random.Random) -> None:
     """Leaves the loop after a random step."""
-    step = chance.randrange(variant["steps"])
-    async for progress in place.client.generate(**variant):
-        if progress.step >= step:
-            break
+    await generate(place, variant, stop_at=chance.randrange(variant["steps"]))
 
 
 async def vanish(place: Place, variant: dict, chance: random.Random) -> None:
     """Closes the whole connection during the stream."""
     async with calotype.AsyncClient(place.client.address) as own:
-        step = chance.randrange(variant["steps"])
-        async for progress in own.generate(**variant):
-            if progress.step >= step:
-                return
+        await generate(place, variant, client=own, stop_at=chance.randrange(variant["steps"]))
 
 
-async def hurry(place: Place, variant: dict, chance: random.Random) -> bytes | None:
+async def hurry(place: Place, variant: dict, chance: random.Random) -> None:
     """Sets a deadline that may pass."""
-    try:
-        return (await place.client.generate(**variant, timeout=chance.uniform(0.05, 2.0)).result()).data
-    except calotype.DeadlineExceeded:
-        return None
+    with contextlib.suppress(calotype.DeadlineExceeded):
+        await generate(place, {**variant, "timeout": chance.uniform(0.05, 2.0)})
 
 
 async def blunder(place: Place, variant: dict, _: random.Random) -> None:
@@ -126,80 +121,85 @@ async def blunder(place: Place, variant: dict, _: random.Random) -> None:
         await place.client.generate(**{**variant, "width": 7, "steps": 0}).result()
 
 
-async def lose(place: Place, variant: dict, _: random.Random) -> bytes:
+async def lose(place: Place, variant: dict, _: random.Random) -> None:
     """Uses an unstable connection and a client that reconnects."""
     async with calotype.AsyncClient(place.link, retries=1000) as own:
         while True:
             try:
-                return (await own.generate(**variant).result()).data
+                return await generate(place, variant, client=own)
             except calotype.Unavailable as error:
                 # A client reports a failed first contact immediately.
                 assert not error.reason, error
 
 
-async def browse(place: Place, variant: dict, chance: random.Random) -> bytes | None:
+async def browse(place: Place, variant: dict, chance: random.Random) -> None:
     """Reads on the web port, to the end or to a random step."""
     names = {"steps": "step_count", "width": "width_px", "height": "height_px"}
     request = pb.GenerateRequest(**{names.get(name, name): value for name, value in variant.items()})
-    step, image = chance.choice((variant["steps"], chance.randrange(variant["steps"]))), b""
+    step = chance.choice((None, chance.randrange(variant["steps"])))
     with contextlib.closing(WebChannel(place.web_address)) as channel:
-        async for message in channel.stub().Generate(request):
-            if message.phase == pb.PHASE_SUCCEEDED:
-                image += message.image
-            elif message.step >= step < variant["steps"]:
-                return None
-    return image
+        log = place.history.reader(recipe=recipe_of(variant))
+        await read(log, channel.stub().Generate(request), stop_at=step)
+        assert log.outcome or step is not None
 
 
 FATES = {complete: 5, stall: 2, cancel: 3, leave: 2, vanish: 2, hurry: 1, blunder: 1, lose: 3, browse: 5}
 
 
 @pytest.mark.timeout(7200)
-async def test_mixed_load_leaves_nothing_stuck_wrong_or_leaked() -> None:
-    """Every image equals an undisturbed one bit for bit; threads, files, slots and memory do not grow."""
-    chance = random.Random(int(os.environ.get("SEED", "0")))
-    loop = asyncio.get_running_loop()
-    with ServerProcess("--deterministic", "--log-level", "error", "--max-queue", "64") as server:
+async def test_mixed_load_leaves_nothing_stuck_wrong_or_leaked(tmp_path: Path) -> None:
+    """The whole history keeps the invariants, every slot returns, and memory, threads and files do not grow."""
+    chance, history, gate = random.Random(SEED), History(), LeakGate(SETTLED)
+    loop, metrics_address = asyncio.get_running_loop(), free_address()
+    options = ["--deterministic", "--log-format", "json", "--metrics-address", metrics_address]
+    options += ["--max-queue", "64", "--max-queue-per-caller", "64", "--retain-count", "64"]
+    with ServerProcess(*options, "--state", str(tmp_path / "state")) as server:
         async with calotype.AsyncClient(server.address) as client, Link(server.address) as link:
-            place = Place(client, server.web_address, link.address)
-            alone = [await complete(place, variant, chance) for variant in VARIANTS]
+            place = Place(history, client, server.web_address, link.address)
+            for variant in VARIANTS:
+                await complete(place, variant, chance)
             model = await client.model()
             assert model.max_batch_rows > 1, model.unbatched_reason
-            fates, wrong, until = Counter(), 0, loop.time() + SECONDS
-            settled: Footprint | None = None
+            until = loop.time() + SECONDS
+            requests = 0
 
             async def caller() -> None:
-                nonlocal wrong, settled
-                while loop.time() < until or settled is None:
+                nonlocal requests
+                while loop.time() < until or requests < LEAST:
                     fate = chance.choices(list(FATES), list(FATES.values()))[0]
-                    index = chance.randrange(len(VARIANTS))
                     async with asyncio.timeout(PATIENCE):
-                        data = await fate(place, VARIANTS[index], chance)
-                    fates[fate.__name__] += 1
-                    wrong += data is not None and data != alone[index]
-                    if fates.total() == SETTLED:
-                        settled = Footprint.of(server.process.pid)
+                        await fate(place, chance.choice(VARIANTS), chance)
+                    history.tried[fate.__name__] += 1
+                    requests += 1
 
             async def trouble() -> None:
                 while True:
                     await asyncio.sleep(chance.uniform(0.1, 2))
                     link.cut()
 
-            cutting = asyncio.create_task(trouble())
+            async def watch() -> None:
+                while True:
+                    gate.sample(requests, Footprint.of(server.process.pid))
+                    await asyncio.sleep(0.5)
+
+            background = [asyncio.create_task(trouble()), asyncio.create_task(watch())]
             async with asyncio.TaskGroup() as callers:
                 for _ in range(CALLERS):
                     callers.create_task(caller())
-            cutting.cancel()
+            for task in background:
+                task.cancel()
             # Every slot is free again: the maximum number of generations runs at the same time.
             async with asyncio.timeout(PATIENCE):
-                again = await asyncio.gather(*(complete(place, VARIANTS[0], chance) for _ in range(model.max_active)))
-            after = Footprint.of(server.process.pid)
-            print(f"\n{fates.total()} requests in {SECONDS:.0f} s: {dict(fates)}; wrong {wrong}; {link.cuts} links cut")
-            print(f"start {settled}\nend   {after}")
-            assert wrong == 0
-            assert link.cuts
-            assert set(again) == {alone[0]}
-            assert after.threads <= settled.threads
-            assert after.files <= settled.files + CALLERS
-            assert after.resident_kib <= 1.1 * settled.resident_kib
-        assert server.process.poll() is None
+                await asyncio.gather(*(complete(place, VARIANTS[0], chance) for _ in range(model.max_active)))
+            await settle(history, metrics_address, PATIENCE)
+            history.listed([each async for each in client.generations()])
+        history.tried["cut connections"] = link.cuts
+        server.terminate()
+        history.stopped(await asyncio.to_thread(server.process.wait, PATIENCE))
+        server.join_log()
+    history.log(server.log)
+    await history.store(tmp_path / "state")
+    found = report(history, f"mixed load, {requests} requests in {SECONDS:.0f} s, seed {SEED}; {gate.report()}")
+    assert found == []
+    assert link.cuts
+    assert gate.leaks() == []

@@ -92,6 +92,10 @@ class ServerProcess:
             assert self._logged.wait_for(find, timeout), f"no line with {words} in:\n{''.join(self.log)}"
             return find()
 
+    def join_log(self) -> None:
+        """Waits until all lines of a process that has ended are in `log`."""
+        self._reader.join(10)
+
     def terminate(self) -> None:
         """Sends SIGTERM."""
         self.process.send_signal(signal.SIGTERM)
@@ -103,6 +107,21 @@ class ServerProcess:
     def thaw(self) -> None:
         """Resumes the process."""
         self.process.send_signal(signal.SIGCONT)
+
+
+class FailingServerProcess(ServerProcess):
+    """Runs `calotype serve` with faults.
+
+    Args:
+        faults: Arguments of `support.faults.server`.
+        options: Additional flags of the server.
+        ready: Whether to wait until the server accepts requests.
+        environment: Additional environment variables.
+    """
+
+    def __init__(self, faults: Sequence[str], *options: str, ready: bool = True, **environment: str) -> None:
+        self.calotype = [sys.executable, "-m", "support.faults.server", *faults, "--"]
+        super().__init__(*options, ready=ready, PYTHONPATH=os.pathsep.join(sys.path), **environment)
 
 
 class BridgeProcess(ServerProcess):

@@ -148,7 +148,7 @@ async def test_sigterm_while_the_engine_hangs(server: Server, gate: threading.Ev
         gate.set()
 
 
-async def test_every_signal_limits_the_time_of_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_signal_limits_the_time_of_the_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The first signal allows the drain and 25 s, the second one 25 s; then the process would end with code 70."""
     server = Server(monkeypatch, tmp_path)
     async with server.running(drain_seconds=100):

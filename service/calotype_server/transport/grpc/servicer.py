@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer
+from calotype_server.failpoints import hit
 from calotype_server.transport.grpc.status import to_status
 from calotype_server.transport.net.credentials import from_metadata, peer_of_call
 from calotype_server.transport.net.proxies import NO_PROXIES, TrustedProxies
@@ -47,6 +48,7 @@ class GenerationServicer(GenerationServiceServicer):
         deadline = context.time_remaining()
         async with self._service.generate(request, self._caller(context), deadline=deadline) as stream:
             async for message in stream:
+                hit("grpc.message")
                 yield message
         await _set_status(context, stream.failure)
 
@@ -56,6 +58,7 @@ class GenerationServicer(GenerationServiceServicer):
         """Streams a generation that was started earlier; see the proto."""
         async with self._service.watch(request, self._caller(context)) as stream:
             async for message in stream:
+                hit("grpc.message")
                 yield message
         await _set_status(context, stream.failure)
 
@@ -84,6 +87,7 @@ class GenerationServicer(GenerationServiceServicer):
         return self._service.model()
 
     def _caller(self, context: Context) -> Caller:
+        hit("grpc.call")
         peer = peer_of_call(context, self._proxies)
         caller = self._access.authenticate(from_metadata(context.invocation_metadata()), peer)
         structlog.contextvars.bind_contextvars(caller=caller.id)

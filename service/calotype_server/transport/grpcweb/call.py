@@ -20,6 +20,7 @@ from calotype_server.errors import (
     RequestUnreadable,
     ServiceError,
 )
+from calotype_server.failpoints import hit
 from calotype_server.transport.grpc.dispatch import CallDetails, EarlyHandler
 from calotype_server.transport.grpc.status import to_status
 from calotype_server.transport.grpcweb import framing
@@ -115,6 +116,7 @@ class Call:
     async def _handle(self, find_handler: FindHandler, admit: Callable[[], object]) -> None:
         if self._decision.done():
             return
+        hit("grpcweb.call")
         headers = self._scope["headers"]
         deadline = self._start_deadline(framing.header(headers, b"grpc-timeout"))
         metadata = framing.decode_metadata(headers)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import structlog
 
+from calotype_server.failpoints import hit
 from calotype_server.transport.grpc.context import AbortMixin
 from calotype_server.transport.grpcweb.framing import Status, check_metadata
 
@@ -54,6 +55,7 @@ class Context(AbortMixin, grpc.aio.ServicerContext[Any, Any]):
 
     async def write(self, message: Any) -> None:
         """Sends a message."""
+        hit("grpcweb.message")
         if self._abort_error is not None:
             raise self._abort_error
         await self._response.write(message if self.serializer is None else self.serializer(message))

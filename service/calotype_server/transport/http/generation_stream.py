@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server.failpoints import hit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -34,6 +35,7 @@ async def generation_stream(
     Raises:
         ServiceError: The request is rejected.
     """
+    hit("http.call")
     if isinstance(parsed.value, pb.WatchRequest):
         opening = service.watch(parsed.value, caller, whole=True, violations=parsed.violations)
     else:

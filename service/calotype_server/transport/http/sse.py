@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.errors import Draining, InvalidRequest, ServiceError, Violation
+from calotype_server.failpoints import hit
 from calotype_server.transport.http.problems import describe, waiting_event
 from calotype_server.transport.http.schema import as_json
 
@@ -94,6 +95,7 @@ async def progress_events(
     """
     retry: int | None = _RECONNECT_MILLISECONDS
     async for message in stream:
+        hit("http.message")
         name = event_name(message)
         if reconnects and name == _END and isinstance(stream.failure, Draining):
             yield waiting_event(stream.failure)

@@ -27,6 +27,7 @@ from pydantic import Field
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.auth.access import bearer_in_subprotocols
 from calotype_server.errors import GenerationFailed, InvalidRequest, ServiceError, TooManyStreams, Violation
+from calotype_server.failpoints import hit
 from calotype_server.observability.events import CallRefused, Observe, ignore
 from calotype_server.transport.http.callers import caller_of
 from calotype_server.transport.http.generation_stream import generation_stream
@@ -171,6 +172,7 @@ class _Session:
             with self._call_limiter.admit(peer_of(self._socket.scope)):
                 async with generation_stream(self._service, parsed, self._caller) as stream:
                     async for message in stream:
+                        hit("http.message")
                         await self._send_progress(command.id, message)
         except ServiceError as error:
             await self._send_error(command.id, error)

@@ -19,7 +19,7 @@ export default defineConfig({
   ssr: { resolve: { conditions: ["source"] }, noExternal: ["calotype"] },
   test: {
     include: ["test/**/*.test.ts"],
-    globalSetup: "test/cache_dir.ts",
+    globalSetup: "test/support/cache_dir.ts",
     testTimeout: 120_000,
     hookTimeout: 120_000,
     // Generous, so that tests pass on a busy machine.

@@ -4,8 +4,8 @@ import { readFile } from "node:fs/promises";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { expect, it, onTestFinished } from "vitest";
-import { allowConsole, openPage } from "./browser.js";
-import { Service } from "./service_process.js";
+import { allowConsole, openPage } from "./support/browser.js";
+import { Service } from "./support/service_process.js";
 
 const PACKAGE = new URL("../node_modules/openai/", import.meta.url);
 

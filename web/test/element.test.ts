@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
-import { openPage, recorded } from "./browser.js";
-import { disconnected, final, Gate, preview, serveScripted } from "./scripted_service.js";
+import { openPage, recorded } from "./support/browser.js";
+import { disconnected, final, Gate, preview, serveScripted } from "./support/scripted_service.js";
 
 describe("<calotype-view> without the page", () => {
   const ADD = `

@@ -3,9 +3,9 @@
 import { createClient } from "calotype";
 import type { Page } from "playwright-core";
 import { afterAll, beforeAll, expect, it, onTestFinished } from "vitest";
-import { allowConsole, openPage } from "./browser.js";
-import { list, Service } from "./service_process.js";
-import { TcpProxy } from "./tcp_proxy.js";
+import { allowConsole, openPage } from "./support/browser.js";
+import { list, Service } from "./support/service_process.js";
+import { TcpProxy } from "./support/tcp_proxy.js";
 
 /** One generation at a time, and no queue. */
 const FLAGS = ["--max-active", "1", "--max-queue", "0"];

@@ -2,9 +2,9 @@
 
 import OpenAI from "openai";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
-import { allowConsole, openPage } from "./browser.js";
-import { Service } from "./service_process.js";
-import { TcpProxy } from "./tcp_proxy.js";
+import { allowConsole, openPage } from "./support/browser.js";
+import { Service } from "./support/service_process.js";
+import { TcpProxy } from "./support/tcp_proxy.js";
 
 const PNG = "iVBORw0KGgo";
 const JPEG = "/9j/";

@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { develop, expectAccessible, openPage, screenshot, waitForText } from "./browser.js";
+import { develop, expectAccessible, openPage, screenshot, waitForText } from "./support/browser.js";
 import {
   Code,
   ConnectError,
@@ -8,7 +8,7 @@ import {
   type HandlerContext,
   MODEL,
   serveScripted,
-} from "./scripted_service.js";
+} from "./support/scripted_service.js";
 
 const KEY = "calotype_alice_0123456789";
 

@@ -4,7 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { CalotypeError, createClient, isLoading, type Picture } from "calotype";
 import { expect, it, onTestFinished } from "vitest";
-import { fingerprint, PROMPT, pictureFingerprint, Service } from "./service_process.js";
+import { fingerprint, PROMPT, pictureFingerprint, Service } from "./support/service_process.js";
 
 const STEPS = 60;
 

@@ -1,5 +1,5 @@
 import { describe, expect, it } from "vitest";
-import { allowConsole, develop, expectAccessible, openPage, recorded, screenshot, waitForText } from "./browser.js";
+import { allowConsole, develop, expectAccessible, openPage, recorded, screenshot, waitForText } from "./support/browser.js";
 import {
   BadRequestSchema,
   Code,
@@ -15,7 +15,7 @@ import {
   RetryInfoSchema,
   ScriptedGeneration,
   serveScripted,
-} from "./scripted_service.js";
+} from "./support/scripted_service.js";
 
 describe("the page, if something goes wrong,", () => {
   it("reconnects automatically, without an error, and keeps the picture", async () => {

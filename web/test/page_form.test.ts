@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
-import { develop, expectAccessible, openPage, screenshot, waitForText } from "./browser.js";
-import { final, MODEL, PreviewMethod, preview, serveScripted } from "./scripted_service.js";
+import { develop, expectAccessible, openPage, screenshot, waitForText } from "./support/browser.js";
+import { final, MODEL, PreviewMethod, preview, serveScripted } from "./support/scripted_service.js";
 
 async function* steps(until = 8) {
   for (let step = 1; step <= until; step += 1) yield preview(step);

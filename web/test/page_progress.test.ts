@@ -1,6 +1,6 @@
 import { describe, expect, it } from "vitest";
-import { develop, expectAccessible, openPage, printWithText, recorded, screenshot, waitForText } from "./browser.js";
-import { disconnected, final, Gate, Phase, preview, progress, serveScripted } from "./scripted_service.js";
+import { develop, expectAccessible, openPage, printWithText, recorded, screenshot, waitForText } from "./support/browser.js";
+import { disconnected, final, Gate, Phase, preview, progress, serveScripted } from "./support/scripted_service.js";
 
 const QUEUED = progress({
   sequence: 1n,

@@ -9,7 +9,7 @@ import {
   recorded,
   screenshot,
   waitForText,
-} from "./browser.js";
+} from "./support/browser.js";
 import {
   disconnected,
   final,
@@ -18,7 +18,7 @@ import {
   progress,
   ScriptedGeneration,
   serveScripted,
-} from "./scripted_service.js";
+} from "./support/scripted_service.js";
 
 const QUEUED = progress({
   sequence: 1n,

@@ -5,8 +5,8 @@ import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect, it, onTestFinished } from "vitest";
-import { develop, openPage, printWithText } from "./browser.js";
-import { disconnected, final, Gate, Phase, progress, serveScripted } from "./scripted_service.js";
+import { develop, openPage, printWithText } from "./support/browser.js";
+import { disconnected, final, Gate, Phase, progress, serveScripted } from "./support/scripted_service.js";
 
 const CONF = new URL("../../service/nginx.conf", import.meta.url);
 

@@ -1,6 +1,6 @@
 import { afterAll, beforeAll, expect, it } from "vitest";
-import { allowConsole, develop, finalFingerprints, openPage, screenshot } from "./browser.js";
-import { list, PROMPT, pictureFingerprint, Service, serverTag } from "./service_process.js";
+import { allowConsole, develop, finalFingerprints, openPage, screenshot } from "./support/browser.js";
+import { list, PROMPT, pictureFingerprint, Service, serverTag } from "./support/service_process.js";
 
 const PICTURES = 8;
 const STEPS = 20;

@@ -1,7 +1,7 @@
 import { createClient, type Picture } from "calotype";
 import { afterAll, beforeAll, expect, it, onTestFinished } from "vitest";
-import { allowConsole, develop, finalFingerprints, openPage } from "./browser.js";
-import { fingerprint, list, PROMPT, pictureFingerprint, Service, serverTag } from "./service_process.js";
+import { allowConsole, develop, finalFingerprints, openPage } from "./support/browser.js";
+import { fingerprint, list, PROMPT, pictureFingerprint, Service, serverTag } from "./support/service_process.js";
 
 const PICTURES = 8;
 const STEPS = 20;

@@ -1,8 +1,8 @@
 import { createClient } from "calotype";
 import { afterAll, beforeAll, expect, it, onTestFinished } from "vitest";
-import { allowConsole, develop, openPage, recorded, waitForText } from "./browser.js";
-import { fingerprint, Service } from "./service_process.js";
-import { TcpProxy } from "./tcp_proxy.js";
+import { allowConsole, develop, openPage, recorded, waitForText } from "./support/browser.js";
+import { fingerprint, Service } from "./support/service_process.js";
+import { TcpProxy } from "./support/tcp_proxy.js";
 
 /** One generation at a time, no queue, and the same picture from every process. */
 const FLAGS = ["--deterministic", "--max-active", "1", "--max-queue", "0"];

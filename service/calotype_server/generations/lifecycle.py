@@ -13,6 +13,7 @@ import structlog
 from calotype_server import errors
 from calotype_server.generations.completion import Completion
 from calotype_server.generations.generation import Generation
+from calotype_server.generations.heartbeats import Heartbeats
 from calotype_server.generations.ids import tag_of
 from calotype_server.generations.reader import Reader
 from calotype_server.generations.reservation import position_reporter, reserve
@@ -83,10 +84,9 @@ class Generations:
         self._runner = runner
         self._admission = admission
         self._index = index
-        self._heartbeat_seconds = heartbeat_seconds
-        self._heartbeat: asyncio.TimerHandle | None = None
         self._observe = observe
         self._running: set[Generation] = set()
+        self._heartbeats = Heartbeats(self._running, heartbeat_seconds)
         self._completion = Completion(runner, admission, index, on_ended=self._running.discard, on_dead=on_dead)
         self._numbers = itertools.count(1)
         self._retry_after: float | None = None
@@ -320,8 +320,7 @@ class Generations:
 
     def close(self) -> None:
         """Stops the heartbeats. All generations must have ended."""
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
+        self._heartbeats.close()
 
     def _accept(self, requests: Sequence[tuple[Job, DeliveryOptions]], quota: Quota | None) -> list[Generation]:
         """Accepts all jobs or none, without giving control to the event loop in between."""
@@ -368,14 +367,7 @@ class Generations:
         generation.begin(self._completion.run(generation, ticket))
         self._running.add(generation)
         self._index.add(generation)
-        if self._heartbeat is None:
-            self._heartbeat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._beat)
-
-    def _beat(self) -> None:
-        for generation in self._running:
-            generation.heartbeat(self._heartbeat_seconds)
-        loop = asyncio.get_running_loop()
-        self._heartbeat = loop.call_later(self._heartbeat_seconds, self._beat) if self._running else None
+        self._heartbeats.start()
 
     @contextlib.contextmanager
     def _read(self, generation: Generation, after: int = 0, preview: PreviewOptions | None = None) -> Iterator[Reader]:

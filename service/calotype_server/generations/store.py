@@ -10,22 +10,21 @@ import contextlib
 import os
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 import structlog
 
-from calotype_server import errors, threads
+from calotype_server import errors
 from calotype_server.failpoints import hit
 from calotype_server.generations.records import End, ImageFacts, Record
 from calotype_server.generations.state.folder import Lock
 from calotype_server.generations.state.repair import open_state
 from calotype_server.generations.state.seals import Damaged
+from calotype_server.generations.state.thread import RETRY_SECONDS, StoreThread, unavailable
 from calotype_server.types import Failed, Succeeded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
-    from concurrent.futures import Future
     from pathlib import Path
 
     from calotype_server.generations.state.file import Row, StateFile
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["Store"]
 
 _log = structlog.get_logger(__name__)
-
-_RETRY_SECONDS: Final = 5.0
 
 _TIMEOUT_SECONDS: Final = 10.0
 _CLOSE_SECONDS: Final = 3.0
@@ -64,11 +61,9 @@ class Store:
 
     replica: str
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, seconds: float = _TIMEOUT_SECONDS) -> None:
         self._folder = folder.expanduser()
-        self._seconds = _TIMEOUT_SECONDS
-        self._hanging: Future[Any] | None = None
-        self._thread = ThreadPoolExecutor(1, "calotype-store")
+        self._thread = StoreThread(seconds)
         self._closed = False
         self._problem: str | None = None
         self._recovering: asyncio.Task[None] | None = None
@@ -95,13 +90,12 @@ class Store:
         Raises:
             StateUnusable: The state cannot be used; the message says why and what to do.
         """
-        store = cls(folder)
-        store._seconds = seconds
+        store = cls(folder, seconds)
         try:
-            await store._run(store._open, patient=True)
+            await store._thread.run(store._open, patient=True)
         except BaseException:
             # A caller that is cancelled does not wait for a disk that hangs.
-            store._thread.shutdown(wait=False)
+            store._thread.close()
             raise
         return store
 
@@ -128,7 +122,7 @@ class Store:
 
         It is set by a call that hangs or fails to write. The store then checks every 2 s whether the disk works again.
         """
-        return "The state folder does not respond." if self._hangs else self._problem
+        return "The state folder does not respond." if self._thread.hangs else self._problem
 
     @property
     def damaged(self) -> frozenset[str]:
@@ -142,7 +136,7 @@ class Store:
             StateUnusable: The file cannot be read.
         """
         try:
-            records, self._damaged = await self._run(self._load, patient=True)
+            records, self._damaged = await self._thread.run(self._load, patient=True)
         except errors.StateUnavailable:
             raise errors.StateUnusable(f"--state: the file in {self._folder} cannot be read; see the log.") from None
         return records
@@ -236,7 +230,7 @@ class Store:
             ordinal = self._ordinals.get(generation_id)
             return None if ordinal is None else self._file.image(ordinal, generation_id)
 
-        return await self._run(lambda: _without_details(read))
+        return await self._thread.run(lambda: _without_details(read))
 
     async def probe(self) -> None:
         """Checks whether a new generation could be stored: writes to the disk, and clears `problem` if that succeeds.
@@ -250,7 +244,7 @@ class Store:
             self._file.probe()
             self._missed = 0
 
-        await self._run(lambda: _without_details(probe, quiet=True))
+        await self._thread.run(lambda: _without_details(probe, quiet=True))
         self._problem = None
 
     async def touch(self) -> None:
@@ -262,15 +256,14 @@ class Store:
             StateUnavailable: The folder does not accept changes.
         """
         try:
-            await self._run(lambda: _without_details(lambda: os.utime(self._folder)))
+            await self._thread.run(lambda: _without_details(lambda: os.utime(self._folder)))
         except errors.StateUnavailable as error:
             self._note_problem(error.message)
             raise
 
     async def responsive(self) -> None:
         """Waits until the call that hangs, if there is one, has returned."""
-        if self._hanging is not None:
-            await threads.completes(self._hanging, None)
+        await self._thread.responsive()
 
     async def close(self) -> None:
         """Closes the file after pending calls and releases the lock. A second call does nothing.
@@ -283,48 +276,15 @@ class Store:
         if self._recovering is not None:
             self._recovering.cancel()
         try:
-            await self._run(self._close, seconds=min(self._seconds, _CLOSE_SECONDS))
+            await self._thread.run(self._close, seconds=_CLOSE_SECONDS)
         except errors.StateUnavailable:
             _log.error("the state was not closed")
-        self._thread.shutdown(wait=False)
-
-    @property
-    def _hangs(self) -> bool:
-        return self._hanging is not None and not self._hanging.done()
-
-    async def _run(self, function: Callable[[], T], *, patient: bool = False, seconds: float | None = None) -> T:
-        """Runs a function in the store's thread.
-
-        A call that does not return in time keeps the thread. Later calls then fail at once, until it returns.
-
-        Args:
-            function: Called in the thread.
-            patient: Whether the call may take any time.
-            seconds: Longest duration, including the calls before it; None for that of the store.
-
-        Raises:
-            StateUnavailable: The disk does not respond.
-        """
-        if self._hangs:
-            raise _unavailable()
-        work = threads.submit(self._thread, _call, function)
-        if not await threads.completes(work, None if patient else seconds or self._seconds):
-            # A call that waits behind another one is taken back.
-            if not work.cancel():
-                self._hanging = work
-                work.add_done_callback(lambda _: _log.warning("the state folder responds again"))
-                _log.error("the state folder does not respond", stacks=threads.stacks())
-            raise _unavailable()
-        try:
-            return work.result()
-        except threads.ThreadFailed as error:
-            _log.exception("a call of the state failed")
-            raise _unavailable() from error
+        self._thread.close()
 
     async def _write(self, change: Callable[[], bool]) -> None:
         """Makes a change, which returns whether anything was written."""
         try:
-            written = await self._run(lambda: _without_details(change))
+            written = await self._thread.run(lambda: _without_details(change))
         except errors.StateUnavailable as error:
             self._note_problem(error.message)
             raise
@@ -389,9 +349,7 @@ class Store:
             if not self._missed:
                 _log.error("the disk of the state is almost full", free_bytes=free, needed_bytes=needed)
             self._missed = size
-            raise errors.StateUnavailable(
-                "The server's disk has no room for another image.", retry_after=_RETRY_SECONDS
-            )
+            raise errors.StateUnavailable("The server's disk has no room for another image.", retry_after=RETRY_SECONDS)
 
 
 def _image_bytes(job: Job) -> int:
@@ -410,13 +368,4 @@ def _without_details(work: Callable[[], T], *, quiet: bool = False) -> T:
     except Exception as error:
         if not quiet:
             _log.error("cannot access the state", error=str(error), kind=type(error).__name__)
-        raise _unavailable() from None
-
-
-def _call(function: Callable[[], T]) -> T:
-    hit("store.call")
-    return function()
-
-
-def _unavailable() -> errors.StateUnavailable:
-    return errors.StateUnavailable("The server cannot access its state right now.", retry_after=_RETRY_SECONDS)
+        raise unavailable() from None

@@ -41,13 +41,13 @@ class FrozenDisk:
         Args:
             store: Gets a short timeout for the block. With a short timeout at other times, a slow disk fails a test.
         """
-        seconds = 0.0 if store is None else store._seconds
+        seconds = 0.0 if store is None else store._thread.seconds
         with injected("store.call", self._hang):
             try:
                 if store is not None:
-                    store._seconds = _BRIEF_SECONDS
+                    store._thread.seconds = _BRIEF_SECONDS
                 yield
             finally:
                 if store is not None:
-                    store._seconds = seconds
+                    store._thread.seconds = seconds
                 self._thawed.set()

@@ -13,7 +13,7 @@ import {
   PreviewMethod,
   PreviewOptionsSchema,
   type Progress,
-} from "../../client/typescript/src/gen/calotype/v1/calotype_pb.js";
+} from "../../../client/typescript/src/gen/calotype/v1/calotype_pb.js";
 import {
   Code,
   ConnectError,
@@ -24,10 +24,10 @@ import {
   type Handlers,
   preview as previewMessage,
   StubServer,
-} from "../../client/typescript/test/stub_server.js";
+} from "../../../client/typescript/test/stub_server.js";
 
-export * from "../../client/typescript/src/gen/calotype/v1/calotype_pb.js";
-export * from "../../client/typescript/src/gen/google/rpc/error_details_pb.js";
+export * from "../../../client/typescript/src/gen/calotype/v1/calotype_pb.js";
+export * from "../../../client/typescript/src/gen/google/rpc/error_details_pb.js";
 export {
   Code,
   ConnectError,
@@ -36,9 +36,9 @@ export {
   type Handlers,
   progress,
   StubServer,
-} from "../../client/typescript/test/stub_server.js";
+} from "../../../client/typescript/test/stub_server.js";
 
-const PAGE = new URL("../../service/calotype_server/page/", import.meta.url).pathname;
+const PAGE = new URL("../../../service/calotype_server/page/", import.meta.url).pathname;
 
 /** The content security policy of the service. */
 const POLICY =

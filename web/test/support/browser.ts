@@ -18,7 +18,7 @@ const FLAGS = [
   "--disable-sync",
 ];
 
-const SCREENSHOTS = new URL("../../build/page/", import.meta.url).pathname;
+const SCREENSHOTS = new URL("../../../build/page/", import.meta.url).pathname;
 
 /** Started by the first test that opens a page; all tests of a file share it. */
 let browser: Promise<Browser> | undefined;

@@ -7,7 +7,7 @@ import { createInterface } from "node:readline";
 import { createClient, type GenerationSummary, isEnd } from "calotype";
 import { expect, inject } from "vitest";
 
-const ROOT = new URL("../../", import.meta.url).pathname;
+const ROOT = new URL("../../../", import.meta.url).pathname;
 const SLOW_LOADING_SERVER = `${ROOT}tests/support/servers/slow_loading.py`;
 const PYTHON = process.env.CALOTYPE_PYTHON ?? `${ROOT}.venv/bin/python`;
 

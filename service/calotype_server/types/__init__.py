@@ -1,0 +1,69 @@
+"""The values that flow through the server: a `Job` goes in, events come out. Standard library only."""
+
+from __future__ import annotations
+
+from calotype_server.types.events import (
+    Decoding,
+    Denoising,
+    EncodingPrompt,
+    Event,
+    Failed,
+    Heartbeat,
+    Notice,
+    Phase,
+    PreviewReady,
+    Queued,
+    Succeeded,
+    Timings,
+    Withdrawn,
+)
+from calotype_server.types.images import (
+    EncodedImage,
+    ImageFormat,
+    Pixels,
+)
+from calotype_server.types.jobs import (
+    DeliveryOptions,
+    DisconnectPolicy,
+    Job,
+    OutputOptions,
+    Priority,
+)
+from calotype_server.types.models import (
+    MemoryModel,
+    ModelInfo,
+)
+from calotype_server.types.previews import (
+    RENDERED_PREVIEW_METHODS,
+    PreviewMethod,
+    PreviewOptions,
+)
+
+__all__ = [
+    "RENDERED_PREVIEW_METHODS",
+    "Decoding",
+    "DeliveryOptions",
+    "Denoising",
+    "DisconnectPolicy",
+    "EncodedImage",
+    "EncodingPrompt",
+    "Event",
+    "Failed",
+    "Heartbeat",
+    "ImageFormat",
+    "Job",
+    "MemoryModel",
+    "ModelInfo",
+    "Notice",
+    "OutputOptions",
+    "Phase",
+    "Pixels",
+    "PreviewMethod",
+    "PreviewOptions",
+    "PreviewReady",
+    "Priority",
+    "Queued",
+    "Succeeded",
+    "Timings",
+    "Withdrawn",
+]

@@ -1,0 +1,103 @@
+"""An image to generate, and how to deliver it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from calotype_server.types.images import ImageFormat  # noqa: TC001 - pydantic evaluates the annotations of `Job`
+from calotype_server.types.previews import PreviewOptions
+
+__all__ = [
+    "DeliveryOptions",
+    "DisconnectPolicy",
+    "Job",
+    "OutputOptions",
+    "Priority",
+]
+
+
+class Priority(IntEnum):
+    """Rank in the queue: smaller numbers start first."""
+
+    INTERACTIVE = 1
+    BATCH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """File format of the final image.
+
+    Attributes:
+        format: File format.
+        quality: 1 to 95 for JPEG, 1 to 100 for WebP; ignored for PNG.
+        metadata: Whether the file contains the parameters of the generation.
+    """
+
+    format: ImageFormat = "png"
+    quality: int = 90
+    metadata: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A validated request. Only validation creates jobs, and only jobs enter the queue.
+
+    Attributes:
+        prompt: Text to draw; not empty.
+        negative_prompt: Text to avoid, or None when absent or when the model does not support it.
+        width: Pixels, a multiple of `ModelInfo.size_multiple`.
+        height: Pixels, a multiple of `ModelInfo.size_multiple`.
+        step_count: Denoising steps, at least 1.
+        guidance_scale: Classifier-free guidance, 0 to 100, or None when the model does not support it.
+        seed: Seed of the initial noise, 0 to 2**53 - 1.
+        scheduler: Class name of the scheduler, one of `ModelInfo.schedulers`.
+        preview: Options of the previews.
+        output: Options of the final image.
+        priority: Rank in the queue.
+    """
+
+    prompt: str
+    negative_prompt: str | None
+    width: int
+    height: int
+    step_count: int
+    guidance_scale: float | None
+    seed: int
+    scheduler: str
+    preview: PreviewOptions = field(default_factory=PreviewOptions)
+    output: OutputOptions = OutputOptions()
+    priority: Priority = Priority.INTERACTIVE
+
+    @property
+    def pixel_count(self) -> int:
+        """Width times height."""
+        return self.width * self.height
+
+
+class DisconnectPolicy(IntEnum):
+    """What happens to a generation when its last reader disconnects before the end."""
+
+    CANCEL = 1
+    KEEP = 2
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryOptions:
+    """Everything in a request that does not affect the image.
+
+    Attributes:
+        caller: Id of the owner, see `auth.access.Caller.id`. Callers share the server evenly.
+        deadline: Maximum seconds until the final image; None for no deadline.
+        on_disconnect: What happens when the last reader disconnects.
+        grace: Seconds, 0 to 3600, between the last disconnect and the cancel. A reader that returns stops the timer.
+        request_id: The caller's own id of the request, or "". The same id never starts two generations.
+        seed_was_drawn: Whether the server chose the seed.
+    """
+
+    caller: str = ""
+    deadline: float | None = None
+    on_disconnect: DisconnectPolicy = DisconnectPolicy.CANCEL
+    grace: float = 0.0
+    request_id: str = ""
+    seed_was_drawn: bool = False

@@ -1,0 +1,99 @@
+"""The loaded model: what it can do, and how much memory it needs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from calotype_server.types.previews import PreviewMethod
+
+__all__ = [
+    "MemoryModel",
+    "ModelInfo",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryModel:
+    """Memory that generations may use, and how much one of them needs, measured when the model is loaded.
+
+    Generations denoise at the same time, but one after the other decodes its image.
+
+    Attributes:
+        available: Bytes for all running generations together, in addition to the loaded model.
+        denoising: Bytes per pixel and per squared pixel of a generation that denoises.
+        decoding: The same in addition while it decodes.
+    """
+
+    available: int
+    denoising: tuple[float, float]
+    decoding: tuple[float, float]
+
+    def need(self, sizes: Iterable[int]) -> float:
+        """Returns the bytes that generations of these sizes, in pixels, need at most if they run at the same time."""
+        sizes = list(sizes)
+        (linear, square), (last, last_square) = self.denoising, self.decoding
+        running = sum(linear * size + square * size**2 for size in sizes)
+        return running + max((last * size + last_square * size**2 for size in sizes), default=0.0)
+
+    @property
+    def max_pixels(self) -> int:
+        """The largest image, in pixels, that fits if nothing else runs."""
+        linear, square = (sum(parts) for parts in zip(self.denoising, self.decoding, strict=True))
+        # The solution of `linear * x + square * x**2 = available` in a form that is also stable for small `square`.
+        return math.floor(2 * self.available / (linear + math.sqrt(linear**2 + 4 * square * self.available)))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Abilities and defaults of the loaded model, read from its pipeline.
+
+    Attributes:
+        name: The value of `--model`.
+        pipeline: Class name of the diffusers pipeline.
+        width: Native width in pixels.
+        height: Native height in pixels.
+        size_multiple: Width and height must be multiples of this number of pixels.
+        step_count: Default number of denoising steps.
+        guidance_scale: Default guidance, or None when the pipeline does not support it.
+        takes_negative_prompt: Whether the pipeline supports a negative prompt.
+        scheduler: Class name of the default scheduler.
+        schedulers: Class names that requests may choose, sorted; they include the default.
+        max_step_counts: Maximum number of steps, for each scheduler that has one.
+        max_prompt_tokens: Tokens that the text encoder reads, including special ones; 0 when unknown.
+        device: Torch device, such as "cpu" or "cuda:0".
+        dtype: Number format of the weights, such as "float32".
+        preview_methods: Methods that can render previews of this model.
+        max_active: Generations that run at the same time.
+        max_batch_rows: Maximum rows of latents in one call of the denoiser; 0 when it does not batch requests.
+        unbatched_reason: One sentence why the denoiser does not batch requests; empty when it does.
+        memory: Memory that generations need; None when it is not known or does not matter.
+    """
+
+    name: str
+    pipeline: str
+    width: int
+    height: int
+    size_multiple: int
+    step_count: int
+    guidance_scale: float | None
+    takes_negative_prompt: bool
+    scheduler: str
+    schedulers: tuple[str, ...]
+    max_prompt_tokens: int
+    device: str
+    dtype: str
+    max_step_counts: Mapping[str, int] = field(default_factory=dict)
+    preview_methods: tuple[PreviewMethod, ...] = ()
+    max_active: int = 1
+    max_batch_rows: int = 0
+    unbatched_reason: str = ""
+    memory: MemoryModel | None = None
+
+    def max_steps(self, scheduler: str, ceiling: int) -> int:
+        """Returns the maximum number of steps with this scheduler, at most `ceiling`."""
+        return min(ceiling, self.max_step_counts.get(scheduler, ceiling))

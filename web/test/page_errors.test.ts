@@ -1,5 +1,13 @@
 import { describe, expect, it } from "vitest";
-import { allowConsole, develop, expectAccessible, openPage, recorded, screenshot, waitForText } from "./support/browser.js";
+import {
+  allowConsole,
+  develop,
+  expectAccessible,
+  openPage,
+  recorded,
+  screenshot,
+  waitForText,
+} from "./support/browser.js";
 import {
   BadRequestSchema,
   Code,

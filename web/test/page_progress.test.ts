@@ -1,5 +1,13 @@
 import { describe, expect, it } from "vitest";
-import { develop, expectAccessible, openPage, printWithText, recorded, screenshot, waitForText } from "./support/browser.js";
+import {
+  develop,
+  expectAccessible,
+  openPage,
+  printWithText,
+  recorded,
+  screenshot,
+  waitForText,
+} from "./support/browser.js";
 import { disconnected, final, Gate, Phase, preview, progress, serveScripted } from "./support/scripted_service.js";
 
 const QUEUED = progress({

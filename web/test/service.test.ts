@@ -3,8 +3,16 @@ import { CalotypeError, createClient, type Progress } from "calotype";
 import type { Page } from "playwright-core";
 import { build, defaultClientConditions, type Rolldown } from "vite";
 import { afterAll, afterEach, beforeAll, describe, expect, it } from "vitest";
-import { allowConsole, develop, expectAccessible, openPage, recorded, screenshot, waitForText } from "./support/browser.js";
 import type { Outcome } from "./google_grpc_web.js";
+import {
+  allowConsole,
+  develop,
+  expectAccessible,
+  openPage,
+  recorded,
+  screenshot,
+  waitForText,
+} from "./support/browser.js";
 import { fingerprint, Service } from "./support/service_process.js";
 
 /** Enough steps for a test to act before the end. */

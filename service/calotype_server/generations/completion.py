@@ -91,7 +91,12 @@ class Completion:
         """Ends a stored generation that may not run again, with `error`."""
         structlog.contextvars.bind_contextvars(generation=generation.id)
         redact_in_logs(generation.job.prompt, generation.job.negative_prompt)
-        _log.error("a stored generation does not run again", reason=error.reason, attempts=generation.attempts)
+        _log.error(
+            "a stored generation does not run again",
+            generation=generation.id,
+            reason=error.reason,
+            attempts=generation.attempts,
+        )
         end = await self._store(generation, Failed(error, generation.stopwatch.timings()))
         self._end(generation, None, end, generation.stopwatch.phases())
 

@@ -61,7 +61,7 @@ class Store:
 
     replica: str
 
-    def __init__(self, folder: Path, seconds: float = _TIMEOUT_SECONDS) -> None:
+    def __init__(self, folder: Path, seconds: float) -> None:
         self._folder = folder.expanduser()
         self._thread = StoreThread(seconds)
         self._closed = False

@@ -68,6 +68,7 @@ async def test_images_that_do_not_fit_at_the_moment_use_up_nothing(tmp_path: Pat
 async def test_more_images_than_a_key_ever_allows_are_an_invalid_request(tmp_path: Path) -> None:
     """Each limit of a key rejects a larger number without a retry delay, and without a charge."""
     keyring = Keyring(tmp_path / "keys.toml")
+    keyring.add("unlimited")
     access = keyring.access()
     async with running(FakeEngine(), transport="sse", access=access, max_queue=9) as service:
         for name, limit in (

@@ -10,6 +10,7 @@ from starlette.applications import Starlette
 
 from calotype_server.auth.access import Access, Caller
 from calotype_server.errors import StateUnavailable
+from calotype_server.failpoints import injected
 from calotype_server.limits import PortLimits
 from calotype_server.transport.http import HttpApi
 from calotype_server.transport.net.call_limits import CallLimiter
@@ -116,30 +117,20 @@ async def test_a_disconnect_before_the_response_starts_cancels() -> None:
 
 
 async def test_an_error_after_the_status_becomes_an_event() -> None:
-    """A watcher whose response has started receives an `error` event, and the stream ends."""
+    """A reader whose response has started receives an `error` event, and the stream ends."""
+
+    def fail() -> None:
+        raise StateUnavailable("It cannot be kept.")
+
     engine = FakeEngine()
     engine.hold()
     async with running(engine) as service:
         client = open_client(service, "sse")
         await until(lambda: bool(messages(client)))
-        generation = service.generations.newest(Caller("ipv4:127.0.0.1"))[0]
-
-        encoded_preview = generation.encoded_preview
-
-        async def lost(encoder, preview, options):
-            if options.max_edge == 64:  # the watcher's size
-                raise StateUnavailable("It cannot be kept.")
-            return await encoded_preview(encoder, preview, options)
-
-        generation.encoded_preview = lost
-        path, query = f"/v1/generations/{generation.id}/events", b"preview.max_edge_px=64"
-        watcher = AsgiClient(site(service), "http", path, method="GET", query=query)
-        await until(lambda: bool(messages(watcher)))
-        engine.allow()
-        await watcher.done
-        await until(lambda: messages(client)[-1].phase >= 5)
-        await client.done
-    text = b"".join(event.get("body", b"") for event in watcher.received).decode()
+        with injected("http.message", fail):
+            engine.allow()
+            await client.done
+    text = b"".join(event.get("body", b"") for event in client.received).decode()
     assert "\nevent: error\n" in text
     assert '"code":"STATE_UNAVAILABLE"' in text
-    assert [event["type"] for event in watcher.received].count("http.response.start") == 1
+    assert [event["type"] for event in client.received].count("http.response.start") == 1

@@ -174,7 +174,8 @@ async def test_a_warm_up_that_hangs_ends_the_process(
     """The watchdog also covers the first images, which have ten times as long."""
     exits: asyncio.Queue[int] = asyncio.Queue()
     monkeypatch.setattr("os._exit", exits.put_nowait)
-    with injected("engine.run", gate.wait), pytest.raises(ModelUnavailable, match="stopped responding"):
+    # A real process does not get any further. Here, the start fails, or the signal at the end of the block stops it.
+    with injected("engine.run", gate.wait), contextlib.suppress(ModelUnavailable):
         async with server.running(watchdog_seconds=0.01):
             server.loaded.set()
             assert await asyncio.wait_for(exits.get(), PATIENCE) == EXIT_STALLED

@@ -40,7 +40,7 @@ async def test_a_call_that_hangs_fails_and_the_state_recovers(tmp_path: Path) ->
         with capture_logs() as logged:
             with disk.frozen(store):
                 assert await fails(store)
-                assert store.problem == "the state folder does not respond"
+                assert store.problem == "The state folder does not respond."
                 assert [await fails(store) for _ in range(5)] == [True] * 5
                 assert disk.calls == 1
             await store.responsive()
@@ -95,8 +95,8 @@ async def test_an_idle_server_notices_a_folder_that_cannot_be_changed(tmp_path: 
     async with Store.opened(folder) as store:
         folder.rename(elsewhere)
         with pytest.raises(errors.StateUnavailable):
-            await store.probe()
-        assert store.problem == "the state folder cannot be written"
+            await store.touch()
+        assert store.problem == "The server cannot access its state right now."
         elsewhere.rename(folder)
         await store.probe()
         assert store.problem is None

@@ -1,6 +1,6 @@
 """Runs `calotype` with a part that hangs once the file HANG_WHEN exists.
 
-The part is the failpoint HANG_POINT; without it, the denoiser, which also logs a warning at each call.
+The part is the failpoint HANG_POINT; without it, the denoiser, which also logs a warning at each call of a generation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 
+import structlog
 from diffusers import UNet2DConditionModel
 
 from calotype.__main__ import main
@@ -31,7 +32,9 @@ def _hang() -> None:
 @functools.wraps(_forward)
 def _hanging_forward(*args, **kwargs):
     if _point is None:
-        logging.getLogger("a.library").warning("a slow kernel")
+        # Not while the server loads: it writes only a few repeated lines of a library.
+        if structlog.contextvars.get_contextvars():
+            logging.getLogger("a.library").warning("a slow kernel")
         _hang()
     return _forward(*args, **kwargs)
 

@@ -26,7 +26,7 @@ class WebSettings(BaseSettings):
     """
 
     guarded: ClassVar[frozenset[str]] = frozenset({"api_keys", "tls_certificate", "tls_key", "tls_client_ca"})
-    lists: ClassVar[frozenset[str]] = frozenset({"allowed_origins", "allowed_hosts"})
+    lists: ClassVar[frozenset[str]] = frozenset({"allowed_origins", "allowed_hosts", "trusted_proxies"})
 
     model_config = SettingsConfigDict(env_prefix="CALOTYPE_", extra="forbid", protected_namespaces=())
 

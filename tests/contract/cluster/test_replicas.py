@@ -260,6 +260,30 @@ async def test_a_bridge_retries_a_full_queue_on_the_next_server() -> None:
         call.cancel()
 
 
+async def test_a_bridge_passes_on_the_answer_of_the_only_server_that_it_reaches() -> None:
+    """A server that cannot be reached does not hide why the other one rejects a call."""
+    engine = FakeEngine()
+    engine.hold()
+    async with running(engine, max_queue=0) as service, Upstreams([service.address, "127.0.0.1:1"], opener()) as both:
+        web = WebServer(
+            "127.0.0.1:0",
+            lambda server: server.add_generic_rpc_handlers([Forwarder(both)]),
+            Access(),
+            is_ready=both.is_serving,
+        )
+        channel = WebChannel(await web.start())
+        try:
+            running_call = service.stub.Generate(kept(1))
+            await read_until(running_call, pb.PHASE_DENOISING)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await channel.stub().Generate(kept(2)).read()
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            running_call.cancel()
+        finally:
+            channel.close()
+            await web.stop(0)
+
+
 async def test_generations_of_a_lost_server_are_not_found() -> None:
     """Another server answers NOT_FOUND to a bridge and to a client."""
     async with contextlib.AsyncExitStack() as stack:

@@ -70,8 +70,8 @@ class WebSettings(BaseSettings):
     max_connections: int = Field(
         PORT_LIMITS.max_connections,
         ge=1,
-        description="Maximum open connections per port. A full port closes new ones, but the web port first makes room: "
-        "it closes one without a request, of the host that has the most.",
+        description="Maximum open connections per port. A full port closes new ones; the web port first makes room by "
+        "closing one without a request, of the host that has the most.",
     )
     max_connections_per_peer: int = Field(
         PORT_LIMITS.max_connections_per_peer,

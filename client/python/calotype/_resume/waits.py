@@ -30,8 +30,7 @@ ABANDONED = "ABANDONED"
 _LOADING = ("NOT_READY", "DRAINING")
 _UPSTREAM_UNAVAILABLE = "UPSTREAM_UNAVAILABLE"
 
-# The same request id would get the same end again.
-_FINAL = ("ENGINE_CRASHED", "DATA_LOSS")
+_ENGINE_CRASHED = "ENGINE_CRASHED"
 
 # gRPC's messages for a call that reached no server. After any other failure, a server may have received the request.
 _UNREACHED = (
@@ -139,7 +138,8 @@ class Waits:
         return LOADING_TIMEOUT_SECONDS if self._deadline is None else math.inf
 
     def _may_help(self, error: CalotypeError) -> bool:
-        if error.reason in _FINAL or isinstance(error, DataLoss):
+        # The same request id would get the same end again.
+        if error.reason == _ENGINE_CRASHED or isinstance(error, DataLoss):
             return False
         if self.reached:
             is_lost = isinstance(error, (Unavailable, StreamIncomplete)) or error.reason == ABANDONED

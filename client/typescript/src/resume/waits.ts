@@ -45,9 +45,6 @@ export function isUnreached({ reason }: CalotypeError): boolean {
   return reason === "UNREACHABLE" || reason === "UPSTREAM_UNAVAILABLE";
 }
 
-/** The same request id would get the same end again. */
-const FINAL_REASONS: readonly string[] = ["ENGINE_CRASHED", "DATA_LOSS"];
-
 /** Counts the failures of one call or generation since the last news. */
 export class Waits {
   readonly #limits: WaitLimits;
@@ -130,7 +127,8 @@ export class Waits {
   }
 
   #mayHelp({ code, reason, retryAfter }: CalotypeError): boolean {
-    if (code === "DATA_LOSS" || FINAL_REASONS.includes(reason)) return false;
+    // The same request id would get the same end again.
+    if (code === "DATA_LOSS" || reason === "ENGINE_CRASHED") return false;
     if (this.#reached) {
       const isLost = code === "UNAVAILABLE" || reason === "STREAM_INCOMPLETE" || reason === "ABANDONED";
       return isLost || retryAfter !== undefined;

@@ -30,7 +30,7 @@ Started: TypeAlias = tuple[AsyncGeneration, AsyncIterator[Progress]]
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Uses one client for all requests."""
     address = os.environ.get("CALOTYPE_GRPC_ADDRESS", "localhost:50051")
-    # A person should not look at an empty page for the minutes that a large model may load.
+    # A large model may load for minutes. The browser gets an error instead of an empty page for so long.
     async with AsyncClient(address, loading_timeout=10) as client:
         app.state.client = client
         yield

@@ -7,7 +7,7 @@ import type * as wire from "./gen/calotype/v1/calotype_pb.js";
 import type { Clock } from "./resume/clock.js";
 import type { OpenStream } from "./resume/connection.js";
 import { withStallTimeout } from "./resume/stall_timeout.js";
-import { isLoading, isUnreached, Waits } from "./resume/waits.js";
+import { isLoading, isUnreached, tooLate, Waits } from "./resume/waits.js";
 import { fromCall } from "./status.js";
 import type { StreamSlots } from "./stream_slots.js";
 import type { CallOptions, FollowOptions } from "./types.js";
@@ -74,9 +74,11 @@ export class ServiceCalls {
   async #unary<T>(call: (options: ConnectCallOptions) => Promise<T>, options: CallOptions): Promise<T> {
     const { signal = new AbortController().signal, onReconnect } = options;
     const waits = new Waits({ retries: RETRIES, ...options }, this.#clock);
+    let lastError: CalotypeError | undefined;
     for (;;) {
       const { timeLeft } = waits;
-      const timeout = options.timeout === undefined ? CONTROL_TIMEOUT_SECONDS : Math.max(timeLeft, 0);
+      if (timeLeft <= 0) throw tooLate(lastError);
+      const timeout = options.timeout === undefined ? CONTROL_TIMEOUT_SECONDS : timeLeft;
       try {
         return await call(this.#callOptions({ ...options, timeout }));
       } catch (thrown) {
@@ -84,6 +86,7 @@ export class ServiceCalls {
         const error = fromCall(thrown, false);
         if (!isLoading(error) && !isUnreached(error)) throw error;
         const wait = waits.after(error);
+        lastError = error;
         onReconnect?.({ ...wait, error });
         await this.#clock.sleep(wait.delay * 1000, signal);
       }

@@ -196,7 +196,7 @@ export interface FollowOptions extends CallOptions {
 
 /** A connection was lost, or the service is loading its model. The client will try again. */
 export interface Reconnect {
-  /** Failed attempts in a row, or answers of a loading service in a row; from 1. */
+  /** Number of this wait among those for the same reason since the last progress, from 1. */
   readonly attempt: number;
   /** Seconds until the next attempt. */
   readonly delay: number;

@@ -157,6 +157,21 @@ describe("a service that is loading its model", () => {
     expect(await failure({ timeout: 100 })).toMatchObject({ code: "DEADLINE_EXCEEDED" });
   });
 
+  it("is not called again without a timeout once the caller's timeout has passed", async () => {
+    // The service never answers the second call.
+    let calls = 0;
+    const getModel: Handlers["getModel"] = (_request, context) => {
+      calls += 1;
+      if (calls === 1) throw status("loading", 2);
+      return disconnected(context).then(() => ({}));
+    };
+    const { client: service } = await serve({ getModel }, { clock: new FakeClock() });
+    const error = await errorOf(service.getModel({ timeout: 0.1 }));
+    expect(error).toMatchObject({ code: "DEADLINE_EXCEEDED" });
+    expect(error.message).toBe("The timeout passed while waiting for the service.");
+    expect(calls).toBe(1);
+  });
+
   it("is left at once by an aborted signal", async () => {
     const leave = new AbortController();
     const options = { signal: leave.signal, onReconnect: () => leave.abort("gone") };

@@ -51,8 +51,8 @@ class WebSettings(BaseSettings):
     )
     probe_address: str | None = Field(
         None,
-        description="HOST:PORT of a separate port for /healthz and /readyz, in plaintext, which strangers on the other "
-        "ports cannot fill. Default: only the web port serves them.",
+        description="HOST:PORT of a separate plaintext port for /healthz and /readyz, which responds even if clients "
+        "fill the other ports. Default: only the web port serves them.",
     )
     metrics_address: str | None = Field(
         None,
@@ -70,14 +70,14 @@ class WebSettings(BaseSettings):
     max_connections: int = Field(
         PORT_LIMITS.max_connections,
         ge=1,
-        description="Maximum open connections per port. When it is full, the web port closes a connection without a "
-        "request, of the host that has the most, or else the new one; the gRPC port closes the new one.",
+        description="Maximum open connections per port. A full port closes new ones; the web port first makes room by "
+        "closing one without a request, of the host that has the most.",
     )
     max_connections_per_peer: int = Field(
         PORT_LIMITS.max_connections_per_peer,
         ge=1,
-        description="Maximum open connections per host on the web port. The server closes an idle one of the host, or "
-        "else the new one. Hosts in one IPv6 /64 count as one.",
+        description="Maximum open connections per host on the web port. Above it, the server closes the host's longest "
+        "idle connection, or else the new one. Hosts in one IPv6 /64 count as one.",
     )
     max_calls_per_peer: int = Field(
         PORT_LIMITS.max_calls_per_peer,

@@ -45,6 +45,23 @@ class Pair:
 
 
 @contextlib.asynccontextmanager
+async def bridge(upstreams: Upstreams) -> AsyncIterator[WebChannel]:
+    """Runs a bridge to these servers while the block runs, and yields a channel to it."""
+    web = WebServer(
+        "127.0.0.1:0",
+        lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
+        Access(),
+        is_ready=upstreams.is_serving,
+    )
+    channel = WebChannel(await web.start())
+    try:
+        yield channel
+    finally:
+        channel.close()
+        await web.stop(0)
+
+
+@contextlib.asynccontextmanager
 async def pair(**options) -> AsyncIterator[Pair]:
     """Runs two servers, with held engines, while the block runs."""
     engines = [FakeEngine(), FakeEngine()]
@@ -55,15 +72,7 @@ async def pair(**options) -> AsyncIterator[Pair]:
             services.append(await stack.enter_async_context(running(engine, **options)))
         addresses = [service.address for service in services]
         upstreams = await stack.enter_async_context(Upstreams(addresses, opener()))
-        web = WebServer(
-            "127.0.0.1:0",
-            lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
-            Access(),
-            is_ready=upstreams.is_serving,
-        )
-        channel = WebChannel(await web.start())
-        stack.push_async_callback(web.stop, 0)
-        stack.callback(channel.close)
+        channel = await stack.enter_async_context(bridge(upstreams))
         target = f"ipv4:{','.join(addresses)}"
         yield Pair(services, engines, target, channel.stub(), upstreams.is_serving)
 
@@ -260,6 +269,23 @@ async def test_a_bridge_retries_a_full_queue_on_the_next_server() -> None:
         call.cancel()
 
 
+async def test_a_bridge_passes_on_the_answer_of_the_only_server_that_it_reaches() -> None:
+    """A server that cannot be reached does not hide why the other one rejects a call."""
+    engine = FakeEngine()
+    engine.hold()
+    async with (
+        running(engine, max_queue=0) as service,
+        Upstreams([service.address, "127.0.0.1:1"], opener()) as upstreams,
+        bridge(upstreams) as channel,
+    ):
+        call = service.stub.Generate(kept(1))
+        await read_until(call, pb.PHASE_DENOISING)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.stub().Generate(kept(2)).read()
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        call.cancel()
+
+
 async def test_generations_of_a_lost_server_are_not_found() -> None:
     """Another server answers NOT_FOUND to a bridge and to a client."""
     async with contextlib.AsyncExitStack() as stack:
@@ -321,15 +347,7 @@ async def test_a_bridge_repeats_a_call_that_a_stopping_server_cancelled() -> Non
             await server.start()
             stack.push_async_callback(server.stop, 0)
         upstreams = await stack.enter_async_context(Upstreams(addresses, opener()))
-        web = WebServer(
-            "127.0.0.1:0",
-            lambda server: server.add_generic_rpc_handlers([Forwarder(upstreams)]),
-            Access(),
-            is_ready=upstreams.is_serving,
-        )
-        channel = WebChannel(await web.start())
-        stack.push_async_callback(web.stop, 0)
-        stack.callback(channel.close)
+        channel = await stack.enter_async_context(bridge(upstreams))
         for number in range(4):
             assert await channel.unary_unary(f"/{NAME}/Echo")(b"%d" % number) == b"%d" % number
     assert reached

@@ -7,12 +7,14 @@ import contextlib
 import os
 import signal
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc
 import pytest
 
 from calotype.v1 import calotype_pb2 as pb
+from calotype_server import threads
 from calotype_server.apps import health, runtime
 from calotype_server.errors import ModelUnavailable
 from calotype_server.failpoints import injected
@@ -129,6 +131,17 @@ async def test_an_encoder_that_hangs(server: Server, gate: threading.Event) -> N
         assert (await watch.read()).status == SERVING
         assert await read_until(server.stub.Generate(PROMPT), pb.PHASE_SUCCEEDED)
         watch.cancel()
+
+
+async def test_too_many_encoder_threads_that_hang(
+    server: Server, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generation fails, and the server stops with code 70, so that a supervisor restarts it."""
+    monkeypatch.setattr(threads, "Pool", partial(threads.Pool, max_hung=1))
+    async with ready(server):
+        with injected("encoder.final", gate.wait):
+            assert (await read_until(server.stub.Generate(PROMPT), pb.PHASE_FAILED)).error.reason == "GENERATION_FAILED"
+            assert await asyncio.wait_for(server.serving, PATIENCE) == EXIT_STALLED
 
 
 @pytest.mark.parametrize("place", ["engine.run", "engine.step", "engine.report"])

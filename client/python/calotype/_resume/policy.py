@@ -179,4 +179,5 @@ class Resumption:
         self.request.CopyFrom(self._original)
         self.request.seed = self._seed
         self.generation_id = None
+        self.unsettled = True
         return True

@@ -30,8 +30,7 @@ ABANDONED = "ABANDONED"
 _LOADING = ("NOT_READY", "DRAINING")
 _UPSTREAM_UNAVAILABLE = "UPSTREAM_UNAVAILABLE"
 
-# The same request id would get the same end again.
-_FINAL = ("ENGINE_CRASHED", "DATA_LOSS")
+_ENGINE_CRASHED = "ENGINE_CRASHED"
 
 # gRPC's messages for a call that reached no server. After any other failure, a server may have received the request.
 _UNREACHED = (
@@ -71,16 +70,16 @@ class Waits:
 
     Attributes:
         reached: Whether a server answered, or may have received a call.
-        attempts: Failed attempts in a row since the last answer.
     """
 
     def __init__(self, policy: RetryPolicy, timeout: float | None = None) -> None:
         self.reached = False
-        self.attempts = 0
         self._policy = policy
         self._deadline = None if timeout is None else policy.clock() + timeout
+        self._failures = 0
         self._loading_answers = 0
         self._loading_since = math.inf
+        self._unreached_calls = 0
         self._unreached_since = math.inf
 
     @property
@@ -91,7 +90,7 @@ class Waits:
     @property
     def exhausted(self) -> bool:
         """Whether one more failed attempt is one too many."""
-        return self.attempts >= self._policy.retries
+        return self._failures >= self._policy.retries
 
     def hear(self) -> None:
         """Records that a server has received the call."""
@@ -99,7 +98,7 @@ class Waits:
 
     def reset(self) -> None:
         """Records news for the caller: all counts and limits start again."""
-        self.attempts = self._loading_answers = 0
+        self._failures = self._loading_answers = 0
         self._loading_since = math.inf
 
     def after(self, error: CalotypeError) -> float | CalotypeError:
@@ -113,22 +112,24 @@ class Waits:
             return error
         if is_loading(error):
             self.reached = True
-            self.attempts = 0
+            self._failures = 0
             self._loading_answers += 1
             self._loading_since = min(self._loading_since, now)
             end = self._loading_since + self._loading_limit
-            return _not_ready(error, self._loading_limit) if now >= end else self._wait(error, end - now)
+            if now >= end:
+                return _not_ready(error, self._loading_limit)
+            return self._wait(self._loading_answers, error, end - now)
         if not self.reached and is_unreached(error):
             self._unreached_since = min(self._unreached_since, now)
             end = self._unreached_since + policy.wait_for_server
             if now >= end:
                 return error
-            self.attempts += 1
-            return self._wait(error, end - now)
+            self._unreached_calls += 1
+            return self._wait(self._unreached_calls, error, end - now)
         if not self._may_help(error) or self.exhausted:
             return error
-        self.attempts += 1
-        return self._wait(error)
+        self._failures += 1
+        return self._wait(self._failures, error)
 
     @property
     def _loading_limit(self) -> float:
@@ -137,7 +138,8 @@ class Waits:
         return LOADING_TIMEOUT_SECONDS if self._deadline is None else math.inf
 
     def _may_help(self, error: CalotypeError) -> bool:
-        if error.reason in _FINAL or isinstance(error, DataLoss):
+        # The same request id would get the same end again.
+        if error.reason == _ENGINE_CRASHED or isinstance(error, DataLoss):
             return False
         if self.reached:
             is_lost = isinstance(error, (Unavailable, StreamIncomplete)) or error.reason == ABANDONED
@@ -150,11 +152,11 @@ class Waits:
         self.reached = True
         return True
 
-    def _wait(self, error: CalotypeError, most: float = math.inf) -> float | CalotypeError:
+    def _wait(self, attempt: int, error: CalotypeError, most: float = math.inf) -> float | CalotypeError:
         left = math.inf if self.time_left is None else self.time_left
         if left == 0:
             return too_late(error)
-        wait = self._policy.wait(self.attempts or self._loading_answers)
+        wait = self._policy.wait(attempt)
         # With several servers, another one can serve the request sooner than the server that asked for a delay.
         if not (self._policy.is_balanced and isinstance(error, Unavailable)):
             wait += error.retry_after or 0.0

@@ -107,7 +107,8 @@ class GenerationServiceServicer(object):
         current state with the newest preview, if any, or the end if the generation has ended; further messages follow
         until the end. Any number of readers can watch, each with its own preview size and rate.
 
-        Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained).
+        Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained),
+        DATA_LOSS (the stored generation is damaged), UNAVAILABLE (the generation could not be stored).
         Later errors: the status repeats `Progress.error`.
 
         With several servers, only the server that started a generation knows it, see `Model.replica`. Other servers, and a
@@ -121,7 +122,8 @@ class GenerationServiceServicer(object):
     def Cancel(self, request, context):
         """Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
 
-        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
+        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
+        generation is damaged).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,7 +133,8 @@ class GenerationServiceServicer(object):
         """Ends a generation early: after the current step, the server decodes the model's current estimate, which becomes the
         final image. A generation that has not started denoising gets its first step before it ends. Idempotent.
 
-        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
+        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
+        generation is damaged).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -64,7 +64,8 @@ class GenerationServiceStub:
     current state with the newest preview, if any, or the end if the generation has ended; further messages follow
     until the end. Any number of readers can watch, each with its own preview size and rate.
 
-    Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained).
+    Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained),
+    DATA_LOSS (the stored generation is damaged), UNAVAILABLE (the generation could not be stored).
     Later errors: the status repeats `Progress.error`.
 
     With several servers, only the server that started a generation knows it, see `Model.replica`. Other servers, and a
@@ -74,13 +75,15 @@ class GenerationServiceStub:
     Cancel: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]
     """Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
 
-    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
+    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
+    generation is damaged).
     """
     Finish: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.FinishRequest, _calotype_pb2.FinishResponse]
     """Ends a generation early: after the current step, the server decodes the model's current estimate, which becomes the
     final image. A generation that has not started denoising gets its first step before it ends. Idempotent.
 
-    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
+    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
+    generation is damaged).
     """
     ListGenerations: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.ListGenerationsRequest, _calotype_pb2.ListGenerationsResponse]
     """Lists the caller's own generations that are queued, running or still retained, newest first. With an operator's
@@ -126,7 +129,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     current state with the newest preview, if any, or the end if the generation has ended; further messages follow
     until the end. Any number of readers can watch, each with its own preview size and rate.
 
-    Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained).
+    Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained),
+    DATA_LOSS (the stored generation is damaged), UNAVAILABLE (the generation could not be stored).
     Later errors: the status repeats `Progress.error`.
 
     With several servers, only the server that started a generation knows it, see `Model.replica`. Other servers, and a
@@ -136,13 +140,15 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Cancel: _aio.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
 
-    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
+    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
+    generation is damaged).
     """
     Finish: _aio.UnaryUnaryMultiCallable[_calotype_pb2.FinishRequest, _calotype_pb2.FinishResponse]  # type: ignore[assignment]
     """Ends a generation early: after the current step, the server decodes the model's current estimate, which becomes the
     final image. A generation that has not started denoising gets its first step before it ends. Idempotent.
 
-    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
+    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
+    generation is damaged).
     """
     ListGenerations: _aio.UnaryUnaryMultiCallable[_calotype_pb2.ListGenerationsRequest, _calotype_pb2.ListGenerationsResponse]  # type: ignore[assignment]
     """Lists the caller's own generations that are queued, running or still retained, newest first. With an operator's
@@ -197,7 +203,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         current state with the newest preview, if any, or the end if the generation has ended; further messages follow
         until the end. Any number of readers can watch, each with its own preview size and rate.
 
-        Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained).
+        Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained),
+        DATA_LOSS (the stored generation is damaged), UNAVAILABLE (the generation could not be stored).
         Later errors: the status repeats `Progress.error`.
 
         With several servers, only the server that started a generation knows it, see `Model.replica`. Other servers, and a
@@ -213,7 +220,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_calotype_pb2.CancelResponse, _abc.Awaitable[_calotype_pb2.CancelResponse]]:
         """Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
 
-        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
+        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
+        generation is damaged).
         """
 
     @_abc_1.abstractmethod
@@ -225,7 +233,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Ends a generation early: after the current step, the server decodes the model's current estimate, which becomes the
         final image. A generation that has not started denoising gets its first step before it ends. Idempotent.
 
-        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
+        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
+        generation is damaged).
         """
 
     @_abc_1.abstractmethod

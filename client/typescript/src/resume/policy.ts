@@ -67,7 +67,7 @@ export class Resumption {
    */
   next({ error, endedByServer, received, isReplaced }: CallFailure): Wait | undefined {
     if (this.#hasNews()) this.waits.reset();
-    if (this.continuity.generationId !== undefined) this.waits.hear();
+    if (received || this.continuity.generationId !== undefined) this.waits.hear();
     if (isReplaced) this.#generates = true;
     else if (endedByServer) throw error;
     else if (error.code === "NOT_FOUND" && !this.#generates && this.#canGenerate && this.#retries > 0) {

@@ -29,7 +29,7 @@ export interface WaitLimits {
 
 /** A wait before the next call. */
 export interface Wait {
-  /** Failed attempts in a row, or answers of a loading service in a row; from 1. */
+  /** Number of this wait among those for the same reason since the last news, from 1. */
   readonly attempt: number;
   /** In seconds. */
   readonly delay: number;
@@ -45,18 +45,16 @@ export function isUnreached({ reason }: CalotypeError): boolean {
   return reason === "UNREACHABLE" || reason === "UPSTREAM_UNAVAILABLE";
 }
 
-/** The same request id would get the same end again. */
-const FINAL_REASONS: readonly string[] = ["ENGINE_CRASHED", "DATA_LOSS"];
-
 /** Counts the failures of one call or generation since the last news. */
 export class Waits {
   readonly #limits: WaitLimits;
   readonly #clock: Clock;
   readonly #deadline: number;
   #reached: boolean;
-  #attempts = 0;
+  #failures = 0;
   #loadingAnswers = 0;
   #loadingSince = Number.POSITIVE_INFINITY;
+  #unreachedCalls = 0;
   #unreachedSince = Number.POSITIVE_INFINITY;
 
   /** @param reached - Whether the service is known to have the generation. */
@@ -74,7 +72,7 @@ export class Waits {
 
   /** Whether one more failed attempt is one too many. */
   get exhausted(): boolean {
-    return this.#attempts >= this.#limits.retries;
+    return this.#failures >= this.#limits.retries;
   }
 
   /** Records that a service has received the call. */
@@ -84,7 +82,7 @@ export class Waits {
 
   /** Records news for the caller: all counts and limits start again. */
   reset(): void {
-    this.#attempts = 0;
+    this.#failures = 0;
     this.#loadingAnswers = 0;
     this.#loadingSince = Number.POSITIVE_INFINITY;
   }
@@ -99,7 +97,7 @@ export class Waits {
     if (this.#limits.retries === 0) throw error;
     if (isLoading(error)) {
       this.#reached = true;
-      this.#attempts = 0;
+      this.#failures = 0;
       this.#loadingAnswers += 1;
       this.#loadingSince = Math.min(this.#loadingSince, now);
       const limit = this.#loadingLimit();
@@ -111,12 +109,12 @@ export class Waits {
       this.#unreachedSince = Math.min(this.#unreachedSince, now);
       const left = this.#unreachedSince + (this.#limits.waitForServer ?? 0) - now;
       if (left <= 0) throw error;
-      this.#attempts += 1;
-      return this.#wait(this.#attempts, error, left);
+      this.#unreachedCalls += 1;
+      return this.#wait(this.#unreachedCalls, error, left);
     }
     if (!this.#mayHelp(error) || this.exhausted) throw error;
-    this.#attempts += 1;
-    return this.#wait(this.#attempts, error);
+    this.#failures += 1;
+    return this.#wait(this.#failures, error);
   }
 
   #now(): number {
@@ -129,7 +127,8 @@ export class Waits {
   }
 
   #mayHelp({ code, reason, retryAfter }: CalotypeError): boolean {
-    if (code === "DATA_LOSS" || FINAL_REASONS.includes(reason)) return false;
+    // The same request id would get the same end again.
+    if (code === "DATA_LOSS" || reason === "ENGINE_CRASHED") return false;
     if (this.#reached) {
       const isLost = code === "UNAVAILABLE" || reason === "STREAM_INCOMPLETE" || reason === "ABANDONED";
       return isLost || retryAfter !== undefined;

@@ -51,7 +51,8 @@ class Forwarder(grpc.GenericRpcHandler):
     """Answers every method with the messages, metadata and status of an upstream; passes on deadlines and cancels.
 
     It handles a unary method as a stream of one message, which looks the same in grpc-web. As long as it has passed
-    nothing on, it retries a call that an upstream cannot accept with the next one.
+    nothing on, it retries a call that an upstream cannot accept with the next one. If none accepts the call, the client
+    gets the last answer of a server that can be reached, such as NOT_READY.
 
     Args:
         upstreams: The servers.
@@ -71,6 +72,7 @@ class Forwarder(grpc.GenericRpcHandler):
             if path == _LIST and len(candidates) > 1:
                 yield await _list_all(candidates, request, context)
                 return
+            answer: grpc.aio.AioRpcError | None = None  # of a server that cannot accept the call
             while True:
                 upstream = candidates.pop(0)
                 with upstream.channel() as channel:
@@ -92,8 +94,10 @@ class Forwarder(grpc.GenericRpcHandler):
                         lost = _is_connection_error(error)
                         if lost:
                             upstream.health = Health.LOST
+                        else:
+                            answer = error
                         if started or not candidates or not (lost or error.code() in _RETRYABLE):
-                            await abort_like(error, context)
+                            await abort_like(error if started else answer or error, context)
                     finally:
                         call.cancel()
 
@@ -138,10 +142,10 @@ async def _list_all(upstreams: Sequence[Upstream], request: bytes, context: Cont
     results = await asyncio.gather(*(fetch(each) for each in upstreams if each.health is not Health.LOST))
     pages = [pb.ListGenerationsResponse.FromString(each) for each in results if isinstance(each, bytes)]
     if not pages:
-        error = next((each for each in results if isinstance(each, grpc.aio.AioRpcError)), None)
-        if error is None:
+        failures = [each for each in results if isinstance(each, grpc.aio.AioRpcError)]
+        if not failures:
             raise _unavailable()
-        await abort_like(error, context)
+        await abort_like(min(failures, key=_is_connection_error), context)
     size, _ = validate_page(pb.ListGenerationsRequest.FromString(request))
     return merge_pages(pages, size).SerializeToString()
 

@@ -68,6 +68,15 @@ def test_lost_generation_is_requested_again_with_its_seed():
     assert resumption.generation_id is None
 
 
+def test_a_generation_that_replaces_another_is_cancelled_when_the_caller_leaves():
+    """After the end that a stopping server caused, the next generation still has to be cancelled."""
+    resumption = started()
+    error = v1.Error(code=14, reason="DRAINING", message="The server is stopping.")
+    assert resumption.take(progress(sequence=8, phase=v1.PHASE_FAILED, error=error)) is None
+    assert resumption.lost(LOST) == 0.25
+    assert resumption.unsettled
+
+
 def test_watched_generation_is_not_requested_again():
     """A lost generation that is only watched is not requested again; the preview options stay."""
     request = v1.WatchRequest(generation_id="g", after_sequence=3, preview=v1.PreviewOptions(quality=50))

@@ -1310,7 +1310,8 @@ export const GenerationService: GenService<{
    * current state with the newest preview, if any, or the end if the generation has ended; further messages follow
    * until the end. Any number of readers can watch, each with its own preview size and rate.
    *
-   * Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained).
+   * Errors: INVALID_ARGUMENT (every violation at once), NOT_FOUND (no such generation, or it is no longer retained),
+   * DATA_LOSS (the stored generation is damaged), UNAVAILABLE (the generation could not be stored).
    * Later errors: the status repeats `Progress.error`.
    *
    * With several servers, only the server that started a generation knows it, see `Model.replica`. Other servers, and a
@@ -1327,7 +1328,8 @@ export const GenerationService: GenService<{
   /**
    * Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
    *
-   * Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
+   * Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
+   * generation is damaged).
    *
    * @generated from rpc calotype.v1.GenerationService.Cancel
    */
@@ -1340,7 +1342,8 @@ export const GenerationService: GenService<{
    * Ends a generation early: after the current step, the server decodes the model's current estimate, which becomes the
    * final image. A generation that has not started denoising gets its first step before it ends. Idempotent.
    *
-   * Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained).
+   * Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
+   * generation is damaged).
    *
    * @generated from rpc calotype.v1.GenerationService.Finish
    */

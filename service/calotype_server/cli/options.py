@@ -77,11 +77,13 @@ def help_text(field: FieldInfo) -> str:
 
 
 def _range_text(field: FieldInfo) -> str:
-    """Returns the inclusive bounds of a number as a sentence; empty for none, and for numbers that are 0 or more."""
+    """Returns the bounds of a number as a sentence; empty for none, and for numbers that are 0 or more."""
     bounds = {
         name: getattr(each, name) for each in field.metadata for name in ("ge", "gt", "le") if hasattr(each, name)
     }
     lowest = f"above {bounds['gt']:g}" if "gt" in bounds else f"{bounds.get('ge', 0):g}"
     if "le" in bounds:
         return f"Range: {lowest} to {bounds['le']:g}."
+    if "gt" in bounds:
+        return f"{lowest.capitalize()}."
     return "" if lowest == "0" else f"At least {lowest}."

@@ -26,7 +26,7 @@ class WebSettings(BaseSettings):
     """
 
     guarded: ClassVar[frozenset[str]] = frozenset({"api_keys", "tls_certificate", "tls_key", "tls_client_ca"})
-    lists: ClassVar[frozenset[str]] = frozenset({"allowed_origins", "allowed_hosts"})
+    lists: ClassVar[frozenset[str]] = frozenset({"allowed_origins", "allowed_hosts", "trusted_proxies"})
 
     model_config = SettingsConfigDict(env_prefix="CALOTYPE_", extra="forbid", protected_namespaces=())
 
@@ -71,7 +71,8 @@ class WebSettings(BaseSettings):
         PORT_LIMITS.max_connections,
         ge=1,
         description="Maximum open connections per port. When it is full, the web port closes a connection without a "
-        "request, of the host that has the most, or else the new one; the gRPC port closes the new one.",
+        "request, of the host that has the most or of the same host, or else the new one; the gRPC port closes the new "
+        "one.",
     )
     max_connections_per_peer: int = Field(
         PORT_LIMITS.max_connections_per_peer,

@@ -67,14 +67,14 @@ class FileWatcher:
     def start(self) -> None:
         """Starts watching in the background."""
         if self._files:
-            self._thread = threads.start("file-watcher", self._run)
+            self._thread = threads.start("files", self._run)
 
     async def stop(self) -> None:
-        """Stops watching. Does nothing if the watcher is not running. Waits at most a second for a file system that hangs."""
+        """Stops watching. Does nothing if the watcher is not running. Waits at most 1 s for a disk that hangs."""
         self._stopped.set()
         if self._thread is not None:
             # In a thread of its own, because the event loop still serves the last calls.
-            await threads.run("file-watcher-stop", self._thread.join, _STOP_SECONDS)
+            await threads.run("files-stop", self._thread.join, _STOP_SECONDS)
 
     def check(self) -> None:
         """Calls `reload` if the files have changed since they were loaded, and are the same as at the last check."""

@@ -24,6 +24,9 @@ NEVER_STATUSES = {
     "WebSocketDisconnect": "closes a WebSocket",
     "CancelledError": "stops a handler whose status is already decided",
     "StopAsyncIteration": "ends an iteration",
+    "Damaged": "the store answers it with DataLoss",
+    "FileDamaged": "the state is repaired at the start",
+    "DatabaseError": "the store answers it with StateUnavailable",
     "UsageError": "as in grpc.aio, for mistakes of a servicer",
 }
 """Exceptions that are not errors of the service, and why no gRPC status comes from them."""

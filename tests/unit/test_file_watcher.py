@@ -256,7 +256,7 @@ async def test_a_hanging_file_system_does_not_delay_the_exit(
         path.write_text("1 changed")
         assert await asyncio.to_thread(hangs.wait, 20)
         await watcher.stop()
-        [thread] = [each for each in threading.enumerate() if each.name == "calotype-file-watcher"]
+        [thread] = [each for each in threading.enumerate() if each.name == "calotype-files"]
         assert thread.daemon
     finally:
         thawed.set()

@@ -191,7 +191,7 @@ async def test_errors_become_the_sdks_exceptions(sdk: openai.AsyncOpenAI, servic
 
 async def test_the_sdk_retries_while_the_model_loads(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The SDK retries after the delay in the response."""
-    monkeypatch.setattr(api, "_LOADING_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(api, "_LOADING_SECONDS", 0.01)
     async with (
         running(engine, transport="sse", opened=False) as service,
         openai.AsyncOpenAI(base_url=f"http://{service.address}/v1", api_key="any", max_retries=1) as sdk,

@@ -115,8 +115,8 @@ def test_invalid_options_are_reported_in_one_line(options: list[str], expected: 
     [
         ("preview_quality", "Range: 1 to 95."),
         ("preview_budget", "Range: above 0 to 1."),
-        ("state_timeout_seconds", "Above 0."),
         ("max_pixels", "At least 64."),
+        ("encode_timeout_seconds", "Above 0."),
         ("max_queue", "are rejected."),
     ],
 )

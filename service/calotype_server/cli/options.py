@@ -84,6 +84,4 @@ def _range_text(field: FieldInfo) -> str:
     lowest = f"above {bounds['gt']:g}" if "gt" in bounds else f"{bounds.get('ge', 0):g}"
     if "le" in bounds:
         return f"Range: {lowest} to {bounds['le']:g}."
-    if "gt" in bounds:
-        return f"{lowest.capitalize()}."
-    return "" if lowest == "0" else f"At least {lowest}."
+    return f"{lowest.capitalize()}." if "gt" in bounds else "" if lowest == "0" else f"At least {lowest}."

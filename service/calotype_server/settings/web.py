@@ -71,8 +71,7 @@ class WebSettings(BaseSettings):
         PORT_LIMITS.max_connections,
         ge=1,
         description="Maximum open connections per port. When it is full, the web port closes a connection without a "
-        "request, of the host that has the most or of the same host, or else the new one; the gRPC port closes the new "
-        "one.",
+        "request, of the host that has the most, or else the new one; the gRPC port closes the new one.",
     )
     max_connections_per_peer: int = Field(
         PORT_LIMITS.max_connections_per_peer,

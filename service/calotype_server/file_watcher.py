@@ -31,6 +31,7 @@ _MAX_UNSETTLED_CHECKS = 3
 """Files that change more often than they are checked are read at every third check."""
 
 _STOP_SECONDS = 1.0
+"""Time for a check in progress to end; then it is left behind."""
 
 
 class FileWatcher:
@@ -69,10 +70,11 @@ class FileWatcher:
             self._thread = threads.start("files", self._run)
 
     async def stop(self) -> None:
-        """Stops watching. Does nothing if the watcher is not running. Does not wait for a file system that hangs."""
+        """Stops watching. Does nothing if the watcher is not running. Waits at most 1 s for a disk that hangs."""
         self._stopped.set()
         if self._thread is not None:
-            self._thread.join(_STOP_SECONDS)
+            # In a thread of its own, because the event loop still serves the last calls.
+            await threads.run("files-stop", self._thread.join, _STOP_SECONDS)
 
     def check(self) -> None:
         """Calls `reload` if the files have changed since they were loaded, and are the same as at the last check."""

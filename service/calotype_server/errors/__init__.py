@@ -16,6 +16,7 @@ ServiceError                      a status code, a reason and a message that is 
 ├── RequestTooLate                DEADLINE_EXCEEDED
 ├── DeadlineExceeded              DEADLINE_EXCEEDED
 ├── MethodNotFound                UNIMPLEMENTED
+├── ServiceNotFound               NOT_FOUND            health checks only
 ├── RequestStreamUnsupported      UNIMPLEMENTED        grpc-web only
 ├── WrongRequestCount             UNIMPLEMENTED
 ├── CompressionUnsupported        UNIMPLEMENTED
@@ -103,6 +104,7 @@ from calotype_server.errors.rejections import (
     RequestTooLate,
     RequestUnreadable,
     RoleRequired,
+    ServiceNotFound,
     StateUnavailable,
     TooManyCalls,
     TooManyStreams,
@@ -164,6 +166,7 @@ __all__ = [
     "RequestsPerMinute",
     "RoleRequired",
     "ServiceError",
+    "ServiceNotFound",
     "StartupError",
     "StateUnavailable",
     "StateUnusable",

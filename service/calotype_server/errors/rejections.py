@@ -34,6 +34,7 @@ __all__ = [
     "RequestUnreadable",
     "RequestsPerMinute",
     "RoleRequired",
+    "ServiceNotFound",
     "StateUnavailable",
     "TooManyCalls",
     "TooManyStreams",
@@ -126,6 +127,13 @@ class MethodNotFound(ServiceError):
 
     code = "UNIMPLEMENTED"
     reason = "METHOD_NOT_FOUND"
+
+
+class ServiceNotFound(ServiceError):
+    """A health check names a service that the server does not have."""
+
+    code = "NOT_FOUND"
+    reason = "SERVICE_NOT_FOUND"
 
 
 class RequestStreamUnsupported(ServiceError):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 SERVICE = "/calotype.v1.GenerationService"
+HEALTH = "/grpc.health.v1.Health/Check"
 UNREADABLE = b"\xff\xff\xff\xff"
 
 
@@ -48,6 +49,7 @@ CASES = [
 CASES += [
     Case("unknown method", f"{SERVICE}/Paint", (b"",), grpc.StatusCode.UNIMPLEMENTED, "METHOD_NOT_FOUND"),
     Case("unknown service", "/calotype.v9.Nothing/Paint", (b"",), grpc.StatusCode.UNIMPLEMENTED, "METHOD_NOT_FOUND"),
+    Case("unknown health", HEALTH, (b"\x0a\x01x",), grpc.StatusCode.NOT_FOUND, "SERVICE_NOT_FOUND"),
     Case("invalid", f"{SERVICE}/Generate", (b"",), grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
 ]
 

@@ -105,3 +105,40 @@ def test_a_trusted_proxy_may_use_the_whole_port(port: Port) -> None:
     assert port.open("a0", peer("a")) is None
     assert port.open("p8", PROXY) is None
     assert port.aborted == []
+
+
+@pytest.mark.parametrize("host", [PROXY, peer("a")], ids=["proxy", "host"])
+def test_a_host_that_holds_the_whole_port_replaces_its_idle_connections(host: str) -> None:
+    """Its new connection takes the place of its idle one, even if no other host is connected."""
+    port = Port(Connections(PortLimits(max_connections=2, max_connections_per_peer=2), TrustedProxies(["10.0.0.1"])))
+    first = port.open("0", host)
+    first.set_idle()
+    assert port.open("1", host) is not None
+    assert port.open("2", host) is not None
+    assert port.open("3", host) is None
+    assert port.aborted == ["0"]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_host_still_counts_after_its_only_connection_was_replaced(size: int) -> None:
+    """It cannot exceed its limit by replacing connections, and it keeps its place."""
+    connections = Connections(PortLimits(max_connections=size, max_connections_per_peer=1))
+    for _ in range(3):
+        opened = connections.open(peer("a"), lambda: None)
+        assert opened is not None
+        opened.set_idle()
+    opened.set_busy()
+    assert connections.open(peer("a"), lambda: None) is None
+    opened.closed()
+    assert connections.open(peer("a"), lambda: None) is not None
+
+
+def test_a_trusted_proxy_does_not_count_for_its_neighbours() -> None:
+    """A host in the same IPv6 /64 as a trusted proxy has its own limit, and gains no trust."""
+    limits = PortLimits(max_connections=8, max_connections_per_peer=1)
+    port = Port(Connections(limits, TrustedProxies(["2001:db8::1"])))
+    for number in range(3):
+        assert port.open(f"p{number}", "ipv6:[2001:db8::1]:1") is not None
+    assert port.open("n0", "ipv6:[2001:db8::2]:1") is not None
+    assert port.open("n1", "ipv6:[2001:db8::3]:1") is None
+    assert port.aborted == []

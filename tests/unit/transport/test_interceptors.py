@@ -150,9 +150,9 @@ async def test_long_lived_calls_are_not_counted() -> None:
 async def test_an_unknown_method_is_rejected_before_its_request_arrives() -> None:
     """A client that streams requests to it gets the status at once, without sending one."""
     observed: list[Any] = []
-    handler = await native(None, observed)
+    handler = await native(None, observed, path="/no.such.Service/Method")
     context = Context()
     with pytest.raises(grpc.aio.AbortError):
         await anext(handler.stream_stream(None, context))
     assert context.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert observed == [CallRefused("METHOD_NOT_FOUND")]
+    assert observed == [CallRefused("METHOD_NOT_FOUND"), CallEnded("native", "other", "UNIMPLEMENTED")]

@@ -63,7 +63,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     The wrapper converts a `ServiceError` into its gRPC status, and logs and hides every other exception. It binds
     `request` (the caller's `x-request-id`, or a new id) and `traceparent` to the log. It counts calls and messages.
-    With a guard, it also limits the calls of each host and waits for the request with a timeout.
+    With a guard, it also limits the calls of each host and waits for the request with a timeout. An `EarlyHandler` is
+    exempt from both, because it ends the call at once.
 
     It does not count calls that may stay open without work: those that stream requests (reflection), and those that
     write to the context instead of yielding (health `Watch`).
@@ -85,8 +86,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Returns the wrapped handler of a method; for an unknown method, one that rejects the call."""
         handler: Any = await continuation(handler_call_details)
         if handler is None:
-            # gRPC ports reject it before a request arrives, because it may never come; other ports have the request.
-            handler = _MAKE_HANDLER[self._guard is not None, True](_not_found)
+            handler = EarlyHandler(_not_found)
         method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         yields, early = inspect.isasyncgenfunction(method), isinstance(handler, EarlyHandler)
         counted = early or (not handler.request_streaming and (yields or not handler.response_streaming))

@@ -9,6 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import add_GenerationServiceServicer_to_server
+from calotype_server.errors import ServiceNotFound
 
 if TYPE_CHECKING:
     import grpc
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["Services"]
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+_CHECKED = (_SERVICE, "")
+"""Names that health checks know: the service, and the whole server."""
 
 
 class Services:
@@ -52,7 +56,7 @@ class Services:
         """Sets the health of the service and of the whole server."""
         self._serving = serving
         response = health_pb2.HealthCheckResponse
-        for service in (_SERVICE, ""):
+        for service in _CHECKED:
             await self._health.set(service, response.SERVING if serving else response.NOT_SERVING)
 
     def release_watchers(self) -> None:
@@ -64,6 +68,16 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.stopping = asyncio.Event()
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - the name in the proto
+        """Returns the health now.
+
+        Raises:
+            ServiceNotFound: There is no such service. grpcio-health would answer the same without an `ErrorInfo`.
+        """
+        if request.service not in _CHECKED:
+            raise ServiceNotFound("The server has no such service.")
+        return await super().Check(request, context)
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802 - the name in the proto
         """Sends the health now and after every change."""

@@ -16,6 +16,7 @@ from calotype_server.observability.events import CallRefused, Observe, ignore
 from calotype_server.transport.grpc.dispatch import find_handler
 from calotype_server.transport.grpcweb import framing
 from calotype_server.transport.grpcweb.call import Call, status_of
+from calotype_server.transport.net.body import is_encoded
 from calotype_server.transport.net.call_limits import CallLimiter
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class GrpcWeb(grpcASGI):  # type: ignore[misc]
                 f"Use one of these content types: {accepted}\n", 415, {"accept-post": accepted}
             )
             await rejection(scope, receive, send)
-        elif (framing.header(scope["headers"], b"content-encoding") or "identity") != "identity":
+        elif is_encoded(scope):
             rejection = PlainTextResponse(
                 "Send the body without Content-Encoding.\n", 415, {"accept-encoding": "identity"}
             )

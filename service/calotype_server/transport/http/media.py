@@ -8,6 +8,7 @@ from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
 from starlette.exceptions import HTTPException
 
 from calotype_server.transport.http.problems import http_error
+from calotype_server.transport.net.body import is_encoded
 
 if TYPE_CHECKING:
     from fastapi.responses import JSONResponse
@@ -19,8 +20,7 @@ _JSON = "application/json"
 
 def reject_coding(scope: Any) -> JSONResponse | None:
     """Returns the response to a request whose body is compressed, or None if it is not."""
-    codings = [value.strip().lower() for name, value in scope["headers"] if name == b"content-encoding"]
-    if all(coding in (b"", b"identity") for coding in codings):
+    if not is_encoded(scope):
         return None
     return http_error(415, "Send the body without Content-Encoding.", {"accept-encoding": "identity"})
 

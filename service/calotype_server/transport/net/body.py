@@ -7,11 +7,17 @@ from typing import Any
 
 from calotype_server.errors import RequestTooLarge, RequestTooLate, WrongRequestCount
 
-__all__ = ["ClientGone", "read_body", "request_too_late", "wrong_request_count"]
+__all__ = ["ClientGone", "is_encoded", "read_body", "request_too_late", "wrong_request_count"]
 
 
 class ClientGone(Exception):
     """The client disconnected, so no answer can be sent."""
+
+
+def is_encoded(scope: Any) -> bool:
+    """Returns whether the body of a request has a `Content-Encoding`, which no port supports."""
+    codings = [value.strip().lower() for name, value in scope["headers"] if name == b"content-encoding"]
+    return any(coding not in (b"", b"identity") for coding in codings)
 
 
 async def read_body(

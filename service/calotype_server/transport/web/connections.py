@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING
 
-from calotype_server.transport.net.peers import share_of
+from calotype_server.transport.net.peers import host_of, share_of
 from calotype_server.transport.net.proxies import NO_PROXIES, TrustedProxies
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ class Connections:
         Returns:
             The connection, or None if it must be rejected.
         """
-        name, trusted = share_of(peer), self._proxies.trusts(peer)
+        trusted = self._proxies.trusts(peer)
+        # A proxy counts alone, also if other hosts have an address in its IPv6 network.
+        name = host_of(peer) if trusted else share_of(peer)
         host = self._hosts.get(name) or _Host(name, trusted=trusted)
         if not trusted and host.count >= self._limits.max_connections_per_peer and not host.evict(_State.IDLE):
             return None
@@ -102,12 +104,15 @@ class Connections:
                 del self._hosts[host.name]
 
     def _make_room(self, newcomer: _Host) -> bool:
-        """Closes a connection of the host that holds the most, if that is more than the newcomer. Returns whether."""
+        """Closes a connection of the host that holds the most, if that is more than the newcomer.
+
+        If there is none, an idle one of the newcomer makes room. Returns whether a connection was closed.
+        """
         larger = [host for host in self._hosts.values() if host.count > newcomer.count and not host.trusted]
         for host in sorted(larger, key=lambda host: -host.count):
             if host.evict(_State.IDLE) or host.evict(_State.WAITING):
                 return True
-        return False
+        return newcomer.evict(_State.IDLE)
 
 
 class _Host:

@@ -22,7 +22,6 @@ _BAD_HANDSHAKE = (
     b"content-length: 29\r\n\r\nInvalid WebSocket handshake.\n"
 )
 
-
 _INVALID_DATA = 1007
 """The code with which a WebSocket is closed after text that is not UTF-8."""
 

@@ -140,8 +140,11 @@ def exit_process(code: int) -> None:
             with contextlib.suppress(OSError, ValueError):  # closed, or a pipe without a reader
                 stream.flush()
 
-    start("flush", flush).join(_FLUSH_SECONDS)
-    os._exit(code)
+    try:
+        start("flush", flush).join(_FLUSH_SECONDS)
+    finally:
+        # Even if the system has no more threads.
+        os._exit(code)
 
 
 def exit_after(seconds: float, code: int) -> None:
@@ -149,9 +152,11 @@ def exit_after(seconds: float, code: int) -> None:
 
     def end() -> None:
         time.sleep(seconds)
-        report = start("last-words", lambda: _log.error("the shutdown takes too long", code=code, stacks=stacks()))
-        report.join(_FLUSH_SECONDS)
-        exit_process(code)
+        try:
+            report = start("last-words", lambda: _log.error("the shutdown takes too long", code=code, stacks=stacks()))
+            report.join(_FLUSH_SECONDS)
+        finally:
+            exit_process(code)
 
     start(LAST_RESORT.removeprefix(_PREFIX), end)
 

@@ -40,7 +40,7 @@ async def test_a_call_that_hangs_fails_and_the_state_recovers(tmp_path: Path) ->
         with capture_logs() as logged:
             with disk.frozen(store):
                 assert await fails(store)
-                assert store.problem == "the state folder does not respond"
+                assert store.problem == "The state folder does not respond."
                 assert [await fails(store) for _ in range(5)] == [True] * 5
                 assert disk.calls == 1
             await store.responsive()
@@ -76,13 +76,13 @@ async def test_a_harmful_exception_in_a_call_is_an_ordinary_failure(tmp_path: Pa
 
 
 async def test_an_idle_server_notices_a_disk_that_hangs(tmp_path: Path) -> None:
-    """The probe finds it, and finds out when the disk responds again."""
+    """A check without any call finds it, and a probe finds out that the disk responds again."""
     disk = FrozenDisk()
     async with Store.opened(tmp_path) as store:
-        await store.probe()
+        await store.touch()
         with disk.frozen(store):
             with pytest.raises(errors.StateUnavailable):
-                await store.probe()
+                await store.touch()
             assert store.problem is not None
         await store.responsive()
         await store.probe()
@@ -95,8 +95,8 @@ async def test_an_idle_server_notices_a_folder_that_cannot_be_changed(tmp_path: 
     async with Store.opened(folder) as store:
         folder.rename(elsewhere)
         with pytest.raises(errors.StateUnavailable):
-            await store.probe()
-        assert store.problem == "the state folder cannot be written"
+            await store.touch()
+        assert store.problem == "The server cannot access its state right now."
         elsewhere.rename(folder)
         await store.probe()
         assert store.problem is None

@@ -255,8 +255,11 @@ class Pool:
 def stacks() -> dict[str, list[str]]:
     """Returns the stacks of Calotype's threads, innermost call last: file, line and function, without values."""
     names = {thread.ident: thread.name for thread in threading.enumerate() if thread.name.startswith(_PREFIX)}
+    # Not `extract_stack`, which reads the source files: the disk may hang.
     return {
-        names[ident]: [f"{each.filename}:{each.lineno} {each.name}" for each in traceback.extract_stack(frame)]
+        names[ident]: [
+            f"{each.f_code.co_filename}:{line} {each.f_code.co_name}" for each, line in traceback.walk_stack(frame)
+        ][::-1]
         for ident, frame in sys._current_frames().items()
         if ident in names
     }

@@ -93,11 +93,12 @@ class Store:
         store = cls(folder, seconds)
         try:
             await store._thread.run(store._open, patient=True)
-        except BaseException as error:
+        except errors.StateUnavailable:
+            store._thread.close()
+            raise errors.StateUnusable(f"--state: the file in {folder} cannot be opened; see the log.") from None
+        except BaseException:
             # A caller that is cancelled does not wait for a disk that hangs.
             store._thread.close()
-            if isinstance(error, errors.StateUnavailable):
-                raise store._unreadable() from None
             raise
         return store
 
@@ -145,7 +146,7 @@ class Store:
         try:
             records, self._damaged = await self._thread.run(self._load, patient=True)
         except errors.StateUnavailable:
-            raise self._unreadable() from None
+            raise errors.StateUnusable(f"--state: the file in {self._folder} cannot be read; see the log.") from None
         return records
 
     async def accept(self, record: Record) -> None:
@@ -297,9 +298,6 @@ class Store:
             raise
         if written and not self._missed:
             self._problem = None
-
-    def _unreadable(self) -> errors.StateUnusable:
-        return errors.StateUnusable(f"--state: the file in {self._folder} cannot be read; see the log.")
 
     def _note_problem(self, problem: str) -> None:
         if self._problem is None:

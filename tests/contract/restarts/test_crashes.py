@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
 from calotype.v1 import calotype_pb2 as pb
@@ -106,7 +107,7 @@ async def test_after_two_crashes_a_generation_is_given_up(tmp_path: Path) -> Non
     engine, reports = FakeEngine(), []
     for _ in range(2):
         async with opened(folder) as store:
-            with capture_logs() as logs:
+            with capture_logs([structlog.contextvars.merge_contextvars]) as logs:
                 async with running(engine, store=store) as service:
                     watched = service.stub.Watch(pb.WatchRequest(generation_id=generation_id))
                     ended = await read_until(watched, pb.PHASE_FAILED)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEEP = pb.DISCONNECT_POLICY_KEEP
-LOG = [structlog.contextvars.merge_contextvars, RedactPrompts(log_prompts=False)]
+LOG: list[structlog.typing.Processor] = [structlog.contextvars.merge_contextvars, RedactPrompts(log_prompts=False)]
 """The parts of the server's log that add the ids of a generation and remove its prompt."""
 
 

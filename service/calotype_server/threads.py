@@ -140,8 +140,11 @@ def exit_process(code: int) -> None:
             with contextlib.suppress(OSError, ValueError):  # closed, or a pipe without a reader
                 stream.flush()
 
-    start("flush", flush).join(_FLUSH_SECONDS)
-    os._exit(code)
+    try:
+        start("flush", flush).join(_FLUSH_SECONDS)
+    finally:
+        # Even if the system has no more threads.
+        os._exit(code)
 
 
 def exit_after(seconds: float, code: int) -> None:
@@ -149,9 +152,11 @@ def exit_after(seconds: float, code: int) -> None:
 
     def end() -> None:
         time.sleep(seconds)
-        report = start("last-words", lambda: _log.error("the shutdown takes too long", code=code, stacks=stacks()))
-        report.join(_FLUSH_SECONDS)
-        exit_process(code)
+        try:
+            report = start("last-words", lambda: _log.error("the shutdown takes too long", code=code, stacks=stacks()))
+            report.join(_FLUSH_SECONDS)
+        finally:
+            exit_process(code)
 
     start(LAST_RESORT.removeprefix(_PREFIX), end)
 
@@ -250,8 +255,11 @@ class Pool:
 def stacks() -> dict[str, list[str]]:
     """Returns the stacks of Calotype's threads, innermost call last: file, line and function, without values."""
     names = {thread.ident: thread.name for thread in threading.enumerate() if thread.name.startswith(_PREFIX)}
+    # Not `extract_stack`, which reads the source files: the disk may hang.
     return {
-        names[ident]: [f"{each.filename}:{each.lineno} {each.name}" for each in traceback.extract_stack(frame)]
+        names[ident]: [
+            f"{each.f_code.co_filename}:{line} {each.f_code.co_name}" for each, line in traceback.walk_stack(frame)
+        ][::-1]
         for ident, frame in sys._current_frames().items()
         if ident in names
     }

@@ -92,6 +92,16 @@ def test_a_thread_that_ends_with_an_exception_is_logged() -> None:
     assert [(line["event"], line["thread"]) for line in logged] == [("a thread ended", "calotype-test")]
 
 
+def test_the_process_exits_even_if_the_system_has_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit flushes standard output in a thread, but does not depend on it."""
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    monkeypatch.setattr(threading.Thread, "start", lambda _: fail(RuntimeError("can't start new thread")))
+    with pytest.raises(RuntimeError):
+        threads.exit_process(70)
+    assert codes == [70]
+
+
 async def test_a_thread_that_hangs_is_replaced(gate: threading.Event) -> None:
     """The call fails, the next one has a thread, and the pool knows when the first one returns."""
     pool = threads.Pool("test", 1)

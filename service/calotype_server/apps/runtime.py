@@ -67,7 +67,6 @@ class Runtime:
 
     Attributes:
         dead: Set when the engine or the encoder cannot continue: only a new process helps.
-        left_behind: Whether threads or the disk did not respond when the block was left.
         admission: The queue.
         generations: All generations.
 
@@ -92,7 +91,7 @@ class Runtime:
         warm_up: bool = True,
     ) -> None:
         self.dead = asyncio.Event()
-        self.left_behind = False
+        self._left_behind = False
         self._settings = settings
         self._engine = engine
         self._service = service
@@ -159,9 +158,14 @@ class Runtime:
         self._service.open(self.generations)
 
     def problems(self) -> list[str]:
-        """Returns why the server cannot do its work now: parts that hang. Empty if there is no reason."""
+        """Returns why the server cannot do its work now: parts that hang or fail. Empty if there is no reason."""
         found = [self._encoder.problem, None if self._store is None else self._store.problem]
         return [each for each in found if each is not None]
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a thread or the disk does not respond, or was left behind because it did not."""
+        return self._left_behind or bool(self._encoder.hung) or (self._store is not None and self._store.hangs)
 
     def _encoder_exhausted(self) -> None:
         _log.error("too many encoder threads hang; the server stops, and a supervisor should restart it")
@@ -181,7 +185,7 @@ class Runtime:
         await asyncio.wait({closing}, timeout=_JOIN_SECONDS)
         if not closing.done():
             closing.cancel()
-            self.left_behind = True
+            self._left_behind = True
             _log.error("threads still work and are left behind", stacks=threads.stacks())
 
     async def _probe(self, store: Store) -> None:
@@ -245,4 +249,4 @@ class Runtime:
             for each in waiting:
                 each.cancel()
             if not await self.generations.abort_all():
-                self.left_behind = True
+                self._left_behind = True

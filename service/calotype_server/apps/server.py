@@ -118,7 +118,7 @@ async def serve(
         await ports.drain()
         await running.aclose()
         await ports.stop(FINAL_MESSAGE_GRACE_SECONDS)
-        if runtime.left_behind or runtime.problems():
+        if runtime.hangs:
             return EXIT_STALLED
         return 1 if runtime.dead.is_set() else 0
 

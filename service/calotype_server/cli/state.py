@@ -1,6 +1,7 @@
 """The command `calotype state`: checks and repairs the folder of `calotype serve --state`."""
 
 import contextlib
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -9,7 +10,7 @@ import typer
 
 from calotype_server.errors import StateUnusable
 from calotype_server.generations.state.file import FileDamaged, StateFile
-from calotype_server.generations.state.folder import FILE, FolderInUse, Lock
+from calotype_server.generations.state.folder import FILE, FolderInUse, Lock, unusable
 from calotype_server.generations.state.inspection import inspect
 from calotype_server.generations.state.repair import repair as repair_file
 
@@ -84,6 +85,8 @@ def _locked(folder: Path) -> Iterator[Path]:
         _fail(f"A server uses {folder}. Stop it first.")
     except StateUnusable as error:
         _fail(str(error).removeprefix("--state: "))
+    except sqlite3.Error as error:
+        _fail(str(unusable(path, error)).removeprefix("--state: "))
 
 
 def _fail(message: str) -> NoReturn:

@@ -36,7 +36,7 @@ class Completion:
         runner: Makes the images.
         admission: The queue in front of the engine.
         index: Stores and retains ended generations.
-        on_ended: Called after an end was published; must not raise.
+        on_ended: Called after an end was published.
         on_dead: Called when the engine cannot continue; must not raise.
     """
 
@@ -135,9 +135,9 @@ class Completion:
         self, generation: Generation, ticket: QueueTicket | None, end: Succeeded | Failed, phases: tuple[PhaseSpan, ...]
     ) -> None:
         """Publishes an end, and frees what the generation holds. Each part is done even if another one fails."""
-        generation.end(end)
-        self._on_ended(generation)
         parts: tuple[Callable[[], None], ...] = (
+            lambda: generation.end(end),
+            lambda: self._on_ended(generation),
             # The engine's thread may still work, if something else failed.
             lambda: generation.stop.set() if isinstance(end, Failed) else None,
             lambda: None if ticket is None else self._admission.leave(ticket),

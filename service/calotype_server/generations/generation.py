@@ -15,6 +15,7 @@ from calotype_server import errors
 from calotype_server.engine.protocol import Stop
 from calotype_server.generations.event_log import EventLog, State, advance
 from calotype_server.generations.ids import new_id
+from calotype_server.generations.state.thread import unavailable
 from calotype_server.generations.stopwatch import Stopwatch
 from calotype_server.observability.events import (
     CancelCompleted,
@@ -246,9 +247,9 @@ class Generation:
                 return error
             except Exception:
                 _log.exception("a generation could not be stored")
-                unavailable = errors.StateUnavailable("The server cannot store the generation.")
-                self.abort(unavailable)
-                return unavailable
+                failure = unavailable()
+                self.abort(failure)
+                return failure
             return None
 
         self._persisting = asyncio.create_task(persist())

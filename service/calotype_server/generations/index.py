@@ -13,6 +13,7 @@ from calotype_server import errors
 from calotype_server.generations.ids import new_tag
 from calotype_server.generations.records import Record
 from calotype_server.generations.retention import Retention
+from calotype_server.generations.state.thread import unavailable
 from calotype_server.generations.state_writer import StateWriter
 from calotype_server.types import Failed, Succeeded
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["GenerationIndex"]
 
 _log = structlog.get_logger(__name__)
-
-_RETRY_SECONDS = 5.0
 
 
 class GenerationIndex:
@@ -142,7 +141,7 @@ class GenerationIndex:
             return
         attempts = generation.attempts + 1
         if not await self._write_attempts(self._store, generation.id, attempts):
-            raise errors.StateUnavailable("The server cannot access its state right now.", retry_after=_RETRY_SECONDS)
+            raise unavailable()
         self._attempts[generation.id] = attempts
 
     async def persist_end(self, generation: Generation, end: Succeeded | Failed) -> Succeeded | Failed:
@@ -200,9 +199,9 @@ class GenerationIndex:
         try:
             await store.accept(record)
         except errors.StateUnavailable:
-            if store.problem is not None:
-                # A write that hangs may still succeed, and the next start would run a generation that was rejected.
-                self._writer.start("removal", partial(self._forget_when_responsive, store, record.generation_id))
+            self._attempts.pop(record.generation_id, None)
+            # A write that hangs may still succeed, and the next start would run a generation that was rejected.
+            self._writer.start("removal", partial(self._forget_when_responsive, store, record.generation_id))
             raise
 
     @staticmethod

@@ -18,6 +18,7 @@ from calotype_server.generations.ids import tag_of
 from calotype_server.generations.reader import Reader
 from calotype_server.generations.reservation import position_reporter, reserve
 from calotype_server.generations.restored import reason_not_to_run
+from calotype_server.generations.state.thread import RETRY_SECONDS
 from calotype_server.observability.events import Observe, ignore
 from calotype_server.threads import stacks
 
@@ -40,8 +41,6 @@ _log = structlog.get_logger(__name__)
 
 _RESTORED_GRACE_SECONDS = 60.0
 """Least time for callers to reconnect after a restart before their generations are aborted."""
-
-_STATE_RETRY_SECONDS = 5.0
 
 _ABORT_SECONDS = 8.0
 """Longest time to wait for threads after an abort."""
@@ -263,12 +262,8 @@ class Generations:
             elif error := reason_not_to_run(record, self.model, limits):
                 rejected.append((generation, error))
             else:
-                try:
-                    self._run_again(generation)
-                except errors.ServiceError as error:
-                    rejected.append((generation, error))
-                else:
-                    generation.expect_reader()
+                self._run_again(generation)
+                generation.expect_reader()
         await asyncio.gather(*(self._completion.reject(generation, error) for generation, error in rejected))
 
     def reject_new(self, retry_after: float) -> None:
@@ -327,7 +322,7 @@ class Generations:
         if self._retry_after is not None:
             raise errors.Draining("The server is stopping.", retry_after=self._retry_after)
         if problem := self._index.problem:
-            raise errors.StateUnavailable(problem, retry_after=_STATE_RETRY_SECONDS)
+            raise errors.StateUnavailable(problem, retry_after=RETRY_SECONDS)
         generations = [self._create(job, delivery) for job, delivery in requests]
         active = self._index.active(generations[0].delivery.caller)
         tickets = reserve(self._admission, generations, quota, active)

@@ -93,6 +93,9 @@ class Store:
         store = cls(folder, seconds)
         try:
             await store._thread.run(store._open, patient=True)
+        except errors.StateUnavailable:
+            store._thread.close()
+            raise errors.StateUnusable(f"--state: the file in {folder} cannot be opened; see the log.") from None
         except BaseException:
             # A caller that is cancelled does not wait for a disk that hangs.
             store._thread.close()
@@ -117,12 +120,17 @@ class Store:
             await store.close()
 
     @property
+    def hangs(self) -> bool:
+        """Whether the disk does not respond."""
+        return self._thread.hangs
+
+    @property
     def problem(self) -> str | None:
         """Why no new generation can be accepted, in one sentence for operators; None while all is well.
 
         It is set by a call that hangs or fails to write. The store then checks every 2 s whether the disk works again.
         """
-        return "The state folder does not respond." if self._thread.hangs else self._problem
+        return "The state folder does not respond." if self.hangs else self._problem
 
     @property
     def damaged(self) -> frozenset[str]:
@@ -308,12 +316,12 @@ class Store:
 
     def _open(self) -> None:
         self._lock = Lock(self._folder)
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._lock.close)
             self._file = open_state(self._lock.path)
+            on_failure.callback(self._file.close)
             self._ordinals = _without_details(self._file.ordinals)
-        except BaseException:
-            self._lock.close()
-            raise
+            on_failure.pop_all()
         self.replica = self._file.replica
 
     def _close(self) -> None:

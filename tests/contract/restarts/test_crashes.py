@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype.v1.calotype_pb2_grpc import GenerationServiceStub
 from calotype_server.failpoints import injected
+from calotype_server.observability.redaction import RedactPrompts
 from support.engine.fake_engine import FakeEngine
 from support.service import open_channel, read_until, running
 from support.state.folders import crashed, opened
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KEEP = pb.DISCONNECT_POLICY_KEEP
+LOG: list[structlog.typing.Processor] = [structlog.contextvars.merge_contextvars, RedactPrompts(log_prompts=False)]
+"""The parts of the server's log that add the ids of a generation and remove its prompt."""
 
 
 def request(seed: int) -> pb.GenerateRequest:
@@ -106,7 +110,7 @@ async def test_after_two_crashes_a_generation_is_given_up(tmp_path: Path) -> Non
     engine, reports = FakeEngine(), []
     for _ in range(2):
         async with opened(folder) as store:
-            with capture_logs() as logs:
+            with capture_logs(LOG) as logs:
                 async with running(engine, store=store) as service:
                     watched = service.stub.Watch(pb.WatchRequest(generation_id=generation_id))
                     ended = await read_until(watched, pb.PHASE_FAILED)

@@ -109,6 +109,21 @@ async def test_sigterm_while_the_disk_hangs(server: Server, tmp_path: Path) -> N
             assert (await read_until(running, pb.PHASE_FAILED)).error.reason == "DRAINING"
 
 
+async def test_sigterm_while_the_disk_is_full(server: Server, tmp_path: Path) -> None:
+    """No probe is ready, but nothing hangs, so the server stops with code 0."""
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    async with ready(server, tmp_path):
+        watch = await server.watch()
+        with injected("store.accept", full):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await server.stub.Generate(PROMPT).read()
+            assert (await watch.read()).status == NOT_SERVING
+            assert await exit_code(server) == 0
+
+
 async def test_sigterm_while_the_disk_hangs_at_the_start(server: Server, tmp_path: Path) -> None:
     """The probes have answers before the state is open, and a signal stops the server."""
     disk = FrozenDisk()
@@ -193,3 +208,4 @@ async def test_a_warm_up_that_hangs_ends_the_process(
             server.loaded.set()
             assert await asyncio.wait_for(exits.get(), PATIENCE) == EXIT_STALLED
             gate.set()
+            await asyncio.wait({server.serving}, timeout=PATIENCE)

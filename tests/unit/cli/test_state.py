@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from calotype_server.cli.state import state
+from calotype_server.generations.state.file import StateFile
 from calotype_server.generations.state.folder import Lock
 from calotype_server.generations.state.pages import PAGE_BYTES
 from support.state.folders import FILE, Contents, fill, opened
@@ -97,6 +98,22 @@ def test_drop_removes_generations(tmp_path: Path, contents: Contents) -> None:
     assert run("drop", tmp_path, first, second).stdout == "2 generations removed\n"
     assert run("check", tmp_path).stdout == "4 generations, 0 of them damaged\n"
     assert asyncio.run(stored(tmp_path)) == set(others)
+
+
+def test_a_disk_that_cannot_be_written_is_an_error_without_a_traceback(
+    tmp_path: Path, contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message has SQLite's reason, and nothing was removed."""
+
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StateFile, "remove", full)
+        result = run("drop", tmp_path, next(iter(contents.records)))
+    assert result.exit_code == 1
+    assert "database or disk is full" in result.stderr
+    assert asyncio.run(stored(tmp_path)) == set(contents.records)
 
 
 @pytest.mark.parametrize("command", [["check"], ["repair"], ["drop", "id"]])

@@ -32,12 +32,20 @@ if TYPE_CHECKING:
     Damage = Callable[[bytearray, int, int], None]
 
 
+class Healthy:
+    """The bytes of an intact file, and its contents. Reports of hypothesis show neither: they are long."""
+
+    def __init__(self, data: bytes, contents: Contents) -> None:
+        self.data = data
+        self.contents = contents
+
+
 @pytest.fixture(scope="module")
-def healthy(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Contents]:
-    """The bytes of an intact file with 15 generations, and its contents."""
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Healthy:
+    """A file with 15 generations."""
     folder = tmp_path_factory.mktemp("healthy")
     contents = asyncio.run(fill(folder, 15))
-    return (folder / FILE).read_bytes(), contents
+    return Healthy((folder / FILE).read_bytes(), contents)
 
 
 def flip_bits(data: bytearray, seed: int, count: int) -> None:
@@ -65,9 +73,9 @@ def cut_off(data: bytearray, seed: int, count: int) -> None:
     del data[random.Random(seed + count).randrange(100, len(data)) :]
 
 
-def check_damage(healthy: tuple[bytes, Contents], damage: Damage, seed: int, count: int) -> None:
+def check_damage(healthy: Healthy, damage: Damage, seed: int, count: int) -> None:
     """Damages a copy of the file, and checks that the store opens, serves nothing wrong and accepts new work."""
-    data, contents = bytearray(healthy[0]), healthy[1]
+    data, contents = bytearray(healthy.data), healthy.contents
     damage(data, seed, count)
 
     async def scenario(folder: Path) -> None:
@@ -101,6 +109,26 @@ def test_whatever_is_served_is_right_or_data_loss(healthy, damage: Damage, seed:
 def test_hundreds_of_damaged_files(healthy, damage: Damage, seed: int, count: int) -> None:
     """The same as above, many times."""
     check_damage(healthy, damage, seed, count)
+
+
+def test_a_damaged_table_that_is_not_text_is_repaired(healthy: Healthy) -> None:
+    """The description of a table contains a byte that is not UTF-8, which an error message of SQLite quotes."""
+
+    def garble(data: bytearray, *_: int) -> None:
+        data[data.index(b"TABLE generations")] = 0xCE
+
+    check_damage(healthy, garble, 0, 0)
+
+
+@pytest.mark.parametrize("version", [0, 1, 3, 200, 2**31 - 1])
+def test_a_damaged_version_is_repaired(healthy: Healthy, version: int) -> None:
+    """Only an application id that confirms it makes a version a foreign one."""
+
+    def garble(data: bytearray, *_: int) -> None:
+        data[60:64] = version.to_bytes(4)
+        data[68:72] = b"cax\2"
+
+    check_damage(healthy, garble, 0, 0)
 
 
 def set_aside(folder: Path) -> dict[str, bytes]:

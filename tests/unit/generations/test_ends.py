@@ -14,9 +14,10 @@ from structlog.testing import capture_logs
 from calotype_server import errors
 from calotype_server.failpoints import injected
 from calotype_server.generations import lifecycle
+from calotype_server.generations.event_log import EventLog
 from calotype_server.generations.index import GenerationIndex
 from calotype_server.generations.store import Store
-from calotype_server.types import DeliveryOptions, Failed, Job, Phase, Succeeded
+from calotype_server.types import DeliveryOptions, Event, Failed, Job, Phase, Succeeded
 from support.engine.fake_engine import FakeEngine
 from support.runtime import running_runtime
 
@@ -136,6 +137,27 @@ async def test_a_failing_index_does_not_lose_an_end(
         assert isinstance(generation.events.state.end, Succeeded)
         assert any(line["log_level"] == "error" for line in logged)
         await assert_works(runtime)
+
+
+async def test_an_end_that_cannot_be_published_does_not_delay_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot is free, and the server does not wait for a generation whose task has ended."""
+    async with running_runtime(FakeEngine()) as runtime:
+        with monkeypatch.context() as patched:
+            patched.setattr(EventLog, "publish", fail_at_the_end(EventLog.publish))
+            async with runtime.generations.start(JOB, DeliveryOptions()) as reader:
+                await reader.generation.finished()
+        await assert_works(runtime)
+
+
+def fail_at_the_end(publish: Callable[[EventLog, Event], None]) -> Callable[[EventLog, Event], None]:
+    """Returns a method that publishes everything except ends."""
+
+    def fail(log: EventLog, event: Event) -> None:
+        if isinstance(event, Succeeded | Failed):
+            raise MemoryError
+        publish(log, event)
+
+    return fail
 
 
 async def test_a_cancelled_run_ends_its_generation() -> None:

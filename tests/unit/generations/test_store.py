@@ -319,16 +319,17 @@ async def test_a_later_version_can_add_fields_and_reasons(tmp_path: Path) -> Non
     assert kept.end.error.message == "gone"
 
 
-@pytest.mark.parametrize(
-    ("name", "error"), [("store.open", errors.StateUnusable), ("store.load", errors.StateUnusable)]
-)
-async def test_an_unreadable_disk_prevents_the_start_with_advice(tmp_path: Path, name: str, error: type) -> None:
-    """An I/O error when the server starts is reported to the operator."""
+@pytest.mark.parametrize("name", ["store.open", "store.load"])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), SystemExit(3)])
+async def test_an_unreadable_disk_prevents_the_start_with_advice(
+    tmp_path: Path, name: str, error: BaseException
+) -> None:
+    """An exception of any class when the server starts is reported to the operator; the folder is free again."""
 
     def fail() -> None:
-        raise OSError(5, "Input/output error")
+        raise error
 
-    with injected(name, fail), pytest.raises(error, match=r"--state: "):
+    with injected(name, fail), pytest.raises(errors.StateUnusable, match=r"--state: "):
         async with opened(tmp_path) as store:
             await store.load()
     async with opened(tmp_path) as store:

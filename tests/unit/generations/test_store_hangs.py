@@ -76,13 +76,13 @@ async def test_a_harmful_exception_in_a_call_is_an_ordinary_failure(tmp_path: Pa
 
 
 async def test_an_idle_server_notices_a_disk_that_hangs(tmp_path: Path) -> None:
-    """The probe finds it, and finds out when the disk responds again."""
+    """A check without any call finds it, and a probe finds out that the disk responds again."""
     disk = FrozenDisk()
     async with Store.opened(tmp_path) as store:
-        await store.probe()
+        await store.touch()
         with disk.frozen(store):
             with pytest.raises(errors.StateUnavailable):
-                await store.probe()
+                await store.touch()
             assert store.problem is not None
         await store.responsive()
         await store.probe()

@@ -109,7 +109,8 @@ class StateFile:
         self._database.text_factory = bytes
         try:
             self._prepare()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            # A message of SQLite quotes a damaged table, which may not be UTF-8.
             self._database.close()
             if primary_code(error) in _ENVIRONMENT or (
                 primary_code(error) == sqlite3.SQLITE_READONLY and not os.access(path, os.W_OK)
@@ -130,16 +131,8 @@ class StateFile:
         (version,) = execute("PRAGMA user_version").fetchone()
         tables = [sql.decode(errors="replace") for (sql,) in execute("SELECT sql FROM sqlite_schema") if sql]
         (application,) = execute("PRAGMA application_id").fetchone()
-        if version != VERSION and application == int.from_bytes(APPLICATION):
-            raise FileDamaged("the version is damaged")
-        if version > VERSION:
-            raise errors.StateUnusable(
-                f"--state: {self.path} was written by a newer Calotype. Update this server, or choose another folder."
-            )
-        if 0 < version < VERSION:
-            raise errors.StateUnusable(
-                f"--state: {self.path} was written by an older Calotype that was never released. Choose another folder."
-            )
+        if version != VERSION and (version or application or tables):
+            self._reject_version(version, application)
         if tables and tables != list(_TABLES):
             raise FileDamaged("the tables are not those of Calotype")
         execute("PRAGMA journal_mode = WAL")
@@ -155,6 +148,18 @@ class StateFile:
             self.replica = unseal("replica", "", execute("SELECT tag FROM replica").fetchone()[0]).decode()
             return
         raise FileDamaged("the server's tag is damaged")
+
+    def _reject_version(self, version: int, application: int) -> None:
+        """Raises an error for a version that is not ours. It is damaged unless the application id confirms it."""
+        if not 0 < version < 256 or application not in (0, int.from_bytes(APPLICATION[:3] + bytes([version]))):
+            raise FileDamaged("the version is damaged")
+        if version > VERSION:
+            raise errors.StateUnusable(
+                f"--state: {self.path} was written by a newer Calotype. Update this server, or choose another folder."
+            )
+        raise errors.StateUnusable(
+            f"--state: {self.path} was written by an older Calotype that was never released. Choose another folder."
+        )
 
     def _create(self) -> None:
         with self._database:

@@ -60,7 +60,7 @@ class Lock:
         self.close()
 
 
-def unusable(path: Path, error: OSError | sqlite3.Error) -> errors.StateUnusable:
+def unusable(path: Path, error: Exception) -> errors.StateUnusable:
     """Returns an error for the operator: why the file cannot be opened, and what to do."""
     if primary_code(error) == sqlite3.SQLITE_BUSY:
         return _in_use(path)
@@ -74,6 +74,6 @@ def _in_use(path: Path) -> FolderInUse:
     return FolderInUse(f"--state: {path} is in use by another server. Each server needs its own folder.")
 
 
-def primary_code(error: OSError | sqlite3.Error) -> int:
-    """Returns SQLite's primary code; the other bits are details."""
+def primary_code(error: Exception) -> int:
+    """Returns SQLite's primary code, or 0 for an error that is not one of SQLite's; the other bits are details."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -93,6 +93,9 @@ class Store:
         store = cls(folder, seconds)
         try:
             await store._thread.run(store._open, patient=True)
+        except errors.StateUnavailable:
+            store._thread.close()
+            raise errors.StateUnusable(f"--state: the file in {folder} cannot be opened; see the log.") from None
         except BaseException:
             # A caller that is cancelled does not wait for a disk that hangs.
             store._thread.close()

@@ -26,8 +26,8 @@ NAMED = DeliveryOptions(request_id="mine")
 class SlowStore(Store):
     """A store that writes a new generation when the test allows it, or fails."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, seconds: float) -> None:
+        super().__init__(folder, seconds)
         self.writes = asyncio.Event()
         self.writing = asyncio.Event()
         self.full = False

@@ -84,10 +84,11 @@ ACTIONS = ("raise", "raise:panic", "delay:0.02", "hang")
 
 
 def cases() -> Iterator[object]:
-    """Yields each failpoint with each action."""
+    """Yields each failpoint with each action. A panic is the harder kind of exception, and a hang the longest delay."""
     for name in sorted(FAILPOINTS):
         for action in ACTIONS:
-            yield pytest.param(name, action)
+            marks = [] if action in ("raise:panic", "hang") else [pytest.mark.slow]
+            yield pytest.param(name, action, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "action"), list(cases()))
@@ -100,7 +101,7 @@ async def test_a_fault_breaks_no_promise(
     history = History()
     with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as logs:
         with Faults([Fault.parse(f"{name}={action}")]) as faults:
-            releasing = asyncio.create_task(asyncio.to_thread(release, faults))
+            releasing = asyncio.get_running_loop().run_in_executor(None, release, faults)
             async with asyncio.timeout(PATIENCE):
                 # A server that cannot start because of the fault accepts nothing.
                 with contextlib.suppress(errors.StartupError, *((RuntimeError, Panic) if name in AT_START else ())):

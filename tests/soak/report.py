@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["report", "settle"]
 
 
+_SHOWN = 40
+"""Number of facts to print about a generation of a violation."""
+
+
 async def settle(history: History, metrics_address: str, seconds: float) -> None:
     """Waits up to `seconds` until no generation runs or waits, and records the last numbers."""
     until = asyncio.get_running_loop().time() + seconds
@@ -39,4 +43,7 @@ def report(history: History, title: str) -> list[str]:
     print(f"  {len(history.facts):6} facts, {len(CHECKS)} invariants, {len(found)} violations")
     for each in found:
         print(f"    {each}")
+        for word in each.replace(",", "").split():
+            for fact in [fact for fact in history.facts if getattr(fact, "generation", "") == word][-_SHOWN:]:
+                print(f"      {fact}")
     return found

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["STORE_POINTS", "CrashingServer"]
 
 STORE_POINTS = sorted(name for name in FAILPOINTS if name.startswith("store."))
-_READING = {"store.open", "store.load"}
+_READING = {"store.open", "store.load", "store.call"}
 _RETAINED = 3
 
 
@@ -61,6 +61,7 @@ class CrashingServer:
         self._number = 0
         self._crash_at = ""
         self._crash_folder: Path | None = None
+        self._crashing = threading.Lock()
         self._released = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._stack = contextlib.AsyncExitStack()
@@ -72,6 +73,11 @@ class CrashingServer:
     def state(self) -> Path:
         """The folder that the next start uses."""
         return self._folder / str(self._number)
+
+    @property
+    def has_crashed(self) -> bool:
+        """Whether the process is dead, also if the event loop does not know it yet."""
+        return self._crash_folder is not None
 
     async def start(self, slots: int, max_queue: int) -> None:
         """Starts a process on the newest state."""
@@ -109,8 +115,9 @@ class CrashingServer:
         self._released.clear()
 
     def crash_at(self, name: str) -> None:
-        """Makes the process crash the next time that it reaches a failpoint of the store."""
-        self._crash_at = name
+        """Makes the process crash the next time that it reaches a failpoint of the store; "" for none."""
+        with self._crashing:
+            self._crash_at = name
 
     async def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Returns the result of `work`, or None if the process crashed first."""
@@ -119,6 +126,8 @@ class CrashingServer:
         crash.cancel()
         if not self.crashed.is_set():
             return task.result()
+        # Otherwise a stop would wait for the store of the dead process.
+        self._released.set()
         task.cancel()
         await asyncio.wait({task})
         return None
@@ -129,9 +138,10 @@ class CrashingServer:
         self._failpoints.close()
 
     def _visit(self, name: str) -> None:
-        if name == self._crash_at and self._crash_folder is None:
-            self._copy()
-            self._loop.call_soon_threadsafe(self.crashed.set)
+        with self._crashing:
+            if name == self._crash_at and self._crash_folder is None:
+                self._copy()
+                self._loop.call_soon_threadsafe(self.crashed.set)
         if self._crash_folder is not None:
             # A dead process does nothing more. It continues only to be cleaned up.
             self._released.wait()

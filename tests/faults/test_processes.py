@@ -64,9 +64,12 @@ def test_a_process_that_stops_at_a_failpoint_keeps_its_promises(tmp_path: Path, 
     """The server exits, or a thread hangs and it still obeys SIGTERM; its successor ends all work exactly once."""
     history = History()
     state = ("--state", str(tmp_path / "state"))
-    is_ready = name not in AT_START
-    with FailingServerProcess([f"{name}={action}"], *OPTIONS, *state, ready=is_ready) as server:
+    is_ready, control = name not in AT_START, tmp_path / "faults"
+    # The start itself reaches most failpoints as well, so the fault comes later.
+    faults = ["--control", str(control)] if is_ready else [f"{name}={action}"]
+    with FailingServerProcess(faults, *OPTIONS, *state, ready=is_ready) as server:
         if is_ready:
+            control.write_text(f"{name}={action}")
             asyncio.run(call(history, server, name))
         else:
             server.wait_for_log("fault injected", timeout=PATIENCE)

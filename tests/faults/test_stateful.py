@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from calotype_server import errors
@@ -40,6 +40,8 @@ settings_of_this_profile = settings(
     max_examples=250 if thorough else 12,
     stateful_step_count=40 if thorough else 25,
     deadline=None,
+    # Shrinking a failure takes minutes, because each run starts servers.
+    phases=tuple(Phase) if thorough else (Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )
 
@@ -322,6 +324,8 @@ class Promises(RuleBasedStateMachine):
         async with asyncio.timeout(PATIENCE):
             self._server.crash_at("")
             self._server.full = False
+            if self._server.has_crashed:
+                await self._take_over(self._server.slots, self._server.max_queue)
             self._server.engine.allow()
             await asyncio.gather(*(each.finished() for each in self._generations.running))
             for reader in self._readers:

@@ -13,11 +13,21 @@ from support.metrics import Scrape
 if TYPE_CHECKING:
     from support.history import History
 
-__all__ = ["report", "settle"]
+__all__ = ["idle", "report", "settle"]
+
+
+_SHOWN = 40
+"""Number of facts to print about a generation of a violation."""
 
 
 async def settle(history: History, metrics_address: str, seconds: float) -> None:
-    """Waits up to `seconds` until no generation runs or waits, and records the last numbers."""
+    """Waits as `idle`, and records the last numbers."""
+    active, waiting = await idle(metrics_address, seconds)
+    history.settled(active=active, waiting=waiting)
+
+
+async def idle(metrics_address: str, seconds: float) -> tuple[int, int]:
+    """Waits up to `seconds` until no generation runs or waits. Returns the last numbers of both."""
     until = asyncio.get_running_loop().time() + seconds
     async with httpx.AsyncClient(trust_env=False) as client:
         while True:
@@ -25,8 +35,7 @@ async def settle(history: History, metrics_address: str, seconds: float) -> None
             active = int(scrape.value("calotype_active_generations"))
             waiting = int(scrape.value("calotype_queued_generations"))
             if not active + waiting or asyncio.get_running_loop().time() > until:
-                history.settled(active=active, waiting=waiting)
-                return
+                return active, waiting
             await asyncio.sleep(0.2)
 
 
@@ -39,4 +48,7 @@ def report(history: History, title: str) -> list[str]:
     print(f"  {len(history.facts):6} facts, {len(CHECKS)} invariants, {len(found)} violations")
     for each in found:
         print(f"    {each}")
+        for word in each.replace(",", "").split():
+            for fact in [fact for fact in history.facts if getattr(fact, "generation", "") == word][-_SHOWN:]:
+                print(f"      {fact}")
     return found

@@ -140,6 +140,8 @@ class EventCall(StreamCall):
 
     async def next(self, opened: Any) -> pb.Progress | None:
         async for event in opened[1]:
+            if event.event == "error":
+                raise as_rpc_error(json.loads(event.data)["error"])
             message = from_json(json.loads(event.data))
             ended = message.phase >= pb.PHASE_SUCCEEDED
             assert event.event == ("end" if ended else "progress")

@@ -152,8 +152,8 @@ class GenerationIndex:
         if self._store is None:
             return end
         attempted = self._attempts.pop(generation.id, None)
-        if isinstance(end, Failed) and isinstance(end.error, errors.Draining):
-            # The server's own stop aborted it, so it runs again after the restart, and the attempt does not count.
+        if _runs_again(end):
+            # The attempt does not count.
             if attempted is not None:
                 await self._write_attempts(self._store, generation.id, generation.attempts)
             return end
@@ -231,6 +231,11 @@ class GenerationIndex:
         key = generation.delivery.caller, generation.delivery.request_id
         if self._requests.get(key) is generation:
             del self._requests[key]
-        if self._store is not None:
+        if self._store is not None and not _runs_again(generation.events.state.end):
             forget = self._store.forget
             self._writer.start("removal", lambda: forget([generation.id]))
+
+
+def _runs_again(end: Succeeded | Failed | None) -> bool:
+    """Whether the server's own stop aborted the generation, so that the next process runs it."""
+    return isinstance(end, Failed) and isinstance(end.error, errors.Draining)

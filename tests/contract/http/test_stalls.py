@@ -16,6 +16,7 @@ from calotype_server.transport.http import HttpApi
 from calotype_server.transport.net.call_limits import CallLimiter
 from support.asgi import AsgiClient
 from support.engine.fake_engine import FakeEngine
+from support.faults import Panic
 from support.http import from_json
 from support.lab import until
 from support.service import running
@@ -116,21 +117,35 @@ async def test_a_disconnect_before_the_response_starts_cancels() -> None:
         await service.generations.idle()
 
 
-async def test_an_error_after_the_status_becomes_an_event() -> None:
-    """A reader whose response has started receives an `error` event, and the stream ends."""
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (StateUnavailable("The disk is gone."), "STATE_UNAVAILABLE"),
+        (RuntimeError("a secret"), "GENERATION_FAILED"),
+        (Panic("a secret"), "GENERATION_FAILED"),
+    ],
+    ids=["typed", "unexpected", "panic"],
+)
+async def test_an_error_after_the_status_becomes_an_event(error: BaseException, reason: str) -> None:
+    """A watcher whose response has started receives an `error` event without internal details, and the stream ends."""
 
     def fail() -> None:
-        raise StateUnavailable("It cannot be kept.")
+        raise error
 
     engine = FakeEngine()
     engine.hold()
     async with running(engine) as service:
         client = open_client(service, "sse")
         await until(lambda: bool(messages(client)))
+        generation = service.generations.newest(Caller("ipv4:127.0.0.1"))[0]
+        watcher = AsgiClient(site(service), "http", f"/v1/generations/{generation.id}/events", method="GET")
+        await until(lambda: bool(messages(watcher)))
         with injected("http.message", fail):
             engine.allow()
+            await watcher.done
             await client.done
-    text = b"".join(event.get("body", b"") for event in client.received).decode()
+    text = b"".join(event.get("body", b"") for event in watcher.received).decode()
     assert "\nevent: error\n" in text
-    assert '"code":"STATE_UNAVAILABLE"' in text
-    assert [event["type"] for event in client.received].count("http.response.start") == 1
+    assert f'"code":"{reason}"' in text
+    assert "secret" not in text
+    assert [event["type"] for event in watcher.received].count("http.response.start") == 1

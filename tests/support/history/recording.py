@@ -14,11 +14,10 @@ from websockets.exceptions import WebSocketException
 
 import calotype
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server import errors
 from support.history.facts import SUCCEEDED
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
     from support.history.history import History, ReaderLog
 
@@ -26,16 +25,6 @@ __all__ = ["BROKEN", "follow", "read", "reason_of"]
 
 BROKEN = (OSError, AssertionError, h11.RemoteProtocolError, httpx.HTTPError, WebSocketException)
 """Exceptions of the test clients when a connection breaks."""
-
-
-def _reasons(kind: type[errors.ServiceError]) -> Iterator[str]:
-    yield kind.reason
-    for each in kind.__subclasses__():
-        yield from _reasons(each)
-
-
-_END_REASONS = frozenset(_reasons(errors.GenerationError)) - {errors.ServiceError.reason}
-"""Reasons with which a generation ends, as opposed to those of rejected calls."""
 
 
 def reason_of(error: BaseException) -> str:
@@ -123,7 +112,8 @@ async def follow(
                 await on_message(progress)
         image = (await generation.result()).data
     except calotype.CalotypeError as error:
-        if log.generation and error.reason in _END_REASONS:
+        # An error of the call alone, such as an internal one, says nothing about the generation.
+        if generation.progress is not None and generation.progress.phase.ended:
             log.ended(error.reason)
         else:
             log.refused(error.reason)

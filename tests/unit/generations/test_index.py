@@ -169,6 +169,16 @@ async def test_a_failed_removal_is_repeated(tmp_path: Path) -> None:
 class TestAfterARestart:
     """Every stored generation that can be read is restored."""
 
+    async def test_a_stop_removes_no_unfinished_generation(self, tmp_path: Path) -> None:
+        """A server that retains few generations still runs all unfinished ones after a restart."""
+        store = await Store.open(tmp_path)
+        engine = FakeEngine()
+        engine.hold()
+        async with running_runtime(engine, store=store, retain_count=0) as runtime:
+            started = [await self._start(runtime.generations) for _ in range(3)]
+        assert [record.generation_id for record in await store.load()] == started
+        await store.close()
+
     async def test_an_unreadable_image_does_not_prevent_the_start(self, tmp_path: Path) -> None:
         """The generation ends as failed; the others are restored."""
         store = await SlowStore.open(tmp_path)
@@ -180,6 +190,12 @@ class TestAfterARestart:
             found = runtime.generations.find(generation_id, Caller(""))
             assert await to_end(runtime.generations.follow(found)) is Phase.FAILED
         await store.close()
+
+    @staticmethod
+    async def _start(generations) -> str:
+        delivery = DeliveryOptions(on_disconnect=DisconnectPolicy.KEEP)
+        async with generations.start(JOB, delivery) as reader:
+            return reader.generation.id
 
     @staticmethod
     async def _generate(generations) -> str:

@@ -55,7 +55,8 @@ class StoreThread:
             seconds: A shorter duration than that of all calls; None for that one.
 
         Raises:
-            StateUnavailable: The disk does not respond.
+            ServiceError, StartupError: Raised by the function.
+            StateUnavailable: The disk does not respond, or the function raised something else, which is logged.
         """
         if self.hangs:
             raise unavailable()
@@ -70,7 +71,9 @@ class StoreThread:
             raise unavailable()
         try:
             return work.result()
-        except threads.ThreadFailed as error:
+        except (errors.ServiceError, errors.StartupError):
+            raise
+        except Exception as error:
             _log.exception("a call of the state failed")
             raise unavailable() from error
 

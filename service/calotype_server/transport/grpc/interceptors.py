@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 from typing import TYPE_CHECKING, Any
@@ -127,9 +128,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         if not handler.request_streaming:
                             request = await self._guard.receive(context)
                     yield _decoded(request)
-            except grpc.aio.AbortError:
+            except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
                 raise
-            except Exception as error:
+            except BaseException as error:
+                # grpc.aio leaves the caller without an answer if an exception is not an `Exception`.
                 await abort(context, error, self._observe)
 
     @contextlib.contextmanager

@@ -27,7 +27,7 @@ def to_status(error: ServiceError) -> grpc.Status:
     return status
 
 
-async def abort(context: Context, error: Exception, observe: Observe) -> None:
+async def abort(context: Context, error: BaseException, observe: Observe) -> None:
     """Ends a call with the status of an error. An error that is not a `ServiceError` is logged and hidden.
 
     Raises:

@@ -13,7 +13,7 @@ from calotype_server.observability.events import Observe, ignore
 from calotype_server.transport.http.calotype_routes import calotype_routes
 from calotype_server.transport.http.docs import STYLE, render
 from calotype_server.transport.http.image_links import ImageLinks
-from calotype_server.transport.http.middleware import HttpMiddleware
+from calotype_server.transport.http.middleware import Contain, HttpMiddleware
 from calotype_server.transport.http.openai_models import ImageEvent
 from calotype_server.transport.http.openai_routes import openai_routes
 from calotype_server.transport.http.page import HEADERS
@@ -68,6 +68,7 @@ class HttpApi:
             responses=ERRORS,
         )
         handle_errors(application, observe)
+        application.add_middleware(Contain)
         links = ImageLinks()
         for routes in (
             openai_routes(service, links),

@@ -23,16 +23,37 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
     from starlette.routing import BaseRoute
+    from starlette.types import ASGIApp
 
     from calotype_server.auth.access import Access
     from calotype_server.limits import PortLimits
     from calotype_server.transport.net.call_limits import CallLimiter
 
-__all__ = ["HttpMiddleware"]
+__all__ = ["Contain", "HttpMiddleware"]
 
 _LOGGED_HEADERS = (b"traceparent", b"x-request-id")
 
 _log = structlog.get_logger(__name__)
+
+
+class Contain:
+    """An ASGI middleware that turns exceptions which are not an `Exception` into one, so that the app answers them.
+
+    Args:
+        app: The app inside.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._application = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Handles one request or WebSocket."""
+        try:
+            await self._application(scope, receive, send)
+        except (Exception, asyncio.CancelledError, GeneratorExit):
+            raise
+        except BaseException as error:
+            raise RuntimeError(type(error).__name__) from error
 
 
 class HttpMiddleware:

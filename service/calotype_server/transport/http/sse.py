@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
+import structlog
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.errors import Draining, InvalidRequest, ServiceError, Violation
+from calotype_server.errors import Draining, GenerationFailed, InvalidRequest, ServiceError, Violation
 from calotype_server.failpoints import hit
 from calotype_server.transport.http.problems import describe, waiting_event
 from calotype_server.transport.http.schema import as_json
@@ -33,6 +35,8 @@ __all__ = [
     "progress_events",
     "progress_json",
 ]
+
+_log = structlog.get_logger(__name__)
 
 Images = Literal["base64", "url"]
 
@@ -79,6 +83,11 @@ async def _with_error_event(events: AsyncIterator[ServerSentEvent]) -> AsyncIter
             yield each
     except ServiceError as error:
         yield event("error", describe(error))
+    except (asyncio.CancelledError, GeneratorExit):
+        raise
+    except BaseException as error:
+        _log.error("request failed", exc_info=error)
+        yield event("error", describe(GenerationFailed("Internal error.")))
 
 
 async def progress_events(

@@ -176,9 +176,9 @@ class _Session:
                         await self._send_progress(command.id, message)
         except ServiceError as error:
             await self._send_error(command.id, error)
-        except WebSocketDisconnect:
+        except (WebSocketDisconnect, asyncio.CancelledError, GeneratorExit):
             raise
-        except Exception as error:
+        except BaseException as error:
             _log.error("request failed", exc_info=error)
             await self._send_error(command.id, GenerationFailed("Internal error."))
         finally:

@@ -200,6 +200,22 @@ def test_a_good_history_has_no_violations() -> None:
     assert violations(good()) == []
 
 
+def test_a_crash_may_undo_an_end_that_was_not_stored() -> None:
+    """A request was repeated because its generation was abandoned; after a crash, both generations run."""
+    history = History()
+    first = history.reader(caller="me", request_id="r")
+    first.saw(A, 1, "QUEUED", 0)
+    first.refused()
+    second = history.reader(caller="me", request_id="r")
+    second.saw(B, 1, "QUEUED", 0)
+    history.crashed()
+    log(history, A, "SUCCEEDED")
+    log(history, B, "SUCCEEDED")
+    second.saw(B, 2, "SUCCEEDED", 4)
+    second.ended(image=b"a fox")
+    assert violations(history) == []
+
+
 @pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__)
 def test_a_bad_history_is_found(spoil) -> None:
     """Each fault breaks exactly the invariant that it is about."""

@@ -137,7 +137,10 @@ def _listings_agree(view: _View) -> Iterator[str]:
 
 
 def _request_ids_start_once(view: _View) -> Iterator[str]:
-    """A request id starts another generation only if the first one ended for lack of a reader, server or disk."""
+    """A request id starts another generation only if the first one ended for lack of a reader, server or disk.
+
+    A crash can undo such an end before it is stored. The first generation then runs again, beside the other one.
+    """
     started = defaultdict(list)
     for opened, facts in view.readers():
         for fact in facts:
@@ -147,6 +150,11 @@ def _request_ids_start_once(view: _View) -> Iterator[str]:
         if row.request_id:
             started[tag_of(row.generation), row.caller, row.request_id].append(row.generation)
     ends = view.ends()
+    crashes = [place for place, _ in view.of(Crashed)]
+    first_seen: dict[str, int] = {}
+    for place, fact in view.of(Saw):
+        first_seen.setdefault(fact.generation, place)
+    first_end = {generation: min(place for place, *_ in shown) for generation, shown in ends.items()}
     dropped = {fact.generation for _, fact in view.of(Dropped)}
     for (_, _, request_id), generations in started.items():
         counted = [
@@ -155,7 +163,12 @@ def _request_ids_start_once(view: _View) -> Iterator[str]:
             if generation not in dropped
             and not {outcome for _, _, outcome, _ in ends.get(generation, ())} & REPLACEABLE
         ]
-        if len(counted) > 1 and not view.lost(counted[0]):
+        counted.sort(key=lambda generation: first_seen.get(generation, -1))
+        revived = all(
+            any(first_seen.get(newer, 0) < crash < first_end.get(older, 0) for crash in crashes)
+            for older, newer in itertools.pairwise(counted)
+        )
+        if len(counted) > 1 and not revived and not view.lost(counted[0]):
             yield f"request id {request_id} started {', '.join(counted)}"
 
 

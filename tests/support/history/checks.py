@@ -152,8 +152,10 @@ def _request_ids_start_once(view: _View) -> Iterator[str]:
     ends = view.ends()
     crashes = [place for place, _ in view.of(Crashed)]
     first_seen: dict[str, int] = {}
-    for place, fact in view.of(Saw):
-        first_seen.setdefault(fact.generation, place)
+    for place, fact in view.facts:
+        # The log of a process may know a generation that no caller saw before the crash.
+        if isinstance(fact, Saw | Logged):
+            first_seen.setdefault(fact.generation, place)
     first_end = {generation: min(place for place, *_ in shown) for generation, shown in ends.items()}
     dropped = {fact.generation for _, fact in view.of(Dropped)}
     for (_, _, request_id), generations in started.items():

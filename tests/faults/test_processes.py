@@ -54,6 +54,8 @@ async def call(history: History, server: ServerProcess, name: str) -> None:
                 await read(log, stub.Generate(request(f"{number}")))
         except TimeoutError:
             log.left()
+        except ConnectionError:
+            log.refused()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from support.metrics import Scrape
 if TYPE_CHECKING:
     from support.history import History
 
-__all__ = ["idle", "report", "settle"]
+__all__ = ["report", "settle"]
 
 
 _SHOWN = 40
@@ -21,13 +21,7 @@ _SHOWN = 40
 
 
 async def settle(history: History, metrics_address: str, seconds: float) -> None:
-    """Waits as `idle`, and records the last numbers."""
-    active, waiting = await idle(metrics_address, seconds)
-    history.settled(active=active, waiting=waiting)
-
-
-async def idle(metrics_address: str, seconds: float) -> tuple[int, int]:
-    """Waits up to `seconds` until no generation runs or waits. Returns the last numbers of both."""
+    """Waits up to `seconds` until no generation runs or waits, and records the last numbers."""
     until = asyncio.get_running_loop().time() + seconds
     async with httpx.AsyncClient(trust_env=False) as client:
         while True:
@@ -35,7 +29,8 @@ async def idle(metrics_address: str, seconds: float) -> tuple[int, int]:
             active = int(scrape.value("calotype_active_generations"))
             waiting = int(scrape.value("calotype_queued_generations"))
             if not active + waiting or asyncio.get_running_loop().time() > until:
-                return active, waiting
+                history.settled(active=active, waiting=waiting)
+                return
             await asyncio.sleep(0.2)
 
 

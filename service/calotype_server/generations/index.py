@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -26,9 +26,23 @@ if TYPE_CHECKING:
     from calotype_server.generations.store import Store
     from calotype_server.types import DeliveryOptions, Job
 
-__all__ = ["GenerationIndex"]
+__all__ = ["GenerationIndex", "StoredGeneration"]
 
 _log = structlog.get_logger(__name__)
+
+
+class StoredGeneration(NamedTuple):
+    """A generation as it was stored.
+
+    Attributes:
+        record: The generation.
+        image: Its final image, if there is one.
+        replaced: Whether the same request started another generation later.
+    """
+
+    record: Record
+    image: bytes | None
+    replaced: bool
 
 
 class GenerationIndex:
@@ -167,15 +181,17 @@ class GenerationIndex:
             _log.error("the end of a generation is delivered although it could not be stored", generation=generation.id)
         return replace(end, persisted=is_durable)
 
-    async def load(self) -> AsyncIterator[tuple[Record, bytes | None]]:
-        """Yields the stored generations, oldest first, each with its final image if there is one.
+    async def load(self) -> AsyncIterator[StoredGeneration]:
+        """Yields the stored generations, oldest first.
 
         Raises:
             StateUnusable: The file cannot be read.
         """
         if self._store is None:
             return
-        for record in await self._store.load():
+        records = await self._store.load()
+        newest = {_request_of(record): record.generation_id for record in records}
+        for record in records:
             image = None
             if record.end is not None:
                 try:
@@ -183,7 +199,8 @@ class GenerationIndex:
                 except errors.ServiceError as error:
                     # One unreadable image must not prevent the start.
                     _log.error("a stored image cannot be read", generation=record.generation_id, reason=error.reason)
-            yield record, image
+            replaced = bool(record.delivery.request_id) and newest[_request_of(record)] != record.generation_id
+            yield StoredGeneration(record, image, replaced)
 
     async def settle(self) -> None:
         """Waits for pending writes, and stops expiring generations."""
@@ -234,6 +251,10 @@ class GenerationIndex:
         if self._store is not None and not _runs_again(generation.events.state.end):
             forget = self._store.forget
             self._writer.start("removal", lambda: forget([generation.id]))
+
+
+def _request_of(record: Record) -> tuple[str, str]:
+    return record.delivery.caller, record.delivery.request_id
 
 
 def _runs_again(end: Succeeded | Failed | None) -> bool:

@@ -253,13 +253,14 @@ class Generations:
             StateUnusable: The file cannot be read.
         """
         rejected: list[tuple[Generation, errors.ServiceError]] = []
-        async for record, image in self._index.load():
+        async for stored in self._index.load():
+            record = stored.record
             grace = max(record.delivery.grace, _RESTORED_GRACE_SECONDS)
             delivery = replace(record.delivery, deadline=None, grace=grace)
-            generation = self._create(record.job, delivery, record=record, image=image)
+            generation = self._create(record.job, delivery, record=record, image=stored.image)
             if generation.ended:
                 self._index.end(generation)
-            elif error := reason_not_to_run(record, self.model, limits):
+            elif error := reason_not_to_run(stored, self.model, limits):
                 rejected.append((generation, error))
             else:
                 self._run_again(generation)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from calotype_server import errors
 
 if TYPE_CHECKING:
-    from calotype_server.generations.records import Record
+    from calotype_server.generations.index import StoredGeneration
     from calotype_server.limits import Limits
     from calotype_server.types import Job, ModelInfo
 
@@ -17,14 +17,18 @@ MAX_ATTEMPTS: Final = 2
 """Attempts without an end, after which a generation is taken for the cause of the crashes."""
 
 
-def reason_not_to_run(record: Record, model: ModelInfo, limits: Limits) -> errors.ServiceError | None:
+def reason_not_to_run(stored: StoredGeneration, model: ModelInfo, limits: Limits) -> errors.ServiceError | None:
     """Returns the error that a generation without an end must end with; None if it may run.
 
     Args:
-        record: The stored generation.
+        stored: The stored generation.
         model: The model of this process, which may not be the one that the request was checked for.
         limits: The limits of this process.
     """
+    record = stored.record
+    if stored.replaced:
+        # It was abandoned, but the process ended before that was stored.
+        return errors.Abandoned("The caller disconnected, and then repeated its request.")
     if record.attempts >= MAX_ATTEMPTS:
         return errors.EngineCrashed(
             f"The server stopped unexpectedly on each of {record.attempts} attempts, so it does not try again."

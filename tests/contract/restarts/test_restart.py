@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import threading
@@ -14,8 +15,9 @@ import pytest
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.auth.access import Caller
 from calotype_server.failpoints import injected
+from calotype_server.generations.records import Record
 from calotype_server.generations.store import Store
-from calotype_server.types import DeliveryOptions, DisconnectPolicy
+from calotype_server.types import DeliveryOptions, DisconnectPolicy, Succeeded
 from support.engine.fake_engine import FakeEngine
 from support.runtime import running_runtime
 from support.service import read_until, running
@@ -135,6 +137,24 @@ async def test_a_generation_beyond_the_new_limits_ends_visibly(tmp_path) -> None
             ["step_count"],
             ["scheduler"],
         ]
+
+
+async def test_a_repeated_request_does_not_run_twice_after_a_crash(tmp_path) -> None:
+    """A generation was abandoned and its request repeated; the process ended before the first end was stored."""
+    delivery = DeliveryOptions(request_id="mine", on_disconnect=DisconnectPolicy.KEEP)
+    async with opened(tmp_path) as store:
+        ids = [f"{store.replica}.{name}" for name in ("first", "second")]
+        for created, generation_id in enumerate(ids):
+            await store.accept(Record(generation_id, JOB, delivery, created))
+    engine = FakeEngine()
+    async with opened(tmp_path) as store, running_runtime(engine, store=store) as runtime:
+        await asyncio.gather(*(each.finished() for each in runtime.generations.running))
+        first, second = (runtime.generations.find(each, Caller("")) for each in ids)
+        assert first.events.state.end.error.reason == "ABANDONED"
+        assert isinstance(second.events.state.end, Succeeded)
+        async with runtime.generations.start(JOB, delivery) as reader:
+            assert reader.generation is second
+    assert len(engine.jobs) == 1
 
 
 class TestEndThatCannotBeStored:

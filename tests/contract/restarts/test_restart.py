@@ -17,7 +17,7 @@ from calotype_server.auth.access import Caller
 from calotype_server.failpoints import injected
 from calotype_server.generations.records import Record
 from calotype_server.generations.store import Store
-from calotype_server.types import DeliveryOptions, DisconnectPolicy, Succeeded
+from calotype_server.types import DeliveryOptions, DisconnectPolicy, Failed, Succeeded
 from support.engine.fake_engine import FakeEngine
 from support.runtime import running_runtime
 from support.service import read_until, running
@@ -150,6 +150,7 @@ async def test_a_repeated_request_does_not_run_twice_after_a_crash(tmp_path) -> 
     async with opened(tmp_path) as store, running_runtime(engine, store=store) as runtime:
         await asyncio.gather(*(each.finished() for each in runtime.generations.running))
         first, second = (runtime.generations.find(each, Caller("")) for each in ids)
+        assert isinstance(first.events.state.end, Failed)
         assert first.events.state.end.error.reason == "ABANDONED"
         assert isinstance(second.events.state.end, Succeeded)
         async with runtime.generations.start(JOB, delivery) as reader:

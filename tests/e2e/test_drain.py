@@ -147,6 +147,7 @@ def succeeded(results: list[Received]) -> list[bool]:
     return [received.messages[-1].phase == pb.PHASE_SUCCEEDED for received in results]
 
 
+@pytest.mark.slow
 async def test_with_enough_time_all_accepted_generations_finish(cache_dir: Path) -> None:
     """Running and queued generations finish on both ports, new calls are rejected, and the exit code is 0."""
     with server_with(cache_dir, 90) as server:
@@ -172,6 +173,7 @@ async def test_without_enough_time_all_callers_get_a_typed_end(cache_dir: Path, 
         await assert_ended_well(server)
 
 
+@pytest.mark.slow
 async def test_a_second_signal_skips_the_drain(cache_dir: Path) -> None:
     """A second SIGTERM ends a drain of an hour immediately, with typed ends."""
     with server_with(cache_dir, 3600) as server:

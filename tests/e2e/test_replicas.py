@@ -46,6 +46,7 @@ async def started(processes: contextlib.ExitStack, cache_dir: Path, *addresses: 
     return await asyncio.gather(*(asyncio.to_thread(processes.enter_context, server) for server in servers))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 async def test_forty_callers_survive_a_frozen_and_a_killed_server(cache_dir: Path) -> None:
     """One server gets SIGSTOP, the other SIGKILL: each image is correct and generated once, and none keeps running."""

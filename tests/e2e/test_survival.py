@@ -132,7 +132,8 @@ for progress in client.generate("fox", seed=3, steps=150, on_disconnect=sys.argv
 """
 
 
-@pytest.mark.parametrize("policy", [pytest.param("cancel", marks=pytest.mark.slow), "keep"])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["cancel", "keep"])
 def test_a_killed_client_frees_the_slot_or_leaves_the_image(policy: str) -> None:
     """With CANCEL the only slot is freed; with KEEP the image is finished and can be watched."""
     with ServerProcess("--max-active", "1") as server, calotype.Client(server.address) as client:

@@ -31,7 +31,7 @@ FIXTURE_IMAGE = bytes(range(256))
 
 def fixture_records() -> list[Record]:
     """Returns the generations of the files in `tests/fixtures/state/`: two waiting, one given up, two ended."""
-    delivery = DeliveryOptions("key:alice", 30.0, DisconnectPolicy.KEEP, 10.0, "request", seed_was_drawn=True)
+    delivery = DeliveryOptions("key:alice", 30.0, DisconnectPolicy.KEEP, 10.0, seed_was_drawn=True)
     preview = PreviewOptions(2, 0.5, 256, 80, PreviewMethod.HEAD)
     job = Job(
         "a red apple",
@@ -47,7 +47,13 @@ def fixture_records() -> list[Record]:
         Priority.BATCH,
     )
     return [
-        Record(f"f1c2e3a4.generation{number}", replace(job, seed=number), delivery, 1.5 + number, attempts)
+        Record(
+            f"f1c2e3a4.generation{number}",
+            replace(job, seed=number),
+            replace(delivery, request_id=f"request{number}"),
+            1.5 + number,
+            attempts,
+        )
         for number, attempts in enumerate([0, 1, 2, 1, 1])
     ]
 

@@ -49,7 +49,8 @@ class Continuity:
             self._catching_up = self._was_cut
         if self._was_cut and not self._is_news(message):
             return None
-        self._catching_up = False
+        # The end may be lost before its last chunk. Then the messages before it come again.
+        self._catching_up = self._catching_up and message.phase in ENDS
         if self._was_cut:
             self._renumber(message)
         self._note(message)

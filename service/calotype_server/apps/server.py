@@ -198,14 +198,13 @@ class _Ports:
         await self._stack.aclose()
 
     async def open(self) -> None:
-        """Opens the gRPC port, unless it is open, and reports success in health checks.
+        """Opens the gRPC port, unless it is open.
 
         Raises:
             AddressInUse: The address of the gRPC port is in use.
         """
         if not self.grpc_address:
             await self._open_native()
-        await self.set_serving(True)
 
     async def set_serving(self, serving: bool) -> None:
         """Sets the result of health checks."""

@@ -20,6 +20,7 @@ from calotype_server.engine.memory_need import memory_model
 from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
 from calotype_server.engine.request_view import request_view
+from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.shared_components import shared_components
 from calotype_server.observability.events import BatchDone, Observe, ignore
 from calotype_server.types import PreviewMethod
@@ -137,11 +138,12 @@ def _start_batcher(
     """Returns the batcher, or None if only one generation runs at a time."""
     if plan.max_rows == 0:
         return None
+    exact = deterministic and not plan.reason
     return StepBatcher(
-        getattr(pipeline, denoiser_name(pipeline)),
+        EagerRuntime(getattr(pipeline, denoiser_name(pipeline)), exact=exact),
         max_rows=plan.max_rows,
         threads=plan.threads,
-        deterministic=deterministic and not plan.reason,
+        deterministic=exact,
         on_batch=on_batch,
     )
 

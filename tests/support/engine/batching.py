@@ -9,6 +9,7 @@ import threading
 import torch
 
 from calotype_server.engine.batching.batcher import StepBatcher
+from calotype_server.engine.runtime.eager import EagerRuntime
 from support.runs import PATIENCE
 
 __all__ = ["Callers", "Denoiser", "answer_to", "sample"]
@@ -55,7 +56,7 @@ class Callers:
         self._free.set()
         self._held = threading.Event()
         options = {"max_rows": 16, "on_batch": self.records.append, **options}
-        self.batcher = StepBatcher(self.module, **options)
+        self.batcher = StepBatcher(EagerRuntime(self.module, exact=options.get("deterministic", False)), **options)
 
     def __enter__(self):
         return self

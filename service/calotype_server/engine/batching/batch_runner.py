@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import structlog
 import torch
 
-from calotype_server.engine.batching.collate import Collator
 from calotype_server.engine.batching.run_ahead import RunAhead
 from calotype_server.engine.memory import is_out_of_memory
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from calotype_server.engine.batching.measure import Threads
     from calotype_server.engine.batching.scheduler import PendingCall
+    from calotype_server.engine.runtime.base import DenoiserRuntime
 
 __all__ = ["BatchObserver", "BatchRecord", "BatchRunner"]
 
@@ -73,7 +73,7 @@ class BatchRunner:
     itself is raised.
 
     Args:
-        module: The denoiser.
+        runtime: Computes the denoiser.
         observer: Receives results.
         threads: CPU threads to compute each call with; None for torch's default.
         deterministic: Fill every batch up to `max_rows`.
@@ -82,24 +82,24 @@ class BatchRunner:
 
     def __init__(
         self,
-        module: Any,
+        runtime: DenoiserRuntime,
         observer: BatchObserver,
         *,
         threads: Threads | None,
         deterministic: bool,
         on_batch: Callable[[BatchRecord], None] | None,
     ) -> None:
-        self.collator = Collator(module, exact=deterministic)
-        self._module = module
+        self._runtime = runtime
         self._observer = observer
         self._threads = threads
         self._deterministic = deterministic
         self._on_batch = on_batch
-        self._run_ahead = RunAhead(_device(module))
+        self._run_ahead = RunAhead(_device(runtime.module))
 
     def start(self) -> None:
         """Prepares the calling thread. Call it once, before `run`."""
         self._run_ahead.start()
+        self._runtime.start()
 
     def run(self, calls: Sequence[PendingCall]) -> None:
         """Settles all calls; together, if that succeeds.
@@ -120,8 +120,13 @@ class BatchRunner:
         # The traceback's frames keep intermediate results alive, and the next try may need their memory.
         traceback.clear_frames(error.__traceback__)
         out_of_memory = is_out_of_memory(error)
+        freed = out_of_memory and self._runtime.free_memory()
         if out_of_memory and self._run_ahead.on_cuda:
             torch.cuda.empty_cache()
+        if freed:
+            del error
+            self.run(calls)
+            return
         alone, padded = len(calls) == 1, padded_rows > rows
         if alone and not (out_of_memory and padded):
             calls[0].fail(error)
@@ -144,10 +149,9 @@ class BatchRunner:
             # Torch keeps the number per thread, and setting it takes less than a microsecond.
             torch.set_num_threads(self._threads.of(padded_rows))
         try:
-            args, kwargs = self.collator.join(calls, padded_rows)
             # Lines that the denoiser logs carry the ids of the first request in the batch.
-            output = pending[0].context.run(self._module, *args, **kwargs)
-            answers = self.collator.split(output, calls, padded_rows)
+            output = pending[0].context.run(self._runtime.run, calls, padded_rows)
+            answers = self._runtime.collator.split(output, calls, padded_rows)
         except BaseException as error:
             return error
         self._observer.answered(pending, answers, rows)

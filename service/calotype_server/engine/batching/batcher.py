@@ -21,8 +21,9 @@ from calotype_server.threads import start
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from calotype_server.engine.batching.collate import Collator
     from calotype_server.engine.batching.measure import Threads
+    from calotype_server.engine.runtime.base import DenoiserRuntime
+    from calotype_server.engine.runtime.collate import Collator
 
 __all__ = ["StepBatcher"]
 
@@ -39,7 +40,7 @@ class StepBatcher:
     rows run at once; the number rises again slowly. After a failure of the device every call raises `EngineDead`.
 
     Args:
-        module: The denoiser; from now on nothing else may call it.
+        runtime: Computes the denoiser, which from now on nothing else may call.
         max_rows: Most rows to compute at once, from 1; see `measure.knee`.
         threads: CPU threads to compute each call with; None for torch's default.
         deterministic: Fill every batch up to `max_rows`, so that a result is bitwise the same regardless of the other
@@ -49,15 +50,15 @@ class StepBatcher:
 
     def __init__(
         self,
-        module: Any,
+        runtime: DenoiserRuntime,
         *,
         max_rows: int,
         threads: Threads | None = None,
         deterministic: bool = False,
         on_batch: Callable[[BatchRecord], None] | None = None,
     ) -> None:
-        self.module = module
-        self._runner = BatchRunner(module, self, threads=threads, deterministic=deterministic, on_batch=on_batch)
+        self._runtime = runtime
+        self._runner = BatchRunner(runtime, self, threads=threads, deterministic=deterministic, on_batch=on_batch)
         self._scheduler = BatchScheduler(max_rows)
         self._configured_max_rows = max_rows
         self._opened = 0
@@ -70,9 +71,14 @@ class StepBatcher:
         self._thread = start("device", self._run)
 
     @property
+    def module(self) -> Any:
+        """The denoiser, for its attributes."""
+        return self._runtime.module
+
+    @property
     def collator(self) -> Collator:
         """Joins the calls of the module."""
-        return self._runner.collator
+        return self._runtime.collator
 
     @property
     def max_rows(self) -> int:

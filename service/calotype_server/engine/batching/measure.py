@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import structlog
 import torch
 
-from calotype_server.engine.batching.collate import Collator
+from calotype_server.engine.runtime.collate import Collator
 from calotype_server.engine.sample_calls import denoiser_call
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import torch
 
-from calotype_server.engine.batching.collate import Collator
 from calotype_server.engine.batching.measure import Knee, Threads, knee, pick_threads
 from calotype_server.engine.batching.verify import unbatchable, verify
 from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.runtime.collate import Collator
 from calotype_server.engine.sample_calls import Arguments, sample_calls
 
 if TYPE_CHECKING:

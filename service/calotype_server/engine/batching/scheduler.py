@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from calotype_server.engine.batching.collate import Call
+    from calotype_server.engine.runtime.collate import Call
 
 __all__ = ["BatchScheduler", "PendingCall", "RequestSlot"]
 

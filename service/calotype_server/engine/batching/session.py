@@ -12,7 +12,7 @@ from calotype_server.engine.tap import Stopped
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from calotype_server.engine.batching.collate import Collator, Digests
+    from calotype_server.engine.runtime.collate import Collator, Digests
 
 __all__ = ["CallQueue", "DenoiserSession"]
 

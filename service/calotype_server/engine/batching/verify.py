@@ -6,21 +6,17 @@ single ones.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calotype_server.engine.batching.collate import Call, Collator
+from calotype_server.engine.runtime.collate import Call, Collator
+from calotype_server.engine.runtime.compare import compare, tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["unbatchable", "verify"]
-
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-_TF32_TOLERANCE = 2e-3
-"""For float32 on CUDA, where convolutions round to ten bits by default."""
 
 
 def unbatchable(module: torch.nn.Module) -> str | None:
@@ -70,7 +66,7 @@ def verify(
     together = _answers(collator, module, joinable)
     alone = [_answers(collator, module, [call])[0] for call in joinable]
     for joined, single in zip(together, alone, strict=True):
-        error, tolerance = _compare(joined, single)
+        error, tolerance = compare(joined, single)
         if not error <= tolerance:
             return f"Answers to joined and single calls differ by {error:.1e}; at most {tolerance:.0e} is allowed."
     if deterministic_rows and not _is_deterministic(collator, module, joinable, deterministic_rows):
@@ -91,35 +87,4 @@ def _is_deterministic(collator: Collator, module: Any, calls: Sequence[Call], ro
     before = [others[number % len(others)] for number in range(count)]
     alone = _answers(collator, module, [first], rows)[0]
     last = _answers(collator, module, [*before, first], rows)[-1]
-    return all(torch.equal(a, b) for a, b in zip(_tensors(alone), _tensors(last), strict=True))
-
-
-def _compare(joined: Any, single: Any) -> tuple[float, float]:
-    """Returns the largest error relative to the largest value, and the error that is allowed."""
-    worst, allowed = 0.0, math.inf
-    for a, b in zip(_tensors(joined), _tensors(single), strict=True):
-        if a.shape != b.shape:
-            return math.inf, 0.0
-        allowed = min(allowed, _tolerance(b))
-        scale = b.abs().max().double().clamp_min(torch.finfo(torch.float32).tiny)
-        error = float((a.double() - b.double()).abs().max() / scale)
-        worst = max(worst, error) if not math.isnan(error) else math.nan
-        if math.isnan(worst):
-            break
-    return worst, allowed
-
-
-def _tolerance(answer: torch.Tensor) -> float:
-    if answer.dtype == torch.float32 and answer.is_cuda:
-        return _TF32_TOLERANCE
-    return _TOLERANCES.get(answer.dtype, _TOLERANCES[torch.bfloat16])
-
-
-def _tensors(answer: Any) -> Iterator[torch.Tensor]:
-    if isinstance(answer, torch.Tensor):
-        yield answer
-    elif isinstance(answer, dict):
-        yield from _tensors(list(answer.values()))
-    elif isinstance(answer, (list, tuple)):
-        for part in answer:
-            yield from _tensors(part)
+    return all(torch.equal(a, b) for a, b in zip(tensors(alone), tensors(last), strict=True))

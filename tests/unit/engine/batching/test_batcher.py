@@ -10,6 +10,7 @@ import torch
 from calotype_server import errors
 from calotype_server.engine.batching.batcher import StepBatcher
 from calotype_server.engine.batching.measure import Threads
+from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.tap import Stopped
 from support.engine.batching import Callers, answer_to, sample
 from support.runs import PATIENCE
@@ -60,7 +61,7 @@ def test_a_single_call_is_passed_through_unchanged():
             seen.append((sample, timestep, mask, torch.is_grad_enabled(), threading.current_thread().name))
             return result
 
-    batcher = StepBatcher(Module(), max_rows=4)
+    batcher = StepBatcher(EagerRuntime(Module()), max_rows=4)
     given, timestep, mask = torch.ones(1, 4), torch.tensor(3), torch.ones(1, 2)
     with batcher.open_session() as session:
         assert session.proxy()(given, timestep, mask=mask) is result
@@ -243,7 +244,7 @@ def test_an_ended_request_is_not_expected(callers):
 def test_launches_do_not_run_ahead():
     """On CUDA at most two batches are launched and not yet computed."""
     module = torch.nn.Linear(4, 4).cuda()
-    batcher = StepBatcher(module, max_rows=4)
+    batcher = StepBatcher(EagerRuntime(module), max_rows=4)
     with batcher.open_session() as session, torch.no_grad():
         for value in range(5):
             latents = sample(value).cuda()

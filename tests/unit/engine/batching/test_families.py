@@ -12,6 +12,7 @@ from calotype_server.engine.batching.measure import Threads
 from calotype_server.engine.batching.verify import unbatchable, verify
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
 from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.sample_calls import sample_calls
 from calotype_server.engine.shared_components import shared_components
 from calotype_server.engine.tap import StepTap
@@ -52,9 +53,8 @@ def batched(family, cases, **options):
     pipeline = tiny.shared(family)
     name, shared = denoiser_name(pipeline), shared_components(pipeline)
     records = []
-    batcher = StepBatcher(
-        getattr(pipeline, name), threads=Threads(1, 1, 1), on_batch=records.append, max_rows=MAX_ROWS, **options
-    )
+    runtime = EagerRuntime(getattr(pipeline, name), exact=options.get("deterministic", False))
+    batcher = StepBatcher(runtime, threads=Threads(1, 1, 1), on_batch=records.append, max_rows=MAX_ROWS, **options)
     start = threading.Barrier(len(cases))
 
     def begin(total):

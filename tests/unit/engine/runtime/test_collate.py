@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from calotype_server.engine.batching.collate import Collator
+from calotype_server.engine.runtime.collate import Collator
 from support.engine import tiny
 
 

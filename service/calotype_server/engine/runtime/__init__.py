@@ -1,0 +1,1 @@
+"""Ways to compute the denoiser: called directly, or through an accelerator."""

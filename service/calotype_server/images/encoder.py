@@ -38,8 +38,8 @@ _MAX_COMMENT_BYTES = 60_000
 class Encoder:
     """Encodes previews as JPEG and final images in the requested format. Lives in the event loop.
 
-    Previews never wait for final images, however many generations end at once. A call that takes too long fails, and its
-    thread is replaced.
+    Previews never wait for final images, however many generations end at once. A call that takes too long fails, and
+    its thread is replaced.
 
     Args:
         on_preview: Called with the CPU seconds that encoding a preview took.

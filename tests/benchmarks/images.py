@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import statistics
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 import torch
@@ -18,7 +19,7 @@ from calotype_server.images.encoder import encode_final
 from calotype_server.types import OutputOptions, Pixels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 PROMPTS = ("tooth", "ladder", "tornado", "pear")
 SIZE = 1024
@@ -54,7 +55,58 @@ def measure(rounds: int) -> dict[str, float]:
     results["png_over_pillow"] = statistics.median(a / b for a, b in zip(times["png"], times["pillow"], strict=True))
     results |= {f"final_{name}_ms": 1000 * statistics.median(each) for name, each in times.items()}
     shares = [python_beside(png, pixels[0]) / python_beside(without_lock, pixels[0]) for _ in range(rounds)]
-    return results | {"python_beside_png": statistics.median(shares)}
+    results["python_beside_png"] = statistics.median(shares)
+    return results | steps_beside(rounds, pipeline, pixels[0])
+
+
+@torch.no_grad()
+def steps_beside(rounds: int, pipeline: Any, pixels: Pixels) -> dict[str, float]:
+    """Returns the time of a denoiser call while another thread finishes images, over its time alone.
+
+    Both use one CPU thread. On two idle cores, neither delays the other.
+    """
+    unet, size = pipeline.unet.config, pipeline.unet.config.sample_size
+    latents = torch.randn(1, unet.in_channels, size, size)
+    prompt = torch.randn(1, pipeline.tokenizer.model_max_length, unet.cross_attention_dim)
+    work = {
+        "nothing": lambda: time.sleep(0.01),
+        "decode": lambda: pipeline.vae.decode(latents),
+        "png": lambda: png(pixels),
+        "pillow": lambda: pillow(pixels),
+    }
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, function in work.items():
+            with repeated(function):
+                started = time.perf_counter()
+                for _ in range(8):
+                    pipeline.unet(latents, 500, prompt)
+                times[name].append(time.perf_counter() - started)
+    return {
+        f"step_beside_{name}": statistics.median(a / b for a, b in zip(each, times["nothing"], strict=True))
+        for name, each in times.items()
+        if name != "nothing"
+    }
+
+
+@contextlib.contextmanager
+def repeated(function: Callable[[], object]) -> Iterator[None]:
+    """Calls `function` again and again in another thread."""
+    stopping = threading.Event()
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            while not stopping.is_set():
+                function()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join()
 
 
 def png(pixels: Pixels) -> bytes:
@@ -89,19 +141,15 @@ def cpu_seconds(function: Callable[..., object], *arguments: object) -> float:
 
 def python_beside(function: Callable[..., object], *arguments: object) -> float:
     """Returns the loops per second of another Python thread while this thread calls `function` ten times."""
-    count, stopping = 0, threading.Event()
+    count = 0
 
     def work() -> None:
         nonlocal count
-        while not stopping.is_set():
+        for _ in range(1000):
             count += 1
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    before, started = count, time.perf_counter()
-    for _ in range(10):
-        function(*arguments)
-    rate = (count - before) / (time.perf_counter() - started)
-    stopping.set()
-    thread.join()
-    return rate
+    with repeated(work):
+        before, started = count, time.perf_counter()
+        for _ in range(10):
+            function(*arguments)
+        return (count - before) / (time.perf_counter() - started)

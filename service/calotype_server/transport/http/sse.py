@@ -128,7 +128,7 @@ def event(name: str, data: dict[str, Any], **fields: Any) -> ServerSentEvent:
         data: Encoded as JSON.
         fields: Further fields of the event, such as `id` and `retry`.
     """
-    return _JsonEvent(to_json(data), event=name, sep="\n", **fields)
+    return _JsonEvent(to_json(data), event=name, **fields)
 
 
 class _JsonEvent(ServerSentEvent):
@@ -138,11 +138,14 @@ class _JsonEvent(ServerSentEvent):
     image in it, that would block the event loop for many milliseconds.
     """
 
+    def __init__(self, content: bytes, **fields: Any) -> None:
+        super().__init__(sep="\n", **fields)
+        self._content = content
+
     def encode(self) -> bytes:
         """Returns the event as it is sent."""
-        fields = ServerSentEvent(event=self.event, id=self.id, retry=self.retry, sep="\n").encode()
-        # They end with an empty line, which ends the event.
-        return b"".join([fields[:-1], b"data: ", self.data, b"\n\n"])
+        # The other fields end with an empty line, which would end the event.
+        return b"".join([super().encode()[:-1], b"data: ", self._content, b"\n\n"])
 
 
 def progress_json(message: pb.Progress, images: Images, base: str) -> dict[str, Any]:

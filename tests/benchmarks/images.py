@@ -63,7 +63,7 @@ def measure(rounds: int) -> dict[str, float]:
 def steps_beside(rounds: int, pipeline: Any, pixels: Pixels) -> dict[str, float]:
     """Returns the time of a denoiser call while another thread finishes images, over its time alone.
 
-    Both use one CPU thread. On two idle cores, neither delays the other.
+    Both use one CPU thread. The figures count only on a machine with two idle cores.
     """
     unet, size = pipeline.unet.config, pipeline.unet.config.sample_size
     latents = torch.randn(1, unet.in_channels, size, size)

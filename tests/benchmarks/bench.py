@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import calotype
-from benchmarks import concurrency, previews, subscribers, transports, web
+from benchmarks import concurrency, images, previews, subscribers, transports, web
 from benchmarks.runs import GUIDANCE, STEPS, bundled
 from support.process import ServerProcess
 
@@ -35,6 +35,9 @@ GOALS = {
     "cancel_steps": "<= 1.2",
     "throughput8_over_fifo": ">= 1.7",
     "first_preview8_over_fifo": "<= 0.25",
+    "png_over_pillow": "<= 0.15",
+    "png_bytes_over_pillow": "<= 1.1",
+    "python_beside_png": ">= 0.9",
     "readers200_denoise_over_1": "<= 1.02",
     "web_over_native1": ">= 1",
     "web_over_native16": ">= 1",
@@ -57,6 +60,7 @@ def main() -> None:
     results |= concurrency.measure(max(1, ROUNDS // 4), threads)
     results |= subscribers.measure(ROUNDS, threads)
     results |= previews.measure()
+    results |= images.measure(ROUNDS)
     results |= web.measure(ROUNDS)
     results |= transports.measure(ROUNDS)
     OUTPUT.parent.mkdir(exist_ok=True)

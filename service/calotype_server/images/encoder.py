@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image
 
 from calotype_server import errors, threads
 from calotype_server.failpoints import hit
+from calotype_server.images.png import encode_png
 from calotype_server.observability.events import ImageEncoded, Observe, ignore
 from calotype_server.types import EncodedImage, OutputOptions, Pixels, PreviewOptions
 
@@ -21,8 +23,10 @@ __all__ = ["Encoder", "encode_final", "encode_preview"]
 
 _log = structlog.get_logger(__name__)
 
-_THREADS = 2
-"""Two, so that a preview does not wait for the final image of another generation."""
+_THREADS = 3
+
+_FINAL_THREADS = 2
+"""Final images at once. The other thread is free for previews, which readers wait for at every step."""
 
 _PREVIEW_SECONDS = 5.0
 """Longest duration of encoding a preview: readers wait for it, and a newer one replaces it."""
@@ -34,7 +38,8 @@ _MAX_COMMENT_BYTES = 60_000
 class Encoder:
     """Encodes previews as JPEG and final images in the requested format. Lives in the event loop.
 
-    A call that takes too long fails, and its thread is replaced.
+    Previews never wait for final images, however many generations end at once. A call that takes too long fails, and
+    its thread is replaced.
 
     Args:
         on_preview: Called with the CPU seconds that encoding a preview took.
@@ -56,6 +61,7 @@ class Encoder:
         self._seconds = seconds
         self._on_exhausted = on_exhausted
         self._pool = threads.Pool("encode", _THREADS)
+        self._finals = asyncio.Semaphore(_FINAL_THREADS)
 
     @property
     def problem(self) -> str | None:
@@ -82,7 +88,8 @@ class Encoder:
         Raises:
             GenerationFailed: It took too long.
         """
-        return await self._run("final", self._seconds, encode_final, pixels, options, parameters)
+        async with self._finals:
+            return await self._run("final", self._seconds, encode_final, pixels, options, parameters)
 
     def close(self) -> None:
         """Waits for running encodes to finish, except those that hang, and stops the threads."""
@@ -131,15 +138,13 @@ def encode_final(pixels: Pixels, options: OutputOptions, parameters: str) -> Enc
     """Returns the file of a final image.
 
     The parameters are where other tools look for them: in a text chunk named `parameters` in PNG, in the EXIF field
-    UserComment in JPEG and WebP. PNG uses compression level 3, which takes half the time of the default level for a few
-    per cent more bytes.
+    UserComment in JPEG and WebP.
     """
-    saved: dict[str, Any] = {"compress_level": 3} if options.format == "png" else {"quality": options.quality}
-    if options.metadata and options.format == "png":
-        text = PngImagePlugin.PngInfo()
-        text.add_itxt("parameters", parameters)
-        saved["pnginfo"] = text
-    elif options.metadata:
+    if options.format == "png":
+        data = encode_png(pixels, {"parameters": parameters} if options.metadata else {})
+        return EncodedImage("png", pixels.width, pixels.height, data)
+    saved: dict[str, Any] = {"quality": options.quality}
+    if options.metadata:
         saved["exif"] = _exif(parameters)
     if options.format == "jpeg":
         # Full colour resolution. Previews use the default, half of it.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import random
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from calotype_server import __version__
+from calotype_server.failpoints import injected
 from calotype_server.images.encoder import Encoder, encode_final, encode_preview
 from calotype_server.images.metadata import describe
 from calotype_server.types import ImageFormat, Job, OutputOptions, Pixels, PreviewOptions
@@ -18,6 +21,9 @@ from support.engine.fake_engine import MODEL, flat_pixels
 
 FORMATS: tuple[ImageFormat, ...] = ("jpeg", "png", "webp")
 NOISE = Pixels(96, 64, random.Random(0).randbytes(96 * 64 * 3))
+PATIENCE = 20
+"""Seconds until a test that waits for a thread gives up."""
+
 JOB = Job("a red apple", "pears", 64, 48, 20, 7.5, 123, "DDIMScheduler")
 
 
@@ -151,6 +157,25 @@ async def test_the_encoder_applies_options_and_reports_the_cost_of_previews() ->
         encoder.close()
     assert len(costs) == 1
     assert costs[0] >= 0
+
+
+async def test_previews_do_not_wait_for_final_images() -> None:
+    """While many final images take long, a preview of another generation is encoded."""
+    encoder = Encoder()
+    entered, gate = threading.Semaphore(0), threading.Event()
+    try:
+        with injected("encoder.final", lambda: (entered.release(), gate.wait(PATIENCE))):
+            finals = [asyncio.ensure_future(encoder.final(NOISE, OutputOptions("png"), "")) for _ in range(8)]
+            for _ in range(2):
+                assert await asyncio.to_thread(entered.acquire, timeout=PATIENCE)
+            preview = await asyncio.wait_for(encoder.preview(NOISE, PreviewOptions()), PATIENCE)
+            assert preview.format == "jpeg"
+            assert not any(final.done() for final in finals)
+            gate.set()
+            assert {final.format for final in await asyncio.gather(*finals)} == {"png"}
+    finally:
+        gate.set()
+        encoder.close()
 
 
 class TestDescribe:

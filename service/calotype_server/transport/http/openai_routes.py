@@ -114,7 +114,8 @@ class _ImageRoutes:
         else:
             described = [Image(b64_json=base64.b64encode(each.image).decode(), seed=each.seed) for each in images]
         size = f"{images[0].width_px}x{images[0].height_px}"
-        return JSONResponse(_images_response(described, body.value, size).model_dump(exclude_none=True))
+        response = _images_response(described, body.value, size).model_dump_json(exclude_none=True)
+        return Response(response, media_type="application/json")
 
     async def linked(
         self,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
+from pydantic_core import to_json
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 
@@ -128,7 +128,24 @@ def event(name: str, data: dict[str, Any], **fields: Any) -> ServerSentEvent:
         data: Encoded as JSON.
         fields: Further fields of the event, such as `id` and `retry`.
     """
-    return ServerSentEvent(json.dumps(data, separators=(",", ":")), event=name, sep="\n", **fields)
+    return _JsonEvent(to_json(data), event=name, **fields)
+
+
+class _JsonEvent(ServerSentEvent):
+    """An event whose data is JSON as bytes.
+
+    The library searches the data for line breaks, which JSON does not have, and copies it several times. With a final
+    image in it, that would block the event loop for many milliseconds.
+    """
+
+    def __init__(self, content: bytes, **fields: Any) -> None:
+        super().__init__(sep="\n", **fields)
+        self._content = content
+
+    def encode(self) -> bytes:
+        """Returns the event as it is sent."""
+        # The other fields end with an empty line, which would end the event.
+        return b"".join([super().encode()[:-1], b"data: ", self._content, b"\n\n"])
 
 
 def progress_json(message: pb.Progress, images: Images, base: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import torch
 
+from calotype_server.engine.memory import is_device_failure
 from calotype_server.engine.preview.calibrate import calibrate
 from calotype_server.engine.preview.decoders import Decoder, HeadDecoder, VaeDecoder
 from calotype_server.engine.preview.device_stream import device_stream
@@ -141,7 +142,9 @@ class PipelinePreviews:
                 # The first call is slower: it warms up caches.
                 with torch.no_grad(), self._stream.after([self._stream.record()]) as elapsed:
                     decoder.decode(latents, width, height)
-        except Exception:
+        except Exception as error:
+            if is_device_failure(error):
+                raise
             _log.exception("this decoder cannot render previews of this pipeline", method=method)
             return False
         self._budget.observe_decode(method, elapsed.seconds, width * height)
@@ -155,7 +158,9 @@ def _fitted_head(path: Path, pipeline: Any, model: ModelInfo) -> PreviewHead | N
         _log.info("calibrating previews", model=model.name)
         try:
             head = calibrate(pipeline, model)
-        except Exception:
+        except Exception as error:
+            if is_device_failure(error):
+                raise
             _log.exception("the preview head cannot be calibrated for this pipeline")
             return None
         save_head(path, head)

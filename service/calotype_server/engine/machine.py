@@ -33,8 +33,8 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         facts["gpu"] = [properties.name, properties.total_memory, properties.multi_processor_count]
     elif device.type == "xpu":
-        properties = torch.xpu.get_device_properties(device)
-        facts["gpu"] = [properties.name, properties.total_memory, properties.gpu_eu_count]
+        card = torch.xpu.get_device_properties(device)
+        facts["gpu"] = [card.name, card.total_memory, card.gpu_eu_count]
     elif device.type == "mps":
         facts["gpu"] = ["mps", torch.mps.recommended_max_memory()]
     return facts

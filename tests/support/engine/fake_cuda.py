@@ -9,7 +9,7 @@ class FakeCuda:
     """Replaces streams and events of `torch.cuda`.
 
     Attributes:
-        log: What happened, in order: tuples of an action and its objects' names.
+        log: Tuples of an action and the names of its objects, in order.
     """
 
     def __init__(self, monkeypatch):
@@ -66,6 +66,6 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "stream", stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: named(fake._current))
-        monkeypatch.setattr(torch.cuda, "default_stream", lambda device=None: named("default"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: named(fake._current))
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda _: named("default"))
         monkeypatch.setattr(torch.cuda, "_sleep", lambda _: fake.log.append(("spin", fake._current)))

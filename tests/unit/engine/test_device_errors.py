@@ -1,4 +1,4 @@
-"""What an exception says about a device: memory ran out, or the device failed, or neither."""
+"""Exceptions of three kinds: memory ran out, or the device failed, or neither."""
 
 import pytest
 import torch

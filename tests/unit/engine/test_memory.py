@@ -5,6 +5,7 @@ import os
 import platform
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_a_driver_may_not_know_the_free_memory(monkeypatch):
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
 def test_the_peak_of_a_gpu_is_what_torch_counts(kind, monkeypatch):
     """On CUDA and XPU, the peak is that of the selected device, after all its work is done."""
-    device, calls = torch.device(kind, 1), []
+    device, calls = torch.device(kind, 1), list[Any]()
     for name, value in (("memory_allocated", 200), ("max_memory_allocated", 700)):
         monkeypatch.setattr(getattr(torch, kind), name, {device: value}.__getitem__)
     for name in ("synchronize", "reset_peak_memory_stats"):

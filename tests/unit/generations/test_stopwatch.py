@@ -1,8 +1,9 @@
 """The durations of a generation's phases."""
 
+import time
+
 import pytest
 
-from calotype_server.generations import stopwatch as stopwatch_module
 from calotype_server.generations.stopwatch import Stopwatch
 from calotype_server.types import Decoding, Denoising, EncodingPrompt
 
@@ -10,7 +11,7 @@ from calotype_server.types import Decoding, Denoising, EncodingPrompt
 def test_the_device_corrects_the_start_of_decoding(monkeypatch):
     """An event that says for how long the device has decoded moves time from decoding to denoising."""
     clock = [0.0]
-    monkeypatch.setattr(stopwatch_module.time, "monotonic", lambda: clock[-1])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[-1])
     stopwatch = Stopwatch()
     for now, event in ((1.0, EncodingPrompt()), (2.0, Denoising(0, 4)), (5.0, Decoding(batch_rows=2))):
         clock.append(now)

@@ -1,4 +1,4 @@
-"""What a preview costs the denoiser, for each kind of device."""
+"""Costs of previews for the denoiser, for each kind of device."""
 
 from __future__ import annotations
 

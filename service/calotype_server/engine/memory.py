@@ -87,7 +87,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def release_cached_memory(device: torch.device) -> None:
     """Returns memory that torch has cached on a device, and that no tensor uses, to the device."""
-    if device.type != "cpu":
+    if device.type in (*_COUNTED, "mps"):
         getattr(torch, device.type).empty_cache()
 
 

@@ -64,7 +64,7 @@ class TestDevice:
         """The operator's device is used."""
         assert pick_device("cpu") == CPU
 
-    @pytest.mark.parametrize("name", ["toaster", "cuda:99", "cpu:x", ""])
+    @pytest.mark.parametrize("name", ["toaster", "cuda:99", "xpu:99", "cpu:x", ""])
     def test_a_missing_device_is_rejected(self, name):
         """A missing or invalid device is rejected with advice to use the CPU."""
         with pytest.raises(ModelUnavailable, match="--device cpu"):

@@ -28,8 +28,9 @@ __all__ = [
 ]
 
 _MAX_LEAD_SECONDS = 0.2
-_CYCLES_PER_SECOND = 2e9
-"""At least as many as GPUs have: a lower clock makes the lead longer."""
+"""Longest time for which the device spins before a measurement."""
+_CYCLES_PER_SECOND = 3e9
+"""At least as many as GPUs have: a lower clock makes the time longer."""
 
 
 class Elapsed:
@@ -154,8 +155,8 @@ class SharedStream:
         return elapsed.seconds
 
     def lap(self) -> Lap:
-        """Measures the time that passes."""
-        return _WallLap()
+        """Measures the time until the device has computed everything."""
+        return _SynchronizedLap(self._device)
 
 
 class CudaStream:
@@ -271,6 +272,19 @@ class _WallLap:
 
     def computing_seconds(self, threads: int) -> float:
         return self._seconds * threads
+
+
+class _SynchronizedLap(_WallLap):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def stop(self) -> None:
+        torch.accelerator.synchronize(self._device)
+        super().stop()
+
+    def computing_seconds(self, threads: int) -> float:
+        return super().computing_seconds(1)
 
 
 class _EventLap:

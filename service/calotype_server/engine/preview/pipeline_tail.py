@@ -2,12 +2,13 @@
 
 It calls the pipeline with as few steps as the scheduler allows, and replaces the scheduler's result by the given
 latents. Unpacking, unscaling, VAE and post-processing are then the pipeline's own, so this module needs no knowledge of
-their layout. Everything before the tail is computed once and then repeated. The third call with latents of one shape, and
-every later one, repeats the operations of the first without the pipeline's Python code; see `tape`.
+their layout. Everything before the tail is computed once and then repeated. The third call with latents of one shape,
+and every later one, repeats the operations of the first without the pipeline's Python code; see `tape`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -90,13 +91,16 @@ class PipelineTail:
                 self._tapes[key] = None
             return images
         tape = Tape()
-
-        def replace(sample: torch.Tensor) -> torch.Tensor:
-            tape.start(latents)
-            return latents.to(sample)
-
         vae = TapedVae(self._replaced.get("vae", self._pipeline.vae), tape)
-        with tape:
+        with contextlib.ExitStack() as recording:
+
+            def replace(sample: torch.Tensor) -> torch.Tensor:
+                if not tape.started:
+                    # Not earlier: a compiled denoiser cannot run while a dispatch mode is active.
+                    recording.enter_context(tape)
+                tape.start(latents)
+                return latents.to(sample)
+
             images = self._call(replace, width, height, vae=vae)
         self._tapes[key] = tape if tape.end(images) else None
         while len(self._tapes) > _SIZES_KEPT:

@@ -28,6 +28,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         verified: Whether `agrees` compared other latents than those of the recording, with success. Only then `play`
             may replace the pipeline.
+        started: Whether `start` was called.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.verified = False
         self._recording = False
         self._usable = False
+        self.started = False
         self._slots: dict[int, int] = {}
         """Numbers of tensors that depend on the latents, by the `id` of the tensor."""
         self._alive: list[torch.Tensor] = []
@@ -52,7 +54,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._calls.clear()
         self._track(latents)
         self._recorded = latents.clone()
-        self._usable = self._recording = True
+        self.started = self._usable = self._recording = True
 
     def end(self, images: torch.Tensor) -> bool:
         """Ends the recording. Returns whether the images can be computed again from other latents."""

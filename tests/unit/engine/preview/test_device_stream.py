@@ -129,6 +129,10 @@ def test_other_gpus_share_the_denoisers_stream(kind, monkeypatch):
     assert waited == [torch.device(kind)]
     assert stream.cost(lambda: None) >= 0
     assert len(waited) == 3
+    lap = stream.lap()
+    lap.stop()
+    assert len(waited) == 4
+    assert lap.computing_seconds(16) == lap.computing_seconds(1) > 0
 
 
 def test_a_cpu_counts_all_its_threads():

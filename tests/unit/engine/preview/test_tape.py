@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from calotype_server.engine.preview.pipeline_tail import PipelineTail
 from support.engine import tiny
@@ -53,6 +54,16 @@ def test_the_third_image_needs_no_pipeline(family):
     assert not torch.equal(images[3], images[2])
     tail.decode(tail.latents(4, batch=2))
     assert tail.calls == 3
+
+
+def test_the_denoiser_is_not_recorded():
+    """No dispatch mode is active while the denoiser runs: a compiled one could not run then."""
+    modes = []
+    pipeline = tiny.build("sd15")
+    pipeline.unet.register_forward_hook(lambda *_: modes.append(_get_current_dispatch_mode()))
+    tail = PipelineTail(pipeline)
+    tail.decode(torch.randn(1, 4, 4, 8, generator=seeded(0)), WIDTH, HEIGHT)
+    assert modes == [None]
 
 
 def test_the_same_latents_prove_nothing(sd15):

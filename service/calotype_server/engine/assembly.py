@@ -18,6 +18,7 @@ from calotype_server.engine.early_finish import EarlyFinisher
 from calotype_server.engine.generation_run import EngineParts
 from calotype_server.engine.memory_need import memory_model
 from calotype_server.engine.preview.budget import PreviewBudget
+from calotype_server.engine.preview.costs import CoreCosts, DeviceCosts
 from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
 from calotype_server.engine.request_view import request_view
 from calotype_server.engine.runtime.eager import EagerRuntime
@@ -91,8 +92,8 @@ def build_engine(
     )
     torch.set_num_threads(plan.threads.few)
     budget = budget or PreviewBudget(share=0.02)
-    if model.device == "cpu":
-        budget.set_contention(min(1.0, step_threads / (os.cpu_count() or 1)))
+    on_cpu = model.device == "cpu"
+    budget.charge(CoreCosts(min(1.0, step_threads / (os.cpu_count() or 1))) if on_cpu else DeviceCosts())
     batcher = _start_batcher(pipeline, plan, deterministic, _batch_observer(observe, on_batch))
     shared = _shared_pipeline(pipeline, batcher)
     previews = PipelinePreviews(

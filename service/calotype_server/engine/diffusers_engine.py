@@ -9,7 +9,7 @@ import torch
 
 from calotype_server import errors
 from calotype_server.engine.generation_run import EngineParts, GenerationRun
-from calotype_server.engine.memory import is_out_of_memory
+from calotype_server.engine.memory import is_device_failure, is_out_of_memory, release_cached_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,18 +44,16 @@ class DiffusersEngine:
         queue = self._parts.previews.open_queue(job, report)
         try:
             return GenerationRun(self._parts, job, report, stop, queue).run()
-        except (torch.OutOfMemoryError, MemoryError):
-            torch.cuda.empty_cache()
-            raise errors.OutOfMemory("The device ran out of memory; a smaller image may fit.") from None
-        except torch.AcceleratorError as error:
-            _log.exception("the device failed")
-            raise errors.EngineDead("The device failed.") from error
         except errors.ServiceError:
             raise
         except BaseException as error:
             # Includes exceptions that would end the process, such as SystemExit: only this generation fails.
             if is_out_of_memory(error):
+                release_cached_memory(torch.device(self.model.device))
                 raise errors.OutOfMemory("The server ran out of memory; a smaller image may fit.") from None
+            if is_device_failure(error):
+                _log.exception("the device failed")
+                raise errors.EngineDead("The device failed.") from error
             _log.exception("the pipeline failed")
             raise errors.GenerationFailed("The model failed to generate this image.") from error
         finally:

@@ -54,6 +54,11 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
     except errors.StartupError:
         raise
     except Exception as error:
+        if memory.is_device_failure(error):
+            _log.exception("the device failed")
+            raise errors.ModelUnavailable(f"The device {device} failed while {settings.model!r} was loaded.") from error
+        if memory.is_out_of_memory(error):
+            raise errors.ModelUnavailable(f"The memory of {device} does not suffice for {settings.model!r}.") from error
         _log.exception("the pipeline is not supported")
         kind = type(pipeline).__name__
         raise errors.ModelUnavailable(f"{settings.model!r} is a {kind}, which Calotype does not support.") from error

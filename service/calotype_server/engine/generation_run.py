@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from calotype_server.engine.batching.session import DenoiserSession
     from calotype_server.engine.early_finish import EarlyFinisher
     from calotype_server.engine.preview.budget import PreviewBudget
+    from calotype_server.engine.preview.device_stream import Lap
     from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
     from calotype_server.engine.preview.queue import PreviewQueue
     from calotype_server.engine.protocol import Stop
@@ -76,7 +76,7 @@ class GenerationRun:
         self._stop = stop
         self._queue = queue
         self._session: DenoiserSession | None = None
-        self._decoding_since = 0.0
+        self._decoding: Lap | None = None
 
     def run(self) -> Pixels:
         """Calls the pipeline, and returns the image after all steps, or after fewer if asked to finish early.
@@ -122,7 +122,7 @@ class GenerationRun:
         if step.number >= step.total:
             if self._session is not None:
                 self._session.expect_no_more()
-            self._decoding_since = time.perf_counter()
+            self._decoding = self._parts.previews.start_decoding()
             self._report(Decoding(batch_rows=self._mean_rows()))
         elif self._stop.finishing and step.x0() is not None:
             raise Stopped
@@ -132,15 +132,27 @@ class GenerationRun:
 
     def _complete(self, last: Step | None, output: Any) -> Pixels:
         """Returns the image of a pipeline's call that took all steps."""
+        if self._decoding is not None:
+            self._decoding.stop()
         pixels = to_pixels(output[0])
-        seconds = (time.perf_counter() - self._decoding_since) * self._parts.threads
-        self._parts.budget.observe_decode(PreviewMethod.FULL_VAE, seconds, self._job.pixel_count)
+        self._note_decoding()
         self._queue.flush()
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             raise self._withhold()
         if last is not None:
             self._parts.previews.learn(last, output[0])
         return pixels
+
+    def _note_decoding(self) -> None:
+        """Records how long the image took to decode. Call it when the pixels are on the host."""
+        if self._decoding is None:
+            return
+        seconds = self._decoding.computing_seconds(self._parts.threads)
+        self._parts.budget.observe_decode(PreviewMethod.FULL_VAE, seconds, self._job.pixel_count)
+        on_device = self._decoding.device_seconds()
+        if on_device is not None:
+            # The first report was made when the last step was launched, not when it was computed.
+            self._report(Decoding(batch_rows=self._mean_rows(), seconds=on_device))
 
     def _finish_early(self, last: Step | None) -> Pixels:
         """Returns the predicted image of the last step, if the caller asked for that, or raises why the run stopped."""

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RevisionNotFoundError,
 )
 
+from calotype_server.engine.memory import is_out_of_memory
 from calotype_server.errors import ModelUnavailable
 
 if TYPE_CHECKING:
@@ -38,13 +39,17 @@ BUNDLED = "bundled"
 
 
 def pick_device(device: str | None) -> torch.device:
-    """Returns the requested device, or by default the first CUDA device, or else the CPU.
+    """Returns the requested device, or by default the first device of CUDA, XPU or MPS, or else the CPU.
 
     Raises:
         ModelUnavailable: There is no such device.
     """
     if device is None:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        # Metal has one device, which has no number.
+        for backend, first in ((torch.cuda, "cuda:0"), (torch.xpu, "xpu:0"), (torch.backends.mps, "mps")):
+            if backend.is_available():
+                return torch.device(first)
+        return torch.device("cpu")
     try:
         picked = torch.device(device)
         torch.empty(1, device=picked)
@@ -54,12 +59,19 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """Returns the requested number format, or the best one for the device: bfloat16, float16, or float32 on a CPU."""
+    """Returns the requested number format, or the best one for the device.
+
+    On CUDA and XPU that is bfloat16 if the device computes it, or else float16: emulated bfloat16 is slow. On a CPU and
+    on MPS it is float32: both have the same memory, and diffusers' guide for MPS uses no other format.
+    """
     if dtype is not None:
         return getattr(torch, dtype)
-    if device.type != "cuda":
+    if device.type not in ("cuda", "xpu"):
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    backend = getattr(torch, device.type)
+    with backend.device(device):  # The question is about the current device.
+        native = backend.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 def load_pipeline(
@@ -98,9 +110,9 @@ def load_pipeline(
                 local_files_only=local or not download,
             )
             pipeline.to(device)
-    except torch.OutOfMemoryError:
-        raise ModelUnavailable(f"The model {model!r} does not fit into the memory of {device}.") from None
     except Exception as error:
+        if is_out_of_memory(error):
+            raise ModelUnavailable(f"The model {model!r} does not fit into the memory of {device}.") from None
         _log.debug("the model cannot be loaded", model=model, exc_info=error)
         raise ModelUnavailable(_explain(model, local, error)) from error
     parameters = inspect.signature(type(pipeline).__call__).parameters

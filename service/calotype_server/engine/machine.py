@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["machine_facts"]
+__all__ = ["device_of", "machine_facts"]
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -20,7 +20,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     """Returns what identifies the hardware that a process may use, as plain values for JSON.
 
     Args:
-        device: Where the model runs. The GPU is included only if it is a CUDA device.
+        device: Where the model runs. A GPU is included if the model runs on it.
     """
     facts: dict[str, Any] = {
         "cpu": _cpu_model(),
@@ -32,7 +32,18 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts["gpu"] = [properties.name, properties.total_memory, properties.multi_processor_count]
+    elif device.type == "xpu":
+        card = torch.xpu.get_device_properties(device)
+        facts["gpu"] = [card.name, card.total_memory, card.gpu_eu_count]
+    elif device.type == "mps":
+        facts["gpu"] = ["mps", torch.mps.recommended_max_memory()]
     return facts
+
+
+def device_of(module: Any) -> torch.device:
+    """Returns the device of a module's weights; the CPU if it has none."""
+    parameter = next(iter(module.parameters()), None) if isinstance(module, torch.nn.Module) else None
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _cpu_model() -> str:

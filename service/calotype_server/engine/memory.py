@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import resource
 import sys
 import weakref
@@ -18,7 +19,14 @@ from torch.utils._pytree import tree_leaves
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["free_memory", "is_out_of_memory", "peak_memory", "return_large_blocks"]
+__all__ = [
+    "free_memory",
+    "is_device_failure",
+    "is_out_of_memory",
+    "peak_memory",
+    "release_cached_memory",
+    "return_large_blocks",
+]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -29,10 +37,58 @@ _M_MMAP_THRESHOLD = -3
 _LARGE_BLOCK = 4 * 2**20
 """Bytes. The tensors of a small image stay below it, so that they do not cost a system call."""
 
+_COUNTED = ("cuda", "xpu")
+"""Devices whose memory torch counts. Both have the same functions."""
+
+_EXHAUSTED = re.compile(
+    r"DefaultCPUAllocator"  # Torch has no exception type for the host.
+    # "CUDA error: out of memory" and "CUDA driver error: ..." from calls outside of torch's allocator; Triton's
+    # "Triton Error [CUDA]: ..."; "MPS backend out of memory (MPS allocated: ...".
+    r"|\b(?:CUDA|HIP|XPU|MPS)\]?(?: driver| backend)?(?: error)?:? out of memory"
+    r"|\bInvalid buffer size: [\d.]+ "  # A single tensor that is too large for Metal.
+    # Workspaces of cuBLAS, cuDNN (under its old and its new name), cuFFT and their HIP equivalents.
+    r"|\b(?:CU|HIP|ROC)[A-Z]+_(?:[A-Z]+_)*ALLOC(?:ATION)?_FAILED\b"
+    # Level Zero, under its old and its new name.
+    r"|\b(?:UR_RESULT|PI)_ERROR_OUT_OF_(?:DEVICE_MEMORY|HOST_MEMORY|RESOURCES)\b"
+)
+_LOST = re.compile(r"\b(?:UR_RESULT|PI)_ERROR_DEVICE_LOST\b")
+"""XPU has no exception type for a device that failed."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether memory ran out, on a device or on the host. Torch has no exception type for the host."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Returns whether memory ran out, on a device or on the host, according to an exception or to its causes."""
+    return any(
+        isinstance(each, (torch.OutOfMemoryError, MemoryError))
+        or (isinstance(each, RuntimeError) and _EXHAUSTED.search(str(each)) is not None)
+        for each in _causes(error)
+    )
+
+
+def is_device_failure(error: BaseException) -> bool:
+    """Returns whether a device failed, according to an exception or to its causes; only a new process can use it again.
+
+    Exhausted memory is not a failure, although torch reports it as an `AcceleratorError` in some places.
+    """
+    return not is_out_of_memory(error) and any(
+        isinstance(each, torch.AcceleratorError)
+        or (isinstance(each, RuntimeError) and _LOST.search(str(each)) is not None)
+        for each in _causes(error)
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in seen:
+        seen.append(each)
+        yield each
+        each = each.__cause__
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Returns memory that torch has cached on a device, and that no tensor uses, to the device."""
+    if device.type in (*_COUNTED, "mps"):
+        getattr(torch, device.type).empty_cache()
 
 
 def return_large_blocks() -> None:
@@ -49,12 +105,18 @@ def return_large_blocks() -> None:
 def free_memory(device: torch.device) -> int | None:
     """Returns the bytes that this process may use on a device in addition to those in use; None if that is unknown.
 
-    On a CPU, the limit is that of the control groups (v1 or v2), or else the physical memory. On CUDA, memory that
-    other processes use is not free, and memory that torch has cached is.
+    On a CPU, the limit is that of the control groups (v1 or v2), or else the physical memory. On CUDA and XPU, memory
+    that other processes use is not free, and memory that torch has cached is. On MPS it is unknown.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type in _COUNTED:
+        backend = getattr(torch, device.type)
+        try:
+            free, _ = backend.mem_get_info(device)
+        except RuntimeError:
+            if device.type == "cuda":
+                raise
+            return None  # Some drivers of XPU cannot report it.
+        return int(free + backend.memory_reserved(device) - backend.memory_allocated(device))
     if device.type != "cpu":
         return None
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -69,15 +131,16 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
 
     Args:
         call: Allocates on the device, from this thread.
-        device: A CPU or CUDA device.
+        device: A CPU, CUDA or XPU device.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type in _COUNTED:
+        backend = getattr(torch, device.type)
+        backend.synchronize(device)
+        before = backend.memory_allocated(device)
+        backend.reset_peak_memory_stats(device)
         call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        backend.synchronize(device)
+        return int(backend.max_memory_allocated(device) - before)
     with _AllocatedBytes() as allocated:
         call()
     return allocated.peak

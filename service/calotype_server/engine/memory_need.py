@@ -16,7 +16,7 @@ import torch
 from calotype_server.engine.batching.plan import PlanOptions
 from calotype_server.engine.batching.plan_cache import plan_facts
 from calotype_server.engine.disk_cache import config_of, facts_path, load_checked, save_checked
-from calotype_server.engine.memory import free_memory, peak_memory
+from calotype_server.engine.memory import free_memory, is_device_failure, peak_memory
 from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.sample_calls import denoiser_call, plain_arguments
 from calotype_server.types import MemoryModel
@@ -62,11 +62,18 @@ def memory_model(
     if available is None:
         free = free_memory(device)
         available = None if free is None else max(1, free - _HEADROOM - (reserved if device.type == "cpu" else 0))
-    if not available or device.type not in ("cpu", "cuda"):
+    if not available:
+        return None
+    if device.type not in ("cpu", "cuda", "xpu"):
+        _log.warning(
+            "the memory of a generation cannot be measured on this device; it is not limited", device=str(device)
+        )
         return None
     try:
         denoising, whole = _find_need(pipeline, model, device, cache_dir)
-    except Exception:
+    except Exception as error:
+        if is_device_failure(error):
+            raise
         _log.exception("the memory of a generation cannot be measured; it is not limited")
         return None
     found = MemoryModel(available, denoising, whole)

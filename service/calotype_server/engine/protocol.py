@@ -65,8 +65,8 @@ class Engine(Protocol):
 
         Args:
             job: What to generate.
-            report: Receives `EncodingPrompt`, `Denoising`, `PreviewReady` and `Decoding` as they happen. This thread
-                and others call it, and it must not block.
+            report: Receives `EncodingPrompt`, `Denoising`, `PreviewReady` and `Decoding` as they happen. A second
+                `Decoding` can correct the time of the first. This thread and others call it, and it must not block.
             stop: If set, the run ends before the next denoising step; a wait for the device ends at once. If
                 `finishing`, the predicted image of the current step is decoded and returned.
 

@@ -34,11 +34,13 @@ class Stopwatch:
     def note(self, event: Event) -> bool:
         """Records an event and returns whether it is the first of its kind."""
         self.events += 1
-        if isinstance(event, Decoding):
-            self.batch_rows = event.batch_rows
         first = type(event) not in self._reached
         if first:
             self._reached[type(event)] = time.monotonic()
+        if isinstance(event, Decoding):
+            self.batch_rows = event.batch_rows
+            if event.seconds:
+                self._reached[Decoding] = time.monotonic() - event.seconds
         return first
 
     def note_drawn(self) -> None:

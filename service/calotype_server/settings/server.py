@@ -37,11 +37,15 @@ class Settings(WebSettings):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id. Default: its main branch.")
     variant: str | None = Field(None, description="Variant of the weights to load, such as fp16.")
-    device: str | None = Field(None, description="Torch device, such as cpu or cuda:1. Default: cuda if available.")
+    device: str | None = Field(
+        None,
+        description="Torch device, such as cpu, cuda:1, xpu or mps. Default: the first of cuda, xpu and mps that is "
+        "available, or else cpu.",
+    )
     dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
         None,
-        description="Number format of the weights: float32, float16 or bfloat16. Default: bfloat16 or float16 on cuda, "
-        "float32 on cpu.",
+        description="Number format of the weights: float32, float16 or bfloat16. Default: bfloat16 or float16 on cuda "
+        "and xpu, float32 on mps and cpu.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads that torch uses. Default: measured at startup.")
     step_count: int | None = Field(

@@ -115,12 +115,14 @@ class Withdrawn:
 class Decoding:
     """Denoising is complete, or was finished early, and the VAE decodes the latents.
 
-    `batch_rows` is the mean number of rows that the denoiser computed together in a step, 0 when unknown.
+    `batch_rows` is the mean number of rows that the denoiser computed together in a step, 0 when unknown. `seconds` is
+    the time for which the device has decoded already: a second event can correct the time of the first.
     """
 
     finished_early: bool = False
     estimated_remaining: float | None = None
     batch_rows: float = field(default=0.0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

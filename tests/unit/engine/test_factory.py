@@ -3,8 +3,31 @@
 import subprocess
 import sys
 
+import pytest
+
+from calotype_server import errors
+from calotype_server.engine import factory, loading
+from calotype_server.observability.events import ignore
+from calotype_server.settings import Settings
+from support.engine.device_errors import EXHAUSTED, FAILED
+
 
 def test_importing_the_factory_does_not_import_torch():
     """Importing torch takes seconds, so it happens only when an engine is loaded."""
     check = "import calotype_server.engine.factory, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message"), [(FAILED[0], "The device cpu failed"), (EXHAUSTED[0], "memory of cpu does not suffice")]
+)
+def test_the_operator_learns_that_the_device_failed(monkeypatch, error, message):
+    """A failure of the device while the model is measured is not blamed on the model."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: None)
+    monkeypatch.setattr(factory, "_build", fail)
+    with pytest.raises(errors.ModelUnavailable, match=message):
+        factory.load_engine(Settings(device="cpu"), ignore)

@@ -17,6 +17,7 @@ from calotype_server.engine.capabilities import Defaults, describe, read_default
 from calotype_server.engine.loading import load_pipeline
 from calotype_server.errors import ModelUnavailable
 from support.engine import tiny
+from support.engine.device_errors import EXHAUSTED
 from support.engine.tiny_inputs import arguments
 
 CPU = torch.device("cpu")
@@ -330,11 +331,12 @@ class TestOtherPipelines:
         monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *_, **__: PixelPipeline())
         assert "PixelPipeline, which is not a latent diffusion pipeline" in rejection(sd15_folder)
 
-    def test_model_that_does_not_fit(self, monkeypatch, sd15_folder):
+    @pytest.mark.parametrize("error", EXHAUSTED, ids=str)
+    def test_model_that_does_not_fit(self, monkeypatch, sd15_folder, error):
         """A model larger than the device's memory gives a message that says so."""
 
         def from_pretrained(*args, **kwargs):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
+            raise error
 
         monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
         assert "does not fit into the memory of cpu" in rejection(sd15_folder)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,21 @@ def test_the_cpu_has_a_name_on_every_system(tmp_path, monkeypatch):
     """Without /proc/cpuinfo the platform module names the CPU."""
     monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "missing")
     assert machine_facts(CPU)["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cuda:1", ["H200", 141, 132]), ("xpu:1", ["B580", 12, 160]), ("mps", ["mps", 48])]
+)
+def test_every_gpu_is_part_of_the_facts(device, expected, monkeypatch):
+    """A plan that was measured on one GPU is not used on another: the facts name the selected one."""
+    cards = {
+        torch.device("cuda", 1): SimpleNamespace(name="H200", total_memory=141, multi_processor_count=132),
+        torch.device("xpu", 1): SimpleNamespace(name="B580", total_memory=12, gpu_eu_count=160),
+    }
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", cards.__getitem__)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 48)
+    assert machine_facts(torch.device(device))["gpu"] == expected
 
 
 @pytest.mark.gpu

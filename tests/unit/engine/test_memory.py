@@ -5,6 +5,7 @@ import os
 import platform
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,41 @@ def test_without_a_limit_the_physical_memory_counts(cgroups):
 def test_the_memory_of_other_devices_is_unknown():
     """There is no limit for devices that do not say how much memory is free."""
     assert free_memory(torch.device("mps")) is None
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_cached_memory_of_a_gpu_is_free(kind, monkeypatch):
+    """On CUDA and XPU, memory that torch has cached for the selected device is free in addition to the device's."""
+    device = torch.device(kind, 1)
+    for name, value in (("mem_get_info", (500, 900)), ("memory_reserved", 300), ("memory_allocated", 200)):
+        monkeypatch.setattr(getattr(torch, kind), name, {device: value}.__getitem__)
+    assert free_memory(device) == 600
+
+
+def test_a_driver_may_not_know_the_free_memory(monkeypatch):
+    """If a driver of XPU cannot report the free memory, it is unknown; an error of CUDA is raised."""
+
+    def fail(device):
+        raise RuntimeError("The device doesn't support querying the available free memory.")
+
+    monkeypatch.setattr(torch.xpu, "mem_get_info", fail)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    assert free_memory(torch.device("xpu", 0)) is None
+    with pytest.raises(RuntimeError):
+        free_memory(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_the_peak_of_a_gpu_is_what_torch_counts(kind, monkeypatch):
+    """On CUDA and XPU, the peak is that of the selected device, after all its work is done."""
+    device, calls = torch.device(kind, 1), list[Any]()
+    for name, value in (("memory_allocated", 200), ("max_memory_allocated", 700)):
+        monkeypatch.setattr(getattr(torch, kind), name, {device: value}.__getitem__)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(getattr(torch, kind), name, lambda at, name=name: calls.append((name, at)))
+    assert peak_memory(lambda: calls.append("call"), device) == 500
+    waited = ("synchronize", device)
+    assert calls == [waited, ("reset_peak_memory_stats", device), "call", waited]
 
 
 def test_the_peak_counts_tensors_that_exist_at_the_same_time():

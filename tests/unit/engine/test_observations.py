@@ -3,6 +3,7 @@
 import contextvars
 import logging
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.preview.budget import PreviewBudget
+from calotype_server.engine.preview.costs import DeviceCosts
 from calotype_server.engine.preview.device_stream import CpuStream
 from calotype_server.engine.preview.renderer import PreviewRenderer
 from calotype_server.engine.tap import Step
@@ -19,7 +21,7 @@ from calotype_server.observability.events import BatchDone, PreviewFailed, Previ
 from calotype_server.types import Decoding, Job, PreviewMethod, PreviewOptions
 from support.engine import tiny
 from support.engine.batching import Callers
-from support.runs import PATIENCE, STEPS, Run
+from support.runs import JOB, PATIENCE, STEPS, Run
 
 LIBRARY = logging.getLogger("a.library")
 
@@ -83,6 +85,21 @@ def test_steps_batches_and_previews_are_observed(tmp_path):
     assert all(each.seconds > 0 for each in timed)
     [decoding] = [event for event in run.events if isinstance(event, Decoding)]
     assert decoding.batch_rows == 2
+
+
+def test_a_device_measures_the_decoding_of_the_final_image(tmp_path, monkeypatch):
+    """On a GPU the last step is launched before it is computed; a second event says how long decoding really took."""
+    budget = PreviewBudget(0.02)
+    options = {"defaults": Defaults(), "cache_dir": tmp_path, "threads": 3, "budget": budget}
+    engine = build_engine("tiny", tiny.shared("sd15"), **options)
+    lap = SimpleNamespace(stop=lambda: None, device_seconds=lambda: 0.25, computing_seconds=lambda _: 0.25)
+    monkeypatch.setattr(engine._parts.previews, "start_decoding", lambda: lap)
+    budget.charge(DeviceCosts())
+    run = Run(engine)
+    run()
+    engine.close()
+    assert [event.seconds for event in run.events if isinstance(event, Decoding)] == [0.0, 0.25]
+    assert budget.cost(PreviewMethod.FULL_VAE, JOB.pixel_count) == pytest.approx(0.25)
 
 
 def test_a_session_knows_its_mean_number_of_rows():

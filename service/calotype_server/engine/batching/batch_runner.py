@@ -11,7 +11,8 @@ import structlog
 import torch
 
 from calotype_server.engine.batching.run_ahead import RunAhead
-from calotype_server.engine.memory import is_out_of_memory
+from calotype_server.engine.machine import device_of
+from calotype_server.engine.memory import is_device_failure, is_out_of_memory, release_cached_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,7 +95,8 @@ class BatchRunner:
         self._threads = threads
         self._deterministic = deterministic
         self._on_batch = on_batch
-        self._run_ahead = RunAhead(_device(runtime.module))
+        self._device = device_of(runtime.module)
+        self._run_ahead = RunAhead(self._device)
 
     def start(self) -> None:
         """Prepares the calling thread. Call it once, before `run`."""
@@ -105,7 +107,7 @@ class BatchRunner:
         """Settles all calls; together, if that succeeds.
 
         Raises:
-            torch.AcceleratorError: The device failed.
+            RuntimeError: The device failed; see `is_device_failure`.
         """
         calls = [pending for pending in calls if not pending.future.done()]  # Some may be cancelled by now.
         if not calls:
@@ -115,14 +117,14 @@ class BatchRunner:
         error = self._try(calls, rows, padded_rows)
         if error is None:
             return
-        if isinstance(error, torch.AcceleratorError):
+        if is_device_failure(error):
             raise error
         # The traceback's frames keep intermediate results alive, and the next try may need their memory.
         traceback.clear_frames(error.__traceback__)
         out_of_memory = is_out_of_memory(error)
         freed = out_of_memory and self._runtime.free_memory()
-        if out_of_memory and self._run_ahead.on_cuda:
-            torch.cuda.empty_cache()
+        if out_of_memory:
+            release_cached_memory(self._device)
         if freed:
             del error
             self.run(calls)
@@ -173,8 +175,3 @@ class BatchRunner:
         self._observer.ran_out_of_memory(max(1, rows))
         for pending in calls:
             pending.context.run(_log.warning, "memory ran out", max_rows=self._observer.max_rows)
-
-
-def _device(module: Any) -> torch.device:
-    parameter = next(iter(module.parameters()), None) if isinstance(module, torch.nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import structlog
 import torch
 
+from calotype_server.engine.machine import device_of
+from calotype_server.engine.memory import is_device_failure
 from calotype_server.engine.runtime.collate import Collator
 from calotype_server.engine.sample_calls import denoiser_call
 
@@ -123,8 +125,9 @@ def knee(
                     if with_many * _LEAST_GAIN < seconds:
                         # More rows will not make fewer threads faster.
                         using, from_rows, seconds = many, rows, with_many
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError):
-                if count == 1:
+            except (MemoryError, RuntimeError) as error:
+                # Other errors of a large call may be a limit of the model. A device that failed fails every call.
+                if count == 1 or is_device_failure(error):
                     raise
                 break
             best = max(throughput.values(), default=0.0)
@@ -163,13 +166,14 @@ def _fastest(call: Callable[[], Any]) -> float:
 def _seconds(threads: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Shortest of a few calls after one to warm up; fewer calls if they take long."""
     torch.set_num_threads(threads)
+    device = device_of(module)
     best, spent = math.inf, 0.0
     module(*args, **kwargs)
     for _ in range(_REPEATS):
-        _synchronize()
+        _synchronize(device)
         started = time.perf_counter()
         module(*args, **kwargs)
-        _synchronize()
+        _synchronize(device)
         seconds = time.perf_counter() - started
         best, spent = min(best, seconds), spent + seconds
         if best > _LONG_CALL_SECONDS or spent > _MAX_REPEAT_SECONDS:
@@ -177,6 +181,7 @@ def _seconds(threads: int, module: Any, args: tuple[Any, ...], kwargs: dict[str,
     return best
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _synchronize(device: torch.device) -> None:
+    """Waits for the model's device, which need not be torch's current one."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -12,6 +12,7 @@ import torch
 from calotype_server.engine.batching.measure import Knee, Threads, knee, pick_threads
 from calotype_server.engine.batching.verify import unbatchable, verify
 from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.memory import is_device_failure
 from calotype_server.engine.runtime.collate import Collator
 from calotype_server.engine.sample_calls import Arguments, sample_calls
 
@@ -86,6 +87,9 @@ def measure_plan(pipeline: Any, model: ModelInfo, options: PlanOptions) -> Plan:
         pipeline: The loaded pipeline; not changed.
         model: Its description.
         options: The operator's settings.
+
+    Raises:
+        RuntimeError: The device failed; see `is_device_failure`.
     """
     before = torch.get_num_threads()
     most = options.threads or before
@@ -96,7 +100,9 @@ def measure_plan(pipeline: Any, model: ModelInfo, options: PlanOptions) -> Plan:
     try:
         torch.set_num_threads(few)
         return _batching_plan(pipeline, model, options, (few, most))
-    except Exception:
+    except Exception as error:
+        if is_device_failure(error):
+            raise
         _log.exception("the denoiser cannot be measured")
         reason = "The denoiser could not be measured."
         return Plan(1, 0, reason, Threads(few, most, math.inf), provisional=True)
@@ -127,4 +133,6 @@ def _verified(module: Any, calls: list[Arguments], deterministic_rows: int) -> t
     try:
         return verify(module, calls, deterministic_rows=deterministic_rows), False
     except Exception as error:
+        if is_device_failure(error):
+            raise
         return f"A joined call failed with {type(error).__name__}.", True

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from calotype_server.engine.preview.costs import CoreCosts
 from calotype_server.types import PreviewMethod
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from calotype_server.engine.preview.costs import PreviewCosts
+
 __all__ = ["Choice", "PreviewBudget"]
 
 _NEWEST_WEIGHT = 0.2
-"""Weight of the newest measurement in the moving averages."""
-
-_RISING_WEIGHT, _FALLING_WEIGHT = 0.05, 0.5
+"""Weight of the newest measurement in the moving average of steps."""
 
 _BEST_FIRST = (PreviewMethod.FULL_VAE, PreviewMethod.TINY_VAE, PreviewMethod.HEAD)
 
@@ -36,8 +37,7 @@ class Choice(NamedTuple):
 class PreviewBudget:
     """Limits previews to a share of the denoiser's time.
 
-    The cost of a preview is the computing time of its decoder and its encoder, times the share of it that slows the
-    denoiser down. Several threads call this; losing a measurement to a race does not matter.
+    Several threads call this; losing a measurement to a race does not matter.
 
     Args:
         share: Largest share of a step's time that previews may cost on average, above 0, at most 1.
@@ -45,18 +45,16 @@ class PreviewBudget:
 
     def __init__(self, share: float) -> None:
         self._share = share
-        self._contention = 1.0
         self._step: float | None = None
-        self._encode = 0.0
-        self._decode: dict[PreviewMethod, float] = {}
+        self._costs: PreviewCosts = CoreCosts()
 
-    def set_contention(self, contention: float) -> None:
-        """Sets the share of the previews' work that slows the denoiser down.
+    def charge(self, costs: PreviewCosts) -> None:
+        """Sets what previews cost on the device of the model. Call it before all measurements.
 
         Args:
-            contention: From 0 to 1; 1, the default, means that both use the same cores.
+            costs: The costs; by default, those of a CPU whose cores are all used by the denoiser.
         """
-        self._contention = contention
+        self._costs = costs
 
     def observe_step(self, seconds: float, pixel_count: int) -> None:
         """Records the denoiser's time for a step of an image of that size; concurrent generations share it equally."""
@@ -64,17 +62,15 @@ class PreviewBudget:
 
     def observe_decode(self, method: PreviewMethod, seconds: float, pixel_count: int) -> None:
         """Records the computing time of a decoder for a preview of an image of that size."""
-        self._decode[method] = _mix_cost(self._decode.get(method), seconds / pixel_count)
+        self._costs.observe_decode(method, seconds, pixel_count)
 
     def observe_encode(self, seconds: float) -> None:
-        """Records the computing time of the encoder for a preview."""
-        self._encode = _mix_cost(self._encode or None, seconds)
+        """Records the CPU time of the encoder for a preview."""
+        self._costs.observe_encode(seconds)
 
     def cost(self, method: PreviewMethod, pixel_count: int) -> float | None:
         """Returns the seconds that the denoiser loses to one preview, or None if the method is not measured yet."""
-        if method not in self._decode:
-            return None
-        return (self._decode[method] * pixel_count + self._encode) * self._contention
+        return self._costs.of(method, pixel_count)
 
     def stride(self, method: PreviewMethod, pixel_count: int) -> int | None:
         """Returns the smallest number of steps between previews within the budget, or None if not measured yet."""
@@ -106,10 +102,3 @@ class PreviewBudget:
 
 def _mix(old: float | None, new: float) -> float:
     return new if old is None else old + _NEWEST_WEIGHT * (new - old)
-
-
-def _mix_cost(old: float | None, new: float) -> float:
-    """A moving average that falls fast and rises slowly, because interference can only make a measurement longer."""
-    if old is None:
-        return new
-    return old + (_RISING_WEIGHT if new > old else _FALLING_WEIGHT) * (new - old)

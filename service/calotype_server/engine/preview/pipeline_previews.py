@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import torch
 
+from calotype_server.engine.memory import is_device_failure
 from calotype_server.engine.preview.calibrate import calibrate
 from calotype_server.engine.preview.decoders import Decoder, HeadDecoder, VaeDecoder
 from calotype_server.engine.preview.device_stream import device_stream
+from calotype_server.engine.preview.drawing import draw, to_bytes
 from calotype_server.engine.preview.head import PreviewHead
 from calotype_server.engine.preview.head_cache import head_path, load_head, save_head
 from calotype_server.engine.preview.renderer import PreviewRenderer
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from calotype_server.engine.preview.budget import PreviewBudget
+    from calotype_server.engine.preview.device_stream import Lap
     from calotype_server.engine.preview.queue import PreviewQueue
     from calotype_server.engine.tap import Step
     from calotype_server.types import Event, Job, ModelInfo
@@ -86,6 +89,10 @@ class PipelinePreviews:
         """Opens a queue for one generation; `report` receives its progress and previews."""
         return self._renderer.open_queue(job, report)
 
+    def start_decoding(self) -> Lap:
+        """Starts to measure how long the calling thread's final image takes to decode."""
+        return self._stream.lap()
+
     def learn(self, step: Step, images: torch.Tensor) -> None:
         """Updates the head from a final image, when the preview thread is idle.
 
@@ -118,8 +125,8 @@ class PipelinePreviews:
     def _measured(self, decoders: dict[PreviewMethod, Decoder], full: VaeDecoder) -> dict[PreviewMethod, Decoder]:
         """Returns the decoders that work, and gives the budget a first estimate of their cost.
 
-        The full VAE is not tried, because it may take half a minute on a CPU: the end of the first generation measures
-        it.
+        On a CPU the full VAE is not tried, because it may take half a minute: the end of the first generation measures
+        it. It is offered even if it fails here, because every generation needs it at its end.
         """
         before = torch.get_num_threads()
         # As on the preview thread.
@@ -128,23 +135,25 @@ class PipelinePreviews:
             return {
                 method: decoder
                 for method, decoder in decoders.items()
-                if decoder is full or self._measure(method, decoder, full)
+                if (decoder is full and not self._stream.fast)
+                or self._measure(method, decoder, full)
+                or decoder is full
             }
         finally:
             torch.set_num_threads(before)
 
+    @torch.no_grad()
     def _measure(self, method: PreviewMethod, decoder: Decoder, full: VaeDecoder) -> bool:
         width, height = self._model.width, self._model.height
         try:
             latents = torch.zeros(full.shape(width, height), device=self._model.device)
-            for _ in range(2):
-                # The first call is slower: it warms up caches.
-                with torch.no_grad(), self._stream.after([self._stream.record()]) as elapsed:
-                    decoder.decode(latents, width, height)
-        except Exception:
+            seconds = self._stream.cost(lambda: to_bytes(draw(decoder, latents, width, height).images))
+        except Exception as error:
+            if is_device_failure(error):
+                raise
             _log.exception("this decoder cannot render previews of this pipeline", method=method)
             return False
-        self._budget.observe_decode(method, elapsed.seconds, width * height)
+        self._budget.observe_decode(method, seconds, width * height)
         return True
 
 
@@ -155,7 +164,9 @@ def _fitted_head(path: Path, pipeline: Any, model: ModelInfo) -> PreviewHead | N
         _log.info("calibrating previews", model=model.name)
         try:
             head = calibrate(pipeline, model)
-        except Exception:
+        except Exception as error:
+            if is_device_failure(error):
+                raise
             _log.exception("the preview head cannot be calibrated for this pipeline")
             return None
         save_head(path, head)

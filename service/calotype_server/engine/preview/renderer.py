@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import structlog
 import torch
 
+from calotype_server.engine.preview.drawing import draw, to_pixels
 from calotype_server.engine.preview.queue import PreviewQueue
 from calotype_server.engine.preview.safety_gate import blurred
 from calotype_server.failpoints import hit
 from calotype_server.observability.events import Observe, PreviewFailed, PreviewRendered, ignore
 from calotype_server.threads import start
-from calotype_server.types import Denoising, Event, Pixels, PreviewReady
+from calotype_server.types import Denoising, Event, PreviewReady
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from calotype_server.engine.preview.device_stream import DeviceStream
     from calotype_server.engine.preview.queue import PendingPreview
     from calotype_server.engine.preview.safety_gate import SafetyGate
-    from calotype_server.types import Job, PreviewMethod
+    from calotype_server.types import Job, Pixels, PreviewMethod
 
 __all__ = ["PreviewRenderer"]
 
@@ -161,17 +162,9 @@ class PreviewRenderer:
         unchecked = sum(queue.safe is None for queue, _ in group)
         with torch.no_grad(), self._stream.after([pending.launched for _, pending in group]) as elapsed:
             predictions = [pending.step.x0() for _, pending in group]
-            finite = [
-                x0 if x0 is not None and _is_finite(queue, pending, x0) else None
-                for (queue, pending), x0 in zip(group, predictions, strict=True)
-            ]
-            known = [x0 for x0 in finite if x0 is not None]
-            decoded = self._decoders[method].decode(torch.cat(known), job.width, job.height) if known else None
-            remaining = iter(() if decoded is None else torch.split(decoded, 1))
-            images = [
-                None if x0 is None else self._to_pixels(queue, pending, x0, next(remaining))
-                for (queue, pending), x0 in zip(group, finite, strict=True)
-            ]
+            known = [(member, x0) for member, x0 in zip(group, predictions, strict=True) if x0 is not None]
+            drawn = iter(self._draw(method, known) if known else ())
+            images = [None if x0 is None else next(drawn) for x0 in predictions]
         for _ in known:
             self._observe(PreviewRendered(method, elapsed.seconds / len(known)))
         if known and unchecked == sum(queue.safe is None for queue, _ in group):
@@ -182,20 +175,36 @@ class PreviewRenderer:
                 queue.skip()
             _report(queue, pending, image)
 
-    def _to_pixels(
-        self, queue: PreviewQueue, pending: PendingPreview, x0: torch.Tensor, image: torch.Tensor
-    ) -> Pixels | None:
-        if not _all_finite(image):
-            return None
+    def _draw(
+        self, method: PreviewMethod, known: Sequence[tuple[tuple[PreviewQueue, PendingPreview], torch.Tensor]]
+    ) -> list[Pixels | None]:
+        """Returns the pixels of each member; None if they hold NaN or infinity."""
+        job = known[0][0][0].job
+        drawing = draw(self._decoders[method], torch.cat([x0 for _, x0 in known]), job.width, job.height)
+        drawn: list[Pixels | None] = [None] * len(known)
+        shown = []
+        for row, (finite, finite_image) in enumerate(drawing.finite()):
+            if not finite:
+                _check_latents(*known[row][0])
+            elif finite_image:
+                shown.append(row)
         if self._gate is not None:
-            if queue.safe is None and 2 * pending.step.number >= pending.step.total:
-                queue.record_verdict(self._gate.passes(x0, queue.job.width, queue.job.height))
-            if not queue.safe:
-                image = blurred(image)
-        # Few operations: each takes the interpreter's lock, which delays the denoiser's thread.
-        pixels = image[0].permute(1, 2, 0).mul(255).round_().clamp_(0, 255).to("cpu", torch.uint8).contiguous()
-        height, width, _ = pixels.shape
-        return Pixels(width, height, pixels.numpy().tobytes())
+            for row in shown:
+                (queue, pending), x0 = known[row]
+                (drawn[row],) = to_pixels(self._gated(self._gate, queue, pending, x0, drawing.images[row : row + 1]))
+        elif shown:
+            images = drawing.images if len(shown) == len(known) else drawing.images[shown]
+            for row, pixels in zip(shown, to_pixels(images), strict=True):
+                drawn[row] = pixels
+        return drawn
+
+    def _gated(
+        self, gate: SafetyGate, queue: PreviewQueue, pending: PendingPreview, x0: torch.Tensor, image: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the image, blurred until the safety checker has approved the prediction."""
+        if queue.safe is None and 2 * pending.step.number >= pending.step.total:
+            queue.record_verdict(gate.passes(x0, queue.job.width, queue.job.height))
+        return image if queue.safe else blurred(image)
 
     def _fail(self, queue: PreviewQueue, pending: PendingPreview, error: BaseException) -> None:
         queue.context.run(_log.error, "preview failed", step=pending.step.number, method=pending.method, exc_info=error)
@@ -204,18 +213,14 @@ class PreviewRenderer:
         _report(queue, pending, None)
 
 
-def _is_finite(queue: PreviewQueue, pending: PendingPreview, x0: torch.Tensor) -> bool:
-    if _all_finite(x0):
-        return True
-    # At zero signal, x0 of an epsilon model may be infinite; the latents themselves must not be.
-    if not (_all_finite(pending.step.sample) and _all_finite(pending.step.model_output)):
+def _check_latents(queue: PreviewQueue, pending: PendingPreview) -> None:
+    """Ends a generation whose latents hold NaN or infinity.
+
+    At zero signal, x0 of an epsilon model may be infinite; the latents themselves must not be.
+    """
+    latents = (pending.step.sample, pending.step.model_output)
+    if not all(math.isfinite(float(each.sum(dtype=torch.float32))) for each in latents):
         queue.mark_invalid()
-    return False
-
-
-def _all_finite(numbers: torch.Tensor) -> bool:
-    """Whether all values are finite. Tests their sum, which is a single operation."""
-    return math.isfinite(float(numbers.sum(dtype=torch.float32)))
 
 
 def _report(queue: PreviewQueue, pending: PendingPreview, image: Pixels | None) -> None:

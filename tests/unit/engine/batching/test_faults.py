@@ -10,6 +10,7 @@ import torch
 from calotype_server import errors
 from calotype_server.failpoints import injected
 from support.engine.batching import Callers, answer_to
+from support.engine.device_errors import EXHAUSTED
 from support.runs import PATIENCE
 
 POISON = 13
@@ -62,14 +63,7 @@ def test_intermediate_results_of_a_failed_call_are_freed():
 class TestMemory:
     """Exhausted memory makes batches smaller and fails no request."""
 
-    @pytest.mark.parametrize(
-        "fault",
-        [
-            torch.OutOfMemoryError("CUDA out of memory."),
-            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
-            MemoryError(),
-        ],
-    )
+    @pytest.mark.parametrize("fault", EXHAUSTED, ids=str)
     def test_the_batch_is_halved_and_the_limit_kept(self, fault, logs):
         """If eight rows do not fit but four do, all calls are answered, and later batches have at most four rows."""
 

@@ -14,6 +14,7 @@ from calotype_server.engine.batching.measure import Threads, knee
 from calotype_server.engine.capabilities import Defaults, describe
 from support.engine import tiny
 from support.engine.batching import Denoiser, sample
+from support.engine.device_errors import EXHAUSTED
 
 
 def call(rows=1):
@@ -133,3 +134,31 @@ class TestKnee:
         """An exception of a single call is raised, because the number of rows is not its cause."""
         with pytest.raises(ZeroDivisionError):
             knee(Denoiser(lambda _: 1 / 0), call(), threads=(1, 1))
+
+    def test_a_device_that_failed_is_not_a_number_of_rows(self):
+        """If the device fails at some number of rows, that is raised: no later call can succeed."""
+
+        def act(rows):
+            if len(rows) > 2:
+                raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+        with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+            knee(Denoiser(act), call(), threads=(1, 1))
+
+    @pytest.mark.parametrize("fault", EXHAUSTED, ids=str)
+    def test_exhausted_memory_in_a_library_ends_the_measurement(self, fault):
+        """Memory that a library of the device cannot get limits the rows, whatever the exception is."""
+
+        def act(rows):
+            if len(rows) > 2:
+                raise fault
+
+        assert knee(Denoiser(act), call(), threads=(1, 1)).rows <= 2
+
+    def test_the_device_of_the_model_is_measured(self, monkeypatch):
+        """A call ends when the model's own device has computed it, not the first device of the machine."""
+        waited = []
+        monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+        monkeypatch.setattr(measure, "device_of", lambda _: torch.device("cuda", 1))
+        knee(Denoiser(), call(), threads=(1, 1), max_requests=1)
+        assert set(waited) == {torch.device("cuda", 1)}

@@ -97,6 +97,18 @@ def test_a_denoiser_that_cannot_be_measured_makes_the_plan_provisional(pipeline,
     assert [entry["log_level"] for entry in logs] == ["error"]
 
 
+@pytest.mark.parametrize("name", ["knee", "verify"])
+def test_a_device_that_fails_ends_the_start(pipeline, timings, monkeypatch, name):
+    """If the device itself fails, there is no plan: no later call can succeed."""
+
+    def fail(*_, **__):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(plan_module, name, fail)
+    with pytest.raises(torch.AcceleratorError):
+        plan_of(pipeline)
+
+
 def test_the_number_of_threads_is_restored(pipeline, timings):
     """Torch uses as many threads after the measurement as before."""
     before = torch.get_num_threads()

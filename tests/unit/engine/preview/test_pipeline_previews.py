@@ -2,17 +2,21 @@
 
 import dataclasses
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
+from calotype_server.engine.preview import pipeline_previews
 from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.engine.preview.decoders import HeadDecoder
+from calotype_server.engine.preview.device_stream import CpuStream
 from calotype_server.engine.preview.head_cache import head_path, load_head
 from calotype_server.types import PreviewMethod, PreviewOptions
 from support.engine import tiny
+from support.engine.device_errors import FAILED, OTHER
 from support.runs import JOB, PATIENCE, Run
 
 
@@ -126,6 +130,28 @@ def test_decoders_are_measured_as_the_preview_thread_runs_them(tmp_path, path, m
     monkeypatch.setattr(HeadDecoder, "decode", lambda *_: seen.append(torch.get_num_threads()))
     build_engine("tiny", tiny.shared("sd15"), defaults=Defaults(), cache_dir=tmp_path, threads=3).close()
     assert set(seen) == {1}
+
+
+def test_a_fast_device_measures_the_full_vae_at_load(tmp_path, path, monkeypatch):
+    """On a GPU, where the full VAE takes a fraction of a second, the budget knows its cost before the first image."""
+    monkeypatch.setattr(CpuStream, "fast", True)
+    budget = PreviewBudget(0.02)
+    start(tmp_path, budget=budget).close()
+    assert budget.cost(PreviewMethod.FULL_VAE, 64 * 64) > budget.cost(PreviewMethod.HEAD, 64 * 64) > 0
+
+
+@pytest.mark.parametrize("error", [*FAILED, *OTHER], ids=str)
+def test_only_a_failed_device_ends_the_start(tmp_path, path, monkeypatch, error):
+    """A decoder that fails at load is not offered, except for the full VAE; a device that fails is no such case."""
+    monkeypatch.setattr(CpuStream, "fast", True)
+    monkeypatch.setattr(pipeline_previews, "draw", Mock(side_effect=error))
+    if error in FAILED:
+        with pytest.raises(type(error)):
+            start(tmp_path)
+        return
+    engine = start(tmp_path)
+    assert engine.model.preview_methods == (PreviewMethod.FULL_VAE,)
+    engine.close()
 
 
 def test_the_budget_gets_the_costs_of_decoders(tmp_path, path):

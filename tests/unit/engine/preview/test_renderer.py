@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from calotype_server.engine.preview import queue as queue_module
 from calotype_server.engine.preview.budget import PreviewBudget
@@ -50,6 +51,24 @@ def test_steps_that_are_due_together_are_batched(renderer, head, events):
     drawn = [events.get(timeout=PATIENCE) for _ in range(4)]
     assert drawn == [("a", preview(1)), ("b", preview(5)), ("a", preview(2)), ("c", preview(7))]
     assert head.batches == [[1], [5, 2, 7]]
+
+
+def test_a_batch_waits_for_the_device_twice(renderer, head, events, monkeypatch):
+    """Reading numbers from a GPU waits for it: a batch asks once which rows are finite, and once for the pixels."""
+    first, second, third = queues_of(renderer, events, "abc")
+    reads = []
+    for name in ("tolist", "cpu", "__float__", "item"):
+        read = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *args, name=name, read=read: (reads.append(name), read(*args))[1]
+        )
+    hold(head, first)
+    for preview_queue in (first, second, third):
+        preview_queue.offer(step(2))
+    head.gate.set()
+    for _ in range(4):
+        assert events.get(timeout=PATIENCE)[1].pixels
+    assert reads == ["tolist", "cpu"] * 2
 
 
 @pytest.mark.parametrize("difference", [{"width": 32}, {"height": 64}])

@@ -1,7 +1,7 @@
 """`make bench-gpu`: measures the service with models of real size and random weights; needs no hub and no files.
 
-It prints a table and the targets, and writes build/bench-gpu.json after every section. `--toy` runs everything with tiny
-models, also on a CPU: its figures show that the benchmark works, not how fast the service is.
+It prints a table and the targets, and writes build/bench-gpu.json after every section. `--toy` runs everything with
+tiny models, also on a CPU: its figures show that the benchmark works, not how fast the service is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Downloads the packages that the benchmark needs on a machine without network, except torch: `make gpu-bundle`.
 
-The packages are those that the installed `calotype[server]` depends on, in the versions that are installed here, as wheels
-for the platform of the other machine. `offline.sh` installs them there, next to that machine's torch.
+The packages are those that the installed `calotype[server]` depends on, in the versions that are installed here, as
+wheels for the platform of the other machine. `offline.sh` installs them there, next to that machine's torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["closure", "main"]
 
 TARGET = Path("build/gpu-wheels")
-ROOTS = ("calotype[cli,server]",)
+ROOTS = ("calotype[server]",)
 OWN = ("calotype", "calotype-bundled-model")
 """Packages of this repository, which come from the working tree."""
 

@@ -1,7 +1,7 @@
 """The process that has the device: it holds a pipeline, calls it without the product, and serves it with the product.
 
-The parent sends one command at a time (`process.HostProcess`). The event loop of the servers is in the main thread, as in
-`calotype serve`; commands run in a second thread, which waits while the parent measures a server.
+The parent sends one command at a time (`process.HostProcess`). The event loop of the servers is in the main thread, as
+in `calotype serve`; commands run in a second thread, which waits while the parent measures a server.
 """
 
 from __future__ import annotations
@@ -275,4 +275,3 @@ class Host:
 def memory_of_process() -> float:
     """Returns the peak of this process's resident memory in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-

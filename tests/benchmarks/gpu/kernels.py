@@ -34,7 +34,7 @@ def denoiser(pipeline: Any) -> torch.nn.Module:
 
 
 def launch(pipeline: Any, model: ModelInfo, device: torch.device, repeats: int) -> dict[str, float]:
-    """Compares the time in which Python launches one call of the denoiser with the time in which the device computes it.
+    """Compares the time in which Python launches one denoiser call with the time in which the device computes it.
 
     Returns milliseconds, medians of `repeats` measurements. On a CPU all three are the same call.
 

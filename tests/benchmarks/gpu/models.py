@@ -1,9 +1,9 @@
 """Pipelines of real size with random weights, built from the configurations below: no files and no hub.
 
 Real: the denoisers and VAEs (published configurations; a test compares their numbers of parameters), the schedulers,
-and CLIP's text encoders except for their vocabulary. Smaller than real: T5 of FLUX and Qwen2.5-VL of Qwen-Image have the
-real width but 2 layers, so the time to encode a prompt is not theirs. Tokenizers know bytes only: a token is one letter.
-Random weights take the same time as trained ones, but they say nothing about quality.
+and CLIP's text encoders except for their vocabulary. Smaller than real: FLUX's T5 and Qwen-Image's language model have
+the real width but 2 layers, so the time to encode a prompt is not theirs. Tokenizers know bytes only: a token is one
+letter. Random weights take the same time as trained ones, but they say nothing about quality.
 
 A toy has the same classes in tiny sizes, so that tests can run every part of the benchmark on a CPU.
 """
@@ -29,8 +29,8 @@ _VOCABULARY = 514
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 _QUIETER = 0.3
-"""Factor of the VAE's last weights. Images of low contrast compress like photographs; white noise would not, and its PNG
-would take longer than that of any real image."""
+"""Factor of the VAE's last weights. Images of low contrast compress like photographs; white noise would not, and its
+PNG would take longer than that of any real image."""
 
 Modules = dict[str, Any]
 """Modules with weights, by the name of the pipeline's component."""
@@ -68,9 +68,7 @@ def build(family: str, *, toy: bool, device: str, dtype: torch.dtype) -> Any:
         dtype: Number format of the weights.
     """
     if family == "bundled":
-        return loading.load_pipeline(
-            "bundled", revision=None, variant=None, device=torch.device(device), dtype=dtype
-        )
+        return loading.load_pipeline("bundled", revision=None, variant=None, device=torch.device(device), dtype=dtype)
     torch.manual_seed(0)
     built = modules(family, toy=toy, device=device, dtype=dtype)
     with torch.no_grad():

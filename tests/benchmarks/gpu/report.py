@@ -213,13 +213,14 @@ ROWS: tuple[tuple[str, Callable[[_Column], str]], ...] = (
     ),
     (
         "one bare step; Python's time to launch a call; device time of a call",
-        lambda c: c.joined(
-            "{} ms; {} ms; {} ms", ("step_ms", ".1f"), ("launch_ms", ".1f"), ("device_ms", ".1f")
-        ),
+        lambda c: c.joined("{} ms; {} ms; {} ms", ("step_ms", ".1f"), ("launch_ms", ".1f"), ("device_ms", ".1f")),
     ),
     ("ms per eager call by number of rows", lambda c: c.by_rows("rows_")),
     ("ms per served call by number of rows, 8 users", lambda c: c.by_rows("users8_call_of_")),
-    ("chosen by the plan: active, rows", lambda c: c.joined("{}, {}", ("max_active", ".0f"), ("max_batch_rows", ".0f"))),
+    (
+        "chosen by the plan: active, rows",
+        lambda c: c.joined("{}, {}", ("max_active", ".0f"), ("max_batch_rows", ".0f")),
+    ),
     ("8 users: throughput / FIFO", _ratio("users8_throughput_over_fifo")),
     ("8 users: mean time to first preview / FIFO", _ratio("users8_first_preview_over_fifo")),
     ("8 users: slowest first preview / FIFO", _ratio("users8_slowest_first_preview_over_fifo")),
@@ -247,9 +248,7 @@ ROWS: tuple[tuple[str, Callable[[_Column], str]], ...] = (
     ),
     (
         "memory of weights; peak with 1 user, with 8",
-        lambda c: c.joined(
-            "{}; {}, {} GiB", ("weights_gib", ".1f"), ("peak_1_gib", ".1f"), ("peak_8_gib", ".1f")
-        ),
+        lambda c: c.joined("{}; {}, {} GiB", ("weights_gib", ".1f"), ("peak_1_gib", ".1f"), ("peak_8_gib", ".1f")),
     ),
     (
         "same seed, levels of 255 apart: bare call, again, with head, with full VAE, among four",
@@ -268,9 +267,7 @@ ROWS: tuple[tuple[str, Callable[[_Column], str]], ...] = (
     ),
     (
         "out of memory: reason; another user, the next request succeed",
-        lambda c: c.joined(
-            "{}; {}, {}", ("oom_reason",), ("oom_other_succeeds", ".0f"), ("oom_next_succeeds", ".0f")
-        ),
+        lambda c: c.joined("{}; {}, {}", ("oom_reason",), ("oom_other_succeeds", ".0f"), ("oom_next_succeeds", ".0f")),
     ),
 )
 """Rows of the table: the title, and a function that returns the text of a cell, or nothing."""

@@ -1,6 +1,7 @@
 """The measurements of speed: one function for each section. Each returns its figures by name.
 
-Names ending in `_ms`, `_seconds` and `_gib` have that unit, `_steps` means steps of the bare call, and `a_over_b` is a ratio.
+Names ending in `_ms`, `_seconds` and `_gib` have that unit, `_steps` means steps of the bare call, and `a_over_b` is a
+ratio.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def streams(bench: Bench) -> Figures:
         | {name: stream(method) for name, method in methods.items()},
         bench.rounds,
     )
-    times = {name: [each if isinstance(each, float) else each.finished for each in runs] for name, runs in found.items()}
+    times = {
+        name: [each if isinstance(each, float) else each.finished for each in runs] for name, runs in found.items()
+    }
     figures: Figures = {"callback_over_bare": ratio(times["callback"], times["bare"])}
     for name in methods:
         figures[f"{name}_over_bare"] = ratio(times[name], times["bare"])

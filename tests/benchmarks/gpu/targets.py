@@ -116,4 +116,6 @@ def table(report: Report) -> str:
     """Returns the judgements as lines of text."""
     rows = [("target", "case", "limit", "measured", ""), *judge(report)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

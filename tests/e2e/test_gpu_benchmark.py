@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu import targets
 from benchmarks.gpu.report import DONE, SKIPPED
@@ -23,7 +24,7 @@ NEEDS_CUDA = {"priority"}
 SD15 = [name for name, section in SECTIONS.items() if not section.bundled]
 
 
-def command(output: Path, *arguments: str) -> dict[str, Any]:
+def command(output: Path, *arguments: str, device: str = "cpu") -> dict[str, Any]:
     """Returns the arguments of `subprocess` for a run."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
     return {
@@ -96,3 +97,16 @@ def test_all_families_can_be_measured(models: str, sections: str, tmp_path: Path
     assert {each["section"] for each in found} == set(sections.split(","))
     if models == "bundled":
         assert found[0]["figures"]["device_over_cpu_levels"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_sections_for_cuda_measure_a_device(tmp_path: Path) -> None:
+    """On a GPU, launching, memory, faults and priorities are measured on the device; nothing fails."""
+    output = tmp_path / "bench.json"
+    sections = "bare,launch,plan,priority,memory,nan,out-of-memory"
+    subprocess.run(**command(output, "--models", "sd15", "--sections", sections, device="cuda"), check=True)
+    found = {each["section"]: each["figures"] for each in records(output)}
+    assert found["launch"]["device_ms"] > 0
+    assert 0 < found["memory"]["weights_gib"] <= found["memory"]["peak_1_gib"] <= found["memory"]["peak_8_gib"]
+    assert found["out-of-memory"]["oom_other_succeeds"] == found["out-of-memory"]["oom_next_succeeds"] == 1

@@ -7,7 +7,6 @@ in `calotype serve`; commands run in a second thread, which waits while the pare
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import os
 import resource
@@ -147,7 +146,7 @@ class Host:
         """
         options = {"callback_on_step_end": self._usual_callback(case)} if callback else {}
         arguments = self._arguments(case, steps or case.steps, seed) | {"output_type": "pil"} | options
-        with torch.no_grad(), self._eager():
+        with torch.no_grad():
             self.synchronize()
             started = time.perf_counter()
             self.pipeline(**arguments)
@@ -156,7 +155,7 @@ class Host:
 
     def picture(self, case: Case, *, seed: int = 1) -> bytes:
         """Returns the RGB bytes of the pipeline's own image."""
-        with torch.no_grad(), self._eager():
+        with torch.no_grad():
             return self.pipeline(**self._arguments(case, case.steps, seed) | {"output_type": "pil"})[0][0].tobytes()
 
     def decoding(self, case: Case) -> float:
@@ -169,7 +168,7 @@ class Host:
             return tensors
 
         arguments = self._arguments(case, case.short_steps, 1) | {"output_type": "pt", "callback_on_step_end": note}
-        with torch.no_grad(), self._eager():
+        with torch.no_grad():
             self.pipeline(**arguments)
             self.synchronize()
         return time.perf_counter() - ended[-1]
@@ -183,17 +182,11 @@ class Host:
 
     def launch(self, case: Case, repeats: int) -> dict[str, float]:
         """Returns `kernels.launch` of a default call of the denoiser."""
-        with self._eager():
-            return kernels.launch(self.pipeline, self._model(case), self._device, repeats)
+        return kernels.launch(self.pipeline, self._model(case), self._device, repeats)
 
     def rows(self, case: Case, requests: int) -> dict[int, float]:
         """Returns `kernels.rows` for 1, 2, 4, ... up to this many requests at once."""
-        with self._eager():
-            return kernels.rows(self.pipeline, self._model(case), self._device, requests)
-
-    def _eager(self) -> contextlib.AbstractContextManager[Any]:
-        # A server with `--accelerate compile` may compile the shared modules; the baseline stays eager.
-        return torch.compiler.set_stance("force_eager") if self.servers.compiles else contextlib.nullcontext()
+        return kernels.rows(self.pipeline, self._model(case), self._device, requests)
 
     def _model(self, case: Case) -> Any:
         return capabilities.describe(case.name, self.pipeline, capabilities.Defaults(case.steps, case.guidance))

@@ -44,7 +44,7 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What the record is about."""
+        """Identifies the record in a report."""
         return self.case, self.variant, self.section
 
 
@@ -241,10 +241,8 @@ ROWS: tuple[tuple[str, Callable[[_Column], str]], ...] = (
         ),
     ),
     (
-        "preview stream of default, low, high priority: head / without previews",
-        lambda c: c.joined(
-            "{}, {}, {}", *((f"priority_{name}_head_over_silent",) for name in ("default", "low", "high"))
-        ),
+        "preview stream of low, high priority: head / without previews",
+        lambda c: c.joined("{}, {}", ("priority_low_head_over_silent",), ("priority_high_head_over_silent",)),
     ),
     (
         "memory of weights; peak with 1 user, with 8",

@@ -21,6 +21,8 @@ Figures = dict[str, Any]
 
 _USERS = 8
 _CANCELS = 3
+_PRIORITIES = {"low": 0, "high": -1}
+"""Of CUDA streams. The denoiser's stream has the low one, and there is none below it."""
 
 
 def bare(bench: Bench) -> Figures:
@@ -195,10 +197,9 @@ def priority(bench: Bench) -> Figures:
     if not bench.session("has_preview_priority"):
         raise Skipped("it needs a CUDA device and a preview stream with a choice of priorities")
     figures: Figures = {}
-    for name in ("default", "low", "high"):
+    for name, number in _PRIORITIES.items():
         server = f"{name} priority"
-        chosen = None if name == "default" else name
-        address = bench.session.server(server, bench.variant.settings, priority=chosen)["address"]
+        address = bench.session.server(server, bench.variant.settings, priority=number)["address"]
         try:
             found = interleaved(
                 {

@@ -51,19 +51,17 @@ class Servers:
 
     Attributes:
         pipeline: Is served; set it before the first server opens.
-        compiles: Whether a server was started whose runtime may have compiled the pipeline's modules.
     """
 
     pipeline: Any
 
     def __init__(self, device: torch.device, cache_dir: Path) -> None:
-        self.compiles = False
         self._device = device
         self._cache_dir = cache_dir
         self._servers: dict[str, _Server] = {}
 
     async def open_server(
-        self, name: str, model: str, settings: dict[str, Any], priority: str | None = None
+        self, name: str, model: str, settings: dict[str, Any], priority: int | None = None
     ) -> dict[str, Any]:
         """Starts a server, and returns its address, the plan that it chose and the time until it was ready.
 
@@ -71,12 +69,11 @@ class Servers:
             name: For `take_batches` and `close_server`.
             model: The model's name.
             settings: Fields of `Settings`.
-            priority: Priority of the preview stream, see `preview_priority`.
+            priority: Priority of the preview stream; None for the product's.
 
         Raises:
             StartupError: The server did not start.
         """
-        self.compiles = self.compiles or settings.get("accelerate") in ("compile", "auto")
         ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         chosen = Settings(
             **{
@@ -145,18 +142,14 @@ class Servers:
         return self._device.type == "cuda" and "priority" in parameters
 
 
-_PRIORITIES = {"low": 0, "high": -1}
-"""In CUDA, smaller numbers have priority; PyTorch offers these two."""
-
-
 @contextlib.contextmanager
-def preview_priority(name: str | None) -> Iterator[None]:
-    """Engines that are built in this block render previews on a stream of this priority; None keeps the default."""
-    if name is None:
+def preview_priority(priority: int | None) -> Iterator[None]:
+    """Engines that are built in this block render previews on a stream of this priority; None keeps the product's."""
+    if priority is None:
         yield
         return
     before = pipeline_previews.device_stream
-    pipeline_previews.device_stream = lambda device: device_stream.CudaStream(device, priority=_PRIORITIES[name])
+    pipeline_previews.device_stream = lambda device: device_stream.CudaStream(device, priority=priority)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What the sections measure with: the process that has the device, its servers, and the case."""
+"""The tools of the sections: the process that has the device, its servers, and the case."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class Bench:
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
     """Returns the results of each function, called in turn in every round; the first round warms up.
 
-    What slows the whole machine down for a while then affects all of them.
+    A slow phase of the whole machine then affects all of them.
     """
     results: dict[str, list[Any]] = {name: [] for name in functions}
     for number in range(rounds + 1):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from benchmarks.gpu import __main__ as command_line
 from benchmarks.gpu import bundle, models, runner, targets
 from benchmarks.gpu.cases import CASES, MODELS, cases_of
-from benchmarks.gpu.process import HostDied
+from benchmarks.gpu.process import CommandFailed, HostDied
 from benchmarks.gpu.report import DONE, FAILED, SKIPPED, Record, Report
 from benchmarks.gpu.runner import Plan, Section
 from benchmarks.gpu.session import Session, Skipped, interleaved, ratio
@@ -229,6 +229,72 @@ def test_targets_are_met_or_missed(path: Path) -> None:
     assert judged["8 users: throughput / FIFO with the same runtime", "sd15"] == (">= 2.5", "2.5", targets.MET)
     assert judged["AUTO: share of the steps with a preview", "sd15 (graphs)"] == (">= 1", "0.476", targets.MISSED)
     assert "missed" in targets.table(report)
+
+
+class Process:
+    """Stands in for the process with the device; counts its commands."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = {"build": {"device": "none"}, "free_gib": None} | answers
+        self.commands: list[str] = []
+        self.closed = 0
+
+    def __call__(self, command: str, *_: Any, **__: Any) -> Any:
+        self.commands.append(command)
+        answer = self.answers[command]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def session_with(process: Process, monkeypatch: pytest.MonkeyPatch, path: Path) -> Session:
+    """Returns a session whose process is a stand-in."""
+    monkeypatch.setattr("benchmarks.gpu.session.HostProcess", lambda *_, **__: process)
+    return Session("flux", path.parent, toy=False)
+
+
+@pytest.mark.parametrize(
+    ("answers", "error"),
+    [({"free_gib": 20.0}, Skipped), ({"build": CommandFailed("no")}, CommandFailed), ({"build": HostDied()}, HostDied)],
+)
+def test_a_model_that_cannot_be_built_is_tried_once(
+    answers: dict[str, Any], error: type[Exception], monkeypatch: pytest.MonkeyPatch, path: Path
+) -> None:
+    """All sections of a model that does not fit end with the same reason, without building it again."""
+    process = Process(**answers)
+    session = session_with(process, monkeypatch, path)
+    for _ in range(3):
+        with pytest.raises(error):
+            session.start(CASES["flux"])
+    assert process.commands.count("free_gib") == 1
+    assert process.closed
+
+
+def test_a_server_that_does_not_start_is_tried_once(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """A runtime that is not available costs one attempt, and the pipeline stays for other servers."""
+    process = Process(open_server=CommandFailed("no graphs"))
+    session = session_with(process, monkeypatch, path)
+    session.start(CASES["flux"])
+    for _ in range(3):
+        with pytest.raises(CommandFailed):
+            session.server("shared", {})
+    assert process.commands == ["free_gib", "build", "open_server"]
+    assert not process.closed
+
+
+def test_a_process_that_died_is_replaced(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """After the process died, the next section builds the pipeline and opens the server again."""
+    process = Process(open_server={"address": "a"}, bare=HostDied())
+    session = session_with(process, monkeypatch, path)
+    for _ in range(2):
+        session.start(CASES["flux"])
+        assert session.server("shared", {})["address"] == "a"
+        with pytest.raises(HostDied):
+            session("bare")
+    assert process.commands == 2 * ["free_gib", "build", "open_server", "bare"]
 
 
 def test_ratios_compare_measurements_of_the_same_round() -> None:

@@ -143,15 +143,16 @@ def cancel(bench: Bench) -> Figures:
     that finds the slot idle.
     """
     address, case = bench.fifo(), bench.case
+    steps = max(3, case.short_steps)
     count = iter(range(10**6))
 
     def after_cancel() -> Seen:
         number = next(count)
-        return watching.cancelled(address, case, at=1 + number % max(1, case.steps // 2), seed=number)
+        return watching.cancelled(address, case, at=1 + number % max(1, case.steps // 2), seed=number, steps=steps)
 
     found = interleaved(
         {
-            "idle": lambda: bench.stream(address, method="head", steps=case.short_steps),
+            "idle": lambda: bench.stream(address, method="head", steps=steps),
             "cancelled": after_cancel,
         },
         max(_CANCELS, bench.rounds),

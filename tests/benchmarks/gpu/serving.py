@@ -68,7 +68,7 @@ class Servers:
         Args:
             name: For `take_batches` and `close_server`.
             model: The model's name.
-            settings: Fields of `Settings`.
+            settings: Fields of `Settings`. The plan is measured, not read from a cache.
             priority: Priority of the preview stream; None for the product's.
 
         Raises:
@@ -85,6 +85,7 @@ class Servers:
                 "log_level": "warning",
                 "watchdog_seconds": 0,
                 "drain_seconds": 0,
+                "measure_again": True,
                 "max_queue": _MAX_QUEUE,
                 "max_queue_per_caller": _MAX_QUEUE,
                 **settings,

@@ -11,7 +11,7 @@ from benchmarks.gpu import watching
 from benchmarks.gpu.process import CommandFailed, HostDied, HostProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from benchmarks.gpu.cases import Case
@@ -66,6 +66,7 @@ class Session:
         self._options = {"toy": toy, "device": device, "dtype": dtype}
         self._process: HostProcess | None = None
         self._servers: dict[str, dict[str, Any]] = {}
+        self._failures: dict[str, Exception] = {}
         self.description: dict[str, Any] = {}
 
     def __enter__(self) -> Session:
@@ -82,19 +83,36 @@ class Session:
         self._servers = {}
 
     def start(self, case: Case) -> None:
-        """Builds the pipeline if there is none.
+        """Builds the pipeline if there is none. If that fails, it is not tried again.
 
         Raises:
             Skipped: The device has too little memory for it.
+            CommandFailed: It cannot be built.
+            HostDied: The process died.
         """
         if self._process is not None:
             return
-        self._process = HostProcess(self.family, self._folder, **self._options)
-        free = self("free_gib")
-        if free is not None and free < case.gib:
-            self.close()
-            raise Skipped(f"it needs {case.gib:g} GiB of device memory, and {free:.1f} GiB are free")
-        self.description = self("build")
+        with self._once("pipeline"):
+            self._process = HostProcess(self.family, self._folder, **self._options)
+            try:
+                free = self("free_gib")
+                if free is not None and free < case.gib:
+                    raise Skipped(f"it needs {case.gib:g} GiB of device memory, and {free:.1f} GiB are free")
+                self.description = self("build")
+            except BaseException:
+                self.close()
+                raise
+
+    @contextlib.contextmanager
+    def _once(self, part: str) -> Iterator[None]:
+        """Raises the error of an earlier block for the same part instead of entering: it would only fail again."""
+        if part in self._failures:
+            raise self._failures[part]
+        try:
+            yield
+        except Exception as error:
+            self._failures[part] = error
+            raise
 
     def __call__(self, command: str, *arguments: Any, **options: Any) -> Any:
         """Executes a command of the process.
@@ -110,10 +128,11 @@ class Session:
             raise
 
     def server(self, name: str, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
-        """Starts a server unless it runs, and returns its description."""
+        """Starts a server unless it runs, and returns its description. If that fails, it is not tried again."""
         if name not in self._servers:
             model = "bundled" if self.family == "bundled" else f"random/{self.family}"
-            self._servers[name] = self("open_server", name, model, settings, **options)
+            with self._once(name):
+                self._servers[name] = self("open_server", name, model, settings, **options)
         return self._servers[name]
 
     def close_server(self, name: str) -> None:

@@ -116,7 +116,7 @@ def together(address: str, case: Case, requests: list[dict[str, Any]]) -> list[S
     return asyncio.run(follow())
 
 
-def cancelled(address: str, case: Case, *, at: int, seed: int) -> Seen:
+def cancelled(address: str, case: Case, *, at: int, seed: int, steps: int) -> Seen:
     """Cancels a generation after a step, requests the next one at once, and returns that; its time starts then.
 
     Args:
@@ -124,6 +124,7 @@ def cancelled(address: str, case: Case, *, at: int, seed: int) -> Seen:
         case: What to generate.
         at: The step after which to cancel.
         seed: Of the cancelled generation.
+        steps: Of the next generation.
     """
     with calotype.Client(address, retries=0, timeout=_SECONDS) as client:
         left = client.generate(**arguments(case, method="head", seed=seed))
@@ -132,7 +133,7 @@ def cancelled(address: str, case: Case, *, at: int, seed: int) -> Seen:
                 break
         seen = Seen(time.perf_counter())
         left.cancel()
-        generation = client.generate(**arguments(case, method="head", steps=case.short_steps))
+        generation = client.generate(**arguments(case, method="head", steps=steps))
         for progress in generation:
             seen.take(progress)
         return seen.end(generation.result())

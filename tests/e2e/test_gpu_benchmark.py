@@ -45,6 +45,13 @@ def command(output: Path, *arguments: str, device: str = "cpu") -> dict[str, Any
     }
 
 
+def completed(output: Path, *arguments: str, device: str = "cpu") -> str:
+    """Runs the benchmark to its end, which must be a success, and returns what it printed."""
+    run = subprocess.run(**command(output, *arguments, device=device), check=False)
+    assert run.returncode == 0, run.stdout
+    return run.stdout
+
+
 def records(output: Path) -> list[dict[str, Any]]:
     """Returns the records of the file."""
     return json.loads(output.read_text())["records"]
@@ -62,10 +69,8 @@ def test_every_section_measures_and_a_killed_run_resumes(tmp_path: Path) -> None
         process.stdout.close()
     kept = [each["section"] for each in records(output)]
     assert kept[:3] == SD15[:3]
-    run = subprocess.run(**command(output, "--models", "sd15", "--resume"), check=True)
-    assert [line for line in run.stdout.splitlines() if line.startswith("kept")] == [
-        f"kept: sd15 {name}" for name in kept
-    ]
+    printed = completed(output, "--models", "sd15", "--resume")
+    assert [line for line in printed.splitlines() if line.startswith("kept")] == [f"kept: sd15 {name}" for name in kept]
     found = {each["section"]: each for each in records(output)}
     assert list(found) == SD15
     assert {name for name, each in found.items() if each["status"] == SKIPPED} == NEEDS_CUDA
@@ -79,7 +84,7 @@ def test_every_section_measures_and_a_killed_run_resumes(tmp_path: Path) -> None
         "final image after the last step",
         "out of memory",
     ):
-        assert title in run.stdout
+        assert title in printed
     assert (figures["nan_reason"], figures["oom_reason"]) == ("NUMERICAL_FAILURE", "OUT_OF_MEMORY")
     assert figures["nan_next_succeeds"] == figures["oom_other_succeeds"] == figures["oom_next_succeeds"] == 1
     assert figures["same_again_levels"] == figures["same_head_levels"] == figures["same_full_vae_levels"] == 0
@@ -91,7 +96,7 @@ def test_every_section_measures_and_a_killed_run_resumes(tmp_path: Path) -> None
 def test_all_families_can_be_measured(models: str, sections: str, tmp_path: Path) -> None:
     """Each family's pipeline works in every section that depends on its layout of latents; none fails."""
     output = tmp_path / "bench.json"
-    subprocess.run(**command(output, "--models", models, "--sections", sections), check=True)
+    completed(output, "--models", models, "--sections", sections)
     found = records(output)
     assert {each["status"] for each in found} == {DONE}
     assert {each["section"] for each in found} == set(sections.split(","))
@@ -105,7 +110,7 @@ def test_the_sections_for_cuda_measure_a_device(tmp_path: Path) -> None:
     """On a GPU, launching, memory, faults and priorities are measured on the device; nothing fails."""
     output = tmp_path / "bench.json"
     sections = "bare,launch,plan,priority,memory,nan,out-of-memory"
-    subprocess.run(**command(output, "--models", "sd15", "--sections", sections, device="cuda"), check=True)
+    completed(output, "--models", "sd15", "--sections", sections, device="cuda")
     found = {each["section"]: each["figures"] for each in records(output)}
     assert found["launch"]["device_ms"] > 0
     assert 0 < found["memory"]["weights_gib"] <= found["memory"]["peak_1_gib"] <= found["memory"]["peak_8_gib"]

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import time
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -23,7 +24,7 @@ from benchmarks.gpu.session import Session, Skipped, interleaved, ratio
 from calotype_server.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
 PUBLISHED = {
@@ -86,7 +87,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch, path: Path) -> Iterator[Callable[..., list[str]]]:
+def measured(monkeypatch: pytest.MonkeyPatch, path: Path) -> Callable[..., list[str]]:
     """A function that runs a script's sections without a process, and returns the lines that it prints."""
     monkeypatch.setattr(Session, "start", lambda *_: None)
 
@@ -305,16 +306,26 @@ def test_ratios_compare_measurements_of_the_same_round() -> None:
     assert ratio([2, 4, 80], [1, 2, 40]) == 2
 
 
+class Order(StrEnum):
+    """Values of a setting."""
+
+    FIRST_LOOK = "first-look"
+    FIFO = "fifo"
+
+
 class WithRuntimes(Settings):
-    """A server that has the setting."""
+    """A server that has both settings."""
 
     accelerate: Literal["none", "graphs"] | None = None
+    schedule: Order = Order.FIRST_LOOK
 
 
 def test_runtimes_are_those_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line accepts the values of the server's setting; without the setting, only the baseline."""
     monkeypatch.setattr(command_line, "Settings", WithRuntimes)
     assert command_line.dimension("none,graphs", "accelerate", "none") == ["none", "graphs"]
+    assert command_line.dimension("fifo", "schedule", "") == ["fifo"]
+    assert command_line.dimension("", "schedule", "") == [None]
     with pytest.raises(ValueError, match="no openvino, only none, graphs"):
         command_line.dimension("openvino", "accelerate", "none")
 

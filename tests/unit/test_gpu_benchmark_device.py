@@ -113,8 +113,9 @@ def test_previews_get_a_stream_of_the_priority(priority: int, monkeypatch: pytes
     """An engine that is built in the block creates its preview stream with the priority; later ones do not."""
     streams: list[tuple[Any, int]] = []
     monkeypatch.setattr(device_stream, "CudaStream", lambda device, priority: streams.append((device, priority)))
-    before = pipeline_previews.device_stream
+    previews: Any = pipeline_previews
+    before = previews.device_stream
     with preview_priority(priority):
-        pipeline_previews.device_stream(CUDA)
+        previews.device_stream(CUDA)
     assert streams == [(CUDA, priority)]
-    assert pipeline_previews.device_stream is before
+    assert previews.device_stream is before

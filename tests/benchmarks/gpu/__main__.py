@@ -7,6 +7,7 @@ tiny models, also on a CPU: its figures show that the benchmark works, not how f
 from __future__ import annotations
 
 import argparse
+import enum
 import math
 import os
 import time
@@ -40,7 +41,7 @@ def choices(setting: str) -> tuple[str, ...]:
 
 
 def _literals(annotation: Any) -> list[Any]:
-    if isinstance(annotation, type) and issubclass(annotation, str) and hasattr(annotation, "__members__"):
+    if isinstance(annotation, enum.EnumMeta):
         return list(annotation)
     found = []
     for each in typing.get_args(annotation):

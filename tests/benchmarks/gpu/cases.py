@@ -17,7 +17,7 @@ class Case:
         title: Its description for people.
         size: Width and height in pixels.
         steps: Denoising steps.
-        guidance: Guidance scale, as in the family's published examples.
+        guidance: Guidance scale, as in the family's published examples; None if the pipeline takes none.
         gib: Device memory that the weights and one image need at most, in GiB.
         toy: Whether the modules are tiny.
     """
@@ -27,14 +27,17 @@ class Case:
     title: str
     size: int
     steps: int
-    guidance: float
+    guidance: float | None
     gib: float
     toy: bool = False
 
     @property
     def short_steps(self) -> int:
-        """A smaller number of steps: the difference of two calls is the time of the steps between."""
-        return max(1, self.steps // 4)
+        """A smaller number of steps: the difference of two calls is the time of the steps between.
+
+        Qwen-Image's scheduler needs two.
+        """
+        return max(2, self.steps // 4)
 
 
 CASES = {
@@ -45,7 +48,7 @@ CASES = {
         Case("sdxl", "sdxl", "SDXL, 1024 px, 20 steps", 1024, 20, 5.0, 16),
         Case("flux", "flux", "FLUX (12 B), 1024 px, 4 steps", 1024, 4, 3.5, 36),
         Case("flux20", "flux", "FLUX (12 B), 1024 px, 20 steps", 1024, 20, 3.5, 36),
-        Case("qwen", "qwen", "Qwen-Image (20 B), 1024 px, 20 steps", 1024, 20, 4.0, 56),
+        Case("qwen", "qwen", "Qwen-Image (20 B), 1024 px, 20 steps", 1024, 20, None, 56),
     )
 }
 

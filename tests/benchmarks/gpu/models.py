@@ -32,6 +32,9 @@ _QUIETER = 0.3
 """Factor of the VAE's last weights. Images of low contrast compress like photographs; white noise would not, and its
 PNG would take longer than that of any real image."""
 
+_TOY_SAMPLE = 8
+"""Width and height of a toy's default latents: an image of 64 pixels."""
+
 Modules = dict[str, Any]
 """Modules with weights, by the name of the pipeline's component."""
 
@@ -75,6 +78,8 @@ def build(family: str, *, toy: bool, device: str, dtype: torch.dtype) -> Any:
         built["vae"].decoder.conv_out.weight.mul_(_QUIETER)
     # Outside of the device's context: schedulers keep their tables on the CPU.
     pipeline = FAMILIES[family].pipeline(built)
+    if toy and hasattr(pipeline, "default_sample_size"):
+        pipeline.default_sample_size = _TOY_SAMPLE
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -175,7 +180,7 @@ def _sd15(toy: bool) -> Modules:
         "cross_attention_dim": 768,
     }
     if toy:
-        unet = _toy_unet(8)
+        unet = _toy_unet()
     return {
         "unet": diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, attention_head_dim=8, **unet),
         "vae": _vae(toy, sample_size=64 if toy else 512, scaling_factor=0.18215),
@@ -183,9 +188,9 @@ def _sd15(toy: bool) -> Modules:
     }
 
 
-def _toy_unet(sample_size: int, cross_attention_dim: int = 32) -> dict[str, Any]:
+def _toy_unet(cross_attention_dim: int = 32) -> dict[str, Any]:
     return {
-        "sample_size": sample_size,
+        "sample_size": _TOY_SAMPLE,
         "block_out_channels": (32, 64),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -222,7 +227,7 @@ def _sdxl(toy: bool) -> Modules:
         "transformer_layers_per_block": (1, 2, 10),
     }
     if toy:
-        unet = _toy_unet(8, cross_attention_dim=64) | {
+        unet = _toy_unet(cross_attention_dim=64) | {
             "attention_head_dim": 8,
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 6 * 8 + 32,

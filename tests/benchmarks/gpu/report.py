@@ -175,7 +175,7 @@ class _Column:
             return ""
         return f"{value:{form}}{unit}" if isinstance(value, (int, float)) else str(value)
 
-    def joined(self, text: str, *figures: tuple[str, str]) -> str:
+    def joined(self, text: str, *figures: tuple[str] | tuple[str, str]) -> str:
         """Returns `text` with a `{}` for each figure and its format, or nothing if one is missing."""
         values = [self(*each) for each in figures]
         return text.format(*values) if all(values) else ""

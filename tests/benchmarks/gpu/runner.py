@@ -166,5 +166,5 @@ def needed(report: Report, bench: Bench, section: Section) -> float:
 
 def machine(session: Session) -> dict[str, Any]:
     """Describes the machine: CPU, and device and versions once a pipeline was built."""
-    known = {name: session.description[name] for name in ("device", "torch", "cuda") if name in session.description}
+    known = {name: each for name, each in session.description.items() if name in ("device", "torch", "cuda")}
     return {"cpu_cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform(), **known}

@@ -6,6 +6,7 @@ ratio.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ Figures = dict[str, Any]
 
 _USERS = 8
 _CANCELS = 3
+_PREVIEWS = ("none", "head", "full_vae")
 _PRIORITIES = {"low": 0, "high": -1}
 """Of CUDA streams. The denoiser's stream has the low one, and there is none below it."""
 
@@ -57,16 +59,11 @@ def streams(bench: Bench) -> Figures:
     """The bare call, the usual callback, and streams with each kind of preview, side by side."""
     address = bench.shared()
 
-    def bare_call(**options: Any) -> Any:
-        return lambda: bench.session("bare", bench.case, **options)
-
-    def stream(method: str) -> Any:
-        return lambda: bench.stream(address, method=method)
-
+    bare_call = functools.partial(bench.session, "bare", bench.case)
     methods = {"silent": "none", "head": "head", "auto": "auto", "full_vae": "full_vae"}
     found = interleaved(
-        {"bare": bare_call(), "callback": bare_call(callback=True)}
-        | {name: stream(method) for name, method in methods.items()},
+        {"bare": bare_call, "callback": functools.partial(bare_call, callback=True)}
+        | {name: functools.partial(bench.stream, address, method=method) for name, method in methods.items()},
         bench.rounds,
     )
     times = {
@@ -101,7 +98,11 @@ def users(bench: Bench) -> Figures:
     requests = [{"prompt": watching.PROMPTS[each], "seed": each, "method": "auto"} for each in range(_USERS)]
     bench.session("take_batches", bench.shared_name)
     runs = interleaved(
-        {name: _crowd(bench, address, requests) for name, address in addresses.items()}, max(1, bench.rounds // 2)
+        {
+            name: functools.partial(watching.together, address, bench.case, requests)
+            for name, address in addresses.items()
+        },
+        max(1, bench.rounds // 2),
     )
     batches = bench.session("take_batches", bench.shared_name)
     for seen in (each for crowds in runs.values() for crowd in crowds for each in crowd):
@@ -126,13 +127,6 @@ def users(bench: Bench) -> Figures:
         for count in sorted({count for count, _ in batches}):
             figures[f"users8_call_of_{count}_rows_ms"] = 1000 * statistics.median(s for n, s in batches if n == count)
     return figures
-
-
-def _crowd(bench: Bench, address: str, requests: list[dict[str, Any]]) -> Any:
-    def crowd() -> list[Seen]:
-        return watching.together(address, bench.case, requests)
-
-    return crowd
 
 
 def cancel(bench: Bench) -> Figures:
@@ -203,11 +197,7 @@ def priority(bench: Bench) -> Figures:
         address = bench.session.server(server, bench.variant.settings, priority=number)["address"]
         try:
             found = interleaved(
-                {
-                    method: lambda address=address, method=method: bench.stream(address, method=method)
-                    for method in ("none", "head", "full_vae")
-                },
-                bench.rounds,
+                {method: functools.partial(bench.stream, address, method=method) for method in _PREVIEWS}, bench.rounds
             )
         finally:
             bench.session.close_server(server)

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from calotype_server import threads
 from calotype_server.apps.server import Ready, serve
@@ -101,7 +102,8 @@ class Servers:
                 return await threads.run("load", factory.engine_around, settings, self.pipeline, observe_both)
 
         server = _Server(asyncio.create_task(serve(chosen, ready.set_result, load)))
-        await asyncio.wait({server.task, ready}, return_when=asyncio.FIRST_COMPLETED)
+        started: list[asyncio.Future[Any]] = [server.task, ready]
+        await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
         if not ready.done():
             server.task.result()
             raise RuntimeError("the server ended before it was ready")
@@ -149,9 +151,6 @@ def preview_priority(priority: int | None) -> Iterator[None]:
     if priority is None:
         yield
         return
-    before = pipeline_previews.device_stream
-    pipeline_previews.device_stream = lambda device: device_stream.CudaStream(device, priority=priority)
-    try:
+    stream: Any = device_stream.CudaStream
+    with mock.patch.object(pipeline_previews, "device_stream", lambda device: stream(device, priority=priority)):
         yield
-    finally:
-        pipeline_previews.device_stream = before

@@ -63,7 +63,7 @@ class Session:
     ) -> None:
         self.family = family
         self._folder = folder
-        self._options = {"toy": toy, "device": device, "dtype": dtype}
+        self._options: dict[str, Any] = {"toy": toy, "device": device, "dtype": dtype}
         self._process: HostProcess | None = None
         self._servers: dict[str, dict[str, Any]] = {}
         self._failures: dict[str, Exception] = {}

@@ -66,7 +66,7 @@ class Seen:
         return PIL.Image.open(io.BytesIO(self.image)).convert("RGB").tobytes()
 
 
-def arguments(case: Case, *, method: str = "none", **changes: Any) -> dict[str, Any]:
+def arguments(case: Case, *, method: Any = "none", **changes: Any) -> dict[str, Any]:
     """Returns the arguments of `generate` for a case, with a preview at every step."""
     found = {
         "prompt": PROMPTS[0],

@@ -351,3 +351,22 @@ def test_the_bundle_has_everything_that_the_server_needs_except_torch() -> None:
     packages = bundle.closure(bundle.ROOTS, python="3.12", without={"torch", "pillow"})
     assert {"diffusers", "grpcio", "pydantic-core", "structlog", "tokenizers", "uvicorn"} <= set(packages)
     assert not {"torch", "sympy", "triton", "pillow", "pytest"} & set(packages)
+
+
+@pytest.mark.parametrize(("limit", "code"), [("1", 1), ("3", 0)])
+def test_the_size_of_the_bundle_is_checked(
+    limit: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wheels of an earlier bundle are removed, and a bundle above the limit fails."""
+    (tmp_path / "old-1-py3-none-any.whl").write_bytes(bytes(2**20))
+    asked: dict[str, str] = {}
+
+    def download(packages: dict[str, str], python: str, target: Path) -> None:
+        asked.update(packages)
+        (target / "new-1-py3-none-any.whl").write_bytes(bytes(2 * 2**20))
+
+    monkeypatch.setattr(bundle, "download", download)
+    assert bundle.main(["--target", str(tmp_path), "--max-mib", limit, "--have", "numpy"]) == code
+    assert [file.name for file in tmp_path.iterdir()] == ["new-1-py3-none-any.whl"]
+    assert "diffusers" in asked
+    assert not {"calotype", "calotype-bundled-model", "numpy", "torch"} & set(asked)

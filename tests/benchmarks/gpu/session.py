@@ -11,7 +11,7 @@ from benchmarks.gpu import watching
 from benchmarks.gpu.process import CommandFailed, HostDied, HostProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from benchmarks.gpu.cases import Case
@@ -211,7 +211,7 @@ class Bench:
         return watching.single(address, self.case, **options)
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
+def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[Any]]:
     """Returns the results of each function, called in turn in every round; the first round warms up.
 
     A slow phase of the whole machine then affects all of them.

@@ -5,7 +5,7 @@ set -eu
 root=$(CDPATH= cd -- "$(dirname -- "$0")/../../.." && pwd)
 python=${PYTHON:-python3}
 site=$root/build/gpu-site
-if [ ! -e "$site/.ready" ]; then
+if [ ! -e "$site/.ready" ] || [ -n "$(find "$root/build/gpu-wheels" -newer "$site/.ready")" ]; then
     rm -rf "$site"
     "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --target "$site" \
         "$root"/build/gpu-wheels/*.whl

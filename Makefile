@@ -33,7 +33,7 @@ TWO_AT_ONCE = $(MAKE) --no-print-directory --jobs=2 --output-sync=target
 # A change of the proto must not break the last release, or the last commit if there is no release.
 PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 .DEFAULT_GOAL := help
-.PHONY: help run generate test test-all test-fast coverage test-clients client-table client-table-check lint format type sync-client proto proto-check web web-check test-web settings bench soak ray-up ray-down test-ray bench-ray contact-sheet timeline filmstrip sizing evaluate-model clean
+.PHONY: help run generate test test-all test-fast coverage test-clients client-table client-table-check lint format type sync-client proto proto-check web web-check test-web settings bench bench-gpu gpu-bundle soak ray-up ray-down test-ray bench-ray contact-sheet timeline filmstrip sizing evaluate-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -156,6 +156,12 @@ settings: $(READY) ## write the table of all settings, service/SETTINGS.md
 
 bench: $(READY) ## measure performance; prints a table and writes build/bench.json
 	PYTHONPATH=tests $(BIN)/python -m benchmarks.bench
+
+bench-gpu: $(READY) ## measure a GPU with models of real size and random weights; ARGS="--models sd15,flux --budget-seconds 600"
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.gpu $(ARGS)
+
+gpu-bundle: $(READY) ## download wheels, to run bench-gpu with tests/benchmarks/gpu/offline.sh on a machine without network
+	PYTHONPATH=tests $(BIN)/python -m benchmarks.gpu.bundle $(ARGS)
 
 soak: $(READY) ## load, crashes, injected faults, dead peers, malformed requests; SECONDS=120 (for each of the first two) FUZZ=10000 SEED=0
 	FUZZ=$(or $(FUZZ),10000) SCHEMATHESIS=$(or $(SCHEMATHESIS),100) $(BIN)/pytest tests/soak tests/e2e/test_fuzz.py tests/contract/http/test_openapi.py -s $(ARGS)

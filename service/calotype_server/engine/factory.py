@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from calotype_server.settings import Settings
     from calotype_server.types import ModelInfo
 
-__all__ = ["load_engine"]
+__all__ = ["engine_around", "load_engine"]
 
 _log = structlog.get_logger(__name__)
 
@@ -48,9 +48,7 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
         dtype=loading.pick_dtype(settings.dtype, device),
     )
     try:
-        engine = _build(settings, pipeline, observe)
-        _check_default_method(settings, engine.model)
-        return engine
+        return engine_around(settings, pipeline, observe)
     except errors.StartupError:
         raise
     except Exception as error:
@@ -64,13 +62,23 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
         raise errors.ModelUnavailable(f"{settings.model!r} is a {kind}, which Calotype does not support.") from error
 
 
-def _build(settings: Settings, pipeline: Any, observe: Observe) -> Engine:
+def engine_around(settings: Settings, pipeline: Any, observe: Observe) -> Engine:
+    """Starts an engine around a loaded pipeline.
+
+    Args:
+        settings: The operator's settings.
+        pipeline: A text-to-image pipeline; not changed.
+        observe: Receives the engine's observations.
+
+    Raises:
+        ModelUnavailable: The model lacks the default preview method, or its folder has an invalid `calotype.json`.
+    """
     from calotype_server.engine import assembly, capabilities, loading
 
     given = capabilities.Defaults(settings.step_count, settings.guidance_scale, settings.tiny_vae)
     defaults = given.or_else(capabilities.read_defaults(loading.locate(settings.model)))
     tiny_vae = loading.load_tiny_vae(defaults.tiny_vae, like=pipeline.vae) if defaults.tiny_vae else None
-    return assembly.build_engine(
+    engine = assembly.build_engine(
         loading.display_name(settings.model),
         pipeline,
         defaults=defaults,
@@ -88,6 +96,8 @@ def _build(settings: Settings, pipeline: Any, observe: Observe) -> Engine:
         reserved_bytes=settings.retain_bytes,
         observe=observe,
     )
+    _check_default_method(settings, engine.model)
+    return engine
 
 
 def _check_default_method(settings: Settings, model: ModelInfo) -> None:

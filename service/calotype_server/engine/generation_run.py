@@ -12,6 +12,7 @@ import torch
 from calotype_server import errors
 from calotype_server.engine.request_arguments import call_arguments, prompt_notices
 from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.stepping.host_timesteps import keep_timesteps_on_host
 from calotype_server.engine.tap import Step, StepTap, Stopped
 from calotype_server.failpoints import hit
 from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, Pixels, PreviewMethod, Withdrawn
@@ -44,6 +45,7 @@ class EngineParts:
         budget: Records how long the full VAE takes.
         batcher: Runs the denoiser for all requests; None if only one runs at a time.
         threads: CPU threads for everything but a shared denoiser.
+        host_timesteps: Whether schedulers get their timesteps in ordinary memory.
     """
 
     pipeline: Any
@@ -54,6 +56,7 @@ class EngineParts:
     budget: PreviewBudget
     batcher: StepBatcher | None
     threads: int
+    host_timesteps: bool = False
 
 
 class GenerationRun:
@@ -93,6 +96,8 @@ class GenerationRun:
             on_step=self._on_step,
             should_stop=self._should_stop,
         )
+        if self._parts.host_timesteps:
+            keep_timesteps_on_host(scheduler)
         view = self._open_view(scheduler)
         try:
             if self._should_stop():

@@ -78,6 +78,7 @@ class LaunchBound(torch.nn.Module):
         return (sample * 0.1 + _OFFSET,)
 
     def __getattr__(self, name: str) -> Any:
+        """Returns an attribute of this module, or else of the small UNet."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -32,7 +32,7 @@ from calotype_server.settings import Settings
 from support.engine import tiny
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable
 
     from calotype_server.apps.server import Ready
     from calotype_server.engine.protocol import Engine
@@ -85,7 +85,7 @@ class LaunchBound(torch.nn.Module):
             return getattr(self._modules["unet"], name)
 
 
-def spin(layers: Sequence[Any], tiny_tensor: torch.Tensor, launches: int) -> None:
+def spin(layers: Iterable[Any], tiny_tensor: torch.Tensor, launches: int) -> None:
     """Makes tiny torch calls through modules, which take a few microseconds of Python each, as in a real denoiser."""
     first, second = layers
     for _ in range(launches // 2):
@@ -130,7 +130,7 @@ def _compare(client: calotype.Client, launches: int | None, rounds: int) -> dict
     def bare() -> None:
         made("a red apple", num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1))
 
-    def stream(method: str) -> Callable[[], None]:
+    def stream(method: calotype.PreviewMethod) -> Callable[[], None]:
         def run() -> None:
             generation = client.generate("a red apple", seed=1, steps=STEPS, previews=calotype.Previews(method=method))
             generation.result()
@@ -139,7 +139,11 @@ def _compare(client: calotype.Client, launches: int | None, rounds: int) -> dict
         return run
 
     denoising: list[float] = []
-    functions = {"bare": bare, "silent": stream("none"), "stream": stream("head")}
+    functions = {
+        "bare": bare,
+        "silent": stream(calotype.PreviewMethod.NONE),
+        "stream": stream(calotype.PreviewMethod.HEAD),
+    }
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():

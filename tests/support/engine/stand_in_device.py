@@ -30,10 +30,10 @@ class OnDevice(torch.Tensor):
     """A tensor on the stand-in device.
 
     Attributes:
-        values: The values, on the CPU.
+        on_cpu: The values, on the CPU.
     """
 
-    values: torch.Tensor
+    on_cpu: torch.Tensor
 
     @staticmethod
     def __new__(cls, values: torch.Tensor) -> OnDevice:
@@ -45,18 +45,18 @@ class OnDevice(torch.Tensor):
             dtype=values.dtype,
             device=DEVICE,
         )
-        made.values = values
+        made.on_cpu = values
         return made
 
     def data_ptr(self) -> int:
         """Returns an address, which views share as they do on a real device."""
-        return self.values.data_ptr()
+        return self.on_cpu.data_ptr()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
         raise AssertionError(f"{func} is called outside of the stand-in device's block")
 
-    def __repr__(self) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"OnDevice({tuple(self.shape)}, {self.dtype})"
 
 
@@ -101,7 +101,7 @@ class StandInDevice(TorchDispatchMode):
         if target is not None:
             kwargs["device"] = torch.device("cpu")
         self._record(name, tensors, on_device, to_device)
-        originals = {id(each.values): each for each in tensors if isinstance(each, OnDevice)}
+        originals = {id(each.on_cpu): each for each in tensors if isinstance(each, OnDevice)}
         result = func(*tree_map(_values, args), **tree_map(_values, kwargs))
         if not to_device or name in _READS - {"nonzero", "masked_select", "bincount", "_unique2"}:
             return result
@@ -131,7 +131,7 @@ class StandInDevice(TorchDispatchMode):
 
 
 def _values(each: Any) -> Any:
-    return each.values if isinstance(each, OnDevice) else each
+    return each.on_cpu if isinstance(each, OnDevice) else each
 
 
 class _Constants(TorchFunctionMode):

@@ -18,9 +18,9 @@ __all__ = ["StepReports"]
 class StepReports:
     """Passes the events of one request on, and holds the progress of a step until the device has its next call.
 
-    A report wakes the event loop, which takes Python's lock at once: the request's thread would go on to the next call
-    only when all messages are sent, while the device has nothing to do. Only progress that the thread itself reports is
-    held. Every other event passes at once, after the one that is held.
+    A report wakes the event loop, which takes Python's lock at once: the request's thread would continue to the next
+    call only when all messages are sent, while the device has nothing to do. Only progress that the thread itself
+    reports is held. Every other event passes at once, after the one that is held.
 
     Args:
         report: Receives the events.

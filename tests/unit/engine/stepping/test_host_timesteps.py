@@ -109,7 +109,7 @@ def examined(name, hosted, config=None):
             sample = scheduler.step(output, timestep, sample, **noise, return_dict=False)[0]
             waits.append((device.reads.total(), device.copies.total()))
             operations.append(tuple(device.operations))
-    return sample.values, waits, operations
+    return sample.on_cpu, waits, operations
 
 
 def test_every_scheduler_is_classified():
@@ -216,7 +216,7 @@ def generated(family, hosted):
         denoiser = {denoiser_name(pipeline): DenoiserProxy(runtime.module, answer)}
         given = {name: value if name == "generator" else moved(value) for name, value in arguments(family).items()}
         latents = request_view(pipeline, scheduler, **denoiser)(**given)[0]
-    return latents.values, tuple(waits)
+    return latents.on_cpu, tuple(waits)
 
 
 def job(model):

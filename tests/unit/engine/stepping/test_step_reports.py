@@ -14,7 +14,7 @@ from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.protocol import Stop
 from calotype_server.engine.runtime.collate import Collator
 from calotype_server.engine.stepping.step_reports import StepReports
-from calotype_server.types import Decoding, Denoising, EncodingPrompt, PreviewMethod, PreviewOptions
+from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, PreviewMethod, PreviewOptions
 from support.engine import tiny
 from support.engine.batching import Callers
 from support.runs import JOB, PATIENCE, STEPS
@@ -35,7 +35,7 @@ def test_reports_keep_their_order(actions):
             reports.flush()
             assert reported == given_events
         else:
-            event = {"step": Denoising(number, 99), "last": Denoising(99, 99), "other": EncodingPrompt()}[action]
+            event: Event = EncodingPrompt() if action == "other" else Denoising(number if action == "step" else 99, 99)
             given_events.append(event)
             reports(event)
             held = holding and action == "step"
@@ -74,9 +74,15 @@ def test_a_call_that_cannot_be_followed_by_its_report_is_withdrawn():
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     """An engine that shares its denoiser."""
-    options = {"max_active": 2, "max_rows": 4, "threads": 1, "preview_methods": (PreviewMethod.FULL_VAE,)}
     engine = build_engine(
-        "tiny", tiny.build("sd15"), defaults=Defaults(), cache_dir=tmp_path_factory.mktemp("cache"), **options
+        "tiny",
+        tiny.build("sd15"),
+        defaults=Defaults(),
+        cache_dir=tmp_path_factory.mktemp("cache"),
+        max_active=2,
+        max_rows=4,
+        threads=1,
+        preview_methods=(PreviewMethod.FULL_VAE,),
     )
     yield engine
     engine.close()
@@ -84,7 +90,7 @@ def engine(tmp_path_factory):
 
 def test_progress_follows_the_next_call(engine, monkeypatch):
     """Each step is reported once, between submitting the next call and its answer; the last one before decoding."""
-    happened = []
+    happened: list[str | int] = []
     submit = StepBatcher.submit
 
     def submitting(self, pending):

@@ -83,8 +83,8 @@ MIDDLE = 5
 """Index of a step in the middle, in which second-order schedulers draw noise."""
 
 
-def examined(name, hosted, config=None):
-    """Runs a scheduler on the stand-in device, as a pipeline does.
+def examined(name, hosted, config=None, begins=False):
+    """Runs a scheduler on the stand-in device, as a pipeline does; `begins` sets the index of the first step.
 
     Returns:
         The result, the waits of each step, and the operations on latents.
@@ -96,6 +96,8 @@ def examined(name, hosted, config=None):
         sample = OnDevice(torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)))
         shift = {"mu": 0.7} if scheduler.config.get("use_dynamic_shifting") else {}
         scheduler.set_timesteps(STEPS, device=DEVICE, **shift)
+        if begins and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
         noise = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             noise["generator"] = torch.Generator().manual_seed(2)
@@ -134,12 +136,13 @@ def test_results_are_bit_identical(name, config):
     assert hosted_operations == operations
 
 
+@pytest.mark.parametrize("begins", [False, True], ids=["found", "given"])
 @pytest.mark.parametrize("name", sorted(WAITS))
-def test_schedulers_wait_as_often_as_expected(name):
+def test_schedulers_wait_as_often_as_expected(name, begins):
     """Reading timesteps on the host avoids the waits of a step, apart from noise and factors of the latents."""
     before, after = WAITS[name]
-    assert examined(name, False)[1][MIDDLE] == before
-    waits = examined(name, True)[1]
+    assert examined(name, False, begins=begins)[1][MIDDLE] == before
+    waits = examined(name, True, begins=begins)[1]
     assert waits[MIDDLE] == after
     # The first step copies the timesteps.
     assert waits[0][0] <= after[0] + 1

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import structlog
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = [
     "LAST_RESORT",
@@ -34,6 +34,7 @@ __all__ = [
     "exit_after",
     "exit_process",
     "run",
+    "short_turns",
     "stacks",
     "start",
     "submit",
@@ -50,6 +51,14 @@ _SLICES = 10
 
 _MAX_HUNG = 8
 _FLUSH_SECONDS = 1.0
+
+_TURN_SECONDS = 0.0005
+"""Longest time that a thread keeps Python's lock while another waits for it; Python's default is 5 ms.
+
+A denoiser gives up the lock at each of its thousands of torch calls, and then waits for a busy thread. Measured with
+3,000 small torch calls (24 ms) beside a thread that is busy for 2 ms every 10 ms: the calls waited 1.1 ms with the
+default, and 0.7 ms with this value; the other thread waited less than 0.1 ms. Busy periods of 0.3 ms, as for one
+message, made no difference."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -103,6 +112,17 @@ def start(name: str, function: Callable[[], object]) -> threading.Thread:
 def submit(executor: Executor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
     """Runs `function` in an executor, in the caller's context so that its log lines carry the caller's ids."""
     return executor.submit(contextvars.copy_context().run, lambda: contained(function, *args, **kwargs))
+
+
+@contextlib.contextmanager
+def short_turns() -> Iterator[None]:
+    """Makes threads take shorter turns in Python during the block, so that none delays the denoiser for long."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_TURN_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 async def run(name: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -116,6 +116,7 @@ class Runtime:
     async def _enter(self, stack: contextlib.AsyncExitStack) -> None:
         """Starts everything, and registers on `stack` how each part ends, in reverse order."""
         settings, engine = self._settings, self._engine
+        stack.enter_context(threads.short_turns())
         estimator = StepTimeEstimator()
         self.admission = Admission(
             estimator,

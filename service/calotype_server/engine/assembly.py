@@ -52,6 +52,7 @@ def build_engine(
     max_active: int | None = 1,
     max_rows: int | None = None,
     deterministic: bool = False,
+    host_timesteps: bool = False,
     measure_again: bool = False,
     memory_limit: int | None = 0,
     reserved_bytes: int = 0,
@@ -72,6 +73,7 @@ def build_engine(
         max_active: Generations that run at once. None: as many as pay off, measured.
         max_rows: Most rows of latents that the denoiser computes together. None: as many as pay off, measured.
         deterministic: Whether an image must be bitwise the same regardless of other generations.
+        host_timesteps: Whether schedulers get their timesteps in ordinary memory, so that they do not wait for a GPU.
         measure_again: Whether to ignore a cached batching plan and replace it.
         memory_limit: Bytes that running generations may use together; 0 for no limit, None for the free memory.
         reserved_bytes: Bytes of the free memory that are for other purposes.
@@ -120,6 +122,7 @@ def build_engine(
             batcher=batcher,
             # Encoding a prompt and decoding an image are enough work for all threads.
             threads=plan.threads.few if batcher is None else plan.threads.many,
+            host_timesteps=host_timesteps,
         )
     )
 

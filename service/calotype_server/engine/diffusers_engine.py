@@ -10,6 +10,7 @@ import torch
 from calotype_server import errors
 from calotype_server.engine.generation_run import EngineParts, GenerationRun
 from calotype_server.engine.memory import is_device_failure, is_out_of_memory, release_cached_memory
+from calotype_server.engine.stepping.step_reports import StepReports
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,9 +42,10 @@ class DiffusersEngine:
         """Generates one image; see the protocol."""
         # Torch keeps the number per thread, and a new thread starts with the number that any thread set last.
         torch.set_num_threads(self._parts.threads)
-        queue = self._parts.previews.open_queue(job, report)
+        reports = StepReports(report)
+        queue = self._parts.previews.open_queue(job, reports)
         try:
-            return GenerationRun(self._parts, job, report, stop, queue).run()
+            return GenerationRun(self._parts, job, reports, stop, queue).run()
         except errors.ServiceError:
             raise
         except BaseException as error:
@@ -58,6 +60,7 @@ class DiffusersEngine:
             raise errors.GenerationFailed("The model failed to generate this image.") from error
         finally:
             queue.close()
+            reports.flush()
 
     def note_preview_encoding(self, seconds: float) -> None:
         """Charges the preview budget; see the protocol."""

@@ -90,6 +90,7 @@ def engine_around(settings: Settings, pipeline: Any, observe: Observe) -> Engine
         max_active=settings.max_active,
         max_rows=settings.max_batch_rows,
         deterministic=settings.deterministic,
+        host_timesteps=settings.host_timesteps,
         measure_again=settings.measure_again,
         memory_limit=settings.memory_limit,
         # Images that are retained later.

@@ -11,13 +11,12 @@ import torch
 from calotype_server import errors
 from calotype_server.engine.request_arguments import call_arguments, prompt_notices
 from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.stepping.host_timesteps import keep_timesteps_on_host
 from calotype_server.engine.tap import Step, StepTap, Stopped
 from calotype_server.failpoints import hit
-from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, Pixels, PreviewMethod, Withdrawn
+from calotype_server.types import Decoding, Denoising, EncodingPrompt, Pixels, PreviewMethod, Withdrawn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from calotype_server.engine.batching.batcher import StepBatcher
     from calotype_server.engine.batching.session import DenoiserSession
     from calotype_server.engine.early_finish import EarlyFinisher
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
     from calotype_server.engine.preview.queue import PreviewQueue
     from calotype_server.engine.protocol import Stop
+    from calotype_server.engine.stepping.step_reports import StepReports
     from calotype_server.types import Job, ModelInfo
 
 __all__ = ["EngineParts", "GenerationRun", "to_pixels"]
@@ -44,6 +44,7 @@ class EngineParts:
         budget: Records how long the full VAE takes.
         batcher: Runs the denoiser for all requests; None if only one runs at a time.
         threads: CPU threads for everything but a shared denoiser.
+        host_timesteps: Whether schedulers get their timesteps in ordinary memory.
     """
 
     pipeline: Any
@@ -54,6 +55,7 @@ class EngineParts:
     budget: PreviewBudget
     batcher: StepBatcher | None
     threads: int
+    host_timesteps: bool = False
 
 
 class GenerationRun:
@@ -62,17 +64,15 @@ class GenerationRun:
     Args:
         parts: The engine's parts.
         job: What to generate.
-        report: Receives events; see `engine.protocol.Engine.run`.
+        reports: Receives events; see `engine.protocol.Engine.run`.
         stop: Asks the run to end.
         queue: Receives the steps to preview.
     """
 
-    def __init__(
-        self, parts: EngineParts, job: Job, report: Callable[[Event], None], stop: Stop, queue: PreviewQueue
-    ) -> None:
+    def __init__(self, parts: EngineParts, job: Job, reports: StepReports, stop: Stop, queue: PreviewQueue) -> None:
         self._parts = parts
         self._job = job
-        self._report = report
+        self._report = reports
         self._stop = stop
         self._queue = queue
         self._session: DenoiserSession | None = None
@@ -93,6 +93,8 @@ class GenerationRun:
             on_step=self._on_step,
             should_stop=self._should_stop,
         )
+        if self._parts.host_timesteps:
+            keep_timesteps_on_host(scheduler)
         view = self._open_view(scheduler)
         try:
             if self._should_stop():
@@ -109,7 +111,8 @@ class GenerationRun:
         parts = self._parts
         if parts.batcher is None:
             return request_view(parts.pipeline, scheduler)
-        self._session = parts.batcher.open_session(should_stop=self._should_stop)
+        self._session = parts.batcher.open_session(should_stop=self._should_stop, on_submitted=self._report.flush)
+        self._report.hold()
         self._stop.call(self._session.cancel)
         return request_view(parts.pipeline, scheduler, **{parts.denoiser: self._session.proxy()})
 

@@ -76,6 +76,11 @@ class Settings(WebSettings):
         description="Make every image bit for bit the same, regardless of the other requests in its batch. This makes "
         "the server slower.",
     )
+    host_timesteps: bool = Field(
+        False,
+        description="Let schedulers such as DDIM, DDPM, PNDM and LCM step without waiting for a GPU. Images stay the "
+        "same. Off by default, because it has not been tried on a GPU yet.",
+    )
     measure_again: bool = Field(
         False, description="Ignore the cached batching plan of the model at this start, and measure a new one."
     )

@@ -85,15 +85,18 @@ class StepBatcher:
         """Most rows to run at once: as configured, or fewer since memory ran out."""
         return self._scheduler.max_rows
 
-    def open_session(self, *, should_stop: Callable[[], bool] = lambda: False) -> DenoiserSession:
+    def open_session(
+        self, *, should_stop: Callable[[], bool] = lambda: False, on_submitted: Callable[[], None] = lambda: None
+    ) -> DenoiserSession:
         """Opens a session for one request.
 
         Args:
             should_stop: Called before each call of the denoiser; True raises `Stopped`.
+            on_submitted: Called after each call of the denoiser is submitted, before its answer is awaited.
         """
         with self._changed:
             number, self._opened = self._opened, self._opened + 1
-        return DenoiserSession(self, number, should_stop)
+        return DenoiserSession(self, number, should_stop, on_submitted)
 
     def close(self) -> None:
         """Ends the device thread after the current batch; waiting calls and later ones raise `Draining`."""

@@ -52,11 +52,15 @@ class DenoiserSession:
         queue: Runs the calls.
         number: Identifies the session in records of batches.
         should_stop: Called before each call of the denoiser; True raises `Stopped`.
+        on_submitted: Called after each call of the denoiser is submitted, before its answer is awaited.
     """
 
-    def __init__(self, queue: CallQueue, number: int, should_stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, queue: CallQueue, number: int, should_stop: Callable[[], bool], on_submitted: Callable[[], None]
+    ) -> None:
         self._queue = queue
         self._should_stop = should_stop
+        self._on_submitted = on_submitted
         self._digests: Digests = {}
         self._slot = RequestSlot(number)
         self._pending: PendingCall | None = None
@@ -103,6 +107,11 @@ class DenoiserSession:
         if self._cancelled:
             raise Stopped
         self._queue.submit(pending)
+        try:
+            self._on_submitted()
+        except BaseException:
+            self._queue.withdraw(self._slot, pending)
+            raise
         answer = pending.future.result()
         self._calls += 1
         self._rows += pending.batch_rows

@@ -8,6 +8,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from calotype_server.engine.runtime.collate import Collator
 from support.engine import tiny
+from support.engine.stand_in_device import OnDevice, StandInDevice
 
 
 class Module(torch.nn.Module):
@@ -45,6 +46,22 @@ def test_position_and_keyword_are_the_same(collator):
     by_position = collator.bind((latents, timestep), {}, {})
     by_keyword = collator.bind((), {"timestep": timestep, "hidden_states": latents}, {})
     assert by_position.signature == by_keyword.signature
+
+
+def test_joining_on_a_device_reads_shared_values_once(collator):
+    """Joined calls wait for a device only to compare values that rows share, and once for each tensor."""
+    with StandInDevice() as device:
+        requests = [({"img_ids": OnDevice(torch.zeros(4, 3)), "guidance": OnDevice(torch.ones(1))}, {}) for _ in "ab"]
+        timesteps = OnDevice(torch.arange(6, 0, -1))
+        for step, timestep in enumerate(timesteps):
+            device.reset()
+            calls = [
+                collator.bind((OnDevice(torch.ones(1, 3)),), {**shared, "timestep": timestep}, digests)
+                for shared, digests in requests
+            ]
+            assert joined(collator, *calls, padded_rows=3)["timestep"].on_cpu.tolist() == [6 - step] * 3
+            assert device.copies.total() == 0
+            assert device.reads.total() == (len(requests) if step == 0 else 0)
 
 
 @pytest.mark.parametrize(

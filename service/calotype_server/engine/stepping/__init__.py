@@ -1,0 +1,1 @@
+"""Denoising steps of one request."""

@@ -28,6 +28,6 @@ def test_the_operator_learns_that_the_device_failed(monkeypatch, error, message)
         raise error
 
     monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: None)
-    monkeypatch.setattr(factory, "_build", fail)
+    monkeypatch.setattr(factory, "engine_around", fail)
     with pytest.raises(errors.ModelUnavailable, match=message):
         factory.load_engine(Settings(device="cpu"), ignore)

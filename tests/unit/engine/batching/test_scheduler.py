@@ -6,21 +6,33 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
 from calotype_server.engine.batching.scheduler import BatchScheduler, PendingCall, RequestSlot
+from calotype_server.engine.batching.urgency import LOOKS_IN_A_ROW
+from calotype_server.types import Schedule
 
 STEP = 0.1
 WAIT = STEP / 4
 
 
 class Simulation:
-    """A scheduler with a simulated clock."""
+    """A scheduler with a simulated clock, and a device that computes a batch during its launch."""
 
-    def __init__(self, max_rows=16):
+    def __init__(self, max_rows=16, schedule=Schedule.FIRST_LOOK):
         self.now = 0.0
-        self.scheduler = BatchScheduler(max_rows)
+        self.scheduler = BatchScheduler(max_rows, schedule)
         self.scheduler.observe(STEP)
+        self.running = {}
 
     def arrive(self, slot, signature="a", rows=1):
         call: Any = types.SimpleNamespace(signature=signature, rows=rows)
@@ -29,13 +41,22 @@ class Simulation:
         return pending
 
     def answer(self, *slots):
-        for slot in slots:
-            self.scheduler.expect(slot, self.now)
+        """Answers the calls of these requests that were picked."""
+        calls = [self.running.pop(slot) for slot in slots]
+        self.scheduler.launched(calls, self.now - STEP, self.now)
+        self.scheduler.computed(self.now)
+        for pending in calls:
+            pending.answer(None, 0)
+
+    def take(self):
+        """Returns the calls that run now."""
+        calls, _ = self.scheduler.pick(self.now)
+        self.running |= {pending.slot: pending for pending in calls}
+        return calls
 
     def pick(self):
         """Returns the numbers of the requests whose calls run now."""
-        calls, _ = self.scheduler.pick(self.now)
-        return [pending.slot.number for pending in calls]
+        return [pending.slot.number for pending in self.take()]
 
     def step(self, *slots, signature="a"):
         """Makes one step of all these requests, on time."""
@@ -72,7 +93,7 @@ def test_a_batch_waits_for_expected_requests(simulation):
     simulation.arrive(a)
     assert simulation.pick() == []
     simulation.arrive(c)
-    assert simulation.pick() == [1, 0, 2]
+    assert simulation.pick() == [0, 1, 2]
 
 
 def test_waiting_is_bounded(simulation):
@@ -99,7 +120,7 @@ def test_only_idle_time_of_the_device_counts(simulation):
     simulation.answer(a)
     assert simulation.pick() == []
     simulation.arrive(a)
-    assert simulation.pick() == [1, 0]
+    assert simulation.pick() == [0, 1]
 
 
 def test_a_slow_request_delays_others_once(simulation):
@@ -138,9 +159,9 @@ def test_a_request_that_left_is_not_expected(simulation):
     assert simulation.pick() == [0]
 
 
-def test_a_full_batch_does_not_wait(simulation):
-    """A batch that has no room for the expected call runs at once."""
-    simulation.scheduler.limit_rows(5)
+def test_a_full_batch_does_not_wait():
+    """In turn, a batch that has no room for the expected call runs at once."""
+    simulation = Simulation(max_rows=5, schedule=Schedule.FAIR)
     a, b, c = slots(3)
     for slot in (a, b):
         simulation.arrive(slot, rows=2)
@@ -152,9 +173,57 @@ def test_a_full_batch_does_not_wait(simulation):
     assert simulation.pick() == [0, 2]
 
 
+@pytest.mark.parametrize("schedule", [Schedule.FIRST_LOOK, Schedule.FIFO])
+def test_a_full_batch_waits_only_for_more_urgent_requests(schedule):
+    """If two fit, the batch of the first and the third waits for the second, but only for `max_wait`."""
+    simulation = Simulation(max_rows=2, schedule=schedule)
+    a, b, c = slots(3)
+    simulation.step(a, b)
+    simulation.arrive(c)
+    simulation.arrive(a)
+    assert simulation.pick() == []
+    simulation.arrive(b)
+    assert simulation.pick() == [0, 1]
+    simulation.now += STEP
+    simulation.answer(a, b)
+    simulation.arrive(a)
+    assert simulation.pick() == []
+    simulation.now += WAIT
+    assert simulation.pick() == [0, 2]
+
+
+def test_first_steps_come_first():
+    """A request that has not finished its first step runs before an older one, and after it behind it."""
+    simulation = Simulation(max_rows=1)
+    a, b = slots(2)
+    simulation.step(a)
+    simulation.scheduler.note_look(a)
+    simulation.arrive(a)
+    simulation.arrive(b)
+    assert simulation.pick() == [1]
+    simulation.answer(b)
+    simulation.scheduler.note_look(b)
+    simulation.arrive(b)
+    assert simulation.pick() == [0]
+
+
+def test_a_first_step_of_several_calls_is_finished_first():
+    """A request whose first step takes two calls runs both before older requests."""
+    simulation = Simulation(max_rows=1)
+    a, b = slots(2)
+    simulation.scheduler.note_look(a)
+    simulation.arrive(a)
+    simulation.arrive(b)
+    assert simulation.pick() == [1]
+    simulation.answer(b)
+    assert simulation.pick() == []
+    simulation.arrive(b)
+    assert simulation.pick() == [1]
+
+
 def test_requests_that_ran_queue_behind_waiting_ones():
-    """With six requests and room for four, each request runs in two of any three batches."""
-    simulation = Simulation(max_rows=4)
+    """With six requests and room for four, in turn, each request runs in two of any three batches."""
+    simulation = Simulation(max_rows=4, schedule=Schedule.FAIR)
     requests = slots(6)
     for slot in requests:
         simulation.arrive(slot)
@@ -168,8 +237,10 @@ def test_requests_that_ran_queue_behind_waiting_ones():
     assert turns == [number % 6 for number in range(24)]
 
 
-def test_the_group_with_the_oldest_call_runs_first(simulation):
+@pytest.mark.parametrize("schedule", Schedule)
+def test_the_group_with_the_oldest_call_runs_first(schedule):
     """Groups of different sizes run in the order of their oldest calls."""
+    simulation = Simulation(schedule=schedule)
     a, b, c = slots(3)
     simulation.arrive(a, "small")
     simulation.arrive(b, "large")
@@ -178,8 +249,9 @@ def test_the_group_with_the_oldest_call_runs_first(simulation):
     assert simulation.pick() == [1]
 
 
-def test_a_waiting_group_does_not_keep_the_device_idle(simulation):
-    """While the older group waits for a request, a complete younger group runs."""
+def test_a_waiting_group_does_not_keep_the_device_idle():
+    """In turn, while the older group waits for a request, a complete younger group runs."""
+    simulation = Simulation(schedule=Schedule.FAIR)
     a, b, c = slots(3)
     simulation.step(a, b)
     simulation.arrive(a)
@@ -219,15 +291,22 @@ def test_the_wait_follows_the_step_time():
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests that arrive, end, pause and are withdrawn in any order."""
+    """Requests that arrive, look, end, pause and are withdrawn in any order, with each schedule."""
 
     outside, answered = Bundle("outside"), Bundle("answered")
 
     def __init__(self):
         super().__init__()
         self.simulation = Simulation(max_rows=5)
+        self.schedule = Schedule.FIRST_LOOK
         self.number = 0
         self.waiting = set()
+        self.overtaken = 0
+
+    @initialize(schedule=st.sampled_from(Schedule))
+    def choose(self, schedule):
+        self.schedule = schedule
+        self.simulation = Simulation(max_rows=5, schedule=schedule)
 
     @rule(target=outside)
     def open(self):
@@ -245,6 +324,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(slot=consumes(answered), target=outside)
     def stop_waiting_for(self, slot):
         self.simulation.scheduler.stop_waiting_for(slot)
+        return slot
+
+    @rule(slot=consumes(answered), target=answered)
+    def look(self, slot):
+        self.simulation.scheduler.note_look(slot)
         return slot
 
     @rule(seconds=st.sampled_from([0.0, WAIT / 3, WAIT, STEP]))
@@ -273,15 +357,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len({pending.call.signature for pending in calls}) == 1
         assert sum(pending.call.rows for pending in calls) <= 5 or len(calls) == 1
         group = [pending for pending in waiting if pending.call.signature == calls[0].call.signature]
-        assert calls == group[: len(calls)], "not the oldest of their group"
-        for pending in waiting[: waiting.index(calls[0])]:
-            limit = pending.device_free_since + self.simulation.scheduler.max_wait
-            assert self.simulation.now < limit, "overtaken by a younger call"
+        if self.schedule is Schedule.FAIR:
+            self.check_oldest_calls(calls, group, waiting)
+        else:
+            self.check_most_urgent(calls, group, waiting)
         self.waiting.difference_update(calls)
+        self.simulation.running |= {pending.slot: pending for pending in calls}
         for pending in calls:
             if data.draw(st.booleans()):
                 self.simulation.answer(pending.slot)
         return multiple(*(pending.slot for pending in calls))
+
+    def check_oldest_calls(self, calls, group, waiting):
+        assert calls == group[: len(calls)], "not the oldest of their group"
+        for pending in waiting[: waiting.index(calls[0])]:
+            limit = pending.device_free_since + self.simulation.scheduler.max_wait
+            assert self.simulation.now < limit, "overtaken by a younger call"
+
+    def check_most_urgent(self, calls, group, waiting):
+        oldest = min(waiting, key=lambda pending: pending.slot.number)
+        new = [pending for pending in waiting if not pending.slot.looked]
+        if self.schedule is Schedule.FIFO or not new:
+            assert calls[0] is oldest, "not the oldest request"
+        else:
+            assert calls[0] in (oldest, min(new, key=lambda pending: pending.slot.number)), "neither new nor the oldest"
+        waits = any(pending.slot.looked for pending in waiting if pending not in calls)
+        self.overtaken = self.overtaken + 1 if waits and not calls[0].slot.looked and calls[0] is not oldest else 0
+        assert self.overtaken <= LOOKS_IN_A_ROW, "new requests overtake without limit"
+        room = 5 - sum(pending.call.rows for pending in calls)
+        assert all(pending.call.rows > room for pending in group if pending not in calls), "the batch has room"
 
     @invariant()
     def no_call_is_lost(self):
@@ -293,8 +397,8 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 
 
 def test_no_call_starves():
-    """A call of another group runs after at most one batch, although the other group always has waiting calls."""
-    simulation = Simulation(max_rows=2)
+    """In turn, a call of another group runs after at most one batch, although the other group always has calls."""
+    simulation = Simulation(max_rows=2, schedule=Schedule.FAIR)
     patient, *others = slots(7)
     simulation.arrive(others[0], "b")
     simulation.arrive(patient, "a")

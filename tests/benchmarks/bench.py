@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import calotype
-from benchmarks import concurrency, previews, subscribers, transports, web
+from benchmarks import concurrency, previews, subscribers, transports, turns, web
 from benchmarks.runs import GUIDANCE, STEPS, bundled
 from support.process import ServerProcess
 
@@ -35,6 +35,12 @@ GOALS = {
     "cancel_steps": "<= 1.2",
     "throughput8_over_fifo": ">= 1.7",
     "first_preview8_over_fifo": "<= 0.25",
+    **{
+        f"turns8_{kind}{steps}_{name}_over_fifo": goal
+        for kind in ("sleeping", "spinning")
+        for steps, goals in ((20, ("<= 0.1", "<= 1.05", ">= 0.98")), (4, ("<= 0.35", "<= 1.2", ">= 0.98")))
+        for name, goal in zip(("first_preview", "completion", "throughput"), goals, strict=True)
+    },
     "readers200_denoise_over_1": "<= 1.02",
     "web_over_native1": ">= 1",
     "web_over_native16": ">= 1",
@@ -55,15 +61,16 @@ def main() -> None:
         }
     results |= cancels(threads, results["step_ms"])
     results |= concurrency.measure(max(1, ROUNDS // 4), threads)
+    results |= turns.measure(max(1, ROUNDS // 4))
     results |= subscribers.measure(ROUNDS, threads)
     results |= previews.measure()
     results |= web.measure(ROUNDS)
     results |= transports.measure(ROUNDS)
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"{'':34} {'measured':>10} {'goal':>8}")
+    print(f"{'':42} {'measured':>10} {'goal':>8}")
     for name, value in results.items():
-        print(f"{name:34} {value:10.3f} {GOALS.get(name, ''):>8}")
+        print(f"{name:42} {value:10.3f} {GOALS.get(name, ''):>8}")
 
 
 def cost_of_streaming(pipeline: Any, client: calotype.Client) -> dict[str, float]:

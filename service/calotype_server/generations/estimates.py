@@ -99,14 +99,14 @@ class StepTimeEstimator:
 
 @dataclass(slots=True)
 class Work:
-    """A running job and the share of its work that is left, 0 to 1."""
+    """A job and the share of its work that is left, 0 to 1."""
 
     job: Job
     left: float = 1.0
 
 
 def finish_times(
-    estimator: StepTimeEstimator, running: Sequence[Work], waiting: Sequence[Job], slots: int
+    estimator: StepTimeEstimator, running: Sequence[Work], waiting: Sequence[Work], slots: int
 ) -> list[float] | None:
     """Simulates the queue: when does each waiting job finish if no other job arrives?
 
@@ -117,8 +117,8 @@ def finish_times(
     Args:
         estimator: The measured durations.
         running: Running jobs, at most `slots`.
-        waiting: Waiting jobs, the next one first.
-        slots: Number of jobs that run at once.
+        waiting: Waiting jobs, the next one first; they may have made some steps.
+        slots: Number of jobs that progress at once.
 
     Returns:
         Seconds from now to the final image of each waiting job; None before the first measurement.
@@ -133,7 +133,8 @@ def finish_times(
     # As long as jobs wait, as many run as there are slots, so their speed and the time of their end do not change.
     joining = count - len(running)
     active = [_Place(work.left * paces[count].seconds(work.job), None, work.job) for work in running]
-    active += [_Place(paces[count].seconds(job), index, job) for index, job in enumerate(waiting[:joining])]
+    for index, work in enumerate(waiting[:joining]):
+        active.append(_Place(work.left * paces[count].seconds(work.job), index, work.job))
     heapq.heapify(active)
     now = 0.0
     for index in range(joining, len(waiting)):
@@ -141,7 +142,8 @@ def finish_times(
         now = ended.end
         if ended.index is not None:
             times[ended.index] = now
-        heapq.heapreplace(active, _Place(now + paces[count].seconds(waiting[index]), index, waiting[index]))
+        work = waiting[index]
+        heapq.heapreplace(active, _Place(now + work.left * paces[count].seconds(work.job), index, work.job))
     _finish_last(active, now, paces, times)
     return times
 

@@ -10,6 +10,7 @@ import torch
 from calotype_server.engine.batching.run_ahead import RunAhead
 from calotype_server.types import Schedule
 from support.engine.batching import Callers, answer_to
+from support.engine.device import LaggingDevice
 from support.engine.scheduling import Request, VirtualDevice
 from support.runs import PATIENCE
 
@@ -87,47 +88,9 @@ class TestLaunches:
         assert new.looked_at == pytest.approx(7, abs=0.1)
 
 
-class Event:
-    """A stand-in for a CUDA event."""
-
-    def __init__(self):
-        self.computed = threading.Event()
-        self.waiting = threading.Event()
-
-    def query(self):
-        return self.computed.is_set()
-
-    def synchronize(self):
-        self.waiting.set()
-        assert self.computed.wait(PATIENCE)
-
-
-class Device:
-    """Stands for a CUDA device: a test decides when it has computed a batch."""
-
-    def __init__(self):
-        self.events = []
-        self._changed = threading.Condition()
-
-    def record(self):
-        with self._changed:
-            self.events.append(Event())
-            self._changed.notify_all()
-            return self.events[-1]
-
-    def compute(self, number):
-        """Computes a batch as soon as it is launched."""
-        with self._changed:
-            assert self._changed.wait_for(lambda: len(self.events) > number, PATIENCE)
-        self.events[number].computed.set()
-
-    def run_ahead(self):
-        return RunAhead(torch.device("cpu"), self.record)
-
-
 def test_a_third_batch_is_not_launched():
     """The denoiser is called for the third time only when the first batch is computed."""
-    device, called = Device(), threading.Semaphore(0)
+    device, called = LaggingDevice(), threading.Semaphore(0)
     with Callers(lambda _: called.release(), run_ahead=device.run_ahead()) as callers:
 
         def request():
@@ -149,7 +112,7 @@ def test_a_third_batch_is_not_launched():
 
 def test_a_batch_is_reported_when_it_is_computed():
     """Records, and with them the measured step times, do not precede the device."""
-    device, reported = Device(), threading.Semaphore(0)
+    device, reported = LaggingDevice(), threading.Semaphore(0)
     with Callers(run_ahead=device.run_ahead(), on_batch=lambda _: reported.release()) as callers:
         callers.call(1)
         assert not reported.acquire(blocking=False)
@@ -159,7 +122,7 @@ def test_a_batch_is_reported_when_it_is_computed():
 
 def test_the_limit_waits_for_the_step_before():
     """A pipeline that calls the denoiser itself continues when the step before is computed."""
-    device = Device()
+    device = LaggingDevice()
     run_ahead = device.run_ahead()
     run_ahead.launched()
     run_ahead.limit()

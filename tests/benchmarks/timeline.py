@@ -132,10 +132,9 @@ def draw_schedules(runs: dict[Schedule, TurnsRun]) -> PIL.Image.Image:
         pen.text((8, top - 14), NOTES[schedule], INK, font, anchor="lm")
         note = f"mean first preview after {look:.1f} steps, mean end after {end:.1f}"
         pen.text((WIDTH - 20, top - 14), note, INK, font, anchor="rm")
-        # Numbered by their first steps: they arrive together, in any order.
-        for row, user in enumerate(dict.fromkeys(record.sessions[0] for record in run.records)):
-            y = top + TURN * row
-            pen.text((8, y + TURN // 2), f"user {row + 1}", INK, PIL.ImageFont.load_default(11), anchor="lm")
+        for user in range(USERS):
+            y = top + TURN * user
+            pen.text((8, y + TURN // 2), f"user {user + 1}", INK, PIL.ImageFont.load_default(11), anchor="lm")
             own = [record for record in run.records if user in record.sessions]
             pen.line([(x(first), y + TURN // 2), (x(own[-1].started), y + TURN // 2)], GRID)
             for step, record in enumerate(own):

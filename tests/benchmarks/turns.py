@@ -66,15 +66,14 @@ def run_turns(schedule: Schedule, steps: int, *, seconds: float = STEP_SECONDS, 
     batcher = StepBatcher(
         EagerRuntime(_Denoiser(seconds, spin=spin)), max_rows=1, schedule=schedule, on_batch=records.append
     )
-    sessions = [batcher.open_session() for _ in range(USERS)]
     looks, ends = [0.0] * USERS, [0.0] * USERS
     together = threading.Barrier(USERS + 1)
     started = 0.0
 
     def user(number: int) -> None:
-        with sessions[number] as session:
+        together.wait()
+        with batcher.open_session() as session:
             denoiser = session.proxy()
-            together.wait()
             for step in range(1, steps + 1):
                 denoiser(torch.zeros(1, 4), torch.tensor(step))
                 if step == 1:

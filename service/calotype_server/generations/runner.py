@@ -11,8 +11,8 @@ import structlog
 
 from calotype_server import errors, threads
 from calotype_server.failpoints import hit
+from calotype_server.generations.estimates import Turns
 from calotype_server.generations.generation import Generation
-from calotype_server.generations.turns import Turns
 from calotype_server.images import metadata
 from calotype_server.observability.events import LeftQueue
 from calotype_server.types import (

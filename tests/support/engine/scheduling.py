@@ -7,10 +7,58 @@ import itertools
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-from calotype_server.engine.batching.scheduler import BatchScheduler, PendingCall, RequestSlot
+from calotype_server.engine.batching.pending import PendingCall, RequestSlot
+from calotype_server.engine.batching.scheduler import BatchScheduler
 from calotype_server.types import Schedule
 
-__all__ = ["Request", "VirtualDevice"]
+__all__ = ["STEP", "WAIT", "Request", "Simulation", "VirtualDevice"]
+
+STEP = 0.1
+"""Seconds of a step in a `Simulation`."""
+
+WAIT = STEP / 4
+"""Longest wait for expected requests in a `Simulation`."""
+
+
+class Simulation:
+    """A scheduler with a simulated clock, and a device that computes a batch during its launch."""
+
+    def __init__(self, max_rows=16, schedule=Schedule.FIRST_LOOK):
+        self.now = 0.0
+        self.scheduler = BatchScheduler(max_rows, schedule)
+        self.scheduler.observe(STEP)
+        self.running = {}
+
+    def arrive(self, slot, signature="a", rows=1):
+        call = SimpleNamespace(signature=signature, rows=rows)
+        pending = PendingCall(slot, call, self.now)
+        self.scheduler.arrive(pending)
+        return pending
+
+    def answer(self, *slots):
+        """Answers the calls of these requests that were picked."""
+        calls = [self.running.pop(slot) for slot in slots]
+        self.scheduler.launched(calls, self.now - STEP, self.now)
+        self.scheduler.computed(self.now)
+        for pending in calls:
+            pending.answer(None, 0)
+
+    def take(self):
+        """Returns the calls that run now."""
+        calls, _ = self.scheduler.pick(self.now)
+        self.running |= {pending.slot: pending for pending in calls}
+        return calls
+
+    def pick(self):
+        """Returns the numbers of the requests whose calls run now."""
+        return [pending.slot.number for pending in self.take()]
+
+    def step(self, *slots, signature="a"):
+        """Makes one step of all these requests, on time."""
+        for slot in slots:
+            self.arrive(slot, signature)
+        assert len(self.pick()) == len(slots)
+        self.answer(*slots)
 
 
 @dataclass(eq=False)

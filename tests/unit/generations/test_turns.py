@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calotype_server.generations.turns import Turns
+from calotype_server.generations.estimates import Turns
 
 
 @pytest.mark.parametrize(("progressing", "expected"), [(1, 8), (2, 4), (3, 3), (8, 1), (0, 1)])
@@ -14,8 +14,7 @@ def test_steps_of_others_are_turns(progressing: int, expected: int) -> None:
     generations = [turns.join() for _ in range(8)]
     for generation in generations:
         generation.begin()
-    for generation in generations:
-        generation.note_step()
+    generations[0].note_step()
     for generation in generations[1:]:
         generation.note_step()
     assert generations[0].note_step() == expected

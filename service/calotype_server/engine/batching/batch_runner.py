@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from calotype_server.engine.batching.measure import Threads
-    from calotype_server.engine.batching.scheduler import PendingCall
+    from calotype_server.engine.batching.pending import PendingCall
     from calotype_server.engine.runtime.base import DenoiserRuntime
 
 __all__ = ["BatchObserver", "BatchRecord", "BatchRunner"]

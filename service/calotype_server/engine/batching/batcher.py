@@ -12,7 +12,7 @@ import torch
 
 from calotype_server import errors
 from calotype_server.engine.batching.batch_runner import BatchRecord, BatchRunner
-from calotype_server.engine.batching.scheduler import BatchScheduler, PendingCall, RequestSlot
+from calotype_server.engine.batching.scheduler import BatchScheduler
 from calotype_server.engine.batching.session import DenoiserSession
 from calotype_server.engine.tap import Stopped
 from calotype_server.failpoints import hit
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from calotype_server.engine.batching.measure import Threads
+    from calotype_server.engine.batching.pending import PendingCall, RequestSlot
     from calotype_server.engine.batching.run_ahead import RunAhead
     from calotype_server.engine.runtime.base import DenoiserRuntime
     from calotype_server.engine.runtime.collate import Collator

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from calotype_server.engine.batching.scheduler import PendingCall
+    from calotype_server.engine.batching.pending import PendingCall
 
 __all__ = ["Launches"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from calotype_server.engine.batching.scheduler import PendingCall, RequestSlot
+from calotype_server.engine.batching.pending import PendingCall, RequestSlot
 from calotype_server.engine.denoiser_proxy import DenoiserProxy
 from calotype_server.engine.tap import Stopped
 

@@ -9,7 +9,7 @@ from calotype_server.types import Schedule
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from calotype_server.engine.batching.scheduler import PendingCall, RequestSlot
+    from calotype_server.engine.batching.pending import PendingCall, RequestSlot
 
 __all__ = ["LOOKS_IN_A_ROW", "Urgency"]
 

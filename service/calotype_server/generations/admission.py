@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -95,12 +96,15 @@ class Admission:
 
     @property
     def usual_wait(self) -> float:
-        """Most seconds for which a running generation usually waits for the others; 0 if all progress."""
+        """Most seconds for which a running generation usually waits for the others; 0 if all progress.
+
+        Infinite before the first measurement.
+        """
         running = self._slots.running
         if len(running) <= self._max_progressing:
             return 0.0
-        times = (self._estimator.total_seconds(ticket.job, self._max_progressing) for ticket in running)
-        return sum(each or 0.0 for each in times)
+        times = [self._estimator.total_seconds(ticket.job, self._max_progressing) for ticket in running]
+        return sum(math.inf if each is None else each for each in times)
 
     @property
     def waiting(self) -> int:

@@ -313,3 +313,10 @@ class TestGenerationsThatWaitForOlderOnes:
         for _ in range(3):
             admission.enter(JOB, "a", Mover())
         assert admission.usual_wait == pytest.approx(wait)
+
+    async def test_the_usual_wait_is_unknown_before_the_first_measurement(self) -> None:
+        """The watchdog then relies on the progress of the others."""
+        admission = Admission(StepTimeEstimator(), max_active=2, max_progressing=1, max_queue=3)
+        for _ in range(2):
+            admission.enter(JOB, "a", Mover())
+        assert admission.usual_wait == float("inf")

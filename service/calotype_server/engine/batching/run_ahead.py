@@ -1,4 +1,4 @@
-"""Tells how far launched work runs ahead of a CUDA device, and limits it."""
+"""Follows the work that was launched on a device, and limits it."""
 
 from __future__ import annotations
 

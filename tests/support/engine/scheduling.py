@@ -6,6 +6,7 @@ import heapq
 import itertools
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 from calotype_server.engine.batching.pending import PendingCall, RequestSlot
 from calotype_server.engine.batching.scheduler import BatchScheduler
@@ -30,7 +31,7 @@ class Simulation:
         self.running = {}
 
     def arrive(self, slot, signature="a", rows=1):
-        call = SimpleNamespace(signature=signature, rows=rows)
+        call: Any = SimpleNamespace(signature=signature, rows=rows)
         pending = PendingCall(slot, call, self.now)
         self.scheduler.arrive(pending)
         return pending
@@ -166,9 +167,8 @@ class VirtualDevice:
     def _call(self, request):
         if request.cancelled:
             return
-        request.pending = PendingCall(
-            request.slot, SimpleNamespace(signature=request.signature, rows=request.rows, request=request), self.now
-        )
+        call: Any = SimpleNamespace(signature=request.signature, rows=request.rows, request=request)
+        request.pending = PendingCall(request.slot, call, self.now)
         self.scheduler.arrive(request.pending)
 
     def _device_thread(self):

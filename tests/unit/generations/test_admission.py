@@ -293,7 +293,8 @@ class TestGenerationsThatWaitForOlderOnes:
         for _ in range(3):
             admission.enter(JOB, "a", Mover())
         admission.enter(JOB, "a", mover)
-        assert mover.moves == [(1, pytest.approx(48.0))]
+        [(position, remaining)] = mover.moves
+        assert (position, remaining) == (1, pytest.approx(48.0))
         with pytest.raises(errors.DeadlineTooShort, match=r"about 60\.0 s"):
             admission.enter(JOB, "a", Mover(), deadline=59.0)
 

@@ -294,7 +294,8 @@ class TestGenerationsThatWaitForOlderOnes:
             admission.enter(JOB, "a", Mover())
         admission.enter(JOB, "a", mover)
         [(position, remaining)] = mover.moves
-        assert (position, remaining) == (1, pytest.approx(48.0))
+        assert position == 1
+        assert remaining == pytest.approx(48.0)
         with pytest.raises(errors.DeadlineTooShort, match=r"about 60\.0 s"):
             admission.enter(JOB, "a", Mover(), deadline=59.0)
 

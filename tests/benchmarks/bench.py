@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import calotype
-from benchmarks import concurrency, images, launch_bound, previews, subscribers, transports, web
+from benchmarks import concurrency, images, launch_bound, previews, subscribers, transports, turns, web
 from benchmarks.runs import GUIDANCE, STEPS, bundled
 from support.process import ServerProcess
 
@@ -38,6 +38,12 @@ GOALS = {
     "png_over_pillow": "<= 0.15",
     "png_bytes_over_pillow": "<= 1.1",
     "python_beside_png": ">= 0.9",
+    **{
+        f"turns8_{kind}{steps}_{name}_over_fifo": goal
+        for kind in ("sleeping", "spinning")
+        for steps, goals in ((20, ("<= 0.1", "<= 1.05", ">= 0.98")), (4, ("<= 0.35", "<= 1.2", ">= 0.98")))
+        for name, goal in zip(("first_preview", "completion", "throughput"), goals, strict=True)
+    },
     "readers200_denoise_over_1": "<= 1.02",
     "launch_bound_spinning_silent_over_bare": "<= 1.05",
     "launch_bound_spinning_stream_over_bare": "<= 1.05",
@@ -62,6 +68,7 @@ def main() -> None:
         }
     results |= cancels(threads, results["step_ms"])
     results |= concurrency.measure(max(1, ROUNDS // 4), threads)
+    results |= turns.measure(max(1, ROUNDS // 4))
     results |= subscribers.measure(ROUNDS, threads)
     results |= previews.measure()
     results |= images.measure(ROUNDS)
@@ -70,9 +77,9 @@ def main() -> None:
     results |= transports.measure(ROUNDS)
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"{'':40} {'measured':>10} {'goal':>8}")
+    print(f"{'':42} {'measured':>10} {'goal':>8}")
     for name, value in results.items():
-        print(f"{name:40} {value:10.3f} {GOALS.get(name, ''):>8}")
+        print(f"{name:42} {value:10.3f} {GOALS.get(name, ''):>8}")
 
 
 def cost_of_streaming(pipeline: Any, client: calotype.Client) -> dict[str, float]:

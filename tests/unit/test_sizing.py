@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.sizing.fleet import FairQueue, Fleet, Model, Request, Routing, poisson, simulate
-from calotype_server.engine.batching.scheduler import RequestSlot
+from calotype_server.engine.batching.pending import RequestSlot
 from calotype_server.generations.admission import Admission
 from calotype_server.generations.estimates import StepTimeEstimator
 from calotype_server.types import Job

@@ -121,6 +121,7 @@ class Runtime:
         self.admission = Admission(
             estimator,
             max_active=engine.model.max_active,
+            max_progressing=engine.model.max_progressing,
             max_queue=settings.max_queue,
             max_queue_per_caller=settings.max_queue_per_caller,
             shared=settings.checks_keys,
@@ -221,8 +222,9 @@ class Runtime:
         """Ends the process when a generation hangs, also one of the warm-up."""
         watchdog = Watchdog(
             lambda: [*runner.warming_up, *self.generations.running],
-            lambda job: estimator.usual_pause(job, self.admission.active),
+            lambda job: estimator.usual_pause(job, self.admission.progressing),
             self._settings.watchdog_seconds,
+            lambda: self.admission.usual_wait,
         )
         self._instruments.metrics.bind_gauges(longest_pause=lambda: watchdog.longest_pause)
 

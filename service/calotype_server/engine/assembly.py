@@ -24,7 +24,7 @@ from calotype_server.engine.request_view import request_view
 from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.shared_components import shared_components
 from calotype_server.observability.events import BatchDone, Observe, ignore
-from calotype_server.types import PreviewMethod
+from calotype_server.types import PreviewMethod, Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -53,6 +53,7 @@ def build_engine(
     max_rows: int | None = None,
     deterministic: bool = False,
     host_timesteps: bool = False,
+    schedule: Schedule = Schedule.FIRST_LOOK,
     measure_again: bool = False,
     memory_limit: int | None = 0,
     reserved_bytes: int = 0,
@@ -70,10 +71,11 @@ def build_engine(
         budget: Chooses how previews are rendered. None: a budget of 2 % of the denoiser's time.
         preview_methods: Methods that the operator allows.
         tiny_vae: An `AutoencoderTiny` that fits the pipeline, or None.
-        max_active: Generations that run at once. None: as many as pay off, measured.
+        max_active: Generations that run at once. None: as many as memory allows, up to 8.
         max_rows: Most rows of latents that the denoiser computes together. None: as many as pay off, measured.
         deterministic: Whether an image must be bitwise the same regardless of other generations.
         host_timesteps: Whether schedulers get their timesteps in ordinary memory, so that they do not wait for a GPU.
+        schedule: Which generations come first if not all fit into one call of the denoiser.
         measure_again: Whether to ignore a cached batching plan and replace it.
         memory_limit: Bytes that running generations may use together; 0 for no limit, None for the free memory.
         reserved_bytes: Bytes of the free memory that are for other purposes.
@@ -96,7 +98,7 @@ def build_engine(
     budget = budget or PreviewBudget(share=0.02)
     on_cpu = model.device == "cpu"
     budget.charge(CoreCosts(min(1.0, step_threads / (os.cpu_count() or 1))) if on_cpu else DeviceCosts())
-    batcher = _start_batcher(pipeline, plan, deterministic, _batch_observer(observe, on_batch))
+    batcher = _start_batcher(pipeline, plan, deterministic, schedule, _batch_observer(observe, on_batch))
     shared = _shared_pipeline(pipeline, batcher)
     previews = PipelinePreviews(
         shared,
@@ -113,7 +115,7 @@ def build_engine(
             pipeline=shared,
             denoiser=denoiser_name(pipeline),
             model=replace(
-                _planned(model, plan, previews),
+                _planned(model, plan, schedule, previews),
                 memory=memory_model(pipeline, model, cache_dir=cache_dir, limit=memory_limit, reserved=reserved_bytes),
             ),
             previews=previews,
@@ -137,9 +139,13 @@ def _batch_observer(observe: Observe, on_batch: Callable[[BatchRecord], None] | 
 
 
 def _start_batcher(
-    pipeline: Any, plan: Plan, deterministic: bool, on_batch: Callable[[BatchRecord], None]
+    pipeline: Any,
+    plan: Plan,
+    deterministic: bool,
+    schedule: Schedule,
+    on_batch: Callable[[BatchRecord], None],
 ) -> StepBatcher | None:
-    """Returns the batcher, or None if only one generation runs at a time."""
+    """Returns the batcher, or None if pipelines must call the denoiser themselves."""
     if plan.max_rows == 0:
         return None
     exact = deterministic and not plan.reason
@@ -148,6 +154,7 @@ def _start_batcher(
         max_rows=plan.max_rows,
         threads=plan.threads,
         deterministic=exact,
+        schedule=schedule,
         on_batch=on_batch,
     )
 
@@ -169,11 +176,12 @@ def _with_session(pipeline: Any, batcher: StepBatcher | None) -> Any:
     return request_view(pipeline, pipeline.scheduler, **own)
 
 
-def _planned(model: ModelInfo, plan: Plan, previews: PipelinePreviews) -> ModelInfo:
+def _planned(model: ModelInfo, plan: Plan, schedule: Schedule, previews: PipelinePreviews) -> ModelInfo:
     return replace(
         model,
         preview_methods=previews.methods,
         max_active=plan.max_active,
+        max_progressing=0 if schedule is Schedule.FAIR else plan.max_joined,
         max_batch_rows=0 if plan.reason else plan.max_rows,
         unbatched_reason=plan.reason,
     )

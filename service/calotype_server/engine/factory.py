@@ -91,6 +91,7 @@ def engine_around(settings: Settings, pipeline: Any, observe: Observe) -> Engine
         max_rows=settings.max_batch_rows,
         deterministic=settings.deterministic,
         host_timesteps=settings.host_timesteps,
+        schedule=settings.schedule,
         measure_again=settings.measure_again,
         memory_limit=settings.memory_limit,
         # Images that are retained later.

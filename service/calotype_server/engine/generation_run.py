@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calotype_server import errors
+from calotype_server.engine.batching.run_ahead import RunAhead
 from calotype_server.engine.request_arguments import call_arguments, prompt_notices
 from calotype_server.engine.request_view import make_scheduler, request_view
 from calotype_server.engine.stepping.host_timesteps import keep_timesteps_on_host
@@ -42,7 +43,7 @@ class EngineParts:
         previews: Renders previews.
         finisher: Decodes the image of a generation that ends early.
         budget: Records how long the full VAE takes.
-        batcher: Runs the denoiser for all requests; None if only one runs at a time.
+        batcher: Runs the denoiser for all requests; None if pipelines must call it themselves, one after another.
         threads: CPU threads for everything but a shared denoiser.
         host_timesteps: Whether schedulers get their timesteps in ordinary memory.
     """
@@ -77,6 +78,7 @@ class GenerationRun:
         self._queue = queue
         self._session: DenoiserSession | None = None
         self._decoding: Lap | None = None
+        self._run_ahead: RunAhead | None = None
 
     def run(self) -> Pixels:
         """Calls the pipeline, and returns the image after all steps, or after fewer if asked to finish early.
@@ -121,6 +123,10 @@ class GenerationRun:
 
     def _on_step(self, step: Step) -> None:
         hit("engine.step")
+        if self._session is None:
+            self._limit_run_ahead(step)
+        elif step.number == 1:
+            self._session.note_look()
         self._queue.offer(step)
         if step.number >= step.total:
             if self._session is not None:
@@ -129,6 +135,14 @@ class GenerationRun:
             self._report(Decoding(batch_rows=self._mean_rows()))
         elif self._stop.finishing and step.x0() is not None:
             raise Stopped
+
+    def _limit_run_ahead(self, step: Step) -> None:
+        """Waits until the step before is computed. A shared denoiser does so for all its calls."""
+        if self._run_ahead is None:
+            # Modules that are moved between devices are elsewhere before the first step.
+            self._run_ahead = RunAhead(step.sample.device)
+        self._run_ahead.launched()
+        self._run_ahead.limit()
 
     def _mean_rows(self) -> float:
         return 0.0 if self._session is None else self._session.mean_rows

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -43,6 +44,7 @@ class Admission:
     Args:
         estimator: Estimates waits, for positions and deadlines.
         max_active: Number of slots: generations that run at once, at least 1.
+        max_progressing: Running generations that progress at once, those that started first; 0 for all.
         max_queue: Largest number of waiting generations, at least 0.
         max_queue_per_caller: Largest number of waiting generations of one caller; None for half of `max_queue`, at
             least 1. A number above half of `max_queue` reduces the places that are kept for other callers.
@@ -58,6 +60,7 @@ class Admission:
         estimator: StepTimeEstimator,
         *,
         max_active: int,
+        max_progressing: int = 0,
         max_queue: int,
         max_queue_per_caller: int | None = None,
         shared: bool = False,
@@ -68,6 +71,7 @@ class Admission:
         self._estimator = estimator
         self._callers = RecentCallers(always=shared, clock=clock)
         self._slots = Slots(max_active, self._callers, memory, spare)
+        self._max_progressing = min(max_progressing or max_active, max_active)
         self._max_queue = max_queue
         self._per_caller = max(1, max_queue // 2) if max_queue_per_caller is None else max_queue_per_caller
         self._contested = max(max_queue - max_queue // 2, min(self._per_caller, max_queue))
@@ -84,6 +88,23 @@ class Admission:
     def active(self) -> int:
         """Number of running generations."""
         return len(self._slots.running)
+
+    @property
+    def progressing(self) -> int:
+        """Number of running generations that progress; the others wait for them."""
+        return min(self.active, self._max_progressing)
+
+    @property
+    def usual_wait(self) -> float:
+        """Most seconds for which a running generation usually waits for the others; 0 if all progress.
+
+        Infinite before the first measurement.
+        """
+        running = self._slots.running
+        if len(running) <= self._max_progressing:
+            return 0.0
+        times = [self._estimator.total_seconds(ticket.job, self._max_progressing) for ticket in running]
+        return sum(math.inf if each is None else each for each in times)
 
     @property
     def waiting(self) -> int:
@@ -182,6 +203,21 @@ class Admission:
         self._fill()
         self._report_soon()
 
+    def seconds_left(self, ticket: QueueTicket, own: float | None) -> float | None:
+        """Estimates the seconds to the final image of a running generation. Thread-safe.
+
+        Args:
+            ticket: Its ticket.
+            own: Estimated seconds without waiting for older generations.
+        """
+        running = self._slots.running
+        ahead = running.index(ticket) if ticket in running else 0
+        if ahead < self._max_progressing:
+            return own
+        works = [Work(each.job, each.left) for each in running[: ahead + 1]]
+        times = finish_times(self._estimator, [], works, self._max_progressing)
+        return None if times is None else times[-1]
+
     def _place(self, tickets: Sequence[QueueTicket], slots: Slots, waiting: list[QueueTicket]) -> _Placed:
         """Puts tickets into slots and a queue, which it changes, until one does not fit; restored ones always do."""
         placed = _Placed(slots, waiting)
@@ -223,10 +259,12 @@ class Admission:
         # Without a waiting job, the next free slot counts.
         index = waiting[min(places, len(waiting)) - 1] if waiting else len(queue)
         queue.append(ticket.job)
-        times = finish_times(self._estimator, self._running_work(), queue[: index + 1], self._slots.count)
-        if times is None:
+        ends = self._end_times(queue[: index + 1])
+        ahead = len(self._slots.running) + index
+        if ends is None or not ahead:
             return 1.0
-        return max(1.0, times[index] - (self._estimator.total_seconds(queue[index], self._slots.count) or 0.0))
+        # The job starts when so many of those before it have ended that one slot is free.
+        return max(1.0, sorted(ends[:ahead])[max(0, ahead - self._slots.count)])
 
     def _too_late(self, needed: float, deadline: float) -> errors.DeadlineTooShort:
         if not self._slots.running:
@@ -275,9 +313,9 @@ class Admission:
         if self._waiting:
             self._refresh = asyncio.get_running_loop().call_later(_REFRESH_SECONDS, self._refresh_positions)
         jobs = [ticket.job for ticket in self._waiting]
-        times = finish_times(self._estimator, self._running_work(), jobs, self._slots.count)
-        for index, ticket in enumerate(self._waiting):
-            ticket.move(index + 1, None if times is None else times[index], again=again)
+        times = self._end_times(jobs)
+        for index, ticket in enumerate(self._waiting, self.active):
+            ticket.move(index - self.active + 1, None if times is None else times[index], again=again)
 
     def _refresh_positions(self) -> None:
         # A slot is no longer kept for callers that have not returned for some minutes.
@@ -289,11 +327,16 @@ class Admission:
         queue = sorted([*self._waiting, *tickets], key=_order)
         indexes = [index for index, each in enumerate(queue) if each in tickets]
         jobs = [each.job for each in queue[: indexes[-1] + 1]]
-        times = finish_times(self._estimator, self._running_work(), jobs, self._slots.count)
-        return [None] * len(tickets) if times is None else [times[index] for index in indexes]
+        times = self._end_times(jobs)
+        return [None] * len(tickets) if times is None else [times[self.active + index] for index in indexes]
 
-    def _running_work(self) -> list[Work]:
-        return [Work(ticket.job, ticket.left) for ticket in self._slots.running]
+    def _end_times(self, queue: Sequence[Job]) -> list[float] | None:
+        """Estimated seconds to the end of each running generation and of each job, if they wait in this order.
+
+        None before the first measurement.
+        """
+        works = [*(Work(ticket.job, ticket.left) for ticket in self._slots.running), *map(Work, queue)]
+        return finish_times(self._estimator, [], works, self._max_progressing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from calotype_server.types import Job, Timings
 
-__all__ = ["Pace", "StepTimeEstimator", "Work", "finish_times"]
+__all__ = ["Pace", "StepTimeEstimator", "Turn", "Turns", "Work", "finish_times"]
 
 _NEWEST_WEIGHT = 0.2
 """Weight of the newest measurement in the moving averages: a busy minute loses its effect after a few generations."""
@@ -97,16 +98,68 @@ class StepTimeEstimator:
         return step_seconds * job.step_count * (total_steps - step) / total_steps + around
 
 
+class Turns:
+    """Counts the steps of all generations. Thread-safe.
+
+    If only some running generations progress at once, the time between two steps of one includes turns of others.
+    Divided by the turns in it, it is the duration of a step.
+
+    Args:
+        progressing: Running generations that progress at once; 0 for all.
+    """
+
+    def __init__(self, progressing: int) -> None:
+        self._progressing = progressing
+        self._lock = threading.Lock()
+        self._steps = 0
+
+    def join(self) -> Turn:
+        """Returns the view of one generation."""
+        return Turn(self)
+
+    @property
+    def steps(self) -> int:
+        """Steps of all generations so far."""
+        return self._steps
+
+    def note_step(self) -> int:
+        """Counts a step of any generation, and returns the count."""
+        with self._lock:
+            self._steps += 1
+            return self._steps
+
+    def of(self, steps: int) -> int:
+        """Returns in how many turns the engine makes so many steps, at least 1."""
+        return max(1, math.ceil(steps / self._progressing)) if self._progressing else 1
+
+
+class Turn:
+    """Counts from step to step of one generation."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._before = turns.steps
+
+    def begin(self) -> None:
+        """Records that denoising starts."""
+        self._before = self._turns.steps
+
+    def note_step(self) -> int:
+        """Records a step, and returns the turns since the one before, its own included."""
+        before, self._before = self._before, self._turns.note_step()
+        return self._turns.of(self._before - before)
+
+
 @dataclass(slots=True)
 class Work:
-    """A running job and the share of its work that is left, 0 to 1."""
+    """A job and the share of its work that is left, 0 to 1."""
 
     job: Job
     left: float = 1.0
 
 
 def finish_times(
-    estimator: StepTimeEstimator, running: Sequence[Work], waiting: Sequence[Job], slots: int
+    estimator: StepTimeEstimator, running: Sequence[Work], waiting: Sequence[Work], slots: int
 ) -> list[float] | None:
     """Simulates the queue: when does each waiting job finish if no other job arrives?
 
@@ -117,8 +170,8 @@ def finish_times(
     Args:
         estimator: The measured durations.
         running: Running jobs, at most `slots`.
-        waiting: Waiting jobs, the next one first.
-        slots: Number of jobs that run at once.
+        waiting: Waiting jobs, the next one first; they may have made some steps.
+        slots: Number of jobs that progress at once.
 
     Returns:
         Seconds from now to the final image of each waiting job; None before the first measurement.
@@ -133,7 +186,8 @@ def finish_times(
     # As long as jobs wait, as many run as there are slots, so their speed and the time of their end do not change.
     joining = count - len(running)
     active = [_Place(work.left * paces[count].seconds(work.job), None, work.job) for work in running]
-    active += [_Place(paces[count].seconds(job), index, job) for index, job in enumerate(waiting[:joining])]
+    for index, work in enumerate(waiting[:joining]):
+        active.append(_Place(work.left * paces[count].seconds(work.job), index, work.job))
     heapq.heapify(active)
     now = 0.0
     for index in range(joining, len(waiting)):
@@ -141,7 +195,8 @@ def finish_times(
         now = ended.end
         if ended.index is not None:
             times[ended.index] = now
-        heapq.heapreplace(active, _Place(now + paces[count].seconds(waiting[index]), index, waiting[index]))
+        work = waiting[index]
+        heapq.heapreplace(active, _Place(now + work.left * paces[count].seconds(work.job), index, work.job))
     _finish_last(active, now, paces, times)
     return times
 

@@ -11,6 +11,7 @@ import structlog
 
 from calotype_server import errors, threads
 from calotype_server.failpoints import hit
+from calotype_server.generations.estimates import Turns
 from calotype_server.generations.generation import Generation
 from calotype_server.images import metadata
 from calotype_server.observability.events import LeftQueue
@@ -64,6 +65,7 @@ class Runner:
         self._threads = ThreadPoolExecutor(engine.model.max_active, "calotype-generation")
         self._drawn_sizes: set[tuple[int, int]] = set()
         self._warming_up: Generation | None = None
+        self._turns = Turns(engine.model.max_progressing)
         self._detached: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -209,20 +211,25 @@ class Runner:
 
         The engine calls it from its threads.
         """
+        turn = self._turns.join()
 
         def report(event: Event) -> None:
             hit("engine.report")
-            job, active = generation.job, self._admission.active
+            job, active = generation.job, self._admission.progressing
             match event:
                 case EncodingPrompt():
-                    event = replace(event, estimated_remaining=self._estimator.total_seconds(job, active))
+                    left = self._estimator.total_seconds(job, active)
+                    event = replace(event, estimated_remaining=self._admission.seconds_left(ticket, left))
                 case Denoising(step, total) | PreviewReady(step, total):
                     if seconds := generation.stopwatch.step_seconds(step):
+                        seconds /= turn.note_step()
                         self._estimator.observe_step(job, seconds * total / job.step_count, active)
+                    elif step == 0:
+                        turn.begin()
                     left = self._estimator.remaining_seconds(job, step, total, active)
-                    event = replace(event, estimated_remaining=left)
                     if left is not None and (whole := self._estimator.total_seconds(job, active)):
                         ticket.note_left(left / whole)
+                    event = replace(event, estimated_remaining=self._admission.seconds_left(ticket, left))
                 case Decoding():
                     left = self._estimator.remaining_seconds(job, 1, 1, active)
                     event = replace(event, estimated_remaining=left)

@@ -51,12 +51,14 @@ class Watchdog:
 
     Every event of a generation is progress: a step, a preview, a phase. A generation is stalled after
     `watchdog_seconds` without progress, or after 20 of its usual steps if that is longer; ten times later if it is the
-    first of its size.
+    first of its size. If generations wait for each other, one that makes no progress while others do has 20 times the
+    usual wait.
 
     Args:
         running: Returns the generations that have not ended.
         usual_pause: Returns the usual seconds between two events of a job, or None if unknown.
         watchdog_seconds: Least time without progress that counts as a stall, in seconds, above 0.
+        usual_wait: Returns the most seconds for which a generation usually waits for others.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Watchdog:
         running: Callable[[], Iterable[Generation]],
         usual_pause: Callable[[Job], float | None],
         watchdog_seconds: float,
+        usual_wait: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._running = running
+        self._usual_wait = usual_wait
         self._usual_pause = usual_pause
         self._watchdog_seconds = watchdog_seconds
         self._pauses: dict[Generation, tuple[int, float]] = {}
@@ -79,16 +83,20 @@ class Watchdog:
     def check(self, elapsed: float) -> list[Stall]:
         """Returns the stalled generations, after another `elapsed` seconds."""
         before, self._pauses = self._pauses, {}
-        stalls = []
         for generation in self._running():
             if not generation.on_engine:
                 continue
             events, seconds = before.get(generation, (-1, 0.0))
             seconds = seconds + elapsed if events == generation.stopwatch.events else 0.0
             self._pauses[generation] = generation.stopwatch.events, seconds
-            if seconds > self._patience(generation):
-                stalls.append(Stall(generation, seconds))
-        return stalls
+        return [Stall(each, seconds) for each, (_, seconds) in self._pauses.items() if self._is_stalled(each, seconds)]
+
+    def _is_stalled(self, generation: Generation, seconds: float) -> bool:
+        patience = self._patience(generation)
+        if seconds <= patience:
+            return False
+        others = (pause for other, (_, pause) in self._pauses.items() if other is not generation)
+        return seconds > _USUAL_TIMES * self._usual_wait() or not any(pause <= patience for pause in others)
 
     async def watch(
         self,

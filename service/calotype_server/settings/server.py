@@ -17,7 +17,7 @@ from calotype_server.limits import (
 )
 from calotype_server.settings.parsing import check_address, split_list
 from calotype_server.settings.web import WebSettings
-from calotype_server.types import RENDERED_PREVIEW_METHODS, PreviewMethod, PreviewOptions
+from calotype_server.types import RENDERED_PREVIEW_METHODS, PreviewMethod, PreviewOptions, Schedule
 
 __all__ = ["Settings"]
 
@@ -62,8 +62,12 @@ class Settings(WebSettings):
     max_active: int | None = Field(
         None,
         ge=1,
-        description="Maximum generations that run at the same time. Default: as many as batching makes faster, "
-        "measured at startup.",
+        description="Maximum generations that run at the same time. Default: as many as memory allows, up to 8.",
+    )
+    schedule: Schedule = Field(
+        Schedule.FIRST_LOOK,
+        description="Order of running generations if one call of the denoiser cannot compute a step of each. "
+        "first-look: those without a finished step, then the oldest; fair: in turn; fifo: the oldest.",
     )
     max_batch_rows: int | None = Field(
         None,

@@ -38,6 +38,7 @@ from calotype_server.types.previews import (
     PreviewMethod,
     PreviewOptions,
 )
+from calotype_server.types.schedules import Schedule
 
 __all__ = [
     "RENDERED_PREVIEW_METHODS",
@@ -63,6 +64,7 @@ __all__ = [
     "PreviewReady",
     "Priority",
     "Queued",
+    "Schedule",
     "Succeeded",
     "Timings",
     "Withdrawn",

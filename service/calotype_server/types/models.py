@@ -69,6 +69,8 @@ class ModelInfo:
         dtype: Number format of the weights, such as "float32".
         preview_methods: Methods that can render previews of this model.
         max_active: Generations that run at the same time.
+        max_progressing: Running generations that progress at the same time, those that started first; all others wait,
+            mostly. 0 if all progress.
         max_batch_rows: Maximum rows of latents in one call of the denoiser; 0 when it does not batch requests.
         unbatched_reason: One sentence why the denoiser does not batch requests; empty when it does.
         memory: Memory that generations need; None when it is not known or does not matter.
@@ -90,6 +92,7 @@ class ModelInfo:
     max_step_counts: Mapping[str, int] = field(default_factory=dict)
     preview_methods: tuple[PreviewMethod, ...] = ()
     max_active: int = 1
+    max_progressing: int = 0
     max_batch_rows: int = 0
     unbatched_reason: str = ""
     memory: MemoryModel | None = None

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import simpy
 
-from calotype_server.engine.batching.scheduler import BatchScheduler, PendingCall, RequestSlot
+from calotype_server.engine.batching.pending import PendingCall, RequestSlot
+from calotype_server.engine.batching.scheduler import BatchScheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -253,10 +254,11 @@ class Replica:
                 continue
             calls, deadline = scheduler.pick(env.now)
             if calls:
-                seconds = model.seconds(sum(pending.call.rows for pending in calls))
-                yield env.timeout(seconds)
+                started = env.now
+                yield env.timeout(model.seconds(sum(pending.call.rows for pending in calls)))
                 self.batches += 1
-                scheduler.observe(seconds)
+                scheduler.launched(calls, started, env.now)
+                scheduler.computed(env.now)
                 self._answer([pending.slot for pending in calls])
                 continue
             self._woken = env.event()
@@ -268,9 +270,9 @@ class Replica:
     def _answer(self, slots: Sequence[RequestSlot]) -> None:
         requests = [self._by_slot.pop(slot) for slot in slots]
         for request in requests:
-            self._scheduler.expect(request.slot, self._env.now)
             request.step += 1
             if request.step == 1:
+                self._scheduler.note_look(request.slot)
                 request.first_preview = self._env.now + self._model.preview
         self._after(self._model.between * len(requests), lambda: self._arrive(requests))
 

@@ -10,10 +10,11 @@ import torch
 from calotype_server import errors
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.batching import plan as plan_module
+from calotype_server.engine.batching.batcher import StepBatcher
 from calotype_server.engine.batching.measure import Knee, Threads
 from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.protocol import Stop
-from calotype_server.types import Denoising, PreviewMethod, PreviewOptions, PreviewReady
+from calotype_server.types import Denoising, PreviewMethod, PreviewOptions, PreviewReady, Schedule
 from support.engine import tiny
 from support.runs import JOB, PATIENCE, Run
 
@@ -24,6 +25,8 @@ JOBS = [
     dataclasses.replace(JOB, seed=10, width=32, height=32),
     dataclasses.replace(JOB, seed=11, scheduler="EulerDiscreteScheduler"),
 ]
+
+SILENT = dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.NONE))
 
 POISONED_TIMESTEP = 334
 """A run with three steps has it, a run with four does not."""
@@ -218,6 +221,24 @@ class TestPlan:
         alone = [Run(engine)(job) for job in JOBS[:3]]
         assert together(engine, JOBS[:3]) == alone
         assert {len(batch.sessions) for batch in batches} == {1}
+
+
+class TestSchedule:
+    """The engine follows its schedule."""
+
+    @pytest.mark.parametrize(("schedule", "progressing"), [(Schedule.FIRST_LOOK, 4), (Schedule.FAIR, 0)])
+    def test_the_model_says_how_many_progress(self, open_engine, schedule, progressing):
+        """Eight rows are four generations with guidance; in turn, all progress."""
+        engine, _ = open_engine(schedule=schedule)
+        assert engine.model.max_progressing == progressing
+
+    def test_the_first_step_is_announced_once(self, open_engine, monkeypatch):
+        """A generation is urgent until its first step is done."""
+        looks = []
+        monkeypatch.setattr(StepBatcher, "note_look", lambda _, slot: looks.append(slot.number))
+        engine, batches = open_engine()
+        Run(engine)(SILENT)
+        assert looks == [batches[-1].sessions[0]]
 
 
 class TestStop:

@@ -270,3 +270,55 @@ async def test_slots_are_neither_lost_nor_used_twice(actions: list, max_active: 
         turns = [ticket.turn.done() for ticket in inside]
         assert turns == sorted(turns, reverse=True)
         assert sum(turns) == min(max_active, len(inside))
+
+
+class TestGenerationsThatWaitForOlderOnes:
+    """Of three running generations, only the first progresses: 10 s for its steps, and 2 s around them."""
+
+    @staticmethod
+    def admission(max_progressing: int = 1) -> Admission:
+        return Admission(measured(), max_active=3, max_progressing=max_progressing, max_queue=3, max_queue_per_caller=3)
+
+    async def test_a_running_generation_counts_the_older_ones(self) -> None:
+        """The second waits for the rest of the first, and the third for both."""
+        admission = self.admission()
+        tickets = [admission.enter(JOB, "a", Mover()) for _ in range(3)]
+        tickets[0].note_left(0.5)
+        assert [admission.seconds_left(ticket, 1.0) for ticket in tickets] == pytest.approx([1.0, 18.0, 30.0])
+        assert (admission.active, admission.progressing) == (3, 1)
+
+    async def test_a_new_generation_counts_all_running_ones(self) -> None:
+        """Neither the position nor the deadline of a job is based on an even share of the device."""
+        admission, mover = self.admission(), Mover()
+        for _ in range(3):
+            admission.enter(JOB, "a", Mover())
+        admission.enter(JOB, "a", mover)
+        [(position, remaining)] = mover.moves
+        assert position == 1
+        assert remaining == pytest.approx(48.0)
+        with pytest.raises(errors.DeadlineTooShort, match=r"about 60\.0 s"):
+            admission.enter(JOB, "a", Mover(), deadline=59.0)
+
+    async def test_a_place_is_free_when_the_oldest_generation_ends(self) -> None:
+        """The next slot is free after 12 s, although the job that gets it ends much later."""
+        admission = self.admission()
+        for _ in range(6):
+            admission.enter(JOB, "a", Mover())
+        with pytest.raises(errors.QueueFull) as raised:
+            admission.enter(JOB, "a", Mover())
+        assert raised.value.retry_after == pytest.approx(12.0)
+
+    @pytest.mark.parametrize(("max_progressing", "wait"), [(1, 36.0), (3, 0.0), (0, 0.0)])
+    async def test_the_usual_wait(self, max_progressing: int, wait: float) -> None:
+        """A generation waits at most as long as all running ones take; not at all if all progress."""
+        admission = self.admission(max_progressing)
+        for _ in range(3):
+            admission.enter(JOB, "a", Mover())
+        assert admission.usual_wait == pytest.approx(wait)
+
+    async def test_the_usual_wait_is_unknown_before_the_first_measurement(self) -> None:
+        """The watchdog then relies on the progress of the others."""
+        admission = Admission(StepTimeEstimator(), max_active=2, max_progressing=1, max_queue=3)
+        for _ in range(2):
+            admission.enter(JOB, "a", Mover())
+        assert admission.usual_wait == float("inf")

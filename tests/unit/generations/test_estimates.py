@@ -34,7 +34,7 @@ def test_there_is_no_estimate_without_measurements() -> None:
     assert estimator.total_seconds(JOB) is None
     estimator.observe_step(JOB, 1.0, 1)
     assert estimator.total_seconds(JOB) is None
-    assert finish_times(estimator, [], [JOB], 1) is None
+    assert finish_times(estimator, [], [Work(JOB)], 1) is None
 
 
 def test_estimates_follow_new_steps_and_ignore_unfinished_generations() -> None:
@@ -58,13 +58,13 @@ def test_concurrency_without_measurements_is_assumed_to_share_evenly() -> None:
 
 def test_times_add_up_along_the_queue_with_one_slot() -> None:
     """Half of the running generation, then 24 s for twice the pixels, then 12 s."""
-    times = finish_times(measured({1: 1.0}), [Work(JOB, 0.5)], [replace(JOB, width=128), JOB], slots=1)
+    times = finish_times(measured({1: 1.0}), [Work(JOB, 0.5)], [Work(replace(JOB, width=128)), Work(JOB)], slots=1)
     assert times == pytest.approx([6.0 + 24.0, 6.0 + 24.0 + 12.0])
 
 
 def test_two_slots_use_the_step_time_of_two_generations() -> None:
     """Two generations take 1.5 s per step, 17 s each; then the third runs alone at 1 s per step."""
-    times = finish_times(measured({1: 1.0, 2: 1.5}), [], [JOB, JOB, JOB], slots=2)
+    times = finish_times(measured({1: 1.0, 2: 1.5}), [], [Work(JOB)] * 3, slots=2)
     assert times == pytest.approx([17.0, 17.0, 29.0])
 
 
@@ -77,7 +77,8 @@ def test_finish_times_are_finite_and_in_order(fractions: list[float], steps: lis
     """Every generation finishes, not earlier than it would alone; with one slot, they finish in order."""
     estimator = measured({1: 1.0, 2: 1.2, 4: 2.0})
     waiting = [replace(JOB, step_count=count) for count in steps]
-    times = finish_times(estimator, [Work(JOB, fraction) for fraction in fractions[:slots]], waiting, slots)
+    running = [Work(JOB, fraction) for fraction in fractions[:slots]]
+    times = finish_times(estimator, running, [Work(job) for job in waiting], slots)
     for job, seconds in zip(waiting, times, strict=True):
         assert seconds >= estimator.total_seconds(job) * (1 - 1e-9)
     if slots == 1:
@@ -87,16 +88,16 @@ def test_finish_times_are_finite_and_in_order(fractions: list[float], steps: lis
 @given(
     paces=st.dictionaries(st.integers(1, 9), st.floats(0.01, 10.0), min_size=1, max_size=5),
     lefts=st.lists(st.tuples(st.floats(0.0, 1.0), st.integers(1, 4), st.integers(1, 30)), max_size=6),
-    jobs=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 30)), max_size=12),
+    jobs=st.lists(st.tuples(st.floats(0.01, 1.0), st.integers(1, 4), st.integers(1, 30)), max_size=12),
     slots=st.integers(1, 8),
 )
 def test_the_simulation_in_linear_time_equals_the_simple_one(
-    paces: dict[int, float], lefts: list[tuple[float, int, int]], jobs: list[tuple[int, int]], slots: int
+    paces: dict[int, float], lefts: list[tuple[float, int, int]], jobs: list[tuple[float, int, int]], slots: int
 ) -> None:
     """The times equal those of a simulation that recomputes every running job at every event."""
     estimator = measured(paces)
     running = [Work(replace(JOB, width=64 * width, step_count=steps), left) for left, width, steps in lefts[:slots]]
-    waiting = [replace(JOB, width=64 * width, step_count=steps) for width, steps in jobs]
+    waiting = [Work(replace(JOB, width=64 * width, step_count=steps), left) for left, width, steps in jobs]
     expected = simple_finish_times(estimator, running, waiting, slots)
     assert finish_times(estimator, running, waiting, slots) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
@@ -129,7 +130,7 @@ def test_the_work_of_an_estimate_grows_linearly() -> None:
         finish_times(
             measured(dict.fromkeys(range(1, slots), 1.0)),
             [Work(job, 0.5) for job in jobs[:slots]],
-            jobs[slots:],
+            [Work(job) for job in jobs[slots:]],
             slots,
         )
         return counted
@@ -148,10 +149,10 @@ class Place:
 
 
 def simple_finish_times(
-    estimator: StepTimeEstimator, running: Sequence[Work], waiting: Sequence[Job], slots: int
+    estimator: StepTimeEstimator, running: Sequence[Work], waiting: Sequence[Work], slots: int
 ) -> list[float]:
     """The definition of `finish_times`, in quadratic time."""
-    pending = deque(Place(job, 1.0, index) for index, job in enumerate(waiting))
+    pending = deque(Place(work.job, work.left, index) for index, work in enumerate(waiting))
     active = [Place(work.job, work.left, None) for work in running]
     times = [0.0] * len(waiting)
     now, unfinished = 0.0, len(waiting)

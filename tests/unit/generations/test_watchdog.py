@@ -39,9 +39,9 @@ class Work:
         self.stopwatch.events += 1
 
 
-def watchdog_of(*works: Any, usual: float | None = 1.0) -> Any:
+def watchdog_of(*works: Any, usual: float | None = 1.0, wait: float = 0.0) -> Any:
     """Returns a watchdog for these generations."""
-    return Watchdog(lambda: works, lambda _: usual, PATIENCE)
+    return Watchdog(lambda: works, lambda _: usual, PATIENCE, lambda: wait)
 
 
 def stalled() -> Any:
@@ -70,6 +70,26 @@ def test_a_pause_above_the_limit_is_a_stall() -> None:
     [stall] = watchdog.check(1)
     assert stall.generation is work
     assert stall.seconds == 101.0
+
+
+def test_a_generation_that_waits_for_others_is_not_stalled() -> None:
+    """While another one progresses, a generation has 20 times the usual wait."""
+    work, other = Work(), Work()
+    watchdog = watchdog_of(work, other, wait=30.0)
+    watchdog.check(0)
+    for _ in range(6):
+        other.progress()
+        assert not watchdog.check(PATIENCE)
+    other.progress()
+    [stall] = watchdog.check(1)
+    assert stall.generation is work
+
+
+def test_generations_that_all_pause_are_stalled() -> None:
+    """If no generation progresses, the usual wait does not count."""
+    watchdog = watchdog_of(Work(), Work(), wait=3000.0)
+    watchdog.check(0)
+    assert len(watchdog.check(PATIENCE + 1)) == 2
 
 
 def test_a_generation_that_is_not_on_the_engine_cannot_stall() -> None:

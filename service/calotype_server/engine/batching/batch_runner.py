@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from calotype_server.engine.batching.measure import Threads
-    from calotype_server.engine.batching.scheduler import PendingCall
+    from calotype_server.engine.batching.pending import PendingCall
     from calotype_server.engine.runtime.base import DenoiserRuntime
 
 __all__ = ["BatchObserver", "BatchRecord", "BatchRunner"]
@@ -32,8 +33,8 @@ class BatchRecord:
 
     Attributes:
         started: Start on the clock of `time.monotonic`, in seconds.
-        seconds: Duration. CUDA calls return before they are computed; there it lasts until the previous call was
-            computed.
+        seconds: Time that the device took. On CUDA, it begins when the previous call is computed, if that is later
+            than `started`.
         sessions: Numbers of the sessions whose calls were joined, in the order of their rows.
         rows: Rows that belong to a request.
         padded_rows: All rows that were computed.
@@ -54,12 +55,15 @@ class BatchObserver(Protocol):
         """Most rows to run at once."""
         ...
 
-    def answered(self, calls: Sequence[PendingCall], answers: Sequence[Any], rows: int) -> None:
-        """Receives the answers to a batch of this many rows."""
+    def answered(self, calls: Sequence[PendingCall], answers: Sequence[Any], rows: int, started: float) -> None:
+        """Receives the answers to a batch of this many rows, which a CUDA device may still compute.
+
+        The launch began at `started`, on the clock of `time.monotonic`.
+        """
         ...
 
-    def succeeded(self, seconds: float) -> None:
-        """Called after `answered`, when the duration of the batch is known."""
+    def computed(self) -> float:
+        """Called after `answered`, once for each batch, when the device has computed it; returns its seconds."""
         ...
 
     def ran_out_of_memory(self, max_rows: int) -> None:
@@ -78,7 +82,8 @@ class BatchRunner:
         observer: Receives results.
         threads: CPU threads to compute each call with; None for torch's default.
         deterministic: Fill every batch up to `max_rows`.
-        on_batch: Called after each call of the denoiser; it must not block.
+        on_batch: Called after each call of the denoiser is computed; it must not block.
+        run_ahead: Follows the device.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class BatchRunner:
         threads: Threads | None,
         deterministic: bool,
         on_batch: Callable[[BatchRecord], None] | None,
+        run_ahead: RunAhead | None = None,
     ) -> None:
         self._runtime = runtime
         self._observer = observer
@@ -96,7 +102,9 @@ class BatchRunner:
         self._deterministic = deterministic
         self._on_batch = on_batch
         self._device = device_of(runtime.module)
-        self._run_ahead = RunAhead(self._device)
+        self._run_ahead = run_ahead or RunAhead(self._device)
+        self._launched: deque[tuple[float, Sequence[PendingCall], int, int]] = deque()
+        """Start of the launch, calls, rows and padded rows of each batch that is not computed."""
 
     def start(self) -> None:
         """Prepares the calling thread. Call it once, before `run`."""
@@ -156,14 +164,25 @@ class BatchRunner:
             answers = self._runtime.collator.split(output, calls, padded_rows)
         except BaseException as error:
             return error
-        self._observer.answered(pending, answers, rows)
-        self._run_ahead.follow()
-        seconds = time.monotonic() - started
-        self._observer.succeeded(seconds)
-        if self._on_batch is not None:
-            sessions = tuple(each.slot.number for each in pending)
-            self._report(self._on_batch, BatchRecord(started, seconds, sessions, rows, padded_rows))
+        # Before the answers are given: work that a request launches now does not belong to the batch.
+        self._run_ahead.launched()
+        self._launched.append((started, pending, rows, padded_rows))
+        self._observer.answered(pending, answers, rows, started)
+        self.poll()
         return None
+
+    def poll(self) -> None:
+        """Reports the batches that the device has computed since the last call. On a CPU, `run` does so.
+
+        Raises:
+            torch.AcceleratorError: The device failed.
+        """
+        for _ in range(self._run_ahead.computed()):
+            started, calls, rows, padded_rows = self._launched.popleft()
+            seconds = self._observer.computed()
+            if self._on_batch is not None:
+                sessions = tuple(each.slot.number for each in calls)
+                self._report(self._on_batch, BatchRecord(started, seconds, sessions, rows, padded_rows))
 
     def _report(self, on_batch: Callable[[BatchRecord], None], record: BatchRecord) -> None:
         try:

@@ -12,16 +12,19 @@ import torch
 
 from calotype_server import errors
 from calotype_server.engine.batching.batch_runner import BatchRecord, BatchRunner
-from calotype_server.engine.batching.scheduler import BatchScheduler, PendingCall, RequestSlot
+from calotype_server.engine.batching.scheduler import BatchScheduler
 from calotype_server.engine.batching.session import DenoiserSession
 from calotype_server.engine.tap import Stopped
 from calotype_server.failpoints import hit
 from calotype_server.threads import start
+from calotype_server.types import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from calotype_server.engine.batching.measure import Threads
+    from calotype_server.engine.batching.pending import PendingCall, RequestSlot
+    from calotype_server.engine.batching.run_ahead import RunAhead
     from calotype_server.engine.runtime.base import DenoiserRuntime
     from calotype_server.engine.runtime.collate import Collator
 
@@ -31,6 +34,9 @@ _log = structlog.get_logger(__name__)
 
 _BATCHES_TO_GROW = 100
 """After this many batches without trouble, a limit that was lowered rises by one row."""
+
+_POLLS_IN_WAIT = 4
+"""How often the device is asked, within the longest wait for a request, whether it has computed a batch."""
 
 
 class StepBatcher:
@@ -45,7 +51,9 @@ class StepBatcher:
         threads: CPU threads to compute each call with; None for torch's default.
         deterministic: Fill every batch up to `max_rows`, so that a result is bitwise the same regardless of the other
             rows in the batch. This holds as long as memory suffices for `max_rows`.
+        schedule: Which requests come first if not all fit into one batch.
         on_batch: Called by the device thread after each call of the denoiser; it must not block.
+        run_ahead: Follows the device; None for the one of the module.
     """
 
     def __init__(
@@ -55,11 +63,15 @@ class StepBatcher:
         max_rows: int,
         threads: Threads | None = None,
         deterministic: bool = False,
+        schedule: Schedule = Schedule.FIRST_LOOK,
         on_batch: Callable[[BatchRecord], None] | None = None,
+        run_ahead: RunAhead | None = None,
     ) -> None:
         self._runtime = runtime
-        self._runner = BatchRunner(runtime, self, threads=threads, deterministic=deterministic, on_batch=on_batch)
-        self._scheduler = BatchScheduler(max_rows)
+        self._runner = BatchRunner(
+            runtime, self, threads=threads, deterministic=deterministic, on_batch=on_batch, run_ahead=run_ahead
+        )
+        self._scheduler = BatchScheduler(max_rows, schedule)
         self._configured_max_rows = max_rows
         self._opened = 0
         self._successes = 0
@@ -122,6 +134,12 @@ class StepBatcher:
             self._scheduler.arrive(pending)
             self._changed.notify()
 
+    def note_look(self, slot: RequestSlot) -> None:
+        """Records that a request has finished its first step."""
+        with self._changed:
+            self._scheduler.note_look(slot)
+            self._changed.notify()
+
     def stop_waiting_for(self, slot: RequestSlot) -> None:
         """Lets other requests run without waiting for this one."""
         with self._changed:
@@ -167,39 +185,47 @@ class StepBatcher:
 
     def _run_next(self) -> bool:
         """Waits for calls and runs them. Returns False when the batcher closes."""
-        with self._changed:
-            while not self._closing:
-                calls, deadline = self._scheduler.pick(time.monotonic())
+        while True:
+            self._runner.poll()
+            with self._changed:
+                if self._closing:
+                    return False
+                now = time.monotonic()
+                calls, wake_at = self._scheduler.pick(now)
                 if calls:
                     self._running = calls
                     break
-                self._changed.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0))
-            else:
-                return False
+                self._changed.wait(self._patience(wake_at, now))
         hit("engine.batch")
         self._runner.run(calls)
         self._running = ()
         return True
 
+    def _patience(self, wake_at: float | None, now: float) -> float | None:
+        """Returns the longest time to wait for a change, in seconds; None if nothing else can happen."""
+        times = [] if wake_at is None else [max(0.0, wake_at - now)]
+        if self._scheduler.busy:
+            times.append(self._scheduler.max_wait / _POLLS_IN_WAIT)
+        return min(times, default=None)
+
     # Called by the runner, on the device thread; see `BatchObserver`.
 
-    def answered(self, calls: Sequence[PendingCall], answers: Sequence[Any], rows: int) -> None:
+    def answered(self, calls: Sequence[PendingCall], answers: Sequence[Any], rows: int, started: float) -> None:
         """Passes answers on, and expects the requests' next calls."""
         with self._changed:
-            now = time.monotonic()
+            self._scheduler.launched(calls, started, time.monotonic())
             for pending, answer in zip(calls, answers, strict=True):
-                if not pending.future.done():
-                    self._scheduler.expect(pending.slot, now)
-                    pending.answer(answer, rows)
+                pending.answer(answer, rows)
 
-    def succeeded(self, seconds: float) -> None:
+    def computed(self) -> float:
         """Updates the step time; after many successes, raises a limit that was lowered."""
         with self._changed:
-            self._scheduler.observe(seconds)
+            seconds = self._scheduler.computed(time.monotonic())
             self._successes += 1
             if self._successes >= _BATCHES_TO_GROW and self.max_rows < self._configured_max_rows:
                 self._successes = 0
                 self._scheduler.limit_rows(self.max_rows + 1)
+            return seconds
 
     def ran_out_of_memory(self, max_rows: int) -> None:
         """Lowers the limit of rows."""

@@ -24,7 +24,10 @@ __all__ = ["Plan", "PlanOptions", "measure_plan", "measures_threads", "reason_to
 _log = structlog.get_logger(__name__)
 
 _MAX_ACTIVE_DEFAULT = 8
-"""With more, each generation would get a step so rarely that users saw no progress."""
+"""As many as memory allows, which admission watches; with more, those that wait would see no progress for too long."""
+
+_MAX_ACTIVE_WITHOUT_LIMIT = 2
+"""On devices whose free memory is unknown, unless calls are joined."""
 
 _DETERMINISTIC_REQUESTS = 4
 """Batches of a deterministic server are filled up to the rows of this many default requests."""
@@ -35,8 +38,7 @@ class PlanOptions:
     """The operator's settings that a plan depends on.
 
     Attributes:
-        max_active: Generations that run at once. None: twice as many as the denoiser computes together, so that some
-            can encode their prompt or decode their image meanwhile.
+        max_active: Generations that run at once. None: 8, or fewer if the device's free memory is unknown.
         max_rows: Most rows to compute together. None: as many as pay off.
         threads: CPU threads. None: measured, or torch's default if `deterministic`.
         deterministic: Whether an image must be bitwise the same regardless of other requests. Then nothing depends on a
@@ -55,10 +57,12 @@ class Plan:
 
     Attributes:
         max_active: Generations that run at once.
-        max_rows: Rows that the denoiser computes together; 1 if generations take turns, 0 if only one runs at a time.
+        max_rows: Rows that the denoiser computes together; 1 if generations take turns or only one runs at a time; 0 if
+            that one's pipeline must call the denoiser itself.
         reason: Why calls are not joined, in one sentence; empty if they are.
         threads: CPU threads to compute calls of the denoiser with.
         provisional: Whether an error, such as exhausted memory, decided it. The next start should try again.
+        request_rows: Rows of a default request.
     """
 
     max_active: int
@@ -66,6 +70,12 @@ class Plan:
     reason: str
     threads: Threads
     provisional: bool = False
+    request_rows: int = 1
+
+    @property
+    def max_joined(self) -> int:
+        """Default requests that the denoiser computes together."""
+        return max(1, self.max_rows // self.request_rows)
 
 
 def reason_to_run_alone(pipeline: Any, options: PlanOptions) -> str | None:
@@ -96,7 +106,8 @@ def measure_plan(pipeline: Any, model: ModelInfo, options: PlanOptions) -> Plan:
     few = pick_threads(pipeline, model) if measures_threads(model, options) else most
     reason = reason_to_run_alone(pipeline, options)
     if reason is not None:
-        return Plan(1, 0, reason, Threads(few, most, math.inf))
+        calls_itself = unbatchable(getattr(pipeline, denoiser_name(pipeline))) is not None
+        return Plan(1, 0 if calls_itself else 1, reason, Threads(few, most, math.inf))
     try:
         torch.set_num_threads(few)
         return _batching_plan(pipeline, model, options, (few, most))
@@ -123,9 +134,14 @@ def _batching_plan(pipeline: Any, model: ModelInfo, options: PlanOptions, thread
     torch.set_num_threads(found.threads.of(max_rows))
     reason, failed = _verified(module, calls, max_rows if options.deterministic else 0)
     if reason is not None:
-        return Plan(options.max_active or 2, 1, reason, found.threads, provisional=failed)
-    max_active = options.max_active or min(max(2, 2 * max_rows // rows), _MAX_ACTIVE_DEFAULT)
-    return Plan(max_active, max_rows, "", found.threads)
+        max_active = options.max_active or _turn_takers(model)
+        return Plan(max_active, 1, reason, found.threads, provisional=failed, request_rows=rows)
+    return Plan(options.max_active or _MAX_ACTIVE_DEFAULT, max_rows, "", found.threads, request_rows=rows)
+
+
+def _turn_takers(model: ModelInfo) -> int:
+    """Returns how many generations may take turns. More of them get no more steps, but their first ones sooner."""
+    return _MAX_ACTIVE_DEFAULT if torch.device(model.device).type in ("cpu", "cuda") else _MAX_ACTIVE_WITHOUT_LIMIT
 
 
 def _verified(module: Any, calls: list[Arguments], deterministic_rows: int) -> tuple[str | None, bool]:

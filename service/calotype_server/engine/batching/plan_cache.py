@@ -38,7 +38,7 @@ __all__ = ["find_plan", "load_plan", "plan_facts", "plan_path", "save_plan"]
 
 _log = structlog.get_logger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of the key: increase it when the measurements or the file change their meaning."""
 
 
@@ -116,6 +116,7 @@ def _encode(plan: Plan) -> dict[str, Any]:
     return {
         "max_active": plan.max_active,
         "max_rows": plan.max_rows,
+        "request_rows": plan.request_rows,
         "reason": plan.reason,
         "threads": {"few": threads.few, "many": threads.many, "from_rows": from_rows},
     }
@@ -132,6 +133,7 @@ def _decode(stored: Any) -> Plan:
         _count(stored["max_rows"], 0),
         stored["reason"],
         Threads(_count(threads["few"], 1), _count(threads["many"], 1), from_rows),
+        request_rows=_count(stored["request_rows"], 1),
     )
 
 

@@ -1,29 +1,40 @@
 """Decides which waiting calls run next. It has no threads and no clock: callers pass the current time in.
 
-Calls with the same signature form a group. A group is *ready* when waiting longer gains nothing: all requests that are
-expected in it have arrived, or no further call would fit, or the idle device has waited for `max_wait`. Of the groups
-that are ready, the one with the oldest call runs first, and within a group the oldest calls. A request that just ran is
-therefore behind all that wait, so requests take turns when more are active than fit.
+Calls with the same signature form a group, from which one batch runs at a time. A batch is *ready* when waiting longer
+gains nothing: all requests that are expected in it have arrived, or no further call would fit, or the idle device has
+waited for `max_wait`. `Schedule` decides which calls come first if not all fit:
+
+- `FIRST_LOOK`: a request that has not finished its first step, then the oldest request. The most urgent request chooses
+  the group, and the group's most urgent requests fill the batch. A batch waits for an expected request that is more
+  urgent than one of its own; otherwise two requests without room for both would take turns. After 16 first steps in a
+  row that others wait for, first steps alternate with theirs, so an endless series of new requests cannot stop anyone.
+- `FIFO`: the oldest request, in the same way.
+- `FAIR`: the oldest call. A request that just ran is therefore behind all that wait, so requests take turns.
 
 A request is expected only between an answer and its next call, and only if it was on time for the last step. A slow
 request therefore delays the others by `max_wait` once, not at every step.
+
+A GPU computes a batch after it was launched, and its answers are given at the launch. At most two batches are launched
+and not computed. The second one is launched when the first should be almost done (`launches`): until then, waiting
+calls can be withdrawn, and more urgent ones may arrive. A request is late if it calls later than `max_wait` after its
+last answer was *computed*: some pipelines wait for that, and others do not. Waiting for expected requests costs nothing
+as long as the device computes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from calotype_server.engine.batching.launches import Launches
+from calotype_server.engine.batching.pending import PendingCall, RequestSlot
+from calotype_server.engine.batching.urgency import Urgency
+from calotype_server.types import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Sequence
 
-    from calotype_server.engine.runtime.collate import Call
-
-__all__ = ["BatchScheduler", "PendingCall", "RequestSlot"]
+__all__ = ["BatchScheduler"]
 
 _SHARE_OF_STEP = 0.25
 _MIN_WAIT_SECONDS = 0.002
@@ -32,101 +43,21 @@ _NEWEST_WEIGHT = 0.2
 """Weight of the newest step in the moving average of step times."""
 
 
-@dataclass(eq=False, slots=True)
-class PendingCall:
-    """A call that waits for its answer.
-
-    Attributes:
-        slot: The request that makes it.
-        call: The arguments.
-        arrived: Time of arrival in seconds.
-        device_free_since: Time in seconds since which the device could have run it; infinite while it was busy.
-        future: Receives the answer.
-        batch_rows: Rows that were computed together with it, its own included. Set with the answer.
-        context: Of the thread that waits, so that lines logged for the call carry the request's ids.
-    """
-
-    slot: RequestSlot
-    call: Call
-    arrived: float
-    device_free_since: float = math.inf
-    future: Future[Any] = field(default_factory=Future)
-    batch_rows: int = 0
-    context: contextvars.Context = field(default_factory=contextvars.copy_context)
-
-    def offer(self, now: float) -> None:
-        """Records that the device is free for this call."""
-        self.device_free_since = min(self.device_free_since, now)
-
-    def answer(self, value: Any, batch_rows: int) -> None:
-        """Gives the call its result, unless it is already settled."""
-        if self.future.done():
-            return
-        self.batch_rows = batch_rows
-        with contextlib.suppress(InvalidStateError):  # It was cancelled meanwhile.
-            self.future.set_result(value)
-
-    def fail(self, error: BaseException) -> None:
-        """Makes the call raise, unless it is already settled."""
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_exception(error)
-
-
-@dataclass(eq=False, slots=True)
-class RequestSlot:
-    """The scheduler's state of one request.
-
-    Attributes:
-        number: Identifies the request in records of batches.
-        rows: Rows of its last call.
-        expected: Signature of the call that it should make next, while others wait for it.
-        on_time: Whether it made its last call within `max_wait` of the answer before.
-        answered_at: Time of its last answer in seconds; None while a call waits, and before the first.
-        last_signature: Signature of its last call.
-        next_signatures: Maps a signature to the one that followed it: with classifier-free guidance in two calls, two
-            signatures alternate if the prompts differ in length.
-    """
-
-    number: int
-    rows: int = 0
-    expected: Hashable | None = None
-    on_time: bool = True
-    answered_at: float | None = None
-    last_signature: Hashable | None = None
-    next_signatures: dict[Hashable, Hashable] = field(default_factory=dict)
-
-    def note_call(self, call: Call, now: float, max_wait: float) -> None:
-        """Records that the request made a call."""
-        self.expected = None
-        self.on_time = self.answered_at is None or now - self.answered_at <= max_wait
-        self.answered_at = None
-        if self.last_signature is not None:
-            self.next_signatures[self.last_signature] = call.signature
-        self.last_signature, self.rows = call.signature, call.rows
-
-    def note_answer(self, now: float) -> bool:
-        """Records that the request got its answer; returns whether to expect its next call."""
-        self.answered_at = now
-        if self.on_time:
-            self.expected = self.next_signatures.get(self.last_signature, self.last_signature)
-        return self.on_time
-
-    def stop_expecting(self) -> None:
-        """Records that nothing waits for the request's next call."""
-        self.expected = None
-
-
 class BatchScheduler:
-    """Keeps the waiting calls and the expected requests. Not thread-safe.
+    """Keeps the waiting calls, the launched batches and the expected requests. Not thread-safe.
 
     Args:
         max_rows: Most rows to run at once, from 1. A call with more rows than that runs alone.
+        schedule: Which calls come first.
     """
 
-    def __init__(self, max_rows: int) -> None:
+    def __init__(self, max_rows: int, schedule: Schedule = Schedule.FIRST_LOOK) -> None:
         self._max_rows = max_rows
+        self._urgency = None if schedule is Schedule.FAIR else Urgency(schedule)
         self._waiting: list[PendingCall] = []
         self._expected: set[RequestSlot] = set()
+        self._launches = Launches()
+        self._idle_since: float | None = None
         self._step_seconds: float | None = None
 
     @property
@@ -143,6 +74,11 @@ class BatchScheduler:
     def expected(self) -> frozenset[RequestSlot]:
         """The requests whose next call others wait for."""
         return frozenset(self._expected)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the device computes a batch, so that `computed` will be called."""
+        return self._launches.busy
 
     @property
     def max_wait(self) -> float:
@@ -165,10 +101,27 @@ class BatchScheduler:
         slot.note_call(pending.call, pending.arrived, self.max_wait)
         self._waiting.append(pending)
 
-    def expect(self, slot: RequestSlot, now: float) -> None:
-        """Records that a request got its answer and may make its next call soon."""
-        if slot.note_answer(now):
-            self._expected.add(slot)
+    def launched(self, calls: Sequence[PendingCall], started: float, now: float) -> None:
+        """Records that a batch was launched between `started` and `now`.
+
+        Its calls get their answers, except those that are settled already, and their requests may call again soon.
+        """
+        self._launches.add(calls, started, now)
+        for pending in calls:
+            if not pending.future.done() and pending.slot.note_answer(pending):
+                self._expected.add(pending.slot)
+
+    def computed(self, now: float) -> float:
+        """Records that the device has computed the oldest launched batch; returns the seconds that it took."""
+        calls, seconds = self._launches.finish(now)
+        self.observe(seconds)
+        for pending in calls:
+            pending.slot.note_computed(pending, now)
+        return seconds
+
+    def note_look(self, slot: RequestSlot) -> None:
+        """Records that a request has finished its first step."""
+        slot.note_look()
 
     def stop_waiting_for(self, slot: RequestSlot) -> None:
         """Stops expecting a request, until its next answer."""
@@ -186,16 +139,61 @@ class BatchScheduler:
         return taken
 
     def pick(self, now: float) -> tuple[list[PendingCall], float | None]:
-        """Removes and returns the calls to run now. Call it when the device is free.
+        """Removes and returns the calls to launch now.
 
         Returns:
-            The calls, and None; or no calls, and the time by which to ask again, which is None if nothing waits.
+            The calls, most urgent first, and None; or no calls, and the time by which to ask again. Ask earlier after
+            any other change; if the time is None, only then.
         """
+        if not self._waiting:
+            self._idle_since = None
+            return [], None
+        if self._launches.full:
+            return [], None
+        if now < (due := self._launches.next_due()):
+            return [], due
+        return self._pick_oldest_call(now) if self._urgency is None else self._pick_most_urgent(now, self._urgency)
+
+    def _pick_most_urgent(self, now: float, urgency: Urgency) -> tuple[list[PendingCall], float | None]:
+        if self._idle_since is None and not self.busy:
+            self._idle_since = now
+        limit = math.inf if self._idle_since is None else self._idle_since + self.max_wait
+        while True:
+            batch = self._most_urgent_batch(urgency)
+            calls = [each for each in batch if isinstance(each, PendingCall)]
+            if len(calls) == len(batch):
+                self._remove(calls)
+                urgency.note_batch(calls, self._waiting)
+                return calls, None
+            if now < limit:
+                return [], None if math.isinf(limit) else limit
+            for each in batch:
+                if isinstance(each, RequestSlot):
+                    self.stop_waiting_for(each)
+
+    def _most_urgent_batch(self, urgency: Urgency) -> list[PendingCall | RequestSlot]:
+        """Returns the batch that would run if the expected requests had arrived; they stand for their calls."""
+        entries: list[tuple[tuple[bool, int], Hashable, int, PendingCall | RequestSlot]] = [
+            *((urgency.rank(each.slot), each.call.signature, each.call.rows, each) for each in self._waiting),
+            *((urgency.rank(slot), slot.expected, slot.rows, slot) for slot in self._expected),
+        ]
+        entries.sort(key=lambda entry: entry[0])
+        _, signature, room = entries[0][:3]
+        room = max(room, self._max_rows)
+        batch: list[PendingCall | RequestSlot] = []
+        for _, other, rows, each in entries:
+            if other == signature and rows <= room:
+                batch.append(each)
+                room -= rows
+        return batch
+
+    def _pick_oldest_call(self, now: float) -> tuple[list[PendingCall], float | None]:
         groups: dict[Hashable, list[PendingCall]] = {}
         for pending in self._waiting:
             groups.setdefault(pending.call.signature, []).append(pending)
-            pending.offer(now)
-        deadline = None
+            if not self.busy:
+                pending.offer(now)
+        deadline = math.inf
         for signature, group in groups.items():  # The group with the oldest call comes first.
             limit = group[0].device_free_since + self.max_wait
             missing = [slot for slot in self._expected if slot.expected == signature]
@@ -206,8 +204,8 @@ class BatchScheduler:
             room = self._max_rows - sum(pending.call.rows for pending in group)
             if all(slot.rows > room for slot in missing):
                 return self._take(group), None
-            deadline = limit if deadline is None else min(deadline, limit)
-        return [], deadline
+            deadline = min(deadline, limit)
+        return [], None if math.isinf(deadline) else deadline
 
     def _take(self, group: list[PendingCall]) -> list[PendingCall]:
         rows = 0
@@ -217,5 +215,9 @@ class BatchScheduler:
             if taken and rows > self._max_rows:
                 break
             taken.append(pending)
-        self._waiting = [pending for pending in self._waiting if pending not in taken]
+        self._remove(taken)
         return taken
+
+    def _remove(self, taken: Sequence[PendingCall]) -> None:
+        self._waiting = [pending for pending in self._waiting if pending not in taken]
+        self._idle_since = None

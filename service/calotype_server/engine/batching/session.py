@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from calotype_server.engine.batching.scheduler import PendingCall, RequestSlot
+from calotype_server.engine.batching.pending import PendingCall, RequestSlot
 from calotype_server.engine.denoiser_proxy import DenoiserProxy
 from calotype_server.engine.tap import Stopped
 
@@ -32,6 +32,10 @@ class CallQueue(Protocol):
 
     def submit(self, pending: PendingCall) -> None:
         """Queues a call; its future receives the answer."""
+        ...
+
+    def note_look(self, slot: RequestSlot) -> None:
+        """Records that a request has finished its first step."""
         ...
 
     def stop_waiting_for(self, slot: RequestSlot) -> None:
@@ -88,6 +92,10 @@ class DenoiserSession:
     def proxy(self) -> DenoiserProxy:
         """Returns the object to use in place of the denoiser."""
         return DenoiserProxy(self._queue.module, self._call)
+
+    def note_look(self) -> None:
+        """Announces that the first step is done. Until then, the request may run before older ones."""
+        self._queue.note_look(self._slot)
 
     def expect_no_more(self) -> None:
         """Announces that the last step is done, so that other requests do not wait. A further call is still served."""

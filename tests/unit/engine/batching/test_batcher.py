@@ -249,5 +249,5 @@ def test_launches_do_not_run_ahead():
         for value in range(5):
             latents = sample(value).cuda()
             assert torch.allclose(session.proxy()(latents), module(latents))
-            assert len(batcher._runner._run_ahead._launched) <= 2
+            assert len(batcher._runner._run_ahead._events) <= 2
     batcher.close()

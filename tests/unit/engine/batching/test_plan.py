@@ -1,5 +1,6 @@
 """The batching plan that is made when a model is loaded."""
 
+import dataclasses
 import math
 
 import pytest
@@ -37,7 +38,7 @@ def test_one_at_a_time_measures_nothing(pipeline):
     calls = []
     pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     plan = plan_of(pipeline, max_active=1, threads=2)
-    assert plan == Plan(1, 0, "The server was started with --max-active 1.", Threads(2, 2, math.inf))
+    assert plan == Plan(1, 1, "The server was started with --max-active 1.", Threads(2, 2, math.inf))
     assert not calls
 
 
@@ -50,9 +51,11 @@ def test_a_deterministic_plan_uses_no_timing_measurement(pipeline, monkeypatch):
     assert plan.threads.of(1) == plan.threads.of(8) == 2
 
 
-def test_twice_as_many_run_as_are_computed_together(pipeline, timings):
-    """Eight rows are four requests with guidance; eight requests are active, so that some can encode or decode."""
-    assert plan_of(pipeline) == Plan(8, 8, "", Threads(1, 2, 4))
+def test_memory_and_not_the_batch_limits_how_many_run(pipeline, timings):
+    """Eight rows are four requests with guidance; eight requests run, so that all see a preview soon."""
+    plan = plan_of(pipeline)
+    assert plan == Plan(8, 8, "", Threads(1, 2, 4), request_rows=2)
+    assert plan.max_joined == 4
 
 
 def test_the_operators_limits_are_kept(pipeline, timings):
@@ -73,8 +76,16 @@ def test_dependent_rows_take_turns(pipeline, timings):
     """If an answer depends on the other rows in a batch, requests take turns with one row each."""
     pipeline.unet.register_forward_hook(lambda _, __, output: (output[0] + output[0].mean(),))
     plan = plan_of(pipeline)
-    assert (plan.max_active, plan.max_rows, plan.provisional) == (2, 1, False)
+    assert (plan.max_active, plan.max_rows, plan.max_joined, plan.provisional) == (8, 1, 1, False)
     assert "differ" in plan.reason
+
+
+def test_few_take_turns_if_free_memory_is_unknown(pipeline, timings):
+    """On a device whose memory admission cannot watch, two requests take turns, or as many as the operator sets."""
+    pipeline.unet.register_forward_hook(lambda _, __, output: (output[0] + output[0].mean(),))
+    model = dataclasses.replace(describe("tiny", pipeline, Defaults()), device="mps")
+    assert measure_plan(pipeline, model, PlanOptions(max_active=None)).max_active == 2
+    assert measure_plan(pipeline, model, PlanOptions(max_active=5)).max_active == 5
 
 
 def test_a_joined_call_that_fails_makes_the_plan_provisional(pipeline, timings, monkeypatch):
@@ -85,7 +96,7 @@ def test_a_joined_call_that_fails_makes_the_plan_provisional(pipeline, timings, 
 
     monkeypatch.setattr(plan_module, "verify", fail)
     plan = plan_of(pipeline)
-    assert (plan.max_active, plan.max_rows, plan.provisional) == (2, 1, True)
+    assert (plan.max_active, plan.max_rows, plan.provisional) == (8, 1, True)
     assert plan.reason == "A joined call failed with OutOfMemoryError."
 
 

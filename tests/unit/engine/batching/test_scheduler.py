@@ -1,48 +1,11 @@
 """The scheduler's decisions, on a simulated clock."""
 
-import types
-from typing import Any
-
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, precondition, rule
 
-from calotype_server.engine.batching.scheduler import BatchScheduler, PendingCall, RequestSlot
-
-STEP = 0.1
-WAIT = STEP / 4
-
-
-class Simulation:
-    """A scheduler with a simulated clock."""
-
-    def __init__(self, max_rows=16):
-        self.now = 0.0
-        self.scheduler = BatchScheduler(max_rows)
-        self.scheduler.observe(STEP)
-
-    def arrive(self, slot, signature="a", rows=1):
-        call: Any = types.SimpleNamespace(signature=signature, rows=rows)
-        pending = PendingCall(slot, call, self.now)
-        self.scheduler.arrive(pending)
-        return pending
-
-    def answer(self, *slots):
-        for slot in slots:
-            self.scheduler.expect(slot, self.now)
-
-    def pick(self):
-        """Returns the numbers of the requests whose calls run now."""
-        calls, _ = self.scheduler.pick(self.now)
-        return [pending.slot.number for pending in calls]
-
-    def step(self, *slots, signature="a"):
-        """Makes one step of all these requests, on time."""
-        for slot in slots:
-            self.arrive(slot, signature)
-        assert len(self.pick()) == len(slots)
-        self.answer(*slots)
+from calotype_server.engine.batching.pending import RequestSlot
+from calotype_server.engine.batching.scheduler import BatchScheduler
+from calotype_server.types import Schedule
+from support.engine.scheduling import STEP, WAIT, Simulation
 
 
 @pytest.fixture
@@ -72,7 +35,7 @@ def test_a_batch_waits_for_expected_requests(simulation):
     simulation.arrive(a)
     assert simulation.pick() == []
     simulation.arrive(c)
-    assert simulation.pick() == [1, 0, 2]
+    assert simulation.pick() == [0, 1, 2]
 
 
 def test_waiting_is_bounded(simulation):
@@ -99,7 +62,7 @@ def test_only_idle_time_of_the_device_counts(simulation):
     simulation.answer(a)
     assert simulation.pick() == []
     simulation.arrive(a)
-    assert simulation.pick() == [1, 0]
+    assert simulation.pick() == [0, 1]
 
 
 def test_a_slow_request_delays_others_once(simulation):
@@ -138,9 +101,9 @@ def test_a_request_that_left_is_not_expected(simulation):
     assert simulation.pick() == [0]
 
 
-def test_a_full_batch_does_not_wait(simulation):
-    """A batch that has no room for the expected call runs at once."""
-    simulation.scheduler.limit_rows(5)
+def test_a_full_batch_does_not_wait():
+    """In turn, a batch that has no room for the expected call runs at once."""
+    simulation = Simulation(max_rows=5, schedule=Schedule.FAIR)
     a, b, c = slots(3)
     for slot in (a, b):
         simulation.arrive(slot, rows=2)
@@ -152,9 +115,57 @@ def test_a_full_batch_does_not_wait(simulation):
     assert simulation.pick() == [0, 2]
 
 
+@pytest.mark.parametrize("schedule", [Schedule.FIRST_LOOK, Schedule.FIFO])
+def test_a_full_batch_waits_only_for_more_urgent_requests(schedule):
+    """If two fit, the batch of the first and the third waits for the second, but only for `max_wait`."""
+    simulation = Simulation(max_rows=2, schedule=schedule)
+    a, b, c = slots(3)
+    simulation.step(a, b)
+    simulation.arrive(c)
+    simulation.arrive(a)
+    assert simulation.pick() == []
+    simulation.arrive(b)
+    assert simulation.pick() == [0, 1]
+    simulation.now += STEP
+    simulation.answer(a, b)
+    simulation.arrive(a)
+    assert simulation.pick() == []
+    simulation.now += WAIT
+    assert simulation.pick() == [0, 2]
+
+
+def test_first_steps_come_first():
+    """A request that has not finished its first step runs before an older one, and after it behind it."""
+    simulation = Simulation(max_rows=1)
+    a, b = slots(2)
+    simulation.step(a)
+    simulation.scheduler.note_look(a)
+    simulation.arrive(a)
+    simulation.arrive(b)
+    assert simulation.pick() == [1]
+    simulation.answer(b)
+    simulation.scheduler.note_look(b)
+    simulation.arrive(b)
+    assert simulation.pick() == [0]
+
+
+def test_a_first_step_of_several_calls_is_finished_first():
+    """A request whose first step takes two calls runs both before older requests."""
+    simulation = Simulation(max_rows=1)
+    a, b = slots(2)
+    simulation.scheduler.note_look(a)
+    simulation.arrive(a)
+    simulation.arrive(b)
+    assert simulation.pick() == [1]
+    simulation.answer(b)
+    assert simulation.pick() == []
+    simulation.arrive(b)
+    assert simulation.pick() == [1]
+
+
 def test_requests_that_ran_queue_behind_waiting_ones():
-    """With six requests and room for four, each request runs in two of any three batches."""
-    simulation = Simulation(max_rows=4)
+    """With six requests and room for four, in turn, each request runs in two of any three batches."""
+    simulation = Simulation(max_rows=4, schedule=Schedule.FAIR)
     requests = slots(6)
     for slot in requests:
         simulation.arrive(slot)
@@ -168,8 +179,10 @@ def test_requests_that_ran_queue_behind_waiting_ones():
     assert turns == [number % 6 for number in range(24)]
 
 
-def test_the_group_with_the_oldest_call_runs_first(simulation):
+@pytest.mark.parametrize("schedule", Schedule)
+def test_the_group_with_the_oldest_call_runs_first(schedule):
     """Groups of different sizes run in the order of their oldest calls."""
+    simulation = Simulation(schedule=schedule)
     a, b, c = slots(3)
     simulation.arrive(a, "small")
     simulation.arrive(b, "large")
@@ -178,8 +191,9 @@ def test_the_group_with_the_oldest_call_runs_first(simulation):
     assert simulation.pick() == [1]
 
 
-def test_a_waiting_group_does_not_keep_the_device_idle(simulation):
-    """While the older group waits for a request, a complete younger group runs."""
+def test_a_waiting_group_does_not_keep_the_device_idle():
+    """In turn, while the older group waits for a request, a complete younger group runs."""
+    simulation = Simulation(schedule=Schedule.FAIR)
     a, b, c = slots(3)
     simulation.step(a, b)
     simulation.arrive(a)
@@ -218,83 +232,9 @@ def test_the_wait_follows_the_step_time():
     assert scheduler.max_wait == pytest.approx(0.025, rel=0.1)
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    """Requests that arrive, end, pause and are withdrawn in any order."""
-
-    outside, answered = Bundle("outside"), Bundle("answered")
-
-    def __init__(self):
-        super().__init__()
-        self.simulation = Simulation(max_rows=5)
-        self.number = 0
-        self.waiting = set()
-
-    @rule(target=outside)
-    def open(self):
-        self.number += 1
-        return RequestSlot(self.number)
-
-    @rule(
-        slot=st.one_of(consumes(outside), consumes(answered)),
-        signature=st.sampled_from("abc"),
-        rows=st.integers(1, 7),
-    )
-    def arrive(self, slot, signature, rows):
-        self.waiting.add(self.simulation.arrive(slot, signature, rows))
-
-    @rule(slot=consumes(answered), target=outside)
-    def stop_waiting_for(self, slot):
-        self.simulation.scheduler.stop_waiting_for(slot)
-        return slot
-
-    @rule(seconds=st.sampled_from([0.0, WAIT / 3, WAIT, STEP]))
-    def pass_time(self, seconds):
-        self.simulation.now += seconds
-
-    @rule(data=st.data())
-    @precondition(lambda self: self.simulation.scheduler.waiting)
-    def withdraw(self, data):
-        pending = data.draw(st.sampled_from(self.simulation.scheduler.waiting))
-        self.simulation.scheduler.withdraw(pending)
-        self.waiting.remove(pending)
-
-    @rule(data=st.data(), target=answered)
-    @precondition(lambda self: self.simulation.scheduler.waiting)
-    def run(self, data):
-        """The device is free, and waits until the returned deadline."""
-        waiting = list(self.simulation.scheduler.waiting)
-        asked = self.simulation.now
-        calls, deadline = self.simulation.scheduler.pick(asked)
-        if not calls:
-            assert asked < deadline <= asked + self.simulation.scheduler.max_wait
-            self.simulation.now = deadline
-            calls, _ = self.simulation.scheduler.pick(deadline)
-        assert calls, "nothing runs after the deadline"
-        assert len({pending.call.signature for pending in calls}) == 1
-        assert sum(pending.call.rows for pending in calls) <= 5 or len(calls) == 1
-        group = [pending for pending in waiting if pending.call.signature == calls[0].call.signature]
-        assert calls == group[: len(calls)], "not the oldest of their group"
-        for pending in waiting[: waiting.index(calls[0])]:
-            limit = pending.device_free_since + self.simulation.scheduler.max_wait
-            assert self.simulation.now < limit, "overtaken by a younger call"
-        self.waiting.difference_update(calls)
-        for pending in calls:
-            if data.draw(st.booleans()):
-                self.simulation.answer(pending.slot)
-        return multiple(*(pending.slot for pending in calls))
-
-    @invariant()
-    def no_call_is_lost(self):
-        assert set(self.simulation.scheduler.waiting) == self.waiting
-
-
-SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestSchedulerMachine = SchedulerMachine.TestCase
-
-
 def test_no_call_starves():
-    """A call of another group runs after at most one batch, although the other group always has waiting calls."""
-    simulation = Simulation(max_rows=2)
+    """In turn, a call of another group runs after at most one batch, although the other group always has calls."""
+    simulation = Simulation(max_rows=2, schedule=Schedule.FAIR)
     patient, *others = slots(7)
     simulation.arrive(others[0], "b")
     simulation.arrive(patient, "a")

@@ -77,6 +77,7 @@ def _build(settings: Settings, pipeline: Any, observe: Observe) -> Engine:
         max_active=settings.max_active,
         max_rows=settings.max_batch_rows,
         deterministic=settings.deterministic,
+        step_cache=settings.step_cache,
         measure_again=settings.measure_again,
         memory_limit=settings.memory_limit,
         # Images that are retained later.

@@ -12,9 +12,11 @@ import torch
 from calotype_server import errors
 from calotype_server.engine.request_arguments import call_arguments, prompt_notices
 from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.step_cache.cache import StepCache
+from calotype_server.engine.step_cache.direct import cached_proxy
 from calotype_server.engine.tap import Step, StepTap, Stopped
 from calotype_server.failpoints import hit
-from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, Pixels, PreviewMethod, Withdrawn
+from calotype_server.types import Decoding, Denoising, EncodingPrompt, Event, Pixels, PreviewMethod, Speed, Withdrawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,6 +78,7 @@ class GenerationRun:
         self._stop = stop
         self._queue = queue
         self._session: DenoiserSession | None = None
+        self._cache = StepCache() if job.speed is Speed.FAST else None
         self._decoding_since = 0.0
 
     def run(self) -> Pixels:
@@ -89,9 +92,10 @@ class GenerationRun:
         scheduler = make_scheduler(self._parts.pipeline, self._job.scheduler)
         tap = StepTap(
             scheduler,
-            on_start=lambda total: self._report(Denoising(0, total)),
+            on_start=self._on_start,
             on_step=self._on_step,
             should_stop=self._should_stop,
+            settle=None if self._cache is None else self._cache.settle,
         )
         view = self._open_view(scheduler)
         try:
@@ -108,13 +112,21 @@ class GenerationRun:
         """Returns the request's view of the pipeline, and opens a session with a shared denoiser."""
         parts = self._parts
         if parts.batcher is None:
-            return request_view(parts.pipeline, scheduler)
-        self._session = parts.batcher.open_session(should_stop=self._should_stop)
+            own = {}
+            if self._cache is not None:
+                own[parts.denoiser] = cached_proxy(getattr(parts.pipeline, parts.denoiser), self._cache)
+            return request_view(parts.pipeline, scheduler, **own)
+        self._session = parts.batcher.open_session(should_stop=self._should_stop, cache=self._cache)
         self._stop.call(self._session.cancel)
         return request_view(parts.pipeline, scheduler, **{parts.denoiser: self._session.proxy()})
 
     def _should_stop(self) -> bool:
         return self._stop.is_set() or self._queue.invalid
+
+    def _on_start(self, total: int) -> None:
+        if self._cache is not None:
+            self._cache.start(total)
+        self._report(Denoising(0, total))
 
     def _on_step(self, step: Step) -> None:
         hit("engine.step")
@@ -123,12 +135,16 @@ class GenerationRun:
             if self._session is not None:
                 self._session.expect_no_more()
             self._decoding_since = time.perf_counter()
-            self._report(Decoding(batch_rows=self._mean_rows()))
+            self._report(self._decoding(step))
         elif self._stop.finishing and step.x0() is not None:
             raise Stopped
 
-    def _mean_rows(self) -> float:
-        return 0.0 if self._session is None else self._session.mean_rows
+    def _decoding(self, last: Step, *, early: bool = False) -> Decoding:
+        return Decoding(
+            finished_early=early,
+            batch_rows=0.0 if self._session is None else self._session.mean_rows,
+            computed_steps=last.number if self._cache is None else self._cache.computed_steps,
+        )
 
     def _complete(self, last: Step | None, output: Any) -> Pixels:
         """Returns the image of a pipeline's call that took all steps."""
@@ -148,7 +164,7 @@ class GenerationRun:
             raise errors.Cancelled("The generation was cancelled.") from None
         if self._queue.invalid or last is None:
             raise _numerical_failure() from None
-        self._report(Decoding(finished_early=True, batch_rows=self._mean_rows()))
+        self._report(self._decoding(last, early=True))
         images = self._parts.finisher.decode(last, self._job.width, self._job.height)
         self._queue.flush()
         if images is None:

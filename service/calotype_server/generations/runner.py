@@ -217,9 +217,11 @@ class Runner:
                 case EncodingPrompt():
                     event = replace(event, estimated_remaining=self._estimator.total_seconds(job, active))
                 case Denoising(step, total) | PreviewReady(step, total):
-                    if seconds := generation.stopwatch.step_seconds(step):
-                        self._estimator.observe_step(job, seconds * total / job.step_count, active)
-                    left = self._estimator.remaining_seconds(job, step, total, active)
+                    # Forecast steps take no time, and their time counts for the next step that is computed.
+                    done, all_computed = job.computed_steps(step, total), job.computed_steps(total, total)
+                    if seconds := generation.stopwatch.step_seconds(done):
+                        self._estimator.observe_step(job, seconds * all_computed / job.computed_step_count, active)
+                    left = self._estimator.remaining_seconds(job, done, all_computed, active)
                     event = replace(event, estimated_remaining=left)
                     if left is not None and (whole := self._estimator.total_seconds(job, active)):
                         ticket.note_left(left / whole)

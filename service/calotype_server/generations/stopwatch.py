@@ -25,6 +25,7 @@ class Stopwatch:
         self._step: tuple[int, float] | None = None
         self.events = 0
         self.batch_rows = 0.0
+        self._computed_steps = 0
 
     @property
     def total(self) -> float:
@@ -35,7 +36,7 @@ class Stopwatch:
         """Records an event and returns whether it is the first of its kind."""
         self.events += 1
         if isinstance(event, Decoding):
-            self.batch_rows = event.batch_rows
+            self.batch_rows, self._computed_steps = event.batch_rows, event.computed_steps
         first = type(event) not in self._reached
         if first:
             self._reached[type(event)] = time.monotonic()
@@ -80,6 +81,7 @@ class Stopwatch:
             decoding=_span(decoding, now),
             first_preview=_span(self._accepted, preview),
             total=now - self._accepted,
+            computed_steps=self._computed_steps,
         )
 
 

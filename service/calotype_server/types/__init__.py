@@ -38,8 +38,15 @@ from calotype_server.types.previews import (
     PreviewMethod,
     PreviewOptions,
 )
+from calotype_server.types.speed import (
+    FAST_MIN_STEPS,
+    Speed,
+    computed_steps,
+    forecast_steps,
+)
 
 __all__ = [
+    "FAST_MIN_STEPS",
     "RENDERED_PREVIEW_METHODS",
     "Decoding",
     "DeliveryOptions",
@@ -63,7 +70,10 @@ __all__ = [
     "PreviewReady",
     "Priority",
     "Queued",
+    "Speed",
     "Succeeded",
     "Timings",
     "Withdrawn",
+    "computed_steps",
+    "forecast_steps",
 ]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from calotype_server.engine.batching.measure import Threads
     from calotype_server.engine.runtime.base import DenoiserRuntime
     from calotype_server.engine.runtime.collate import Collator
+    from calotype_server.engine.step_cache.cache import StepCache
 
 __all__ = ["StepBatcher"]
 
@@ -85,15 +86,18 @@ class StepBatcher:
         """Most rows to run at once: as configured, or fewer since memory ran out."""
         return self._scheduler.max_rows
 
-    def open_session(self, *, should_stop: Callable[[], bool] = lambda: False) -> DenoiserSession:
+    def open_session(
+        self, *, should_stop: Callable[[], bool] = lambda: False, cache: StepCache | None = None
+    ) -> DenoiserSession:
         """Opens a session for one request.
 
         Args:
             should_stop: Called before each call of the denoiser; True raises `Stopped`.
+            cache: Decides which calls are computed; None for all.
         """
         with self._changed:
             number, self._opened = self._opened, self._opened + 1
-        return DenoiserSession(self, number, should_stop)
+        return DenoiserSession(self, number, should_stop, cache)
 
     def close(self) -> None:
         """Ends the device thread after the current batch; waiting calls and later ones raise `Draining`."""

@@ -74,8 +74,8 @@ class Settings(WebSettings):
     )
     step_cache: bool = Field(
         False,
-        description="Let requests choose SPEED_FAST, which computes about half of the denoising steps and forecasts the "
-        "other ones. The image is close to the exact one, but not equal.",
+        description="Let requests choose SPEED_FAST, which computes about half of the denoising steps and forecasts "
+        "the other ones. The image is close to the exact one, but not equal.",
     )
     measure_again: bool = Field(
         False, description="Ignore the cached batching plan of the model at this start, and measure a new one."

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import calotype
-from benchmarks import concurrency, previews, subscribers, transports, web
+from benchmarks import concurrency, previews, step_cache, subscribers, transports, web
 from benchmarks.runs import GUIDANCE, STEPS, bundled
 from support.process import ServerProcess
 
@@ -35,6 +35,8 @@ GOALS = {
     "cancel_steps": "<= 1.2",
     "throughput8_over_fifo": ">= 1.7",
     "first_preview8_over_fifo": "<= 0.25",
+    "fast_speedup": ">= 1.5",
+    "fast_psnr_db": ">= 25",
     "readers200_denoise_over_1": "<= 1.02",
     "web_over_native1": ">= 1",
     "web_over_native16": ">= 1",
@@ -55,6 +57,7 @@ def main() -> None:
         }
     results |= cancels(threads, results["step_ms"])
     results |= concurrency.measure(max(1, ROUNDS // 4), threads)
+    results |= step_cache.measure(max(1, ROUNDS // 2), threads)
     results |= subscribers.measure(ROUNDS, threads)
     results |= previews.measure()
     results |= web.measure(ROUNDS)

@@ -65,7 +65,7 @@ class StepCache:
         self._last, self._calls, self._last_calls, self._skipped = [], [], [], False
 
     def answer(self, kind: Hashable, compute: Callable[[], Any]) -> Any:
-        """Returns the answer to a call of the denoiser, or an old answer in its place if the step can be forecast.
+        """Returns the answer to a call of the denoiser, or an old answer if the step can be forecast.
 
         Args:
             kind: Calls with other rows, shapes or conditions have another kind. The request's calls in the same place

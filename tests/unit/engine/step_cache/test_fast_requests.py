@@ -92,6 +92,7 @@ def test_too_few_steps_change_nothing(open_engine):
     assert Run(engine)(short) == Run(engine)(dataclasses.replace(short, speed=Speed.EXACT))
 
 
+@pytest.mark.slow
 def test_every_scheduler_on_offer_works(open_engine):
     """Each scheduler on offer skips steps and gives a finite image."""
     engine = open_engine(max_active=1)

@@ -1,5 +1,7 @@
 """Which steps of a request are computed, and the forecast at the other ones."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given
@@ -32,7 +34,7 @@ class Request:
         self.outputs = []
         for step in range(total):
             for kind in kinds(step):
-                answer = self.cache.answer(kind, lambda step=step, kind=kind: self._compute(step, kind, line, dtype))
+                answer = self.cache.answer(kind, functools.partial(self._compute, step, kind, line, dtype))
                 self.announced.append(self.cache.skips_next)
             self.outputs.append(self.cache.settle(None, SAMPLE.to(dtype), answer[0] * 1))
 
@@ -129,7 +131,7 @@ def test_a_forecast_does_not_change_with_later_writes():
     cache.start(28)
     outputs = []
     for step in range(28):
-        answer = cache.answer("a", lambda step=step: torch.full((1, 4), float(step)))
+        answer = cache.answer("a", functools.partial(torch.full, (1, 4), float(step)))
         outputs.append(cache.settle(None, SAMPLE, answer).clone())
         answer.zero_()
     assert [float(output[0, 0]) for output in outputs] == pytest.approx(list(range(28)))
@@ -145,6 +147,6 @@ def test_forecasts_are_made_of_the_noise():
         level = NoiseLevel("v_prediction", alpha, (1 - alpha**2) ** 0.5)
         sample, noise = torch.randn(1, 4, generator=generator), torch.full((1, 4), 0.1 * step)
         exact = (noise - level.sigma * sample) / alpha
-        answer = cache.answer("a", lambda exact=exact: exact)
+        answer = cache.answer("a", functools.partial(torch.clone, exact))
         assert torch.allclose(cache.settle(level, sample, answer), exact, atol=1e-4)
     assert cache.computed_steps == 14

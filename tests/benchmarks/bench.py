@@ -19,7 +19,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import calotype
-from benchmarks import concurrency, images, launch_bound, previews, subscribers, transports, turns, web
+from benchmarks import (
+    concurrency,
+    images,
+    launch_bound,
+    previews,
+    step_cache,
+    subscribers,
+    transports,
+    turns,
+    web,
+)
 from benchmarks.runs import GUIDANCE, STEPS, bundled
 from support.process import ServerProcess
 
@@ -44,6 +54,8 @@ GOALS = {
         for steps, goals in ((20, ("<= 0.1", "<= 1.05", ">= 0.98")), (4, ("<= 0.35", "<= 1.2", ">= 0.98")))
         for name, goal in zip(("first_preview", "completion", "throughput"), goals, strict=True)
     },
+    "fast_speedup": ">= 1.5",
+    "fast_psnr_db": ">= 25",
     "readers200_denoise_over_1": "<= 1.02",
     "launch_bound_spinning_silent_over_bare": "<= 1.05",
     "launch_bound_spinning_stream_over_bare": "<= 1.05",
@@ -69,6 +81,7 @@ def main() -> None:
     results |= cancels(threads, results["step_ms"])
     results |= concurrency.measure(max(1, ROUNDS // 4), threads)
     results |= turns.measure(max(1, ROUNDS // 4))
+    results |= step_cache.measure(max(1, ROUNDS // 2), threads)
     results |= subscribers.measure(ROUNDS, threads)
     results |= previews.measure()
     results |= images.measure(ROUNDS)

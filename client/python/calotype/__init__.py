@@ -45,7 +45,7 @@ from ._errors import (
     Violation,
 )
 from ._image import Image
-from ._options import DisconnectPolicy, Output, PreviewMethod, Previews, Priority
+from ._options import DisconnectPolicy, Output, PreviewMethod, Previews, Priority, Speed
 from ._sync.client import Client
 from ._sync.generation import Generation
 from ._types import GenerationSummary, Model, Notice, Phase, Progress, Timings
@@ -83,6 +83,7 @@ __all__ = [
     "Previews",
     "Priority",
     "Progress",
+    "Speed",
     "StreamIncomplete",
     "Timings",
     "Unauthenticated",

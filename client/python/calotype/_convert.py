@@ -84,7 +84,15 @@ def progress_from_proto(message: v1.Progress) -> Progress:
 
 
 def _timings_from_proto(timings: v1.Timings) -> Timings:
-    return Timings(**{field.name: optional_seconds(timings, field.name) for field in timings.DESCRIPTOR.fields})
+    return Timings(
+        queued=optional_seconds(timings, "queued"),
+        encoding_prompt=optional_seconds(timings, "encoding_prompt"),
+        denoising=optional_seconds(timings, "denoising"),
+        decoding=optional_seconds(timings, "decoding"),
+        first_preview=optional_seconds(timings, "first_preview"),
+        total=optional_seconds(timings, "total"),
+        computed_steps=timings.computed_steps,
+    )
 
 
 def summary_from_proto(summary: v1.GenerationSummary) -> GenerationSummary:
@@ -129,6 +137,7 @@ def model_from_proto(model: v1.Model) -> Model:
         device=model.device,
         dtype=model.dtype,
         server_version=model.server_version,
+        fast_schedulers=tuple(model.fast_schedulers),
     )
 
 

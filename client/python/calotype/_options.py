@@ -1,4 +1,4 @@
-"""Options of a request: previews, output, priority, and the effect of a disconnect."""
+"""Options of a request: previews, output, priority, speed, and the effect of a disconnect."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ __all__ = [
     "Previews",
     "Priority",
     "PriorityName",
+    "Speed",
+    "SpeedName",
 ]
 
 DisconnectPolicyName: TypeAlias = Literal["cancel", "keep"]
 FormatName: TypeAlias = Literal["jpeg", "png", "webp"]
 PriorityName: TypeAlias = Literal["interactive", "batch"]
+SpeedName: TypeAlias = Literal["exact", "fast"]
 MethodName: TypeAlias = Literal["auto", "head", "tiny_vae", "full_vae", "none"]
 
 
@@ -31,6 +34,16 @@ class Priority(StrEnum):
     """A person waits for the image."""
     BATCH = "batch"
     """Starts only when no interactive request is queued, and never takes the last of several slots."""
+
+
+class Speed(StrEnum):
+    """Which denoising steps the server computes. Arguments also accept the plain strings "exact" and "fast"."""
+
+    EXACT = "exact"
+    """All steps."""
+    FAST = "fast"
+    """About half of the steps; the model's output at the other ones is forecast. The image is close to the exact one.
+    Needs at least 16 steps, and one of `Model.fast_schedulers`."""
 
 
 class DisconnectPolicy(StrEnum):

@@ -65,6 +65,8 @@ class Timings:
         decoding: From the last denoising step to the final image file.
         first_preview: From acceptance to the first preview.
         total: From acceptance to the end.
+        computed_steps: Number of denoising steps that the server computed; with speed "fast" fewer than
+            `Progress.step`. 0 until denoising is complete.
     """
 
     queued: float | None = None
@@ -73,6 +75,7 @@ class Timings:
     decoding: float | None = None
     first_preview: float | None = None
     total: float | None = None
+    computed_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +183,8 @@ class Model:
         device: Device of the model, such as "cpu" or "cuda:0".
         dtype: Number format of the weights, such as "float32" or "bfloat16".
         server_version: Version of the server.
+        fast_schedulers: Schedulers for which a request can ask for the speed "fast", sorted. Empty if the server does
+            not offer it.
     """
 
     name: str
@@ -207,3 +212,4 @@ class Model:
     device: str
     dtype: str
     server_version: str
+    fast_schedulers: tuple[str, ...] = field(default=(), repr=False)

@@ -35,6 +35,11 @@ const POLICIES: Record<NonNullable<types.GenerateOptions["onDisconnect"]>, wire.
   keep: wire.DisconnectPolicy.KEEP,
 };
 
+const SPEEDS: Record<NonNullable<types.GenerateOptions["speed"]>, wire.Speed> = {
+  exact: wire.Speed.EXACT,
+  fast: wire.Speed.FAST,
+};
+
 /** Validates that numbers can be sent, and collects the violations. */
 class NumberValidator {
   readonly #violations: Violation[] = [];
@@ -83,6 +88,7 @@ export function requestToWire(prompt: string, options: types.GenerateOptions): w
     guidanceScale: numbers.finite("guidance_scale", options.guidanceScale),
     seed: seed === undefined ? undefined : BigInt(seed),
     scheduler: options.scheduler,
+    speed: options.speed && SPEEDS[options.speed],
     preview: preview && previewToWire(preview, numbers),
     output: output && {
       format: output.format && FORMATS[output.format],
@@ -147,6 +153,7 @@ export function progressFromWire(message: wire.Progress): types.Progress {
       decoding: seconds(message.timings.decoding),
       firstPreview: seconds(message.timings.firstPreview),
       total: seconds(message.timings.total),
+      computedSteps: message.timings.computedSteps,
     },
   };
 }
@@ -204,6 +211,7 @@ export function modelFromWire(model: wire.Model): types.Model {
     device: model.device,
     dtype: model.dtype,
     serverVersion: model.serverVersion,
+    fastSchedulers: model.fastSchedulers,
     previewMethods: methods.filter((method) => method !== undefined),
     preview: model.preview && {
       everySteps: model.preview.everySteps ?? 1,

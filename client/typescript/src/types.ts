@@ -46,6 +46,8 @@ export interface Timings {
   readonly decoding: number | undefined;
   readonly firstPreview: number | undefined;
   readonly total: number | undefined;
+  /** Denoising steps that were computed: fewer than all with the speed `fast`. 0 until denoising is complete. */
+  readonly computedSteps: number;
 }
 
 /** The state of a generation and, if there is a new one, a picture. */
@@ -132,6 +134,11 @@ export interface GenerateOptions {
   readonly seed?: number;
   /** One of `Model.schedulers`. */
   readonly scheduler?: string;
+  /**
+   * `fast` computes only about half of the steps; the picture is close to that of `exact`. It needs at least 16 steps
+   * and one of `Model.fastSchedulers`. Default: exact.
+   */
+  readonly speed?: "exact" | "fast";
   readonly preview?: PreviewOptions;
   readonly output?: OutputOptions;
   /**
@@ -228,6 +235,8 @@ export interface Model {
   readonly device: string;
   readonly dtype: string;
   readonly serverVersion: string;
+  /** Schedulers that support the speed `fast`, sorted; empty if the server does not offer it. */
+  readonly fastSchedulers: readonly string[];
   /** Methods that a request may choose in addition to `auto` and `none`. */
   readonly previewMethods: readonly PreviewMethod[];
   readonly preview: Required<PreviewOptions> | undefined;

@@ -151,6 +151,7 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica:
         max_batch_rows=model.max_batch_rows,
         unbatched_reason=model.unbatched_reason,
         replica=replica,
+        fast_schedulers=model.fast_schedulers,
     )
 
 
@@ -195,7 +196,10 @@ def _describe_image(progress: pb.Progress, image: EncodedImage, kind: pb.ImageKi
 
 
 def _timings(timings: Timings) -> pb.Timings:
-    return pb.Timings(**{f.name: _duration(getattr(timings, f.name)) for f in dataclasses.fields(timings)})
+    durations = {f.name: getattr(timings, f.name) for f in dataclasses.fields(timings) if f.name != "computed_steps"}
+    return pb.Timings(
+        **{name: _duration(seconds) for name, seconds in durations.items()}, computed_steps=timings.computed_steps
+    )
 
 
 def _duration(seconds: float | None) -> Duration | None:

@@ -6,14 +6,14 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.types import DisconnectPolicy, Phase, PreviewMethod, Priority
+from calotype_server.types import DisconnectPolicy, Phase, PreviewMethod, Priority, Speed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from calotype_server.types import ImageFormat
 
-__all__ = ["DISCONNECT_POLICIES", "IMAGE_FORMATS", "PHASES", "PREVIEW_METHODS", "PRIORITIES", "EnumTable"]
+__all__ = ["DISCONNECT_POLICIES", "IMAGE_FORMATS", "PHASES", "PREVIEW_METHODS", "PRIORITIES", "SPEEDS", "EnumTable"]
 
 V = TypeVar("V", bound=Hashable)
 N = TypeVar("N", bound=int)
@@ -65,3 +65,5 @@ PRIORITIES = EnumTable(
     {priority: pb.Priority.Value(f"PRIORITY_{priority.name}") for priority in Priority},
     default=Priority.INTERACTIVE,
 )
+
+SPEEDS = EnumTable({speed: pb.Speed.Value(f"SPEED_{speed.name}") for speed in Speed}, default=Speed.EXACT)

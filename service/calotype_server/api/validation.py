@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.api.enums import DISCONNECT_POLICIES, IMAGE_FORMATS, PREVIEW_METHODS, PRIORITIES
+from calotype_server.api.enums import DISCONNECT_POLICIES, IMAGE_FORMATS, PREVIEW_METHODS, PRIORITIES, SPEEDS
 from calotype_server.errors import InvalidRequest, PreviewMethodUnavailable, Violation
 from calotype_server.limits import (
     GRACE_SECONDS_MAX,
@@ -23,7 +23,16 @@ from calotype_server.limits import (
     SEED_MAX,
     WEBP_QUALITY_MAX,
 )
-from calotype_server.types import DeliveryOptions, DisconnectPolicy, Job, OutputOptions, PreviewMethod, PreviewOptions
+from calotype_server.types import (
+    FAST_MIN_STEPS,
+    DeliveryOptions,
+    DisconnectPolicy,
+    Job,
+    OutputOptions,
+    PreviewMethod,
+    PreviewOptions,
+    Speed,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -80,11 +89,14 @@ def validate(
     if priority is None:
         reject("priority", f"has the unknown value {request.priority}")
     delivery = _delivery(request, reject)
+    speed = _speed(request, model, scheduler, steps, reject)
     if violations or priority is None:
         raise InvalidRequest(violations)
     _check_method(preview.method, model, limits)
     negative = request.negative_prompt or None
-    job = Job(request.prompt, negative, width, height, steps, guidance, seed, scheduler, preview, output, priority)
+    job = Job(
+        request.prompt, negative, width, height, steps, guidance, seed, scheduler, preview, output, priority, speed
+    )
     return job, replace(delivery, seed_was_drawn=not request.HasField("seed"))
 
 
@@ -197,6 +209,21 @@ def _guidance_scale(request: pb.GenerateRequest, model: ModelInfo, reject: Rejec
     elif not (math.isfinite(guidance) and 0 <= guidance <= GUIDANCE_SCALE_MAX):
         reject("guidance_scale", f"is {guidance:g}, must be 0 to {GUIDANCE_SCALE_MAX:g}")
     return guidance
+
+
+def _speed(request: pb.GenerateRequest, model: ModelInfo, scheduler: str, steps: int, reject: Reject) -> Speed:
+    """Returns the speed; rejects FAST where it has no effect."""
+    speed = SPEEDS.from_proto(request.speed)
+    if speed is None:
+        reject("speed", f"has the unknown value {request.speed}")
+    elif speed is Speed.FAST:
+        if not model.fast_schedulers:
+            reject("speed", "is FAST, which this server does not offer")
+        elif scheduler in model.schedulers and scheduler not in model.fast_schedulers:
+            reject("speed", f"is FAST, which needs one of the schedulers {', '.join(model.fast_schedulers)}")
+        elif steps < FAST_MIN_STEPS:
+            reject("speed", f"is FAST, which needs at least {FAST_MIN_STEPS} steps")
+    return speed or Speed.EXACT
 
 
 def _delivery(request: pb.GenerateRequest, reject: Reject) -> DeliveryOptions:

@@ -166,4 +166,4 @@ def _require_possible(limits: QuotaLimits, count: int, pixel_steps: int) -> None
 
 
 def _pixel_steps(job: Job) -> int:
-    return job.pixel_count * job.step_count
+    return job.pixel_count * job.computed_step_count

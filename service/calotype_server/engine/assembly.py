@@ -12,6 +12,7 @@ import torch
 from calotype_server.engine.batching.batcher import StepBatcher
 from calotype_server.engine.batching.plan import PlanOptions
 from calotype_server.engine.batching.plan_cache import find_plan
+from calotype_server.engine.batching.verify import unbatchable
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
 from calotype_server.engine.diffusers_engine import DiffusersEngine
 from calotype_server.engine.early_finish import EarlyFinisher
@@ -23,6 +24,7 @@ from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
 from calotype_server.engine.request_view import request_view
 from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.shared_components import shared_components
+from calotype_server.engine.step_cache.offered import fast_schedulers
 from calotype_server.observability.events import BatchDone, Observe, ignore
 from calotype_server.types import PreviewMethod, Schedule
 
@@ -54,6 +56,7 @@ def build_engine(
     deterministic: bool = False,
     host_timesteps: bool = False,
     schedule: Schedule = Schedule.FIRST_LOOK,
+    step_cache: bool = False,
     measure_again: bool = False,
     memory_limit: int | None = 0,
     reserved_bytes: int = 0,
@@ -76,6 +79,7 @@ def build_engine(
         deterministic: Whether an image must be bitwise the same regardless of other generations.
         host_timesteps: Whether schedulers get their timesteps in ordinary memory, so that they do not wait for a GPU.
         schedule: Which generations come first if not all fit into one call of the denoiser.
+        step_cache: Whether requests may choose `Speed.FAST`.
         measure_again: Whether to ignore a cached batching plan and replace it.
         memory_limit: Bytes that running generations may use together; 0 for no limit, None for the free memory.
         reserved_bytes: Bytes of the free memory that are for other purposes.
@@ -100,6 +104,8 @@ def build_engine(
     budget.charge(CoreCosts(min(1.0, step_threads / (os.cpu_count() or 1))) if on_cpu else DeviceCosts())
     batcher = _start_batcher(pipeline, plan, deterministic, schedule, _batch_observer(observe, on_batch))
     shared = _shared_pipeline(pipeline, batcher)
+    if step_cache:
+        model = replace(model, fast_schedulers=_fast_schedulers(pipeline, model))
     previews = PipelinePreviews(
         shared,
         model,
@@ -174,6 +180,16 @@ def _with_session(pipeline: Any, batcher: StepBatcher | None) -> Any:
     """Returns a view of the pipeline with its own session of the shared denoiser."""
     own = {} if batcher is None else {denoiser_name(pipeline): batcher.open_session().proxy()}
     return request_view(pipeline, pipeline.scheduler, **own)
+
+
+def _fast_schedulers(pipeline: Any, model: ModelInfo) -> tuple[str, ...]:
+    """Returns the schedulers that requests may combine with `Speed.FAST`."""
+    reason = unbatchable(getattr(pipeline, denoiser_name(pipeline)))
+    if reason is not None:
+        # Such a module keeps state between calls, or code outside the pipeline's call relies on each call.
+        _log.warning("the step cache is not offered", reason=reason)
+        return ()
+    return fast_schedulers(pipeline, model.schedulers)
 
 
 def _planned(model: ModelInfo, plan: Plan, schedule: Schedule, previews: PipelinePreviews) -> ModelInfo:

@@ -92,6 +92,7 @@ def engine_around(settings: Settings, pipeline: Any, observe: Observe) -> Engine
         deterministic=settings.deterministic,
         host_timesteps=settings.host_timesteps,
         schedule=settings.schedule,
+        step_cache=settings.step_cache,
         measure_again=settings.measure_again,
         memory_limit=settings.memory_limit,
         # Images that are retained later.

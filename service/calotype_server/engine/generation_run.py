@@ -12,10 +12,12 @@ from calotype_server import errors
 from calotype_server.engine.batching.run_ahead import RunAhead
 from calotype_server.engine.request_arguments import call_arguments, prompt_notices
 from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.step_cache.cache import StepCache
+from calotype_server.engine.step_cache.direct import cached_proxy
 from calotype_server.engine.stepping.host_timesteps import keep_timesteps_on_host
 from calotype_server.engine.tap import Step, StepTap, Stopped
 from calotype_server.failpoints import hit
-from calotype_server.types import Decoding, Denoising, EncodingPrompt, Pixels, PreviewMethod, Withdrawn
+from calotype_server.types import Decoding, Denoising, EncodingPrompt, Pixels, PreviewMethod, Speed, Withdrawn
 
 if TYPE_CHECKING:
     from calotype_server.engine.batching.batcher import StepBatcher
@@ -77,6 +79,7 @@ class GenerationRun:
         self._stop = stop
         self._queue = queue
         self._session: DenoiserSession | None = None
+        self._cache = StepCache() if job.speed is Speed.FAST else None
         self._decoding: Lap | None = None
         self._run_ahead: RunAhead | None = None
 
@@ -91,9 +94,10 @@ class GenerationRun:
         scheduler = make_scheduler(self._parts.pipeline, self._job.scheduler)
         tap = StepTap(
             scheduler,
-            on_start=lambda total: self._report(Denoising(0, total)),
+            on_start=self._on_start,
             on_step=self._on_step,
             should_stop=self._should_stop,
+            settle=None if self._cache is None else self._cache.settle,
         )
         if self._parts.host_timesteps:
             keep_timesteps_on_host(scheduler)
@@ -112,14 +116,24 @@ class GenerationRun:
         """Returns the request's view of the pipeline, and opens a session with a shared denoiser."""
         parts = self._parts
         if parts.batcher is None:
-            return request_view(parts.pipeline, scheduler)
-        self._session = parts.batcher.open_session(should_stop=self._should_stop, on_submitted=self._report.flush)
+            own = {}
+            if self._cache is not None:
+                own[parts.denoiser] = cached_proxy(getattr(parts.pipeline, parts.denoiser), self._cache)
+            return request_view(parts.pipeline, scheduler, **own)
+        self._session = parts.batcher.open_session(
+            should_stop=self._should_stop, on_submitted=self._report.flush, cache=self._cache
+        )
         self._report.hold()
         self._stop.call(self._session.cancel)
         return request_view(parts.pipeline, scheduler, **{parts.denoiser: self._session.proxy()})
 
     def _should_stop(self) -> bool:
         return self._stop.is_set() or self._queue.invalid
+
+    def _on_start(self, total: int) -> None:
+        if self._cache is not None:
+            self._cache.start(total)
+        self._report(Denoising(0, total))
 
     def _on_step(self, step: Step) -> None:
         hit("engine.step")
@@ -132,7 +146,7 @@ class GenerationRun:
             if self._session is not None:
                 self._session.expect_no_more()
             self._decoding = self._parts.previews.start_decoding()
-            self._report(Decoding(batch_rows=self._mean_rows()))
+            self._report(self._decoding_event(step))
         elif self._stop.finishing and step.x0() is not None:
             raise Stopped
 
@@ -144,15 +158,25 @@ class GenerationRun:
         self._run_ahead.launched()
         self._run_ahead.limit()
 
-    def _mean_rows(self) -> float:
-        return 0.0 if self._session is None else self._session.mean_rows
+    def _decoding_event(self, last: Step | None, *, early: bool = False, seconds: float = 0.0) -> Decoding:
+        return Decoding(
+            finished_early=early,
+            batch_rows=0.0 if self._session is None else self._session.mean_rows,
+            computed_steps=self._computed_steps(last),
+            seconds=seconds,
+        )
+
+    def _computed_steps(self, last: Step | None) -> int:
+        if self._cache is not None:
+            return self._cache.computed_steps
+        return 0 if last is None else last.number
 
     def _complete(self, last: Step | None, output: Any) -> Pixels:
         """Returns the image of a pipeline's call that took all steps."""
         if self._decoding is not None:
             self._decoding.stop()
         pixels = to_pixels(output[0])
-        self._note_decoding()
+        self._note_decoding(last)
         self._queue.flush()
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             raise self._withhold()
@@ -160,7 +184,7 @@ class GenerationRun:
             self._parts.previews.learn(last, output[0])
         return pixels
 
-    def _note_decoding(self) -> None:
+    def _note_decoding(self, last: Step | None) -> None:
         """Records how long the image took to decode. Call it when the pixels are on the host."""
         if self._decoding is None:
             return
@@ -169,7 +193,7 @@ class GenerationRun:
         on_device = self._decoding.device_seconds()
         if on_device is not None:
             # The first report was made when the last step was launched, not when it was computed.
-            self._report(Decoding(batch_rows=self._mean_rows(), seconds=on_device))
+            self._report(self._decoding_event(last, seconds=on_device))
 
     def _finish_early(self, last: Step | None) -> Pixels:
         """Returns the predicted image of the last step, if the caller asked for that, or raises why the run stopped."""
@@ -177,7 +201,7 @@ class GenerationRun:
             raise errors.Cancelled("The generation was cancelled.") from None
         if self._queue.invalid or last is None:
             raise _numerical_failure() from None
-        self._report(Decoding(finished_early=True, batch_rows=self._mean_rows()))
+        self._report(self._decoding_event(last, early=True))
         images = self._parts.finisher.decode(last, self._job.width, self._job.height)
         self._queue.flush()
         if images is None:

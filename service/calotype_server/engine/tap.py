@@ -2,7 +2,7 @@
 
 This one place provides progress, the predicted x0 and cancellation, for every pipeline that calls `scheduler.step`,
 including those without `callback_on_step_end` and those that ignore `interrupt`. It only observes, so the result stays
-bit-identical.
+bit-identical, unless a step cache forecasts the model's output.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ class StepTap:
         on_start: Called with the total number of steps when the timesteps are set: denoising starts.
         on_step: Called after every step.
         should_stop: Called when the timesteps are set, and before and after every step; True raises `Stopped`.
+        settle: Called before every step with its noise level, the sample and the model's output; returns the output
+            that the scheduler receives. None: the output as it is.
 
     Attributes:
         last: The last finished step, or None.
@@ -76,6 +78,7 @@ class StepTap:
         on_start: Callable[[int], None],
         on_step: Callable[[Step], None],
         should_stop: Callable[[], bool],
+        settle: Callable[[NoiseLevel | None, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.last: Step | None = None
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
@@ -100,6 +103,8 @@ class StepTap:
             if should_stop():
                 raise Stopped
             level = noise_level(scheduler, done, timestep)
+            if settle is not None:
+                model_output = settle(level, sample, model_output)
             output = step(model_output, timestep, sample, *args, **kwargs, return_dict=True)
             done += 1
             self.last = Step(done, _total(scheduler), sample, model_output, level, _reported_x0(output), scheduler)

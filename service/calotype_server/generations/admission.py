@@ -369,7 +369,7 @@ def _order(ticket: QueueTicket) -> tuple[int, float, int]:
 
 
 def _work(job: Job) -> int:
-    return job.pixel_count * job.step_count
+    return job.pixel_count * job.computed_step_count
 
 
 def _start_next(slots: Slots, waiting: list[QueueTicket]) -> list[QueueTicket]:

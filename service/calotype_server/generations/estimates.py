@@ -87,15 +87,15 @@ class StepTimeEstimator:
 
     def total_seconds(self, job: Job, active: int = 1) -> float | None:
         """Seconds from leaving the queue to the final image."""
-        return self.remaining_seconds(job, 0, job.step_count, active)
+        return self.remaining_seconds(job, 0, job.computed_step_count, active)
 
     def remaining_seconds(self, job: Job, step: int, total_steps: int, active: int = 1) -> float | None:
-        """Seconds to the final image after `step` of `total_steps` steps."""
+        """Seconds to the final image after `step` of `total_steps` computed steps."""
         step_seconds = self.step_seconds(job, active)
         if step_seconds is None or self._around is None:
             return None
         around = (self._around if step == 0 else self._around / 2) * job.pixel_count
-        return step_seconds * job.step_count * (total_steps - step) / total_steps + around
+        return step_seconds * job.computed_step_count * (total_steps - step) / total_steps + around
 
 
 class Turns:
@@ -211,7 +211,9 @@ def _finish_last(active: list[_Place], now: float, paces: Sequence[Pace], times:
     groups: dict[int, list[tuple[float, int]]] = {}
     for place in sorted(active, reverse=True):
         pixels_left = (place.end - now) / paces[count].seconds_per_pixel(place.job)
-        groups.setdefault(place.job.step_count, []).append((pixels_left, -1 if place.index is None else place.index))
+        groups.setdefault(place.job.computed_step_count, []).append(
+            (pixels_left, -1 if place.index is None else place.index)
+        )
     done = dict.fromkeys(groups, 0.0)
     for pace in paces[count:0:-1]:
         factors = {steps: pace.step * steps + pace.around for steps in groups}
@@ -239,7 +241,7 @@ class Pace:
 
     def seconds_per_pixel(self, job: Job) -> float:
         """Seconds that each pixel of a job takes."""
-        return self.step * job.step_count + self.around
+        return self.step * job.computed_step_count + self.around
 
 
 @dataclass(order=True, slots=True)

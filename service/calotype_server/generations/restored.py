@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from calotype_server import errors
+from calotype_server.types import Speed
 
 if TYPE_CHECKING:
     from calotype_server.generations.index import StoredGeneration
@@ -49,4 +50,6 @@ def _violations(job: Job, model: ModelInfo, limits: Limits) -> list[errors.Viola
         found.append(("scheduler", f"{job.scheduler!r} is unknown, must be one of {', '.join(model.schedulers)}"))
     elif job.step_count > (maximum := model.max_steps(job.scheduler, limits.max_step_count)):
         found.append(("step_count", f"is {job.step_count}, must be 1 to {maximum}"))
+    elif job.speed is Speed.FAST and job.scheduler not in model.fast_schedulers:
+        found.append(("speed", f"is FAST, which {job.scheduler} does not offer"))
     return [errors.Violation(field, f"{text}, since the server restarted") for field, text in found]

@@ -221,12 +221,14 @@ class Runner:
                     left = self._estimator.total_seconds(job, active)
                     event = replace(event, estimated_remaining=self._admission.seconds_left(ticket, left))
                 case Denoising(step, total) | PreviewReady(step, total):
-                    if seconds := generation.stopwatch.step_seconds(step):
+                    # Forecast steps take no time, and their time counts for the next step that is computed.
+                    done, all_computed = job.computed_steps(step, total), job.computed_steps(total, total)
+                    if seconds := generation.stopwatch.step_seconds(done):
                         seconds /= turn.note_step()
-                        self._estimator.observe_step(job, seconds * total / job.step_count, active)
+                        self._estimator.observe_step(job, seconds * all_computed / job.computed_step_count, active)
                     elif step == 0:
                         turn.begin()
-                    left = self._estimator.remaining_seconds(job, step, total, active)
+                    left = self._estimator.remaining_seconds(job, done, all_computed, active)
                     if left is not None and (whole := self._estimator.total_seconds(job, active)):
                         ticket.note_left(left / whole)
                     event = replace(event, estimated_remaining=self._admission.seconds_left(ticket, left))

@@ -25,6 +25,7 @@ class Stopwatch:
         self._step: tuple[int, float] | None = None
         self.events = 0
         self.batch_rows = 0.0
+        self._computed_steps = 0
 
     @property
     def total(self) -> float:
@@ -38,7 +39,7 @@ class Stopwatch:
         if first:
             self._reached[type(event)] = time.monotonic()
         if isinstance(event, Decoding):
-            self.batch_rows = event.batch_rows
+            self.batch_rows, self._computed_steps = event.batch_rows, event.computed_steps
             if event.seconds:
                 self._reached[Decoding] = time.monotonic() - event.seconds
         return first
@@ -82,6 +83,7 @@ class Stopwatch:
             decoding=_span(decoding, now),
             first_preview=_span(self._accepted, preview),
             total=now - self._accepted,
+            computed_steps=self._computed_steps,
         )
 
 

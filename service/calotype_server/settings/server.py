@@ -85,6 +85,11 @@ class Settings(WebSettings):
         description="Let schedulers such as DDIM, DDPM, PNDM and LCM step without waiting for a GPU. Images stay the "
         "same. Off by default, because it has not been tried on a GPU yet.",
     )
+    step_cache: bool = Field(
+        False,
+        description="Let requests choose SPEED_FAST, which computes about half of the denoising steps and forecasts "
+        "the other ones. The image is close to the exact one, but not equal.",
+    )
     measure_again: bool = Field(
         False, description="Ignore the cached batching plan of the model at this start, and measure a new one."
     )

@@ -39,8 +39,15 @@ from calotype_server.types.previews import (
     PreviewOptions,
 )
 from calotype_server.types.schedules import Schedule
+from calotype_server.types.speed import (
+    FAST_MIN_STEPS,
+    Speed,
+    computed_steps,
+    forecast_steps,
+)
 
 __all__ = [
+    "FAST_MIN_STEPS",
     "RENDERED_PREVIEW_METHODS",
     "Decoding",
     "DeliveryOptions",
@@ -65,7 +72,10 @@ __all__ = [
     "Priority",
     "Queued",
     "Schedule",
+    "Speed",
     "Succeeded",
     "Timings",
     "Withdrawn",
+    "computed_steps",
+    "forecast_steps",
 ]

@@ -38,7 +38,10 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds that each phase took; None for a phase that the generation did not reach."""
+    """Seconds that each phase took; None for a phase that the generation did not reach.
+
+    `computed_steps` is the number of denoising steps that the device computed, 0 until denoising is complete.
+    """
 
     queued: float | None = None
     encoding_prompt: float | None = None
@@ -46,6 +49,7 @@ class Timings:
     decoding: float | None = None
     first_preview: float | None = None
     total: float | None = None
+    computed_steps: int = 0
 
 
 class Phase(IntEnum):
@@ -115,14 +119,16 @@ class Withdrawn:
 class Decoding:
     """Denoising is complete, or was finished early, and the VAE decodes the latents.
 
-    `batch_rows` is the mean number of rows that the denoiser computed together in a step, 0 when unknown. `seconds` is
-    the time for which the device has decoded already: a second event can correct the time of the first.
+    `batch_rows` is the mean number of rows that the denoiser computed together in a step, 0 when unknown.
+    `computed_steps` is the number of steps that were computed; the other ones were forecast. `seconds` is the time for
+    which the device has decoded already: a second event can correct the time of the first.
     """
 
     finished_early: bool = False
     estimated_remaining: float | None = None
     batch_rows: float = field(default=0.0, compare=False)
     seconds: float = field(default=0.0, compare=False)
+    computed_steps: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

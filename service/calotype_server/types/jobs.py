@@ -7,6 +7,7 @@ from enum import IntEnum
 
 from calotype_server.types.images import ImageFormat  # noqa: TC001 - pydantic evaluates the annotations of `Job`
 from calotype_server.types.previews import PreviewOptions
+from calotype_server.types.speed import Speed, computed_steps
 
 __all__ = [
     "DeliveryOptions",
@@ -55,6 +56,7 @@ class Job:
         preview: Options of the previews.
         output: Options of the final image.
         priority: Rank in the queue.
+        speed: Which denoising steps are computed.
     """
 
     prompt: str
@@ -68,11 +70,21 @@ class Job:
     preview: PreviewOptions = field(default_factory=PreviewOptions)
     output: OutputOptions = OutputOptions()
     priority: Priority = Priority.INTERACTIVE
+    speed: Speed = Speed.EXACT
 
     @property
     def pixel_count(self) -> int:
         """Width times height."""
         return self.width * self.height
+
+    @property
+    def computed_step_count(self) -> int:
+        """Denoising steps that the device computes; the other ones are forecast."""
+        return self.computed_steps(self.step_count, self.step_count)
+
+    def computed_steps(self, done: int, total: int) -> int:
+        """Returns how many of the first `done` of `total` steps the device computes."""
+        return computed_steps(done, total) if self.speed is Speed.FAST else done
 
 
 class DisconnectPolicy(IntEnum):

@@ -64,6 +64,7 @@ class ModelInfo:
         scheduler: Class name of the default scheduler.
         schedulers: Class names that requests may choose, sorted; they include the default.
         max_step_counts: Maximum number of steps, for each scheduler that has one.
+        fast_schedulers: Schedulers that `Speed.FAST` works with, sorted; empty when it is not offered.
         max_prompt_tokens: Tokens that the text encoder reads, including special ones; 0 when unknown.
         device: Torch device, such as "cpu" or "cuda:0".
         dtype: Number format of the weights, such as "float32".
@@ -90,6 +91,7 @@ class ModelInfo:
     device: str
     dtype: str
     max_step_counts: Mapping[str, int] = field(default_factory=dict)
+    fast_schedulers: tuple[str, ...] = ()
     preview_methods: tuple[PreviewMethod, ...] = ()
     max_active: int = 1
     max_progressing: int = 0

@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.api.enums import DISCONNECT_POLICIES, IMAGE_FORMATS, PHASES, PREVIEW_METHODS, PRIORITIES
-from calotype_server.types import DisconnectPolicy, ImageFormat, Phase, PreviewMethod, Priority
+from calotype_server.api.enums import DISCONNECT_POLICIES, IMAGE_FORMATS, PHASES, PREVIEW_METHODS, PRIORITIES, SPEEDS
+from calotype_server.types import DisconnectPolicy, ImageFormat, Phase, PreviewMethod, Priority, Speed
 
 TABLES = [
     pytest.param(PHASES, pb.Phase, Phase, None, id="phases"),
@@ -16,6 +16,7 @@ TABLES = [
     pytest.param(IMAGE_FORMATS, pb.ImageFormat, get_args(ImageFormat), "png", id="image formats"),
     pytest.param(DISCONNECT_POLICIES, pb.DisconnectPolicy, DisconnectPolicy, DisconnectPolicy.CANCEL, id="policies"),
     pytest.param(PRIORITIES, pb.Priority, Priority, Priority.INTERACTIVE, id="priorities"),
+    pytest.param(SPEEDS, pb.Speed, Speed, Speed.EXACT, id="speeds"),
 ]
 
 

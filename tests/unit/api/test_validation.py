@@ -16,6 +16,7 @@ from calotype_server.types import (
     DeliveryOptions,
     DisconnectPolicy,
     Job,
+    Speed,
 )
 from support.engine.fake_engine import MODEL
 from support.service import LIMITS
@@ -127,6 +128,32 @@ def test_unsupported_parameters_are_rejected() -> None:
         "negative_prompt", "guidance_scale"
     ]  # fmt: skip
     assert validate(pb.GenerateRequest(prompt="a"), bare, LIMITS)[0].guidance_scale is None
+
+
+@pytest.mark.parametrize(
+    ("schedulers", "changes", "description"),
+    [
+        ((), {}, "is FAST, which this server does not offer"),
+        (("EulerDiscreteScheduler",), {}, "is FAST, which needs one of the schedulers EulerDiscreteScheduler"),
+        (("DDIMScheduler",), {"step_count": 15}, "is FAST, which needs at least 16 steps"),
+        (("DDIMScheduler",), {"speed": 9}, "has the unknown value 9"),
+    ],
+)
+def test_a_speed_without_effect_is_rejected(schedulers: tuple[str, ...], changes: dict, description: str) -> None:
+    """FAST is rejected with one violation where it is not offered or would not skip a step."""
+    request = pb.GenerateRequest(**{"prompt": "a", "step_count": 20, "speed": pb.SPEED_FAST, **changes})
+    with pytest.raises(InvalidRequest) as caught:
+        validate(request, replace(MODEL, fast_schedulers=schedulers), LIMITS)
+    assert [(each.field, each.description) for each in caught.value.violations] == [("speed", description)]
+
+
+def test_the_speed_is_part_of_the_job() -> None:
+    """FAST is accepted where it is offered, its work counts computed steps, and EXACT is the default."""
+    model = replace(MODEL, fast_schedulers=("DDIMScheduler",))
+    job, _ = validate(pb.GenerateRequest(prompt="a", step_count=28, speed=pb.SPEED_FAST), model, LIMITS)
+    assert (job.speed, job.computed_step_count, job.computed_steps(8, 28)) == (Speed.FAST, 14, 6)
+    exact, _ = validate(pb.GenerateRequest(prompt="a", step_count=28), model, LIMITS)
+    assert (exact.speed, exact.computed_step_count) == (Speed.EXACT, 28)
 
 
 int32s = st.none() | st.integers(-(2**31), 2**31 - 1)

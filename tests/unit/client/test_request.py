@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from calotype import Client, InvalidRequest, Output, PreviewMethod, Previews, Priority
+from calotype import Client, InvalidRequest, Output, PreviewMethod, Previews, Priority, Speed
 from calotype._convert import wire_names
 from calotype._options import FormatName, MethodName
 from calotype._request import build_request, resolve_timeout
@@ -176,3 +176,12 @@ def test_priority_is_sent_by_name():
     assert build_request("fox").priority == v1.PRIORITY_UNSPECIFIED
     with pytest.raises(InvalidRequest, match="interactive, batch"):
         build_request("fox", priority="urgent")
+
+
+def test_speed_is_sent_by_name():
+    """Names and enum members are valid speeds; anything else is rejected before anything is sent."""
+    assert build_request("fox", speed="fast").speed == v1.SPEED_FAST
+    assert build_request("fox", speed=Speed.EXACT).speed == v1.SPEED_EXACT
+    assert build_request("fox").speed == v1.SPEED_UNSPECIFIED
+    with pytest.raises(InvalidRequest, match="exact, fast"):
+        build_request("fox", speed="hasty")

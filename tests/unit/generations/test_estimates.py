@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calotype_server.generations.estimates import StepTimeEstimator, Work, finish_times
-from calotype_server.types import Job, Timings
+from calotype_server.types import DeliveryOptions, Job, Speed, Timings
+from support.engine.fake_engine import FakeEngine
+from support.runtime import running_runtime
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +48,27 @@ def test_estimates_follow_new_steps_and_ignore_unfinished_generations() -> None:
     estimator.observe_step(JOB, 2.0, 1)
     assert 12.0 < estimator.total_seconds(JOB) < 22.0
     assert estimator.remaining_seconds(JOB, 10, 10) == pytest.approx(1.0)
+
+
+def test_a_fast_job_takes_the_time_of_its_computed_steps() -> None:
+    """Of 28 steps at speed FAST 14 take time, in the estimate of a job and in the simulation of the queue."""
+    estimator = measured({1: 1.0})
+    fast = replace(JOB, step_count=28, speed=Speed.FAST)
+    assert estimator.total_seconds(fast) == pytest.approx(14 + 2)
+    assert finish_times(estimator, [Work(fast, 0.5)], [fast], 1) == pytest.approx([8 + 16])
+
+
+@pytest.mark.parametrize(("speed", "learned"), [(Speed.EXACT, 28), (Speed.FAST, 14)])
+async def test_only_computed_steps_are_learned(monkeypatch: pytest.MonkeyPatch, speed: Speed, learned: int) -> None:
+    """The server learns the duration of a step once per computed step, so forecast steps do not lower it."""
+    job = replace(JOB, step_count=28, speed=speed)
+    async with running_runtime(FakeEngine()) as runtime:
+        seen: list[Job] = []
+        monkeypatch.setattr(StepTimeEstimator, "observe_step", lambda _, job, *__: seen.append(job))
+        async with runtime.generations.start(job, DeliveryOptions()) as reader:
+            async for _ in reader:
+                pass
+    assert seen == [job] * learned
 
 
 def test_concurrency_without_measurements_is_assumed_to_share_evenly() -> None:

@@ -35,6 +35,7 @@ from calotype_server.types import (
     PreviewMethod,
     PreviewOptions,
     Priority,
+    Speed,
     Succeeded,
     Timings,
 )
@@ -61,11 +62,12 @@ jobs = st.builds(
     preview=st.builds(PreviewOptions, numbers, seconds, numbers, numbers, st.sampled_from(PreviewMethod)),
     output=st.builds(OutputOptions, st.sampled_from(["jpeg", "png", "webp"]), numbers, st.booleans()),
     priority=st.sampled_from(Priority),
+    speed=st.sampled_from(Speed),
 )
 deliveries = st.builds(
     DeliveryOptions, texts, optional_seconds, st.sampled_from(DisconnectPolicy), seconds, texts, st.booleans()
 )
-timings = st.builds(Timings, *[optional_seconds] * 6)
+timings = st.builds(Timings, *[optional_seconds] * 6, computed_steps=numbers)
 images = st.builds(EncodedImage, st.sampled_from(["jpeg", "png", "webp"]), numbers, numbers, st.binary(max_size=99))
 failures = st.builds(
     lambda kind, message, retry_after, metadata: kind(message, retry_after=retry_after, metadata=metadata),

@@ -16,7 +16,7 @@ from calotype_server import __version__
 from calotype_server.failpoints import injected
 from calotype_server.images.encoder import Encoder, encode_final, encode_preview
 from calotype_server.images.metadata import describe
-from calotype_server.types import ImageFormat, Job, OutputOptions, Pixels, PreviewOptions
+from calotype_server.types import ImageFormat, Job, OutputOptions, Pixels, PreviewOptions, Speed
 from support.engine.fake_engine import MODEL, flat_pixels
 
 FORMATS: tuple[ImageFormat, ...] = ("jpeg", "png", "webp")
@@ -196,6 +196,11 @@ class TestDescribe:
         assert "Negative" not in text
         assert "CFG" not in text
         assert "Seed: 0" in text
+
+    def test_the_speed_is_included_if_it_is_not_exact(self) -> None:
+        """The text names the speed of a fast image, because the other parameters do not reproduce it."""
+        assert ", Speed: fast, " in describe(replace(JOB, speed=Speed.FAST), MODEL)
+        assert "Speed" not in describe(JOB, MODEL)
 
     def test_a_name_with_separators_is_quoted(self) -> None:
         """The name of a model can contain commas, colons and quotes."""

@@ -32,7 +32,16 @@ if TYPE_CHECKING:
 
     from .._backends.aio.primitives import Stub
     from .._errors import CalotypeError
-    from .._options import DisconnectPolicy, DisconnectPolicyName, Output, Previews, Priority, PriorityName
+    from .._options import (
+        DisconnectPolicy,
+        DisconnectPolicyName,
+        Output,
+        Previews,
+        Priority,
+        PriorityName,
+        Speed,
+        SpeedName,
+    )
     from .._types import GenerationSummary, Model, Phase
 
 __all__ = ["AsyncClient"]
@@ -143,6 +152,7 @@ class AsyncClient:
         guidance_scale: float | None = None,
         seed: int | None = None,
         scheduler: str | None = None,
+        speed: Speed | SpeedName | None = None,
         priority: Priority | PriorityName | None = None,
         on_disconnect: DisconnectPolicy | DisconnectPolicyName | None = None,
         disconnect_grace: float | None = None,
@@ -166,6 +176,8 @@ class AsyncClient:
             seed: Seed of the initial noise, 0 to 2^53 - 1. The same request with the same seed gives the same image.
                 Default: drawn at random by the server.
             scheduler: One of `Model.schedulers`.
+            speed: "exact", or "fast" to compute only about half of the steps: the image is close to the exact one.
+                "fast" needs at least 16 steps and one of `Model.fast_schedulers`. Default: "exact".
             priority: Rank in the queue, "interactive" or "batch". Default: "interactive".
             on_disconnect: Effect of leaving the generation early. "cancel" ends it. "keep" lets it run to its end, and
                 `watch` can follow it for a while after that. Default: "cancel".
@@ -192,6 +204,7 @@ class AsyncClient:
             guidance_scale=guidance_scale,
             seed=seed,
             scheduler=scheduler,
+            speed=speed,
             priority=priority,
             on_disconnect=on_disconnect,
             disconnect_grace=disconnect_grace,

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from .._constants import RETRIES
 from .._image import FORMATS
-from .._options import DisconnectPolicyName, FormatName, MethodName, Output, Previews, PriorityName
+from .._options import DisconnectPolicyName, FormatName, MethodName, Output, Previews, PriorityName, SpeedName
 from .._sync.client import Client
 from .._sync.generation import Generation
 from .._types import Phase
@@ -56,6 +56,10 @@ def generate(
         int | None, typer.Option(help="Seed of the initial noise. The same seed gives the same image.")
     ] = None,
     scheduler: Annotated[str | None, typer.Option(help="Scheduler; `calotype model` lists them.")] = None,
+    speed: Annotated[
+        SpeedName | None,
+        typer.Option(help="Speed: fast computes about half of the steps.", show_default="exact"),
+    ] = None,
     priority: Annotated[PriorityName | None, typer.Option(help="Rank in the queue.")] = None,
     timeout: Timeout = None,
     retries: Retries = RETRIES,
@@ -150,6 +154,7 @@ def generate(
             guidance_scale=guidance_scale,
             seed=seed,
             scheduler=scheduler,
+            speed=speed,
             priority=priority,
             on_disconnect=on_disconnect,
             disconnect_grace=disconnect_grace,

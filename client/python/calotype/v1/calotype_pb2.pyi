@@ -177,6 +177,36 @@ slot if the server has several.
 """
 Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
+class _Speed:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SpeedEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Speed.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPEED_UNSPECIFIED: _Speed.ValueType  # 0
+    """Same as EXACT."""
+    SPEED_EXACT: _Speed.ValueType  # 1
+    """All steps."""
+    SPEED_FAST: _Speed.ValueType  # 2
+    """Some steps: the model's output for the other ones is forecast from earlier steps, which takes almost no time. At 28
+    steps, 14 are computed. The image is close to that of EXACT, and closer than one with fewer steps. The same request
+    with the same seed still produces the same image.
+    """
+
+class Speed(_Speed, metaclass=_SpeedEnumTypeWrapper):
+    """Which denoising steps are computed."""
+
+SPEED_UNSPECIFIED: Speed.ValueType  # 0
+"""Same as EXACT."""
+SPEED_EXACT: Speed.ValueType  # 1
+"""All steps."""
+SPEED_FAST: Speed.ValueType  # 2
+"""Some steps: the model's output for the other ones is forecast from earlier steps, which takes almost no time. At 28
+steps, 14 are computed. The image is close to that of EXACT, and closer than one with fewer steps. The same request
+with the same seed still produces the same image.
+"""
+Global___Speed: _TypeAlias = Speed  # noqa: Y015
+
 class _PreviewMethod:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -233,6 +263,7 @@ class GenerateRequest(_message.Message):
     ON_DISCONNECT_FIELD_NUMBER: _builtins.int
     DISCONNECT_GRACE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SPEED_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Describes the image. 1 to `Model.max_prompt_chars` characters, not only white space. If the prompt is longer than
     the model can read, it is truncated and `Progress.warnings` reports this.
@@ -271,6 +302,10 @@ class GenerateRequest(_message.Message):
     printable ASCII, chosen by the caller, such as a UUID. Returns ALREADY_EXISTS if the id was used with other
     parameters. Default: empty, the call is not idempotent.
     """
+    speed: Global___Speed.ValueType
+    """Whether to trade fidelity for speed. FAST is rejected unless `scheduler` is one of `Model.fast_schedulers` and
+    `step_count` is at least 16. Default: EXACT.
+    """
     @_builtins.property
     def preview(self) -> Global___PreviewOptions:
         """Appearance and frequency of previews. Default: `Model.preview`."""
@@ -300,10 +335,11 @@ class GenerateRequest(_message.Message):
         on_disconnect: Global___DisconnectPolicy.ValueType = ...,
         disconnect_grace: _duration_pb2.Duration | None = ...,
         request_id: _builtins.str = ...,
+        speed: Global___Speed.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "disconnect_grace", b"disconnect_grace", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "output", b"output", "preview", b"preview", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "disconnect_grace", b"disconnect_grace", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "on_disconnect", b"on_disconnect", "output", b"output", "preview", b"preview", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "disconnect_grace", b"disconnect_grace", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "on_disconnect", b"on_disconnect", "output", b"output", "preview", b"preview", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "speed", b"speed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -646,6 +682,11 @@ class Timings(_message.Message):
     DECODING_FIELD_NUMBER: _builtins.int
     FIRST_PREVIEW_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
+    COMPUTED_STEPS_FIELD_NUMBER: _builtins.int
+    computed_steps: _builtins.int
+    """Number of denoising steps that were computed: `Progress.step`, or fewer with `SPEED_FAST`. 0 until denoising is
+    complete.
+    """
     @_builtins.property
     def queued(self) -> _duration_pb2.Duration:
         """From acceptance to the start of work."""
@@ -679,10 +720,11 @@ class Timings(_message.Message):
         decoding: _duration_pb2.Duration | None = ...,
         first_preview: _duration_pb2.Duration | None = ...,
         total: _duration_pb2.Duration | None = ...,
+        computed_steps: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["decoding", b"decoding", "denoising", b"denoising", "encoding_prompt", b"encoding_prompt", "first_preview", b"first_preview", "queued", b"queued", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decoding", b"decoding", "denoising", b"denoising", "encoding_prompt", b"encoding_prompt", "first_preview", b"first_preview", "queued", b"queued", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_steps", b"computed_steps", "decoding", b"decoding", "denoising", b"denoising", "encoding_prompt", b"encoding_prompt", "first_preview", b"first_preview", "queued", b"queued", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -973,6 +1015,7 @@ class Model(_message.Message):
     MAX_BATCH_ROWS_FIELD_NUMBER: _builtins.int
     UNBATCHED_REASON_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
+    FAST_SCHEDULERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name from the server's settings: `bundled`, a hub id or the name of a folder."""
     pipeline: _builtins.str
@@ -1033,6 +1076,10 @@ class Model(_message.Message):
     def preview(self) -> Global___PreviewOptions:
         """Defaults of `GenerateRequest.preview`, with every field set."""
 
+    @_builtins.property
+    def fast_schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Schedulers that support `SPEED_FAST`, sorted. Empty if the server does not offer it."""
+
     def __init__(
         self,
         *,
@@ -1061,10 +1108,11 @@ class Model(_message.Message):
         max_batch_rows: _builtins.int = ...,
         unbatched_reason: _builtins.str = ...,
         replica: _builtins.str = ...,
+        fast_schedulers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "preview", b"preview"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "device", b"device", "dtype", b"dtype", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "max_active", b"max_active", "max_batch_rows", b"max_batch_rows", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "name", b"name", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "replica", b"replica", "scheduler", b"scheduler", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "unbatched_reason", b"unbatched_reason", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "device", b"device", "dtype", b"dtype", "fast_schedulers", b"fast_schedulers", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "max_active", b"max_active", "max_batch_rows", b"max_batch_rows", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "name", b"name", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "replica", b"replica", "scheduler", b"scheduler", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "unbatched_reason", b"unbatched_reason", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015

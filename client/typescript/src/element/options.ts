@@ -19,6 +19,7 @@ export function optionsOf(element: Element): GenerateOptions {
     guidanceScale: number("guidance-scale"),
     seed: number("seed"),
     scheduler: text("scheduler"),
+    speed: text("speed") as GenerateOptions["speed"],
     onDisconnect: text("on-disconnect") as GenerateOptions["onDisconnect"],
     disconnectGrace: number("disconnect-grace"),
   });

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from calotype_server.engine.batching.run_ahead import RunAhead
     from calotype_server.engine.runtime.base import DenoiserRuntime
     from calotype_server.engine.runtime.collate import Collator
+    from calotype_server.engine.step_cache.cache import StepCache
 
 __all__ = ["StepBatcher"]
 
@@ -98,17 +99,23 @@ class StepBatcher:
         return self._scheduler.max_rows
 
     def open_session(
-        self, *, should_stop: Callable[[], bool] = lambda: False, on_submitted: Callable[[], None] = lambda: None
+        self,
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_submitted: Callable[[], None] = lambda: None,
+        cache: StepCache | None = None,
     ) -> DenoiserSession:
         """Opens a session for one request.
 
         Args:
             should_stop: Called before each call of the denoiser; True raises `Stopped`.
-            on_submitted: Called after each call of the denoiser is submitted, before its answer is awaited.
+            on_submitted: Called after each call of the denoiser is submitted, before its answer is awaited, and after
+                each call that is not computed.
+            cache: Decides which calls are computed; None for all.
         """
         with self._changed:
             number, self._opened = self._opened, self._opened + 1
-        return DenoiserSession(self, number, should_stop, on_submitted)
+        return DenoiserSession(self, number, should_stop, on_submitted, cache)
 
     def close(self) -> None:
         """Ends the device thread after the current batch; waiting calls and later ones raise `Draining`."""

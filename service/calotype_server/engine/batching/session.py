@@ -12,7 +12,8 @@ from calotype_server.engine.tap import Stopped
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from calotype_server.engine.runtime.collate import Collator, Digests
+    from calotype_server.engine.runtime.collate import Call, Collator, Digests
+    from calotype_server.engine.step_cache.cache import StepCache
 
 __all__ = ["CallQueue", "DenoiserSession"]
 
@@ -56,15 +57,23 @@ class DenoiserSession:
         queue: Runs the calls.
         number: Identifies the session in records of batches.
         should_stop: Called before each call of the denoiser; True raises `Stopped`.
-        on_submitted: Called after each call of the denoiser is submitted, before its answer is awaited.
+        on_submitted: Called after each call of the denoiser is submitted, before its answer is awaited, and after each
+            call that is not computed.
+        cache: Decides which calls are computed; None for all.
     """
 
     def __init__(
-        self, queue: CallQueue, number: int, should_stop: Callable[[], bool], on_submitted: Callable[[], None]
+        self,
+        queue: CallQueue,
+        number: int,
+        should_stop: Callable[[], bool],
+        on_submitted: Callable[[], None],
+        cache: StepCache | None = None,
     ) -> None:
         self._queue = queue
         self._should_stop = should_stop
         self._on_submitted = on_submitted
+        self._cache = cache
         self._digests: Digests = {}
         self._slot = RequestSlot(number)
         self._pending: PendingCall | None = None
@@ -111,6 +120,17 @@ class DenoiserSession:
         if self._should_stop():
             raise Stopped
         call = self._queue.collator.bind(args, kwargs, self._digests)
+        if self._cache is None:
+            return self._compute(call)
+        calls = self._calls
+        answer = self._cache.answer(call.kind, lambda: self._compute(call))
+        if self._calls == calls:
+            self._on_submitted()
+        if self._cache.skips_next:
+            self._queue.stop_waiting_for(self._slot)
+        return answer
+
+    def _compute(self, call: Call) -> Any:
         self._pending = pending = PendingCall(self._slot, call, time.monotonic())
         if self._cancelled:
             raise Stopped

@@ -76,6 +76,11 @@ class Call:
     rows: int
     signature: tuple[Any, ...]
 
+    @property
+    def kind(self) -> Hashable:
+        """Equal for calls of one request whose answers have the same meaning, at different steps."""
+        return self.rows, self.signature
+
 
 class Collator:
     """Joins and splits calls of one module.

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import time
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -306,18 +305,10 @@ def test_ratios_compare_measurements_of_the_same_round() -> None:
     assert ratio([2, 4, 80], [1, 2, 40]) == 2
 
 
-class Order(StrEnum):
-    """Values of a setting."""
-
-    FIRST_LOOK = "first-look"
-    FIFO = "fifo"
-
-
 class WithRuntimes(Settings):
-    """A server that has both settings."""
+    """A server with fewer runtimes."""
 
     accelerate: Literal["none", "graphs"] | None = None
-    schedule: Order = Order.FIRST_LOOK
 
 
 def test_runtimes_are_those_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

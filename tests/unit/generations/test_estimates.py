@@ -55,7 +55,7 @@ def test_a_fast_job_takes_the_time_of_its_computed_steps() -> None:
     estimator = measured({1: 1.0})
     fast = replace(JOB, step_count=28, speed=Speed.FAST)
     assert estimator.total_seconds(fast) == pytest.approx(14 + 2)
-    assert finish_times(estimator, [Work(fast, 0.5)], [fast], 1) == pytest.approx([8 + 16])
+    assert finish_times(estimator, [Work(fast, 0.5)], [Work(fast)], 1) == pytest.approx([8 + 16])
 
 
 @pytest.mark.parametrize(("speed", "learned"), [(Speed.EXACT, 28), (Speed.FAST, 14)])

@@ -10,6 +10,7 @@ import torch
 from calotype_server import errors
 from calotype_server.engine.generation_run import EngineParts, GenerationRun
 from calotype_server.engine.memory import is_out_of_memory
+from calotype_server.engine.runtime.graph_backend import no_capture
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +46,10 @@ class DiffusersEngine:
         try:
             return GenerationRun(self._parts, job, report, stop, queue).run()
         except (torch.OutOfMemoryError, MemoryError):
-            torch.cuda.empty_cache()
+            if self._parts.batcher is not None:
+                self._parts.batcher.free_memory()
+            with no_capture():
+                torch.cuda.empty_cache()
             raise errors.OutOfMemory("The device ran out of memory; a smaller image may fit.") from None
         except torch.AcceleratorError as error:
             _log.exception("the device failed")

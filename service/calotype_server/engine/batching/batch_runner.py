@@ -104,6 +104,9 @@ class BatchRunner:
     def run(self, calls: Sequence[PendingCall]) -> None:
         """Settles all calls; together, if that succeeds.
 
+        If memory runs out, the runtime frees what only serves speed, and the batch is tried again. If that does not
+        help, fewer rows run at once.
+
         Raises:
             torch.AcceleratorError: The device failed.
         """
@@ -115,14 +118,12 @@ class BatchRunner:
         error = self._try(calls, rows, padded_rows)
         if error is None:
             return
-        if isinstance(error, torch.AcceleratorError):
+        out_of_memory = is_out_of_memory(error)
+        if isinstance(error, torch.AcceleratorError) and not out_of_memory:
             raise error
         # The traceback's frames keep intermediate results alive, and the next try may need their memory.
         traceback.clear_frames(error.__traceback__)
-        out_of_memory = is_out_of_memory(error)
-        freed = out_of_memory and self._runtime.free_memory()
-        if out_of_memory and self._run_ahead.on_cuda:
-            torch.cuda.empty_cache()
+        freed = out_of_memory and self.free_memory()
         if freed:
             del error
             self.run(calls)
@@ -140,6 +141,13 @@ class BatchRunner:
         half = len(calls) // 2
         self.run(calls[:half])
         self.run(calls[half:])
+
+    def free_memory(self) -> bool:
+        """Frees device memory that only serves speed. Returns whether the runtime had any."""
+        freed = self._runtime.free_memory()
+        if self._run_ahead.on_cuda:
+            torch.cuda.empty_cache()
+        return freed
 
     def _try(self, pending: Sequence[PendingCall], rows: int, padded_rows: int) -> BaseException | None:
         """Computes a batch; returns what went wrong."""

@@ -40,7 +40,8 @@ class StepBatcher:
     rows run at once; the number rises again slowly. After a failure of the device every call raises `EngineDead`.
 
     Args:
-        runtime: Computes the denoiser, which from now on nothing else may call.
+        runtime: Computes the denoiser, which from now on nothing else may call. The constructor waits until it has
+            started, which can take a while.
         max_rows: Most rows to compute at once, from 1; see `measure.knee`.
         threads: CPU threads to compute each call with; None for torch's default.
         deterministic: Fill every batch up to `max_rows`, so that a result is bitwise the same regardless of the other
@@ -67,8 +68,11 @@ class StepBatcher:
         """Guards everything below, the scheduler, and the calls and slots of all sessions."""
         self._running: Sequence[PendingCall] = ()
         self._closing = False
+        self._freeing = False
         self._failure: BaseException | None = None
-        self._thread = start("device", self._run)
+        started = threading.Event()
+        self._thread = start("device", self._run, started)
+        started.wait()
 
     @property
     def module(self) -> Any:
@@ -101,6 +105,12 @@ class StepBatcher:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+
+    def free_memory(self) -> None:
+        """Lets the device thread free memory that only serves speed, before the next batch. Any thread may call it."""
+        with self._changed:
+            self._freeing = True
+            self._changed.notify()
 
     # Called by the requests' threads, through their sessions; see `CallQueue`.
 
@@ -143,9 +153,10 @@ class StepBatcher:
 
     # Called by the device thread.
 
-    def _run(self) -> None:
+    def _run(self, started: threading.Event) -> None:
         try:
             self._runner.start()
+            started.set()
             # Pipelines disable gradients in the requests' threads; this does not extend to other threads.
             with torch.no_grad():
                 while self._run_next():
@@ -161,18 +172,24 @@ class StepBatcher:
                 for pending in (*self._running, *self._scheduler.take_all()):
                     pending.fail(self._closed_error())
                 self._running = ()
+            started.set()
 
     def _run_next(self) -> bool:
         """Waits for calls and runs them. Returns False when the batcher closes."""
         with self._changed:
-            while not self._closing:
+            while not self._closing and not self._freeing:
                 calls, deadline = self._scheduler.pick(time.monotonic())
                 if calls:
                     self._running = calls
                     break
                 self._changed.wait(None if deadline is None else max(deadline - time.monotonic(), 0.0))
             else:
-                return False
+                if self._closing:
+                    return False
+                self._freeing, calls = False, []
+        if not calls:
+            self._runner.free_memory()
+            return True
         hit("engine.batch")
         self._runner.run(calls)
         self._running = ()

@@ -71,7 +71,7 @@ class StepBatcher:
         self._freeing = False
         self._failure: BaseException | None = None
         started = threading.Event()
-        self._thread = start("device", self._run, started)
+        self._thread = start("device", lambda: self._run(started))
         started.wait()
 
     @property

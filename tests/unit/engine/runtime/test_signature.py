@@ -40,7 +40,9 @@ descriptions = st.recursive(
     lambda inner: st.one_of(
         st.tuples(st.just("list"), st.lists(inner, max_size=2).map(tuple)),
         st.tuples(st.just("tuple"), st.lists(inner, max_size=2).map(tuple)),
-        st.tuples(st.just("dict"), st.dictionaries(st.sampled_from("xyz"), inner, max_size=2).map(lambda d: (*d.items(),))),
+        st.tuples(
+            st.just("dict"), st.dictionaries(st.sampled_from("xyz"), inner, max_size=2).map(lambda d: (*d.items(),))
+        ),
     ),
     max_leaves=4,
 )
@@ -79,7 +81,7 @@ calls = st.dictionaries(st.sampled_from(["a", "b"]), descriptions, min_size=1, m
 
 @given(calls, calls)
 def test_keys_are_equal_exactly_for_equal_descriptions(one, other):
-    """Two calls have equal keys if names, structure, shapes, number formats and plain values are equal, and only then."""
+    """Keys are equal exactly if names, structure, shapes, number formats and plain values are equal."""
     keys = [sign(None, {name: made(each) for name, each in call.items()}).key for call in (one, other)]
     same = [[(name, canonical(each)) for name, each in call.items()] for call in (one, other)]
     assert (keys[0] == keys[1]) == (same[0] == same[1])
@@ -115,7 +117,9 @@ def test_values_that_may_differ_at_every_step_are_refused(value):
         key(guidance=value)
 
 
-@pytest.mark.parametrize(("family", "argument"), [("qwen_image", "encoder_hidden_states_mask"), ("cogview4", "attention_kwargs")])
+@pytest.mark.parametrize(
+    ("family", "argument"), [("qwen_image", "encoder_hidden_states_mask"), ("cogview4", "attention_kwargs")]
+)
 def test_arguments_that_make_a_model_wait_are_refused(family, argument):
     """The mask of Qwen-Image and the packing of CogView4 are refused, but not if they are None."""
     module = tiny.shared(family).transformer
@@ -163,7 +167,7 @@ class TestModule:
                 ),
                 None,
             ),
-            (lambda module: None, None),
+            (lambda _: None, None),
         ],
     )
     def test_states_that_need_python(self, change, reason):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from calotype_server.engine.runtime.buffers import StaticInputs, copied, only_tensors
 from calotype_server.engine.runtime.collate import cut
 from calotype_server.engine.runtime.compare import compare, tensors
@@ -13,6 +11,8 @@ from calotype_server.engine.runtime.outside import OutsideTensors
 from calotype_server.engine.runtime.signature import Refused
 
 if TYPE_CHECKING:
+    import torch
+
     from calotype_server.engine.runtime.graph_backend import Graph, GraphBackend
     from calotype_server.engine.runtime.signature import Signature
 

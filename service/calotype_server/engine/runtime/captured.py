@@ -92,8 +92,8 @@ class CapturedCall:
 
     Args:
         graph: The kernels.
-        inputs: What they read.
-        output: What they write.
+        inputs: Memory that they read.
+        output: Memory that they write.
         outside: Other tensors that they read; kept, because the graph does not own their memory.
     """
 

@@ -15,7 +15,7 @@ class OutsideTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects every tensor that exists before the block and is read in it, such as weights and cached positions.
 
     A graph reads their memory at each replay without owning it. A model may drop a cached tensor, and LoRA replaces
-    weights, so whoever keeps the graph must keep these tensors.
+    weights, so the owner of the graph must keep these tensors.
 
     Attributes:
         tensors: The tensors, one for each piece of memory.

@@ -76,7 +76,7 @@ def test_numbers_are_staged_in_their_final_format():
 
 @pytest.mark.parametrize("family", ["flux", "sd15", "z_image"])
 def test_a_gathered_call_equals_a_joined_one(family):
-    """What a module gets from static memory equals what it gets from `Collator.join`, with padding."""
+    """A module gets the same arguments from static memory as from `Collator.join`, with padding."""
     module = next(part for name, part in tiny.shared(family).components.items() if name in ("unet", "transformer"))
     collator = Collator(module)
     first = torch.randn(2, 4, 8, 8)

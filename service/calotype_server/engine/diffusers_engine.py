@@ -51,6 +51,8 @@ class DiffusersEngine:
         except BaseException as error:
             # Includes exceptions that would end the process, such as SystemExit: only this generation fails.
             if is_out_of_memory(error):
+                if self._parts.batcher is not None:
+                    self._parts.batcher.free_memory()
                 release_cached_memory(torch.device(self.model.device))
                 raise errors.OutOfMemory("The server ran out of memory; a smaller image may fit.") from None
             if is_device_failure(error):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import re
 import resource
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,7 @@ __all__ = [
     "free_memory",
     "is_device_failure",
     "is_out_of_memory",
+    "keep_cached_memory",
     "peak_memory",
     "release_cached_memory",
     "return_large_blocks",
@@ -39,6 +42,9 @@ _LARGE_BLOCK = 4 * 2**20
 
 _COUNTED = ("cuda", "xpu")
 """Devices whose memory torch counts. Both have the same functions."""
+
+_cached_memory = threading.Lock()
+"""Held while cached memory is released, or must not be."""
 
 _EXHAUSTED = re.compile(
     r"DefaultCPUAllocator"  # Torch has no exception type for the host.
@@ -85,10 +91,18 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         each = each.__cause__
 
 
+@contextlib.contextmanager
+def keep_cached_memory() -> Iterator[None]:
+    """Opens a block in which no thread releases cached memory: that would make the capture of a CUDA graph fail."""
+    with _cached_memory:
+        yield
+
+
 def release_cached_memory(device: torch.device) -> None:
     """Returns memory that torch has cached on a device, and that no tensor uses, to the device."""
     if device.type in (*_COUNTED, "mps"):
-        getattr(torch, device.type).empty_cache()
+        with _cached_memory:
+            getattr(torch, device.type).empty_cache()
 
 
 def return_large_blocks() -> None:

@@ -27,6 +27,7 @@ class Denoiser(torch.nn.Module):
         self.act = act
         self.sizes = []
         """Number of rows of each call."""
+        self.eval()
 
     def forward(self, sample, timestep, return_dict=True):
         self.sizes.append(sample.shape[0])
@@ -45,9 +46,15 @@ def answer_to(value, timestep, rows=1, width=4):
 
 
 class Callers:
-    """Calls one batcher from threads. The device can be held, so that calls are certain to wait together."""
+    """Calls one batcher from threads. The device can be held, so that calls are certain to wait together.
 
-    def __init__(self, act=lambda _: None, **options):
+    Args:
+        act: Called with the rows before each answer; may wait or raise.
+        runtime: Makes the runtime for the module, from the keyword arguments of `EagerRuntime`.
+        options: For the batcher.
+    """
+
+    def __init__(self, act=lambda _: None, *, runtime=EagerRuntime, **options):
         self.module = Denoiser(self._act)
         self.act = act
         self.records = []
@@ -56,7 +63,8 @@ class Callers:
         self._free.set()
         self._held = threading.Event()
         options = {"max_rows": 16, "on_batch": self.records.append, **options}
-        self.batcher = StepBatcher(EagerRuntime(self.module, exact=options.get("deterministic", False)), **options)
+        self.runtime = runtime(self.module, exact=options.get("deterministic", False))
+        self.batcher = StepBatcher(self.runtime, **options)
 
     def __enter__(self):
         return self
@@ -96,12 +104,16 @@ class Callers:
         """Makes one step of a request."""
         return session.proxy()(sample(value, rows, width), torch.tensor(timestep))[0]
 
+    def plug(self):
+        """Starts a call that runs the module."""
+        return self.start(self.call, 0)
+
     @contextlib.contextmanager
     def held(self, waiting):
         """Holds the device inside a call, and releases it when `waiting` calls wait."""
         self._free.clear()
         self._held.clear()
-        plug = self.start(self.call, 0)
+        plug = self.plug()
         assert self._held.wait(PATIENCE)
         yield
         self.await_calls(waiting)

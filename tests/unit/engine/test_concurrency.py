@@ -14,6 +14,7 @@ from calotype_server.engine.batching.batcher import StepBatcher
 from calotype_server.engine.batching.measure import Knee, Threads
 from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.protocol import Stop
+from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.types import Denoising, PreviewMethod, PreviewOptions, PreviewReady, Schedule
 from support.engine import tiny
 from support.runs import JOB, PATIENCE, Run
@@ -197,6 +198,23 @@ class TestIsolation:
         handle.remove()
         with pytest.raises(errors.EngineDead):
             Run(engine)()
+
+    def test_memory_that_runs_out_in_a_decoder_frees_the_runtime(self, open_engine, monkeypatch):
+        """The generation fails, and the device thread frees memory that only serves speed, such as graphs."""
+        freed = threading.Event()
+        monkeypatch.setattr(EagerRuntime, "free_memory", lambda _: freed.set() or True)
+        pipeline = tiny.build("sd15")
+        engine, _ = open_engine(pipeline)
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        handle = pipeline.vae.decoder.register_forward_pre_hook(fail)
+        with pytest.raises(errors.OutOfMemory):
+            Run(engine)()
+        assert freed.wait(PATIENCE)
+        handle.remove()
+        Run(engine)()
 
 
 class TestPlan:

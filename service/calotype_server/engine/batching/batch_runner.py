@@ -114,6 +114,9 @@ class BatchRunner:
     def run(self, calls: Sequence[PendingCall]) -> None:
         """Settles all calls; together, if that succeeds.
 
+        If memory runs out, the runtime frees what only serves speed, and the batch is tried again. If that does not
+        help, fewer rows run at once.
+
         Raises:
             RuntimeError: The device failed; see `is_device_failure`.
         """
@@ -130,9 +133,7 @@ class BatchRunner:
         # The traceback's frames keep intermediate results alive, and the next try may need their memory.
         traceback.clear_frames(error.__traceback__)
         out_of_memory = is_out_of_memory(error)
-        freed = out_of_memory and self._runtime.free_memory()
-        if out_of_memory:
-            release_cached_memory(self._device)
+        freed = out_of_memory and self.free_memory()
         if freed:
             del error
             self.run(calls)
@@ -150,6 +151,12 @@ class BatchRunner:
         half = len(calls) // 2
         self.run(calls[:half])
         self.run(calls[half:])
+
+    def free_memory(self) -> bool:
+        """Frees device memory that only serves speed. Returns whether the runtime had any."""
+        freed = self._runtime.free_memory()
+        release_cached_memory(self._device)
+        return freed
 
     def _try(self, pending: Sequence[PendingCall], rows: int, padded_rows: int) -> BaseException | None:
         """Computes a batch; returns what went wrong."""

@@ -47,7 +47,8 @@ class StepBatcher:
     rows run at once; the number rises again slowly. After a failure of the device every call raises `EngineDead`.
 
     Args:
-        runtime: Computes the denoiser, which from now on nothing else may call.
+        runtime: Computes the denoiser, which from now on nothing else may call. The constructor waits until it has
+            started, which can take a while.
         max_rows: Most rows to compute at once, from 1; see `measure.knee`.
         threads: CPU threads to compute each call with; None for torch's default.
         deterministic: Fill every batch up to `max_rows`, so that a result is bitwise the same regardless of the other
@@ -80,8 +81,11 @@ class StepBatcher:
         """Guards everything below, the scheduler, and the calls and slots of all sessions."""
         self._running: Sequence[PendingCall] = ()
         self._closing = False
+        self._freeing = False
         self._failure: BaseException | None = None
-        self._thread = start("device", self._run)
+        started = threading.Event()
+        self._thread = start("device", lambda: self._run(started))
+        started.wait()
 
     @property
     def module(self) -> Any:
@@ -123,6 +127,12 @@ class StepBatcher:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+
+    def free_memory(self) -> None:
+        """Lets the device thread free memory that only serves speed, before the next batch. Any thread may call it."""
+        with self._changed:
+            self._freeing = True
+            self._changed.notify()
 
     # Called by the requests' threads, through their sessions; see `CallQueue`.
 
@@ -171,9 +181,10 @@ class StepBatcher:
 
     # Called by the device thread.
 
-    def _run(self) -> None:
+    def _run(self, started: threading.Event) -> None:
         try:
             self._runner.start()
+            started.set()
             # Pipelines disable gradients in the requests' threads; this does not extend to other threads.
             with torch.no_grad():
                 while self._run_next():
@@ -189,6 +200,7 @@ class StepBatcher:
                 for pending in (*self._running, *self._scheduler.take_all()):
                     pending.fail(self._closed_error())
                 self._running = ()
+            started.set()
 
     def _run_next(self) -> bool:
         """Waits for calls and runs them. Returns False when the batcher closes."""
@@ -197,12 +209,16 @@ class StepBatcher:
             with self._changed:
                 if self._closing:
                     return False
-                now = time.monotonic()
-                calls, wake_at = self._scheduler.pick(now)
-                if calls:
-                    self._running = calls
-                    break
-                self._changed.wait(self._patience(wake_at, now))
+                freeing, self._freeing = self._freeing, False
+                if not freeing:
+                    now = time.monotonic()
+                    calls, wake_at = self._scheduler.pick(now)
+                    if calls:
+                        self._running = calls
+                        break
+                    self._changed.wait(self._patience(wake_at, now))
+            if freeing:
+                self._runner.free_memory()
         hit("engine.batch")
         self._runner.run(calls)
         self._running = ()

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
-__all__ = ["Call", "Collator", "Digests"]
+__all__ = ["Call", "Collator", "Digests", "Rows", "cut"]
 
 Digests = dict[int, tuple[torch.Tensor, int, bytes]]
 """Maps the `id` of a tensor to the tensor, its version and a hash of its values. Each request's thread has its own."""
@@ -82,6 +82,17 @@ class Call:
         return self.rows, self.signature
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tensors that are yet to be concatenated along the first dimension.
+
+    Attributes:
+        parts: At least one tensor. They may be on different devices, and may have different number formats.
+    """
+
+    parts: list[torch.Tensor]
+
+
 class Collator:
     """Joins and splits calls of one module.
 
@@ -126,26 +137,47 @@ class Collator:
             calls: The calls, in the order of their rows.
             padded_rows: Rows to pad to by repeating the last one; at least the rows of the calls.
         """
-        rows = [call.rows for call in calls]
-        extra = padded_rows - sum(rows)
-        if len(calls) == 1 and not extra:
+        if len(calls) == 1 and calls[0].rows == padded_rows:
             return calls[0].args, calls[0].kwargs
+        main = calls[0].named[self._names[0]]
+        device = main.device if isinstance(main, torch.Tensor) else main[0].device
+        return (), self._join(calls, padded_rows, device, torch.cat)
+
+    def gather(self, calls: Sequence[Call], padded_rows: int) -> dict[str, Any] | None:
+        """Returns what `join` would, all by name, but with `Rows` in place of every tensor that it would concatenate.
+
+        A timestep is always one entry per row, on whatever device the call has it: nothing waits for a GPU.
+
+        Returns:
+            The arguments; None if the first argument is not a batch.
+        """
+        if not isinstance(calls[0].signature[0], tuple):
+            return None
+        return self._join(calls, padded_rows, None, Rows)
+
+    def _join(
+        self,
+        calls: Sequence[Call],
+        padded_rows: int,
+        device: torch.device | None,
+        concatenate: Callable[[list[torch.Tensor]], Any],
+    ) -> dict[str, Any]:
+        rows = [call.rows for call in calls]
         named = self._with_masks([call.named for call in calls])
-        main = named[0][self._names[0]]
-        joiner = _Joiner(rows, extra, main.device if isinstance(main, torch.Tensor) else main[0].device)
+        joiner = _Joiner(rows, padded_rows - sum(rows), device, concatenate)
         joined = {name: joiner.join(signed, [each[name] for each in named]) for name, signed in calls[0].signature}
         for mask in self._masks:
             if mask in named[0] and mask not in joined:
                 values = [each[mask] for each in named]
                 joined[mask] = None if values[0] is None else joiner.join((_PAD,), values)
-        return (), joined
+        return joined
 
     def split(self, output: Any, calls: Sequence[Call], padded_rows: int) -> list[Any]:
         """Splits the answer to a joined call into the answers to each call, which are views of it."""
         if len(calls) == 1 and calls[0].rows == padded_rows:
             return [output]
         ends = list(itertools.accumulate(call.rows for call in calls))
-        return [_cut(output, start, end, padded_rows) for start, end in itertools.pairwise([0, *ends])]
+        return [cut(output, start, end, padded_rows) for start, end in itertools.pairwise([0, *ends])]
 
     def _sign(self, name: str, value: Any, rows: int, lists: bool, digests: Digests) -> Hashable:
         """Returns the signature of an argument: how to join it, and what must be equal for that."""
@@ -190,18 +222,26 @@ class Collator:
 
 @dataclass(frozen=True, slots=True)
 class _Joiner:
-    """Joins values of one signature: `rows` of each, then the last row `extra` more times."""
+    """Joins values of one signature: `rows` of each, then the last row `extra` more times.
+
+    Attributes:
+        rows: Rows of each value.
+        extra: Rows to add.
+        device: Where timesteps belong; None leaves them where they are.
+        concatenate: Joins tensors along the rows.
+    """
 
     rows: list[int]
     extra: int
-    device: torch.device
+    device: torch.device | None
+    concatenate: Callable[[list[torch.Tensor]], Any]
 
     def join(self, signed: Any, values: list[Any]) -> Any:
         kind, first = signed[0], values[0]
         if kind == _TIME:
             return self._tensors(
                 [
-                    torch.as_tensor(value).to(self.device).reshape(-1).expand(rows)
+                    torch.as_tensor(value, device=self.device).reshape(-1).expand(rows)
                     for value, rows in zip(values, self.rows, strict=True)
                 ]
             )
@@ -221,23 +261,23 @@ class _Joiner:
             return type(first)(*entries) if hasattr(first, "_fields") else type(first)(entries)
         return first
 
-    def _tensors(self, parts: list[torch.Tensor]) -> torch.Tensor:
+    def _tensors(self, parts: list[torch.Tensor]) -> Any:
         if self.extra:
             last = parts[-1]
             parts = [*parts, last[-1:].expand(self.extra, *last.shape[1:])]
-        return torch.cat(parts)
+        return self.concatenate(parts)
 
 
-def _cut(output: Any, start: int, end: int, rows: int) -> Any:
+def cut(output: Any, start: int, end: int, rows: int) -> Any:
     """Returns the rows from `start` to `end` of an answer, in the structure of the answer."""
     if isinstance(output, torch.Tensor):
         return output[start:end] if output.ndim and output.shape[0] == rows else output
     if isinstance(output, dict):  # diffusers' output classes are dicts whose constructors take keywords
-        return type(output)(**{key: _cut(value, start, end, rows) for key, value in output.items()})
+        return type(output)(**{key: cut(value, start, end, rows) for key, value in output.items()})
     if isinstance(output, list) and len(output) == rows:
         return output[start:end]
     if isinstance(output, (list, tuple)):
-        return type(output)(_cut(value, start, end, rows) for value in output)
+        return type(output)(cut(value, start, end, rows) for value in output)
     return output
 
 

@@ -227,6 +227,10 @@ export interface Model {
   readonly maxPromptTokens: number;
   readonly device: string;
   readonly dtype: string;
+  /** How the denoiser is computed: `none` for plain calls, or `graphs`, `compile` or `openvino`. */
+  readonly accelerator: string;
+  /** Why it is not the accelerator that the operator chose. Empty if it is. */
+  readonly acceleratorFallback: string;
   readonly serverVersion: string;
   /** Methods that a request may choose in addition to `auto` and `none`. */
   readonly previewMethods: readonly PreviewMethod[];

@@ -10,8 +10,8 @@ import structlog
 import torch
 
 from calotype_server.engine.batching.batcher import StepBatcher
+from calotype_server.engine.batching.denoiser import PreparedDenoiser, prepare_denoiser
 from calotype_server.engine.batching.plan import PlanOptions
-from calotype_server.engine.batching.plan_cache import find_plan
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
 from calotype_server.engine.diffusers_engine import DiffusersEngine
 from calotype_server.engine.early_finish import EarlyFinisher
@@ -20,9 +20,9 @@ from calotype_server.engine.memory_need import memory_model
 from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
 from calotype_server.engine.request_view import request_view
-from calotype_server.engine.runtime.eager import EagerRuntime
+from calotype_server.engine.runtime.device_thread import DeviceThread
 from calotype_server.engine.shared_components import shared_components
-from calotype_server.observability.events import BatchDone, Observe, ignore
+from calotype_server.observability.events import AcceleratorActive, BatchDone, Observe, ignore
 from calotype_server.types import PreviewMethod
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from calotype_server.engine.batching.batch_runner import BatchRecord
-    from calotype_server.engine.batching.plan import Plan
     from calotype_server.types import ModelInfo
 
 __all__ = ["build_engine"]
@@ -51,6 +50,7 @@ def build_engine(
     max_active: int | None = 1,
     max_rows: int | None = None,
     deterministic: bool = False,
+    accelerate: str = "auto",
     measure_again: bool = False,
     memory_limit: int | None = 0,
     reserved_bytes: int = 0,
@@ -71,6 +71,7 @@ def build_engine(
         max_active: Generations that run at once. None: as many as pay off, measured.
         max_rows: Most rows of latents that the denoiser computes together. None: as many as pay off, measured.
         deterministic: Whether an image must be bitwise the same regardless of other generations.
+        accelerate: How to compute the denoiser; see `prepare_denoiser`.
         measure_again: Whether to ignore a cached batching plan and replace it.
         memory_limit: Bytes that running generations may use together; 0 for no limit, None for the free memory.
         reserved_bytes: Bytes of the free memory that are for other purposes.
@@ -80,7 +81,24 @@ def build_engine(
     model = describe(name, pipeline, defaults)
     _log.info("model loaded", model=name, device=model.device)
     options = PlanOptions(max_active, max_rows, threads, deterministic)
-    plan = find_plan(pipeline, model, options, cache_dir=cache_dir, measure_again=measure_again)
+    device = DeviceThread()
+    try:
+        denoiser = device.call(
+            lambda: prepare_denoiser(
+                pipeline,
+                model,
+                options,
+                accelerate=accelerate,
+                cache_dir=cache_dir,
+                measure_again=measure_again,
+                on_fallback=lambda: observe(AcceleratorActive("none")),
+            )
+        )
+    except BaseException:
+        device.close()
+        raise
+    observe(AcceleratorActive(denoiser.runtime.name))
+    plan = denoiser.plan
     step_threads = plan.threads.of(plan.max_rows)
     _log.info(
         "concurrency",
@@ -93,7 +111,7 @@ def build_engine(
     budget = budget or PreviewBudget(share=0.02)
     if model.device == "cpu":
         budget.set_contention(min(1.0, step_threads / (os.cpu_count() or 1)))
-    batcher = _start_batcher(pipeline, plan, deterministic, _batch_observer(observe, on_batch))
+    batcher = _start_batcher(device, denoiser, deterministic, _batch_observer(observe, on_batch))
     shared = _shared_pipeline(pipeline, batcher)
     previews = PipelinePreviews(
         shared,
@@ -110,13 +128,14 @@ def build_engine(
             pipeline=shared,
             denoiser=denoiser_name(pipeline),
             model=replace(
-                _planned(model, plan, previews),
+                _planned(model, denoiser, previews),
                 memory=memory_model(pipeline, model, cache_dir=cache_dir, limit=memory_limit, reserved=reserved_bytes),
             ),
             previews=previews,
             finisher=EarlyFinisher(_with_session(shared, batcher)),
             budget=budget,
             batcher=batcher,
+            runtime=denoiser.runtime,
             # Encoding a prompt and decoding an image are enough work for all threads.
             threads=plan.threads.few if batcher is None else plan.threads.many,
         )
@@ -133,17 +152,19 @@ def _batch_observer(observe: Observe, on_batch: Callable[[BatchRecord], None] | 
 
 
 def _start_batcher(
-    pipeline: Any, plan: Plan, deterministic: bool, on_batch: Callable[[BatchRecord], None]
+    device: DeviceThread, denoiser: PreparedDenoiser, deterministic: bool, on_batch: Callable[[BatchRecord], None]
 ) -> StepBatcher | None:
     """Returns the batcher, or None if only one generation runs at a time."""
+    plan = denoiser.plan
     if plan.max_rows == 0:
+        device.close()
         return None
-    exact = deterministic and not plan.reason
     return StepBatcher(
-        EagerRuntime(getattr(pipeline, denoiser_name(pipeline)), exact=exact),
+        denoiser.runtime,
+        thread=device,
         max_rows=plan.max_rows,
         threads=plan.threads,
-        deterministic=exact,
+        deterministic=deterministic and not plan.reason,
         on_batch=on_batch,
     )
 
@@ -165,11 +186,14 @@ def _with_session(pipeline: Any, batcher: StepBatcher | None) -> Any:
     return request_view(pipeline, pipeline.scheduler, **own)
 
 
-def _planned(model: ModelInfo, plan: Plan, previews: PipelinePreviews) -> ModelInfo:
+def _planned(model: ModelInfo, denoiser: PreparedDenoiser, previews: PipelinePreviews) -> ModelInfo:
+    plan = denoiser.plan
     return replace(
         model,
         preview_methods=previews.methods,
         max_active=plan.max_active,
         max_batch_rows=0 if plan.reason else plan.max_rows,
         unbatched_reason=plan.reason,
+        accelerator=denoiser.runtime.name,
+        accelerator_fallback=denoiser.fallback,
     )

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
     from calotype_server.engine.preview.queue import PreviewQueue
     from calotype_server.engine.protocol import Stop
+    from calotype_server.engine.runtime.base import DenoiserRuntime
     from calotype_server.types import Job, ModelInfo
 
 __all__ = ["EngineParts", "GenerationRun"]
@@ -43,6 +44,7 @@ class EngineParts:
         finisher: Decodes the image of a generation that ends early.
         budget: Records how long the full VAE takes.
         batcher: Runs the denoiser for all requests; None if only one runs at a time.
+        runtime: Computes the denoiser for the batcher.
         threads: CPU threads for everything but a shared denoiser.
     """
 
@@ -53,6 +55,7 @@ class EngineParts:
     finisher: EarlyFinisher
     budget: PreviewBudget
     batcher: StepBatcher | None
+    runtime: DenoiserRuntime
     threads: int
 
 

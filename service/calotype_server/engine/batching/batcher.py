@@ -14,9 +14,9 @@ from calotype_server import errors
 from calotype_server.engine.batching.batch_runner import BatchRecord, BatchRunner
 from calotype_server.engine.batching.scheduler import BatchScheduler, PendingCall, RequestSlot
 from calotype_server.engine.batching.session import DenoiserSession
+from calotype_server.engine.runtime.device_thread import DeviceThread
 from calotype_server.engine.tap import Stopped
 from calotype_server.failpoints import hit
-from calotype_server.threads import start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ _BATCHES_TO_GROW = 100
 
 
 class StepBatcher:
-    """Runs the calls of concurrent requests together, on its own thread, which no request's failure can end.
+    """Runs the calls of concurrent requests together, on one thread, which no request's failure can end.
 
     If a joined call fails, its halves are tried again until the failing request is alone. If memory runs out, fewer
     rows run at once; the number rises again slowly. After a failure of the device every call raises `EngineDead`.
@@ -42,6 +42,7 @@ class StepBatcher:
     Args:
         runtime: Computes the denoiser, which from now on nothing else may call.
         max_rows: Most rows to compute at once, from 1; see `measure.knee`.
+        thread: Runs the calls, and ends with the batcher: the thread that called the runtime before. None: a new one.
         threads: CPU threads to compute each call with; None for torch's default.
         deterministic: Fill every batch up to `max_rows`, so that a result is bitwise the same regardless of the other
             rows in the batch. This holds as long as memory suffices for `max_rows`.
@@ -53,6 +54,7 @@ class StepBatcher:
         runtime: DenoiserRuntime,
         *,
         max_rows: int,
+        thread: DeviceThread | None = None,
         threads: Threads | None = None,
         deterministic: bool = False,
         on_batch: Callable[[BatchRecord], None] | None = None,
@@ -68,7 +70,8 @@ class StepBatcher:
         self._running: Sequence[PendingCall] = ()
         self._closing = False
         self._failure: BaseException | None = None
-        self._thread = start("device", self._run)
+        self._thread = thread or DeviceThread()
+        self._thread.end_with(self._run)
 
     @property
     def module(self) -> Any:
@@ -100,7 +103,7 @@ class StepBatcher:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.close()
 
     # Called by the requests' threads, through their sessions; see `CallQueue`.
 

@@ -34,6 +34,10 @@ class DenoiserRuntime(Protocol):
         """Prepares the calling thread, which will make all other calls."""
         ...
 
+    def end_loading(self) -> None:
+        """Called when the calls that prepare the server have run. Later preparations would delay requests."""
+        ...
+
     def run(self, calls: Sequence[Call], padded_rows: int) -> Any:
         """Computes calls of one signature together.
 

@@ -28,12 +28,13 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
-__all__ = ["Call", "Collator", "Digests"]
+__all__ = ["TIMESTEPS", "Call", "Collator", "Digests"]
 
 Digests = dict[int, tuple[torch.Tensor, int, bytes]]
 """Maps the `id` of a tensor to the tensor, its version and a hash of its values. Each request's thread has its own."""
 
-_TIMESTEPS = ("timestep", "timesteps", "t")
+TIMESTEPS = ("timestep", "timesteps", "t")
+"""Names of the argument with the timestep."""
 _POSITIONS = ("img_ids", "txt_ids")
 """Positions of tokens. With two dimensions they have no entry per row, regardless of their length."""
 _ROW_LISTS = ("img_shapes", "txt_seq_lens")
@@ -121,10 +122,19 @@ class Collator:
             calls: The calls, in the order of their rows.
             padded_rows: Rows to pad to by repeating the last one; at least the rows of the calls.
         """
+        if len(calls) == 1 and calls[0].rows == padded_rows:
+            return calls[0].args, calls[0].kwargs
+        return (), self.join_named(calls, padded_rows)
+
+    def join_named(self, calls: Sequence[Call], padded_rows: int) -> dict[str, Any]:
+        """Returns the arguments of one call, all by name and with one timestep per row, even for a single call.
+
+        Args:
+            calls: The calls, in the order of their rows. The first argument of each is a batch.
+            padded_rows: Rows to pad to by repeating the last one; at least the rows of the calls.
+        """
         rows = [call.rows for call in calls]
         extra = padded_rows - sum(rows)
-        if len(calls) == 1 and not extra:
-            return calls[0].args, calls[0].kwargs
         named = self._with_masks([call.named for call in calls])
         main = named[0][self._names[0]]
         joiner = _Joiner(rows, extra, main.device if isinstance(main, torch.Tensor) else main[0].device)
@@ -133,7 +143,7 @@ class Collator:
             if mask in named[0] and mask not in joined:
                 values = [each[mask] for each in named]
                 joined[mask] = None if values[0] is None else joiner.join((_PAD,), values)
-        return (), joined
+        return joined
 
     def split(self, output: Any, calls: Sequence[Call], padded_rows: int) -> list[Any]:
         """Splits the answer to a joined call into the answers to each call, which are views of it."""
@@ -144,7 +154,7 @@ class Collator:
 
     def _sign(self, name: str, value: Any, rows: int, lists: bool, digests: Digests) -> Hashable:
         """Returns the signature of an argument: how to join it, and what must be equal for that."""
-        if name in _TIMESTEPS and _is_timestep(value, rows):
+        if name in TIMESTEPS and _is_timestep(value, rows):
             return (_TIME,)
         if isinstance(value, torch.Tensor):
             if value.ndim and value.shape[0] == rows and not (name in _POSITIONS and value.ndim == 2):

@@ -31,6 +31,9 @@ class EagerRuntime:
     def start(self) -> None:
         """Does nothing."""
 
+    def end_loading(self) -> None:
+        """Does nothing."""
+
     def run(self, calls: Sequence[Call], padded_rows: int) -> Any:
         """Joins the calls, and calls the denoiser once."""
         args, kwargs = self.collator.join(calls, padded_rows)

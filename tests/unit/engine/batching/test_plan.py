@@ -9,6 +9,7 @@ from calotype_server.engine.batching import plan as plan_module
 from calotype_server.engine.batching.measure import Knee, Threads
 from calotype_server.engine.batching.plan import Plan, PlanOptions, measure_plan
 from calotype_server.engine.capabilities import Defaults, describe
+from calotype_server.engine.runtime.eager import EagerRuntime
 from support.engine import tiny
 
 
@@ -27,9 +28,9 @@ def timings(monkeypatch):
 
 def plan_of(pipeline, **options):
     """Returns the plan of a pipeline, for a server without `--max-active` by default."""
-    return measure_plan(
-        pipeline, describe("tiny", pipeline, Defaults()), PlanOptions(**{"max_active": None, **options})
-    )
+    options = PlanOptions(**{"max_active": None, **options})
+    runtime = EagerRuntime(pipeline.unet, exact=options.deterministic)
+    return measure_plan(pipeline, describe("tiny", pipeline, Defaults()), options, runtime)
 
 
 def test_one_at_a_time_measures_nothing(pipeline):

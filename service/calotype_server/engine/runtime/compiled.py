@@ -46,10 +46,10 @@ class CompiledRuntime:
 
     name = "compile"
 
-    def __init__(self, module: Any, *, exact: bool, cache_dir: Path, backend: str = "inductor") -> None:
+    def __init__(
+        self, module: Any, *, exact: bool, cache_dir: Path, backend: str | Callable[..., Any] = "inductor"
+    ) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir.expanduser() / "inductor"))
-        # Otherwise code that is compiled too often would silently run eagerly.
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
         self.module = module
         self.collator = Collator(module, exact=exact)
         self._rows = 0
@@ -72,7 +72,7 @@ class CompiledRuntime:
             return self.module(*args, **kwargs)
         named = self.collator.join_named(calls, padded_rows)
         self._rows = padded_rows
-        with contextlib.nullcontext() if self._loading else torch.compiler.set_stance("eager_on_recompile"):
+        with _failing_when_compiled_too_often() if self._loading else torch.compiler.set_stance("eager_on_recompile"):
             return self._compute(**named)
 
     def free_memory(self) -> bool:
@@ -84,6 +84,11 @@ class CompiledRuntime:
         for leaf in tree_leaves(arguments):
             if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == self._rows > 1:
                 torch._dynamo.maybe_mark_dynamic(leaf, 0)
+
+
+def _failing_when_compiled_too_often() -> contextlib.AbstractContextManager[Any]:
+    """Makes code raise that would otherwise run eagerly, because it was compiled for too many kinds of arguments."""
+    return torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 
 
 def _compile(module: Any, mark: Callable[..., None], **options: Any) -> Callable[..., Any]:

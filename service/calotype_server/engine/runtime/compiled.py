@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from calotype_server.engine.runtime.collate import Collator
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
@@ -80,7 +80,7 @@ class CompiledRuntime:
         return False
 
     def _mark_rows(self, *arguments: Any) -> None:
-        """Tells the compiler that the number of rows varies."""
+        """Lets the compiler know that the number of rows varies."""
         for leaf in tree_leaves(arguments):
             if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == self._rows > 1:
                 torch._dynamo.maybe_mark_dynamic(leaf, 0)

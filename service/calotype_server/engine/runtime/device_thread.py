@@ -19,7 +19,7 @@ T = TypeVar("T")
 class DeviceThread:
     """Runs functions one after the other in one thread.
 
-    What a device prepares for a thread, such as a graph or the state of a library, is then valid for all calls.
+    State that a device or a library keeps for a thread, such as a CUDA graph's, is then valid for all calls.
     """
 
     def __init__(self) -> None:

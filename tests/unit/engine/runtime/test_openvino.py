@@ -77,7 +77,7 @@ def test_no_later_call_overwrites_an_answer(runtime, calls):
 def test_float_timesteps_use_the_same_trace(runtime, calls, monkeypatch):
     """Some schedulers have fractional timesteps, others whole ones."""
     (latents, timestep), kwargs = calls[0]
-    whole, float_ = (runtime.collator.bind((latents, t), kwargs, {}) for t in (timestep, timestep.float()))
+    whole, float_ = (runtime.collator.bind((latents, each), kwargs, {}) for each in (timestep, timestep.float()))
     runtime.run([whole], whole.rows)
     runtime.end_loading()
     monkeypatch.setattr(OpenVinoRuntime, "_eager", lambda *_: pytest.fail("a plain call"))
@@ -104,7 +104,7 @@ def test_unknown_arguments_run_eagerly_after_loading(runtime, calls, monkeypatch
     runtime.run([call], call.rows)
     runtime.end_loading()
     monkeypatch.setattr(openvino_module, "_trace", lambda *_: pytest.fail("traced"))
-    other = runtime.collator.bind(call.args, {**call.kwargs, "return_dict": True}, {})
+    other = runtime.collator.bind(call.args, call.kwargs | {"return_dict": True}, {})
     assert torch.is_tensor(runtime.run([other], other.rows).sample)
 
 

@@ -1,12 +1,13 @@
 """`--accelerate`: what each accelerator needs, and the comparison with plain calls at load."""
 
+import importlib.util
+import shutil
 import sys
 import types
 
 import pytest
 import torch
 
-from calotype_server.engine.runtime import select
 from calotype_server.engine.runtime.fallback import FallbackRuntime
 from calotype_server.engine.runtime.select import check_available, select_runtime
 from calotype_server.errors import AcceleratorUnavailable
@@ -33,8 +34,8 @@ class TestRequirements:
     )
     def test_missing_parts_are_reported(self, monkeypatch, accelerate, device, missing, remedy):
         """The message has the option and the remedy."""
-        monkeypatch.setattr(select.importlib.util, "find_spec", lambda name: None if name == missing else object())
-        monkeypatch.setattr(select.shutil, "which", lambda name: None if missing == "compiler" else name)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else object())
+        monkeypatch.setattr(shutil, "which", lambda name: None if missing == "compiler" else name)
         with pytest.raises(AcceleratorUnavailable) as error:
             check_available(accelerate, device)
         assert f"--accelerate {accelerate} needs" in str(error.value) or "computes on the CPU" in str(error.value)
@@ -44,8 +45,8 @@ class TestRequirements:
     @pytest.mark.parametrize("accelerate", ["auto", "none"])
     def test_auto_and_none_need_nothing(self, monkeypatch, accelerate, device):
         """The default starts on every machine."""
-        monkeypatch.setattr(select.importlib.util, "find_spec", lambda _: None)
-        monkeypatch.setattr(select.shutil, "which", lambda _: None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        monkeypatch.setattr(shutil, "which", lambda _: None)
         check_available(accelerate, device)
 
 

@@ -140,7 +140,7 @@ class OpenVinoRuntime:
             return answer
         shapes = [tuple(tensor.shape) for tensor in inputs.tensors]
         _log.warning(
-            "OpenVINO cannot compute this size, which runs eagerly", shapes=shapes, error=str(error)[:_MAX_MESSAGE]
+            "OpenVINO cannot compute this size, which runs eagerly", shapes=shapes, reason=reason[:_MAX_MESSAGE]
         )
         return expected
 

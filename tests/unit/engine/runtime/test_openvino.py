@@ -104,7 +104,7 @@ def test_unknown_arguments_run_eagerly_after_loading(runtime, calls, monkeypatch
     runtime.run([call], call.rows)
     runtime.end_loading()
     monkeypatch.setattr(openvino_module, "_trace", lambda *_: pytest.fail("traced"))
-    other = runtime.collator.bind(call.args, call.kwargs | {"return_dict": True}, {})
+    other = runtime.collator.bind(call.args, {**call.kwargs, "return_dict": True}, digests={})
     assert torch.is_tensor(runtime.run([other], other.rows).sample)
 
 

@@ -121,7 +121,8 @@ def test_the_second_start_does_not_trace(folder, calls, monkeypatch):
     """The traced model is on disk; a damaged file is traced again."""
     module = tiny.shared("sd15").unet
     first = OpenVinoRuntime(module, exact=False, cache_dir=folder)
-    call = first.collator.bind(*calls[0], {})
+    args, kwargs = calls[0]
+    call = first.collator.bind(args, kwargs, {})
     expected = first.run([call], call.rows)
     traced = []
     trace = openvino_module._trace

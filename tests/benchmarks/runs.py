@@ -11,6 +11,7 @@ from calotype_server.engine import capabilities, loading
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.batching.measure import pick_threads
 from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.tap import Step, StepTap
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def bundled() -> tuple[Any, ModelInfo]:
     )
     pipeline.set_progress_bar_config(disable=True)
     model = capabilities.describe("bundled", pipeline, capabilities.Defaults(STEPS, GUIDANCE))
-    torch.set_num_threads(pick_threads(pipeline, model))
+    torch.set_num_threads(pick_threads(pipeline, model, EagerRuntime(pipeline.unet)))
     return pipeline, model
 
 

@@ -133,6 +133,8 @@ def model_from_proto(model: v1.Model) -> Model:
         max_active=model.max_active,
         max_batch_rows=model.max_batch_rows,
         unbatched_reason=model.unbatched_reason,
+        accelerator=model.accelerator or "none",
+        accelerator_fallback=model.accelerator_fallback,
         replica=model.replica,
         device=model.device,
         dtype=model.dtype,

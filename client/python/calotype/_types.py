@@ -179,6 +179,8 @@ class Model:
         max_batch_rows: Maximum number of latents, of all running generations, in one batch of the denoiser. 0 if the
             server does not batch.
         unbatched_reason: Why the server does not batch, in one sentence. Empty if it does.
+        accelerator: How the denoiser is computed: "none" for plain calls, or "graphs", "compile" or "openvino".
+        accelerator_fallback: Why it is not the accelerator that the operator chose, in one sentence. Empty if it is.
         replica: Tag of the server, to distinguish servers of the same model. Ids of its generations begin with it.
         device: Device of the model, such as "cpu" or "cuda:0".
         dtype: Number format of the weights, such as "float32" or "bfloat16".
@@ -208,6 +210,8 @@ class Model:
     max_active: int
     max_batch_rows: int
     unbatched_reason: str
+    accelerator: str = "none"
+    accelerator_fallback: str = ""
     replica: str = ""
     device: str
     dtype: str

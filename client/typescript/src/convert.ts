@@ -210,6 +210,8 @@ export function modelFromWire(model: wire.Model): types.Model {
     maxPromptTokens: model.maxPromptTokens,
     device: model.device,
     dtype: model.dtype,
+    accelerator: model.accelerator || "none",
+    acceleratorFallback: model.acceleratorFallback,
     serverVersion: model.serverVersion,
     fastSchedulers: model.fastSchedulers,
     previewMethods: methods.filter((method) => method !== undefined),

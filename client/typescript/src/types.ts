@@ -234,6 +234,10 @@ export interface Model {
   readonly maxPromptTokens: number;
   readonly device: string;
   readonly dtype: string;
+  /** How the denoiser is computed: `none` for plain calls, or `graphs`, `compile` or `openvino`. */
+  readonly accelerator: string;
+  /** Why it is not the accelerator that the operator chose. Empty if it is. */
+  readonly acceleratorFallback: string;
   readonly serverVersion: string;
   /** Schedulers that support the speed `fast`, sorted; empty if the server does not offer it. */
   readonly fastSchedulers: readonly string[];

@@ -150,6 +150,8 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica:
         max_active=model.max_active,
         max_batch_rows=model.max_batch_rows,
         unbatched_reason=model.unbatched_reason,
+        accelerator=model.accelerator,
+        accelerator_fallback=model.accelerator_fallback,
         replica=replica,
         fast_schedulers=model.fast_schedulers,
     )

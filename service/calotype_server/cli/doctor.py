@@ -9,11 +9,11 @@ import importlib.util
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from calotype_server.errors import StartupError
+from calotype_server.errors import AcceleratorUnavailable, StartupError
 from calotype_server.transport.net.address import check_free
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def _model(settings: Settings) -> Iterator[Finding]:
         device = loading.pick_device(settings.device)
         dtype = loading.pick_dtype(settings.dtype, device)
         yield Finding(True, "device", f"{device}, {str(dtype).removeprefix('torch.')}")
+        yield _accelerator(settings.accelerate, device)
         source = loading.locate(settings.model)
         try:
             pipeline = loading.load_pipeline(
@@ -104,3 +105,13 @@ def _model(settings: Settings) -> Iterator[Finding]:
         yield Finding(False, "model", f"cannot import {error.name}", "pip install 'calotype[server]'")
     else:
         yield Finding(True, "model", f"{model.name}: {model.pipeline}, {model.width}x{model.height}")
+
+
+def _accelerator(accelerate: str, device: Any) -> Finding:
+    from calotype_server.engine.runtime.select import check_available
+
+    try:
+        check_available(accelerate, device)
+    except AcceleratorUnavailable as error:
+        return Finding(False, "accelerator", f"{accelerate} cannot be used", str(error))
+    return Finding(True, "accelerator", accelerate)

@@ -10,8 +10,8 @@ import structlog
 import torch
 
 from calotype_server.engine.batching.batcher import StepBatcher
+from calotype_server.engine.batching.denoiser import PreparedDenoiser, prepare_denoiser
 from calotype_server.engine.batching.plan import PlanOptions
-from calotype_server.engine.batching.plan_cache import find_plan
 from calotype_server.engine.batching.verify import unbatchable
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
 from calotype_server.engine.diffusers_engine import DiffusersEngine
@@ -22,10 +22,10 @@ from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.engine.preview.costs import CoreCosts, DeviceCosts
 from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
 from calotype_server.engine.request_view import request_view
-from calotype_server.engine.runtime.eager import EagerRuntime
+from calotype_server.engine.runtime.device_thread import DeviceThread
 from calotype_server.engine.shared_components import shared_components
 from calotype_server.engine.step_cache.offered import fast_schedulers
-from calotype_server.observability.events import BatchDone, Observe, ignore
+from calotype_server.observability.events import AcceleratorActive, BatchDone, Observe, ignore
 from calotype_server.types import PreviewMethod, Schedule
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from calotype_server.engine.batching.batch_runner import BatchRecord
-    from calotype_server.engine.batching.plan import Plan
     from calotype_server.types import ModelInfo
 
 __all__ = ["build_engine"]
@@ -57,6 +56,7 @@ def build_engine(
     host_timesteps: bool = False,
     schedule: Schedule = Schedule.FIRST_LOOK,
     step_cache: bool = False,
+    accelerate: str = "auto",
     measure_again: bool = False,
     memory_limit: int | None = 0,
     reserved_bytes: int = 0,
@@ -80,6 +80,7 @@ def build_engine(
         host_timesteps: Whether schedulers get their timesteps in ordinary memory, so that they do not wait for a GPU.
         schedule: Which generations come first if not all fit into one call of the denoiser.
         step_cache: Whether requests may choose `Speed.FAST`.
+        accelerate: How to compute the denoiser; see `prepare_denoiser`.
         measure_again: Whether to ignore a cached batching plan and replace it.
         memory_limit: Bytes that running generations may use together; 0 for no limit, None for the free memory.
         reserved_bytes: Bytes of the free memory that are for other purposes.
@@ -89,7 +90,24 @@ def build_engine(
     model = describe(name, pipeline, defaults)
     _log.info("model loaded", model=name, device=model.device)
     options = PlanOptions(max_active, max_rows, threads, deterministic)
-    plan = find_plan(pipeline, model, options, cache_dir=cache_dir, measure_again=measure_again)
+    device = DeviceThread()
+    try:
+        denoiser = device.call(
+            lambda: prepare_denoiser(
+                pipeline,
+                model,
+                options,
+                accelerate=accelerate,
+                cache_dir=cache_dir,
+                measure_again=measure_again,
+                on_fallback=lambda: observe(AcceleratorActive("none")),
+            )
+        )
+    except BaseException:
+        device.close()
+        raise
+    observe(AcceleratorActive(denoiser.runtime.name))
+    plan = denoiser.plan
     step_threads = plan.threads.of(plan.max_rows)
     _log.info(
         "concurrency",
@@ -102,7 +120,7 @@ def build_engine(
     budget = budget or PreviewBudget(share=0.02)
     on_cpu = model.device == "cpu"
     budget.charge(CoreCosts(min(1.0, step_threads / (os.cpu_count() or 1))) if on_cpu else DeviceCosts())
-    batcher = _start_batcher(pipeline, plan, deterministic, schedule, _batch_observer(observe, on_batch))
+    batcher = _start_batcher(device, denoiser, deterministic, schedule, _batch_observer(observe, on_batch))
     shared = _shared_pipeline(pipeline, batcher)
     if step_cache:
         model = replace(model, fast_schedulers=_fast_schedulers(pipeline, model))
@@ -121,13 +139,14 @@ def build_engine(
             pipeline=shared,
             denoiser=denoiser_name(pipeline),
             model=replace(
-                _planned(model, plan, schedule, previews),
+                _planned(model, denoiser, schedule, previews),
                 memory=memory_model(pipeline, model, cache_dir=cache_dir, limit=memory_limit, reserved=reserved_bytes),
             ),
             previews=previews,
             finisher=EarlyFinisher(_with_session(shared, batcher)),
             budget=budget,
             batcher=batcher,
+            runtime=denoiser.runtime,
             # Encoding a prompt and decoding an image are enough work for all threads.
             threads=plan.threads.few if batcher is None else plan.threads.many,
             host_timesteps=host_timesteps,
@@ -145,21 +164,23 @@ def _batch_observer(observe: Observe, on_batch: Callable[[BatchRecord], None] | 
 
 
 def _start_batcher(
-    pipeline: Any,
-    plan: Plan,
+    device: DeviceThread,
+    denoiser: PreparedDenoiser,
     deterministic: bool,
     schedule: Schedule,
     on_batch: Callable[[BatchRecord], None],
 ) -> StepBatcher | None:
     """Returns the batcher, or None if pipelines must call the denoiser themselves."""
+    plan = denoiser.plan
     if plan.max_rows == 0:
+        device.close()
         return None
-    exact = deterministic and not plan.reason
     return StepBatcher(
-        EagerRuntime(getattr(pipeline, denoiser_name(pipeline)), exact=exact),
+        denoiser.runtime,
+        thread=device,
         max_rows=plan.max_rows,
         threads=plan.threads,
-        deterministic=exact,
+        deterministic=deterministic and not plan.reason,
         schedule=schedule,
         on_batch=on_batch,
     )
@@ -192,7 +213,8 @@ def _fast_schedulers(pipeline: Any, model: ModelInfo) -> tuple[str, ...]:
     return fast_schedulers(pipeline, model.schedulers)
 
 
-def _planned(model: ModelInfo, plan: Plan, schedule: Schedule, previews: PipelinePreviews) -> ModelInfo:
+def _planned(model: ModelInfo, denoiser: PreparedDenoiser, schedule: Schedule, previews: PipelinePreviews) -> ModelInfo:
+    plan = denoiser.plan
     return replace(
         model,
         preview_methods=previews.methods,
@@ -200,4 +222,6 @@ def _planned(model: ModelInfo, plan: Plan, schedule: Schedule, previews: Pipelin
         max_progressing=0 if schedule is Schedule.FAIR else plan.max_joined,
         max_batch_rows=0 if plan.reason else plan.max_rows,
         unbatched_reason=plan.reason,
+        accelerator=denoiser.runtime.name,
+        accelerator_fallback=denoiser.fallback,
     )

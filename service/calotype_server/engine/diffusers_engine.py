@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -10,6 +11,7 @@ import torch
 from calotype_server import errors
 from calotype_server.engine.generation_run import EngineParts, GenerationRun
 from calotype_server.engine.memory import is_device_failure, is_out_of_memory, release_cached_memory
+from calotype_server.engine.runtime.fallback import FallbackRuntime
 from calotype_server.engine.stepping.step_reports import StepReports
 
 if TYPE_CHECKING:
@@ -36,7 +38,10 @@ class DiffusersEngine:
     @property
     def model(self) -> ModelInfo:
         """Capabilities and defaults of the model."""
-        return self._parts.model
+        model, runtime = self._parts.model, self._parts.runtime
+        if isinstance(runtime, FallbackRuntime) and runtime.failure:
+            return replace(model, accelerator=runtime.name, accelerator_fallback=runtime.failure)
+        return model
 
     def run(self, job: Job, report: Callable[[Event], None], stop: Stop) -> Pixels:
         """Generates one image; see the protocol."""

@@ -30,16 +30,18 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
         observe: Receives the engine's observations.
 
     Raises:
-        StartupError: The device, the model or the preview method cannot be used.
+        StartupError: The device, the accelerator, the model or the preview method cannot be used.
     """
     # OpenMP's threads spin while they wait for each other. A server shares its cores, at least with its own event loop,
     # and spinning was measured to make a step up to twenty times slower. Torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Not at the top: importing torch takes seconds, and a wrong address or flag should be reported before that.
     from calotype_server.engine import loading, memory
+    from calotype_server.engine.runtime import select
 
     memory.return_large_blocks()
     device = loading.pick_device(settings.device)
+    select.check_available(settings.accelerate, device)
     pipeline = loading.load_pipeline(
         settings.model,
         revision=settings.revision,
@@ -93,6 +95,7 @@ def engine_around(settings: Settings, pipeline: Any, observe: Observe) -> Engine
         host_timesteps=settings.host_timesteps,
         schedule=settings.schedule,
         step_cache=settings.step_cache,
+        accelerate=settings.accelerate,
         measure_again=settings.measure_again,
         memory_limit=settings.memory_limit,
         # Images that are retained later.

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
     from calotype_server.engine.preview.queue import PreviewQueue
     from calotype_server.engine.protocol import Stop
+    from calotype_server.engine.runtime.base import DenoiserRuntime
     from calotype_server.engine.stepping.step_reports import StepReports
     from calotype_server.types import Job, ModelInfo
 
@@ -46,6 +47,7 @@ class EngineParts:
         finisher: Decodes the image of a generation that ends early.
         budget: Records how long the full VAE takes.
         batcher: Runs the denoiser for all requests; None if pipelines must call it themselves, one after another.
+        runtime: Computes the denoiser for the batcher.
         threads: CPU threads for everything but a shared denoiser.
         host_timesteps: Whether schedulers get their timesteps in ordinary memory.
     """
@@ -57,6 +59,7 @@ class EngineParts:
     finisher: EarlyFinisher
     budget: PreviewBudget
     batcher: StepBatcher | None
+    runtime: DenoiserRuntime
     threads: int
     host_timesteps: bool = False
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["device_of", "machine_facts"]
+__all__ = ["device_of", "machine_facts", "select_device"]
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -44,6 +44,12 @@ def device_of(module: Any) -> torch.device:
     """Returns the device of a module's weights; the CPU if it has none."""
     parameter = next(iter(module.parameters()), None) if isinstance(module, torch.nn.Module) else None
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def select_device(device: torch.device) -> None:
+    """Selects a device for the calling thread; a new thread uses the first one. Does nothing for a CPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _cpu_model() -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from calotype_server.types import ModelInfo
 
-__all__ = ["Arguments", "denoiser_call", "plain_arguments", "sample_calls"]
+__all__ = ["Arguments", "default_arguments", "denoiser_call", "plain_arguments", "sample_calls"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a call."""
@@ -44,16 +44,21 @@ def sample_calls(pipeline: Any, model: ModelInfo) -> list[Arguments]:
     joined even if the pipeline cannot join prompts of different lengths.
     """
     return [
-        _captured_call(pipeline, model, number=1, prompt="", seed=0),
+        default_arguments(pipeline, model),
         _captured_call(pipeline, model, number=2, prompt="A red apple.", seed=1),
         _captured_call(pipeline, model, number=3, prompt="", seed=2),
     ]
 
 
+def default_arguments(pipeline: Any, model: ModelInfo) -> Arguments:
+    """Returns the arguments of the first denoiser call of a default request."""
+    return _captured_call(pipeline, model, number=1, prompt="", seed=0)
+
+
 def denoiser_call(pipeline: Any, model: ModelInfo) -> Callable[[], Any]:
     """Returns a function that calls the denoiser once, exactly as the first step of a default request does."""
     module = getattr(pipeline, denoiser_name(pipeline))
-    args, kwargs = _captured_call(pipeline, model, number=1, prompt="", seed=0)
+    args, kwargs = default_arguments(pipeline, model)
 
     @torch.no_grad()
     def call() -> Any:

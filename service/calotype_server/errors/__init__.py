@@ -46,6 +46,7 @@ ServiceError                      a status code, a reason and a message that is 
     ├── EngineCrashed             INTERNAL             the server gave up after repeated crashes
     └── DataLoss                  DATA_LOSS            the stored generation is damaged
 StartupError                      for operators: what is wrong and how to fix it
+├── AcceleratorUnavailable
 ├── ModelUnavailable
 ├── TracingUnavailable
 ├── StateUnusable
@@ -113,6 +114,7 @@ from calotype_server.errors.rejections import (
     WrongRequestCount,
 )
 from calotype_server.errors.startup import (
+    AcceleratorUnavailable,
     AddressInUse,
     CertificatesUnusable,
     Exposed,
@@ -125,6 +127,7 @@ from calotype_server.errors.startup import (
 
 __all__ = [
     "Abandoned",
+    "AcceleratorUnavailable",
     "AddressInUse",
     "Cancelled",
     "CertificatesUnusable",

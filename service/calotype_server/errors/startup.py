@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "AcceleratorUnavailable",
     "AddressInUse",
     "CertificatesUnusable",
     "Exposed",
@@ -16,6 +17,10 @@ __all__ = [
 
 class StartupError(Exception):
     """The server cannot start. The message explains to the operator why, and how to fix it."""
+
+
+class AcceleratorUnavailable(StartupError):
+    """A device, a package or a compiler that the chosen accelerator needs is missing."""
 
 
 class ModelUnavailable(StartupError):

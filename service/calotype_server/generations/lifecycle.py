@@ -64,7 +64,6 @@ class Generations:
         observe: Receives events for metrics and traces.
 
     Attributes:
-        model: The engine's model.
         replica: Tag of this server, which begins the id of each of its generations.
     """
 
@@ -78,7 +77,6 @@ class Generations:
         on_dead: Callable[[], None],
         observe: Observe = ignore,
     ) -> None:
-        self.model: ModelInfo = runner.model
         self.replica: str = index.replica
         self._runner = runner
         self._admission = admission
@@ -92,6 +90,11 @@ class Generations:
         self._readers = 0
         self._all_read = asyncio.Event()
         self._all_read.set()
+
+    @property
+    def model(self) -> ModelInfo:
+        """The engine's model."""
+        return self._runner.model
 
     @property
     def readers(self) -> int:

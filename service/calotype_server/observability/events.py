@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from calotype_server.types import Failed, Job, PreviewMethod, Succeeded
 
 __all__ = [
+    "AcceleratorActive",
     "BatchDone",
     "CallEnded",
     "CallRefused",
@@ -38,6 +39,13 @@ __all__ = [
 ]
 
 _log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AcceleratorActive:
+    """From now on, the denoiser is computed by this accelerator; "none" for plain calls."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +177,8 @@ class CallEnded:
 
 
 Observation = (
-    LeftQueue
+    AcceleratorActive
+    | LeftQueue
     | StepDone
     | BatchDone
     | PreviewRendered

@@ -16,6 +16,7 @@ from prometheus_client.exposition import choose_encoder
 
 from calotype_server.errors import Cancelled
 from calotype_server.observability.events import (
+    AcceleratorActive,
     BatchDone,
     CallEnded,
     CallRefused,
@@ -136,6 +137,9 @@ class ServerMetrics(Metrics):
         self._model = self._info(
             "calotype_model", "The loaded model.", ("name", "pipeline", "device", "dtype", "max_active")
         )
+        self._accelerator = self._info(
+            "calotype_accelerator", "How the denoiser is computed: see `Model.accelerator`.", ("name",)
+        )
         self._gauges = {
             "serving": self._gauge(
                 "calotype_serving",
@@ -226,6 +230,8 @@ class ServerMetrics(Metrics):
     def observe(self, observation: Observation) -> None:
         """Updates the metrics of an observation."""
         match observation:
+            case AcceleratorActive(name):
+                self._accelerator.info({"name": name})
             case StepDone(seconds):
                 self._step.observe(seconds)
             case BatchDone(rows, seconds):

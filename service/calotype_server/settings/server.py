@@ -47,6 +47,12 @@ class Settings(WebSettings):
         description="Number format of the weights: float32, float16 or bfloat16. Default: bfloat16 or float16 on cuda "
         "and xpu, float32 on mps and cpu.",
     )
+    accelerate: Literal["auto", "none", "graphs", "compile", "openvino"] = Field(
+        "auto",
+        description="How to compute the denoiser: none (plain calls), graphs (CUDA graphs), compile (torch.compile), "
+        "openvino (on CPUs, needs 'calotype[openvino]'), or auto, which is none. If an accelerator fails or does not "
+        "give the model's answers, plain calls are used.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads that torch uses. Default: measured at startup.")
     step_count: int | None = Field(
         None, ge=1, description="Denoising steps of requests that set none. Default: the model's."

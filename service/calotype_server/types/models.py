@@ -74,6 +74,8 @@ class ModelInfo:
             mostly. 0 if all progress.
         max_batch_rows: Maximum rows of latents in one call of the denoiser; 0 when it does not batch requests.
         unbatched_reason: One sentence why the denoiser does not batch requests; empty when it does.
+        accelerator: How the denoiser is computed: "none" for plain calls, or "graphs", "compile" or "openvino".
+        accelerator_fallback: One sentence why it is not the accelerator that the operator chose; empty if it is.
         memory: Memory that generations need; None when it is not known or does not matter.
     """
 
@@ -97,6 +99,8 @@ class ModelInfo:
     max_progressing: int = 0
     max_batch_rows: int = 0
     unbatched_reason: str = ""
+    accelerator: str = "none"
+    accelerator_fallback: str = ""
     memory: MemoryModel | None = None
 
     def max_steps(self, scheduler: str, ceiling: int) -> int:

@@ -14,11 +14,13 @@ __all__ = ["Runtime", "events"]
 class Runtime(GraphsRuntime):
     """A started runtime on the stand-in for CUDA, with short calls."""
 
-    def __init__(self, module=None, *, start=True, **options):
+    def __init__(self, module=None, *, start=True, loading=False, **options):
         self.backend = options.setdefault("backend", RecordingBackend())
         super().__init__(module or Denoiser(), **{"exact": False, "max_rows": 8, **options})
         if start:
             self.start()
+        if not loading:
+            self.end_loading()
 
     @torch.no_grad()
     def call(self, value=1, timestep=0.0, rows=1, width=4, **arguments):

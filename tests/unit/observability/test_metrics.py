@@ -9,6 +9,7 @@ import pytest
 
 from calotype_server import errors
 from calotype_server.observability.events import (
+    AcceleratorActive,
     BatchDone,
     CallEnded,
     CallRefused,
@@ -75,8 +76,19 @@ def test_each_observation_is_counted(observation: Observation, name: str, value:
 
 
 def test_the_cases_cover_every_observation() -> None:
-    """Every kind of observation has a case above."""
-    assert {type(observation) for observation, _, _ in EACH} == set(Observation.__args__)
+    """Every kind of observation has a case above, or is not counted."""
+    assert {type(observation) for observation, _, _ in EACH} == set(Observation.__args__) - {AcceleratorActive}
+
+
+def test_the_newest_accelerator_is_shown() -> None:
+    """There is one series, with the accelerator that is in use now."""
+    metrics = ServerMetrics("1")
+    for name in ("openvino", "none"):
+        metrics.observe(AcceleratorActive(name))
+    lines = metrics.render("")[0].decode().splitlines()
+    assert [line for line in lines if line.startswith("calotype_accelerator_info")] == [
+        'calotype_accelerator_info{name="none"} 1.0'
+    ]
 
 
 @pytest.mark.parametrize(

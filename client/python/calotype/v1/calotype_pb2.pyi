@@ -1016,6 +1016,8 @@ class Model(_message.Message):
     UNBATCHED_REASON_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
     FAST_SCHEDULERS_FIELD_NUMBER: _builtins.int
+    ACCELERATOR_FIELD_NUMBER: _builtins.int
+    ACCELERATOR_FALLBACK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name from the server's settings: `bundled`, a hub id or the name of a folder."""
     pipeline: _builtins.str
@@ -1064,6 +1066,10 @@ class Model(_message.Message):
     """Distinguishes this server from other servers of the same model. Changes with every restart, unless the server
     stores its state.
     """
+    accelerator: _builtins.str
+    """How the server computes the denoiser: none (plain calls), graphs (CUDA graphs), compile (torch.compile) or openvino."""
+    accelerator_fallback: _builtins.str
+    """Why `accelerator` is not the one that the operator chose, in one sentence. Empty if it is."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Supported schedulers, sorted: class names of diffusers."""
@@ -1109,10 +1115,12 @@ class Model(_message.Message):
         unbatched_reason: _builtins.str = ...,
         replica: _builtins.str = ...,
         fast_schedulers: _abc.Iterable[_builtins.str] | None = ...,
+        accelerator: _builtins.str = ...,
+        accelerator_fallback: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "preview", b"preview"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "device", b"device", "dtype", b"dtype", "fast_schedulers", b"fast_schedulers", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "max_active", b"max_active", "max_batch_rows", b"max_batch_rows", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "name", b"name", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "replica", b"replica", "scheduler", b"scheduler", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "unbatched_reason", b"unbatched_reason", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "accelerator", b"accelerator", "accelerator_fallback", b"accelerator_fallback", "device", b"device", "dtype", b"dtype", "fast_schedulers", b"fast_schedulers", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "max_active", b"max_active", "max_batch_rows", b"max_batch_rows", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "name", b"name", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "replica", b"replica", "scheduler", b"scheduler", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "unbatched_reason", b"unbatched_reason", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015

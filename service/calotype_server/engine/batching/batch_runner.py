@@ -109,7 +109,6 @@ class BatchRunner:
     def start(self) -> None:
         """Prepares the calling thread. Call it once, before `run`."""
         self._run_ahead.start()
-        self._runtime.start()
 
     def run(self, calls: Sequence[PendingCall]) -> None:
         """Settles all calls; together, if that succeeds.

@@ -14,9 +14,9 @@ from calotype_server import errors
 from calotype_server.engine.batching.batch_runner import BatchRecord, BatchRunner
 from calotype_server.engine.batching.scheduler import BatchScheduler
 from calotype_server.engine.batching.session import DenoiserSession
+from calotype_server.engine.runtime.device_thread import DeviceThread
 from calotype_server.engine.tap import Stopped
 from calotype_server.failpoints import hit
-from calotype_server.threads import start
 from calotype_server.types import Schedule
 
 if TYPE_CHECKING:
@@ -41,15 +41,15 @@ _POLLS_IN_WAIT = 4
 
 
 class StepBatcher:
-    """Runs the calls of concurrent requests together, on its own thread, which no request's failure can end.
+    """Runs the calls of concurrent requests together, on one thread, which no request's failure can end.
 
     If a joined call fails, its halves are tried again until the failing request is alone. If memory runs out, fewer
     rows run at once; the number rises again slowly. After a failure of the device every call raises `EngineDead`.
 
     Args:
-        runtime: Computes the denoiser, which from now on nothing else may call. The constructor waits until it has
-            started, which can take a while.
+        runtime: Computes the denoiser, which from now on nothing else may call.
         max_rows: Most rows to compute at once, from 1; see `measure.knee`.
+        thread: Runs the calls, and ends with the batcher: the thread in which the runtime was started. None: a new one.
         threads: CPU threads to compute each call with; None for torch's default.
         deterministic: Fill every batch up to `max_rows`, so that a result is bitwise the same regardless of the other
             rows in the batch. This holds as long as memory suffices for `max_rows`.
@@ -63,6 +63,7 @@ class StepBatcher:
         runtime: DenoiserRuntime,
         *,
         max_rows: int,
+        thread: DeviceThread | None = None,
         threads: Threads | None = None,
         deterministic: bool = False,
         schedule: Schedule = Schedule.FIRST_LOOK,
@@ -83,9 +84,11 @@ class StepBatcher:
         self._closing = False
         self._freeing = False
         self._failure: BaseException | None = None
-        started = threading.Event()
-        self._thread = start("device", lambda: self._run(started))
-        started.wait()
+        if thread is None:
+            thread = DeviceThread()
+            thread.call(runtime.start)
+        self._thread = thread
+        self._thread.end_with(self._run)
 
     @property
     def module(self) -> Any:
@@ -126,7 +129,7 @@ class StepBatcher:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.close()
 
     def free_memory(self) -> None:
         """Lets the device thread free memory that only serves speed, before the next batch. Any thread may call it."""
@@ -181,10 +184,9 @@ class StepBatcher:
 
     # Called by the device thread.
 
-    def _run(self, started: threading.Event) -> None:
+    def _run(self) -> None:
         try:
             self._runner.start()
-            started.set()
             # Pipelines disable gradients in the requests' threads; this does not extend to other threads.
             with torch.no_grad():
                 while self._run_next():
@@ -200,7 +202,6 @@ class StepBatcher:
                 for pending in (*self._running, *self._scheduler.take_all()):
                     pending.fail(self._closed_error())
                 self._running = ()
-            started.set()
 
     def _run_next(self) -> bool:
         """Waits for calls and runs them. Returns False when the batcher closes."""

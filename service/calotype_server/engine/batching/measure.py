@@ -15,12 +15,14 @@ import torch
 
 from calotype_server.engine.machine import device_of
 from calotype_server.engine.memory import is_device_failure
-from calotype_server.engine.runtime.collate import Collator
-from calotype_server.engine.sample_calls import denoiser_call
+from calotype_server.engine.sample_calls import default_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
+    from calotype_server.engine.runtime.base import DenoiserRuntime
+    from calotype_server.engine.runtime.collate import Call
+    from calotype_server.engine.sample_calls import Arguments
     from calotype_server.types import ModelInfo
 
 __all__ = ["Knee", "Threads", "knee", "pick_threads"]
@@ -63,16 +65,26 @@ class Knee(NamedTuple):
     threads: Threads
 
 
-def pick_threads(pipeline: Any, model: ModelInfo) -> int:
+@torch.no_grad()
+def pick_threads(pipeline: Any, model: ModelInfo, runtime: DenoiserRuntime) -> int:
     """Returns how many CPU threads make one call of the denoiser fastest: torch's default number, or one.
 
     A small model spends more time on distributing work to threads than they save. Torch's setting stays as it was.
+
+    Args:
+        pipeline: The loaded pipeline; not changed.
+        model: Its description.
+        runtime: Computes the denoiser.
     """
     default = torch.get_num_threads()
     if model.device != "cpu" or default == 1:
         return default
     try:
-        call = denoiser_call(pipeline, model)
+        bound = runtime.collator.bind(*default_arguments(pipeline, model), {})
+
+        def call() -> Any:
+            return runtime.run([bound], bound.rows)
+
         call()
     except Exception:
         _log.exception("the denoiser cannot be measured")
@@ -90,8 +102,8 @@ def pick_threads(pipeline: Any, model: ModelInfo) -> int:
 
 @torch.no_grad()
 def knee(
-    module: torch.nn.Module,
-    call: tuple[tuple[Any, ...], dict[str, Any]],
+    runtime: DenoiserRuntime,
+    call: Arguments,
     *,
     threads: tuple[int, int],
     max_requests: int = _MAX_REQUESTS,
@@ -103,13 +115,12 @@ def knee(
     the best: more would only make every request wait for the others.
 
     Args:
-        module: The denoiser.
+        runtime: Computes the denoiser.
         call: Positional and keyword arguments of a real call.
         threads: Number of threads that is fastest for one request, and number of threads available.
         max_requests: Largest number of requests at once; at most 16 are tried.
     """
-    collator = Collator(module)
-    bound = collator.bind(*call, {})
+    bound = runtime.collator.bind(*call, {})
     few, many = threads
     using, from_rows = few, math.inf
     throughput: dict[int, float] = {}
@@ -118,10 +129,9 @@ def knee(
         for count in _doublings(min(max_requests, _MAX_REQUESTS)):
             rows = bound.rows * count
             try:
-                joined = collator.join([bound] * count, rows)
-                seconds = _seconds(using, module, *joined)
+                seconds = _seconds(using, runtime, [bound] * count)
                 if using < many and count > 1:
-                    with_many = _seconds(many, module, *joined)
+                    with_many = _seconds(many, runtime, [bound] * count)
                     if with_many * _LEAST_GAIN < seconds:
                         # More rows will not make fewer threads faster.
                         using, from_rows, seconds = many, rows, with_many
@@ -163,16 +173,16 @@ def _fastest(call: Callable[[], Any]) -> float:
     return min(times)
 
 
-def _seconds(threads: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+def _seconds(threads: int, runtime: DenoiserRuntime, calls: Sequence[Call]) -> float:
     """Shortest of a few calls after one to warm up; fewer calls if they take long."""
     torch.set_num_threads(threads)
-    device = device_of(module)
+    device, rows = device_of(runtime.module), sum(call.rows for call in calls)
     best, spent = math.inf, 0.0
-    module(*args, **kwargs)
+    runtime.run(calls, rows)
     for _ in range(_REPEATS):
         _synchronize(device)
         started = time.perf_counter()
-        module(*args, **kwargs)
+        runtime.run(calls, rows)
         _synchronize(device)
         seconds = time.perf_counter() - started
         best, spent = min(best, seconds), spent + seconds

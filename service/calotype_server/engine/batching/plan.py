@@ -12,14 +12,23 @@ import torch
 from calotype_server.engine.batching.measure import Knee, Threads, knee, pick_threads
 from calotype_server.engine.batching.verify import unbatchable, verify
 from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.machine import device_of
 from calotype_server.engine.memory import is_device_failure
-from calotype_server.engine.runtime.collate import Collator
 from calotype_server.engine.sample_calls import Arguments, sample_calls
 
 if TYPE_CHECKING:
+    from calotype_server.engine.runtime.base import DenoiserRuntime
     from calotype_server.types import ModelInfo
 
-__all__ = ["Plan", "PlanOptions", "measure_plan", "measures_threads", "reason_to_run_alone"]
+__all__ = [
+    "Plan",
+    "PlanOptions",
+    "deterministic_rows",
+    "measure_plan",
+    "measures_threads",
+    "most_rows",
+    "reason_to_run_alone",
+]
 
 _log = structlog.get_logger(__name__)
 
@@ -90,27 +99,28 @@ def measures_threads(model: ModelInfo, options: PlanOptions) -> bool:
     return not options.threads and not options.deterministic and model.device == "cpu" and torch.get_num_threads() > 1
 
 
-def measure_plan(pipeline: Any, model: ModelInfo, options: PlanOptions) -> Plan:
+def measure_plan(pipeline: Any, model: ModelInfo, options: PlanOptions, runtime: DenoiserRuntime) -> Plan:
     """Measures the denoiser and decides. Torch's number of threads stays as it was.
 
     Args:
         pipeline: The loaded pipeline; not changed.
         model: Its description.
         options: The operator's settings.
+        runtime: Computes the denoiser.
 
     Raises:
         RuntimeError: The device failed; see `is_device_failure`.
     """
     before = torch.get_num_threads()
     most = options.threads or before
-    few = pick_threads(pipeline, model) if measures_threads(model, options) else most
+    few = pick_threads(pipeline, model, runtime) if measures_threads(model, options) else most
     reason = reason_to_run_alone(pipeline, options)
     if reason is not None:
         calls_itself = unbatchable(getattr(pipeline, denoiser_name(pipeline))) is not None
         return Plan(1, 0 if calls_itself else 1, reason, Threads(few, most, math.inf))
     try:
         torch.set_num_threads(few)
-        return _batching_plan(pipeline, model, options, (few, most))
+        return _batching_plan(runtime, sample_calls(pipeline, model), options, (few, most))
     except Exception as error:
         if is_device_failure(error):
             raise
@@ -121,33 +131,55 @@ def measure_plan(pipeline: Any, model: ModelInfo, options: PlanOptions) -> Plan:
         torch.set_num_threads(before)
 
 
-def _batching_plan(pipeline: Any, model: ModelInfo, options: PlanOptions, threads: tuple[int, int]) -> Plan:
-    module = getattr(pipeline, denoiser_name(pipeline))
-    calls = sample_calls(pipeline, model)
-    rows = Collator(module).bind(*calls[0], {}).rows
+def deterministic_rows(options: PlanOptions, rows: int) -> int:
+    """Returns the rows that every batch is filled up to if `deterministic`, or else 0.
+
+    Args:
+        options: The operator's settings.
+        rows: Rows of a default request.
+    """
+    return (options.max_rows or _DETERMINISTIC_REQUESTS * rows) if options.deterministic else 0
+
+
+def most_rows(options: PlanOptions, rows: int) -> int:
+    """Returns the most rows that a plan may compute together.
+
+    Args:
+        options: The operator's settings.
+        rows: Rows of a default request.
+    """
     if options.deterministic:
-        found = Knee(_DETERMINISTIC_REQUESTS * rows, Threads(threads[1], threads[1], math.inf))
+        return deterministic_rows(options, rows)
+    return options.max_rows or rows * (options.max_active or _MAX_ACTIVE_DEFAULT)
+
+
+def _batching_plan(
+    runtime: DenoiserRuntime, calls: list[Arguments], options: PlanOptions, threads: tuple[int, int]
+) -> Plan:
+    rows = runtime.collator.bind(*calls[0], {}).rows
+    if options.deterministic:
+        found = Knee(deterministic_rows(options, rows), Threads(threads[1], threads[1], math.inf))
     else:
-        found = knee(module, calls[0], threads=threads, max_requests=options.max_active or _MAX_ACTIVE_DEFAULT)
+        found = knee(runtime, calls[0], threads=threads, max_requests=options.max_active or _MAX_ACTIVE_DEFAULT)
     max_rows = options.max_rows or found.rows
     # The last bits of an answer depend on the number of threads.
     torch.set_num_threads(found.threads.of(max_rows))
-    reason, failed = _verified(module, calls, max_rows if options.deterministic else 0)
+    reason, failed = _verified(runtime, calls, max_rows if options.deterministic else 0)
     if reason is not None:
-        max_active = options.max_active or _turn_takers(model)
+        max_active = options.max_active or _turn_takers(device_of(runtime.module))
         return Plan(max_active, 1, reason, found.threads, provisional=failed, request_rows=rows)
     return Plan(options.max_active or _MAX_ACTIVE_DEFAULT, max_rows, "", found.threads, request_rows=rows)
 
 
-def _turn_takers(model: ModelInfo) -> int:
+def _turn_takers(device: torch.device) -> int:
     """Returns how many generations may take turns. More of them get no more steps, but their first ones sooner."""
-    return _MAX_ACTIVE_DEFAULT if torch.device(model.device).type in ("cpu", "cuda") else _MAX_ACTIVE_WITHOUT_LIMIT
+    return _MAX_ACTIVE_DEFAULT if device.type in ("cpu", "cuda") else _MAX_ACTIVE_WITHOUT_LIMIT
 
 
-def _verified(module: Any, calls: list[Arguments], deterministic_rows: int) -> tuple[str | None, bool]:
+def _verified(runtime: DenoiserRuntime, calls: list[Arguments], fixed_rows: int) -> tuple[str | None, bool]:
     """Returns why calls must not be joined, if so, and whether an error is the reason."""
     try:
-        return verify(module, calls, deterministic_rows=deterministic_rows), False
+        return verify(runtime, calls, deterministic_rows=fixed_rows), False
     except Exception as error:
         if is_device_failure(error):
             raise

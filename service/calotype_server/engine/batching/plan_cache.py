@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import time
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -32,6 +33,7 @@ from calotype_server.engine.machine import machine_facts
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from calotype_server.engine.runtime.base import DenoiserRuntime
     from calotype_server.types import ModelInfo
 
 __all__ = ["find_plan", "load_plan", "plan_facts", "plan_path", "save_plan"]
@@ -43,7 +45,13 @@ _FORMAT = 2
 
 
 def find_plan(
-    pipeline: Any, model: ModelInfo, options: PlanOptions, *, cache_dir: Path, measure_again: bool = False
+    pipeline: Any,
+    model: ModelInfo,
+    options: PlanOptions,
+    runtime: DenoiserRuntime,
+    *,
+    cache_dir: Path,
+    measure_again: bool = False,
 ) -> Plan:
     """Returns the plan for a pipeline from the cache, or else measures it and stores it.
 
@@ -51,31 +59,39 @@ def find_plan(
         pipeline: The loaded pipeline; not changed.
         model: Its description.
         options: The operator's settings.
+        runtime: Computes the denoiser.
         cache_dir: Folder of all caches; plans are in `plans` below it.
         measure_again: Ignore a cached plan, and replace it.
     """
     if reason_to_run_alone(pipeline, options) is not None and not measures_threads(model, options):
-        return measure_plan(pipeline, model, options)  # There is nothing to measure.
+        return measure_plan(pipeline, model, options, runtime)  # There is nothing to measure.
     try:
-        facts = plan_facts(pipeline, model, options)
+        facts = plan_facts(pipeline, model, options, runtime.name)
     except Exception as error:  # weights of an unusual kind
         _log.warning("cannot cache the batching plan of this model", error=repr(error))
-        return measure_plan(pipeline, model, options)
+        return measure_plan(pipeline, model, options, runtime)
     path = plan_path(cache_dir, facts)
     plan = None if measure_again else load_plan(path, facts)
     if plan is not None:
         _log.info("batching plan loaded", path=str(path))
         return plan
     started = time.monotonic()
-    plan = measure_plan(pipeline, model, options)
+    plan = measure_plan(pipeline, model, options, runtime)
     _log.info("batching plan measured", seconds=round(time.monotonic() - started, 2))
     if not plan.provisional:
         save_plan(path, facts, plan)
     return plan
 
 
-def plan_facts(pipeline: Any, model: ModelInfo, options: PlanOptions) -> dict[str, Any]:
-    """Returns everything that a plan depends on, as plain values for JSON."""
+def plan_facts(pipeline: Any, model: ModelInfo, options: PlanOptions, runtime: str = "none") -> dict[str, Any]:
+    """Returns everything that a plan depends on, as plain values for JSON.
+
+    Args:
+        pipeline: The loaded pipeline.
+        model: Its description.
+        options: The operator's settings.
+        runtime: Name of the runtime that computes the denoiser.
+    """
     module = getattr(pipeline, denoiser_name(pipeline))
     facts = {
         "format": _FORMAT,
@@ -88,6 +104,7 @@ def plan_facts(pipeline: Any, model: ModelInfo, options: PlanOptions) -> dict[st
         "request": [model.width, model.height, model.step_count, model.guidance_scale, model.scheduler],
         "device": model.device,
         "dtype": model.dtype,
+        "runtime": [runtime, version("openvino") if runtime == "openvino" else ""],
         "options": dataclasses.asdict(options),
         "runs_alone": reason_to_run_alone(pipeline, options),
     }

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from calotype_server.engine.machine import select_device
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -46,8 +48,7 @@ class RunAhead:
 
     def start(self) -> None:
         """Selects the device for the calling thread; a new thread uses the first device."""
-        if self.on_cuda:
-            torch.cuda.set_device(self._device)
+        select_device(self._device)
 
     def launched(self) -> None:
         """Records that a step was launched."""

@@ -6,15 +6,18 @@ single ones.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from calotype_server.engine.runtime.collate import Call, Collator
-from calotype_server.engine.runtime.compare import compare, tensors
+from calotype_server.engine.runtime.check import answers, is_deterministic, joinable
+from calotype_server.engine.runtime.compare import compare
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from calotype_server.engine.runtime.base import DenoiserRuntime
+    from calotype_server.engine.sample_calls import Arguments
 
 __all__ = ["unbatchable", "verify"]
 
@@ -39,13 +42,11 @@ def unbatchable(module: torch.nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def verify(
-    module: torch.nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], *, deterministic_rows: int = 0
-) -> str | None:
+def verify(runtime: DenoiserRuntime, calls: Sequence[Arguments], *, deterministic_rows: int = 0) -> str | None:
     """Compares the answers to joined calls with the answers to the same calls one by one.
 
     Args:
-        module: The denoiser.
+        runtime: Computes the denoiser.
         calls: Positional and keyword arguments of real calls that differ in latents, prompt and timestep. At least two
             of them must have the same signature.
         deterministic_rows: Rows that a deterministic batcher fills every batch up to. If given, an answer must be
@@ -58,33 +59,15 @@ def verify(
     Raises:
         Exception: A joined call failed.
     """
-    collator = Collator(module, exact=bool(deterministic_rows))
-    bound = [collator.bind(args, kwargs, {}) for args, kwargs in calls]
-    joinable = max(([each for each in bound if each.signature == call.signature] for call in bound), key=len)
-    if len(joinable) < 2:
+    group = joinable(runtime, calls)
+    if len(group) < 2:
         return "No two of its calls can be joined: all sample calls have different signatures."
-    together = _answers(collator, module, joinable)
-    alone = [_answers(collator, module, [call])[0] for call in joinable]
+    together = answers(runtime, group)
+    alone = [answers(runtime, [call])[0] for call in group]
     for joined, single in zip(together, alone, strict=True):
         error, tolerance = compare(joined, single)
         if not error <= tolerance:
             return f"Answers to joined and single calls differ by {error:.1e}; at most {tolerance:.0e} is allowed."
-    if deterministic_rows and not _is_deterministic(collator, module, joinable, deterministic_rows):
+    if deterministic_rows and not is_deterministic(runtime, group, deterministic_rows):
         return "The last bits of an answer depend on the other rows in the batch."
     return None
-
-
-def _answers(collator: Collator, module: Any, calls: Sequence[Call], padded_rows: int = 0) -> list[Any]:
-    rows = max(padded_rows, sum(call.rows for call in calls))
-    args, kwargs = collator.join(calls, rows)
-    return collator.split(module(*args, **kwargs), calls, rows)
-
-
-def _is_deterministic(collator: Collator, module: Any, calls: Sequence[Call], rows: int) -> bool:
-    """Whether the first call's answer is the same alone, and last in a batch that is full of other calls."""
-    first, *others = calls
-    count = max(0, (rows - first.rows) // max(call.rows for call in others))
-    before = [others[number % len(others)] for number in range(count)]
-    alone = _answers(collator, module, [first], rows)[0]
-    last = _answers(collator, module, [*before, first], rows)[-1]
-    return all(torch.equal(a, b) for a, b in zip(tensors(alone), tensors(last), strict=True))

@@ -34,6 +34,10 @@ class DenoiserRuntime(Protocol):
         """Prepares the calling thread, which will make all other calls."""
         ...
 
+    def end_loading(self) -> None:
+        """Called when the calls that prepare the server have run. Later preparations would delay requests."""
+        ...
+
     def run(self, calls: Sequence[Call], padded_rows: int) -> Any:
         """Computes calls of one signature together.
 
@@ -45,6 +49,10 @@ class DenoiserRuntime(Protocol):
             The output for at least the rows of the calls; no later call overwrites it. On a GPU it may still be
             computing.
         """
+        ...
+
+    def clear(self) -> None:
+        """Drops everything that earlier calls prepared, such as those that measured it."""
         ...
 
     def free_memory(self) -> bool:

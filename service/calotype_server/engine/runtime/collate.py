@@ -28,12 +28,13 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
-__all__ = ["Call", "Collator", "Digests", "Rows", "cut"]
+__all__ = ["TIMESTEPS", "Call", "Collator", "Digests", "Rows", "cut"]
 
 Digests = dict[int, tuple[torch.Tensor, int, bytes]]
 """Maps the `id` of a tensor to the tensor, its version and a hash of its values. Each request's thread has its own."""
 
-_TIMESTEPS = ("timestep", "timesteps", "t")
+TIMESTEPS = ("timestep", "timesteps", "t")
+"""Names of the argument with the timestep."""
 _POSITIONS = ("img_ids", "txt_ids")
 """Positions of tokens. With two dimensions they have no entry per row, regardless of their length."""
 _ROW_LISTS = ("img_shapes", "txt_seq_lens")
@@ -139,14 +140,23 @@ class Collator:
         """
         if len(calls) == 1 and calls[0].rows == padded_rows:
             return calls[0].args, calls[0].kwargs
+        return (), self.join_named(calls, padded_rows)
+
+    def join_named(self, calls: Sequence[Call], padded_rows: int) -> dict[str, Any]:
+        """Returns the arguments of one call, all by name and with one timestep per row, even for a single call.
+
+        Args:
+            calls: The calls, in the order of their rows. The first argument of each is a batch.
+            padded_rows: Rows to pad to by repeating the last one; at least the rows of the calls.
+        """
         main = calls[0].named[self._names[0]]
         device = main.device if isinstance(main, torch.Tensor) else main[0].device
-        return (), self._join(calls, padded_rows, device, torch.cat)
+        return self._join(calls, padded_rows, device, torch.cat)
 
     def gather(self, calls: Sequence[Call], padded_rows: int) -> dict[str, Any] | None:
-        """Returns what `join` would, all by name, but with `Rows` in place of every tensor that it would concatenate.
+        """Returns what `join_named` would, but with `Rows` in place of every tensor that it would concatenate.
 
-        A timestep is always one entry per row, on whatever device the call has it: nothing waits for a GPU.
+        The timestep is on whatever device the call has it: nothing waits for a GPU.
 
         Returns:
             The arguments; None if the first argument is not a batch.
@@ -181,7 +191,7 @@ class Collator:
 
     def _sign(self, name: str, value: Any, rows: int, lists: bool, digests: Digests) -> Hashable:
         """Returns the signature of an argument: how to join it, and what must be equal for that."""
-        if name in _TIMESTEPS and _is_timestep(value, rows):
+        if name in TIMESTEPS and _is_timestep(value, rows):
             return (_TIME,)
         if isinstance(value, torch.Tensor):
             if value.ndim and value.shape[0] == rows and not (name in _POSITIONS and value.ndim == 2):

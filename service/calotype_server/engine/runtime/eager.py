@@ -31,10 +31,16 @@ class EagerRuntime:
     def start(self) -> None:
         """Does nothing."""
 
+    def end_loading(self) -> None:
+        """Does nothing."""
+
     def run(self, calls: Sequence[Call], padded_rows: int) -> Any:
         """Joins the calls, and calls the denoiser once."""
         args, kwargs = self.collator.join(calls, padded_rows)
         return self.module(*args, **kwargs)
+
+    def clear(self) -> None:
+        """Has prepared nothing."""
 
     def free_memory(self) -> bool:
         """Has no memory to free."""

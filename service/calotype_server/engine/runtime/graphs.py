@@ -8,17 +8,18 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import structlog
-import torch
 
 from calotype_server.engine.memory import is_out_of_memory
 from calotype_server.engine.runtime.captured import CapturedCall, WarmCall, WrongAnswer
 from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.runtime.graph_backend import CudaBackend
-from calotype_server.engine.runtime.launch import measure_launch, worth_capturing
+from calotype_server.engine.runtime.launch import Launch, measure_launch, worth_capturing
 from calotype_server.engine.runtime.signature import Refused, sign, why_not_module
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
+
+    import torch
 
     from calotype_server.engine.runtime.collate import Call, Collator
     from calotype_server.engine.runtime.graph_backend import GraphBackend
@@ -48,7 +49,7 @@ def row_buckets(max_rows: int) -> list[int]:
 class GraphsRuntime:
     """Computes a call by a graph, if there is one for its key, and otherwise as `EagerRuntime`; see `DenoiserRuntime`.
 
-    A key gets a graph when it is seen the second time; that of `capture` at the start. All graphs are dropped when
+    Until `end_loading`, every key gets a graph, later a key that is seen the second time. All graphs are dropped when
     memory runs out, and the least recently used one when there are too many. A call that no graph can compute runs
     eagerly, and the reason is logged once. After two failed captures or replays, or one wrong answer, all calls do.
     With `exact`, an answer is wrong if a single bit differs: whether a call has a graph depends on other requests.
@@ -84,10 +85,11 @@ class GraphsRuntime:
         self._backend = backend or CudaBackend(_cuda_device(module))
         self._budget = budget_bytes
         self._used = 0
-        self._first: Call | None = None
+        self._loading = True
+        self._launch: Launch | None = None
         self._graphs: OrderedDict[Hashable, CapturedCall] = OrderedDict()
         self._sightings = _Sightings()
-        self._needed = _SIGHTINGS
+        self._memory_ran_out = False
         self._errors = 0
         self._off = False
         self._stale = False
@@ -108,21 +110,12 @@ class GraphsRuntime:
         """Number of graphs that are ready."""
         return len(self._graphs)
 
-    def capture(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
-        """Chooses the call to capture at the start, for every number of rows. Call it before `start`.
-
-        Args:
-            call: Positional and keyword arguments of a real call, such as the first of `sample_calls`.
-        """
-        self._first = self.collator.bind(*call, {})
-
     def invalidate(self) -> None:
         """Drops all graphs before the next call, because the module has changed. Any thread may call it."""
         self._stale = True
 
-    @torch.no_grad()
     def start(self) -> None:
-        """Captures the graphs of the chosen call, those with the most rows first.
+        """Prepares the calling thread, and examines the module.
 
         Raises:
             torch.AcceleratorError: The device failed.
@@ -131,19 +124,10 @@ class GraphsRuntime:
         if self._budget is None:
             self._budget = int(_SHARE_OF_FREE_MEMORY * self._backend.free_bytes())
         self._examine()
-        call, self._first = self._first, None
-        if call is None or self._off:
-            return
-        try:
-            self._measure(call)
-            for rows in reversed(self._buckets):
-                signature = None if self._off or rows < call.rows else self._sign([call], rows)
-                if signature is not None:
-                    self._capture(signature)
-        except Exception as error:
-            if isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error):
-                raise
-            _log.exception("the denoiser fails at the start")
+
+    def end_loading(self) -> None:
+        """From now on, a size must recur to get a graph: a capture takes as long as a few calls."""
+        self._loading = False
         _log.info("graphs", graphs=len(self._graphs), megabytes=self._used // 2**20)
 
     def run(self, calls: Sequence[Call], padded_rows: int) -> Any:
@@ -155,6 +139,7 @@ class GraphsRuntime:
         if rows is not None and signature is not None:
             graph = self._graphs.get(signature.key)
             if graph is None and self._sightings.of(signature.key) + 1 >= self._needed:
+                self._examine_launch(calls, padded_rows)
                 graph = self._capture(signature)
             if graph is not None:
                 self._graphs.move_to_end(signature.key)
@@ -167,14 +152,27 @@ class GraphsRuntime:
             self._sightings.add(signature.key)
         return output
 
+    def clear(self) -> None:
+        """Drops all graphs, and forgets which sizes were seen."""
+        self._drop_all()
+        self._sightings = _Sightings()
+        self._memory_ran_out = False
+
     def free_memory(self) -> bool:
         """Drops all graphs. Later, only sizes that recur often get one, because memory is scarce."""
         count = len(self._graphs)
         self._drop_all()
         if count:
-            self._needed = _SIGHTINGS_AFTER_OUT_OF_MEMORY
+            self._memory_ran_out = True
             _log.warning("memory ran out: all graphs are dropped", graphs=count)
         return count > 0
+
+    @property
+    def _needed(self) -> int:
+        """How often a key must be seen before it gets a graph."""
+        if self._memory_ran_out:
+            return _SIGHTINGS_AFTER_OUT_OF_MEMORY
+        return 1 if self._loading else _SIGHTINGS
 
     def _sign(self, calls: Sequence[Call], rows: int) -> Signature | None:
         """Returns the signature of a joined call; None if no graph can compute it."""
@@ -279,8 +277,7 @@ class GraphsRuntime:
 
     def _renew(self) -> None:
         self._stale = False
-        self._drop_all()
-        self._sightings = _Sightings()
+        self.clear()
         self._errors = 0
         self._examine()
 
@@ -291,10 +288,13 @@ class GraphsRuntime:
         if reason is not None:
             self._log_once(reason)
 
-    def _measure(self, call: Call) -> None:
-        launch = measure_launch(lambda: self._eager.run([call], call.rows), self._backend.synchronize)
-        if not worth_capturing(*launch):
-            share = round(launch.launch_seconds / launch.step_seconds, 2)
+    def _examine_launch(self, calls: Sequence[Call], rows: int) -> None:
+        """Measures the first call while the model loads, and logs whether graphs gain little."""
+        if not self._loading or self._launch is not None:
+            return
+        self._launch = measure_launch(lambda: self._eager.run(calls, rows), self._backend.synchronize)
+        if not worth_capturing(*self._launch):
+            share = round(self._launch.launch_seconds / self._launch.step_seconds, 2)
             _log.info("graphs gain little, because launching takes a small share of a step", share=share)
 
     def _log_once(self, reason: str) -> None:

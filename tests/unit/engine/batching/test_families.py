@@ -114,5 +114,5 @@ def test_family_may_be_batched(family):
         return  # They round every size to one of the real model, which is far too large here.
     model = describe(family, pipeline, Defaults(step_count=3))
     calls = sample_calls(pipeline, dataclasses.replace(model, width=64, height=64))
-    assert verify(module, calls) is None
-    assert verify(module, calls, deterministic_rows=MAX_ROWS) is None
+    assert verify(EagerRuntime(module), calls) is None
+    assert verify(EagerRuntime(module, exact=True), calls, deterministic_rows=MAX_ROWS) is None

@@ -12,6 +12,7 @@ from calotype_server import errors
 from calotype_server.engine.batching.batcher import StepBatcher
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.runtime.device_thread import DeviceThread
 from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.runtime.graphs import GraphsRuntime
 from calotype_server.engine.shared_components import shared_components
@@ -225,13 +226,16 @@ def test_nan_stays_in_its_row():
         assert callers.module.sizes == []
 
 
-def test_the_plan_captures_in_the_device_thread():
-    """The batcher is ready when the graphs of the first call are, and they belong to its thread."""
-    backend, module = RecordingBackend(), Callers().module
+def test_the_batcher_uses_the_graphs_of_the_loading_model():
+    """Graphs that were captured in the device thread before there was a batcher are replayed by the batcher."""
+    backend, module, thread = RecordingBackend(), Callers().module, DeviceThread()
     runtime = GraphsRuntime(module, exact=False, max_rows=4, backend=backend)
-    runtime.capture(((sample(1, 2),), {"timestep": torch.tensor(1.0)}))
-    batcher = StepBatcher(runtime, max_rows=4)
-    assert runtime.graph_count == 2
+    thread.call(runtime.start)
+    call = runtime.collator.bind((sample(1, 2),), {"timestep": torch.tensor(1.0)}, {})
+    for count in (2, 1):
+        thread.call(functools.partial(runtime.run, [call] * count, 2 * count))
+    thread.call(runtime.end_loading)
+    batcher = StepBatcher(runtime, thread=thread, max_rows=4)
     with batcher.open_session() as session:
         assert torch.equal(session.proxy()(sample(3, 2), torch.tensor(1.0))[0], answer_to(3, 1, 2))
     batcher.close()

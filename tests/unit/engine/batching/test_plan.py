@@ -1,6 +1,5 @@
 """The batching plan that is made when a model is loaded."""
 
-import dataclasses
 import math
 
 import pytest
@@ -10,6 +9,7 @@ from calotype_server.engine.batching import plan as plan_module
 from calotype_server.engine.batching.measure import Knee, Threads
 from calotype_server.engine.batching.plan import Plan, PlanOptions, measure_plan
 from calotype_server.engine.capabilities import Defaults, describe
+from calotype_server.engine.runtime.eager import EagerRuntime
 from support.engine import tiny
 
 
@@ -28,9 +28,9 @@ def timings(monkeypatch):
 
 def plan_of(pipeline, **options):
     """Returns the plan of a pipeline, for a server without `--max-active` by default."""
-    return measure_plan(
-        pipeline, describe("tiny", pipeline, Defaults()), PlanOptions(**{"max_active": None, **options})
-    )
+    options = PlanOptions(**{"max_active": None, **options})
+    runtime = EagerRuntime(pipeline.unet, exact=options.deterministic)
+    return measure_plan(pipeline, describe("tiny", pipeline, Defaults()), options, runtime)
 
 
 def test_one_at_a_time_measures_nothing(pipeline):
@@ -80,12 +80,12 @@ def test_dependent_rows_take_turns(pipeline, timings):
     assert "differ" in plan.reason
 
 
-def test_few_take_turns_if_free_memory_is_unknown(pipeline, timings):
+def test_few_take_turns_if_free_memory_is_unknown(pipeline, timings, monkeypatch):
     """On a device whose memory admission cannot watch, two requests take turns, or as many as the operator sets."""
     pipeline.unet.register_forward_hook(lambda _, __, output: (output[0] + output[0].mean(),))
-    model = dataclasses.replace(describe("tiny", pipeline, Defaults()), device="mps")
-    assert measure_plan(pipeline, model, PlanOptions(max_active=None)).max_active == 2
-    assert measure_plan(pipeline, model, PlanOptions(max_active=5)).max_active == 5
+    monkeypatch.setattr(plan_module, "device_of", lambda _: torch.device("mps"))
+    assert plan_of(pipeline).max_active == 2
+    assert plan_of(pipeline, max_active=5).max_active == 5
 
 
 def test_a_joined_call_that_fails_makes_the_plan_provisional(pipeline, timings, monkeypatch):

@@ -18,6 +18,7 @@ from calotype_server.engine.batching.plan import Plan, PlanOptions
 from calotype_server.engine.batching.plan_cache import find_plan, load_plan, plan_facts, plan_path, save_plan
 from calotype_server.engine.capabilities import Defaults, describe
 from calotype_server.engine.machine import machine_facts
+from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.types import PreviewMethod
 from support.engine import tiny
 
@@ -48,7 +49,8 @@ def key(pipeline, options=OPTIONS, **changes):
 
 def find(pipeline, folder, options=OPTIONS, **others):
     """Returns the plan of a pipeline."""
-    return find_plan(pipeline, describe("tiny", pipeline, Defaults()), options, cache_dir=folder, **others)
+    runtime = EagerRuntime(pipeline.unet)
+    return find_plan(pipeline, describe("tiny", pipeline, Defaults()), options, runtime, cache_dir=folder, **others)
 
 
 class TestFile:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from calotype_server.engine.batching.verify import unbatchable, verify
+from calotype_server.engine.runtime.eager import EagerRuntime
 from support.engine import tiny
 from support.engine.batching import Denoiser, sample
 
@@ -57,8 +58,8 @@ class TestVerify:
 
     def test_independent_rows_pass(self):
         """A model whose rows do not affect each other may be batched, deterministically or not."""
-        assert verify(Denoiser(), calls(1, 2, 3)) is None
-        assert verify(Denoiser(), calls(1, 2, 3), deterministic_rows=8) is None
+        assert verify(EagerRuntime(Denoiser()), calls(1, 2, 3)) is None
+        assert verify(EagerRuntime(Denoiser(), exact=True), calls(1, 2, 3), deterministic_rows=8) is None
 
     @pytest.mark.parametrize(
         ("module", "reason"),
@@ -66,22 +67,22 @@ class TestVerify:
     )
     def test_dependent_rows_are_rejected(self, module, reason):
         """A model whose answers depend on other rows is not batched, and the operator learns why."""
-        assert reason in verify(module, calls(1, 2, 3))
+        assert reason in verify(EagerRuntime(module), calls(1, 2, 3))
 
     def test_a_failing_joined_call_raises(self):
         """An exception of the model is raised: the caller decides whether to try again at the next start."""
         with pytest.raises(RuntimeError):
-            verify(SingleRow(), calls(1, 2, 3))
+            verify(EagerRuntime(SingleRow()), calls(1, 2, 3))
 
     def test_a_deterministic_server_needs_equal_bits(self):
         """A difference within the tolerance is allowed, but not for a deterministic server."""
-        assert verify(Imprecise(), calls(1, 2)) is None
-        assert "last bits" in verify(Imprecise(), calls(1, 2), deterministic_rows=4)
+        assert verify(EagerRuntime(Imprecise()), calls(1, 2)) is None
+        assert "last bits" in verify(EagerRuntime(Imprecise(), exact=True), calls(1, 2), deterministic_rows=4)
 
     def test_calls_with_different_signatures_are_not_enough(self):
         """Without two calls that can be joined nothing is verified, so the model is not batched."""
         different = [((sample(1, 1, 4), torch.tensor(0)), {}), ((sample(1, 1, 6), torch.tensor(0)), {})]
-        assert "different signatures" in verify(Denoiser(), different)
+        assert "different signatures" in verify(EagerRuntime(Denoiser()), different)
 
     def test_the_tolerance_depends_on_the_dtype(self):
         """Half precision allows larger differences than single precision."""
@@ -91,8 +92,8 @@ class TestVerify:
                 return (sample * (1.01 if len(sample) > 1 else 1.0),)
 
         half = [((sample(value).bfloat16(), torch.tensor(0)), {}) for value in (1, 2)]
-        assert verify(Rounding(), half) is None
-        assert "differ" in verify(Rounding(), calls(1, 2))
+        assert verify(EagerRuntime(Rounding()), half) is None
+        assert "differ" in verify(EagerRuntime(Rounding()), calls(1, 2))
 
 
 class TestUnbatchable:

@@ -234,14 +234,13 @@ def test_a_lost_device_is_raised(place, logs):
     assert failed(logs) == []
 
 
-def test_a_device_that_is_lost_at_the_start_is_raised():
+def test_a_device_that_is_lost_while_the_model_loads_is_raised():
     """It is no reason to run eagerly."""
-    runtime = Runtime(start=False)
-    runtime.capture(((torch.ones(1, 4),), {"timestep": torch.tensor(1.0)}))
+    runtime = Runtime(loading=True)
     runtime.backend.faults["capture"] = [torch.AcceleratorError(LOST)]
     runtime.backend.faults["synchronize"] = [*itertools.repeat(None, 6), torch.AcceleratorError(LOST)]
     with pytest.raises(torch.AcceleratorError):
-        runtime.start()
+        runtime.call()
 
 
 def test_answers_after_a_failure_are_right():

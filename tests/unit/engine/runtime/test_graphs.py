@@ -68,46 +68,45 @@ class TestReplay:
         assert runtime.graph_count == 3
 
 
-class TestStart:
-    """The default call is captured at the start."""
+class TestLoading:
+    """While the model loads, every call gets a graph."""
 
-    def test_every_number_of_rows_from_the_largest(self):
-        """A request with two rows gets graphs for 8, 6, 4 and 2 rows; later calls do not run the module."""
-        runtime = Runtime(start=False)
-        runtime.capture(((sample(1, 2),), {"timestep": torch.tensor(1.0)}))
-        runtime.start()
-        assert runtime.module.sizes[-4 * CALLS_OF_A_CAPTURE :: CALLS_OF_A_CAPTURE] == [8, 6, 4, 2]
+    def test_every_number_of_rows_at_once(self):
+        """The first call with some number of rows is captured; later ones do not run the module."""
+        runtime = Runtime(loading=True)
+        assert all(runtime.right(rows, 1.0, rows) for rows in (8, 6, 4, 2))
+        assert runtime.graph_count == 4
         before = len(runtime.module.sizes)
         assert all(runtime.right(rows, 2.0, rows) for rows in (2, 4, 6, 8))
         assert len(runtime.module.sizes) == before
 
-    def test_exact_captures_one_number_of_rows(self):
-        """A deterministic server computes every batch with the most rows."""
-        runtime = Runtime(start=False, exact=True)
-        runtime.capture(((sample(1, 2),), {"timestep": torch.tensor(1.0)}))
-        runtime.start()
+    def test_graphs_of_measurements_are_dropped(self):
+        """`clear` drops all graphs, and the next call gets a new one at once."""
+        runtime = Runtime(loading=True)
+        assert runtime.right(1, 1.0, 8)
+        runtime.clear()
+        assert runtime.graph_count == 0
+        assert runtime.right(1, 1.0, 2)
         assert runtime.graph_count == 1
-        assert runtime.module.sizes[-1] == 8
 
-    def test_a_denoiser_that_fails_does_not_stop_the_start(self, logs):
-        """If the sample call raises, there are no graphs, and the error is logged."""
+    def test_a_denoiser_that_fails_is_reported(self):
+        """If the call raises, so does the runtime, and there is no graph."""
 
         def fail(_):
             raise ValueError
 
-        runtime = Runtime(Denoiser(fail), start=False)
-        runtime.capture(((sample(1),), {"timestep": torch.tensor(1.0)}))
-        runtime.start()
+        runtime = Runtime(Denoiser(fail), loading=True)
+        with pytest.raises(ValueError):
+            runtime.call()
         assert runtime.graph_count == 0
-        assert events(logs, "error") == ["the denoiser fails at the start"]
 
     @pytest.mark.parametrize(("launch", "hints"), [(0.6, 1), (0.8, 0)])
     def test_little_gain_is_logged(self, launch, hints, logs, monkeypatch):
-        """If launching takes less than 70 % of a step, the log says that graphs gain little."""
+        """If launching takes less than 70 % of a step, the log says once that graphs gain little."""
         monkeypatch.setattr(graphs, "measure_launch", lambda *_: Launch(launch, 1.0))
-        runtime = Runtime(start=False)
-        runtime.capture(((sample(1),), {"timestep": torch.tensor(1.0)}))
-        runtime.start()
+        runtime = Runtime(loading=True)
+        assert runtime.right(1, 1.0, 1)
+        assert runtime.right(1, 1.0, 2)
         assert [entry["share"] for entry in logs if "share" in entry] == [0.6] * hints
 
 

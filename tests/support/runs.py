@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import threading
+import unittest.mock
 
+from calotype_server.engine.batching.session import DenoiserSession
 from calotype_server.engine.protocol import Stop
 from calotype_server.types import Job
 
@@ -47,16 +52,26 @@ class Run:
             )
         assert reported
 
-    def wait_before_each_evaluation(self, denoiser):
-        """Makes the denoiser wait until the previous step is reported, so that the preview thread draws every step."""
-        numbers = iter(range(1_000_000))
+    @contextlib.contextmanager
+    def with_every_preview(self, steps_done=None):
+        """Opens a block in which the request waits after each call of the denoiser until the step before is reported.
 
-        def wait(module, inputs):
-            # The preview thread also calls the denoiser: once for each size that it decodes in full.
+        The preview thread then draws every step. It calls the denoiser too, but does not wait.
+
+        Args:
+            steps_done: Returns the number of steps before a call; None if there is one call for each step.
+        """
+        steps_done = steps_done or functools.partial(next, itertools.count())
+        call = DenoiserSession._call
+
+        def wait(session, *args, **kwargs):
+            answer = call(session, *args, **kwargs)
             if threading.current_thread().name != "calotype-preview":
-                self.wait_for_step(next(numbers))
+                self.wait_for_step(steps_done())
+            return answer
 
-        return denoiser.register_forward_pre_hook(wait)
+        with unittest.mock.patch.object(DenoiserSession, "_call", wait):
+            yield
 
     @property
     def kinds(self):

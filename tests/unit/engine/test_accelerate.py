@@ -1,5 +1,6 @@
 """`--accelerate` from the engine's point of view: which runtime a model gets, and what is reported."""
 
+import dataclasses
 import sys
 import types
 
@@ -7,10 +8,12 @@ import pytest
 
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
+from calotype_server.engine.runtime import graphs
 from calotype_server.observability.events import AcceleratorActive
 from support.engine import tiny
+from support.engine.graph_backend import RecordingBackend
 from support.engine.runtimes import AlteredRuntime
-from support.runs import JOB, Run
+from support.runs import JOB, STEPS, Run
 
 
 @pytest.fixture
@@ -70,11 +73,22 @@ def test_a_wrong_accelerator_is_reported(open_engine):
     assert "differ" in engine.model.accelerator_fallback
 
 
-def test_a_model_that_runs_alone_gets_no_accelerator(open_engine):
-    """Generations that run one at a time call the denoiser directly, and the reason is reported."""
-    engine, made, _, _ = open_engine(max_active=1)
+def test_a_lone_generation_uses_the_accelerator(open_engine):
+    """With `--max-active 1` too, the accelerator computes every call."""
+    engine, (runtime,), _, _ = open_engine(max_active=1)
+    assert (engine.model.accelerator, engine.model.accelerator_fallback) == ("graphs", "")
+    del runtime.rows[:]
+    Run(engine)(JOB)
+    assert runtime.rows == [2] * STEPS
+
+
+def test_a_model_that_keeps_state_gets_no_accelerator(open_engine):
+    """A pipeline that must call its denoiser itself uses plain calls, and the reason is reported."""
+    pipeline = tiny.build("sd15")
+    pipeline.unet.is_cache_enabled = True
+    engine, made, _, _ = open_engine(pipeline=pipeline)
     assert engine.model.accelerator == "none"
-    assert engine.model.accelerator_fallback == "The server was started with --max-active 1."
+    assert "cache" in engine.model.accelerator_fallback
     assert not made
 
 
@@ -101,3 +115,33 @@ def test_a_deterministic_server_prepares_one_number_of_rows(open_engine):
     del runtime.rows[:]
     Run(engine)(JOB)
     assert set(runtime.rows) == {6}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_graphs_are_captured_while_the_model_loads(tmp_path, monkeypatch, deterministic):
+    """When the server is ready, every number of rows of default requests has its graph, and requests replay them."""
+    backend = RecordingBackend()
+    monkeypatch.setattr(graphs, "CudaBackend", lambda _: backend)
+    monkeypatch.setattr(graphs, "_cuda_device", lambda _: None)
+    pictures = {}
+    for accelerate in ("none", "graphs"):
+        engine = build_engine(
+            "tiny",
+            tiny.build("sd15"),
+            defaults=Defaults(),
+            cache_dir=tmp_path,
+            accelerate=accelerate,
+            max_active=4,
+            max_rows=6,
+            threads=1,
+            deterministic=deterministic,
+        )
+        assert (engine.model.accelerator, engine.model.accelerator_fallback) == (accelerate, "")
+        captured = backend.counts["capture"]
+        job = dataclasses.replace(JOB, width=engine.model.width, height=engine.model.height)
+        pictures[accelerate] = Run(engine)(job)
+        assert backend.counts["capture"] == captured
+        engine.close()
+    assert len(backend.graphs) == (1 if deterministic else 3)
+    assert backend.counts["replay"] >= STEPS
+    assert pictures["graphs"] == pictures["none"]

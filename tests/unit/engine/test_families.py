@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 import inspect
-import threading
 
 from calotype_server.engine import assembly, generation_run
 from calotype_server.engine.assembly import build_engine
-from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
+from calotype_server.engine.capabilities import Defaults, describe
 from calotype_server.engine.request_view import make_scheduler
 from calotype_server.types import (
     Decoding,
@@ -69,16 +68,9 @@ def test_engine_drives_the_family(family, tmp_path, monkeypatch):
     for method in (*METHODS, PreviewMethod.NONE):
         run = Run(engine)
         taken.clear()
-
-        def wait_for_pictures(module, inputs, run=run):
-            # The preview thread calls the denoiser too: once for each size that it decodes in full.
-            if threading.current_thread().name != "calotype-preview":
-                run.wait_for_step(len(taken))
-
-        hook = getattr(pipeline, denoiser_name(pipeline)).register_forward_pre_hook(wait_for_pictures)
         options = PreviewOptions(method=method)
-        pictures[method] = run(Job("a red apple", None, 64, 32, steps, guidance, 1, scheduler, options))
-        hook.remove()
+        with run.with_every_preview(lambda: len(taken)):
+            pictures[method] = run(Job("a red apple", None, 64, 32, steps, guidance, 1, scheduler, options))
         assert run.events[:2] == [EncodingPrompt(), Denoising(0, steps)]
         assert run.kinds.count(Decoding) == 1
         previews = [event for event in run.events if isinstance(event, PreviewReady)]

@@ -69,10 +69,9 @@ def test_steps_batches_and_previews_are_observed(tmp_path):
     )
     try:
         run = Run(engine)
-        handle = run.wait_before_each_evaluation(pipeline.unet)
         seen.clear()
-        run()
-        handle.remove()
+        with run.with_every_preview():
+            run()
     finally:
         engine.close()
     steps = [each for each in seen if isinstance(each, StepDone)]

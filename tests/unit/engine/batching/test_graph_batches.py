@@ -65,6 +65,7 @@ class GraphCallers(Callers):
         self.backend = RecordingBackend()
         self._widths = itertools.count(5)
         super().__init__(act, runtime=functools.partial(GraphsRuntime, max_rows=16, backend=self.backend), **options)
+        self.runtime.end_loading()
 
     def plug(self):
         """Starts a call of a new width, which has no graph."""
@@ -186,23 +187,6 @@ def test_a_lost_device_reaches_all():
         for _ in range(2):
             with pytest.raises(errors.EngineDead):
                 callers.call(1)
-
-
-@pytest.mark.parametrize("failure", [torch.AcceleratorError(LOST), SystemExit(3)])
-def test_a_failed_start_reaches_all(failure, logs):
-    """If the runtime cannot start, the batcher does not hang, and every call raises `EngineDead`."""
-
-    def start():
-        raise failure
-
-    module = torch.nn.Linear(1, 1)
-    runtime = EagerRuntime(module)
-    runtime.start = start
-    batcher = StepBatcher(runtime, max_rows=1)
-    with batcher.open_session() as session, pytest.raises(errors.EngineDead):
-        session.proxy()(torch.ones(1, 1))
-    batcher.close()
-    assert "the device failed" in [entry["event"] for entry in logs]
 
 
 def test_a_failed_replay_fails_no_request(logs):

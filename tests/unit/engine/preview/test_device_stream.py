@@ -215,8 +215,8 @@ def previews_on(device, method, cache_dir):
         "tiny", pipeline, defaults=Defaults(), cache_dir=cache_dir, threads=1, max_active=1, deterministic=True
     )
     run = Run(engine)
-    run.wait_before_each_evaluation(pipeline.unet)
-    run(job)
+    with run.with_every_preview():
+        run(job)
     engine.close()
     return {event.step: event.pixels for event in run.events if isinstance(event, PreviewReady)}
 

@@ -36,10 +36,10 @@ def run(heads):
         engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=heads, threads=1)
         engines.append(engine)
         run: Any = Run(engine)
-        run.wait_before_each_evaluation(pipeline.unet)
         run.checker = pipeline.safety_checker
         try:
-            run.picture = run(job)
+            with run.with_every_preview():
+                run.picture = run(job)
         except errors.GenerationError as error:
             run.error = error
         return run

@@ -217,7 +217,7 @@ def test_ray_has_the_same_configuration_as_locally() -> None:
 def test_two_of_the_largest_images_fit_into_the_memory_limit() -> None:
     """The memory limit covers the loaded model, retained images and two images of the largest size at once.
 
-    The figures of the model are those in service/SIZING.md; `tests/unit/engine/test_memory.py` measures them.
+    The figures of the model are those in service/SIZING.md; `tests/unit/engine/devices/test_memory.py` measures them.
     """
     sizing = (ROOT / "service" / "SIZING.md").read_text()
     denoising, decoding = map(float, re.findall(r"one image at a time \| (\d+) · (\d+) bytes", sizing)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,7 +16,7 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype_server import errors
 from calotype_server.api import encoding
 from calotype_server.generations.event_log import State, Update
-from calotype_server.types import DeliveryOptions, EncodedImage, Phase, Succeeded, Timings
+from calotype_server.types import DeliveryOptions, EncodedImage, Phase, Speed, Succeeded, Timings
 from support.engine.fake_engine import FakeEngine
 from support.service import read_until, running
 
@@ -109,6 +110,28 @@ async def test_all_invalid_fields_are_reported_together(service: Service) -> Non
     found = details(caught.value)
     assert [v.field for v in found["BadRequest"].field_violations] == ["prompt", "width_px", "seed"]
     assert (found["ErrorInfo"].reason, found["ErrorInfo"].domain) == ("INVALID_REQUEST", "calotype")
+
+
+async def test_a_speed_that_the_model_does_not_offer_is_rejected(service: Service) -> None:
+    """FAST and unknown speeds are violations of the field `speed`, over each transport."""
+    for speed in (pb.SPEED_FAST, 9):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await service.stub.Generate(pb.GenerateRequest(prompt="a", speed=speed)).read()
+        [violation] = details(caught.value)["BadRequest"].field_violations
+        assert violation.field == "speed"
+
+
+async def test_a_fast_generation_reports_its_computed_steps(engine: FakeEngine, transport: str) -> None:
+    """The model lists the schedulers for FAST, and the final message has the number of computed steps."""
+    engine.model = replace(engine.model, fast_schedulers=("DDIMScheduler",), accelerator_fallback="It failed.")
+    async with running(engine, transport=transport) as service:
+        model = await service.stub.GetModel(pb.GetModelRequest())
+        request = pb.GenerateRequest(prompt="a", step_count=16, speed=pb.SPEED_FAST)
+        last = await read_until(service.stub.Generate(request), pb.PHASE_SUCCEEDED)
+    assert list(model.fast_schedulers) == ["DDIMScheduler"]
+    assert (model.accelerator, model.accelerator_fallback) == ("none", "It failed.")
+    assert engine.jobs[0].speed is Speed.FAST
+    assert last.timings.computed_steps == engine.jobs[0].computed_step_count
 
 
 async def test_queue_positions_are_sent_as_they_change(service: Service, engine: FakeEngine) -> None:

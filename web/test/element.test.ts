@@ -1,3 +1,4 @@
+import { Speed } from "calotype/wire";
 import { describe, expect, it } from "vitest";
 import { openPage, recorded } from "./support/browser.js";
 import { disconnected, final, Gate, preview, serveScripted } from "./support/scripted_service.js";
@@ -5,7 +6,7 @@ import { disconnected, final, Gate, preview, serveScripted } from "./support/scr
 describe("<calotype-view> without the page", () => {
   const ADD = `
     const view = document.createElement("calotype-view");
-    for (const [name, value] of Object.entries({ prompt: "sunrise", seed: "9", steps: "8", "preview-every-steps": "2", autostart: "" }))
+    for (const [name, value] of Object.entries({ prompt: "sunrise", seed: "9", steps: "8", speed: "fast", "preview-every-steps": "2", autostart: "" }))
       view.setAttribute(name, value);
     document.querySelector("main").append(view);
   `;
@@ -30,7 +31,8 @@ describe("<calotype-view> without the page", () => {
     end.open();
     expect(await ended).toBe("succeeded");
     expect(requests).toHaveLength(1);
-    expect(requests[0]).toMatchObject({ prompt: "sunrise", seed: 9n, stepCount: 8, preview: { everySteps: 2 } });
+    expect(requests[0]).toMatchObject({ prompt: "sunrise", seed: 9n, stepCount: 8, speed: Speed.FAST });
+    expect(requests[0]).toMatchObject({ preview: { everySteps: 2 } });
   });
 
   it("leaves its generation when it is removed, and shows its pictures when it is added again", async () => {

@@ -124,6 +124,7 @@ def model_from_proto(model: v1.Model) -> Model:
         takes_negative_prompt=model.takes_negative_prompt,
         scheduler=model.scheduler,
         schedulers=tuple(model.schedulers),
+        fast_schedulers=tuple(model.fast_schedulers),
         max_prompt_chars=model.max_prompt_chars,
         max_prompt_tokens=model.max_prompt_tokens,
         preview_methods=tuple(_METHODS.get(method, PreviewMethod.UNKNOWN) for method in model.preview_methods),
@@ -133,13 +134,12 @@ def model_from_proto(model: v1.Model) -> Model:
         max_active=model.max_active,
         max_batch_rows=model.max_batch_rows,
         unbatched_reason=model.unbatched_reason,
-        accelerator=model.accelerator or "none",
+        accelerator=model.accelerator,
         accelerator_fallback=model.accelerator_fallback,
         replica=model.replica,
         device=model.device,
         dtype=model.dtype,
         server_version=model.server_version,
-        fast_schedulers=tuple(model.fast_schedulers),
     )
 
 

@@ -65,8 +65,8 @@ class Timings:
         decoding: From the last denoising step to the final image file.
         first_preview: From acceptance to the first preview.
         total: From acceptance to the end.
-        computed_steps: Number of denoising steps that the server computed; with speed "fast" fewer than
-            `Progress.step`. 0 until denoising is complete.
+        computed_steps: Number of denoising steps that the server computed: `Progress.step`, or fewer with the speed
+            "fast". 0 until denoising is complete.
     """
 
     queued: float | None = None
@@ -168,6 +168,7 @@ class Model:
         takes_negative_prompt: Whether requests may have a negative prompt.
         scheduler: Default scheduler.
         schedulers: Valid schedulers, sorted: names of classes of diffusers.
+        fast_schedulers: Schedulers that support the speed "fast", sorted. Empty if the server does not offer it.
         max_prompt_chars: Maximum length of a prompt in characters.
         max_prompt_tokens: Number of tokens that the model reads of a prompt, including special tokens; the rest is
             truncated. 0 if unknown.
@@ -185,8 +186,6 @@ class Model:
         device: Device of the model, such as "cpu" or "cuda:0".
         dtype: Number format of the weights, such as "float32" or "bfloat16".
         server_version: Version of the server.
-        fast_schedulers: Schedulers for which a request can ask for the speed "fast", sorted. Empty if the server does
-            not offer it.
     """
 
     name: str
@@ -201,6 +200,7 @@ class Model:
     takes_negative_prompt: bool
     scheduler: str
     schedulers: tuple[str, ...] = field(repr=False)
+    fast_schedulers: tuple[str, ...] = field(default=(), repr=False)
     max_prompt_chars: int
     max_prompt_tokens: int
     preview_methods: tuple[PreviewMethod, ...]
@@ -216,4 +216,3 @@ class Model:
     device: str
     dtype: str
     server_version: str
-    fast_schedulers: tuple[str, ...] = field(default=(), repr=False)

@@ -184,6 +184,7 @@ const FIELDS: Readonly<Record<string, string>> = {
   guidance_scale: "Guidance",
   seed: "Seed",
   scheduler: "Scheduler",
+  speed: "Speed",
   "preview.every_steps": "Preview every … steps",
   "preview.max_edge_px": "Preview size",
   "preview.quality": "Preview quality",

@@ -46,7 +46,7 @@ export interface Timings {
   readonly decoding: number | undefined;
   readonly firstPreview: number | undefined;
   readonly total: number | undefined;
-  /** Denoising steps that were computed: fewer than all with the speed `fast`. 0 until denoising is complete. */
+  /** Denoising steps that the service computed: `step`, or fewer with the speed `fast`. 0 until they are complete. */
   readonly computedSteps: number;
 }
 
@@ -136,7 +136,7 @@ export interface GenerateOptions {
   readonly scheduler?: string;
   /**
    * `fast` computes only about half of the steps; the picture is close to that of `exact`. It needs at least 16 steps
-   * and one of `Model.fastSchedulers`. Default: exact.
+   * and one of `Model.fastSchedulers`. Default: `exact`.
    */
   readonly speed?: "exact" | "fast";
   readonly preview?: PreviewOptions;
@@ -229,6 +229,8 @@ export interface Model {
   readonly takesNegativePrompt: boolean;
   readonly scheduler: string;
   readonly schedulers: readonly string[];
+  /** Schedulers that support the speed `fast`, sorted; empty if the server does not offer it. */
+  readonly fastSchedulers: readonly string[];
   readonly maxPromptChars: number;
   /** 0 if unknown. */
   readonly maxPromptTokens: number;
@@ -239,8 +241,6 @@ export interface Model {
   /** Why it is not the accelerator that the operator chose. Empty if it is. */
   readonly acceleratorFallback: string;
   readonly serverVersion: string;
-  /** Schedulers that support the speed `fast`, sorted; empty if the server does not offer it. */
-  readonly fastSchedulers: readonly string[];
   /** Methods that a request may choose in addition to `auto` and `none`. */
   readonly previewMethods: readonly PreviewMethod[];
   readonly preview: Required<PreviewOptions> | undefined;

@@ -14,6 +14,10 @@ describe("the unary calls", () => {
           name: "bundled",
           widthPx: 128,
           guidanceScale: 3,
+          schedulers: ["DDIMScheduler", "LCMScheduler"],
+          fastSchedulers: ["DDIMScheduler"],
+          accelerator: "none",
+          acceleratorFallback: "The accelerator graphs failed.",
           previewMethods: [PreviewMethod.HEAD, 99 as PreviewMethod],
           preview: create(PreviewOptionsSchema, { everySteps: 2, method: PreviewMethod.AUTO }),
         }),
@@ -21,6 +25,12 @@ describe("the unary calls", () => {
     const model = await client.getModel();
     expect(model).toMatchObject({ name: "bundled", width: 128, guidanceScale: 3, previewMethods: ["head"] });
     expect(model.preview).toMatchObject({ everySteps: 2, method: "auto" });
+    expect(model).toMatchObject({
+      schedulers: ["DDIMScheduler", "LCMScheduler"],
+      fastSchedulers: ["DDIMScheduler"],
+      accelerator: "none",
+      acceleratorFallback: "The accelerator graphs failed.",
+    });
   });
 
   it("cancel takes an id, and converts errors", async () => {

@@ -1,8 +1,8 @@
 import { describe, expect, it } from "vitest";
-import { Phase } from "../src/gen/calotype/v1/calotype_pb.js";
+import { Phase, Speed, TimingsSchema } from "../src/gen/calotype/v1/calotype_pb.js";
 import { createClient } from "../src/index.js";
 import { collect, errorOf, serve, stopAfterTest } from "./helpers.js";
-import { disconnected, final, preview, progress, StubServer } from "./stub_server.js";
+import { create, disconnected, final, preview, progress, StubServer } from "./stub_server.js";
 
 describe("a generation", () => {
   it("yields progress in order and ends after the final picture", async () => {
@@ -34,6 +34,7 @@ describe("a generation", () => {
       .generate("y", {
         steps: 0,
         seed: 2 ** 53 - 1,
+        speed: "fast",
         preview: { minInterval: 0.25, method: "head" },
         output: { format: "webp", quality: 80 },
       })
@@ -43,9 +44,22 @@ describe("a generation", () => {
     expect(seen[1]).toMatchObject({
       stepCount: 0,
       seed: 2n ** 53n - 1n,
+      speed: Speed.FAST,
       preview: { minInterval: { nanos: 250_000_000 }, method: 2 },
     });
     expect(seen[1]).toMatchObject({ output: { format: 3, quality: 80 } });
+  });
+
+  it("ends with the durations in seconds and the number of computed steps", async () => {
+    const { client } = await serve({
+      async *generate() {
+        yield preview(1);
+        yield { ...final(), timings: create(TimingsSchema, { denoising: { nanos: 500_000_000 }, computedSteps: 14 }) };
+      },
+    });
+    const [first, last] = await collect(client.generate("x", { speed: "fast" }));
+    expect(first?.timings).toBeUndefined();
+    expect(last?.timings).toMatchObject({ denoising: 0.5, total: undefined, computedSteps: 14 });
   });
 
   it("joins the chunks of a large final picture into one progress", async () => {

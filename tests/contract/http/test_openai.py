@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import openai
@@ -13,6 +14,7 @@ from openai.types import image_generate_params
 from calotype_server import errors
 from calotype_server.api import service as api
 from calotype_server.transport.http.openai_models import ImagesRequest
+from calotype_server.types import Speed
 from support.engine.fake_engine import FakeEngine
 from support.keyring import Keyring
 from support.lab import until
@@ -57,7 +59,7 @@ async def test_an_image_is_generated(sdk: openai.AsyncOpenAI, engine: FakeEngine
         output_format="webp",
         output_compression=80,
         user="somebody",
-        extra_body={"seed": 7, "negative_prompt": "worms", "guidance_scale": 2.5},
+        extra_body={"seed": 7, "negative_prompt": "worms", "guidance_scale": 2.5, "speed": "exact"},
     )
     assert (answer.size, answer.output_format, answer.quality, answer.background) == (
         "128x64",
@@ -72,6 +74,21 @@ async def test_an_image_is_generated(sdk: openai.AsyncOpenAI, engine: FakeEngine
     [job] = engine.jobs
     assert (job.seed, job.negative_prompt, job.guidance_scale, job.step_count) == (7, "worms", 2.5, 8)
     assert (job.width, job.height, job.output.quality, job.preview.method) == (128, 64, 80, "none")
+
+
+async def test_a_fast_image_needs_a_model_that_offers_it(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    """`speed` reaches the engine. A speed that is unknown, or that the model does not offer, is a violation."""
+    for speed in ("fast", "hasty"):
+        with pytest.raises(openai.BadRequestError) as caught:
+            await sdk.images.generate(prompt="a red apple", extra_body={"speed": speed})
+        assert caught.value.param == "speed"
+    engine.model = replace(engine.model, fast_schedulers=("DDIMScheduler",))
+    async with (
+        running(engine, transport="sse") as service,
+        openai.AsyncOpenAI(base_url=f"http://{service.address}/v1", api_key="any", max_retries=0) as sdk,
+    ):
+        await sdk.images.generate(prompt="a red apple", extra_body={"speed": "fast", "step_count": 16})
+    assert [job.speed for job in engine.jobs] == [Speed.FAST]
 
 
 async def test_several_images_have_consecutive_seeds(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:

@@ -115,10 +115,11 @@ class FakeEngine:
             if self.failure is not None:
                 raise self.failure
             if stop.finishing and step < job.step_count:
-                report(Decoding(finished_early=True))
+                computed = job.computed_steps(step, job.step_count)
+                report(Decoding(finished_early=True, computed_steps=computed))
                 self.decoding.wait()
                 return flat_pixels(job.width, job.height, step)
-        report(Decoding())
+        report(Decoding(computed_steps=job.computed_step_count))
         self.decoding.wait()
         return flat_pixels(job.width, job.height, job.seed)
 

@@ -18,6 +18,7 @@ from calotype import (
     Phase,
     PreviewMethod,
     Previews,
+    Timings,
 )
 from calotype.testing import FakeServer
 
@@ -66,8 +67,7 @@ def test_loop_yields_every_phase_in_order():
     assert seen[2].preview_method is None
     assert not any(progress.previews_withdrawn for progress in seen)
     assert seen[3].image_step == 1
-    assert seen[-1].timings.total == 2.0
-    assert seen[-1].timings.queued is None
+    assert seen[-1].timings == Timings(denoising=2.0, total=2.0, computed_steps=2)
     assert seen[-1].warnings == (Notice("PROMPT_TRUNCATED", "Cut."),)
     assert (generation.id, generation.seed, generation.done) == (seen[0].generation_id, 5, True)
     assert generation.progress is seen[-1]

@@ -33,6 +33,7 @@ def test_arguments_reach_the_server():
             guidance_scale=2.5,
             seed=0,
             scheduler="EulerDiscreteScheduler",
+            speed="fast",
         ).result()
     request = server.requests[0]
     assert (request.prompt, request.negative_prompt, request.scheduler) == (
@@ -41,7 +42,7 @@ def test_arguments_reach_the_server():
         "EulerDiscreteScheduler",
     )
     assert (request.width_px, request.height_px, request.step_count) == (32, 16, 3)
-    assert request.guidance_scale == 2.5
+    assert (request.guidance_scale, request.speed) == (2.5, v1.SPEED_FAST)
     assert request.HasField("seed")
     assert request.seed == 0
 

@@ -1,6 +1,7 @@
 """The data that the client returns."""
 
 import base64
+import dataclasses
 import io
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import PIL.ExifTags
 import PIL.Image
 import PIL.PngImagePlugin
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
-from calotype import Image, Phase, PreviewMethod
+from calotype import Image, Phase, PreviewMethod, Timings
 from calotype._convert import model_from_proto, phase_from_proto, progress_from_proto
 from calotype._testing.images import make_image, make_png, sample_jpeg
 from calotype.v1 import calotype_pb2 as v1
@@ -156,6 +158,23 @@ def test_model_of_another_version_is_read():
     assert older.preview_methods == ()
     assert older.previews.every_steps is None
     assert older.previews.method is None
+
+
+def test_every_timing_is_converted():
+    """Durations become seconds, or None if the server omits them. The number of computed steps is a number."""
+    timings = v1.Timings(denoising=Duration(seconds=1, nanos=500_000_000), computed_steps=14)
+    assert progress_from_proto(v1.Progress(timings=timings)).timings == Timings(denoising=1.5, computed_steps=14)
+    assert [field.name for field in dataclasses.fields(Timings)] == [
+        field.name for field in v1.Timings.DESCRIPTOR.fields
+    ]
+
+
+def test_the_model_names_its_accelerator_and_its_fast_schedulers():
+    """`Model` has the accelerator, the reason why it is not the chosen one, and the schedulers for the speed "fast"."""
+    message = v1.Model(accelerator="none", accelerator_fallback="It failed.", fast_schedulers=["DDIMScheduler"])
+    model = model_from_proto(message)
+    assert (model.accelerator, model.accelerator_fallback) == ("none", "It failed.")
+    assert model.fast_schedulers == ("DDIMScheduler",)
 
 
 def test_every_phase_of_the_proto_has_a_name():

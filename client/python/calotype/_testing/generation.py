@@ -230,7 +230,7 @@ class FakeGeneration:
                 height_px=image.height,
                 chunk_index=index,
                 chunk_count=len(starts),
-                timings=v1.Timings(denoising=seconds_to_proto(step), total=seconds_to_proto(step)),
+                timings=v1.Timings(denoising=seconds_to_proto(step), total=seconds_to_proto(step), computed_steps=step),
                 finished_early=step < self.total_steps,
             )
 

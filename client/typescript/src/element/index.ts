@@ -27,7 +27,7 @@ const Base = globalThis.HTMLElement ?? (class {} as typeof HTMLElement);
  * Shows a picture while it develops, with progress, cancel, download and a filmstrip.
  *
  * Attributes: `server` (base URL; default: the origin of the page), `prompt`, `negative-prompt`, `width`, `height`, `steps`,
- * `guidance-scale`, `seed`, `scheduler`, `preview-every-steps`, `preview-min-interval`, `preview-max-edge`,
+ * `guidance-scale`, `seed`, `scheduler`, `speed`, `preview-every-steps`, `preview-min-interval`, `preview-max-edge`,
  * `preview-quality`, `preview-method`, `output-format`, `output-quality`, `on-disconnect`, `disconnect-grace`;
  * `autostart` starts it when it enters a document. `start` reads the attributes. The slot `actions` takes more buttons.
  */

@@ -36,10 +36,10 @@ class StaticInputs:
         self._device = device
         self._stage = stage
         self._tensors = [(name, self._allocate(given)) for name, given in signature.tensors()]
-        statics = iter(tensor for _, tensor in self._tensors)
+        copies = iter(tensor for _, tensor in self._tensors)
         self.named: dict[str, Any] = {
             each.name: tree_unflatten(
-                [next(statics) if isinstance(leaf, (torch.Tensor, Rows)) else leaf for leaf in each.leaves], each.spec
+                [next(copies) if isinstance(leaf, (torch.Tensor, Rows)) else leaf for leaf in each.leaves], each.spec
             )
             for each in signature.arguments
         }

@@ -88,6 +88,10 @@ class ImagesRequest(RequestModel):
         float | None, Field(ge=-1e38, le=1e38, description="Calotype only: strength of classifier-free guidance.")
     ] = None
     scheduler: Annotated[Text | None, Field(description="Calotype only: one of the model's schedulers.")] = None
+    speed: Annotated[
+        Literal["exact", "fast"],
+        Field(description="Calotype only. fast: compute about half of the steps; the image is close to the exact one."),
+    ] = "exact"
 
 
 class InputTokens(BaseModel):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.api.enums import IMAGE_FORMATS
+from calotype_server.api.enums import IMAGE_FORMATS, SPEEDS
 from calotype_server.errors import InvalidRequest, Violation
 from calotype_server.limits import JPEG_QUALITY_MAX, PREVIEW_EVERY_STEPS_MAX, WEBP_QUALITY_MAX
+from calotype_server.types import Speed
 
 if TYPE_CHECKING:
     from calotype_server.transport.http.openai_models import FileFormat, ImagesRequest, Quality
@@ -50,7 +51,8 @@ def to_generate_request(request: ImagesRequest, model: pb.Model, index: int) -> 
         index: Of the image, from 0; added to the seed.
     """
     output = pb.OutputOptions(format=IMAGE_FORMATS.to_proto(request.output_format))
-    translated = pb.GenerateRequest(prompt=request.prompt, output=output)
+    speed = SPEEDS.to_proto(Speed[request.speed.upper()])
+    translated = pb.GenerateRequest(prompt=request.prompt, output=output, speed=speed)
     for name in ("negative_prompt", "step_count", "guidance_scale", "scheduler"):
         if (value := getattr(request, name)) is not None:
             setattr(translated, name, value)

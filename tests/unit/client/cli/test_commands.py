@@ -14,6 +14,7 @@ from calotype._cli.options import OPTION_NAMES
 from calotype._options import Output, Previews
 from calotype._request import build_request
 from calotype.testing import FakeServer
+from calotype.v1 import calotype_pb2 as v1
 
 
 def requested(server):
@@ -55,16 +56,15 @@ def test_unnamed_output_never_replaces_a_file(run):
 
 def test_all_options_reach_the_server(run):
     """Each option of the command sets a field of the request."""
-    options = "--negative-prompt pears --width 32 --height 16 --steps 3 --guidance-scale 2.5 --seed 7 --timeout 60"
+    image = "--negative-prompt pears --width 32 --height 16 --steps 3 --guidance-scale 2.5 --seed 7"
+    options = f"{image} --scheduler EulerDiscreteScheduler --speed fast --timeout 60 -o a.png"
     with FakeServer() as server:
-        result = run(
-            server, "generate", "apple", *options.split(), "--scheduler", "EulerDiscreteScheduler", "-o", "a.png"
-        )
+        result = run(server, "generate", "apple", *options.split())
     assert result.exit_code == 0
     request = server.requests[0]
     assert (request.prompt, request.negative_prompt, request.width_px, request.height_px) == ("apple", "pears", 32, 16)
     assert (request.step_count, request.guidance_scale, request.seed) == (3, 2.5, 7)
-    assert request.scheduler == "EulerDiscreteScheduler"
+    assert (request.scheduler, request.speed) == ("EulerDiscreteScheduler", v1.SPEED_FAST)
 
 
 def test_preview_and_output_options_reach_the_server(run):
@@ -121,7 +121,7 @@ def test_json_events(run):
     }
     assert events[-1]["output"] == "apple.png"
     assert events[-1]["seed"] == 1234
-    assert events[-1]["timings"]["total"] == 2.0
+    assert (events[-1]["timings"]["total"], events[-1]["timings"]["computed_steps"]) == (2.0, 2)
     assert events[-1]["image"]["bytes"] == os.path.getsize("apple.png")
 
 
@@ -285,6 +285,7 @@ def test_model(run):
     assert "every steps 1, min interval 0.0, max edge 256, quality 75, method auto" in " ".join(people.stdout.split())
     facts = json.loads(program.stdout)
     assert facts["max_steps"] == 100
+    assert (facts["accelerator"], facts["fast_schedulers"]) == ("none", [])
     assert facts["preview_methods"] == ["head", "full_vae"]
     assert facts["previews"]["max_edge"] == 256
 

@@ -48,7 +48,7 @@ class Stall:
 
 @dataclass(slots=True)
 class _Pause:
-    """A time without an event of a generation: its number of events, and the longest usual wait for others meanwhile."""
+    """A time without an event of a generation: its number of events so far, and the longest usual wait for others."""
 
     events: int
     seconds: float = 0.0

@@ -94,8 +94,9 @@ def test_generations_that_all_pause_are_stalled() -> None:
 
 def test_a_generation_makes_its_next_step_after_all_others_have_ended() -> None:
     """The last of several generations, which waited for all others, has the whole patience for its own next step."""
-    work, other = Work(), Work()
-    works = [work, other]
+    work: Any = Work()
+    other = Work()
+    works: list[Any] = [work, other]
     watchdog = Watchdog(lambda: works, lambda _: 1.0, PATIENCE, lambda: 30.0 if len(works) > 1 else 0.0)
     watchdog.check(0)
     for _ in range(5):
@@ -109,8 +110,8 @@ def test_a_generation_makes_its_next_step_after_all_others_have_ended() -> None:
 
 def test_new_generations_do_not_hide_a_device_that_hangs() -> None:
     """Generations that start, but make no step, are no sign of progress."""
-    work = Work()
-    works = [work]
+    work: Any = Work()
+    works: list[Any] = [work]
     watchdog = Watchdog(lambda: works, lambda _: 1.0, PATIENCE, lambda: 3000.0)
     watchdog.check(0)
     works[1:] = [Work(step=0)]

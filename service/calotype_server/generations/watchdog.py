@@ -46,13 +46,22 @@ class Stall:
     seconds: float
 
 
+@dataclass(slots=True)
+class _Pause:
+    """A time without an event of a generation: its number of events so far, and the longest usual wait for others."""
+
+    events: int
+    seconds: float = 0.0
+    usual_wait: float = 0.0
+
+
 class Watchdog:
     """Watches running generations. Lives in the event loop.
 
     Every event of a generation is progress: a step, a preview, a phase. A generation is stalled after
     `watchdog_seconds` without progress, or after 20 of its usual steps if that is longer; ten times later if it is the
-    first of its size. If generations wait for each other, one that makes no progress while others do has 20 times the
-    usual wait.
+    first of its size. A generation that waited for others is not stalled as long as any of them makes steps, up to 20
+    times the usual wait, and it has that patience once more when they have ended.
 
     Args:
         running: Returns the generations that have not ended.
@@ -72,31 +81,41 @@ class Watchdog:
         self._usual_wait = usual_wait
         self._usual_pause = usual_pause
         self._watchdog_seconds = watchdog_seconds
-        self._pauses: dict[Generation, tuple[int, float]] = {}
-        """Number of events, and seconds since the last one."""
+        self._pauses: dict[Generation, _Pause] = {}
+        self._without_steps = 0.0
+        """Seconds in which no generation made a step. The first events of a generation prove nothing: it reports them
+        even if the device hangs."""
 
     @property
     def longest_pause(self) -> float:
         """Longest time without progress of any running generation, in seconds, as of the last check."""
-        return max((seconds for _, seconds in self._pauses.values()), default=0.0)
+        return max((pause.seconds for pause in self._pauses.values()), default=0.0)
 
     def check(self, elapsed: float) -> list[Stall]:
         """Returns the stalled generations, after another `elapsed` seconds."""
         before, self._pauses = self._pauses, {}
+        self._without_steps += elapsed
+        usual_wait = self._usual_wait()
         for generation in self._running():
             if not generation.on_engine:
                 continue
-            events, seconds = before.get(generation, (-1, 0.0))
-            seconds = seconds + elapsed if events == generation.stopwatch.events else 0.0
-            self._pauses[generation] = generation.stopwatch.events, seconds
-        return [Stall(each, seconds) for each, (_, seconds) in self._pauses.items() if self._is_stalled(each, seconds)]
+            pause = before.get(generation)
+            if pause is not None and pause.events == generation.stopwatch.events:
+                pause.seconds += elapsed
+            else:
+                pause = _Pause(generation.stopwatch.events)
+                if generation.events.state.step > 0:
+                    self._without_steps = 0.0
+            # The longest of the pause: when the others have ended, there is nothing to wait for, but also no step yet.
+            pause.usual_wait = max(pause.usual_wait, usual_wait)
+            self._pauses[generation] = pause
+        return [Stall(each, pause.seconds) for each, pause in self._pauses.items() if self._is_stalled(each, pause)]
 
-    def _is_stalled(self, generation: Generation, seconds: float) -> bool:
+    def _is_stalled(self, generation: Generation, pause: _Pause) -> bool:
         patience = self._patience(generation)
-        if seconds <= patience:
+        if pause.seconds <= patience:
             return False
-        others = (pause for other, (_, pause) in self._pauses.items() if other is not generation)
-        return seconds > _USUAL_TIMES * self._usual_wait() or not any(pause <= patience for pause in others)
+        return pause.seconds > _USUAL_TIMES * pause.usual_wait or self._without_steps > patience
 
     async def watch(
         self,

@@ -26,13 +26,13 @@ PATIENCE = 100.0
 class Work:
     """The attributes of a generation that the watchdog reads; compared by identity, as generations are."""
 
-    def __init__(self, *, on_engine: bool = True, first: bool = False) -> None:
+    def __init__(self, *, on_engine: bool = True, first: bool = False, step: int = 2) -> None:
         self.id = "g"
         self.job = JOB
         self.on_engine = on_engine
         self.first_of_its_size = first
         self.stopwatch = SimpleNamespace(events=0)
-        self.events = SimpleNamespace(state=SimpleNamespace(phase=Phase.DENOISING, step=2))
+        self.events = SimpleNamespace(state=SimpleNamespace(phase=Phase.DENOISING, step=step))
 
     def progress(self) -> None:
         """Counts an event."""
@@ -90,6 +90,35 @@ def test_generations_that_all_pause_are_stalled() -> None:
     watchdog = watchdog_of(Work(), Work(), wait=3000.0)
     watchdog.check(0)
     assert len(watchdog.check(PATIENCE + 1)) == 2
+
+
+def test_a_generation_makes_its_next_step_after_all_others_have_ended() -> None:
+    """The last of several generations, which waited for all others, has the whole patience for its own next step."""
+    work: Any = Work()
+    other = Work()
+    works: list[Any] = [work, other]
+    watchdog = Watchdog(lambda: works, lambda _: 1.0, PATIENCE, lambda: 30.0 if len(works) > 1 else 0.0)
+    watchdog.check(0)
+    for _ in range(5):
+        other.progress()
+        assert not watchdog.check(PATIENCE)
+    works.remove(other)
+    assert not watchdog.check(PATIENCE)
+    [stall] = watchdog.check(1)
+    assert stall.generation is work
+
+
+def test_new_generations_do_not_hide_a_device_that_hangs() -> None:
+    """Generations that start, but make no step, are no sign of progress."""
+    work: Any = Work()
+    works: list[Any] = [work]
+    watchdog = Watchdog(lambda: works, lambda _: 1.0, PATIENCE, lambda: 3000.0)
+    watchdog.check(0)
+    works[1:] = [Work(step=0)]
+    assert not watchdog.check(PATIENCE)
+    works[1:] = [Work(step=0)]
+    [stall] = watchdog.check(1)
+    assert stall.generation is work
 
 
 def test_a_generation_that_is_not_on_the_engine_cannot_stall() -> None:

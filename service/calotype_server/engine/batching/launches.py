@@ -20,6 +20,10 @@ _LEAD = 0.25
 """The next batch is launched when this share of the step before and of a launch is left. A device computes the first
 operations while the rest is launched, so the lead covers the beginning of a launch and errors of the prediction."""
 
+_LEAST_LEAD_SECONDS = 0.005
+"""Python's lock and the sleep of a thread may delay a launch by milliseconds. The batches of a device that is faster
+are launched at once: to wait for the right moment gains less than the device could lose."""
+
 
 class Launches:
     """Keeps the batches that were launched and are not computed, in order. Not thread-safe, without a clock.
@@ -63,5 +67,5 @@ class Launches:
         if not self._batches or not self._steps:
             return -math.inf
         step = min(self._steps)
-        lead = _LEAD * (step + max(self._durations))
+        lead = max(_LEAD * (step + max(self._durations)), _LEAST_LEAD_SECONDS)
         return max(self._batches[0][0], self._computed_at) + max(0.0, step - lead)

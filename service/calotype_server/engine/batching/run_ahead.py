@@ -41,9 +41,8 @@ class RunAhead:
     """
 
     def __init__(self, device: torch.device, record: Callable[[], DeviceEvent] | None = None) -> None:
-        self.on_cuda = device.type == "cuda"
         self._device = device
-        self._record = record or (functools.partial(_record_on_cuda, device) if self.on_cuda else _Computed)
+        self._record = record or (functools.partial(_record_on_cuda, device) if device.type == "cuda" else _Computed)
         self._events: deque[DeviceEvent] = deque()
 
     def start(self) -> None:

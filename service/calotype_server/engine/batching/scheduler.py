@@ -15,10 +15,10 @@ A request is expected only between an answer and its next call, and only if it w
 request therefore delays the others by `max_wait` once, not at every step.
 
 A GPU computes a batch after it was launched, and its answers are given at the launch. At most two batches are launched
-and not computed. The second one is launched when the first should be almost done (`launches`): until then, waiting
-calls can be withdrawn, and more urgent ones may arrive. A request is late if it calls later than `max_wait` after its
-last answer was *computed*: some pipelines wait for that, and others do not. Waiting for expected requests costs nothing
-as long as the device computes.
+and not computed; after an error in a batch, its parts may exceed that for a moment. The second one is launched when the
+first should be almost done (`launches`): until then, waiting calls can be withdrawn, and more urgent ones may arrive.
+A request is late if it calls later than `max_wait` after its last answer was *computed*: some pipelines wait for that,
+and others do not. Waiting for expected requests costs nothing as long as the device computes.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from calotype_server.engine.batching.launches import Launches
 from calotype_server.engine.batching.run_ahead import RunAhead
 from calotype_server.types import Schedule
 from support.engine.batching import Callers, answer_to
@@ -80,6 +81,17 @@ class TestLaunches:
             waits.append(max(0.0, begins[0] - cancelled_at))
         assert statistics.mean(waits) <= 1.2
         assert max(waits) <= 2
+
+    @pytest.mark.parametrize(("step", "waits"), [(0.004, False), (0.04, True)])
+    def test_short_steps_are_launched_at_once(self, step, waits):
+        """A launch is not held back where a delay of some milliseconds would leave the device without work."""
+        launches, now = Launches(), 0.0
+        for _ in range(2):
+            launches.add([], now, now)
+            now += step
+            launches.finish(now)
+        launches.add([], now, now)
+        assert (launches.next_due() > now) is waits
 
     def test_a_new_request_waits_for_less_than_two_steps(self):
         """A request that arrives gets the device before the next step of a running one is launched."""

@@ -1,4 +1,4 @@
-"""A failed capture of a CUDA graph, with a stand-in for torch's functions: everything that it has taken is given back."""
+"""A failed capture of a CUDA graph, with a stand-in for torch's functions, gives back everything that it has taken."""
 
 import contextlib
 

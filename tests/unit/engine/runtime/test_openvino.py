@@ -173,7 +173,7 @@ def test_openvino_reports_nothing():
 
 def test_cached_models_that_nothing_uses_are_removed(tmp_path):
     """A new model replaces those of old versions, and what a killed process left; used ones stay."""
-    number = openvino.opset13.parameter([1], dtype="f32")
+    number = openvino.opset13.parameter([1], dtype=openvino.Type.f32)
     model = openvino.Model([openvino.opset13.relu(number)], [number], "model")
     paths = [tmp_path / "openvino" / name for name in ("old", "used", "new")]
     for path in paths[:2]:

@@ -15,7 +15,7 @@ from calotype_server.engine.runtime import openvino as openvino_module
 from calotype_server.engine.runtime.check import answers, difference, is_deterministic, joinable
 from calotype_server.engine.runtime.compare import compare
 from calotype_server.engine.runtime.eager import EagerRuntime
-from calotype_server.engine.runtime.openvino import OpenVinoRuntime, openvino
+from calotype_server.engine.runtime.openvino import OpenVinoRuntime
 from calotype_server.engine.runtime.openvino_cache import load_traced, save_traced
 from calotype_server.engine.sample_calls import sample_calls
 from support.engine import tiny
@@ -173,6 +173,7 @@ def test_openvino_reports_nothing():
 
 def test_cached_models_that_nothing_uses_are_removed(tmp_path):
     """A new model replaces those of old versions, and what a killed process left; used ones stay."""
+    openvino = openvino_module.openvino  # imported behind its guard
     number = openvino.opset13.parameter([1], dtype=openvino.Type.f32)
     model = openvino.Model([openvino.opset13.relu(number)], [number], "model")
     paths = [tmp_path / "openvino" / name for name in ("old", "used", "new")]

@@ -14,6 +14,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import structlog
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +31,8 @@ __all__ = [
     "release_cached_memory",
     "return_large_blocks",
 ]
+
+_log = structlog.get_logger(__name__)
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -99,10 +102,20 @@ def keep_cached_memory() -> Iterator[None]:
 
 
 def release_cached_memory(device: torch.device) -> None:
-    """Returns memory that torch has cached on a device, and that no tensor uses, to the device."""
-    if device.type in (*_COUNTED, "mps"):
+    """Returns memory that torch has cached on a device, and that no tensor uses, to the device.
+
+    Raises:
+        RuntimeError: The device failed; see `is_device_failure`. Any other error is logged: the caller can continue.
+    """
+    if device.type not in (*_COUNTED, "mps"):
+        return
+    try:
         with _cached_memory:
             getattr(torch, device.type).empty_cache()
+    except RuntimeError as error:
+        if is_device_failure(error):
+            raise
+        _log.warning("cached memory cannot be released", device=str(device), error=str(error))
 
 
 def return_large_blocks() -> None:

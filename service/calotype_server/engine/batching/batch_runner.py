@@ -119,6 +119,9 @@ class BatchRunner:
         Raises:
             RuntimeError: The device failed; see `is_device_failure`.
         """
+        self._run(calls, may_free=True)
+
+    def _run(self, calls: Sequence[PendingCall], *, may_free: bool) -> None:
         calls = [pending for pending in calls if not pending.future.done()]  # Some may be cancelled by now.
         if not calls:
             return
@@ -132,10 +135,10 @@ class BatchRunner:
         # The traceback's frames keep intermediate results alive, and the next try may need their memory.
         traceback.clear_frames(error.__traceback__)
         out_of_memory = is_out_of_memory(error)
-        freed = out_of_memory and self.free_memory()
-        if freed:
+        if out_of_memory and may_free and self.free_memory():
             del error
-            self.run(calls)
+            # Once: the runtime may need the same memory again, and run out of it again.
+            self._run(calls, may_free=False)
             return
         alone, padded = len(calls) == 1, padded_rows > rows
         if alone and not (out_of_memory and padded):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def prepare_denoiser(
     if selected.runtime is not eager.runtime:
         # Only what the plan needs: measuring also tried other numbers of rows and threads.
         selected.runtime.clear()
-        _warm_up(selected.runtime, pipeline, model, plan, options)
+        selected = _warmed_up(selected, eager, pipeline, model, plan, options)
     _log.info("denoiser runtime", accelerator=selected.runtime.name, requested=accelerate, fallback=selected.fallback)
     return PreparedDenoiser(selected.runtime, plan, selected.fallback)
 
@@ -117,6 +118,23 @@ def _accelerated(
         cache_dir=cache_dir,
         on_fallback=on_fallback,
     )
+
+
+def _warmed_up(
+    selected: Selection, eager: Selection, pipeline: Any, model: ModelInfo, plan: Plan, options: PlanOptions
+) -> Selection:
+    """Returns the selection after `_warm_up`, or plain calls if it fails: then the server starts all the same."""
+    try:
+        _warm_up(selected.runtime, pipeline, model, plan, options)
+    except Exception as error:
+        if is_device_failure(error):
+            raise
+        name = selected.runtime.name
+        _log.warning("the accelerator cannot be prepared", accelerator=name, exc_info=error)
+        traceback.clear_frames(error.__traceback__)
+        selected.runtime.free_memory()
+        return dataclasses.replace(eager, fallback=f"The accelerator {name} could not be prepared.")
+    return selected
 
 
 def _warm_up(runtime: DenoiserRuntime, pipeline: Any, model: ModelInfo, plan: Plan, options: PlanOptions) -> None:

@@ -65,8 +65,9 @@ def find_plan(
     """
     if reason_to_run_alone(pipeline, options) is not None and not measures_threads(model, options):
         return measure_plan(pipeline, model, options, runtime)  # There is nothing to measure.
+    name = runtime.name
     try:
-        facts = plan_facts(pipeline, model, options, runtime.name)
+        facts = plan_facts(pipeline, model, options, name)
     except Exception as error:  # weights of an unusual kind
         _log.warning("cannot cache the batching plan of this model", error=repr(error))
         return measure_plan(pipeline, model, options, runtime)
@@ -78,7 +79,7 @@ def find_plan(
     started = time.monotonic()
     plan = measure_plan(pipeline, model, options, runtime)
     _log.info("batching plan measured", seconds=round(time.monotonic() - started, 2))
-    if not plan.provisional:
+    if not plan.provisional and runtime.name == name:  # An accelerator may fail meanwhile.
         save_plan(path, facts, plan)
     return plan
 

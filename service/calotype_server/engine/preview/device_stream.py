@@ -212,7 +212,8 @@ class CudaStream:
             started = time.perf_counter()
             work()
             launching = time.perf_counter() - started
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), contextlib.suppress(AttributeError):
+            # An internal function of torch. Without it, the time includes gaps between launches.
             torch.cuda._sleep(int(min(2 * launching, _MAX_LEAD_SECONDS) * _CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
         with self.after(()) as elapsed:
             work()

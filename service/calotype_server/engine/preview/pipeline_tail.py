@@ -72,14 +72,12 @@ class PipelineTail:
             width: Of the images, in pixels.
             height: Of the images, in pixels.
         """
-        images = self._decode(latents, width, height)
-        if len(images) == len(latents):
-            return images
-        # FLUX.2 unpacks tokens by their positions, and the call computed the positions of one image only.
+        # One after another: a VAE needs memory for each image, and previews of all generations may be due together.
+        # FLUX.2 unpacks tokens by their positions, and the pipeline's call computed the positions of one image only.
         return torch.cat([self._decode(one, width, height) for one in torch.split(latents, 1)])
 
     def _decode(self, latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
-        """Decodes with the tape of an earlier call if there is one that agrees with the pipeline."""
+        """Decodes one image, with the tape of an earlier call if there is one that agrees with the pipeline."""
         key = (width, height, latents.shape, latents.dtype, latents.device)
         tape = self._tapes.get(key)
         if tape is not None and tape.verified:
@@ -119,8 +117,7 @@ class PipelineTail:
             model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
         ) -> Any:
             return_dict = kwargs.pop("return_dict", True)
-            # In the second of two steps, the sample is the replaced latents, and the model output that of one image.
-            output = step(model_output, timestep, sample[: len(model_output)], *args, **kwargs, return_dict=True)
+            output = step(model_output, timestep, sample, *args, **kwargs, return_dict=True)
             # Pipelines of consistency models decode `denoised`, not `prev_sample`.
             for name in ("prev_sample", "denoised", "pred_original_sample"):
                 if getattr(output, name, None) is not None:

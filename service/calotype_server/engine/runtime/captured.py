@@ -45,9 +45,12 @@ class WarmCall:
         with backend.warming_up():
             for _ in range(_WARM_UPS):
                 self._compute()
-            with OutsideTensors() as outside:
+            with OutsideTensors(backend.device) as outside:
                 output = self._compute()
         self._outside = outside.tensors
+        if outside.waits is not None:
+            # Not left to the capture: an invalid one is hard to clean up after.
+            raise Refused(f"It waits for the device, in {outside.waits}.")
         if not only_tensors(output):
             raise Refused("Its answer contains objects whose tensors cannot be found.")
 

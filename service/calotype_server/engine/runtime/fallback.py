@@ -83,18 +83,36 @@ class FallbackRuntime:
             if is_out_of_memory(error) or is_device_failure(error):
                 raise
             failed = error
-        answer = self._eager.run(calls, padded_rows)
-        _log.warning("the accelerator failed and is not used any more", accelerator=self.name, exc_info=failed)
+        # The traceback's frames keep tensors alive, and plain calls may need their memory.
         traceback.clear_frames(failed.__traceback__)
-        self._active = self._eager
-        self._accelerated.clear()
-        self._on_fallback()
+        answer = self._eager.run(calls, padded_rows)
+        self._fall_back(failed)
         return answer
 
     def clear(self) -> None:
-        """Passes the call on."""
-        self._accelerated.clear()
+        """Passes the call on. If the accelerator fails, plain calls are used for good."""
+        try:
+            self._accelerated.clear()
+        except Exception as error:
+            self._note_failed_cleaning(error)
 
     def free_memory(self) -> bool:
-        """Frees what the accelerator can do without."""
-        return self._accelerated.free_memory()
+        """Frees what the accelerator can do without. If the accelerator fails, plain calls are used for good."""
+        try:
+            return self._accelerated.free_memory()
+        except Exception as error:
+            self._note_failed_cleaning(error)
+            return False
+
+    def _fall_back(self, failed: Exception) -> None:
+        if self._active is self._eager:
+            return
+        _log.warning("the accelerator failed and is not used any more", accelerator=self.name, exc_info=failed)
+        self._active = self._eager
+        self.clear()
+        self._on_fallback()
+
+    def _note_failed_cleaning(self, error: Exception) -> None:
+        if is_device_failure(error):
+            raise error
+        self._fall_back(error)

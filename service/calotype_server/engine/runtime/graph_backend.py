@@ -90,6 +90,8 @@ class CudaBackend:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._invalid: list[torch.cuda.CUDAGraph] = []
+        """Graphs whose capture could not be ended. Torch's allocator for pinned memory refers to them for good."""
 
     @property
     def device(self) -> torch.device:
@@ -127,15 +129,19 @@ class CudaBackend:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with keep_cached_memory(), _no_garbage_collection(), torch.cuda.stream(self._stream):
-            # In the mode "global", an allocation by any other thread would make the capture fail.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                output = compute()
+                # In the mode "global", an allocation by any other thread would make the capture fail.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    output = compute()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):  # It says that the capture is invalid.
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # It says that the capture is invalid.
-                    graph.capture_end()
+                self._give_up(graph)
                 raise
-            graph.capture_end()
         return graph, output
 
     def synchronize(self) -> None:
@@ -152,6 +158,24 @@ class CudaBackend:
         """Drops the pool; torch fails if a pool without graphs is used again."""
         self._pool = None
         release_cached_memory(self._device)
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Does for a failed capture what torch does only for one that ended.
+
+        Torch's allocator would otherwise count the capture as underway: it would keep its memory, and refuse to release
+        any cached memory of the process. Source: `CUDAGraph.cpp` and `CUDACachingAllocator.cpp` of PyTorch 2.13.
+        """
+        try:
+            graph.pool()
+        except RuntimeError:  # The capture has not ended.
+            # Errors: the allocator does not count it as underway, or these internal functions of torch are others.
+            with contextlib.suppress(RuntimeError, AttributeError, TypeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                torch._C._cuda_releasePool(self._device.index, self._pool)
+            self._invalid.append(graph)
+            # The allocator for pinned memory still counts the capture as underway, and refuses another one in its pool.
+            self._pool = None
+        graph.reset()
 
 
 @contextlib.contextmanager

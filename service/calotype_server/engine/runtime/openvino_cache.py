@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -22,6 +23,10 @@ _log = structlog.get_logger(__name__)
 
 _FORMAT = 1
 """Part of the key: increase it when the trace changes its meaning."""
+
+_UNUSED_SECONDS = 30 * 24 * 3600
+"""A folder that no start used for this time is removed: it has the size of the weights, and a new version of a library
+makes a new one."""
 
 
 def traced_path(cache_dir: Path, module: Any, structure: str, openvino_version: str) -> Path:
@@ -42,6 +47,10 @@ def load_traced(core: Any, path: Path) -> Any:
     if not path.is_dir():
         return None
     try:
+        os.utime(path)
+    except OSError:  # The cache is not writable.
+        _log.debug("cannot mark the cached OpenVINO model as used", path=str(path))
+    try:
         return core.read_model(path / "model.xml")
     except Exception as error:
         _log.warning("cannot read the cached OpenVINO model, tracing again", path=str(path), error=repr(error))
@@ -49,11 +58,15 @@ def load_traced(core: Any, path: Path) -> Any:
 
 
 def save_traced(path: Path, traced: Any) -> None:
-    """Writes a traced model, with its weights, completely or not at all. A failure is logged and is no error."""
+    """Writes a traced model, with its weights, completely or not at all. A failure is logged and is no error.
+
+    Models that were not used for 30 days, and incomplete ones of processes that were killed, are removed.
+    """
     import openvino
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unused(path.parent)
         folder = tempfile.mkdtemp(dir=path.parent)
         try:
             openvino.save_model(traced, os.path.join(folder, "model.xml"), compress_to_fp16=False)
@@ -64,3 +77,9 @@ def save_traced(path: Path, traced: Any) -> None:
             raise
     except (OSError, RuntimeError) as error:
         _log.warning("cannot write to the cache", kind="OpenVINO model", path=str(path), error=str(error))
+
+
+def _remove_unused(folder: Path) -> None:
+    for each in folder.iterdir():
+        if each.is_dir() and each.stat().st_mtime < time.time() - _UNUSED_SECONDS:
+            shutil.rmtree(each, ignore_errors=True)

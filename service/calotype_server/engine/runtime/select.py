@@ -88,13 +88,14 @@ def select_runtime(
         runtime = _make(accelerate, module, exact=bool(exact_rows), max_rows=max_rows, cache_dir=cache_dir)
         runtime.start()
         reason = _reason_against(runtime, eager, calls, exact_rows)
+        if reason is not None:
+            runtime.clear()
     except Exception as error:
         if is_device_failure(error):
             raise
         _log.warning("the accelerator cannot be used", accelerator=accelerate, exc_info=error)
         return Selection(eager, f"The accelerator {accelerate} cannot compute this model.")
     if reason is not None:
-        runtime.clear()
         _log.warning("the accelerator is not used", accelerator=accelerate, reason=reason)
         return Selection(eager, reason)
     return Selection(FallbackRuntime(runtime, eager, on_fallback))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from calotype_server import errors
+from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.failpoints import injected
 from support.engine.batching import Callers, answer_to
 from support.engine.device_errors import EXHAUSTED
@@ -111,6 +112,24 @@ class TestMemory:
                 limits.append(callers.batcher.max_rows)
             assert limits[90] == 1
             assert set(limits[110:]) == {2}
+
+    def test_memory_that_the_runtime_always_has_is_freed_once(self):
+        """A runtime that prepares for the same batch again, and runs out of memory again, makes it smaller."""
+
+        class Greedy(EagerRuntime):
+            def free_memory(self):
+                return True
+
+        def act(rows):
+            if len(rows) > 2:
+                raise MemoryError
+
+        with Callers(act, runtime=Greedy) as callers:
+            futures = callers.together((0,), (1,), (2,), (3,))
+            assert right(futures, 0, 1, 2, 3)
+            assert callers.module.sizes == [4, 4, 2, 2]
+            with pytest.raises(MemoryError):
+                callers.call(1, 0, 6)
 
     def test_a_request_that_never_fits_fails(self):
         """A request that does not fit even alone gets the error, and the limit stays as it was."""

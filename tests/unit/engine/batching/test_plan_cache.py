@@ -21,6 +21,7 @@ from calotype_server.engine.machine import machine_facts
 from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.types import PreviewMethod
 from support.engine import tiny
+from support.engine.runtimes import AlteredRuntime
 
 PLAN = Plan(8, 16, "", Threads(1, 2, 4))
 OPTIONS = PlanOptions(max_active=None)
@@ -239,6 +240,19 @@ class TestFindPlan:
         """A plan that an error decided is measured again at the next start."""
         monkeypatch.setattr(plan_cache, "measure_plan", lambda *_: dataclasses.replace(PLAN, provisional=True))
         find(pipeline, tmp_path)
+        assert list(tmp_path.rglob("*.json")) == []
+
+    def test_a_plan_of_an_accelerator_that_failed_meanwhile_is_not_stored(self, pipeline, tmp_path, monkeypatch):
+        """Plain calls were measured, and the next start may use the accelerator again."""
+        runtime = AlteredRuntime(pipeline.unet)
+
+        def measure(*_):
+            runtime.name = "none"
+            return PLAN
+
+        monkeypatch.setattr(plan_cache, "measure_plan", measure)
+        model = describe("tiny", pipeline, Defaults())
+        assert find_plan(pipeline, model, OPTIONS, runtime, cache_dir=tmp_path) == PLAN
         assert list(tmp_path.rglob("*.json")) == []
 
     def test_a_folder_that_cannot_be_written_is_no_error(self, pipeline, tmp_path, measured, logs):

@@ -53,3 +53,18 @@ def test_the_cache_of_the_device_is_emptied(kind, monkeypatch):
     release_cached_memory(torch.device("cpu"))
     release_cached_memory(torch.device(kind))
     assert emptied == [kind]
+
+
+def test_memory_that_cannot_be_released_stops_nothing(monkeypatch, logs):
+    """Torch may refuse for reasons of its own; only a failed device is raised."""
+    error = RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    release_cached_memory(torch.device("cuda", 1))
+    assert [line["event"] for line in logs] == ["cached memory cannot be released"]
+    error = torch.AcceleratorError("CUDA error: unspecified launch failure")
+    with pytest.raises(torch.AcceleratorError):
+        release_cached_memory(torch.device("cuda", 1))

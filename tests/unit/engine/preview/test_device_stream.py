@@ -87,6 +87,12 @@ class TestOrder:
         ]
         assert cuda.log.count("draw") == 3
 
+    def test_a_cost_without_torchs_internal_function(self, cuda, monkeypatch):
+        """A torch that cannot spin measures all the same: otherwise the decoder would not be offered."""
+        monkeypatch.delattr(torch.cuda, "_sleep")
+        assert CudaStream(DEVICE).cost(lambda: cuda.log.append("draw")) == 1.0
+        assert cuda.log.count("draw") == 3
+
     def test_a_lap_is_measured_on_the_device(self, cuda):
         """The lap of a thread lasts from event to event on its own stream, whatever the number of CPU threads."""
         lap = device_stream(DEVICE).lap()

@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
@@ -64,6 +65,27 @@ def test_every_number_of_rows_is_prepared_before_the_server_is_ready(open_engine
     del runtime.rows[:]
     Run(engine)(JOB)
     assert runtime.rows
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), ValueError()])
+def test_an_accelerator_that_cannot_be_prepared_prevents_no_start(open_engine, tmp_path, error):
+    """If memory suffices no longer for the planned rows, the server starts with plain calls and reports the reason."""
+    engine, _, _, _ = open_engine()
+    engine.close()
+
+    large = []
+
+    def alter(answer, rows):
+        # The plan is cached: the comparison comes first, and then the preparation.
+        large.extend([rows] * (rows == 6))
+        if len(large) == 2:
+            raise error
+        return answer
+
+    engine, _, active, _ = open_engine(alter=alter)
+    assert (engine.model.accelerator, active[-1]) == ("none", "none")
+    assert "graphs" in engine.model.accelerator_fallback
+    assert Run(engine)(JOB)
 
 
 def test_a_wrong_accelerator_is_reported(open_engine):

@@ -131,8 +131,30 @@ def test_copies_share_no_memory():
 def test_outside_tensors_are_those_that_existed_before():
     """Weights, views and cached tensors that a call reads are found; its arguments' results are not."""
     weight, cached = torch.ones(2, 2), torch.ones(2)
-    with OutsideTensors() as outside:
+    with OutsideTensors(torch.device("cpu")) as outside:
         result = (weight[0] @ weight + cached).mul_(2)
         result + result.view(1, 2)
     memory = {each.untyped_storage().data_ptr() for each in outside.tensors}
     assert memory == {weight.untyped_storage().data_ptr(), cached.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize(
+    ("call", "waits"),
+    [
+        (lambda given: given.max().item(), "_local_scalar_dense"),
+        (lambda given: given[given > 0], "index"),
+        (lambda given: given * torch.tensor([1.0, 2.0]), "lift_fresh"),
+        (lambda given: (given > 0)[given.long()], None),
+        (lambda given: given.masked_fill(given > 0, 2).to(torch.float16), None),
+        (lambda given: given.clone().copy_(given), None),
+    ],
+)
+def test_operations_that_wait_are_noticed(call, waits):
+    """Values and constants for which the CPU waits are named; work that stays on the device is not."""
+    with OutsideTensors(torch.device("cpu")) as outside:
+        call(torch.ones(2))
+    assert (outside.waits is None) == (waits is None)
+    assert waits is None or waits in outside.waits
+    with OutsideTensors(torch.device("meta")) as outside:
+        call(torch.ones(2))
+    assert outside.waits is None

@@ -1,5 +1,7 @@
 """Errors of an accelerator while the server runs."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -66,3 +68,48 @@ def test_memory_and_device_errors_are_raised(error):
         run(runtime)
     assert runtime.name == "graphs"
     assert len(accelerated.rows) == 2
+
+
+@pytest.mark.parametrize("clean", [FallbackRuntime.clear, FallbackRuntime.free_memory])
+def test_an_accelerator_that_cannot_clean_up_is_not_used_any_more(clean, logs):
+    """Neither the thread that asks for memory nor a call ends with the error; a failed device is raised."""
+    runtime, accelerated, changes = failing(None)
+    error = RuntimeError("no")
+
+    def fail():
+        raise error
+
+    accelerated.clear = accelerated.free_memory = fail
+    assert not clean(runtime)
+    assert not clean(runtime)
+    assert torch.equal(run(runtime), answer_to(1, 0))
+    assert (runtime.name, len(changes), len(logs)) == ("none", 1, 1)
+    error = torch.AcceleratorError("device lost")
+    with pytest.raises(torch.AcceleratorError):
+        clean(runtime)
+
+
+def test_the_plain_answer_survives_an_accelerator_that_cannot_clean_up():
+    """The call that meets the error gets its answer."""
+    runtime, accelerated, changes = failing(ValueError("lost"))
+    accelerated.clear = lambda: 1 / 0
+    assert all(torch.equal(run(runtime, value), answer_to(value, 0)) for value in range(3))
+    assert len(changes) == 1
+
+
+def test_nothing_of_a_failed_call_is_alive_in_the_plain_one():
+    """The plain call may need the memory of the accelerator's intermediate results."""
+    seen, alive = [], []
+
+    def act(_):
+        alive.extend(reference() is not None for reference in seen)
+
+    def alter(answer, _):
+        activation = answer[0] + 1
+        seen.append(weakref.ref(activation))
+        raise ValueError
+
+    module = Denoiser(act)
+    runtime = FallbackRuntime(AlteredRuntime(module, alter=alter), EagerRuntime(module))
+    assert torch.equal(run(runtime), answer_to(1, 0))
+    assert alive == [False]

@@ -45,8 +45,17 @@ class TestCapture:
     """A failed capture is not repeated."""
 
     def test_a_call_that_waits_for_the_device(self, logs):
-        """Each size is tried once; after two failures graphs are off. All answers are right."""
+        """It is noticed before a capture, which it would make invalid, and one line says so. All answers are right."""
         runtime = Runtime(Reading())
+        for width in (4, 5, 6):
+            assert all(runtime.right(number, 1.0, 1, width) for number in range(4))
+        assert runtime.backend.counts["capture"] == 0
+        assert events(logs) == ["no graph for some calls"]
+
+    def test_two_failures_turn_graphs_off(self, logs):
+        """Each size is tried once; after two failures graphs are off. All answers are right."""
+        runtime = Runtime()
+        runtime.backend.faults["capture"] = [torch.AcceleratorError("CUDA error: not permitted"), RuntimeError()]
         for width in (4, 5, 6):
             assert all(runtime.right(number, 1.0, 1, width) for number in range(4))
         assert runtime.backend.counts["capture"] == 2

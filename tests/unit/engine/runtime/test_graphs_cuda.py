@@ -147,12 +147,15 @@ def test_memory_that_runs_out_in_a_capture(unet, cuda, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_call_that_waits_for_the_device_runs_eagerly(unet, monkeypatch):
-    """A capture that fails leaves the stream and the device usable."""
+@pytest.mark.parametrize("always", [True, False], ids=["noticed before", "only in the capture"])
+def test_a_call_that_waits_for_the_device_runs_eagerly(unet, cuda, monkeypatch, always):
+    """A capture that fails leaves the stream, the device and torch's cache of memory usable, also for other graphs."""
     forward = unet.forward
 
     def reading(sample, timestep, **kwargs):
-        return forward(sample, torch.full_like(timestep, timestep.max().item()), **kwargs)
+        if always or torch.cuda.is_current_stream_capturing():
+            timestep = torch.full_like(timestep, timestep.max().item())
+        return forward(sample, timestep, **kwargs)
 
     monkeypatch.setattr(unet, "forward", reading)
     runtime = started(unet)
@@ -162,6 +165,12 @@ def test_a_call_that_waits_for_the_device_runs_eagerly(unet, monkeypatch):
             assert answer(runtime, call).isfinite().all()
     assert runtime.graph_count == 0
     assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()
+    monkeypatch.setattr(unet, "forward", forward)
+    other = started(unet)
+    for call in calls(unet, 3):
+        answer(other, call)
+    assert other.graph_count == 1
 
 
 def test_exhausted_memory_is_recognised(cuda):

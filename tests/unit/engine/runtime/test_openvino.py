@@ -1,6 +1,7 @@
 """The denoiser on OpenVINO: the model's answers, for every number of rows and every size."""
 
 import importlib.util
+import os
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ from calotype_server.engine.runtime.check import answers, difference, is_determi
 from calotype_server.engine.runtime.compare import compare
 from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.runtime.openvino import OpenVinoRuntime
+from calotype_server.engine.runtime.openvino_cache import load_traced, save_traced
 from calotype_server.engine.sample_calls import sample_calls
 from support.engine import tiny
 
@@ -167,3 +169,19 @@ def test_other_number_formats_are_rejected(tmp_path):
 def test_openvino_reports_nothing():
     """The package by which OpenVINO reports its use is never imported."""
     assert sys.modules["openvino_telemetry"] is None
+
+
+def test_cached_models_that_nothing_uses_are_removed(tmp_path):
+    """A new model replaces those of old versions, and what a killed process left; used ones stay."""
+    openvino = openvino_module.openvino  # imported behind its guard
+    number = openvino.opset13.parameter([1], dtype=openvino.Type.f32)
+    model = openvino.Model([openvino.opset13.relu(number)], [number], "model")
+    paths = [tmp_path / "openvino" / name for name in ("old", "used", "new")]
+    for path in paths[:2]:
+        save_traced(path, model)
+    (tmp_path / "openvino" / "tmp123").mkdir()
+    for each in (tmp_path / "openvino").iterdir():
+        os.utime(each, (0, 0))
+    assert load_traced(openvino.Core(), paths[1]) is not None
+    save_traced(paths[2], model)
+    assert sorted((tmp_path / "openvino").iterdir()) == sorted(paths[1:])

@@ -112,3 +112,9 @@ class TestComparison:
         found, _ = selected(alter, exact_rows=4)
         assert found.runtime.name == "none"
         assert "last bits" in found.fallback
+
+    def test_a_rejected_accelerator_that_cannot_clean_up(self, selected, monkeypatch):
+        """The server starts all the same."""
+        monkeypatch.setattr(AlteredRuntime, "clear", lambda _: 1 / 0)
+        found, _ = selected(lambda answer, _: (answer[0] * 2,))
+        assert found.runtime.name == "none"

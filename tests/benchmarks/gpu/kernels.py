@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     import PIL.Image
 
+    from calotype_server.engine.preview.decoders import Decoder
     from calotype_server.types import ModelInfo
 
 __all__ = ["decoded", "denoiser", "jpeg", "largest", "largest_input", "launch", "priorities", "rows"]
@@ -109,14 +110,15 @@ def priorities(pipeline: Any, model: ModelInfo, device: torch.device, steps: int
     """
     call, full = denoiser_call(pipeline, model), VaeDecoder(pipeline, pipeline.vae)
     # Each step gets its own copy: the preview thread reads it while the denoiser continues.
-    latents = torch.randn(full.shape(model.width, model.height)).to(device, denoiser(pipeline).dtype)
+    latents = torch.randn(full.shape(model.width, model.height)).to(device, next(denoiser(pipeline).parameters()).dtype)
 
     def step() -> torch.Tensor:
         call()
         return latents.clone()
 
+    decoders: dict[str, Decoder] = {"head": HeadDecoder(calibrate(pipeline, model)), "full_vae": full}
     found = {}
-    for name, decoder in {"head": HeadDecoder(calibrate(pipeline, model)), "full_vae": full}.items():
+    for name, decoder in decoders.items():
         draw = functools.partial(decoder.decode, width=model.width, height=model.height)
         compared = compare_priorities(step, draw, device, steps=steps, rounds=rounds)
         found |= {f"{name}_{figure}": value for figure, value in compared.items()}

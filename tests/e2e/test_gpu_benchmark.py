@@ -85,6 +85,8 @@ def test_every_section_measures_and_a_killed_run_resumes(tmp_path: Path) -> None
         "out of memory",
     ):
         assert title in printed
+    assert (figures["accelerator"], figures["accelerator_fallback"]) == ("none", "")
+    assert figures["fast_computed_steps"] < figures["fast_steps"]
     assert (figures["nan_reason"], figures["oom_reason"]) == ("NUMERICAL_FAILURE", "OUT_OF_MEMORY")
     assert figures["nan_next_succeeds"] == figures["oom_other_succeeds"] == figures["oom_next_succeeds"] == 1
     assert figures["same_again_levels"] == figures["same_head_levels"] == figures["same_full_vae_levels"] == 0

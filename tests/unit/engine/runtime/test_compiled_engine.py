@@ -1,8 +1,10 @@
 """`--accelerate compile` with the real compiler, from the start of an engine to its images."""
 
 import dataclasses
+import inspect
 import threading
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,20 @@ def _compiler(monkeypatch):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def plain_calls():
+    """Lists the calls of the UNet's own Python code, in all threads that start later; compiled code does not run it."""
+    forward, calls = inspect.unwrap(diffusers.UNet2DConditionModel.forward).__code__, []
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code is forward:
+            calls.append(threading.current_thread().name)
+
+    threading.setprofile(note)
+    yield calls
+    threading.setprofile(None)
 
 
 def started(accelerate, cache_dir, **options):
@@ -69,15 +85,17 @@ def compiled():
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_whole_unet_is_compiled_at_load_and_cached(tmp_path, deterministic):
-    """Images are those of plain calls up to rounding, requests compile nothing, and the next start only loads code."""
+def test_a_whole_unet_is_compiled_at_load_and_cached(tmp_path, plain_calls, deterministic):
+    """Requests use compiled code and compile nothing; images are right up to rounding; the next start loads code."""
     pictures, misses = {}, []
     for name in ("none", "compile", "compile"):
         engine = started(name, tmp_path, deterministic=deterministic)
         misses.append(counters["inductor"]["fxgraph_cache_miss"])
         before = compiled()
+        plain_calls.clear()
         pictures[name] = images(engine)
         assert compiled() == before
+        assert bool(plain_calls) == (name == "none")
         engine.close()
     for ours, theirs in zip(pictures["compile"], pictures["none"], strict=True):
         assert np.abs(ours - theirs).max() <= 1

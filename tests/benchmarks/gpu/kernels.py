@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.side_stream import compare_priorities
+from benchmarks.gpu.side_stream import compare_priorities
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.preview.calibrate import calibrate
 from calotype_server.engine.preview.decoders import HeadDecoder, VaeDecoder

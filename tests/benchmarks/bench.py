@@ -24,6 +24,7 @@ from benchmarks import (
     images,
     launch_bound,
     previews,
+    runtimes,
     step_cache,
     subscribers,
     transports,
@@ -54,6 +55,8 @@ GOALS = {
         for steps, goals in ((20, ("<= 0.1", "<= 1.05", ">= 0.98")), (4, ("<= 0.35", "<= 1.2", ">= 0.98")))
         for name, goal in zip(("first_preview", "completion", "throughput"), goals, strict=True)
     },
+    "openvino_rows2_over_eager": "<= 0.6",
+    "openvino_request_over_eager": "<= 0.6",
     "fast_speedup": ">= 1.5",
     "fast_psnr_db": ">= 25",
     "readers200_denoise_over_1": "<= 1.02",
@@ -86,6 +89,7 @@ def main() -> None:
     results |= previews.measure()
     results |= images.measure(ROUNDS)
     results |= launch_bound.measure(ROUNDS)
+    results |= runtimes.measure(ROUNDS)
     results |= web.measure(ROUNDS)
     results |= transports.measure(ROUNDS)
     OUTPUT.parent.mkdir(exist_ok=True)

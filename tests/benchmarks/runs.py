@@ -20,15 +20,22 @@ if TYPE_CHECKING:
 
 STEPS = 20
 GUIDANCE = 3.0
+DEFAULT_THREADS = torch.get_num_threads()
+"""Torch's own number, before a benchmark sets another one."""
 
 
-def bundled() -> tuple[Any, ModelInfo]:
-    """Returns the pipeline and its description, and sets torch to the thread number that the server would choose."""
+def loaded() -> tuple[Any, ModelInfo]:
+    """Returns the pipeline and its description."""
     pipeline = loading.load_pipeline(
         "bundled", revision=None, variant=None, device=torch.device("cpu"), dtype=torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
-    model = capabilities.describe("bundled", pipeline, capabilities.Defaults(STEPS, GUIDANCE))
+    return pipeline, capabilities.describe("bundled", pipeline, capabilities.Defaults(STEPS, GUIDANCE))
+
+
+def bundled() -> tuple[Any, ModelInfo]:
+    """As `loaded`; also sets torch to the number of threads that the server would choose."""
+    pipeline, model = loaded()
     torch.set_num_threads(pick_threads(pipeline, model, EagerRuntime(pipeline.unet)))
     return pipeline, model
 

@@ -14,13 +14,12 @@ import pytest
 import torch
 
 from benchmarks.gpu import targets
-from benchmarks.gpu.report import DONE, SKIPPED
+from benchmarks.gpu.report import DONE
 from benchmarks.gpu.runner import SECTIONS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 TESTS = Path(__file__).parents[1]
-NEEDS_CUDA = {"priority"}
 SD15 = [name for name, section in SECTIONS.items() if not section.bundled]
 
 
@@ -34,7 +33,7 @@ def command(output: Path, *arguments: str, device: str = "cpu") -> dict[str, Any
             "benchmarks.gpu",
             "--toy",
             "--device",
-            "cpu",
+            device,
             "--output",
             str(output),
             *arguments,
@@ -62,7 +61,7 @@ def test_every_section_measures_and_a_killed_run_resumes(tmp_path: Path) -> None
     output = tmp_path / "bench.json"
     with subprocess.Popen(**command(output, "--models", "sd15")) as process:
         for line in process.stdout:
-            if line.startswith("done: sd15 plan"):
+            if line.startswith("done: sd15 none plan"):
                 process.kill()
                 break
         # The process with the device may still have the pipe.
@@ -70,11 +69,12 @@ def test_every_section_measures_and_a_killed_run_resumes(tmp_path: Path) -> None
     kept = [each["section"] for each in records(output)]
     assert kept[:3] == SD15[:3]
     printed = completed(output, "--models", "sd15", "--resume")
-    assert [line for line in printed.splitlines() if line.startswith("kept")] == [f"kept: sd15 {name}" for name in kept]
+    assert [line for line in printed.splitlines() if line.startswith("kept")] == [
+        f"kept: sd15 none {name}" for name in kept
+    ]
     found = {each["section"]: each for each in records(output)}
     assert list(found) == SD15
-    assert {name for name, each in found.items() if each["status"] == SKIPPED} == NEEDS_CUDA
-    assert {name for name, each in found.items() if each["status"] == DONE} == set(SD15) - NEEDS_CUDA
+    assert {name for name, each in found.items() if each["status"] == DONE} == set(SD15)
     figures = {name: value for each in found.values() for name, value in each["figures"].items()}
     assert all(math.isfinite(value) for value in figures.values() if isinstance(value, (int, float)))
     assert {name for target in targets.TARGETS for name in target.figures} <= set(figures)
@@ -85,6 +85,8 @@ def test_every_section_measures_and_a_killed_run_resumes(tmp_path: Path) -> None
         "out of memory",
     ):
         assert title in printed
+    assert (figures["accelerator"], figures["accelerator_fallback"]) == ("none", "")
+    assert figures["fast_computed_steps"] < figures["fast_steps"]
     assert (figures["nan_reason"], figures["oom_reason"]) == ("NUMERICAL_FAILURE", "OUT_OF_MEMORY")
     assert figures["nan_next_succeeds"] == figures["oom_other_succeeds"] == figures["oom_next_succeeds"] == 1
     assert figures["same_again_levels"] == figures["same_head_levels"] == figures["same_full_vae_levels"] == 0

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from benchmarks.gpu.process import CommandFailed, HostDied
 from benchmarks.gpu.report import DONE, FAILED, SKIPPED, Record, Report
 from benchmarks.gpu.runner import Plan, Section
 from benchmarks.gpu.session import Session, Skipped, interleaved, ratio
-from calotype_server.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -305,28 +304,13 @@ def test_ratios_compare_measurements_of_the_same_round() -> None:
     assert ratio([2, 4, 80], [1, 2, 40]) == 2
 
 
-class WithRuntimes(Settings):
-    """A server with fewer runtimes."""
-
-    accelerate: Literal["none", "graphs"] | None = None
-
-
-def test_runtimes_are_those_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line accepts the values of the server's setting; without the setting, only the baseline."""
-    monkeypatch.setattr(command_line, "Settings", WithRuntimes)
-    assert command_line.dimension("none,graphs", "accelerate", "none") == ["none", "graphs"]
-    assert command_line.dimension("fifo", "schedule", "") == ["fifo"]
-    assert command_line.dimension("", "schedule", "") == [None]
-    with pytest.raises(ValueError, match="no openvino, only none, graphs"):
-        command_line.dimension("openvino", "accelerate", "none")
-
-
-def test_a_server_without_the_setting_is_the_baseline() -> None:
-    """The default of an absent setting needs no value, and other values are rejected."""
-    assert command_line.dimension("plain", "no_such_setting", "plain") == [None]
-    assert command_line.dimension("", "no_such_setting", "") == [None]
-    with pytest.raises(ValueError, match="no graphs, only plain"):
-        command_line.dimension("plain,graphs", "no_such_setting", "plain")
+def test_runtimes_and_schedules_are_those_of_the_server() -> None:
+    """The command line accepts the values of the server's settings; without one, the server's default is measured."""
+    assert command_line.chosen("none,graphs", "accelerate") == ["none", "graphs"]
+    assert command_line.chosen("fifo", "schedule") == ["fifo"]
+    assert command_line.chosen("", "schedule") == [None]
+    with pytest.raises(ValueError, match="no plain, only first-look, fair, fifo"):
+        command_line.chosen("plain", "schedule")
 
 
 @pytest.mark.parametrize("arguments", [["--models", "sd16"], ["--sections", "stream"]])

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.gpu import kernels
 from benchmarks.gpu.host import Host
-from benchmarks.gpu.serving import preview_priority
-from calotype_server.engine.preview import device_stream, pipeline_previews
 
 CUDA = torch.device("cuda:1")
 
@@ -106,16 +103,3 @@ def test_poisoned_weights_are_restored() -> None:
     host.cure()
     host.cure()
     assert torch.equal(module(torch.ones(2)), before)
-
-
-@pytest.mark.parametrize("priority", [0, -1])
-def test_previews_get_a_stream_of_the_priority(priority: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine that is built in the block creates its preview stream with the priority; later ones do not."""
-    streams: list[tuple[Any, int]] = []
-    monkeypatch.setattr(device_stream, "CudaStream", lambda device, priority: streams.append((device, priority)))
-    previews: Any = pipeline_previews
-    before = previews.device_stream
-    with preview_priority(priority):
-        previews.device_stream(CUDA)
-    assert streams == [(CUDA, priority)]
-    assert previews.device_stream is before

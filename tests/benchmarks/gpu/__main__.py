@@ -30,40 +30,25 @@ if TYPE_CHECKING:
 
 OUTPUT = Path("build/bench-gpu.json")
 
-_BASELINE = "none"
-"""The runtime that every server has, also one without the setting."""
 
+def chosen(wanted: str, setting: str) -> list[str | None]:
+    """Returns the values of a setting to measure; None stands for the server's default.
 
-def choices(setting: str) -> tuple[str, ...]:
-    """Returns the values that the server accepts for a setting; none if it has no such setting."""
-    field = Settings.model_fields.get(setting)
-    return () if field is None else tuple(str(each) for each in _literals(field.annotation))
+    Raises:
+        ValueError: The server does not have one of the values.
+    """
+    available = [str(each) for each in _literals(Settings.model_fields[setting].annotation)]
+    names = _split(wanted)
+    unknown = [name for name in names if name not in available]
+    if unknown:
+        raise ValueError(f"--{setting}: this server has no {', '.join(unknown)}, only {', '.join(available)}.")
+    return [*names] or [None]
 
 
 def _literals(annotation: Any) -> list[Any]:
     if isinstance(annotation, enum.EnumMeta):
         return list(annotation)
-    found = []
-    for each in typing.get_args(annotation):
-        found += [each] if isinstance(each, str) else _literals(each)
-    return found
-
-
-def dimension(wanted: str, setting: str, baseline: str) -> list[str | None]:
-    """Returns the values to measure; None stands for a server without the setting, which is the baseline.
-
-    Raises:
-        ValueError: The server does not have one of the values.
-    """
-    available, names = choices(setting), _split(wanted)
-    if not available:
-        available, absent = (baseline,), True
-    else:
-        absent = False
-    unknown = [name for name in names if name not in available]
-    if unknown:
-        raise ValueError(f"--{setting}: this server has no {', '.join(unknown)}, only {', '.join(available)}.")
-    return [None if absent else name for name in names] or [None]
+    return list(typing.get_args(annotation))
 
 
 def _split(text: str) -> list[str]:
@@ -75,7 +60,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench-gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--models", default=",".join(MODELS), help=f"comma-separated: {', '.join(MODELS)}")
     parser.add_argument("--sections", default=",".join(SECTIONS), help=f"comma-separated: {', '.join(SECTIONS)}")
-    parser.add_argument("--accelerate", default=_BASELINE, help="comma-separated runtimes: none, graphs, compile")
+    parser.add_argument("--accelerate", default="none", help="comma-separated runtimes: none, graphs, compile")
     parser.add_argument("--schedule", default="", help="comma-separated schedules; default: the server's")
     parser.add_argument("--toy", action="store_true", help="tiny models; the figures mean nothing")
     parser.add_argument("--rounds", type=int, help="measurements of each figure; default: 3, or 1 with --toy")
@@ -85,15 +70,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"the file; default: {OUTPUT}")
     options = parser.parse_args(arguments)
     try:
-        options.accelerates = dimension(options.accelerate, "accelerate", _BASELINE)
-        options.schedules = dimension(options.schedule, "schedule", "")
+        options.accelerates = chosen(options.accelerate, "accelerate")
+        options.schedules = chosen(options.schedule, "schedule")
     except ValueError as error:
         parser.error(str(error))
     for name, known in (("models", MODELS), ("sections", SECTIONS)):
-        chosen = _split(getattr(options, name))
-        if unknown := [each for each in chosen if each not in known]:
+        names = _split(getattr(options, name))
+        if unknown := [each for each in names if each not in known]:
             parser.error(f"--{name}: unknown: {', '.join(unknown)}")
-        setattr(options, name, chosen)
+        setattr(options, name, names)
     return options
 
 

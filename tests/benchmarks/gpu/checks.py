@@ -79,11 +79,10 @@ def nan(bench: Bench) -> Figures:
 def out_of_memory(bench: Bench) -> Figures:
     """A request for a huge image in little memory fails with its reason, while another user continues."""
     session, case = bench.session, bench.case
-    # Without admission by memory, so that the request reaches the device.
-    server = "unlimited"
-    address = session.server(server, {**bench.variant.settings, "memory_limit": 0})["address"]
     huge = min(2048, 16 * case.size)
-    try:
+    # Without admission by memory, so that the request reaches the device.
+    with bench.opened("unlimited", memory_limit=0) as server:
+        address = server["address"]
         before = session("reset_peak")
         alone = statistics.median(bench.stream(address, seed=each).finished for each in range(max(2, bench.rounds)))
         session("occupy", case, leave_gib=1.3 * (session("peak_gib") - before) + 0.5)
@@ -94,8 +93,6 @@ def out_of_memory(bench: Bench) -> Figures:
         finally:
             session("release")
         [following] = watching.together(address, case, [{"seed": 3}])
-    finally:
-        session.close_server(server)
     return {
         "oom_reason": failed.reason or "no error",
         "oom_other_succeeds": int(not other.reason),

@@ -188,6 +188,10 @@ class Host:
         """Returns `kernels.rows` for 1, 2, 4, ... up to this many requests at once."""
         return kernels.rows(self.pipeline, self._model(case), self._device, requests)
 
+    def priorities(self, case: Case, steps: int, rounds: int) -> dict[str, float]:
+        """Returns `kernels.priorities`."""
+        return kernels.priorities(self.pipeline, self._model(case), self._device, steps, rounds)
+
     def _model(self, case: Case) -> Any:
         return capabilities.describe(case.name, self.pipeline, capabilities.Defaults(case.steps, case.guidance))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import statistics
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.gpu.side_stream import compare_priorities
 from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.preview.calibrate import calibrate
+from calotype_server.engine.preview.decoders import HeadDecoder, VaeDecoder
 from calotype_server.engine.runtime.collate import Collator
 from calotype_server.engine.runtime.compare import tensors
 from calotype_server.engine.sample_calls import denoiser_call, sample_calls
@@ -20,9 +24,10 @@ if TYPE_CHECKING:
 
     import PIL.Image
 
+    from calotype_server.engine.preview.decoders import Decoder
     from calotype_server.types import ModelInfo
 
-__all__ = ["decoded", "denoiser", "jpeg", "largest", "largest_input", "launch", "rows"]
+__all__ = ["decoded", "denoiser", "jpeg", "largest", "largest_input", "launch", "priorities", "rows"]
 
 _CYCLES_PER_SECOND = 2e9
 """About the clock of current devices. It only decides how long the device sleeps."""
@@ -90,6 +95,33 @@ def rows(pipeline: Any, model: ModelInfo, device: torch.device, requests: int) -
         except torch.OutOfMemoryError:
             break
         found[bound.rows * count] = 1000 * min(times[1:])
+    return found
+
+
+def priorities(pipeline: Any, model: ModelInfo, device: torch.device, steps: int, rounds: int) -> dict[str, float]:
+    """Returns `compare_priorities` for an eager denoiser with previews by the head, and by the full VAE.
+
+    Args:
+        pipeline: The pipeline.
+        model: Its description; all calls are those of its default request.
+        device: The pipeline's device.
+        steps: Steps in a run.
+        rounds: Runs of each way.
+    """
+    call, full = denoiser_call(pipeline, model), VaeDecoder(pipeline, pipeline.vae)
+    # Each step gets its own copy: the preview thread reads it while the denoiser continues.
+    latents = torch.randn(full.shape(model.width, model.height)).to(device, next(denoiser(pipeline).parameters()).dtype)
+
+    def step() -> torch.Tensor:
+        call()
+        return latents.clone()
+
+    decoders: dict[str, Decoder] = {"head": HeadDecoder(calibrate(pipeline, model)), "full_vae": full}
+    found = {}
+    for name, decoder in decoders.items():
+        draw = functools.partial(decoder.decode, width=model.width, height=model.height)
+        compared = compare_priorities(step, draw, device, steps=steps, rounds=rounds)
+        found |= {f"{name}_{figure}": value for figure, value in compared.items()}
     return found
 
 

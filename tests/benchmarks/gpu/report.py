@@ -199,6 +199,7 @@ def _ratio(name: str) -> Callable[[_Column], str]:
 ROWS: tuple[tuple[str, Callable[[_Column], str]], ...] = (
     ("bare pipeline call", lambda c: c("bare_seconds", ".3f", " s")),
     ("stream without previews / bare", _ratio("silent_over_bare")),
+    ("stream without previews from a server with one slot / bare", _ratio("alone_over_bare")),
     ("preview at every step (head) / bare", _ratio("head_over_bare")),
     ("preview at every step (head) / without previews", _ratio("head_over_silent")),
     (
@@ -221,6 +222,7 @@ ROWS: tuple[tuple[str, Callable[[_Column], str]], ...] = (
         "chosen by the plan: active, rows",
         lambda c: c.joined("{}, {}", ("max_active", ".0f"), ("max_batch_rows", ".0f")),
     ),
+    ("active runtime", lambda c: c("accelerator")),
     ("8 users: throughput / FIFO", _ratio("users8_throughput_over_fifo")),
     ("8 users: mean time to first preview / FIFO", _ratio("users8_first_preview_over_fifo")),
     ("8 users: slowest first preview / FIFO", _ratio("users8_slowest_first_preview_over_fifo")),
@@ -241,8 +243,20 @@ ROWS: tuple[tuple[str, Callable[[_Column], str]], ...] = (
         ),
     ),
     (
-        "preview stream of low, high priority: head / without previews",
-        lambda c: c.joined("{}, {}", ("priority_low_head_over_silent",), ("priority_high_head_over_silent",)),
+        "priority of previews: that of the denoiser, higher, lower: steps with the head / without previews",
+        lambda c: c.joined("{}, {}, {}", *((f"priority_head_{name}",) for name in ("default", "high", "low"))),
+    ),
+    (
+        "the same: time from a step to its preview, in steps",
+        lambda c: c.joined("{}, {}, {}", *((f"priority_head_latency_{name}",) for name in ("default", "high", "low"))),
+    ),
+    (
+        "stream without previews, timesteps on the device, in ordinary memory / bare",
+        lambda c: c.joined("{}, {}", ("host_timesteps_off_over_bare",), ("host_timesteps_on_over_bare",)),
+    ),
+    (
+        "speed FAST / all steps; computed steps",
+        lambda c: c.joined("{}; {} of {}", ("fast_over_exact",), ("fast_computed_steps", ".0f"), ("fast_steps", ".0f")),
     ),
     (
         "memory of weights; peak with 1 user, with 8",

@@ -12,19 +12,30 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import watching
 from benchmarks.gpu.session import Bench, Skipped, interleaved, ratio
+from calotype_server.types import FAST_MIN_STEPS
 
 if TYPE_CHECKING:
     from benchmarks.gpu.watching import Seen
 
-__all__ = ["bare", "cancel", "final_image", "first_preview", "launch", "plan", "priority", "rows", "streams", "users"]
+__all__ = [
+    "bare",
+    "cancel",
+    "fast",
+    "final_image",
+    "first_preview",
+    "host_timesteps",
+    "launch",
+    "plan",
+    "priority",
+    "rows",
+    "streams",
+    "users",
+]
 
 Figures = dict[str, Any]
 
 _USERS = 8
 _CANCELS = 3
-_PREVIEWS = ("none", "head", "full_vae")
-_PRIORITIES = {"low": 0, "high": -1}
-"""Of CUDA streams. The denoiser's stream has the low one, and there is none below it."""
 
 
 def bare(bench: Bench) -> Figures:
@@ -56,20 +67,27 @@ def plan(bench: Bench) -> Figures:
 
 
 def streams(bench: Bench) -> Figures:
-    """The bare call, the usual callback, and streams with each kind of preview, side by side."""
-    address = bench.shared()
+    """The bare call, the usual callback, and streams with each kind of preview, side by side.
+
+    `alone` is a stream without previews from a server with one slot.
+    """
+    address, alone = bench.shared(), bench.fifo()
 
     bare_call = functools.partial(bench.session, "bare", bench.case)
     methods = {"silent": "none", "head": "head", "auto": "auto", "full_vae": "full_vae"}
     found = interleaved(
-        {"bare": bare_call, "callback": functools.partial(bare_call, callback=True)}
+        {
+            "bare": bare_call,
+            "callback": functools.partial(bare_call, callback=True),
+            "alone": functools.partial(bench.stream, alone),
+        }
         | {name: functools.partial(bench.stream, address, method=method) for name, method in methods.items()},
         bench.rounds,
     )
     times = {
         name: [each if isinstance(each, float) else each.finished for each in runs] for name, runs in found.items()
     }
-    figures: Figures = {"callback_over_bare": ratio(times["callback"], times["bare"])}
+    figures: Figures = {f"{name}_over_bare": ratio(times[name], times["bare"]) for name in ("callback", "alone")}
     for name in methods:
         figures[f"{name}_over_bare"] = ratio(times[name], times["bare"])
         if name != "silent":
@@ -187,25 +205,47 @@ def final_image(bench: Bench) -> Figures:
     }
 
 
-def priority(bench: Bench) -> Figures:
-    """The cost of previews by the priority of their stream."""
-    if not bench.session("has_preview_priority"):
-        raise Skipped("it needs a CUDA device and a preview stream with a choice of priorities")
-    figures: Figures = {}
-    for name, number in _PRIORITIES.items():
-        server = f"{name} priority"
-        address = bench.session.server(server, bench.variant.settings, priority=number)["address"]
-        try:
-            found = interleaved(
-                {method: functools.partial(bench.stream, address, method=method) for method in _PREVIEWS}, bench.rounds
-            )
-        finally:
-            bench.session.close_server(server)
-        times = {method: [each.finished for each in runs] for method, runs in found.items()}
-        for method in ("head", "full_vae"):
-            figures[f"priority_{name}_{method}_over_silent"] = ratio(times[method], times["none"])
-        figures[f"priority_{name}_first_preview_steps"] = (
-            statistics.median(each.first_preview - each.timings.encoding_prompt for each in found["head"])
-            / bench.step_seconds
+def host_timesteps(bench: Bench) -> Figures:
+    """Streams without previews, with timesteps on the device and in ordinary memory.
+
+    `host_timesteps_saved_over_bare` is the time that they save, relative to the bare call.
+    """
+    device = bench.shared()
+    with bench.opened("host timesteps", host_timesteps=True) as host:
+        found = interleaved(
+            {
+                "bare": functools.partial(bench.session, "bare", bench.case),
+                "off": lambda: bench.stream(device).finished,
+                "on": lambda: bench.stream(host["address"]).finished,
+            },
+            bench.rounds,
         )
-    return figures
+    saved = [off - on for off, on in zip(found["off"], found["on"], strict=True)]
+    return {
+        "host_timesteps_off_over_bare": ratio(found["off"], found["bare"]),
+        "host_timesteps_on_over_bare": ratio(found["on"], found["bare"]),
+        "host_timesteps_saved_over_bare": ratio(saved, found["bare"]),
+    }
+
+
+def fast(bench: Bench) -> Figures:
+    """Streams without previews, with all steps and with `speed="fast"`; random weights do not show its quality."""
+    with bench.opened("step cache", step_cache=True) as server:
+        if server["scheduler"] not in server["fast_schedulers"]:
+            raise Skipped(f"the server does not offer the step cache with {server['scheduler']}")
+        speeds, steps = ("exact", "fast"), max(FAST_MIN_STEPS, bench.case.steps)
+        one = functools.partial(bench.stream, server["address"], steps=steps)
+        found = interleaved({speed: functools.partial(one, speed=speed) for speed in speeds}, bench.rounds)
+    exact, quick = ([each.finished for each in found[speed]] for speed in speeds)
+    computed = found["fast"][-1].timings.computed_steps
+    return {"fast_over_exact": ratio(quick, exact), "fast_computed_steps": computed, "fast_steps": steps}
+
+
+def priority(bench: Bench) -> Figures:
+    """The cost of previews by the priority of their stream relative to the denoiser's, which runs eagerly.
+
+    On a CPU there are no priorities; the figures are then all alike.
+    """
+    case = bench.case
+    found = bench.session("priorities", case, case.steps, bench.rounds)
+    return {f"priority_{name}": value for name, value in found.items()}

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from calotype_server import threads
 from calotype_server.apps.server import Ready, serve
 from calotype_server.engine import factory
-from calotype_server.engine.preview import device_stream, pipeline_previews
 from calotype_server.observability.events import BatchDone
 from calotype_server.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     import torch
@@ -61,16 +57,13 @@ class Servers:
         self._cache_dir = cache_dir
         self._servers: dict[str, _Server] = {}
 
-    async def open_server(
-        self, name: str, model: str, settings: dict[str, Any], priority: int | None = None
-    ) -> dict[str, Any]:
+    async def open_server(self, name: str, model: str, settings: dict[str, Any]) -> dict[str, Any]:
         """Starts a server, and returns its address, the plan that it chose and the time until it was ready.
 
         Args:
             name: For `take_batches` and `close_server`.
             model: The model's name.
             settings: Fields of `Settings`. The plan is measured, not read from a cache.
-            priority: Priority of the preview stream; None for the product's.
 
         Raises:
             StartupError: The server did not start.
@@ -98,8 +91,7 @@ class Servers:
                 server.observe(event)
                 observe(event)
 
-            with preview_priority(priority):
-                return await threads.run("load", factory.engine_around, settings, self.pipeline, observe_both)
+            return await threads.run("load", factory.engine_around, settings, self.pipeline, observe_both)
 
         server = _Server(asyncio.create_task(serve(chosen, ready.set_result, load)))
         started: list[asyncio.Future[Any]] = [server.task, ready]
@@ -117,6 +109,10 @@ class Servers:
             "max_batch_rows": found.max_batch_rows,
             "unbatched_reason": found.unbatched_reason,
             "preview_methods": ", ".join(found.preview_methods),
+            "accelerator": found.accelerator,
+            "accelerator_fallback": found.accelerator_fallback,
+            "scheduler": found.scheduler,
+            "fast_schedulers": ", ".join(found.fast_schedulers),
         }
 
     async def close_server(self, name: str) -> None:
@@ -138,19 +134,3 @@ class Servers:
         batches = server.batches[:]
         del server.batches[: len(batches)]
         return batches
-
-    async def has_preview_priority(self) -> bool:
-        """Whether the priority of the preview stream can be chosen: a CUDA device, and a parameter for it."""
-        parameters = inspect.signature(device_stream.CudaStream.__init__).parameters
-        return self._device.type == "cuda" and "priority" in parameters
-
-
-@contextlib.contextmanager
-def preview_priority(priority: int | None) -> Iterator[None]:
-    """Engines that are built in this block render previews on a stream of this priority; None keeps the product's."""
-    if priority is None:
-        yield
-        return
-    stream: Any = device_stream.CudaStream
-    with mock.patch.object(pipeline_previews, "device_stream", lambda device: stream(device, priority=priority)):
-        yield

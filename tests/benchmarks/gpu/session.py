@@ -28,7 +28,7 @@ class Variant:
     """Settings of the server that are compared.
 
     Attributes:
-        accelerate: Value of `--accelerate`; None if the server has no such setting, or for its default.
+        accelerate: Value of `--accelerate`; None for the server's default.
         schedule: Value of `--schedule`; None for the server's default.
     """
 
@@ -127,12 +127,12 @@ class Session:
             self.close()
             raise
 
-    def server(self, name: str, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
+    def server(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
         """Starts a server unless it runs, and returns its description. If that fails, it is not tried again."""
         if name not in self._servers:
             model = "bundled" if self.family == "bundled" else f"random/{self.family}"
             with self._once(name):
-                self._servers[name] = self("open_server", name, model, settings, **options)
+                self._servers[name] = self("open_server", name, model, settings)
         return self._servers[name]
 
     def close_server(self, name: str) -> None:
@@ -205,6 +205,15 @@ class Bench:
         """Returns the address of a server that runs one generation after another, with the same runtime."""
         settings = {"accelerate": self.variant.accelerate} if self.variant.accelerate else {}
         return self.session.server("fifo", {"max_active": 1, **settings})["address"]
+
+    @contextlib.contextmanager
+    def opened(self, name: str, **settings: Any) -> Iterator[dict[str, Any]]:
+        """Runs a server with the variant's settings and these, and yields its description."""
+        server = f"{name} {self.variant.title}"
+        try:
+            yield self.session.server(server, {**self.variant.settings, **settings})
+        finally:
+            self.session.close_server(server)
 
     def stream(self, address: str, **options: Any) -> watching.Seen:
         """Follows one generation of the case."""

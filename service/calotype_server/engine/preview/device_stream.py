@@ -165,7 +165,7 @@ class CudaStream:
     Args:
         device: The denoiser's device.
         priority: As for `torch.cuda.Stream`: 0, that of the denoiser's stream and the lowest, or -1. Not measured yet;
-            `benchmarks.side_stream` compares them.
+            `benchmarks.gpu.side_stream` compares them.
     """
 
     fast = True

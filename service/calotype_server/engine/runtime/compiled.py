@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils._pytree import tree_leaves
 
 from calotype_server.engine.runtime.collate import Collator
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["CompiledRuntime"]
 
 _log = structlog.get_logger(__name__)
+
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 _LEAST_SHARE = 0.5
 """Of the weights. If the repeated blocks have less, the whole denoiser is compiled."""
@@ -40,7 +43,7 @@ class CompiledRuntime:
         module: The denoiser; not changed.
         exact: Join only rows that need no padding; see `Collator`. Also, choose no kernels by their speed.
         cache_dir: Folder of all caches; compiled code is in `inductor` below it, unless the variable
-            `TORCHINDUCTOR_CACHE_DIR` is set.
+            `TORCHINDUCTOR_CACHE_DIR` names another one.
         backend: Backend of `torch.compile`.
     """
 
@@ -49,7 +52,7 @@ class CompiledRuntime:
     def __init__(
         self, module: Any, *, exact: bool, cache_dir: Path, backend: str | Callable[..., Any] = "inductor"
     ) -> None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir.expanduser() / "inductor"))
+        _cache_below(cache_dir.expanduser())
         self.module = module
         self.collator = Collator(module, exact=exact)
         self._rows = 0
@@ -87,6 +90,13 @@ class CompiledRuntime:
         for leaf in tree_leaves(arguments):
             if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == self._rows > 1:
                 torch._dynamo.maybe_mark_dynamic(leaf, 0)
+
+
+def _cache_below(folder: Path) -> None:
+    """Sets the folder for compiled code, unless the operator did."""
+    # Importing diffusers already sets the variable to torch's default, which is among the temporary files.
+    if os.environ.get(_CACHE_VARIABLE) in (None, default_cache_dir()):
+        os.environ[_CACHE_VARIABLE] = str(folder / "inductor")
 
 
 def _failing_when_compiled_too_often() -> contextlib.AbstractContextManager[Any]:

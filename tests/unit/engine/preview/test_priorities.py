@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.side_stream import PRIORITIES, compare_priorities
+from benchmarks.gpu.side_stream import PRIORITIES, compare_priorities
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_openvino_reports_nothing():
 
 def test_cached_models_that_nothing_uses_are_removed(tmp_path):
     """A new model replaces those of old versions, and what a killed process left; used ones stay."""
-    openvino = openvino_module.openvino  # imported behind its guard
+    openvino: Any = vars(openvino_module)["openvino"]  # imported behind its guard
     number = openvino.opset13.parameter([1], dtype=openvino.Type.f32)
     model = openvino.Model([openvino.opset13.relu(number)], [number], "model")
     paths = [tmp_path / "openvino" / name for name in ("old", "used", "new")]

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 PATIENCE = 60
 OPTIONS = ("--deterministic", "--log-format", "json")
-OPTIONS += ("--max-active", "1", "--drain-seconds", "1")
+OPTIONS += ("--max-active", "2", "--drain-seconds", "1")
+
+REQUEST_IDS = ("0", "1", "2")
 
 AT_START = {"store.open", "store.load"}
 """Failpoints that a server reaches before it accepts requests."""
@@ -34,7 +36,7 @@ AT_START = {"store.open", "store.load"}
 def options_for(name: str, folder: Path) -> tuple[str, ...]:
     """Returns the flags of a server that reaches the failpoint."""
     # The image without a request id is the first one that is dropped; the request ids stay in use.
-    retained = ("--retain-count", "2") if name == "store.forget" else ()
+    retained = ("--retain-count", "3") if name == "store.forget" else ()
     return (*OPTIONS, *retained, "--state", str(folder))
 
 
@@ -83,8 +85,8 @@ def test_a_process_that_stops_at_a_failpoint_keeps_its_promises(tmp_path: Path, 
         if is_ready:
             control.write_text(f"{name}={action}")
             asyncio.run(call(history, server, name, ""))
-            # With one slot, one of them waits.
-            asyncio.run(call(history, server, name, "0", "1"))
+            # Two run together, and the third one waits.
+            asyncio.run(call(history, server, name, *REQUEST_IDS))
         else:
             server.wait_for_log("fault injected", timeout=PATIENCE)
         if action == "hang":
@@ -105,7 +107,7 @@ def test_a_process_that_stops_at_a_failpoint_keeps_its_promises(tmp_path: Path, 
     assert any(kind.startswith(f"fault {name} {action}") for kind in history.tried), "the failpoint was not reached"
     history.crashed()
     with ServerProcess(*options) as server:
-        asyncio.run(call(history, server, "", "0", "1"))
+        asyncio.run(call(history, server, "", *REQUEST_IDS))
         server.terminate()
         history.stopped(server.process.wait(PATIENCE))
         server.join_log()

@@ -120,7 +120,7 @@ class GenerationIndex:
 
     @property
     def is_durable(self) -> bool:
-        """Whether there is a store."""
+        """Whether generations are stored on disk."""
         return self._store is not None
 
     @property

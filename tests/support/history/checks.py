@@ -137,7 +137,7 @@ def _listings_agree(view: _View) -> Iterator[str]:
 
 
 def _request_ids_start_once(view: _View) -> Iterator[str]:
-    """A request id starts another generation only if the first one ended for lack of a reader, server or disk."""
+    """A request id starts another generation only if the first one was dropped, or had no reader, server or disk."""
     started = defaultdict(list)
     for opened, facts in view.readers():
         for fact in facts:

@@ -25,10 +25,19 @@ if TYPE_CHECKING:
 
 PATIENCE = 60
 OPTIONS = ("--deterministic", "--log-format", "json")
-OPTIONS += ("--max-active", "2", "--retain-count", "1", "--drain-seconds", "1")
+OPTIONS += ("--max-active", "2", "--drain-seconds", "1")
+
+REQUEST_IDS = ("0", "1", "2")
 
 AT_START = {"store.open", "store.load"}
 """Failpoints that a server reaches before it accepts requests."""
+
+
+def options_for(name: str, folder: Path) -> tuple[str, ...]:
+    """Returns the flags of a server that reaches the failpoint."""
+    # The image without a request id is the first one that is dropped; the request ids stay in use.
+    retained = ("--retain-count", "3") if name == "store.forget" else ()
+    return (*OPTIONS, *retained, "--state", str(folder))
 
 
 def request(request_id: str) -> pb.GenerateRequest:
@@ -38,10 +47,11 @@ def request(request_id: str) -> pb.GenerateRequest:
     )
 
 
-async def call(history: History, server: ServerProcess, name: str) -> None:
-    """Generates two images on the port that reaches the failpoint; calls that hang are abandoned."""
-    for number in range(2):
-        log = history.reader(request_id=f"{number}", recipe="fox")
+async def call(history: History, server: ServerProcess, name: str, *request_ids: str) -> None:
+    """Generates images at the same time on the port that reaches the failpoint; calls that hang are abandoned."""
+
+    async def generate(request_id: str) -> None:
+        log = history.reader(request_id=request_id, recipe="fox")
         if name.startswith("http"):
             client = httpx.AsyncClient(base_url=f"http://{server.web_address}/v1", timeout=None, trust_env=False)
             stub = EventStub(client, None)
@@ -51,11 +61,13 @@ async def call(history: History, server: ServerProcess, name: str) -> None:
             stub = GenerationServiceStub(open_channel(server.address))
         try:
             async with asyncio.timeout(PATIENCE / 6):
-                await read(log, stub.Generate(request(f"{number}")))
+                await read(log, stub.Generate(request(request_id)))
         except TimeoutError:
             log.left()
         except ConnectionError:
             log.refused()
+
+    await asyncio.gather(*map(generate, request_ids))
 
 
 @pytest.mark.slow
@@ -65,14 +77,16 @@ async def call(history: History, server: ServerProcess, name: str) -> None:
 def test_a_process_that_stops_at_a_failpoint_keeps_its_promises(tmp_path: Path, name: str, action: str) -> None:
     """The server exits, or a thread hangs and it still obeys SIGTERM; its successor ends all work exactly once."""
     history = History()
-    state = ("--state", str(tmp_path / "state"))
+    options = options_for(name, tmp_path / "state")
     is_ready, control = name not in AT_START, tmp_path / "faults"
     # The start itself reaches most failpoints as well, so the fault comes later.
     faults = ["--control", str(control)] if is_ready else [f"{name}={action}"]
-    with FailingServerProcess(faults, *OPTIONS, *state, ready=is_ready) as server:
+    with FailingServerProcess(faults, *options, ready=is_ready) as server:
         if is_ready:
             control.write_text(f"{name}={action}")
-            asyncio.run(call(history, server, name))
+            asyncio.run(call(history, server, name, ""))
+            # Two run together, and the third one waits.
+            asyncio.run(call(history, server, name, *REQUEST_IDS))
         else:
             server.wait_for_log("fault injected", timeout=PATIENCE)
         if action == "hang":
@@ -92,8 +106,8 @@ def test_a_process_that_stops_at_a_failpoint_keeps_its_promises(tmp_path: Path, 
     history.log(server.log)
     assert any(kind.startswith(f"fault {name} {action}") for kind in history.tried), "the failpoint was not reached"
     history.crashed()
-    with ServerProcess(*OPTIONS, *state) as server:
-        asyncio.run(call(history, server, ""))
+    with ServerProcess(*options) as server:
+        asyncio.run(call(history, server, "", *REQUEST_IDS))
         server.terminate()
         history.stopped(server.process.wait(PATIENCE))
         server.join_log()

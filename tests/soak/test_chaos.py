@@ -109,6 +109,8 @@ class Chaos:
         await asyncio.to_thread(self.server.process.wait)
         await self._collect()
         self.history.crashed(forgets=self._replica)
+        # The store forgets an end after a while, and this process may have been killed before anyone else saw it.
+        await self.history.store(self.state)
         self.kills += 1
         await self.start(keeps_state=keeps_state)
 

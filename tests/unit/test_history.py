@@ -237,13 +237,21 @@ def test_a_request_id_may_replace_a_generation_that_had_no_chance(reason: str) -
     assert violations(history) == []
 
 
+def test_the_request_id_of_a_dropped_generation_is_free() -> None:
+    """When the server no longer retains a generation, its request id may start another one."""
+    history = good()
+    one_request_id_two_generations(history)
+    history.dropped(A)
+    assert violations(history) == []
+
+
 def test_an_end_that_was_not_persisted_may_change() -> None:
-    """If the server reports that an end is not durable, another end may follow after a restart."""
+    """If the server reports to readers and in the log that an end is not durable, another end may follow."""
     history = good()
     for outcome, persisted in (("SUCCEEDED", False), (CRASHED, True)):
         reader = history.reader()
         reader.saw("aa.3", 1, "QUEUED", 0)
-        history.add(Logged(generation="aa.3", event="generation failed", outcome=outcome))
+        history.add(Logged(generation="aa.3", event="generation ended", outcome=outcome, persisted=persisted))
         reader.ended(outcome, persisted=persisted)
     assert violations(history) == []
 
@@ -252,9 +260,11 @@ def test_log_lines_are_read_as_facts() -> None:
     """Only JSON lines count; the end of a generation and injected faults are recognised."""
     history = History()
     line = {"event": "generation ended", "generation": A, "outcome": "succeeded", "level": "info"}
+    lost = {**line, "not_persisted": True}
     fault = {"event": "fault injected", "failpoint": "store.end", "action": "raise"}
-    history.log(["no JSON", json.dumps(line), json.dumps(fault)])
+    history.log(["no JSON", json.dumps(line), json.dumps(lost), json.dumps(fault)])
     assert history.facts[0] == Logged(generation=A, event="generation ended", outcome="SUCCEEDED")
+    assert history.facts[1] == Logged(generation=A, event="generation ended", outcome="SUCCEEDED", persisted=False)
     assert history.tried == {"fault store.end raise": 1}
 
 

@@ -4,9 +4,10 @@ These statements always hold, whatever fails. "Accepted" means that the caller h
 
 1. An accepted generation stays accepted. It ends exactly once, with a typed end, even if the process crashes (with a
    state folder), the disk is full, or a restarted server has fewer slots or lower limits. `lifecycle` restores it.
-2. An end never changes. It is on disk before any reader sees it; otherwise its last message has `not_persisted`.
-   `index` and `state_writer` order this. If the stored end is damaged, readers get `DataLoss` and never wrong content.
-   With a state folder, `Draining` is not an end of the generation but of this process: the next one runs it again.
+2. An end never changes. It is on disk before any reader sees it; otherwise its last message and its line in the log
+   have `not_persisted`. `index` and `state_writer` order this. If the stored end is damaged, readers get `DataLoss` and
+   never wrong content. With a state folder, `Draining` is not an end of the generation but of this process: the next
+   one runs it again.
 3. A request id never starts two generations of one caller while the first one is retained. The same seed and parameters
    produce the same image.
 4. A generation that crashes the process is tried twice, and then ends with `EngineCrashed`. Each attempt is on disk

@@ -72,6 +72,8 @@ class Completion:
         phases: tuple[PhaseSpan, ...] = ()
         try:
             end = await self._runner.run(generation, ticket, partial(self._index.persist_attempt, generation))
+            # Not persisted until `_store` has written it, which an exception may prevent.
+            end = replace(end, persisted=not self._index.is_durable)
             phases = generation.stopwatch.phases()
             hit("runner.end")
             end = await self._store(generation, end)
@@ -84,7 +86,7 @@ class Completion:
         finally:
             if end is None:
                 failure = errors.GenerationFailed("The image could not be generated.")
-                end = Failed(failure, generation.stopwatch.timings())
+                end = Failed(failure, generation.stopwatch.timings(), persisted=not self._index.is_durable)
             self._end(generation, ticket, end, phases or generation.stopwatch.phases())
 
     async def reject(self, generation: Generation, error: errors.ServiceError) -> None:
@@ -117,7 +119,7 @@ class Completion:
                 await generation.persisted()
             except errors.StateUnavailable as error:
                 # Its caller was rejected.
-                return Failed(error, end.timings)
+                return Failed(error, end.timings, persisted=False)
             try:
                 return await self._index.persist_end(generation, end)
             except asyncio.CancelledError:
@@ -156,6 +158,8 @@ class Completion:
 def _report(generation: Generation, end: Succeeded | Failed, phases: tuple[PhaseSpan, ...]) -> None:
     outcome = "succeeded" if isinstance(end, Succeeded) else end.error.reason
     seconds = round(end.timings.total or 0.0, 3)
-    _log.info("generation ended", outcome=outcome, seconds=seconds, previews=dict(generation.previews))
+    # If the process ends now, the next one may give the generation another end.
+    notes = {} if end.persisted else {"not_persisted": True}
+    _log.info("generation ended", outcome=outcome, seconds=seconds, previews=dict(generation.previews), **notes)
     steps, rows = generation.events.state.step, generation.stopwatch.batch_rows
     generation.observe(GenerationEnded(generation.id, generation.job, end, phases, steps, rows))

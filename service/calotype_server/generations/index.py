@@ -119,6 +119,11 @@ class GenerationIndex:
         return sorted(earlier, key=lambda each: (-each.created_ns, -each.number))
 
     @property
+    def is_durable(self) -> bool:
+        """Whether generations are stored on disk."""
+        return self._store is not None
+
+    @property
     def problem(self) -> str | None:
         """Why no new generation can be stored, in one sentence for operators; None without a problem or a store."""
         return None if self._store is None else self._store.problem
@@ -170,7 +175,7 @@ class GenerationIndex:
             # The attempt does not count.
             if attempted is not None:
                 await self._write_attempts(self._store, generation.id, generation.attempts)
-            return end
+            return replace(end, persisted=True)
         state, write = generation.events.state, self._store.end
         early = isinstance(end, Succeeded) and end.finished_early
         step = state.total_steps if isinstance(end, Succeeded) and not early else state.step

@@ -111,7 +111,7 @@ def _ends_once(view: _View) -> Iterator[str]:
 def _ends_are_final(view: _View) -> Iterator[str]:
     """An end is the same for every reader, in the store and in the log, before and after restarts."""
     for generation, ends in view.ends().items():
-        durable = [each for each in ends if not (isinstance(each[1], SawEnd) and not each[1].persisted)]
+        durable = [each for each in ends if getattr(each[1], "persisted", True)]
         # After a restart, the server runs a generation again that its own stop ended.
         final = [(outcome, image) for _, _, outcome, image in durable if outcome != "DRAINING"]
         outcomes = {outcome for outcome, _ in final}
@@ -137,7 +137,7 @@ def _listings_agree(view: _View) -> Iterator[str]:
 
 
 def _request_ids_start_once(view: _View) -> Iterator[str]:
-    """A request id starts another generation only if the first one ended for lack of a reader, server or disk."""
+    """A request id starts another generation only if the first one was dropped, or had no reader, server or disk."""
     started = defaultdict(list)
     for opened, facts in view.readers():
         for fact in facts:

@@ -137,12 +137,21 @@ class Listed(Fact):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logged(Fact):
-    """A line of the log. `outcome` is the end of a generation that the line reports, or ""."""
+    """A line of the log.
+
+    Attributes:
+        generation: Id of the generation, or "".
+        event: The text of the line.
+        level: The level in lower case.
+        outcome: The end of a generation that the line reports, or "".
+        persisted: As for `SawEnd`.
+    """
 
     generation: str
     event: str
     level: str = "info"
     outcome: str = ""
+    persisted: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

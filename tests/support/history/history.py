@@ -90,7 +90,8 @@ class History:
             event, generation = str(entry.get("event", "")), str(entry.get("generation", ""))
             if event == "fault injected":
                 self.tried[f"fault {entry['failpoint']} {entry['action']}"] += 1
-            self.add(Logged(generation=generation, event=event, level=level, outcome=outcome))
+            persisted = not entry.get("not_persisted", False)
+            self.add(Logged(generation=generation, event=event, level=level, outcome=outcome, persisted=persisted))
 
     def listed(self, summaries: Iterable[calotype.GenerationSummary]) -> None:
         """Adds a list that a server returned."""

@@ -107,6 +107,30 @@ async def test_an_exception_next_to_a_generation_keeps_its_image(kind: type[Base
             await assert_works(runtime)
 
 
+@pytest.mark.parametrize("kind", [Panic, asyncio.CancelledError])
+async def test_an_end_that_an_exception_keeps_from_the_disk_is_not_persisted(
+    kind: type[BaseException], tmp_path: Path
+) -> None:
+    """The reader gets the image, and both the reader and the log learn that a crash may lose it."""
+    async with Store.opened(tmp_path) as store, running_runtime(FakeEngine(), store=store) as runtime:
+        with injected("runner.end", raising(kind)), capture_logs() as logged:
+            end = (await generate(runtime)).events.state.end
+        assert isinstance(end, Succeeded)
+        assert not end.persisted
+        assert [line["not_persisted"] for line in logged if line["event"] == "generation ended"] == [True]
+        assert [record.end for record in await store.load()] == [None]
+
+
+async def test_the_end_of_a_rejected_generation_is_not_persisted(tmp_path: Path) -> None:
+    """If the disk did not accept a generation, the log does not report its end as final."""
+    async with Store.opened(tmp_path) as store, running_runtime(FakeEngine(), store=store) as runtime:
+        with injected("store.accept", raising(OSError)), capture_logs() as logged:
+            with pytest.raises(errors.StateUnavailable):
+                await generate(runtime)
+            await runtime.generations.idle()
+        assert [line["not_persisted"] for line in logged if line["event"] == "generation ended"] == [True]
+
+
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 async def test_failing_observers_change_nothing(kind: type[BaseException]) -> None:
     """Metrics and traces that raise cost neither a preview nor an end, and fill the log with one line per kind."""

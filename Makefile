@@ -25,7 +25,7 @@ CLIENT_PACKAGES := make g++ pkg-config protobuf-compiler protobuf-compiler-grpc 
 	protoc-gen-go protoc-gen-go-grpc
 # Files that are named *.slow.test.ts run in `make test-all`.
 VITEST = npm test --silent -- $(if $(FAST),--exclude='**/*.slow.test.ts') --reporter=default --reporter=json --outputFile.json=$(PROOFS)
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 CHECKS := lint type proto-check web-check
 ALL_READY := $(READY) $(PROTO_READY) $(CLIENT_JS_READY) $(WEB_READY)
 # Two targets at a time; each prints its output when it ends.

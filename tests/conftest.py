@@ -23,6 +23,15 @@ pytest_plugins = ["support.proofs"]
 hypothesis.settings.register_profile("thorough", max_examples=300)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests first that start servers: a file runs in one process, and one of many seconds must not come last.
+
+    It runs after pytest-randomly. `--no-loadscope-reorder` makes pytest-xdist keep the order.
+    """
+    items.sort(key=lambda item: item.path.parent.name not in ("e2e", "faults"))
+
+
 @pytest.fixture(autouse=True)
 def _logging_restored() -> Iterator[None]:
     """Restores the configuration of logging after each test, and logs exceptions with Python's own tracebacks.

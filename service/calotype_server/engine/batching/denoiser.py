@@ -132,7 +132,7 @@ def _warmed_up(
         name = selected.runtime.name
         _log.warning("the accelerator cannot be prepared", accelerator=name, exc_info=error)
         traceback.clear_frames(error.__traceback__)
-        selected.runtime.free_memory()
+        selected.runtime.clear()
         return dataclasses.replace(eager, fallback=f"The accelerator {name} could not be prepared.")
     return selected
 

@@ -10,8 +10,9 @@ import torch
 from calotype_server.engine import capabilities, loading
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.batching.measure import pick_threads
-from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.requests.view import request_view
 from calotype_server.engine.runtime.eager import EagerRuntime
+from calotype_server.engine.schedulers.make import make_scheduler
 from calotype_server.engine.tap import Step, StepTap
 
 if TYPE_CHECKING:

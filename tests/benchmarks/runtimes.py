@@ -21,8 +21,8 @@ from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.batching.denoiser import prepare_denoiser
 from calotype_server.engine.batching.plan import PlanOptions
 from calotype_server.engine.protocol import Stop
+from calotype_server.engine.requests.sample_calls import default_arguments
 from calotype_server.engine.runtime.select import check_available
-from calotype_server.engine.sample_calls import default_arguments
 from calotype_server.errors import AcceleratorUnavailable
 from calotype_server.types import Job
 

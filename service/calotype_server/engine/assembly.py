@@ -21,9 +21,9 @@ from calotype_server.engine.memory_need import memory_model
 from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.engine.preview.costs import CoreCosts, DeviceCosts
 from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
-from calotype_server.engine.request_view import request_view
+from calotype_server.engine.requests.shared_components import shared_components
+from calotype_server.engine.requests.view import request_view
 from calotype_server.engine.runtime.device_thread import DeviceThread
-from calotype_server.engine.shared_components import shared_components
 from calotype_server.engine.step_cache.offered import fast_schedulers
 from calotype_server.observability.events import AcceleratorActive, BatchDone, Observe, ignore
 from calotype_server.types import PreviewMethod, Schedule

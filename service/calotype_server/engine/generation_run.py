@@ -10,8 +10,9 @@ import torch
 
 from calotype_server import errors
 from calotype_server.engine.batching.run_ahead import RunAhead
-from calotype_server.engine.request_arguments import call_arguments, prompt_notices
-from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.requests.arguments import call_arguments, prompt_notices
+from calotype_server.engine.requests.view import request_view
+from calotype_server.engine.schedulers.make import make_scheduler
 from calotype_server.engine.step_cache.cache import StepCache
 from calotype_server.engine.step_cache.direct import cached_proxy
 from calotype_server.engine.stepping.host_timesteps import keep_timesteps_on_host

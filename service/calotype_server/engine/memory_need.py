@@ -17,8 +17,9 @@ from calotype_server.engine.batching.plan import PlanOptions
 from calotype_server.engine.batching.plan_cache import plan_facts
 from calotype_server.engine.disk_cache import config_of, facts_path, load_checked, save_checked
 from calotype_server.engine.memory import free_memory, is_device_failure, peak_memory
-from calotype_server.engine.request_view import make_scheduler, request_view
-from calotype_server.engine.sample_calls import denoiser_call, plain_arguments
+from calotype_server.engine.requests.sample_calls import denoiser_call, plain_arguments
+from calotype_server.engine.requests.view import request_view
+from calotype_server.engine.schedulers.make import make_scheduler
 from calotype_server.types import MemoryModel
 
 if TYPE_CHECKING:

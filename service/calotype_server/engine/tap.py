@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from calotype_server.engine.predicted_x0 import NoiseLevel, noise_level, predict_x0
+from calotype_server.engine.schedulers.predicted_x0 import NoiseLevel, noise_level, predict_x0
 
 if TYPE_CHECKING:
     from collections.abc import Callable

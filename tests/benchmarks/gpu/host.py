@@ -21,7 +21,7 @@ import torch
 from benchmarks.gpu import kernels, models
 from benchmarks.gpu.serving import Servers
 from calotype_server.engine import capabilities, loading, memory
-from calotype_server.engine.request_arguments import call_arguments
+from calotype_server.engine.requests.arguments import call_arguments
 from calotype_server.images.encoder import encode_final
 from calotype_server.types import Job, OutputOptions, Pixels
 

@@ -15,9 +15,9 @@ from benchmarks.gpu.side_stream import compare_priorities
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.preview.calibrate import calibrate
 from calotype_server.engine.preview.decoders import HeadDecoder, VaeDecoder
+from calotype_server.engine.requests.sample_calls import denoiser_call, sample_calls
 from calotype_server.engine.runtime.collate import Collator
 from calotype_server.engine.runtime.compare import tensors
-from calotype_server.engine.sample_calls import denoiser_call, sample_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,8 +12,8 @@ import torch
 from benchmarks.runs import GUIDANCE, STEPS, bundled
 from benchmarks.sizing.fleet import Model
 from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.requests.sample_calls import sample_calls
 from calotype_server.engine.runtime.collate import Collator
-from calotype_server.engine.sample_calls import sample_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from calotype_server.engine import capabilities
+from calotype_server.engine.capabilities import model_info
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,8 +22,8 @@ _known: dict[tuple[Any, ...], Any] = {}
 def schedulers_examined_once() -> Iterator[None]:
     """Remembers during the block which schedulers suit a config, which takes each `describe` a second otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        for function in (capabilities._schedulers, capabilities._max_step_counts):
-            patch.setattr(capabilities, function.__name__, _remembering(function))
+        for function in (model_info.compatible_schedulers, model_info.max_step_counts):
+            patch.setattr(model_info, function.__name__, _remembering(function))
         yield
 
 

@@ -14,7 +14,8 @@ from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.preview import pipeline_previews as previews_module
 from calotype_server.engine.protocol import Stop
-from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.requests.view import request_view
+from calotype_server.engine.schedulers.make import make_scheduler
 from calotype_server.types import (
     Decoding,
     Denoising,

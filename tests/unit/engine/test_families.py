@@ -7,7 +7,7 @@ import inspect
 from calotype_server.engine import assembly, generation_run
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults, describe
-from calotype_server.engine.request_view import make_scheduler
+from calotype_server.engine.schedulers.make import make_scheduler
 from calotype_server.types import (
     Decoding,
     Denoising,

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from calotype_server.engine.capabilities import denoiser_name
-from calotype_server.engine.denoiser_proxy import DenoiserProxy
-from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.requests.denoiser_proxy import DenoiserProxy
+from calotype_server.engine.requests.view import request_view
+from calotype_server.engine.schedulers.make import make_scheduler
 from calotype_server.engine.tap import StepTap, Stopped
 from support.engine import tiny
 from support.engine.tiny_inputs import arguments

@@ -16,10 +16,10 @@ from calotype_server.engine.batching.verify import unbatchable
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.machine import select_device
 from calotype_server.engine.memory import is_device_failure
+from calotype_server.engine.requests.sample_calls import sample_calls
 from calotype_server.engine.runtime.check import joinable
 from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.runtime.select import Selection, select_runtime
-from calotype_server.engine.sample_calls import sample_calls
 
 if TYPE_CHECKING:
     from collections.abc import Callable

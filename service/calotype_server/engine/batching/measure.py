@@ -15,14 +15,14 @@ import torch
 
 from calotype_server.engine.machine import device_of
 from calotype_server.engine.memory import is_device_failure
-from calotype_server.engine.sample_calls import default_arguments
+from calotype_server.engine.requests.sample_calls import default_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from calotype_server.engine.requests.sample_calls import Arguments
     from calotype_server.engine.runtime.base import DenoiserRuntime
     from calotype_server.engine.runtime.collate import Call
-    from calotype_server.engine.sample_calls import Arguments
     from calotype_server.types import ModelInfo
 
 __all__ = ["Knee", "Threads", "knee", "pick_threads"]

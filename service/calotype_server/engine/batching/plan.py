@@ -14,7 +14,7 @@ from calotype_server.engine.batching.verify import unbatchable, verify
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.machine import device_of
 from calotype_server.engine.memory import is_device_failure
-from calotype_server.engine.sample_calls import Arguments, sample_calls
+from calotype_server.engine.requests.sample_calls import Arguments, sample_calls
 
 if TYPE_CHECKING:
     from calotype_server.engine.runtime.base import DenoiserRuntime

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from calotype_server.engine.batching.pending import PendingCall, RequestSlot
-from calotype_server.engine.denoiser_proxy import DenoiserProxy
+from calotype_server.engine.requests.denoiser_proxy import DenoiserProxy
 from calotype_server.engine.tap import Stopped
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from calotype_server.engine.runtime.compare import compare
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from calotype_server.engine.requests.sample_calls import Arguments
     from calotype_server.engine.runtime.base import DenoiserRuntime
-    from calotype_server.engine.sample_calls import Arguments
 
 __all__ = ["unbatchable", "verify"]
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calotype_server.engine.capabilities import denoiser_name
-from calotype_server.engine.denoiser_proxy import DenoiserProxy
 from calotype_server.engine.machine import device_of
 from calotype_server.engine.preview.device_stream import call_in_order
 from calotype_server.engine.preview.tape import Tape, TapedVae
-from calotype_server.engine.request_view import make_scheduler, request_view
-from calotype_server.engine.sample_calls import plain_arguments
+from calotype_server.engine.requests.denoiser_proxy import DenoiserProxy
+from calotype_server.engine.requests.sample_calls import plain_arguments
+from calotype_server.engine.requests.view import request_view
+from calotype_server.engine.schedulers.make import make_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,9 +11,9 @@ from calotype_server.engine.runtime.compare import compare, tensors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from calotype_server.engine.requests.sample_calls import Arguments
     from calotype_server.engine.runtime.base import DenoiserRuntime
     from calotype_server.engine.runtime.collate import Call
-    from calotype_server.engine.sample_calls import Arguments
 
 __all__ = ["answers", "difference", "is_deterministic", "joinable"]
 

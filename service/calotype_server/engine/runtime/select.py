@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from calotype_server.engine.requests.sample_calls import Arguments
     from calotype_server.engine.runtime.base import DenoiserRuntime
-    from calotype_server.engine.sample_calls import Arguments
 
 __all__ = ["Selection", "check_available", "select_runtime"]
 

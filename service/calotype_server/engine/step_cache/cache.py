@@ -13,7 +13,7 @@ from calotype_server.types import forecast_steps
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from calotype_server.engine.predicted_x0 import NoiseLevel
+    from calotype_server.engine.schedulers.predicted_x0 import NoiseLevel
 
 __all__ = ["StepCache"]
 

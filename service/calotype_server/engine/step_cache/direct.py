@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from calotype_server.engine.denoiser_proxy import DenoiserProxy
+from calotype_server.engine.requests.denoiser_proxy import DenoiserProxy
 from calotype_server.engine.runtime.collate import Collator
 
 if TYPE_CHECKING:

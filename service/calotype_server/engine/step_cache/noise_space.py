@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from calotype_server.engine.predicted_x0 import NoiseLevel
+    from calotype_server.engine.schedulers.predicted_x0 import NoiseLevel
 
 __all__ = ["from_noise", "to_noise"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from calotype_server.engine.request_view import make_scheduler
+from calotype_server.engine.schedulers.make import make_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -11,10 +11,11 @@ from calotype_server.engine.batching.batcher import StepBatcher
 from calotype_server.engine.batching.measure import Threads
 from calotype_server.engine.batching.verify import unbatchable, verify
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
-from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.requests.sample_calls import sample_calls
+from calotype_server.engine.requests.shared_components import shared_components
+from calotype_server.engine.requests.view import request_view
 from calotype_server.engine.runtime.eager import EagerRuntime
-from calotype_server.engine.sample_calls import sample_calls
-from calotype_server.engine.shared_components import shared_components
+from calotype_server.engine.schedulers.make import make_scheduler
 from calotype_server.engine.tap import StepTap
 from support.engine import tiny, tiny_inputs
 from support.runs import PATIENCE

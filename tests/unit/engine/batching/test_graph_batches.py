@@ -11,11 +11,12 @@ import torch
 from calotype_server import errors
 from calotype_server.engine.batching.batcher import StepBatcher
 from calotype_server.engine.capabilities import denoiser_name
-from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.requests.shared_components import shared_components
+from calotype_server.engine.requests.view import request_view
 from calotype_server.engine.runtime.device_thread import DeviceThread
 from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.runtime.graphs import GraphsRuntime
-from calotype_server.engine.shared_components import shared_components
+from calotype_server.engine.schedulers.make import make_scheduler
 from support.engine import tiny, tiny_inputs
 from support.engine.batching import Callers, answer_to, sample
 from support.engine.graph_backend import RecordingBackend, out_of_memory

@@ -8,7 +8,8 @@ import torch
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.preview.decoders import VaeDecoder
-from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.requests.view import request_view
+from calotype_server.engine.schedulers.make import make_scheduler
 from calotype_server.engine.tap import StepTap
 from calotype_server.types import PreviewMethod, PreviewOptions, PreviewReady
 from support.engine import tiny

@@ -8,7 +8,8 @@ import torch
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.preview.calibrate import multiscale_noise
 from calotype_server.engine.preview.pipeline_tail import PipelineTail
-from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.requests.view import request_view
+from calotype_server.engine.schedulers.make import make_scheduler
 from support.engine import tiny
 from support.engine.heads import seeded
 from support.engine.tiny_inputs import arguments

@@ -8,10 +8,10 @@ import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from calotype_server.engine.capabilities import Defaults, describe
+from calotype_server.engine.requests.sample_calls import sample_calls
 from calotype_server.engine.runtime.check import difference
 from calotype_server.engine.runtime.compiled import CompiledRuntime
 from calotype_server.engine.runtime.eager import EagerRuntime
-from calotype_server.engine.sample_calls import sample_calls
 from support.engine import tiny
 
 

@@ -12,13 +12,13 @@ if importlib.util.find_spec("openvino") is None:  # not `importorskip`, which wo
     pytest.skip("needs calotype[openvino]", allow_module_level=True)
 
 from calotype_server.engine.capabilities import Defaults, describe
+from calotype_server.engine.requests.sample_calls import sample_calls
 from calotype_server.engine.runtime import openvino as openvino_module
 from calotype_server.engine.runtime.check import answers, difference, is_deterministic, joinable
 from calotype_server.engine.runtime.compare import compare
 from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.runtime.openvino import OpenVinoRuntime
 from calotype_server.engine.runtime.openvino_cache import load_traced, save_traced
-from calotype_server.engine.sample_calls import sample_calls
 from support.engine import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

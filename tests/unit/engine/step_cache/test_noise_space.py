@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calotype_server.engine.predicted_x0 import NoiseLevel, predict_x0
+from calotype_server.engine.schedulers.predicted_x0 import NoiseLevel, predict_x0
 from calotype_server.engine.step_cache.noise_space import from_noise, to_noise
 
 KINDS = ["epsilon", "sample", "v_prediction", "flow_prediction"]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calotype_server.engine.predicted_x0 import NoiseLevel
+from calotype_server.engine.schedulers.predicted_x0 import NoiseLevel
 from calotype_server.engine.step_cache.cache import StepCache
 from calotype_server.types import FAST_MIN_STEPS, forecast_steps
 

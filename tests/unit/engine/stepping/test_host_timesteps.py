@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from calotype_server.engine import generation_run
-from calotype_server.engine.capabilities import _prediction_kind, denoiser_name
-from calotype_server.engine.denoiser_proxy import DenoiserProxy
+from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.capabilities.schedulers import prediction_kind
 from calotype_server.engine.factory import load_engine
 from calotype_server.engine.protocol import Stop
-from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.requests.denoiser_proxy import DenoiserProxy
+from calotype_server.engine.requests.view import request_view
 from calotype_server.engine.runtime.eager import EagerRuntime
+from calotype_server.engine.schedulers.make import make_scheduler
 from calotype_server.engine.stepping.host_timesteps import HOSTED, keep_timesteps_on_host
 from calotype_server.engine.tap import StepTap
 from calotype_server.observability.events import ignore
@@ -124,7 +126,7 @@ def test_every_scheduler_is_classified():
     offered = set()
     for name, kind in inspect.getmembers(diffusers, inspect.isclass):
         with contextlib.suppress(Exception):  # It needs arguments or packages.
-            if name.endswith("Scheduler") and _prediction_kind(SimpleNamespace(scheduler=kind()), name):
+            if name.endswith("Scheduler") and prediction_kind(SimpleNamespace(scheduler=kind()), name):
                 offered.add(name)
     assert len(offered) > 20
     assert offered == WAITS.keys() | LEFT_ALONE

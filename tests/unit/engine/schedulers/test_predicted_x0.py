@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 
-from calotype_server.engine.predicted_x0 import NoiseLevel, noise_level, predict_x0
+from calotype_server.engine.schedulers.predicted_x0 import NoiseLevel, noise_level, predict_x0
 from calotype_server.engine.tap import StepTap
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

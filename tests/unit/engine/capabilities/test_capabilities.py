@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from calotype_server.engine.capabilities import Defaults, describe, read_defaults, tokenizers
-from calotype_server.engine.request_view import make_scheduler, request_view
+from calotype_server.engine.requests.view import request_view
+from calotype_server.engine.schedulers.make import make_scheduler
 from calotype_server.errors import ModelUnavailable
 from support.engine import tiny
 from support.engine.tiny_inputs import arguments

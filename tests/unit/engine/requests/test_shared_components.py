@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from calotype_server.engine.request_view import make_scheduler, request_view
-from calotype_server.engine.shared_components import Locked, shared_components
+from calotype_server.engine.requests.shared_components import Locked, shared_components
+from calotype_server.engine.requests.view import request_view
+from calotype_server.engine.schedulers.make import make_scheduler
 from support.engine import tiny, tiny_inputs
 from support.runs import PATIENCE
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calotype_server.engine.capabilities import Defaults, describe
-from calotype_server.engine.sample_calls import denoiser_call
+from calotype_server.engine.requests.sample_calls import denoiser_call
 from support.engine import tiny
 
 

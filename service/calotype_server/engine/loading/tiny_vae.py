@@ -1,0 +1,44 @@
+"""Loads a small decoder for previews."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from calotype_server.engine.loading.explain import first_line
+from calotype_server.engine.loading.quiet import quiet
+from calotype_server.errors import ModelUnavailable
+
+__all__ = ["load_tiny_vae"]
+
+
+def load_tiny_vae(name: str, like: Any) -> Any:
+    """Loads an `AutoencoderTiny` for previews, from safetensors only.
+
+    Args:
+        name: A hub id or a local folder.
+        like: The VAE that it replaces; it gets the same device and number format.
+
+    Raises:
+        ModelUnavailable: It is missing, unreachable, not an `AutoencoderTiny`, or has other latent channels.
+    """
+    folder = Path(name).expanduser()
+    local = folder.exists() or name.startswith((".", "/", "~"))
+    try:
+        with quiet():
+            vae = diffusers.AutoencoderTiny.from_pretrained(
+                folder if local else name, torch_dtype=like.dtype, use_safetensors=True, local_files_only=local
+            )
+    except Exception as error:
+        raise ModelUnavailable(f"{name!r} cannot be loaded as an AutoencoderTiny ({first_line(error)}).") from error
+    # VAEs of video models use another name.
+    channels = like.config.get("latent_channels", like.config.get("z_dim"))
+    if vae.config.latent_channels != channels:
+        raise ModelUnavailable(
+            f"The tiny VAE {name!r} has {vae.config.latent_channels} latent channels, the model has {channels}."
+        )
+    # Its convolutions are so small that the memory layout matters: this saves a sixth of the time on a CPU.
+    return vae.to(like.device, memory_format=torch.channels_last).eval()

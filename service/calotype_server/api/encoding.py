@@ -12,7 +12,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.api.enums import IMAGE_FORMATS, PHASES, PREVIEW_METHODS
+from calotype_server.api.enums import IMAGE_FORMATS, PHASES, PREVIEW_METHODS, PROMPT_SYNTAXES, SIGMAS, SPACINGS
 from calotype_server.errors import InvalidRequest, ServiceError
 from calotype_server.types import EncodedImage, Failed, Phase, Succeeded, Timings
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from calotype_server.generations.event_log import Update
     from calotype_server.generations.generation import Generation
     from calotype_server.limits import Limits
-    from calotype_server.types import ModelInfo
+    from calotype_server.types import ModelInfo, SchedulerInfo
 
 __all__ = ["DOMAIN", "encode_error", "encode_model", "encode_page", "encode_status", "encode_update"]
 
@@ -109,6 +109,7 @@ def _summary(generation: Generation) -> pb.GenerationSummary:
         step=state.step,
         total_steps=state.total_steps,
         seed=generation.job.seed,
+        group=generation.delivery.group,
     )
     summary.create_time.FromNanoseconds(generation.created_ns)
     return summary
@@ -154,6 +155,23 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica:
         accelerator_fallback=model.accelerator_fallback,
         replica=replica,
         fast_schedulers=model.fast_schedulers,
+        loras=[pb.ModelLora(name=name) for name in model.loras],
+        sizes=[pb.Size(width_px=width, height_px=height) for width, height in model.sizes],
+        min_pixels=model.min_pixels,
+        scales_other_sizes=model.scales_other_sizes,
+        prompt_syntaxes=[PROMPT_SYNTAXES.to_proto(each) for each in model.prompt_syntaxes],
+        scheduler_details=[_scheduler(each) for each in model.scheduler_details],
+        quantization=model.quantization,
+        offload=model.offload,
+    )
+
+
+def _scheduler(info: SchedulerInfo) -> pb.Scheduler:
+    return pb.Scheduler(
+        name=info.name,
+        aliases=info.aliases,
+        sigmas=[SIGMAS.to_proto(each) for each in info.sigmas],
+        spacings=[SPACINGS.to_proto(each) for each in info.spacings],
     )
 
 

@@ -6,14 +6,34 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.types import DisconnectPolicy, Phase, PreviewMethod, Priority, Speed
+from calotype_server.types import (
+    DisconnectPolicy,
+    Phase,
+    PreviewMethod,
+    Priority,
+    PromptSyntax,
+    Sigmas,
+    Speed,
+    TimestepSpacing,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from calotype_server.types import ImageFormat
 
-__all__ = ["DISCONNECT_POLICIES", "IMAGE_FORMATS", "PHASES", "PREVIEW_METHODS", "PRIORITIES", "SPEEDS", "EnumTable"]
+__all__ = [
+    "DISCONNECT_POLICIES",
+    "IMAGE_FORMATS",
+    "PHASES",
+    "PREVIEW_METHODS",
+    "PRIORITIES",
+    "PROMPT_SYNTAXES",
+    "SIGMAS",
+    "SPACINGS",
+    "SPEEDS",
+    "EnumTable",
+]
 
 V = TypeVar("V", bound=Hashable)
 N = TypeVar("N", bound=int)
@@ -67,3 +87,16 @@ PRIORITIES = EnumTable(
 )
 
 SPEEDS = EnumTable({speed: pb.Speed.Value(f"SPEED_{speed.name}") for speed in Speed}, default=Speed.EXACT)
+
+PROMPT_SYNTAXES = EnumTable(
+    {syntax: pb.PromptSyntax.Value(f"PROMPT_SYNTAX_{syntax.name}") for syntax in PromptSyntax},
+    default=PromptSyntax.PLAIN,
+)
+
+SIGMAS = EnumTable({sigmas: pb.Sigmas.Value(f"SIGMAS_{sigmas.name}") for sigmas in Sigmas})
+"""Without a default: unspecified means those of the scheduler."""
+
+SPACINGS = EnumTable(
+    {spacing: pb.TimestepSpacing.Value(f"TIMESTEP_SPACING_{spacing.name}") for spacing in TimestepSpacing}
+)
+"""Without a default: unspecified means that of the scheduler."""

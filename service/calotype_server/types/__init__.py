@@ -29,6 +29,7 @@ from calotype_server.types.jobs import (
     OutputOptions,
     Priority,
 )
+from calotype_server.types.loras import Lora
 from calotype_server.types.models import (
     MemoryModel,
     ModelInfo,
@@ -38,6 +39,8 @@ from calotype_server.types.previews import (
     PreviewMethod,
     PreviewOptions,
 )
+from calotype_server.types.prompts import PromptSyntax
+from calotype_server.types.schedulers import SchedulerInfo, Sigmas, TimestepSpacing
 from calotype_server.types.schedules import Schedule
 from calotype_server.types.speed import (
     FAST_MIN_STEPS,
@@ -60,6 +63,7 @@ __all__ = [
     "Heartbeat",
     "ImageFormat",
     "Job",
+    "Lora",
     "MemoryModel",
     "ModelInfo",
     "Notice",
@@ -70,10 +74,14 @@ __all__ = [
     "PreviewOptions",
     "PreviewReady",
     "Priority",
+    "PromptSyntax",
     "Queued",
     "Schedule",
+    "SchedulerInfo",
+    "Sigmas",
     "Speed",
     "Succeeded",
+    "TimestepSpacing",
     "Timings",
     "Withdrawn",
     "computed_steps",

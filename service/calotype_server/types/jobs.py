@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from calotype_server.types.images import ImageFormat  # noqa: TC001 - pydantic evaluates the annotations of `Job`
+from calotype_server.types.loras import Lora  # noqa: TC001 - as above
 from calotype_server.types.previews import PreviewOptions
+from calotype_server.types.prompts import PromptSyntax
+from calotype_server.types.schedulers import Sigmas, TimestepSpacing  # noqa: TC001 - as above
 from calotype_server.types.speed import Speed, computed_steps
 
 __all__ = [
@@ -57,6 +60,10 @@ class Job:
         output: Options of the final image.
         priority: Rank in the queue.
         speed: Which denoising steps are computed.
+        loras: LoRAs to apply, each at most once.
+        prompt_syntax: How the prompts are read.
+        sigmas: Noise levels of the steps, or None for those of the scheduler.
+        spacing: Spacing of the timesteps, or None for that of the scheduler.
     """
 
     prompt: str
@@ -71,6 +78,10 @@ class Job:
     output: OutputOptions = OutputOptions()
     priority: Priority = Priority.INTERACTIVE
     speed: Speed = Speed.EXACT
+    loras: tuple[Lora, ...] = ()
+    prompt_syntax: PromptSyntax = PromptSyntax.PLAIN
+    sigmas: Sigmas | None = None
+    spacing: TimestepSpacing | None = None
 
     @property
     def pixel_count(self) -> int:
@@ -105,6 +116,7 @@ class DeliveryOptions:
         grace: Seconds, 0 to 3600, between the last disconnect and the cancel. A reader that returns stops the timer.
         request_id: The caller's own id of the request, or "". The same id never starts two generations.
         seed_was_drawn: Whether the server chose the seed.
+        group: The caller's own id of a group of generations that can be cancelled together, or "".
     """
 
     caller: str = ""
@@ -113,3 +125,4 @@ class DeliveryOptions:
     grace: float = 0.0
     request_id: str = ""
     seed_was_drawn: bool = False
+    group: str = ""

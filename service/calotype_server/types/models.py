@@ -6,10 +6,13 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from calotype_server.types.prompts import PromptSyntax
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from calotype_server.types.previews import PreviewMethod
+    from calotype_server.types.schedulers import SchedulerInfo
 
 __all__ = [
     "MemoryModel",
@@ -77,6 +80,14 @@ class ModelInfo:
         accelerator: How the denoiser is computed: "none" for plain calls, or "graphs", "compile" or "openvino".
         accelerator_fallback: One sentence why it is not the accelerator that the operator chose; empty if it is.
         memory: Memory that generations need; None when it is not known or does not matter.
+        loras: Names of the LoRAs that requests can apply, sorted.
+        sizes: Width and height, in pixels, of sizes that the model draws well; the default size first.
+        min_pixels: Minimum width times height of other sizes; 0 if only `sizes` are supported.
+        scales_other_sizes: Whether unsupported sizes are drawn at the nearest supported size and scaled.
+        prompt_syntaxes: Syntaxes of prompts that the model supports.
+        scheduler_details: Aliases and options of each of `schedulers`, in the same order.
+        quantization: Number format to which the weights were quantized, such as "int8"; empty if they were not.
+        offload: How weights move between the device and the host: "model", "group", or empty if they do not.
     """
 
     name: str
@@ -102,6 +113,14 @@ class ModelInfo:
     accelerator: str = "none"
     accelerator_fallback: str = ""
     memory: MemoryModel | None = None
+    loras: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    min_pixels: int = 1
+    scales_other_sizes: bool = False
+    prompt_syntaxes: tuple[PromptSyntax, ...] = (PromptSyntax.PLAIN,)
+    scheduler_details: tuple[SchedulerInfo, ...] = ()
+    quantization: str = ""
+    offload: str = ""
 
     def max_steps(self, scheduler: str, ceiling: int) -> int:
         """Returns the maximum number of steps with this scheduler, at most `ceiling`."""

@@ -207,6 +207,92 @@ with the same seed still produces the same image.
 """
 Global___Speed: _TypeAlias = Speed  # noqa: Y015
 
+class _PromptSyntax:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PromptSyntaxEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PromptSyntax.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PROMPT_SYNTAX_UNSPECIFIED: _PromptSyntax.ValueType  # 0
+    """Same as PLAIN."""
+    PROMPT_SYNTAX_PLAIN: _PromptSyntax.ValueType  # 1
+    """Every character is text."""
+    PROMPT_SYNTAX_WEIGHTED: _PromptSyntax.ValueType  # 2
+    """Parts can have weights, as in Automatic1111's web UI: `(red:1.4)` weighs "red" 1.4 times, `(red)` 1.1 times and
+    `[red]` 1 / 1.1 times. A backslash before a bracket makes it text. A long prompt is read in parts instead of being
+    truncated.
+    """
+
+class PromptSyntax(_PromptSyntax, metaclass=_PromptSyntaxEnumTypeWrapper):
+    """How the server reads a prompt."""
+
+PROMPT_SYNTAX_UNSPECIFIED: PromptSyntax.ValueType  # 0
+"""Same as PLAIN."""
+PROMPT_SYNTAX_PLAIN: PromptSyntax.ValueType  # 1
+"""Every character is text."""
+PROMPT_SYNTAX_WEIGHTED: PromptSyntax.ValueType  # 2
+"""Parts can have weights, as in Automatic1111's web UI: `(red:1.4)` weighs "red" 1.4 times, `(red)` 1.1 times and
+`[red]` 1 / 1.1 times. A backslash before a bracket makes it text. A long prompt is read in parts instead of being
+truncated.
+"""
+Global___PromptSyntax: _TypeAlias = PromptSyntax  # noqa: Y015
+
+class _Sigmas:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SigmasEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Sigmas.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SIGMAS_UNSPECIFIED: _Sigmas.ValueType  # 0
+    """Those of the scheduler."""
+    SIGMAS_KARRAS: _Sigmas.ValueType  # 1
+    """Karras et al. 2022, arXiv 2206.00364, equation 5."""
+    SIGMAS_EXPONENTIAL: _Sigmas.ValueType  # 2
+    """Evenly spaced logarithms."""
+    SIGMAS_BETA: _Sigmas.ValueType  # 3
+    """Quantiles of a beta distribution; arXiv 2407.12173."""
+
+class Sigmas(_Sigmas, metaclass=_SigmasEnumTypeWrapper):
+    """Noise levels (sigmas) of the denoising steps."""
+
+SIGMAS_UNSPECIFIED: Sigmas.ValueType  # 0
+"""Those of the scheduler."""
+SIGMAS_KARRAS: Sigmas.ValueType  # 1
+"""Karras et al. 2022, arXiv 2206.00364, equation 5."""
+SIGMAS_EXPONENTIAL: Sigmas.ValueType  # 2
+"""Evenly spaced logarithms."""
+SIGMAS_BETA: Sigmas.ValueType  # 3
+"""Quantiles of a beta distribution; arXiv 2407.12173."""
+Global___Sigmas: _TypeAlias = Sigmas  # noqa: Y015
+
+class _TimestepSpacing:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TimestepSpacingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TimestepSpacing.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TIMESTEP_SPACING_UNSPECIFIED: _TimestepSpacing.ValueType  # 0
+    """That of the scheduler."""
+    TIMESTEP_SPACING_LEADING: _TimestepSpacing.ValueType  # 1
+    """Starts slightly below the last timestep of the training."""
+    TIMESTEP_SPACING_TRAILING: _TimestepSpacing.ValueType  # 2
+    """Starts at the last timestep of the training."""
+    TIMESTEP_SPACING_LINSPACE: _TimestepSpacing.ValueType  # 3
+    """Evenly spaced from the last timestep to the first."""
+
+class TimestepSpacing(_TimestepSpacing, metaclass=_TimestepSpacingEnumTypeWrapper):
+    """Spacing of the timesteps; table 2 of arXiv 2305.08891."""
+
+TIMESTEP_SPACING_UNSPECIFIED: TimestepSpacing.ValueType  # 0
+"""That of the scheduler."""
+TIMESTEP_SPACING_LEADING: TimestepSpacing.ValueType  # 1
+"""Starts slightly below the last timestep of the training."""
+TIMESTEP_SPACING_TRAILING: TimestepSpacing.ValueType  # 2
+"""Starts at the last timestep of the training."""
+TIMESTEP_SPACING_LINSPACE: TimestepSpacing.ValueType  # 3
+"""Evenly spaced from the last timestep to the first."""
+Global___TimestepSpacing: _TypeAlias = TimestepSpacing  # noqa: Y015
+
 class _PreviewMethod:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -264,6 +350,11 @@ class GenerateRequest(_message.Message):
     DISCONNECT_GRACE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     SPEED_FIELD_NUMBER: _builtins.int
+    LORAS_FIELD_NUMBER: _builtins.int
+    PROMPT_SYNTAX_FIELD_NUMBER: _builtins.int
+    SIGMAS_FIELD_NUMBER: _builtins.int
+    SPACING_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """Describes the image. 1 to `Model.max_prompt_chars` characters, not only white space. If the prompt is longer than
     the model can read, it is truncated and `Progress.warnings` reports this.
@@ -288,10 +379,12 @@ class GenerateRequest(_message.Message):
     """
     seed: _builtins.int
     """Seed of the initial noise, 0 to 9007199254740991 (2^53 - 1, exact in JavaScript). The same request with the same
-    seed produces the same image. Default: a random seed, reported in `Progress.seed`.
+    seed produces the same image. Default, also for -1: a random seed, reported in `Progress.seed`.
     """
     scheduler: _builtins.str
-    """Scheduler (sampler), one of `Model.schedulers`. Default: `Model.scheduler`."""
+    """Scheduler (sampler): one of `Model.schedulers`, or one of the `Scheduler.aliases` of `Model.scheduler_details`.
+    Default: `Model.scheduler`.
+    """
     priority: Global___Priority.ValueType
     """Priority in the queue. Default: INTERACTIVE."""
     on_disconnect: Global___DisconnectPolicy.ValueType
@@ -306,6 +399,20 @@ class GenerateRequest(_message.Message):
     """Whether to trade fidelity for speed. FAST is rejected unless `scheduler` is one of `Model.fast_schedulers` and
     `step_count` is at least 16. Default: EXACT.
     """
+    prompt_syntax: Global___PromptSyntax.ValueType
+    """How the server reads the prompts, one of `Model.prompt_syntaxes`. Default: PLAIN."""
+    sigmas: Global___Sigmas.ValueType
+    """Noise levels of the steps, one of `Scheduler.sigmas`. Rejected if `scheduler` is an alias that includes another
+    choice. Default: those of the scheduler.
+    """
+    spacing: Global___TimestepSpacing.ValueType
+    """Timesteps of the steps, one of `Scheduler.spacings`. Rejected if `scheduler` is an alias that includes another
+    choice. Default: that of the scheduler.
+    """
+    group: _builtins.str
+    """Makes this generation a member of a group: `Cancel` can end all members at once. 0 to 128 characters of printable
+    ASCII, chosen by the caller, such as a UUID; groups of different callers are separate. Default: empty, no group.
+    """
     @_builtins.property
     def preview(self) -> Global___PreviewOptions:
         """Appearance and frequency of previews. Default: `Model.preview`."""
@@ -317,6 +424,10 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def disconnect_grace(self) -> _duration_pb2.Duration:
         """With CANCEL: how long the server waits for a reader to return, 0 to 3600 seconds. Default: 0."""
+
+    @_builtins.property
+    def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lora]:
+        """LoRAs to apply, each at most once, 0 to 8. Default: none."""
 
     def __init__(
         self,
@@ -336,10 +447,15 @@ class GenerateRequest(_message.Message):
         disconnect_grace: _duration_pb2.Duration | None = ...,
         request_id: _builtins.str = ...,
         speed: Global___Speed.ValueType = ...,
+        loras: _abc.Iterable[Global___Lora] | None = ...,
+        prompt_syntax: Global___PromptSyntax.ValueType = ...,
+        sigmas: Global___Sigmas.ValueType = ...,
+        spacing: Global___TimestepSpacing.ValueType = ...,
+        group: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "disconnect_grace", b"disconnect_grace", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "output", b"output", "preview", b"preview", "scheduler", b"scheduler", "seed", b"seed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "disconnect_grace", b"disconnect_grace", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "negative_prompt", b"negative_prompt", "on_disconnect", b"on_disconnect", "output", b"output", "preview", b"preview", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "speed", b"speed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height_px", b"_height_px", "_negative_prompt", b"_negative_prompt", "_scheduler", b"_scheduler", "_seed", b"_seed", "_step_count", b"_step_count", "_width_px", b"_width_px", "disconnect_grace", b"disconnect_grace", "group", b"group", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "loras", b"loras", "negative_prompt", b"negative_prompt", "on_disconnect", b"on_disconnect", "output", b"output", "preview", b"preview", "priority", b"priority", "prompt", b"prompt", "prompt_syntax", b"prompt_syntax", "request_id", b"request_id", "scheduler", b"scheduler", "seed", b"seed", "sigmas", b"sigmas", "spacing", b"spacing", "speed", b"speed", "step_count", b"step_count", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -371,6 +487,36 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__width_px) -> _WhichOneofReturnType__width_px | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Lora(_message.Message):
+    """A LoRA and its strength."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """One of the names in `Model.loras`. Required."""
+    scale: _builtins.float
+    """Factor of its weights, -10 to 10. 0 has no effect, 1 is the strength that it was trained with, and a negative value
+    has the opposite effect. Default: 1.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "name", b"name", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___Lora: _TypeAlias = Lora  # noqa: Y015
 
 @_typing.final
 class PreviewOptions(_message.Message):
@@ -617,7 +763,7 @@ class Warning(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """Machine-readable, in UPPER_SNAKE_CASE: PROMPT_TRUNCATED."""
+    """Machine-readable, in UPPER_SNAKE_CASE: PROMPT_TRUNCATED, PROMPT_WEIGHTS_IGNORED, LORA_TAG_IGNORED or SIZE_SCALED."""
     message: _builtins.str
     """One sentence for people."""
     def __init__(
@@ -732,21 +878,25 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class CancelRequest(_message.Message):
-    """Selects the generation to cancel."""
+    """Selects the generations to cancel. Either field is required, not both."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GENERATION_ID_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
-    """From `Progress.generation_id`. Required."""
+    """From `Progress.generation_id`: cancels this generation."""
+    group: _builtins.str
+    """From `GenerateRequest.group`: cancels all members of the caller's group."""
     def __init__(
         self,
         *,
         generation_id: _builtins.str = ...,
+        group: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation_id", b"generation_id", "group", b"group"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -759,18 +909,22 @@ class CancelResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PHASE_FIELD_NUMBER: _builtins.int
+    CANCELLED_COUNT_FIELD_NUMBER: _builtins.int
     phase: Global___Phase.ValueType
     """Phase of the generation when the request arrived. An end phase (succeeded, failed, cancelled) means that it had
-    already ended.
+    already ended. Unspecified for a group.
     """
+    cancelled_count: _builtins.int
+    """Number of generations that this request cancels: 0 if all had already ended."""
     def __init__(
         self,
         *,
         phase: Global___Phase.ValueType = ...,
+        cancelled_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["phase", b"phase"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled_count", b"cancelled_count", "phase", b"phase"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -929,6 +1083,7 @@ class GenerationSummary(_message.Message):
     TOTAL_STEPS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     generation_id: _builtins.str
     """For `Watch`, `Cancel` and `Finish`."""
     request_id: _builtins.str
@@ -943,6 +1098,8 @@ class GenerationSummary(_message.Message):
     """Total number of denoising steps. 0 until it is known."""
     seed: _builtins.int
     """Seed in use."""
+    group: _builtins.str
+    """`GenerateRequest.group`. Empty if the request had none."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Time at which the server accepted the generation."""
@@ -958,10 +1115,11 @@ class GenerationSummary(_message.Message):
         total_steps: _builtins.int = ...,
         seed: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        group: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "generation_id", b"generation_id", "phase", b"phase", "prompt", b"prompt", "request_id", b"request_id", "seed", b"seed", "step", b"step", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "generation_id", b"generation_id", "group", b"group", "phase", b"phase", "prompt", b"prompt", "request_id", b"request_id", "seed", b"seed", "step", b"step", "total_steps", b"total_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1018,6 +1176,14 @@ class Model(_message.Message):
     FAST_SCHEDULERS_FIELD_NUMBER: _builtins.int
     ACCELERATOR_FIELD_NUMBER: _builtins.int
     ACCELERATOR_FALLBACK_FIELD_NUMBER: _builtins.int
+    LORAS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
+    MIN_PIXELS_FIELD_NUMBER: _builtins.int
+    SCALES_OTHER_SIZES_FIELD_NUMBER: _builtins.int
+    PROMPT_SYNTAXES_FIELD_NUMBER: _builtins.int
+    SCHEDULER_DETAILS_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    OFFLOAD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name from the server's settings: `bundled`, a hub id or the name of a folder."""
     pipeline: _builtins.str
@@ -1070,6 +1236,20 @@ class Model(_message.Message):
     """How the server computes the denoiser: none (plain calls), graphs (CUDA graphs), compile (torch.compile) or openvino."""
     accelerator_fallback: _builtins.str
     """Why `accelerator` is not the one that the operator chose, in one sentence. Empty if it is."""
+    min_pixels: _builtins.int
+    """Minimum width times height, in pixels, of sizes that are not in `sizes`: they must also be multiples of
+    `size_multiple_px` with at most `max_pixels`. 0 if only `sizes` are supported.
+    """
+    scales_other_sizes: _builtins.bool
+    """Whether the server accepts unsupported sizes too: it draws the nearest supported size, scales the image, and warns
+    with SIZE_SCALED.
+    """
+    quantization: _builtins.str
+    """Number format to which the server quantized the weights, such as int8. Empty if it did not."""
+    offload: _builtins.str
+    """How weights move between the device and the host's memory: model (each model as a whole) or group (a few layers at a
+    time). Empty if they stay on the device.
+    """
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Supported schedulers, sorted: class names of diffusers."""
@@ -1085,6 +1265,24 @@ class Model(_message.Message):
     @_builtins.property
     def fast_schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Schedulers that support `SPEED_FAST`, sorted. Empty if the server does not offer it."""
+
+    @_builtins.property
+    def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelLora]:
+        """LoRAs that requests can apply, sorted by name."""
+
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Size]:
+        """Sizes that the model draws well, to offer to people; the first is the default size. If `min_pixels` is 0, these are
+        all supported sizes.
+        """
+
+    @_builtins.property
+    def prompt_syntaxes(self) -> _containers.RepeatedScalarFieldContainer[Global___PromptSyntax.ValueType]:
+        """Values of `GenerateRequest.prompt_syntax`."""
+
+    @_builtins.property
+    def scheduler_details(self) -> _containers.RepeatedCompositeFieldContainer[Global___Scheduler]:
+        """Options and aliases of each scheduler in `schedulers`, in the same order."""
 
     def __init__(
         self,
@@ -1117,13 +1315,111 @@ class Model(_message.Message):
         fast_schedulers: _abc.Iterable[_builtins.str] | None = ...,
         accelerator: _builtins.str = ...,
         accelerator_fallback: _builtins.str = ...,
+        loras: _abc.Iterable[Global___ModelLora] | None = ...,
+        sizes: _abc.Iterable[Global___Size] | None = ...,
+        min_pixels: _builtins.int = ...,
+        scales_other_sizes: _builtins.bool = ...,
+        prompt_syntaxes: _abc.Iterable[Global___PromptSyntax.ValueType] | None = ...,
+        scheduler_details: _abc.Iterable[Global___Scheduler] | None = ...,
+        quantization: _builtins.str = ...,
+        offload: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "preview", b"preview"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "accelerator", b"accelerator", "accelerator_fallback", b"accelerator_fallback", "device", b"device", "dtype", b"dtype", "fast_schedulers", b"fast_schedulers", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "max_active", b"max_active", "max_batch_rows", b"max_batch_rows", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "name", b"name", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "replica", b"replica", "scheduler", b"scheduler", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "unbatched_reason", b"unbatched_reason", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "accelerator", b"accelerator", "accelerator_fallback", b"accelerator_fallback", "device", b"device", "dtype", b"dtype", "fast_schedulers", b"fast_schedulers", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "loras", b"loras", "max_active", b"max_active", "max_batch_rows", b"max_batch_rows", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "min_pixels", b"min_pixels", "name", b"name", "offload", b"offload", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "prompt_syntaxes", b"prompt_syntaxes", "quantization", b"quantization", "replica", b"replica", "scales_other_sizes", b"scales_other_sizes", "scheduler", b"scheduler", "scheduler_details", b"scheduler_details", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "sizes", b"sizes", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "unbatched_reason", b"unbatched_reason", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class ModelLora(_message.Message):
+    """A LoRA that requests can apply."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, for `Lora.name`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelLora: _TypeAlias = ModelLora  # noqa: Y015
+
+@_typing.final
+class Size(_message.Message):
+    """Width and height of an image."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIDTH_PX_FIELD_NUMBER: _builtins.int
+    HEIGHT_PX_FIELD_NUMBER: _builtins.int
+    width_px: _builtins.int
+    """Width in pixels."""
+    height_px: _builtins.int
+    """Height in pixels."""
+    def __init__(
+        self,
+        *,
+        width_px: _builtins.int = ...,
+        height_px: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["height_px", b"height_px", "width_px", b"width_px"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Size: _TypeAlias = Size  # noqa: Y015
+
+@_typing.final
+class Scheduler(_message.Message):
+    """A scheduler (sampler) that the model supports."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    SIGMAS_FIELD_NUMBER: _builtins.int
+    SPACINGS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Class name of diffusers, as in `Model.schedulers`."""
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Familiar names of this scheduler with fixed options, such as "DPM++ 2M Karras". `GenerateRequest.scheduler` accepts
+        them, regardless of case.
+        """
+
+    @_builtins.property
+    def sigmas(self) -> _containers.RepeatedScalarFieldContainer[Global___Sigmas.ValueType]:
+        """Values of `GenerateRequest.sigmas` that it supports."""
+
+    @_builtins.property
+    def spacings(self) -> _containers.RepeatedScalarFieldContainer[Global___TimestepSpacing.ValueType]:
+        """Values of `GenerateRequest.spacing` that it supports."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        sigmas: _abc.Iterable[Global___Sigmas.ValueType] | None = ...,
+        spacings: _abc.Iterable[Global___TimestepSpacing.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "name", b"name", "sigmas", b"sigmas", "spacings", b"spacings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Scheduler: _TypeAlias = Scheduler  # noqa: Y015

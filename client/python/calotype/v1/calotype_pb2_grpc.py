@@ -120,10 +120,11 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
+        """Cancels a queued or running generation, or all members of a group. Idempotent: cancelling a generation that has ended
+        is not an error.
 
-        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
-        generation is damaged).
+        Errors: INVALID_ARGUMENT (no id and no group, or both), NOT_FOUND (no such generation or group, or it is no longer
+        retained), DATA_LOSS (the stored generation is damaged).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

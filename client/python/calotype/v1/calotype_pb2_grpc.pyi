@@ -73,10 +73,11 @@ class GenerationServiceStub:
     `Cancel` and `Finish`.
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]
-    """Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
+    """Cancels a queued or running generation, or all members of a group. Idempotent: cancelling a generation that has ended
+    is not an error.
 
-    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
-    generation is damaged).
+    Errors: INVALID_ARGUMENT (no id and no group, or both), NOT_FOUND (no such generation or group, or it is no longer
+    retained), DATA_LOSS (the stored generation is damaged).
     """
     Finish: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.FinishRequest, _calotype_pb2.FinishResponse]
     """Ends a generation early: after the current step, the server decodes the model's current estimate, which becomes the
@@ -138,10 +139,11 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     `Cancel` and `Finish`.
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]  # type: ignore[assignment]
-    """Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
+    """Cancels a queued or running generation, or all members of a group. Idempotent: cancelling a generation that has ended
+    is not an error.
 
-    Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
-    generation is damaged).
+    Errors: INVALID_ARGUMENT (no id and no group, or both), NOT_FOUND (no such generation or group, or it is no longer
+    retained), DATA_LOSS (the stored generation is damaged).
     """
     Finish: _aio.UnaryUnaryMultiCallable[_calotype_pb2.FinishRequest, _calotype_pb2.FinishResponse]  # type: ignore[assignment]
     """Ends a generation early: after the current step, the server decodes the model's current estimate, which becomes the
@@ -218,10 +220,11 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _calotype_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_calotype_pb2.CancelResponse, _abc.Awaitable[_calotype_pb2.CancelResponse]]:
-        """Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
+        """Cancels a queued or running generation, or all members of a group. Idempotent: cancelling a generation that has ended
+        is not an error.
 
-        Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
-        generation is damaged).
+        Errors: INVALID_ARGUMENT (no id and no group, or both), NOT_FOUND (no such generation or group, or it is no longer
+        retained), DATA_LOSS (the stored generation is damaged).
         """
 
     @_abc_1.abstractmethod

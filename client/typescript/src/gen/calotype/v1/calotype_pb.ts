@@ -17,7 +17,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file calotype/v1/calotype.proto.
  */
 export const file_calotype_v1_calotype: GenFile = /*@__PURE__*/
-  fileDesc("ChpjYWxvdHlwZS92MS9jYWxvdHlwZS5wcm90bxILY2Fsb3R5cGUudjEi3AQKD0dlbmVyYXRlUmVxdWVzdBIOCgZwcm9tcHQYASABKAkSHAoPbmVnYXRpdmVfcHJvbXB0GAIgASgJSACIAQESFQoId2lkdGhfcHgYAyABKAVIAYgBARIWCgloZWlnaHRfcHgYBCABKAVIAogBARIXCgpzdGVwX2NvdW50GAUgASgFSAOIAQESGwoOZ3VpZGFuY2Vfc2NhbGUYBiABKAJIBIgBARIRCgRzZWVkGAcgASgDSAWIAQESFgoJc2NoZWR1bGVyGAggASgJSAaIAQESLAoHcHJldmlldxgJIAEoCzIbLmNhbG90eXBlLnYxLlByZXZpZXdPcHRpb25zEioKBm91dHB1dBgKIAEoCzIaLmNhbG90eXBlLnYxLk91dHB1dE9wdGlvbnMSJwoIcHJpb3JpdHkYCyABKA4yFS5jYWxvdHlwZS52MS5Qcmlvcml0eRI0Cg1vbl9kaXNjb25uZWN0GAwgASgOMh0uY2Fsb3R5cGUudjEuRGlzY29ubmVjdFBvbGljeRIzChBkaXNjb25uZWN0X2dyYWNlGA0gASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhIKCnJlcXVlc3RfaWQYDiABKAkSIQoFc3BlZWQYDyABKA4yEi5jYWxvdHlwZS52MS5TcGVlZEISChBfbmVnYXRpdmVfcHJvbXB0QgsKCV93aWR0aF9weEIMCgpfaGVpZ2h0X3B4Qg0KC19zdGVwX2NvdW50QhEKD19ndWlkYW5jZV9zY2FsZUIHCgVfc2VlZEIMCgpfc2NoZWR1bGVyIuMBCg5QcmV2aWV3T3B0aW9ucxIYCgtldmVyeV9zdGVwcxgBIAEoBUgAiAEBEi8KDG1pbl9pbnRlcnZhbBgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIYCgttYXhfZWRnZV9weBgDIAEoBUgBiAEBEhQKB3F1YWxpdHkYBCABKAVIAogBARIqCgZtZXRob2QYBSABKA4yGi5jYWxvdHlwZS52MS5QcmV2aWV3TWV0aG9kQg4KDF9ldmVyeV9zdGVwc0IOCgxfbWF4X2VkZ2VfcHhCCgoIX3F1YWxpdHkifwoNT3V0cHV0T3B0aW9ucxIoCgZmb3JtYXQYASABKA4yGC5jYWxvdHlwZS52MS5JbWFnZUZvcm1hdBIUCgdxdWFsaXR5GAIgASgFSACIAQESFQoIbWV0YWRhdGEYAyABKAhIAYgBAUIKCghfcXVhbGl0eUILCglfbWV0YWRhdGEisAUKCFByb2dyZXNzEhUKDWdlbmVyYXRpb25faWQYASABKAkSEAoIc2VxdWVuY2UYAiABKAMSIQoFcGhhc2UYAyABKA4yEi5jYWxvdHlwZS52MS5QaGFzZRIMCgRzdGVwGAQgASgFEhMKC3RvdGFsX3N0ZXBzGAUgASgFEg0KBWltYWdlGAYgASgMEi4KDGltYWdlX2Zvcm1hdBgHIAEoDjIYLmNhbG90eXBlLnYxLkltYWdlRm9ybWF0EioKCmltYWdlX2tpbmQYCCABKA4yFi5jYWxvdHlwZS52MS5JbWFnZUtpbmQSEgoKaW1hZ2Vfc3RlcBgJIAEoBRIQCgh3aWR0aF9weBgKIAEoBRIRCgloZWlnaHRfcHgYCyABKAUSFgoOcXVldWVfcG9zaXRpb24YDCABKAUSNgoTZXN0aW1hdGVkX3JlbWFpbmluZxgNIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIYChBwcmV2aWV3c19kcm9wcGVkGA4gASgFEgwKBHNlZWQYDyABKAMSEwoLY2h1bmtfaW5kZXgYECABKAUSEwoLY2h1bmtfY291bnQYESABKAUSJgoId2FybmluZ3MYEiADKAsyFC5jYWxvdHlwZS52MS5XYXJuaW5nEiEKBWVycm9yGBMgASgLMhIuY2Fsb3R5cGUudjEuRXJyb3ISJQoHdGltaW5ncxgUIAEoCzIULmNhbG90eXBlLnYxLlRpbWluZ3MSMgoOcHJldmlld19tZXRob2QYFSABKA4yGi5jYWxvdHlwZS52MS5QcmV2aWV3TWV0aG9kEhoKEnByZXZpZXdzX3dpdGhkcmF3bhgWIAEoCBIWCg5maW5pc2hlZF9lYXJseRgXIAEoCBIVCg1ub3RfcGVyc2lzdGVkGBggASgIIioKB1dhcm5pbmcSDgoGcmVhc29uGAEgASgJEg8KB21lc3NhZ2UYAiABKAkiZgoFRXJyb3ISDAoEY29kZRgBIAEoBRIOCgZyZWFzb24YAiABKAkSDwoHbWVzc2FnZRgDIAEoCRIuCgtyZXRyeV9kZWxheRgEIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbiK3AgoHVGltaW5ncxIpCgZxdWV1ZWQYASABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SMgoPZW5jb2RpbmdfcHJvbXB0GAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEiwKCWRlbm9pc2luZxgDIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIrCghkZWNvZGluZxgEIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIwCg1maXJzdF9wcmV2aWV3GAUgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEigKBXRvdGFsGAYgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhYKDmNvbXB1dGVkX3N0ZXBzGAcgASgFIiYKDUNhbmNlbFJlcXVlc3QSFQoNZ2VuZXJhdGlvbl9pZBgBIAEoCSIzCg5DYW5jZWxSZXNwb25zZRIhCgVwaGFzZRgBIAEoDjISLmNhbG90eXBlLnYxLlBoYXNlImsKDFdhdGNoUmVxdWVzdBIVCg1nZW5lcmF0aW9uX2lkGAEgASgJEhYKDmFmdGVyX3NlcXVlbmNlGAIgASgDEiwKB3ByZXZpZXcYAyABKAsyGy5jYWxvdHlwZS52MS5QcmV2aWV3T3B0aW9ucyImCg1GaW5pc2hSZXF1ZXN0EhUKDWdlbmVyYXRpb25faWQYASABKAkiMwoORmluaXNoUmVzcG9uc2USIQoFcGhhc2UYASABKA4yEi5jYWxvdHlwZS52MS5QaGFzZSJSChZMaXN0R2VuZXJhdGlvbnNSZXF1ZXN0EhYKCXBhZ2Vfc2l6ZRgBIAEoBUgAiAEBEhIKCnBhZ2VfdG9rZW4YAiABKAlCDAoKX3BhZ2Vfc2l6ZSJnChdMaXN0R2VuZXJhdGlvbnNSZXNwb25zZRIzCgtnZW5lcmF0aW9ucxgBIAMoCzIeLmNhbG90eXBlLnYxLkdlbmVyYXRpb25TdW1tYXJ5EhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSLTAQoRR2VuZXJhdGlvblN1bW1hcnkSFQoNZ2VuZXJhdGlvbl9pZBgBIAEoCRISCgpyZXF1ZXN0X2lkGAIgASgJEg4KBnByb21wdBgDIAEoCRIhCgVwaGFzZRgEIAEoDjISLmNhbG90eXBlLnYxLlBoYXNlEgwKBHN0ZXAYBSABKAUSEwoLdG90YWxfc3RlcHMYBiABKAUSDAoEc2VlZBgHIAEoAxIvCgtjcmVhdGVfdGltZRgIIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAiEQoPR2V0TW9kZWxSZXF1ZXN0IsgFCgVNb2RlbBIMCgRuYW1lGAEgASgJEhAKCHBpcGVsaW5lGAIgASgJEhAKCHdpZHRoX3B4GAMgASgFEhEKCWhlaWdodF9weBgEIAEoBRIYChBzaXplX211bHRpcGxlX3B4GAUgASgFEhIKCm1heF9waXhlbHMYBiABKAUSEgoKc3RlcF9jb3VudBgHIAEoBRIWCg5tYXhfc3RlcF9jb3VudBgIIAEoBRIbCg5ndWlkYW5jZV9zY2FsZRgJIAEoAkgAiAEBEh0KFXRha2VzX25lZ2F0aXZlX3Byb21wdBgKIAEoCBIRCglzY2hlZHVsZXIYCyABKAkSEgoKc2NoZWR1bGVycxgMIAMoCRIYChBtYXhfcHJvbXB0X2NoYXJzGA0gASgFEhkKEW1heF9wcm9tcHRfdG9rZW5zGA4gASgFEg4KBmRldmljZRgPIAEoCRINCgVkdHlwZRgQIAEoCRIWCg5zZXJ2ZXJfdmVyc2lvbhgRIAEoCRIzCg9wcmV2aWV3X21ldGhvZHMYEiADKA4yGi5jYWxvdHlwZS52MS5QcmV2aWV3TWV0aG9kEiwKB3ByZXZpZXcYEyABKAsyGy5jYWxvdHlwZS52MS5QcmV2aWV3T3B0aW9ucxIbChNtYXhfcHJldmlld19lZGdlX3B4GBQgASgFEhsKE21heF9wcmV2aWV3X3F1YWxpdHkYFSABKAUSEgoKbWF4X2FjdGl2ZRgWIAEoBRIWCg5tYXhfYmF0Y2hfcm93cxgXIAEoBRIYChB1bmJhdGNoZWRfcmVhc29uGBggASgJEg8KB3JlcGxpY2EYGSABKAkSFwoPZmFzdF9zY2hlZHVsZXJzGBogAygJEhMKC2FjY2VsZXJhdG9yGBsgASgJEhwKFGFjY2VsZXJhdG9yX2ZhbGxiYWNrGBwgASgJQhEKD19ndWlkYW5jZV9zY2FsZSqwAQoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIQCgxQSEFTRV9RVUVVRUQQARIZChVQSEFTRV9FTkNPRElOR19QUk9NUFQQAhITCg9QSEFTRV9ERU5PSVNJTkcQAxISCg5QSEFTRV9ERUNPRElORxAEEhMKD1BIQVNFX1NVQ0NFRURFRBAFEhAKDFBIQVNFX0ZBSUxFRBAGEhMKD1BIQVNFX0NBTkNFTExFRBAHKm8KC0ltYWdlRm9ybWF0EhwKGElNQUdFX0ZPUk1BVF9VTlNQRUNJRklFRBAAEhUKEUlNQUdFX0ZPUk1BVF9KUEVHEAESFAoQSU1BR0VfRk9STUFUX1BORxACEhUKEUlNQUdFX0ZPUk1BVF9XRUJQEAMqVwoJSW1hZ2VLaW5kEhoKFklNQUdFX0tJTkRfVU5TUEVDSUZJRUQQABIYChRJTUFHRV9LSU5EX1BSRURJQ1RFRBABEhQKEElNQUdFX0tJTkRfRklOQUwQAipvChBEaXNjb25uZWN0UG9saWN5EiEKHURJU0NPTk5FQ1RfUE9MSUNZX1VOU1BFQ0lGSUVEEAASHAoYRElTQ09OTkVDVF9QT0xJQ1lfQ0FOQ0VMEAESGgoWRElTQ09OTkVDVF9QT0xJQ1lfS0VFUBACKlIKCFByaW9yaXR5EhgKFFBSSU9SSVRZX1VOU1BFQ0lGSUVEEAASGAoUUFJJT1JJVFlfSU5URVJBQ1RJVkUQARISCg5QUklPUklUWV9CQVRDSBACKj8KBVNwZWVkEhUKEVNQRUVEX1VOU1BFQ0lGSUVEEAASDwoLU1BFRURfRVhBQ1QQARIOCgpTUEVFRF9GQVNUEAIqtAEKDVByZXZpZXdNZXRob2QSHgoaUFJFVklFV19NRVRIT0RfVU5TUEVDSUZJRUQQABIXChNQUkVWSUVXX01FVEhPRF9BVVRPEAESFwoTUFJFVklFV19NRVRIT0RfSEVBRBACEhsKF1BSRVZJRVdfTUVUSE9EX1RJTllfVkFFEAMSGwoXUFJFVklFV19NRVRIT0RfRlVMTF9WQUUQBBIXChNQUkVWSUVXX01FVEhPRF9OT05FEAUytQMKEUdlbmVyYXRpb25TZXJ2aWNlEkEKCEdlbmVyYXRlEhwuY2Fsb3R5cGUudjEuR2VuZXJhdGVSZXF1ZXN0GhUuY2Fsb3R5cGUudjEuUHJvZ3Jlc3MwARI7CgVXYXRjaBIZLmNhbG90eXBlLnYxLldhdGNoUmVxdWVzdBoVLmNhbG90eXBlLnYxLlByb2dyZXNzMAESQQoGQ2FuY2VsEhouY2Fsb3R5cGUudjEuQ2FuY2VsUmVxdWVzdBobLmNhbG90eXBlLnYxLkNhbmNlbFJlc3BvbnNlEkEKBkZpbmlzaBIaLmNhbG90eXBlLnYxLkZpbmlzaFJlcXVlc3QaGy5jYWxvdHlwZS52MS5GaW5pc2hSZXNwb25zZRJcCg9MaXN0R2VuZXJhdGlvbnMSIy5jYWxvdHlwZS52MS5MaXN0R2VuZXJhdGlvbnNSZXF1ZXN0GiQuY2Fsb3R5cGUudjEuTGlzdEdlbmVyYXRpb25zUmVzcG9uc2USPAoIR2V0TW9kZWwSHC5jYWxvdHlwZS52MS5HZXRNb2RlbFJlcXVlc3QaEi5jYWxvdHlwZS52MS5Nb2RlbEKBAQoLY2Fsb3R5cGUudjFCDUNhbG90eXBlUHJvdG9QAVoWY2Fsb3R5cGUvdjE7Y2Fsb3R5cGV2MaICA0NMVKoCC0NhbG90eXBlLlYxygILQ2Fsb3R5cGVcVjHiAhdDYWxvdHlwZVxWMVxHUEJNZXRhZGF0YeoCDENhbG90eXBlOjpWMWIGcHJvdG8z", [file_google_protobuf_duration, file_google_protobuf_timestamp]);
+  fileDesc("ChpjYWxvdHlwZS92MS9jYWxvdHlwZS5wcm90bxILY2Fsb3R5cGUudjEikwYKD0dlbmVyYXRlUmVxdWVzdBIOCgZwcm9tcHQYASABKAkSHAoPbmVnYXRpdmVfcHJvbXB0GAIgASgJSACIAQESFQoId2lkdGhfcHgYAyABKAVIAYgBARIWCgloZWlnaHRfcHgYBCABKAVIAogBARIXCgpzdGVwX2NvdW50GAUgASgFSAOIAQESGwoOZ3VpZGFuY2Vfc2NhbGUYBiABKAJIBIgBARIRCgRzZWVkGAcgASgDSAWIAQESFgoJc2NoZWR1bGVyGAggASgJSAaIAQESLAoHcHJldmlldxgJIAEoCzIbLmNhbG90eXBlLnYxLlByZXZpZXdPcHRpb25zEioKBm91dHB1dBgKIAEoCzIaLmNhbG90eXBlLnYxLk91dHB1dE9wdGlvbnMSJwoIcHJpb3JpdHkYCyABKA4yFS5jYWxvdHlwZS52MS5Qcmlvcml0eRI0Cg1vbl9kaXNjb25uZWN0GAwgASgOMh0uY2Fsb3R5cGUudjEuRGlzY29ubmVjdFBvbGljeRIzChBkaXNjb25uZWN0X2dyYWNlGA0gASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEhIKCnJlcXVlc3RfaWQYDiABKAkSIQoFc3BlZWQYDyABKA4yEi5jYWxvdHlwZS52MS5TcGVlZBIgCgVsb3JhcxgQIAMoCzIRLmNhbG90eXBlLnYxLkxvcmESMAoNcHJvbXB0X3N5bnRheBgRIAEoDjIZLmNhbG90eXBlLnYxLlByb21wdFN5bnRheBIjCgZzaWdtYXMYEiABKA4yEy5jYWxvdHlwZS52MS5TaWdtYXMSLQoHc3BhY2luZxgTIAEoDjIcLmNhbG90eXBlLnYxLlRpbWVzdGVwU3BhY2luZxINCgVncm91cBgUIAEoCUISChBfbmVnYXRpdmVfcHJvbXB0QgsKCV93aWR0aF9weEIMCgpfaGVpZ2h0X3B4Qg0KC19zdGVwX2NvdW50QhEKD19ndWlkYW5jZV9zY2FsZUIHCgVfc2VlZEIMCgpfc2NoZWR1bGVyIjIKBExvcmESDAoEbmFtZRgBIAEoCRISCgVzY2FsZRgCIAEoAkgAiAEBQggKBl9zY2FsZSLjAQoOUHJldmlld09wdGlvbnMSGAoLZXZlcnlfc3RlcHMYASABKAVIAIgBARIvCgxtaW5faW50ZXJ2YWwYAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SGAoLbWF4X2VkZ2VfcHgYAyABKAVIAYgBARIUCgdxdWFsaXR5GAQgASgFSAKIAQESKgoGbWV0aG9kGAUgASgOMhouY2Fsb3R5cGUudjEuUHJldmlld01ldGhvZEIOCgxfZXZlcnlfc3RlcHNCDgoMX21heF9lZGdlX3B4QgoKCF9xdWFsaXR5In8KDU91dHB1dE9wdGlvbnMSKAoGZm9ybWF0GAEgASgOMhguY2Fsb3R5cGUudjEuSW1hZ2VGb3JtYXQSFAoHcXVhbGl0eRgCIAEoBUgAiAEBEhUKCG1ldGFkYXRhGAMgASgISAGIAQFCCgoIX3F1YWxpdHlCCwoJX21ldGFkYXRhIrAFCghQcm9ncmVzcxIVCg1nZW5lcmF0aW9uX2lkGAEgASgJEhAKCHNlcXVlbmNlGAIgASgDEiEKBXBoYXNlGAMgASgOMhIuY2Fsb3R5cGUudjEuUGhhc2USDAoEc3RlcBgEIAEoBRITCgt0b3RhbF9zdGVwcxgFIAEoBRINCgVpbWFnZRgGIAEoDBIuCgxpbWFnZV9mb3JtYXQYByABKA4yGC5jYWxvdHlwZS52MS5JbWFnZUZvcm1hdBIqCgppbWFnZV9raW5kGAggASgOMhYuY2Fsb3R5cGUudjEuSW1hZ2VLaW5kEhIKCmltYWdlX3N0ZXAYCSABKAUSEAoId2lkdGhfcHgYCiABKAUSEQoJaGVpZ2h0X3B4GAsgASgFEhYKDnF1ZXVlX3Bvc2l0aW9uGAwgASgFEjYKE2VzdGltYXRlZF9yZW1haW5pbmcYDSABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SGAoQcHJldmlld3NfZHJvcHBlZBgOIAEoBRIMCgRzZWVkGA8gASgDEhMKC2NodW5rX2luZGV4GBAgASgFEhMKC2NodW5rX2NvdW50GBEgASgFEiYKCHdhcm5pbmdzGBIgAygLMhQuY2Fsb3R5cGUudjEuV2FybmluZxIhCgVlcnJvchgTIAEoCzISLmNhbG90eXBlLnYxLkVycm9yEiUKB3RpbWluZ3MYFCABKAsyFC5jYWxvdHlwZS52MS5UaW1pbmdzEjIKDnByZXZpZXdfbWV0aG9kGBUgASgOMhouY2Fsb3R5cGUudjEuUHJldmlld01ldGhvZBIaChJwcmV2aWV3c193aXRoZHJhd24YFiABKAgSFgoOZmluaXNoZWRfZWFybHkYFyABKAgSFQoNbm90X3BlcnNpc3RlZBgYIAEoCCIqCgdXYXJuaW5nEg4KBnJlYXNvbhgBIAEoCRIPCgdtZXNzYWdlGAIgASgJImYKBUVycm9yEgwKBGNvZGUYASABKAUSDgoGcmVhc29uGAIgASgJEg8KB21lc3NhZ2UYAyABKAkSLgoLcmV0cnlfZGVsYXkYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24itwIKB1RpbWluZ3MSKQoGcXVldWVkGAEgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uEjIKD2VuY29kaW5nX3Byb21wdBgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIsCglkZW5vaXNpbmcYAyABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SKwoIZGVjb2RpbmcYBCABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb24SMAoNZmlyc3RfcHJldmlldxgFIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIoCgV0b3RhbBgGIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbhIWCg5jb21wdXRlZF9zdGVwcxgHIAEoBSI1Cg1DYW5jZWxSZXF1ZXN0EhUKDWdlbmVyYXRpb25faWQYASABKAkSDQoFZ3JvdXAYAiABKAkiTAoOQ2FuY2VsUmVzcG9uc2USIQoFcGhhc2UYASABKA4yEi5jYWxvdHlwZS52MS5QaGFzZRIXCg9jYW5jZWxsZWRfY291bnQYAiABKAUiawoMV2F0Y2hSZXF1ZXN0EhUKDWdlbmVyYXRpb25faWQYASABKAkSFgoOYWZ0ZXJfc2VxdWVuY2UYAiABKAMSLAoHcHJldmlldxgDIAEoCzIbLmNhbG90eXBlLnYxLlByZXZpZXdPcHRpb25zIiYKDUZpbmlzaFJlcXVlc3QSFQoNZ2VuZXJhdGlvbl9pZBgBIAEoCSIzCg5GaW5pc2hSZXNwb25zZRIhCgVwaGFzZRgBIAEoDjISLmNhbG90eXBlLnYxLlBoYXNlIlIKFkxpc3RHZW5lcmF0aW9uc1JlcXVlc3QSFgoJcGFnZV9zaXplGAEgASgFSACIAQESEgoKcGFnZV90b2tlbhgCIAEoCUIMCgpfcGFnZV9zaXplImcKF0xpc3RHZW5lcmF0aW9uc1Jlc3BvbnNlEjMKC2dlbmVyYXRpb25zGAEgAygLMh4uY2Fsb3R5cGUudjEuR2VuZXJhdGlvblN1bW1hcnkSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJIuIBChFHZW5lcmF0aW9uU3VtbWFyeRIVCg1nZW5lcmF0aW9uX2lkGAEgASgJEhIKCnJlcXVlc3RfaWQYAiABKAkSDgoGcHJvbXB0GAMgASgJEiEKBXBoYXNlGAQgASgOMhIuY2Fsb3R5cGUudjEuUGhhc2USDAoEc3RlcBgFIAEoBRITCgt0b3RhbF9zdGVwcxgGIAEoBRIMCgRzZWVkGAcgASgDEi8KC2NyZWF0ZV90aW1lGAggASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBINCgVncm91cBgJIAEoCSIRCg9HZXRNb2RlbFJlcXVlc3QizwcKBU1vZGVsEgwKBG5hbWUYASABKAkSEAoIcGlwZWxpbmUYAiABKAkSEAoId2lkdGhfcHgYAyABKAUSEQoJaGVpZ2h0X3B4GAQgASgFEhgKEHNpemVfbXVsdGlwbGVfcHgYBSABKAUSEgoKbWF4X3BpeGVscxgGIAEoBRISCgpzdGVwX2NvdW50GAcgASgFEhYKDm1heF9zdGVwX2NvdW50GAggASgFEhsKDmd1aWRhbmNlX3NjYWxlGAkgASgCSACIAQESHQoVdGFrZXNfbmVnYXRpdmVfcHJvbXB0GAogASgIEhEKCXNjaGVkdWxlchgLIAEoCRISCgpzY2hlZHVsZXJzGAwgAygJEhgKEG1heF9wcm9tcHRfY2hhcnMYDSABKAUSGQoRbWF4X3Byb21wdF90b2tlbnMYDiABKAUSDgoGZGV2aWNlGA8gASgJEg0KBWR0eXBlGBAgASgJEhYKDnNlcnZlcl92ZXJzaW9uGBEgASgJEjMKD3ByZXZpZXdfbWV0aG9kcxgSIAMoDjIaLmNhbG90eXBlLnYxLlByZXZpZXdNZXRob2QSLAoHcHJldmlldxgTIAEoCzIbLmNhbG90eXBlLnYxLlByZXZpZXdPcHRpb25zEhsKE21heF9wcmV2aWV3X2VkZ2VfcHgYFCABKAUSGwoTbWF4X3ByZXZpZXdfcXVhbGl0eRgVIAEoBRISCgptYXhfYWN0aXZlGBYgASgFEhYKDm1heF9iYXRjaF9yb3dzGBcgASgFEhgKEHVuYmF0Y2hlZF9yZWFzb24YGCABKAkSDwoHcmVwbGljYRgZIAEoCRIXCg9mYXN0X3NjaGVkdWxlcnMYGiADKAkSEwoLYWNjZWxlcmF0b3IYGyABKAkSHAoUYWNjZWxlcmF0b3JfZmFsbGJhY2sYHCABKAkSJQoFbG9yYXMYHSADKAsyFi5jYWxvdHlwZS52MS5Nb2RlbExvcmESIAoFc2l6ZXMYHiADKAsyES5jYWxvdHlwZS52MS5TaXplEhIKCm1pbl9waXhlbHMYHyABKAUSGgoSc2NhbGVzX290aGVyX3NpemVzGCAgASgIEjIKD3Byb21wdF9zeW50YXhlcxghIAMoDjIZLmNhbG90eXBlLnYxLlByb21wdFN5bnRheBIxChFzY2hlZHVsZXJfZGV0YWlscxgiIAMoCzIWLmNhbG90eXBlLnYxLlNjaGVkdWxlchIUCgxxdWFudGl6YXRpb24YIyABKAkSDwoHb2ZmbG9hZBgkIAEoCUIRCg9fZ3VpZGFuY2Vfc2NhbGUiGQoJTW9kZWxMb3JhEgwKBG5hbWUYASABKAkiKwoEU2l6ZRIQCgh3aWR0aF9weBgBIAEoBRIRCgloZWlnaHRfcHgYAiABKAUifwoJU2NoZWR1bGVyEgwKBG5hbWUYASABKAkSDwoHYWxpYXNlcxgCIAMoCRIjCgZzaWdtYXMYAyADKA4yEy5jYWxvdHlwZS52MS5TaWdtYXMSLgoIc3BhY2luZ3MYBCADKA4yHC5jYWxvdHlwZS52MS5UaW1lc3RlcFNwYWNpbmcqsAEKBVBoYXNlEhUKEVBIQVNFX1VOU1BFQ0lGSUVEEAASEAoMUEhBU0VfUVVFVUVEEAESGQoVUEhBU0VfRU5DT0RJTkdfUFJPTVBUEAISEwoPUEhBU0VfREVOT0lTSU5HEAMSEgoOUEhBU0VfREVDT0RJTkcQBBITCg9QSEFTRV9TVUNDRUVERUQQBRIQCgxQSEFTRV9GQUlMRUQQBhITCg9QSEFTRV9DQU5DRUxMRUQQBypvCgtJbWFnZUZvcm1hdBIcChhJTUFHRV9GT1JNQVRfVU5TUEVDSUZJRUQQABIVChFJTUFHRV9GT1JNQVRfSlBFRxABEhQKEElNQUdFX0ZPUk1BVF9QTkcQAhIVChFJTUFHRV9GT1JNQVRfV0VCUBADKlcKCUltYWdlS2luZBIaChZJTUFHRV9LSU5EX1VOU1BFQ0lGSUVEEAASGAoUSU1BR0VfS0lORF9QUkVESUNURUQQARIUChBJTUFHRV9LSU5EX0ZJTkFMEAIqbwoQRGlzY29ubmVjdFBvbGljeRIhCh1ESVNDT05ORUNUX1BPTElDWV9VTlNQRUNJRklFRBAAEhwKGERJU0NPTk5FQ1RfUE9MSUNZX0NBTkNFTBABEhoKFkRJU0NPTk5FQ1RfUE9MSUNZX0tFRVAQAipSCghQcmlvcml0eRIYChRQUklPUklUWV9VTlNQRUNJRklFRBAAEhgKFFBSSU9SSVRZX0lOVEVSQUNUSVZFEAESEgoOUFJJT1JJVFlfQkFUQ0gQAio/CgVTcGVlZBIVChFTUEVFRF9VTlNQRUNJRklFRBAAEg8KC1NQRUVEX0VYQUNUEAESDgoKU1BFRURfRkFTVBACKmIKDFByb21wdFN5bnRheBIdChlQUk9NUFRfU1lOVEFYX1VOU1BFQ0lGSUVEEAASFwoTUFJPTVBUX1NZTlRBWF9QTEFJThABEhoKFlBST01QVF9TWU5UQVhfV0VJR0hURUQQAipcCgZTaWdtYXMSFgoSU0lHTUFTX1VOU1BFQ0lGSUVEEAASEQoNU0lHTUFTX0tBUlJBUxABEhYKElNJR01BU19FWFBPTkVOVElBTBACEg8KC1NJR01BU19CRVRBEAMqjwEKD1RpbWVzdGVwU3BhY2luZxIgChxUSU1FU1RFUF9TUEFDSU5HX1VOU1BFQ0lGSUVEEAASHAoYVElNRVNURVBfU1BBQ0lOR19MRUFESU5HEAESHQoZVElNRVNURVBfU1BBQ0lOR19UUkFJTElORxACEh0KGVRJTUVTVEVQX1NQQUNJTkdfTElOU1BBQ0UQAyq0AQoNUHJldmlld01ldGhvZBIeChpQUkVWSUVXX01FVEhPRF9VTlNQRUNJRklFRBAAEhcKE1BSRVZJRVdfTUVUSE9EX0FVVE8QARIXChNQUkVWSUVXX01FVEhPRF9IRUFEEAISGwoXUFJFVklFV19NRVRIT0RfVElOWV9WQUUQAxIbChdQUkVWSUVXX01FVEhPRF9GVUxMX1ZBRRAEEhcKE1BSRVZJRVdfTUVUSE9EX05PTkUQBTK1AwoRR2VuZXJhdGlvblNlcnZpY2USQQoIR2VuZXJhdGUSHC5jYWxvdHlwZS52MS5HZW5lcmF0ZVJlcXVlc3QaFS5jYWxvdHlwZS52MS5Qcm9ncmVzczABEjsKBVdhdGNoEhkuY2Fsb3R5cGUudjEuV2F0Y2hSZXF1ZXN0GhUuY2Fsb3R5cGUudjEuUHJvZ3Jlc3MwARJBCgZDYW5jZWwSGi5jYWxvdHlwZS52MS5DYW5jZWxSZXF1ZXN0GhsuY2Fsb3R5cGUudjEuQ2FuY2VsUmVzcG9uc2USQQoGRmluaXNoEhouY2Fsb3R5cGUudjEuRmluaXNoUmVxdWVzdBobLmNhbG90eXBlLnYxLkZpbmlzaFJlc3BvbnNlElwKD0xpc3RHZW5lcmF0aW9ucxIjLmNhbG90eXBlLnYxLkxpc3RHZW5lcmF0aW9uc1JlcXVlc3QaJC5jYWxvdHlwZS52MS5MaXN0R2VuZXJhdGlvbnNSZXNwb25zZRI8CghHZXRNb2RlbBIcLmNhbG90eXBlLnYxLkdldE1vZGVsUmVxdWVzdBoSLmNhbG90eXBlLnYxLk1vZGVsQoEBCgtjYWxvdHlwZS52MUINQ2Fsb3R5cGVQcm90b1ABWhZjYWxvdHlwZS92MTtjYWxvdHlwZXYxogIDQ0xUqgILQ2Fsb3R5cGUuVjHKAgtDYWxvdHlwZVxWMeICF0NhbG90eXBlXFYxXEdQQk1ldGFkYXRh6gIMQ2Fsb3R5cGU6OlYxYgZwcm90bzM", [file_google_protobuf_duration, file_google_protobuf_timestamp]);
 
 /**
  * The image to generate. All fields except `prompt` are optional; `GetModel` returns the defaults.
@@ -74,14 +74,15 @@ export type GenerateRequest = Message<"calotype.v1.GenerateRequest"> & {
 
   /**
    * Seed of the initial noise, 0 to 9007199254740991 (2^53 - 1, exact in JavaScript). The same request with the same
-   * seed produces the same image. Default: a random seed, reported in `Progress.seed`.
+   * seed produces the same image. Default, also for -1: a random seed, reported in `Progress.seed`.
    *
    * @generated from field: optional int64 seed = 7;
    */
   seed?: bigint | undefined;
 
   /**
-   * Scheduler (sampler), one of `Model.schedulers`. Default: `Model.scheduler`.
+   * Scheduler (sampler): one of `Model.schedulers`, or one of the `Scheduler.aliases` of `Model.scheduler_details`.
+   * Default: `Model.scheduler`.
    *
    * @generated from field: optional string scheduler = 8;
    */
@@ -139,6 +140,44 @@ export type GenerateRequest = Message<"calotype.v1.GenerateRequest"> & {
    * @generated from field: calotype.v1.Speed speed = 15;
    */
   speed: Speed;
+
+  /**
+   * LoRAs to apply, each at most once, 0 to 8. Default: none.
+   *
+   * @generated from field: repeated calotype.v1.Lora loras = 16;
+   */
+  loras: Lora[];
+
+  /**
+   * How the server reads the prompts, one of `Model.prompt_syntaxes`. Default: PLAIN.
+   *
+   * @generated from field: calotype.v1.PromptSyntax prompt_syntax = 17;
+   */
+  promptSyntax: PromptSyntax;
+
+  /**
+   * Noise levels of the steps, one of `Scheduler.sigmas`. Rejected if `scheduler` is an alias that includes another
+   * choice. Default: those of the scheduler.
+   *
+   * @generated from field: calotype.v1.Sigmas sigmas = 18;
+   */
+  sigmas: Sigmas;
+
+  /**
+   * Timesteps of the steps, one of `Scheduler.spacings`. Rejected if `scheduler` is an alias that includes another
+   * choice. Default: that of the scheduler.
+   *
+   * @generated from field: calotype.v1.TimestepSpacing spacing = 19;
+   */
+  spacing: TimestepSpacing;
+
+  /**
+   * Makes this generation a member of a group: `Cancel` can end all members at once. 0 to 128 characters of printable
+   * ASCII, chosen by the caller, such as a UUID; groups of different callers are separate. Default: empty, no group.
+   *
+   * @generated from field: string group = 20;
+   */
+  group: string;
 };
 
 /**
@@ -147,6 +186,35 @@ export type GenerateRequest = Message<"calotype.v1.GenerateRequest"> & {
  */
 export const GenerateRequestSchema: GenMessage<GenerateRequest> = /*@__PURE__*/
   messageDesc(file_calotype_v1_calotype, 0);
+
+/**
+ * A LoRA and its strength.
+ *
+ * @generated from message calotype.v1.Lora
+ */
+export type Lora = Message<"calotype.v1.Lora"> & {
+  /**
+   * One of the names in `Model.loras`. Required.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * Factor of its weights, -10 to 10. 0 has no effect, 1 is the strength that it was trained with, and a negative value
+   * has the opposite effect. Default: 1.
+   *
+   * @generated from field: optional float scale = 2;
+   */
+  scale?: number | undefined;
+};
+
+/**
+ * Describes the message calotype.v1.Lora.
+ * Use `create(LoraSchema)` to create a new message.
+ */
+export const LoraSchema: GenMessage<Lora> = /*@__PURE__*/
+  messageDesc(file_calotype_v1_calotype, 1);
 
 /**
  * Appearance and frequency of previews. Omitted fields default to `Model.preview`. All options apply together: a
@@ -199,7 +267,7 @@ export type PreviewOptions = Message<"calotype.v1.PreviewOptions"> & {
  * Use `create(PreviewOptionsSchema)` to create a new message.
  */
 export const PreviewOptionsSchema: GenMessage<PreviewOptions> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 1);
+  messageDesc(file_calotype_v1_calotype, 2);
 
 /**
  * File format of the final image.
@@ -235,7 +303,7 @@ export type OutputOptions = Message<"calotype.v1.OutputOptions"> & {
  * Use `create(OutputOptionsSchema)` to create a new message.
  */
 export const OutputOptionsSchema: GenMessage<OutputOptions> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 2);
+  messageDesc(file_calotype_v1_calotype, 3);
 
 /**
  * One message of a generation's stream: its current state and, if there is a new one, an image.
@@ -426,7 +494,7 @@ export type Progress = Message<"calotype.v1.Progress"> & {
  * Use `create(ProgressSchema)` to create a new message.
  */
 export const ProgressSchema: GenMessage<Progress> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 3);
+  messageDesc(file_calotype_v1_calotype, 4);
 
 /**
  * A problem that did not stop the generation.
@@ -435,7 +503,7 @@ export const ProgressSchema: GenMessage<Progress> = /*@__PURE__*/
  */
 export type Warning = Message<"calotype.v1.Warning"> & {
   /**
-   * Machine-readable, in UPPER_SNAKE_CASE: PROMPT_TRUNCATED.
+   * Machine-readable, in UPPER_SNAKE_CASE: PROMPT_TRUNCATED, PROMPT_WEIGHTS_IGNORED, LORA_TAG_IGNORED or SIZE_SCALED.
    *
    * @generated from field: string reason = 1;
    */
@@ -454,7 +522,7 @@ export type Warning = Message<"calotype.v1.Warning"> & {
  * Use `create(WarningSchema)` to create a new message.
  */
 export const WarningSchema: GenMessage<Warning> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 4);
+  messageDesc(file_calotype_v1_calotype, 5);
 
 /**
  * Why a generation ended without an image.
@@ -496,7 +564,7 @@ export type Error = Message<"calotype.v1.Error"> & {
  * Use `create(ErrorSchema)` to create a new message.
  */
 export const ErrorSchema: GenMessage<Error> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 5);
+  messageDesc(file_calotype_v1_calotype, 6);
 
 /**
  * Duration of each phase of a generation. Absent for a phase that was not reached.
@@ -560,20 +628,27 @@ export type Timings = Message<"calotype.v1.Timings"> & {
  * Use `create(TimingsSchema)` to create a new message.
  */
 export const TimingsSchema: GenMessage<Timings> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 6);
+  messageDesc(file_calotype_v1_calotype, 7);
 
 /**
- * Selects the generation to cancel.
+ * Selects the generations to cancel. Either field is required, not both.
  *
  * @generated from message calotype.v1.CancelRequest
  */
 export type CancelRequest = Message<"calotype.v1.CancelRequest"> & {
   /**
-   * From `Progress.generation_id`. Required.
+   * From `Progress.generation_id`: cancels this generation.
    *
    * @generated from field: string generation_id = 1;
    */
   generationId: string;
+
+  /**
+   * From `GenerateRequest.group`: cancels all members of the caller's group.
+   *
+   * @generated from field: string group = 2;
+   */
+  group: string;
 };
 
 /**
@@ -581,7 +656,7 @@ export type CancelRequest = Message<"calotype.v1.CancelRequest"> & {
  * Use `create(CancelRequestSchema)` to create a new message.
  */
 export const CancelRequestSchema: GenMessage<CancelRequest> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 7);
+  messageDesc(file_calotype_v1_calotype, 8);
 
 /**
  * The result of `Cancel`.
@@ -591,11 +666,18 @@ export const CancelRequestSchema: GenMessage<CancelRequest> = /*@__PURE__*/
 export type CancelResponse = Message<"calotype.v1.CancelResponse"> & {
   /**
    * Phase of the generation when the request arrived. An end phase (succeeded, failed, cancelled) means that it had
-   * already ended.
+   * already ended. Unspecified for a group.
    *
    * @generated from field: calotype.v1.Phase phase = 1;
    */
   phase: Phase;
+
+  /**
+   * Number of generations that this request cancels: 0 if all had already ended.
+   *
+   * @generated from field: int32 cancelled_count = 2;
+   */
+  cancelledCount: number;
 };
 
 /**
@@ -603,7 +685,7 @@ export type CancelResponse = Message<"calotype.v1.CancelResponse"> & {
  * Use `create(CancelResponseSchema)` to create a new message.
  */
 export const CancelResponseSchema: GenMessage<CancelResponse> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 8);
+  messageDesc(file_calotype_v1_calotype, 9);
 
 /**
  * Selects the generation to follow and the previews to receive.
@@ -641,7 +723,7 @@ export type WatchRequest = Message<"calotype.v1.WatchRequest"> & {
  * Use `create(WatchRequestSchema)` to create a new message.
  */
 export const WatchRequestSchema: GenMessage<WatchRequest> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 9);
+  messageDesc(file_calotype_v1_calotype, 10);
 
 /**
  * Selects the generation to end early.
@@ -662,7 +744,7 @@ export type FinishRequest = Message<"calotype.v1.FinishRequest"> & {
  * Use `create(FinishRequestSchema)` to create a new message.
  */
 export const FinishRequestSchema: GenMessage<FinishRequest> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 10);
+  messageDesc(file_calotype_v1_calotype, 11);
 
 /**
  * The result of `Finish`.
@@ -684,7 +766,7 @@ export type FinishResponse = Message<"calotype.v1.FinishResponse"> & {
  * Use `create(FinishResponseSchema)` to create a new message.
  */
 export const FinishResponseSchema: GenMessage<FinishResponse> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 11);
+  messageDesc(file_calotype_v1_calotype, 12);
 
 /**
  * Selects a page of the list.
@@ -712,7 +794,7 @@ export type ListGenerationsRequest = Message<"calotype.v1.ListGenerationsRequest
  * Use `create(ListGenerationsRequestSchema)` to create a new message.
  */
 export const ListGenerationsRequestSchema: GenMessage<ListGenerationsRequest> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 12);
+  messageDesc(file_calotype_v1_calotype, 13);
 
 /**
  * One page of the list.
@@ -740,7 +822,7 @@ export type ListGenerationsResponse = Message<"calotype.v1.ListGenerationsRespon
  * Use `create(ListGenerationsResponseSchema)` to create a new message.
  */
 export const ListGenerationsResponseSchema: GenMessage<ListGenerationsResponse> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 13);
+  messageDesc(file_calotype_v1_calotype, 14);
 
 /**
  * The current state of one generation.
@@ -803,6 +885,13 @@ export type GenerationSummary = Message<"calotype.v1.GenerationSummary"> & {
    * @generated from field: google.protobuf.Timestamp create_time = 8;
    */
   createTime?: Timestamp | undefined;
+
+  /**
+   * `GenerateRequest.group`. Empty if the request had none.
+   *
+   * @generated from field: string group = 9;
+   */
+  group: string;
 };
 
 /**
@@ -810,7 +899,7 @@ export type GenerationSummary = Message<"calotype.v1.GenerationSummary"> & {
  * Use `create(GenerationSummarySchema)` to create a new message.
  */
 export const GenerationSummarySchema: GenMessage<GenerationSummary> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 14);
+  messageDesc(file_calotype_v1_calotype, 15);
 
 /**
  * Requests a description of the loaded model.
@@ -825,7 +914,7 @@ export type GetModelRequest = Message<"calotype.v1.GetModelRequest"> & {
  * Use `create(GetModelRequestSchema)` to create a new message.
  */
 export const GetModelRequestSchema: GenMessage<GetModelRequest> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 15);
+  messageDesc(file_calotype_v1_calotype, 16);
 
 /**
  * The loaded model: its abilities, limits and defaults.
@@ -1030,6 +1119,66 @@ export type Model = Message<"calotype.v1.Model"> & {
    * @generated from field: string accelerator_fallback = 28;
    */
   acceleratorFallback: string;
+
+  /**
+   * LoRAs that requests can apply, sorted by name.
+   *
+   * @generated from field: repeated calotype.v1.ModelLora loras = 29;
+   */
+  loras: ModelLora[];
+
+  /**
+   * Sizes that the model draws well, to offer to people; the first is the default size. If `min_pixels` is 0, these are
+   * all supported sizes.
+   *
+   * @generated from field: repeated calotype.v1.Size sizes = 30;
+   */
+  sizes: Size[];
+
+  /**
+   * Minimum width times height, in pixels, of sizes that are not in `sizes`: they must also be multiples of
+   * `size_multiple_px` with at most `max_pixels`. 0 if only `sizes` are supported.
+   *
+   * @generated from field: int32 min_pixels = 31;
+   */
+  minPixels: number;
+
+  /**
+   * Whether the server accepts unsupported sizes too: it draws the nearest supported size, scales the image, and warns
+   * with SIZE_SCALED.
+   *
+   * @generated from field: bool scales_other_sizes = 32;
+   */
+  scalesOtherSizes: boolean;
+
+  /**
+   * Values of `GenerateRequest.prompt_syntax`.
+   *
+   * @generated from field: repeated calotype.v1.PromptSyntax prompt_syntaxes = 33;
+   */
+  promptSyntaxes: PromptSyntax[];
+
+  /**
+   * Options and aliases of each scheduler in `schedulers`, in the same order.
+   *
+   * @generated from field: repeated calotype.v1.Scheduler scheduler_details = 34;
+   */
+  schedulerDetails: Scheduler[];
+
+  /**
+   * Number format to which the server quantized the weights, such as int8. Empty if it did not.
+   *
+   * @generated from field: string quantization = 35;
+   */
+  quantization: string;
+
+  /**
+   * How weights move between the device and the host's memory: model (each model as a whole) or group (a few layers at a
+   * time). Empty if they stay on the device.
+   *
+   * @generated from field: string offload = 36;
+   */
+  offload: string;
 };
 
 /**
@@ -1037,7 +1186,99 @@ export type Model = Message<"calotype.v1.Model"> & {
  * Use `create(ModelSchema)` to create a new message.
  */
 export const ModelSchema: GenMessage<Model> = /*@__PURE__*/
-  messageDesc(file_calotype_v1_calotype, 16);
+  messageDesc(file_calotype_v1_calotype, 17);
+
+/**
+ * A LoRA that requests can apply.
+ *
+ * @generated from message calotype.v1.ModelLora
+ */
+export type ModelLora = Message<"calotype.v1.ModelLora"> & {
+  /**
+   * Name, for `Lora.name`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+};
+
+/**
+ * Describes the message calotype.v1.ModelLora.
+ * Use `create(ModelLoraSchema)` to create a new message.
+ */
+export const ModelLoraSchema: GenMessage<ModelLora> = /*@__PURE__*/
+  messageDesc(file_calotype_v1_calotype, 18);
+
+/**
+ * Width and height of an image.
+ *
+ * @generated from message calotype.v1.Size
+ */
+export type Size = Message<"calotype.v1.Size"> & {
+  /**
+   * Width in pixels.
+   *
+   * @generated from field: int32 width_px = 1;
+   */
+  widthPx: number;
+
+  /**
+   * Height in pixels.
+   *
+   * @generated from field: int32 height_px = 2;
+   */
+  heightPx: number;
+};
+
+/**
+ * Describes the message calotype.v1.Size.
+ * Use `create(SizeSchema)` to create a new message.
+ */
+export const SizeSchema: GenMessage<Size> = /*@__PURE__*/
+  messageDesc(file_calotype_v1_calotype, 19);
+
+/**
+ * A scheduler (sampler) that the model supports.
+ *
+ * @generated from message calotype.v1.Scheduler
+ */
+export type Scheduler = Message<"calotype.v1.Scheduler"> & {
+  /**
+   * Class name of diffusers, as in `Model.schedulers`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * Familiar names of this scheduler with fixed options, such as "DPM++ 2M Karras". `GenerateRequest.scheduler` accepts
+   * them, regardless of case.
+   *
+   * @generated from field: repeated string aliases = 2;
+   */
+  aliases: string[];
+
+  /**
+   * Values of `GenerateRequest.sigmas` that it supports.
+   *
+   * @generated from field: repeated calotype.v1.Sigmas sigmas = 3;
+   */
+  sigmas: Sigmas[];
+
+  /**
+   * Values of `GenerateRequest.spacing` that it supports.
+   *
+   * @generated from field: repeated calotype.v1.TimestepSpacing spacings = 4;
+   */
+  spacings: TimestepSpacing[];
+};
+
+/**
+ * Describes the message calotype.v1.Scheduler.
+ * Use `create(SchedulerSchema)` to create a new message.
+ */
+export const SchedulerSchema: GenMessage<Scheduler> = /*@__PURE__*/
+  messageDesc(file_calotype_v1_calotype, 20);
 
 /**
  * State of a generation: its current work, or how it ended. A generation never returns to an earlier phase.
@@ -1290,6 +1531,124 @@ export const SpeedSchema: GenEnum<Speed> = /*@__PURE__*/
   enumDesc(file_calotype_v1_calotype, 5);
 
 /**
+ * How the server reads a prompt.
+ *
+ * @generated from enum calotype.v1.PromptSyntax
+ */
+export enum PromptSyntax {
+  /**
+   * Same as PLAIN.
+   *
+   * @generated from enum value: PROMPT_SYNTAX_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Every character is text.
+   *
+   * @generated from enum value: PROMPT_SYNTAX_PLAIN = 1;
+   */
+  PLAIN = 1,
+
+  /**
+   * Parts can have weights, as in Automatic1111's web UI: `(red:1.4)` weighs "red" 1.4 times, `(red)` 1.1 times and
+   * `[red]` 1 / 1.1 times. A backslash before a bracket makes it text. A long prompt is read in parts instead of being
+   * truncated.
+   *
+   * @generated from enum value: PROMPT_SYNTAX_WEIGHTED = 2;
+   */
+  WEIGHTED = 2,
+}
+
+/**
+ * Describes the enum calotype.v1.PromptSyntax.
+ */
+export const PromptSyntaxSchema: GenEnum<PromptSyntax> = /*@__PURE__*/
+  enumDesc(file_calotype_v1_calotype, 6);
+
+/**
+ * Noise levels (sigmas) of the denoising steps.
+ *
+ * @generated from enum calotype.v1.Sigmas
+ */
+export enum Sigmas {
+  /**
+   * Those of the scheduler.
+   *
+   * @generated from enum value: SIGMAS_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Karras et al. 2022, arXiv 2206.00364, equation 5.
+   *
+   * @generated from enum value: SIGMAS_KARRAS = 1;
+   */
+  KARRAS = 1,
+
+  /**
+   * Evenly spaced logarithms.
+   *
+   * @generated from enum value: SIGMAS_EXPONENTIAL = 2;
+   */
+  EXPONENTIAL = 2,
+
+  /**
+   * Quantiles of a beta distribution; arXiv 2407.12173.
+   *
+   * @generated from enum value: SIGMAS_BETA = 3;
+   */
+  BETA = 3,
+}
+
+/**
+ * Describes the enum calotype.v1.Sigmas.
+ */
+export const SigmasSchema: GenEnum<Sigmas> = /*@__PURE__*/
+  enumDesc(file_calotype_v1_calotype, 7);
+
+/**
+ * Spacing of the timesteps; table 2 of arXiv 2305.08891.
+ *
+ * @generated from enum calotype.v1.TimestepSpacing
+ */
+export enum TimestepSpacing {
+  /**
+   * That of the scheduler.
+   *
+   * @generated from enum value: TIMESTEP_SPACING_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Starts slightly below the last timestep of the training.
+   *
+   * @generated from enum value: TIMESTEP_SPACING_LEADING = 1;
+   */
+  LEADING = 1,
+
+  /**
+   * Starts at the last timestep of the training.
+   *
+   * @generated from enum value: TIMESTEP_SPACING_TRAILING = 2;
+   */
+  TRAILING = 2,
+
+  /**
+   * Evenly spaced from the last timestep to the first.
+   *
+   * @generated from enum value: TIMESTEP_SPACING_LINSPACE = 3;
+   */
+  LINSPACE = 3,
+}
+
+/**
+ * Describes the enum calotype.v1.TimestepSpacing.
+ */
+export const TimestepSpacingSchema: GenEnum<TimestepSpacing> = /*@__PURE__*/
+  enumDesc(file_calotype_v1_calotype, 8);
+
+/**
  * Method that draws previews.
  *
  * @generated from enum calotype.v1.PreviewMethod
@@ -1342,7 +1701,7 @@ export enum PreviewMethod {
  * Describes the enum calotype.v1.PreviewMethod.
  */
 export const PreviewMethodSchema: GenEnum<PreviewMethod> = /*@__PURE__*/
-  enumDesc(file_calotype_v1_calotype, 6);
+  enumDesc(file_calotype_v1_calotype, 9);
 
 /**
  * Generates images from text and streams previews while it denoises them.
@@ -1399,10 +1758,11 @@ export const GenerationService: GenService<{
     output: typeof ProgressSchema;
   },
   /**
-   * Cancels a queued or running generation. Idempotent: cancelling a generation that has ended is not an error.
+   * Cancels a queued or running generation, or all members of a group. Idempotent: cancelling a generation that has ended
+   * is not an error.
    *
-   * Errors: INVALID_ARGUMENT (no id), NOT_FOUND (no such generation, or it is no longer retained), DATA_LOSS (the stored
-   * generation is damaged).
+   * Errors: INVALID_ARGUMENT (no id and no group, or both), NOT_FOUND (no such generation or group, or it is no longer
+   * retained), DATA_LOSS (the stored generation is damaged).
    *
    * @generated from rpc calotype.v1.GenerationService.Cancel
    */

@@ -70,33 +70,47 @@ GOALS = {
 
 
 def main() -> None:
-    """Runs all measurements, prints the table and writes the file."""
+    """Runs all measurements, and prints and saves the figures of each as soon as it ends."""
+    print(f"{'':42} {'measured':>10} {'goal':>8}")
+    table = Table()
     pipeline, _ = bundled()
     threads = torch.get_num_threads()
     # The server chooses its number of threads as usual: for the denoiser, the same as for the bare call.
     with ServerProcess("--log-level", "warning") as server, calotype.Client(server.address) as client:
-        results = {
-            "threads": threads,
-            **cost_of_streaming(pipeline, client),
-            **first_previews(client),
-            **previews.stream_bytes(client),
-        }
-    results |= cancels(threads, results["step_ms"])
-    results |= concurrency.measure(max(1, ROUNDS // 4), threads)
-    results |= turns.measure(max(1, ROUNDS // 4))
-    results |= step_cache.measure(max(1, ROUNDS // 2), threads)
-    results |= subscribers.measure(ROUNDS, threads)
-    results |= previews.measure()
-    results |= images.measure(ROUNDS)
-    results |= launch_bound.measure(ROUNDS)
-    results |= runtimes.measure(ROUNDS)
-    results |= web.measure(ROUNDS)
-    results |= transports.measure(ROUNDS)
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"{'':42} {'measured':>10} {'goal':>8}")
-    for name, value in results.items():
-        print(f"{name:42} {value:10.3f} {GOALS.get(name, ''):>8}")
+        table.add({"threads": threads})
+        table.add(cost_of_streaming(pipeline, client))
+        table.add(first_previews(client))
+        table.add(previews.stream_bytes(client))
+    table.add(cancels(threads, table.figures["step_ms"]))
+    table.add(concurrency.measure(max(1, ROUNDS // 4), threads))
+    table.add(turns.measure(max(1, ROUNDS // 4)))
+    table.add(step_cache.measure(max(1, ROUNDS // 2), threads))
+    table.add(subscribers.measure(ROUNDS, threads))
+    table.add(previews.measure())
+    table.add(images.measure(ROUNDS))
+    table.add(launch_bound.measure(ROUNDS))
+    table.add(runtimes.measure(ROUNDS))
+    table.add(web.measure(ROUNDS))
+    table.add(transports.measure(ROUNDS))
+
+
+class Table:
+    """The figures so far, on the screen and in `OUTPUT`.
+
+    Attributes:
+        figures: All figures by name.
+    """
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+
+    def add(self, figures: dict[str, float]) -> None:
+        """Prints and saves further figures."""
+        self.figures |= figures
+        OUTPUT.parent.mkdir(exist_ok=True)
+        OUTPUT.write_text(json.dumps(self.figures, indent=2) + "\n", encoding="utf-8")
+        for name, value in figures.items():
+            print(f"{name:42} {value:10.3f} {GOALS.get(name, ''):>8}", flush=True)
 
 
 def cost_of_streaming(pipeline: Any, client: calotype.Client) -> dict[str, float]:

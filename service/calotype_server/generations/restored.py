@@ -44,6 +44,8 @@ def _violations(job: Job, model: ModelInfo, limits: Limits) -> list[errors.Viola
     for field, size in (("width_px", job.width), ("height_px", job.height)):
         if size % model.size_multiple:
             found.append((field, f"is {size}, must be a positive multiple of {model.size_multiple}"))
+    if not found and not model.supports_size(job.width, job.height):
+        found.append(("width_px", f"with height_px is {job.width}x{job.height}, which the model does not support"))
     if job.pixel_count > limits.max_pixels:
         found.append(("width_px", f"times height_px is {job.pixel_count} pixels, the maximum is {limits.max_pixels}"))
     if job.scheduler not in model.schedulers:

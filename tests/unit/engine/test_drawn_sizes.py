@@ -1,0 +1,53 @@
+"""A full run, an early finish and the previews of any request have the requested size, for every model family."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calotype.v1 import calotype_pb2 as pb
+from calotype_server.api.sizes import narrowed
+from calotype_server.api.validation import validate
+from calotype_server.engine.assembly import build_engine
+from calotype_server.engine.capabilities import Defaults
+from calotype_server.errors import InvalidRequest
+from calotype_server.limits import DEFAULT_LIMITS
+from calotype_server.types import Decoding, PreviewReady
+from support.engine import tiny
+from support.runs import Run
+
+SMALL = Defaults(step_count=2, sizes=((64, 64), (96, 32)), min_pixels=32 * 32, max_pixels=96 * 96)
+"""The native size of many tiny models is that of the real ones, which would take long."""
+
+
+@tiny.every_family
+def test_images_have_the_requested_size(family, tmp_path):
+    """A request is rejected, or the image has exactly its size, also if it is finished early."""
+    engine = build_engine("tiny", tiny.prompted(family), defaults=SMALL, cache_dir=tmp_path, threads=1)
+    multiple = engine.model.size_multiple
+    edges = st.integers(1, 128 // multiple).map(lambda number: number * multiple) | st.integers(1, 200)
+
+    @settings(max_examples=6, deadline=None, database=None, derandomize=True)
+    @given(edges, edges)
+    def check(width, height):
+        request = pb.GenerateRequest(prompt="a red apple", width_px=width, height_px=height, seed=1)
+        request.preview.method = pb.PREVIEW_METHOD_HEAD
+        try:
+            job, _ = validate(request, engine.model, narrowed(DEFAULT_LIMITS, engine.model))
+        except InvalidRequest:
+            assert not engine.model.supports_size(width, height)
+            return
+        assert (job.width, job.height) == (width, height)
+        whole, early = Run(engine), Run(engine)
+        early.stop.finish()
+        for run in (whole, early):
+            image = run(job)
+            assert (image.width, image.height) == (width, height)
+            previews = [event.pixels for event in run.events if isinstance(event, PreviewReady)]
+            assert all(each.width * height == each.height * width for each in previews)
+            [decoding] = [event for event in run.events if isinstance(event, Decoding)]
+            # Families without a predicted x0 take all steps.
+            assert decoding.finished_early is (run is early) or family == "sana_sprint"
+
+    try:
+        check()
+    finally:
+        engine.close()

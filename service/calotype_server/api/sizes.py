@@ -78,7 +78,9 @@ def offered_sizes(model: ModelInfo, limits: Limits) -> tuple[Size, ...]:
 
 
 def nearest_sizes(requested: Size, model: ModelInfo, limits: Limits) -> list[Size]:
-    """Returns supported sizes within the limits, at least one: the nearest first, by aspect ratio, then by area.
+    """Returns supported sizes within the limits: the nearest first, by aspect ratio, then by area.
+
+    Empty if the operator's limit is below every size of the model.
 
     Args:
         requested: Positive width and height.
@@ -93,7 +95,7 @@ def nearest_sizes(requested: Size, model: ModelInfo, limits: Limits) -> list[Siz
 
     in_range = sorted(_in_range(requested, model, limits), key=distance)
     candidates = {*offered_sizes(model, limits), *in_range[:1]}
-    return sorted(candidates, key=distance) or [(model.width, model.height)]
+    return sorted(candidates, key=distance)
 
 
 def _scaled(
@@ -107,7 +109,11 @@ def _scaled(
         return requested, None
     if width * height > limits.max_output_pixels:
         reject(field, f"{width}x{height} has {width * height} pixels, the maximum is {limits.max_output_pixels}")
-    drawn = nearest_sizes(requested, model, limits)[0]
+    nearest = nearest_sizes(requested, model, limits)
+    if not nearest:
+        reject(field, _unsupported(requested, model, limits))
+        return requested, None
+    drawn = nearest[0]
     crop = _ratio(drawn) / _ratio(requested)
     if max(crop, 1 / crop) > _MAX_CROP:
         reject(field, f"{width}x{height} is too narrow to be scaled from {_text(drawn)}, the nearest supported size")
@@ -122,9 +128,10 @@ def _unsupported(requested: Size, model: ModelInfo, limits: Limits) -> str:
     reason = f"{width}x{height} is not a size that the model supports"
     if width * height > limits.max_pixels:
         reason = f"{width}x{height} has {width * height} pixels, the maximum is {limits.max_pixels}"
-    if len(nearest) == 1 and not model.min_pixels:
-        return f"{reason}; the only supported size is {named}"
-    return f"{reason}; the nearest supported sizes are {named}" if len(nearest) > 1 else f"{reason}; try {named}"
+    if len(nearest) == 1:
+        kind = "nearest" if model.min_pixels else "only"
+        return f"{reason}; the {kind} supported size is {named}"
+    return f"{reason}; the nearest supported sizes are {named}" if nearest else reason
 
 
 def _in_range(requested: Size, model: ModelInfo, limits: Limits) -> Iterable[Size]:

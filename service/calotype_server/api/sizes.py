@@ -126,7 +126,7 @@ def _unsupported(requested: Size, model: ModelInfo, limits: Limits) -> str:
     nearest = nearest_sizes(requested, model, limits)
     named = ", ".join(map(_text, nearest[:_LISTED])) + (", ..." if len(nearest) > _LISTED else "")
     reason = f"{width}x{height} is not a size that the model supports"
-    if width * height > limits.max_pixels:
+    if width * height > limits.max_pixels and (model.min_pixels or model.supports_size(width, height)):
         reason = f"{width}x{height} has {width * height} pixels, the maximum is {limits.max_pixels}"
     if len(nearest) == 1:
         kind = "nearest" if model.min_pixels else "only"

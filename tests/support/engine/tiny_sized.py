@@ -8,7 +8,7 @@ import diffusers
 import torch
 
 from support.engine import tiny, tiny_inputs
-from support.engine.tiny_unets import vae
+from support.engine.tiny_unets import shifted_vae, vae
 
 __all__ = ["OWN_SIZES", "build", "embeddings"]
 
@@ -40,7 +40,7 @@ def _hidream() -> Any:
     )
     parts = {f"{kind}{number}": None for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3", "_4")}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipeline = diffusers.HiDreamImagePipeline(transformer=transformer, vae=vae(), scheduler=scheduler, **parts)
+    pipeline = diffusers.HiDreamImagePipeline(transformer=transformer, vae=shifted_vae(), scheduler=scheduler, **parts)
     pipeline.default_sample_size = 16
     return pipeline
 
@@ -107,7 +107,7 @@ def _prx() -> Any:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     return diffusers.PRXPipeline(
         transformer=transformer,
-        vae=vae(),
+        vae=shifted_vae(),
         scheduler=scheduler,
         text_encoder=None,
         tokenizer=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -10,7 +11,7 @@ import torch
 from support.engine import tiny, tiny_inputs
 from support.engine.tiny_unets import shifted_vae, vae
 
-__all__ = ["OWN_SIZES", "build", "embeddings"]
+__all__ = ["OWN_SIZES", "build", "embeddings", "prompted"]
 
 
 def _kontext() -> Any:
@@ -146,16 +147,32 @@ def build(name: str) -> Any:
     return pipeline
 
 
+def prompted(name: str) -> Any:
+    """Builds a pipeline that uses the same embeddings for every prompt."""
+    pipeline = build(name)
+    encode_prompt = pipeline.encode_prompt
+    signature = inspect.signature(encode_prompt)
+    known = {each: value for each, value in embeddings(name).items() if each in signature.parameters}
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments.update(known)
+        return encode_prompt(*bound.args, **bound.kwargs)
+
+    pipeline.encode_prompt = encode
+    return pipeline
+
+
 def embeddings(name: str) -> dict[str, Any]:
     """Returns a prompt, as embeddings, and the arguments that avoid guidance."""
     tokens = 12
     if name == "hidream":
-        return {
-            "guidance_scale": 1.0,
+        prompt = {
             "prompt_embeds_t5": _random(1, tokens, 8),
             "prompt_embeds_llama3": _random(2, 1, tokens, 8),
             "pooled_prompt_embeds": _random(1, 16),
         }
+        return {"guidance_scale": 1.0, **prompt, **_negative(prompt)}
     if name == "kandinsky5":
         lengths = torch.tensor([0, tokens], dtype=torch.int32)
         return {
@@ -173,14 +190,18 @@ def embeddings(name: str) -> dict[str, Any]:
             "prompt_attention_mask_2": torch.ones(1, 256),
         }
     if name == "prx":
-        return {
-            "guidance_scale": 1.0,
+        prompt = {
             "prompt_embeds": _random(1, tokens, 8),
             "prompt_attention_mask": torch.ones(1, tokens, dtype=torch.bool),
         }
+        return {"guidance_scale": 1.0, **prompt, **_negative(prompt)}
     if name == "kontext":
         return tiny_inputs.embeddings("flux")
     return {**tiny_inputs.embeddings(name), **({} if name == "sana_sprint" else {"negative_prompt": None})}
+
+
+def _negative(prompt: dict[str, Any]) -> dict[str, Any]:
+    return {f"negative_{name}": value for name, value in prompt.items()}
 
 
 def _random(*shape: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A full run, an early finish and the previews of any request have the requested size, for every model family."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,8 +11,8 @@ from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
 from calotype_server.errors import InvalidRequest
 from calotype_server.limits import DEFAULT_LIMITS
-from calotype_server.types import Decoding, PreviewReady
-from support.engine import tiny
+from calotype_server.types import Decoding, PreviewMethod, PreviewReady
+from support.engine import tiny, tiny_sized
 from support.runs import Run
 
 SMALL = Defaults(step_count=2, sizes=((64, 64), (96, 32)), min_pixels=32 * 32, max_pixels=96 * 96)
@@ -21,13 +22,29 @@ SMALL = Defaults(step_count=2, sizes=((64, 64), (96, 32)), min_pixels=32 * 32, m
 @tiny.every_family
 def test_images_have_the_requested_size(family, tmp_path):
     """A request is rejected, or the image has exactly its size, also if it is finished early."""
-    engine = build_engine("tiny", tiny.prompted(family), defaults=SMALL, cache_dir=tmp_path, threads=1)
+    check_sizes(build_engine("tiny", tiny.prompted(family), defaults=SMALL, cache_dir=tmp_path, threads=1))
+
+
+@pytest.mark.parametrize("name", ["hidream", "kontext", "prx"])
+def test_pipelines_that_choose_sizes(name, tmp_path):
+    """The same holds for pipelines that choose sizes, also while their memory is measured and previews are fitted."""
+    pipeline = tiny_sized.prompted(name)
+    options = {"cache_dir": tmp_path, "threads": 1, "memory_limit": None}
+    engine = build_engine("tiny", pipeline, defaults=Defaults(step_count=2, guidance_scale=1.0), **options)
+    assert engine.model.memory is not None
+    assert PreviewMethod.HEAD in engine.model.preview_methods
+    check_sizes(engine)
+
+
+def check_sizes(engine):
+    """Requests random sizes, and closes the engine."""
     multiple = engine.model.size_multiple
     edges = st.integers(1, 128 // multiple).map(lambda number: number * multiple) | st.integers(1, 200)
 
     @settings(max_examples=6, deadline=None, database=None, derandomize=True)
-    @given(edges, edges)
-    def check(width, height):
+    @given(st.tuples(edges, edges) | st.sampled_from(engine.model.sizes))
+    def check(size):
+        width, height = size
         request = pb.GenerateRequest(prompt="a red apple", width_px=width, height_px=height, seed=1)
         request.preview.method = pb.PREVIEW_METHOD_HEAD
         try:
@@ -44,8 +61,7 @@ def test_images_have_the_requested_size(family, tmp_path):
             previews = [event.pixels for event in run.events if isinstance(event, PreviewReady)]
             assert all(each.width * height == each.height * width for each in previews)
             [decoding] = [event for event in run.events if isinstance(event, Decoding)]
-            # Families without a predicted x0 take all steps.
-            assert decoding.finished_early is (run is early) or family == "sana_sprint"
+            assert decoding.finished_early is (run is early)
 
     try:
         check()

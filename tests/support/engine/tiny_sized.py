@@ -11,7 +11,7 @@ import torch
 from support.engine import tiny, tiny_inputs
 from support.engine.tiny_unets import shifted_vae, vae
 
-__all__ = ["OWN_SIZES", "build", "embeddings", "prompted"]
+__all__ = ["OWN_SIZES", "build", "embeddings", "prompted", "with_embeddings"]
 
 
 def _kontext() -> Any:
@@ -149,7 +149,11 @@ def build(name: str) -> Any:
 
 def prompted(name: str) -> Any:
     """Builds a pipeline that uses the same embeddings for every prompt."""
-    pipeline = build(name)
+    return with_embeddings(build(name), name)
+
+
+def with_embeddings(pipeline: Any, name: str) -> Any:
+    """Makes the pipeline of that name use the same embeddings for every prompt, and returns it."""
     encode_prompt = pipeline.encode_prompt
     signature = inspect.signature(encode_prompt)
     known = {each: value for each, value in embeddings(name).items() if each in signature.parameters}

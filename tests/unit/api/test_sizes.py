@@ -126,7 +126,8 @@ class TestScaled:
         """WebP supports 16383 pixels per side, of the image that the file contains."""
         wide = replace(MODEL, sizes=((64, 8),), min_pixels=0, width=64, height=8, scales_other_sizes=True)
         with pytest.raises(InvalidRequest, match=r"output\.format: WEBP supports at most 16383 px per side"):
-            job_for(wide, 20_000, 2_000, replace(LIMITS, max_output_pixels=2**30), output=pb.OutputOptions(format=3))
+            webp = pb.OutputOptions(format=pb.IMAGE_FORMAT_WEBP)
+            job_for(wide, 20_000, 2_000, replace(LIMITS, max_output_pixels=2**30), output=webp)
 
 
 class TestLimits:

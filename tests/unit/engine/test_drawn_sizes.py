@@ -1,6 +1,8 @@
 """A full run, an early finish and the previews of any request have the requested size, for every model family."""
 
+import diffusers
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +11,7 @@ from calotype_server.api.sizes import narrowed
 from calotype_server.api.validation import validate
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
+from calotype_server.engine.loading import load_pipeline
 from calotype_server.errors import InvalidRequest
 from calotype_server.limits import DEFAULT_LIMITS
 from calotype_server.types import Decoding, PreviewMethod, PreviewReady
@@ -33,6 +36,23 @@ def test_pipelines_that_choose_sizes(name, tmp_path):
     engine = build_engine("tiny", pipeline, defaults=Defaults(step_count=2, guidance_scale=1.0), **options)
     assert engine.model.memory is not None
     assert PreviewMethod.HEAD in engine.model.preview_methods
+    check_sizes(engine)
+
+
+def test_a_folder_of_a_model_with_bins(tmp_path):
+    """A PixArt of 256 pixels supports the sizes of its bins, and draws each of them, also if it is finished early."""
+    parts = tiny.build("pixart_sigma").components
+    config = {**parts["transformer"].config, "sample_size": 32}
+    transformer = diffusers.PixArtTransformer2DModel.from_config(config)
+    diffusers.PixArtSigmaPipeline(**{**parts, "transformer": transformer}).save_pretrained(tmp_path / "model")
+    options = {"revision": None, "variant": None, "device": torch.device("cpu"), "dtype": torch.float32}
+    loaded = load_pipeline(str(tmp_path / "model"), **options)
+    pipeline = tiny_sized.with_embeddings(loaded, "pixart_sigma")
+    defaults = Defaults(step_count=2)
+    engine = build_engine("tiny", pipeline, defaults=defaults, cache_dir=tmp_path, threads=1)
+    assert engine.model.sizes[0] == (256, 256)
+    assert (512, 128) in engine.model.sizes
+    assert not engine.model.supports_size(240, 256)
     check_sizes(engine)
 
 

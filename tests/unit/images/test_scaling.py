@@ -63,7 +63,7 @@ def test_scaling_is_smooth() -> None:
 )
 def test_previews_have_the_aspect_ratio_of_the_image(preview, size, max_edge, expected) -> None:
     """A preview is at most as large as the image, the maximum edge, and what the decoder drew."""
-    pixels = Pixels(*preview, bytes(3 * preview[0] * preview[1]))
+    pixels = Pixels(preview[0], preview[1], bytes(3 * preview[0] * preview[1]))
     file = encode_preview(pixels, max_edge, 75, size)
     assert (file.width, file.height) == opened(file.data).size == expected
 

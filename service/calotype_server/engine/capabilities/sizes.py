@@ -27,7 +27,7 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 _RATIOS = (4 / 3, 3 / 2, 16 / 9)
-"""Aspect ratios that are listed besides the native one, upright and lengthwise. With `_STEPS`, they give the training
+"""Aspect ratios to list in addition to the native one, in both orientations. With `_STEPS`, they give the training
 sizes of SDXL and PRX that have about these ratios: 1152x896, 1216x832 and 1344x768 for 1024x1024."""
 
 _STEPS = 16

@@ -107,17 +107,18 @@ def _scaled(
             reject(name, f"is {edge}, must be 1 or more")
     if min(requested) < 1:
         return requested, None
+    nearest = nearest_sizes(requested, model, limits)
     if width * height > limits.max_output_pixels:
         reject(field, f"{width}x{height} has {width * height} pixels, the maximum is {limits.max_output_pixels}")
-    nearest = nearest_sizes(requested, model, limits)
-    if not nearest:
+    elif not nearest:
         reject(field, _unsupported(requested, model, limits))
-        return requested, None
-    drawn = nearest[0]
-    crop = _ratio(drawn) / _ratio(requested)
-    if max(crop, 1 / crop) > _MAX_CROP:
-        reject(field, f"{width}x{height} is too narrow to be scaled from {_text(drawn)}, the nearest supported size")
-    return drawn, requested
+    elif abs(math.log(_ratio(nearest[0]) / _ratio(requested))) > math.log(_MAX_CROP):
+        reject(
+            field, f"{width}x{height} is too narrow to be scaled from the nearest supported size, {_text(nearest[0])}"
+        )
+    else:
+        return nearest[0], requested
+    return requested, None
 
 
 def _unsupported(requested: Size, model: ModelInfo, limits: Limits) -> str:

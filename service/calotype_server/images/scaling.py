@@ -38,7 +38,6 @@ def scaling_notices(job: Job) -> tuple[Notice, ...]:
     # A difference of a pixel comes from rounding.
     is_cropped = abs(math.log(width * job.height / (height * job.width))) > 1 / min(width, height)
     changed = "cropped and scaled" if is_cropped else "scaled"
-    message = (
-        f"The model does not draw {width}x{height} well. It draws {job.width}x{job.height}, and the image is {changed}."
-    )
+    drawn = f"{job.width}x{job.height}"
+    message = f"The model does not support {width}x{height}. It draws {drawn}, and the image is {changed}."
     return (Notice("SIZE_SCALED", message),)

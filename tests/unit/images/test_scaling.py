@@ -82,9 +82,8 @@ def test_the_caller_is_warned() -> None:
     for size, changed in (((128, 96), "scaled"), ((129, 96), "scaled"), ((128, 128), "cropped and scaled")):
         [notice] = scaling_notices(replace(JOB, output=OutputOptions(size=size)))
         assert notice.reason == "SIZE_SCALED"
-        assert notice.message == (
-            f"The model does not draw {size[0]}x{size[1]} well. It draws 64x48, and the image is {changed}."
-        )
+        expected = f"The model does not support {size[0]}x{size[1]}. It draws 64x48, and the image is {changed}."
+        assert notice.message == expected
 
 
 def test_the_parameters_contain_both_sizes() -> None:

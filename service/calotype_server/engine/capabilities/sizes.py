@@ -44,8 +44,8 @@ class _Range:
 
 
 _RANGES = {
-    # Trained at one size. https://huggingface.co/blog/stable_diffusion: below it the quality suffers; if both edges are
-    # larger, image areas repeat.
+    # Trained at one size. "Stable Diffusion with Diffusers" (2022) by the authors of diffusers: below 512 pixels the quality
+    # suffers, and if both edges are larger, image areas repeat.
     "unet": _Range(0.75, 1.5, 2.0),
     # Trained at about one area, with aspect ratios up to 4 (SDXL, arXiv 2307.01952, appendix I).
     "sdxl": _Range(0.5, 1.5, 4.0),

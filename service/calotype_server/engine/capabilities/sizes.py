@@ -44,13 +44,13 @@ class _Range:
 
 
 _RANGES = {
-    # Trained at one size. "Stable Diffusion with Diffusers" (2022) by the authors of diffusers: below 512 pixels the quality
-    # suffers, and if both edges are larger, image areas repeat.
+    # Trained with squares of one size: larger images repeat objects, and smaller ones lose quality. 768x512, a usual size
+    # for Stable Diffusion 1.5, is the largest.
     "unet": _Range(0.75, 1.5, 2.0),
     # Trained at about one area, with aspect ratios up to 4 (SDXL, arXiv 2307.01952, appendix I).
     "sdxl": _Range(0.5, 1.5, 4.0),
-    # Ranges that their authors state, for a native megapixel: FLUX.1 0.1 to 2 megapixels, Stable Diffusion 3.5 Medium
-    # 0.25 to 2, CogView4 edges of 512 to 2048 pixels and at most 2**21 pixels in all.
+    # CogView4's authors state edges of 512 to 2048 pixels and at most 2**21 pixels, and FLUX.2's advise at most two
+    # megapixels; both are native to one megapixel.
     "transformer": _Range(0.25, 2.0, 4.0),
 }
 

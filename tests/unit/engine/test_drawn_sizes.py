@@ -45,8 +45,8 @@ def test_a_folder_of_a_model_with_bins(tmp_path):
     config = {**parts["transformer"].config, "sample_size": 32}
     transformer = diffusers.PixArtTransformer2DModel.from_config(config)
     diffusers.PixArtSigmaPipeline(**{**parts, "transformer": transformer}).save_pretrained(tmp_path / "model")
-    options = {"revision": None, "variant": None, "device": torch.device("cpu"), "dtype": torch.float32}
-    loaded = load_pipeline(str(tmp_path / "model"), **options)
+    folder, device = str(tmp_path / "model"), torch.device("cpu")
+    loaded = load_pipeline(folder, revision=None, variant=None, device=device, dtype=torch.float32)
     pipeline = tiny_sized.with_embeddings(loaded, "pixart_sigma")
     defaults = Defaults(step_count=2)
     engine = build_engine("tiny", pipeline, defaults=defaults, cache_dir=tmp_path, threads=1)

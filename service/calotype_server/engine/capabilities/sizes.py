@@ -44,8 +44,8 @@ class _Range:
 
 
 _RANGES = {
-    # Trained with squares of one size: larger images repeat objects, and smaller ones lose quality. 768x512, a usual size
-    # for Stable Diffusion 1.5, is the largest.
+    # Trained with squares of one size: larger images repeat objects, and smaller ones lose quality. The largest is
+    # 768x512, a usual size for Stable Diffusion 1.5.
     "unet": _Range(0.75, 1.5, 2.0),
     # Trained at about one area, with aspect ratios up to 4 (SDXL, arXiv 2307.01952, appendix I).
     "sdxl": _Range(0.5, 1.5, 4.0),

@@ -55,7 +55,8 @@ class Limits:
     """Limits and preview defaults that the operator sets.
 
     Attributes:
-        max_pixels: Width times height.
+        max_pixels: Width times height of the image that the model draws.
+        max_output_pixels: Width times height of a final image that was scaled.
         max_step_count: Denoising steps.
         max_prompt_chars: Characters in the prompt, and in the negative prompt.
         max_preview_edge: Longer edge of a preview, in pixels.
@@ -65,6 +66,7 @@ class Limits:
     """
 
     max_pixels: int = 2048 * 2048
+    max_output_pixels: int = 2048 * 2048
     max_step_count: int = 150
     max_prompt_chars: int = 4000
     max_preview_edge: int = 1024

@@ -118,13 +118,32 @@ def test_the_chosen_seed_repeats_the_image(server: ServerProcess) -> None:
         assert client.generate("a dog", seed=drawn.seed, steps=4).result().data == picture
 
 
-def test_sizes_and_schedulers_are_honoured(server: ServerProcess) -> None:
-    """A request with a size and a scheduler with two evaluations per step gets that size and the actual step count."""
+def test_schedulers_are_honoured(server: ServerProcess) -> None:
+    """A scheduler with two evaluations per step reports the actual step count."""
     with calotype.Client(server.address) as client:
-        generation = client.generate("a car", width=160, height=96, steps=4, scheduler="HeunDiscreteScheduler", seed=1)
-        image = generation.result()
-    assert (image.width, image.height) == (160, 96)
+        generation = client.generate("a car", steps=4, scheduler="HeunDiscreteScheduler", seed=1)
+        generation.result()
     assert generation.progress.total_steps == 7
+
+
+def test_the_model_draws_the_size_of_its_training(server: ServerProcess) -> None:
+    """Other sizes would show fragments of several emoji, so the server rejects them and names the supported one."""
+    with (
+        calotype.Client(server.address) as client,
+        pytest.raises(calotype.InvalidRequest, match=r"1024x1024 .* the only supported size is 128x128"),
+    ):
+        client.generate("a car", width=1024, height=1024).result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["scale", "draw"])
+def test_operators_allow_other_sizes(mode: str) -> None:
+    """With `--other-sizes`, the image has the requested size, and is scaled with a warning or drawn as it is."""
+    with ServerProcess("--other-sizes", mode) as server, calotype.Client(server.address) as client:
+        generation = client.generate("a car", width=160, height=96, steps=2)
+        image = generation.result()
+        assert (image.width, image.height) == (160, 96)
+        assert [each.reason for each in generation.warnings] == (["SIZE_SCALED"] if mode == "scale" else [])
 
 
 def test_a_truncated_prompt_is_reported(server: ServerProcess) -> None:

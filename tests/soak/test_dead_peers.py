@@ -89,7 +89,7 @@ def test_dead_peers_are_detected(port: str, state: str, fate: str) -> None:
         server = stack.enter_context(
             ServerProcess(
                 *("--grpc-address", f"{host}:0", "--web-address", f"{host}:0", "--max-active", "1"),
-                *("--max-step-count", str(STEPS), "--insecure"),
+                *("--max-step-count", str(STEPS), "--other-sizes", "draw", "--insecure"),
             )
         )
 

@@ -152,7 +152,7 @@ async def test_mixed_load_leaves_nothing_stuck_wrong_or_leaked(tmp_path: Path) -
     chance, history, gate = random.Random(SEED), History(), LeakGate(SETTLED)
     loop, metrics_address = asyncio.get_running_loop(), free_address()
     options = ["--deterministic", "--log-format", "json", "--metrics-address", metrics_address]
-    options += ["--max-queue", "64", "--max-queue-per-caller", "64", "--retain-count", "64"]
+    options += ["--other-sizes", "draw", "--max-queue", "64", "--max-queue-per-caller", "64", "--retain-count", "64"]
     with ServerProcess(*options, "--state", str(tmp_path / "state")) as server:
         async with calotype.AsyncClient(server.address) as client, Link(server.address) as link:
             place = Place(history, client, server.web_address, link.address)

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import data
 import evaluate
 import text
 import torch
@@ -51,7 +52,12 @@ def main() -> None:
     pipeline.save_pretrained(options.output, safe_serialization=True)
     forget_origin(options.output)
     # Calotype reads the defaults for these weights from this file, because diffusers has no field for them.
-    defaults = {"step_count": evaluate.STEPS, "guidance_scale": evaluate.GUIDANCE, "tiny_vae": "../tiny_vae"}
+    defaults = {
+        "step_count": evaluate.STEPS,
+        "guidance_scale": evaluate.GUIDANCE,
+        "tiny_vae": "../tiny_vae",
+        "sizes": [[data.SIZE, data.SIZE]],
+    }
     (options.output / "calotype.json").write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
     shutil.copy(HERE / "model_card.md", options.output / "README.md")
     shutil.copytree(HERE / "licenses", options.output / "LICENSES")

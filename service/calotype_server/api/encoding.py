@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from google.protobuf.any_pb2 import Any
@@ -13,6 +14,7 @@ from google.rpc.status_pb2 import Status
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.enums import IMAGE_FORMATS, PHASES, PREVIEW_METHODS, PROMPT_SYNTAXES, SIGMAS, SPACINGS
+from calotype_server.api.sizes import offered_sizes
 from calotype_server.errors import InvalidRequest, ServiceError
 from calotype_server.types import EncodedImage, Failed, Phase, Succeeded, Timings
 
@@ -156,8 +158,9 @@ def encode_model(model: ModelInfo, limits: Limits, server_version: str, replica:
         replica=replica,
         fast_schedulers=model.fast_schedulers,
         loras=[pb.ModelLora(name=name) for name in model.loras],
-        sizes=[pb.Size(width_px=width, height_px=height) for width, height in model.sizes],
+        sizes=[pb.Size(width_px=width, height_px=height) for width, height in offered_sizes(model, limits)],
         min_pixels=model.min_pixels,
+        max_aspect_ratio=model.max_aspect_ratio if math.isfinite(model.max_aspect_ratio) else 0.0,
         scales_other_sizes=model.scales_other_sizes,
         prompt_syntaxes=[PROMPT_SYNTAXES.to_proto(each) for each in model.prompt_syntaxes],
         scheduler_details=[_scheduler(each) for each in model.scheduler_details],

@@ -13,6 +13,7 @@ from calotype_server import __version__, errors
 from calotype_server.api import encoding
 from calotype_server.api.enums import PHASES
 from calotype_server.api.progress_stream import ProgressStream
+from calotype_server.api.sizes import narrowed
 from calotype_server.api.validation import validate, validate_id, validate_page, validate_watch, watched_previews
 from calotype_server.generations.event_log import Update
 from calotype_server.observability.redaction import redact_in_logs
@@ -49,11 +50,7 @@ class GenerationService:
 
     def open(self, generations: Generations) -> None:
         """Accepts requests from now on, with images that fit into memory."""
-        model = generations.model
-        if model.memory is not None:
-            # An image of the default size is always allowed: the server generated one when it started.
-            fitting = max(model.memory.max_pixels, model.width * model.height)
-            self._limits = replace(self._limits, max_pixels=min(self._limits.max_pixels, fitting))
+        self._limits = narrowed(self._limits, generations.model)
         self._generations = generations
 
     @contextlib.asynccontextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.enums import DISCONNECT_POLICIES, IMAGE_FORMATS, PREVIEW_METHODS, PRIORITIES, SPEEDS
+from calotype_server.api.sizes import choose_size
 from calotype_server.errors import InvalidRequest, PreviewMethodUnavailable, Violation
 from calotype_server.limits import (
     GRACE_SECONDS_MAX,
@@ -74,7 +75,7 @@ def validate(
     """
     violations, reject = _collector(earlier)
     _check_prompts(request, model, limits, reject)
-    width, height = _size(request, model, limits, reject)
+    (width, height), scaled = choose_size(request, model, limits, reject)
     scheduler = request.scheduler if request.HasField("scheduler") else model.scheduler
     steps = _step_count(request, model, model.max_steps(scheduler, limits.max_step_count), reject)
     guidance = _guidance_scale(request, model, reject)
@@ -84,7 +85,7 @@ def validate(
     if scheduler not in model.schedulers:
         reject("scheduler", f"{scheduler[:80]!r} is unknown, must be one of {', '.join(model.schedulers)}")
     preview = _preview(request.preview, limits, limits.preview, reject)
-    output = _output(request.output, max(width, height), reject)
+    output = replace(_output(request.output, max(scaled or (width, height)), reject), size=scaled)
     priority = PRIORITIES.from_proto(request.priority)
     if priority is None:
         reject("priority", f"has the unknown value {request.priority}")
@@ -180,17 +181,6 @@ def _check_prompts(request: pb.GenerateRequest, model: ModelInfo, limits: Limits
             reject(field, f"has {length} characters, the maximum is {limits.max_prompt_chars}")
     if request.HasField("negative_prompt") and not model.takes_negative_prompt:
         reject("negative_prompt", f"is not supported by {model.pipeline}")
-
-
-def _size(request: pb.GenerateRequest, model: ModelInfo, limits: Limits, reject: Reject) -> tuple[int, int]:
-    width = request.width_px if request.HasField("width_px") else model.width
-    height = request.height_px if request.HasField("height_px") else model.height
-    for field, size in (("width_px", width), ("height_px", height)):
-        if size < model.size_multiple or size % model.size_multiple:
-            reject(field, f"is {size}, must be a positive multiple of {model.size_multiple}")
-    if width > 0 and height > 0 and width * height > limits.max_pixels:
-        reject("width_px", f"times height_px is {width * height} pixels, the maximum is {limits.max_pixels}")
-    return width, height
 
 
 def _step_count(request: pb.GenerateRequest, model: ModelInfo, maximum: int, reject: Reject) -> int:

@@ -26,7 +26,7 @@ from calotype_server.engine.requests.view import request_view
 from calotype_server.engine.runtime.device_thread import DeviceThread
 from calotype_server.engine.step_cache.offered import fast_schedulers
 from calotype_server.observability.events import AcceleratorActive, BatchDone, Observe, ignore
-from calotype_server.types import PreviewMethod, Schedule
+from calotype_server.types import OtherSizes, PreviewMethod, Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -60,6 +60,7 @@ def build_engine(
     measure_again: bool = False,
     memory_limit: int | None = 0,
     reserved_bytes: int = 0,
+    other_sizes: OtherSizes = OtherSizes.REJECT,
     on_batch: Callable[[BatchRecord], None] | None = None,
     observe: Observe = ignore,
 ) -> DiffusersEngine:
@@ -84,10 +85,11 @@ def build_engine(
         measure_again: Whether to ignore a cached batching plan and replace it.
         memory_limit: Bytes that running generations may use together; 0 for no limit, None for the free memory.
         reserved_bytes: Bytes of the free memory that are for other purposes.
+        other_sizes: What happens with requests for sizes that the model does not draw well.
         on_batch: Called after every call of a shared denoiser; it must not block.
         observe: Receives observations.
     """
-    model = describe(name, pipeline, defaults)
+    model = describe(name, pipeline, defaults, other_sizes)
     _log.info("model loaded", model=name, device=model.device)
     options = PlanOptions(max_active, max_rows, threads, deterministic)
     device = DeviceThread()

@@ -100,6 +100,7 @@ def engine_around(settings: Settings, pipeline: Any, observe: Observe) -> Engine
         memory_limit=settings.memory_limit,
         # Images that are retained later.
         reserved_bytes=settings.retain_bytes,
+        other_sizes=settings.other_sizes,
         observe=observe,
     )
     _check_default_method(settings, engine.model)

@@ -15,6 +15,7 @@ import torch
 
 from calotype_server.engine.batching.plan import PlanOptions
 from calotype_server.engine.batching.plan_cache import plan_facts
+from calotype_server.engine.capabilities.sizes import draws_exactly
 from calotype_server.engine.disk_cache import config_of, facts_path, load_checked, save_checked
 from calotype_server.engine.memory import free_memory, is_device_failure, peak_memory
 from calotype_server.engine.requests.sample_calls import denoiser_call, plain_arguments
@@ -116,7 +117,9 @@ def _measure(pipeline: Any, model: ModelInfo, device: torch.device) -> list[list
     guidance = None if model.guidance_scale is None else max(_GUIDED, model.guidance_scale)
     guided = replace(model, guidance_scale=guidance)
     points = []
-    for width, height in dict.fromkeys([_half(model), (model.width, model.height)]):
+    # Some pipelines draw only their own sizes; then memory grows in proportion to the pixels.
+    sizes = [size for size in (_half(model),) if draws_exactly(pipeline, *size)]
+    for width, height in dict.fromkeys([*sizes, (model.width, model.height)]):
         sized = replace(guided, width=width, height=height)
         denoising = peak_memory(denoiser_call(pipeline, sized), device)
         points.append([width * height, denoising, peak_memory(_generation(pipeline, sized), device)])

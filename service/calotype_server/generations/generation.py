@@ -306,7 +306,8 @@ class Generation:
         key = (options.max_edge, options.quality)
         held = self._renditions.get(key)
         if held is None or held[0] is not preview:
-            held = preview, asyncio.ensure_future(encoder.preview(preview.pixels, options))
+            size = self.job.output.size
+            held = preview, asyncio.ensure_future(encoder.preview(preview.pixels, options, size))
             self._renditions[key] = held
             while len(self._renditions) > _MAX_RENDITIONS:
                 self._renditions.popitem(last=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
 from calotype_server import errors
@@ -44,8 +45,13 @@ def _violations(job: Job, model: ModelInfo, limits: Limits) -> list[errors.Viola
     for field, size in (("width_px", job.width), ("height_px", job.height)):
         if size % model.size_multiple:
             found.append((field, f"is {size}, must be a positive multiple of {model.size_multiple}"))
-    if job.pixel_count > limits.max_pixels:
-        found.append(("width_px", f"times height_px is {job.pixel_count} pixels, the maximum is {limits.max_pixels}"))
+    pixels, maximum = job.pixel_count, limits.max_pixels
+    if job.output.size is not None and pixels <= maximum:
+        pixels, maximum = math.prod(job.output.size), limits.max_output_pixels
+    if pixels > maximum:
+        found.append(("width_px", f"times height_px is {pixels} pixels, the maximum is {maximum}"))
+    elif not found and not model.supports_size(job.width, job.height):
+        found.append(("width_px", f"{job.width}x{job.height} is not a size that the model supports"))
     if job.scheduler not in model.schedulers:
         found.append(("scheduler", f"{job.scheduler!r} is unknown, must be one of {', '.join(model.schedulers)}"))
     elif job.step_count > (maximum := model.max_steps(job.scheduler, limits.max_step_count)):

@@ -14,6 +14,7 @@ from calotype_server.failpoints import hit
 from calotype_server.generations.estimates import Turns
 from calotype_server.generations.generation import Generation
 from calotype_server.images import metadata
+from calotype_server.images.scaling import scaling_notices
 from calotype_server.observability.events import LeftQueue
 from calotype_server.types import (
     Decoding,
@@ -217,9 +218,13 @@ class Runner:
             hit("engine.report")
             job, active = generation.job, self._admission.progressing
             match event:
-                case EncodingPrompt():
+                case EncodingPrompt(notices):
                     left = self._estimator.total_seconds(job, active)
-                    event = replace(event, estimated_remaining=self._admission.seconds_left(ticket, left))
+                    event = replace(
+                        event,
+                        notices=(*notices, *scaling_notices(job)),
+                        estimated_remaining=self._admission.seconds_left(ticket, left),
+                    )
                 case Denoising(step, total) | PreviewReady(step, total):
                     # Forecast steps take no time, and their time counts for the next step that is computed.
                     done, all_computed = job.computed_steps(step, total), job.computed_steps(total, total)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import shutil
 import time
@@ -362,7 +363,7 @@ class Store:
 
 def _image_bytes(job: Job) -> int:
     """Returns a bound for the size of the final image: formats that compress never add more than this."""
-    return 3 * job.pixel_count + 64 * 1024
+    return 3 * math.prod(job.output_size) + 64 * 1024
 
 
 def _without_details(work: Callable[[], T], *, quiet: bool = False) -> T:

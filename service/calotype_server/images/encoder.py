@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 from calotype_server import errors, threads
 from calotype_server.failpoints import hit
 from calotype_server.images.png import encode_png
+from calotype_server.images.scaling import scaled, scaled_preview
 from calotype_server.observability.events import ImageEncoded, Observe, ignore
 from calotype_server.types import EncodedImage, OutputOptions, Pixels, PreviewOptions
 
@@ -73,14 +74,21 @@ class Encoder:
         """Number of threads that hang."""
         return self._pool.hung
 
-    async def preview(self, pixels: Pixels, options: PreviewOptions) -> EncodedImage:
+    async def preview(
+        self, pixels: Pixels, options: PreviewOptions, size: tuple[int, int] | None = None
+    ) -> EncodedImage:
         """Returns a JPEG whose longer edge is at most `options.max_edge` pixels.
+
+        Args:
+            pixels: The preview.
+            options: Size and quality.
+            size: Size of the final image, if it is not that which the model draws.
 
         Raises:
             GenerationFailed: It took too long.
         """
         seconds = min(self._seconds, _PREVIEW_SECONDS)
-        return await self._run("preview", seconds, self._timed_preview, pixels, options.max_edge, options.quality)
+        return await self._run("preview", seconds, self._timed_preview, pixels, options, size)
 
     async def final(self, pixels: Pixels, options: OutputOptions, parameters: str) -> EncodedImage:
         """Returns the full-size image; its file contains `parameters` if `options.metadata`.
@@ -95,9 +103,9 @@ class Encoder:
         """Waits for running encodes to finish, except those that hang, and stops the threads."""
         self._pool.close()
 
-    def _timed_preview(self, pixels: Pixels, max_edge: int, quality: int) -> EncodedImage:
+    def _timed_preview(self, pixels: Pixels, options: PreviewOptions, size: tuple[int, int] | None) -> EncodedImage:
         start = time.thread_time()
-        image = encode_preview(pixels, max_edge, quality)
+        image = encode_preview(pixels, options.max_edge, options.quality, size)
         if self._on_preview is not None:
             self._on_preview(time.thread_time() - start)
         return image
@@ -127,19 +135,31 @@ class Encoder:
             raise errors.GenerationFailed("Encoding the image took too long.") from error
 
 
-def encode_preview(pixels: Pixels, max_edge: int, quality: int) -> EncodedImage:
-    """Returns a JPEG of `pixels`, scaled down so that its longer edge is at most `max_edge` pixels."""
+def encode_preview(pixels: Pixels, max_edge: int, quality: int, size: tuple[int, int] | None = None) -> EncodedImage:
+    """Returns a JPEG of `pixels`, scaled down so that its longer edge is at most `max_edge` pixels.
+
+    Args:
+        pixels: The preview.
+        max_edge: Longest edge of the file, in pixels.
+        quality: Of the JPEG.
+        size: Size of the final image, if it is not that which the model draws; the preview gets its aspect ratio.
+    """
     image = _image(pixels)
+    if size is not None:
+        image = scaled_preview(image, size)
     image.thumbnail((max_edge, max_edge), Image.Resampling.BOX)
     return _save(image, "jpeg", quality=quality)
 
 
 def encode_final(pixels: Pixels, options: OutputOptions, parameters: str) -> EncodedImage:
-    """Returns the file of a final image.
+    """Returns the file of a final image, scaled to `options.size` if that is given.
 
     The parameters are where other tools look for them: in a text chunk named `parameters` in PNG, in the EXIF field
     UserComment in JPEG and WebP.
     """
+    if options.size is not None:
+        image = scaled(_image(pixels), options.size)
+        pixels = Pixels(image.width, image.height, image.tobytes())
     if options.format == "png":
         data = encode_png(pixels, {"parameters": parameters} if options.metadata else {})
         return EncodedImage("png", pixels.width, pixels.height, data)

@@ -33,6 +33,7 @@ def describe(job: Job, model: ModelInfo, finished_at: int | None = None) -> str:
         "CFG scale": None if job.guidance_scale is None else f"{job.guidance_scale:g}",
         "Seed": job.seed,
         "Size": f"{job.width}x{job.height}",
+        "Scaled to": None if job.output.size is None else "{}x{}".format(*job.output.size),
         "Model": _quoted(model.name),
         "Version": f"Calotype {__version__}",
     }

@@ -17,7 +17,7 @@ from calotype_server.limits import (
 )
 from calotype_server.settings.parsing import check_address, split_list
 from calotype_server.settings.web import WebSettings
-from calotype_server.types import RENDERED_PREVIEW_METHODS, PreviewMethod, PreviewOptions, Schedule
+from calotype_server.types import RENDERED_PREVIEW_METHODS, OtherSizes, PreviewMethod, PreviewOptions, Schedule
 
 __all__ = ["Settings"]
 
@@ -62,6 +62,11 @@ class Settings(WebSettings):
     )
     max_step_count: int = Field(DEFAULT_LIMITS.max_step_count, ge=1, description="Maximum denoising steps per request.")
     max_pixels: int = Field(DEFAULT_LIMITS.max_pixels, ge=64, description="Maximum width times height, in pixels.")
+    other_sizes: OtherSizes = Field(
+        OtherSizes.REJECT,
+        description="What to do with requests for sizes that the model does not draw well: reject; scale (draw the "
+        "nearest supported size and scale the image); or draw (anyway).",
+    )
     max_prompt_chars: int = Field(
         DEFAULT_LIMITS.max_prompt_chars, ge=1, description="Maximum length of a prompt, in characters."
     )
@@ -238,6 +243,7 @@ class Settings(WebSettings):
         """Limits and preview defaults of requests."""
         return Limits(
             max_pixels=self.max_pixels,
+            max_output_pixels=self.max_pixels,
             max_step_count=self.max_step_count,
             max_prompt_chars=self.max_prompt_chars,
             max_preview_edge=self.max_preview_edge,

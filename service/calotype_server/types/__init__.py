@@ -42,6 +42,7 @@ from calotype_server.types.previews import (
 from calotype_server.types.prompts import PromptSyntax
 from calotype_server.types.schedulers import SchedulerInfo, Sigmas, TimestepSpacing
 from calotype_server.types.schedules import Schedule
+from calotype_server.types.sizes import OtherSizes
 from calotype_server.types.speed import (
     FAST_MIN_STEPS,
     Speed,
@@ -67,6 +68,7 @@ __all__ = [
     "MemoryModel",
     "ModelInfo",
     "Notice",
+    "OtherSizes",
     "OutputOptions",
     "Phase",
     "Pixels",

@@ -36,11 +36,13 @@ class OutputOptions:
         format: File format.
         quality: 1 to 95 for JPEG, 1 to 100 for WebP; ignored for PNG.
         metadata: Whether the file contains the parameters of the generation.
+        size: Width and height of the image in pixels, if they are not those that the model draws.
     """
 
     format: ImageFormat = "png"
     quality: int = 90
     metadata: bool = True
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,9 @@ class Job:
     Attributes:
         prompt: Text to draw; not empty.
         negative_prompt: Text to avoid, or None when absent or when the model does not support it.
-        width: Pixels, a multiple of `ModelInfo.size_multiple`.
-        height: Pixels, a multiple of `ModelInfo.size_multiple`.
+        width: Pixels that the model draws, a multiple of `ModelInfo.size_multiple`. The image may have another size;
+            see `output_size`.
+        height: Pixels that the model draws, a multiple of `ModelInfo.size_multiple`.
         step_count: Denoising steps, at least 1.
         guidance_scale: Classifier-free guidance, 0 to 100, or None when the model does not support it.
         seed: Seed of the initial noise, 0 to 2**53 - 1.
@@ -87,6 +90,11 @@ class Job:
     def pixel_count(self) -> int:
         """Width times height."""
         return self.width * self.height
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        """Width and height of the final image, in pixels."""
+        return self.output.size or (self.width, self.height)
 
     @property
     def computed_step_count(self) -> int:

@@ -83,6 +83,8 @@ class ModelInfo:
         loras: Names of the LoRAs that requests can apply, sorted.
         sizes: Width and height, in pixels, of sizes that the model draws well; the default size first.
         min_pixels: Minimum width times height of other sizes; 0 if only `sizes` are supported.
+        max_pixels: Maximum width times height of other sizes, or None if the model has no limit.
+        max_aspect_ratio: Maximum longer edge, divided by the shorter one, of other sizes; infinite if there is none.
         scales_other_sizes: Whether unsupported sizes are drawn at the nearest supported size and scaled.
         prompt_syntaxes: Syntaxes of prompts that the model supports.
         scheduler_details: Aliases and options of each of `schedulers`, in the same order.
@@ -116,6 +118,8 @@ class ModelInfo:
     loras: tuple[str, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     min_pixels: int = 1
+    max_pixels: int | None = None
+    max_aspect_ratio: float = math.inf
     scales_other_sizes: bool = False
     prompt_syntaxes: tuple[PromptSyntax, ...] = (PromptSyntax.PLAIN,)
     scheduler_details: tuple[SchedulerInfo, ...] = ()
@@ -125,3 +129,17 @@ class ModelInfo:
     def max_steps(self, scheduler: str, ceiling: int) -> int:
         """Returns the maximum number of steps with this scheduler, at most `ceiling`."""
         return min(ceiling, self.max_step_counts.get(scheduler, ceiling))
+
+    def supports_size(self, width: int, height: int) -> bool:
+        """Returns whether the model draws this size well, in pixels. Limits of the operator are not considered."""
+        if (width, height) == (self.width, self.height) or (width, height) in self.sizes:
+            return True
+        shorter, longer = sorted((width, height))
+        return (
+            self.min_pixels > 0
+            and shorter > 0
+            and width % self.size_multiple == height % self.size_multiple == 0
+            and self.min_pixels <= width * height
+            and (self.max_pixels is None or width * height <= self.max_pixels)
+            and longer <= self.max_aspect_ratio * shorter
+        )

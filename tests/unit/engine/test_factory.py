@@ -1,5 +1,6 @@
 """The factory of engines; `test_tiny_vae.TestServing` covers what it builds."""
 
+import json
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from calotype_server import errors
 from calotype_server.engine import factory, loading
 from calotype_server.observability.events import ignore
 from calotype_server.settings import Settings
+from calotype_server.types import OtherSizes
 from support.engine.device_errors import EXHAUSTED, FAILED
 
 
@@ -31,3 +33,27 @@ def test_the_operator_learns_that_the_device_failed(monkeypatch, error, message)
     monkeypatch.setattr(factory, "engine_around", fail)
     with pytest.raises(errors.ModelUnavailable, match=message):
         factory.load_engine(Settings(device="cpu"), ignore)
+
+
+def test_the_folder_and_the_setting_decide_the_sizes(folder, tmp_path):
+    """`calotype.json` names the supported sizes, and `--other-sizes` says what happens with the others."""
+    (folder / "calotype.json").write_text(json.dumps({"sizes": [[64, 64]]}))
+
+    def model(mode):
+        settings = Settings(model=str(folder), device="cpu", threads=1, cache_dir=tmp_path, other_sizes=mode)
+        engine = factory.load_engine(settings, ignore)
+        engine.close()
+        return engine.model
+
+    found = {mode: model(mode) for mode in OtherSizes}
+    assert {model.sizes for model in found.values()} == {((64, 64),)}
+    assert [mode for mode in found if found[mode].supports_size(72, 64)] == [OtherSizes.DRAW]
+    assert [mode for mode in found if found[mode].scales_other_sizes] == [OtherSizes.SCALE]
+
+
+def test_a_size_that_the_model_cannot_draw_is_an_error_at_start(folder, tmp_path):
+    """The message names the file, the size and the pipeline."""
+    (folder / "calotype.json").write_text(json.dumps({"sizes": [[60, 64]]}))
+    settings = Settings(model=str(folder), device="cpu", threads=1, cache_dir=tmp_path)
+    with pytest.raises(errors.ModelUnavailable, match=r"calotype\.json lists the size 60x64"):
+        factory.load_engine(settings, ignore)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 
 from calotype_server.engine import assembly, generation_run
 from calotype_server.engine.assembly import build_engine
@@ -21,19 +20,6 @@ from support.engine import tiny
 from support.runs import Run
 
 METHODS = (PreviewMethod.HEAD, PreviewMethod.FULL_VAE)
-
-
-def unbinned(pipeline):
-    """Returns the pipeline without resolution binning, which rounds to sizes of the real model, far too large here."""
-    kind = type(pipeline)
-    if "use_resolution_binning" in inspect.signature(kind.__call__).parameters:
-
-        @functools.wraps(kind.__call__)
-        def call(self, **arguments):
-            return kind.__call__(self, **{**arguments, "use_resolution_binning": False})
-
-        pipeline.__class__ = type(kind.__name__, (kind,), {"__call__": call})
-    return pipeline
 
 
 @tiny.every_family
@@ -59,8 +45,7 @@ def test_engine_drives_the_family(family, tmp_path, monkeypatch):
 
     monkeypatch.setattr(assembly, "describe", small)
     monkeypatch.setattr(generation_run, "make_scheduler", counting)
-    pipeline = unbinned(tiny.prompted(family))
-    engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
+    engine = build_engine("tiny", tiny.prompted(family), defaults=Defaults(), cache_dir=tmp_path, threads=1)
     assert engine.model.preview_methods == METHODS
     steps = 3
     guidance, scheduler = engine.model.guidance_scale, engine.model.scheduler

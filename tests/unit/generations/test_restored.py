@@ -8,6 +8,7 @@ import pytest
 
 from calotype_server import errors
 from calotype_server.generations.index import StoredGeneration
+from calotype_server.generations.records import dump_record, parse_record
 from calotype_server.generations.restored import reason_not_to_run
 from calotype_server.types import Speed
 from support.engine.fake_engine import MODEL
@@ -27,3 +28,31 @@ def test_a_fast_generation_needs_a_server_that_offers_it(schedulers: tuple[str, 
     else:
         assert isinstance(error, errors.InvalidRequest)
         assert [violation.field for violation in error.violations] == ["speed"]
+
+
+@pytest.mark.parametrize(
+    ("size", "output", "reason"),
+    [
+        ((64, 64), None, None),
+        ((64, 64), (100, 90), None),
+        ((64, 64), (300, 300), "times height_px is 90000 pixels, the maximum is 65536, since the server restarted"),
+        ((96, 64), None, "96x64 is not a size that the model supports, since the server restarted"),
+    ],
+)
+def test_a_size_must_still_be_supported(
+    size: tuple[int, int], output: tuple[int, int] | None, reason: str | None
+) -> None:
+    """A generation ends with a violation if this model does not draw its size, or if its image is too large."""
+    record = replace(fixture_records()[0], end=None)
+    options = replace(record.job.output, size=output)
+    job = replace(record.job, width=size[0], height=size[1], step_count=4, scheduler="DDIMScheduler", output=options)
+    restored = parse_record(dump_record(replace(record, job=job)))
+    assert restored.job == job
+    model = replace(MODEL, sizes=((64, 64),), min_pixels=0)
+    limits = replace(LIMITS, max_output_pixels=256 * 256)
+    error = reason_not_to_run(StoredGeneration(restored, None, replaced=False), model, limits)
+    if reason is None:
+        assert error is None
+    else:
+        assert isinstance(error, errors.InvalidRequest)
+        assert [each.description for each in error.violations] == [reason]

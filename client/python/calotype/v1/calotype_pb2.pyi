@@ -364,13 +364,11 @@ class GenerateRequest(_message.Message):
     model does not support it (`Model.takes_negative_prompt`).
     """
     width_px: _builtins.int
-    """Width of the final image in pixels: a positive multiple of `Model.size_multiple_px`. Width times height must not
-    exceed `Model.max_pixels`. Default: `Model.width_px`.
+    """Width of the final image in pixels. Width and height must be one of `Model.sizes`, or a size in the range that
+    `Model.min_pixels` describes. Default: `Model.width_px`.
     """
     height_px: _builtins.int
-    """Height of the final image in pixels: a positive multiple of `Model.size_multiple_px`. Width times height must not
-    exceed `Model.max_pixels`. Default: `Model.height_px`.
-    """
+    """Height of the final image in pixels, as for `width_px`. Default: `Model.height_px`."""
     step_count: _builtins.int
     """Number of denoising steps, 1 to `Model.max_step_count`. Default: `Model.step_count`."""
     guidance_scale: _builtins.float
@@ -1184,6 +1182,7 @@ class Model(_message.Message):
     SCHEDULER_DETAILS_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     OFFLOAD_FIELD_NUMBER: _builtins.int
+    MAX_ASPECT_RATIO_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name from the server's settings: `bundled`, a hub id or the name of a folder."""
     pipeline: _builtins.str
@@ -1193,9 +1192,9 @@ class Model(_message.Message):
     height_px: _builtins.int
     """Default height in pixels: the native height of the model."""
     size_multiple_px: _builtins.int
-    """Widths and heights must be multiples of this number of pixels."""
+    """Widths and heights that the model draws are multiples of this number of pixels."""
     max_pixels: _builtins.int
-    """Maximum width times height, in pixels."""
+    """Maximum width times height that the model draws, in pixels."""
     step_count: _builtins.int
     """Default number of denoising steps, 1 to `max_step_count`."""
     max_step_count: _builtins.int
@@ -1238,11 +1237,11 @@ class Model(_message.Message):
     """Why `accelerator` is not the one that the operator chose, in one sentence. Empty if it is."""
     min_pixels: _builtins.int
     """Minimum width times height, in pixels, of sizes that are not in `sizes`: they must also be multiples of
-    `size_multiple_px` with at most `max_pixels`. 0 if only `sizes` are supported.
+    `size_multiple_px` with at most `max_pixels` and `max_aspect_ratio`. 0 if only `sizes` are supported.
     """
     scales_other_sizes: _builtins.bool
     """Whether the server accepts unsupported sizes too: it draws the nearest supported size, scales the image, and warns
-    with SIZE_SCALED.
+    with SIZE_SCALED. Operators limit width times height with `--max-pixels`.
     """
     quantization: _builtins.str
     """Number format to which the server quantized the weights, such as int8. Empty if it did not."""
@@ -1250,6 +1249,8 @@ class Model(_message.Message):
     """How weights move between the device and the host's memory: model (each model as a whole) or group (a few layers at a
     time). Empty if they stay on the device.
     """
+    max_aspect_ratio: _builtins.float
+    """Maximum of the longer edge divided by the shorter one, for sizes that are not in `sizes`. 0 if there is none."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Supported schedulers, sorted: class names of diffusers."""
@@ -1323,10 +1324,11 @@ class Model(_message.Message):
         scheduler_details: _abc.Iterable[Global___Scheduler] | None = ...,
         quantization: _builtins.str = ...,
         offload: _builtins.str = ...,
+        max_aspect_ratio: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "preview", b"preview"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "accelerator", b"accelerator", "accelerator_fallback", b"accelerator_fallback", "device", b"device", "dtype", b"dtype", "fast_schedulers", b"fast_schedulers", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "loras", b"loras", "max_active", b"max_active", "max_batch_rows", b"max_batch_rows", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "min_pixels", b"min_pixels", "name", b"name", "offload", b"offload", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "prompt_syntaxes", b"prompt_syntaxes", "quantization", b"quantization", "replica", b"replica", "scales_other_sizes", b"scales_other_sizes", "scheduler", b"scheduler", "scheduler_details", b"scheduler_details", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "sizes", b"sizes", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "unbatched_reason", b"unbatched_reason", "width_px", b"width_px"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "accelerator", b"accelerator", "accelerator_fallback", b"accelerator_fallback", "device", b"device", "dtype", b"dtype", "fast_schedulers", b"fast_schedulers", "guidance_scale", b"guidance_scale", "height_px", b"height_px", "loras", b"loras", "max_active", b"max_active", "max_aspect_ratio", b"max_aspect_ratio", "max_batch_rows", b"max_batch_rows", "max_pixels", b"max_pixels", "max_preview_edge_px", b"max_preview_edge_px", "max_preview_quality", b"max_preview_quality", "max_prompt_chars", b"max_prompt_chars", "max_prompt_tokens", b"max_prompt_tokens", "max_step_count", b"max_step_count", "min_pixels", b"min_pixels", "name", b"name", "offload", b"offload", "pipeline", b"pipeline", "preview", b"preview", "preview_methods", b"preview_methods", "prompt_syntaxes", b"prompt_syntaxes", "quantization", b"quantization", "replica", b"replica", "scales_other_sizes", b"scales_other_sizes", "scheduler", b"scheduler", "scheduler_details", b"scheduler_details", "schedulers", b"schedulers", "server_version", b"server_version", "size_multiple_px", b"size_multiple_px", "sizes", b"sizes", "step_count", b"step_count", "takes_negative_prompt", b"takes_negative_prompt", "unbatched_reason", b"unbatched_reason", "width_px", b"width_px"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015

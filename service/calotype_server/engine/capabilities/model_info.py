@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from calotype_server.engine.capabilities.components import denoiser_name, tokenizers
 from calotype_server.engine.capabilities.schedulers import compatible_schedulers, max_step_counts
-from calotype_server.engine.capabilities.sizes import native_size, size_multiple
-from calotype_server.types import ModelInfo
+from calotype_server.engine.capabilities.sizes import size_multiple, supported_sizes
+from calotype_server.types import ModelInfo, OtherSizes
 
 if TYPE_CHECKING:
     from calotype_server.engine.capabilities.defaults import Defaults
@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["describe"]
 
 
-def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
-    """Reads sizes, defaults, schedulers and accepted parameters from a loaded pipeline."""
+def describe(name: str, pipeline: Any, defaults: Defaults, other_sizes: OtherSizes = OtherSizes.REJECT) -> ModelInfo:
+    """Reads sizes, defaults, schedulers and accepted parameters from a loaded pipeline.
+
+    Raises:
+        ModelUnavailable: The pipeline cannot draw one of the `sizes` in `defaults`.
+    """
     parameters = inspect.signature(type(pipeline).__call__).parameters
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     multiple = size_multiple(pipeline, denoiser)
-    width, height = native_size(pipeline, denoiser, multiple)
+    sizes = supported_sizes(pipeline, multiple, defaults, other_sizes)
+    width, height = sizes.sizes[0]
     guidance = None
     if "guidance_scale" in parameters:
         guidance = defaults.guidance_scale
@@ -45,4 +50,9 @@ def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
         max_prompt_tokens=max((limit for _, limit in tokenizers(pipeline)), default=0),
         device=str(denoiser.device),
         dtype=str(denoiser.dtype).removeprefix("torch."),
+        sizes=sizes.sizes,
+        min_pixels=sizes.min_pixels,
+        max_pixels=sizes.max_pixels,
+        max_aspect_ratio=sizes.max_aspect_ratio,
+        scales_other_sizes=other_sizes is OtherSizes.SCALE,
     )

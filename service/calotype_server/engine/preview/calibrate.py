@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from calotype_server.engine.capabilities.sizes import draws_exactly
 from calotype_server.engine.preview.head import PreviewHead, to_grid
 from calotype_server.engine.preview.pipeline_tail import PipelineTail
 
@@ -42,9 +43,11 @@ def calibrate(pipeline: Any, model: ModelInfo, *, seed: int = 0, budget: float =
         budget: Seconds after which it stops early, with at least 4 images.
     """
     deadline = time.monotonic() + budget
-    edge = min(model.width, model.size_multiple * _MAX_CELLS)
+    width = height = min(model.width, model.size_multiple * _MAX_CELLS)
+    if not draws_exactly(pipeline, width, height):
+        width, height = model.width, model.height
     tail = PipelineTail(pipeline)
-    shape = tail.shape(edge, edge)
+    shape = tail.shape(width, height)
     generator = torch.Generator().manual_seed(seed)
     statistics: HeadStatistics | None = None
     scale = 0
@@ -52,8 +55,8 @@ def calibrate(pipeline: Any, model: ModelInfo, *, seed: int = 0, budget: float =
         if number >= _MIN_IMAGES and time.monotonic() > deadline:
             break
         latents = multiscale_noise(shape, generator)
-        images = tail.decode(latents, edge, edge)
-        cells = edge // max(to_grid(latents, edge, edge).shape[-2:])
+        images = tail.decode(latents, width, height)
+        cells = max(width, height) // max(to_grid(latents, width, height).shape[-2:])
         native = max(model.width, model.height) // cells
         scale = scale or _scale(native, cells)
         observed = PreviewHead.observe(scale, latents, images)

@@ -13,15 +13,26 @@ from calotype_server.types import Notice
 if TYPE_CHECKING:
     from calotype_server.types import Job
 
-__all__ = ["call_arguments", "prompt_notices"]
+__all__ = ["call_arguments", "prompt_notices", "size_arguments"]
+
+
+def size_arguments(pipeline: Any, width: int, height: int) -> dict[str, Any]:
+    """Returns arguments with which the pipeline draws exactly this size, in pixels.
+
+    Some pipelines draw the nearest size that the real model was trained for, and some then resize the image. An image
+    that is finished early would have another size, and limits would count another number of pixels.
+    """
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    exact = {"use_resolution_binning": False, "_auto_resize": False, "max_area": width * height}
+    chosen = {name: value for name, value in exact.items() if name in parameters}
+    return {"width": width, "height": height, **chosen}
 
 
 def call_arguments(pipeline: Any, job: Job) -> dict[str, Any]:
     """Returns the keyword arguments of a pipeline's call for a job."""
     arguments: dict[str, Any] = {
         "prompt": job.prompt,
-        "width": job.width,
-        "height": job.height,
+        **size_arguments(pipeline, job.width, job.height),
         "num_inference_steps": job.step_count,
         # On the CPU, so that a seed gives the same image on every device.
         "generator": torch.Generator().manual_seed(job.seed),

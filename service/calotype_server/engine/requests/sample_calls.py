@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.requests.arguments import size_arguments
 from calotype_server.engine.requests.denoiser_proxy import DenoiserProxy
 from calotype_server.engine.requests.view import request_view
 from calotype_server.engine.schedulers.make import make_scheduler
@@ -27,12 +28,9 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 def plain_arguments(pipeline: Any, width: int, height: int, guidance_scale: float | None) -> dict[str, Any]:
     """Returns arguments for a pipeline call with an empty prompt, without the number of steps."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
-    call: dict[str, Any] = {"prompt": "", "width": width, "height": height}
+    call: dict[str, Any] = {"prompt": "", **size_arguments(pipeline, width, height)}
     if "guidance_scale" in parameters and guidance_scale is not None:
         call["guidance_scale"] = guidance_scale
-    if "use_resolution_binning" in parameters:
-        # Otherwise the pipeline generates at the nearest of the real model's sizes, and then resizes the image.
-        call["use_resolution_binning"] = False
     if "generator" in parameters:
         call["generator"] = torch.Generator().manual_seed(0)
     return call

@@ -40,7 +40,7 @@ class ImagesRequest(RequestModel):
         str,
         Field(
             pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$",
-            description="WIDTHxHEIGHT in pixels; auto: the model's native size.",
+            description="WIDTHxHEIGHT in pixels: a supported size, see `GET /v1/models`; auto: the default size.",
         ),
     ] = "auto"
     quality: Annotated[
@@ -152,6 +152,7 @@ class ModelEntry(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(description="Unix time in seconds at which it was loaded.")
     owned_by: Literal["calotype"] = "calotype"
+    sizes: list[str] = Field(description="Calotype only: sizes to offer; see `GET /v1/model`.")
 
 
 class ModelList(BaseModel):

@@ -171,7 +171,9 @@ class _ModelRoutes:
         return JSONResponse(loaded.model_dump())
 
     def _loaded(self) -> ModelEntry:
-        return ModelEntry(id=self._service.model().name, created=self._created)
+        model = self._service.model()
+        sizes = [f"{size.width_px}x{size.height_px}" for size in model.sizes]
+        return ModelEntry(id=model.name, created=self._created, sizes=sizes)
 
 
 def _images_response(images: list[Image], request: ImagesRequest, size: str) -> ImagesResponse:
@@ -186,8 +188,8 @@ def _images_response(images: list[Image], request: ImagesRequest, size: str) -> 
 
 async def _image_events(stream: ProgressStream, request: ImagesRequest) -> AsyncGenerator[ServerSentEvent, None]:
     """Yields an event for each preview and for the final image, or an error."""
-    job = stream.generation.job
-    size = f"{job.width}x{job.height}"
+    width, height = stream.generation.job.output_size
+    size = f"{width}x{height}"
     index = 0
     async for message in stream:
         if message.image_kind == pb.IMAGE_KIND_FINAL:

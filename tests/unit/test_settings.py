@@ -226,3 +226,12 @@ def test_opentelemetrys_empty_variables_count_as_unset(monkeypatch) -> None:
         assert found._provider.resource.attributes["service.name"] == "calotype"
     finally:
         found._provider.shutdown()
+
+
+def test_embeddings_are_named() -> None:
+    """`--embedding` is repeatable, its variable is a list, and each entry has a name of its own."""
+    entries = ("a=one.safetensors", "b=org/name:two.safetensors")
+    assert Settings(embedding=",".join(entries)).embedding == Settings(embedding=entries).embedding == entries
+    for wrong, message in (("one.safetensors", "not NAME=VALUE"), ("a b=x", "not NAME=VALUE"), ("a=x,a=y", "twice")):
+        with pytest.raises(pydantic.ValidationError, match=message):
+            Settings(embedding=wrong)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.enums import DISCONNECT_POLICIES, IMAGE_FORMATS, PREVIEW_METHODS, PRIORITIES, SPEEDS
+from calotype_server.api.prompt_syntax import prompt_syntax
 from calotype_server.api.sizes import choose_size
 from calotype_server.errors import InvalidRequest, PreviewMethodUnavailable, Violation
 from calotype_server.limits import (
@@ -91,12 +92,25 @@ def validate(
         reject("priority", f"has the unknown value {request.priority}")
     delivery = _delivery(request, reject)
     speed = _speed(request, model, scheduler, steps, reject)
+    syntax = prompt_syntax(request, model, reject)
     if violations or priority is None:
         raise InvalidRequest(violations)
     _check_method(preview.method, model, limits)
     negative = request.negative_prompt or None
     job = Job(
-        request.prompt, negative, width, height, steps, guidance, seed, scheduler, preview, output, priority, speed
+        request.prompt,
+        negative,
+        width,
+        height,
+        steps,
+        guidance,
+        seed,
+        scheduler,
+        preview,
+        output,
+        priority,
+        speed,
+        prompt_syntax=syntax,
     )
     return job, replace(delivery, seed_was_drawn=not request.HasField("seed"))
 

@@ -17,12 +17,16 @@ from calotype_server.engine.capabilities import Defaults, denoiser_name, describ
 from calotype_server.engine.diffusers_engine import DiffusersEngine
 from calotype_server.engine.early_finish import EarlyFinisher
 from calotype_server.engine.generation_run import EngineParts
+from calotype_server.engine.memory import is_device_failure
 from calotype_server.engine.memory_need import memory_model
 from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.engine.preview.costs import CoreCosts, DeviceCosts
 from calotype_server.engine.preview.pipeline_previews import PipelinePreviews
+from calotype_server.engine.prompts.support import prompt_syntaxes
+from calotype_server.engine.requests.sample_calls import default_arguments
 from calotype_server.engine.requests.shared_components import shared_components
 from calotype_server.engine.requests.view import request_view
+from calotype_server.engine.requests.zero_answers import zero_proxy
 from calotype_server.engine.runtime.device_thread import DeviceThread
 from calotype_server.engine.step_cache.offered import fast_schedulers
 from calotype_server.observability.events import AcceleratorActive, BatchDone, Observe, ignore
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from calotype_server.engine.batching.batch_runner import BatchRecord
+    from calotype_server.engine.batching.plan import Plan
     from calotype_server.types import ModelInfo
 
 __all__ = ["build_engine"]
@@ -89,7 +94,7 @@ def build_engine(
         on_batch: Called after every call of a shared denoiser; it must not block.
         observe: Receives observations.
     """
-    model = describe(name, pipeline, defaults, other_sizes)
+    model = replace(describe(name, pipeline, defaults, other_sizes), prompt_syntaxes=prompt_syntaxes(pipeline))
     _log.info("model loaded", model=name, device=model.device)
     options = PlanOptions(max_active, max_rows, threads, deterministic)
     device = DeviceThread()
@@ -125,9 +130,10 @@ def build_engine(
     batcher = _start_batcher(device, denoiser, deterministic, schedule, _batch_observer(observe, on_batch))
     shared = _shared_pipeline(pipeline, batcher)
     if step_cache:
-        model = replace(model, fast_schedulers=_fast_schedulers(pipeline, model))
+        model = replace(model, fast_schedulers=_fast_schedulers(pipeline, model, plan))
+    quiet = shared if batcher is not None else _without_denoiser(shared, model)
     previews = PipelinePreviews(
-        shared,
+        quiet,
         model,
         cache_dir=cache_dir,
         allowed=preview_methods,
@@ -145,7 +151,7 @@ def build_engine(
                 memory=memory_model(pipeline, model, cache_dir=cache_dir, limit=memory_limit, reserved=reserved_bytes),
             ),
             previews=previews,
-            finisher=EarlyFinisher(_with_session(shared, batcher)),
+            finisher=EarlyFinisher(_with_session(quiet, batcher)),
             budget=budget,
             batcher=batcher,
             runtime=denoiser.runtime,
@@ -205,11 +211,28 @@ def _with_session(pipeline: Any, batcher: StepBatcher | None) -> Any:
     return request_view(pipeline, pipeline.scheduler, **own)
 
 
-def _fast_schedulers(pipeline: Any, model: ModelInfo) -> tuple[str, ...]:
+@torch.no_grad()
+def _without_denoiser(pipeline: Any, model: ModelInfo) -> Any:
+    """Returns a view of the pipeline that never calls the denoiser, which a request may use, and change, meanwhile."""
+    name = denoiser_name(pipeline)
+    module = getattr(pipeline, name)
+    try:
+        args, kwargs = default_arguments(pipeline, model)
+        answer = module(*args, **kwargs)
+    except Exception as error:
+        if is_device_failure(error):
+            raise
+        _log.debug("previews call the denoiser", exc_info=error)
+        return pipeline
+    example = args[0] if args else next(iter(kwargs.values()))
+    return request_view(pipeline, pipeline.scheduler, **{name: zero_proxy(module, example, answer)})
+
+
+def _fast_schedulers(pipeline: Any, model: ModelInfo, plan: Plan) -> tuple[str, ...]:
     """Returns the schedulers that requests may combine with `Speed.FAST`."""
-    reason = unbatchable(getattr(pipeline, denoiser_name(pipeline)))
-    if reason is not None:
-        # Such a module keeps state between calls, or code outside the pipeline's call relies on each call.
+    if plan.max_rows == 0 and not plan.provisional:
+        # Such a model keeps state between calls, or code outside the pipeline's call relies on each call.
+        reason = unbatchable(getattr(pipeline, denoiser_name(pipeline))) or plan.reason
         _log.warning("the step cache is not offered", reason=reason)
         return ()
     return fast_schedulers(pipeline, model.schedulers)

@@ -37,6 +37,7 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Not at the top: importing torch takes seconds, and a wrong address or flag should be reported before that.
     from calotype_server.engine import loading, memory
+    from calotype_server.engine.prompts import embeddings
     from calotype_server.engine.runtime import select
 
     memory.return_large_blocks()
@@ -50,6 +51,7 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
         dtype=loading.pick_dtype(settings.dtype, device),
     )
     try:
+        embeddings.load_embeddings(pipeline, settings.embedding)
         return engine_around(settings, pipeline, observe)
     except errors.StartupError:
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,9 @@ import torch
 
 from calotype_server import errors
 from calotype_server.engine.batching.run_ahead import RunAhead
+from calotype_server.engine.prompts.encoding import read_weights
 from calotype_server.engine.requests.arguments import call_arguments, prompt_notices
+from calotype_server.engine.requests.processors import restored_processors
 from calotype_server.engine.requests.view import request_view
 from calotype_server.engine.schedulers.make import make_scheduler
 from calotype_server.engine.step_cache.cache import StepCache
@@ -18,7 +19,16 @@ from calotype_server.engine.step_cache.direct import cached_proxy
 from calotype_server.engine.stepping.host_timesteps import keep_timesteps_on_host
 from calotype_server.engine.tap import Step, StepTap, Stopped
 from calotype_server.failpoints import hit
-from calotype_server.types import Decoding, Denoising, EncodingPrompt, Pixels, PreviewMethod, Speed, Withdrawn
+from calotype_server.types import (
+    Decoding,
+    Denoising,
+    EncodingPrompt,
+    Pixels,
+    PreviewMethod,
+    PromptSyntax,
+    Speed,
+    Withdrawn,
+)
 
 if TYPE_CHECKING:
     from calotype_server.engine.batching.batcher import StepBatcher
@@ -106,11 +116,13 @@ class GenerationRun:
         if self._parts.host_timesteps:
             keep_timesteps_on_host(scheduler)
         view = self._open_view(scheduler)
+        if self._job.prompt_syntax is PromptSyntax.WEIGHTED:
+            read_weights(view)
         try:
             if self._should_stop():
                 raise Stopped
             self._report(EncodingPrompt(prompt_notices(self._parts.pipeline, self._job)))
-            with self._session or contextlib.nullcontext():
+            with self._session or restored_processors(getattr(self._parts.pipeline, self._parts.denoiser)):
                 output = view(**call_arguments(self._parts.pipeline, self._job))
             return self._complete(tap.last, output)
         except Stopped:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from calotype_server import __version__
-from calotype_server.types import Speed
+from calotype_server.types import PromptSyntax, Speed
 
 if TYPE_CHECKING:
     from calotype_server.types import Job, ModelInfo
@@ -28,6 +28,7 @@ def describe(job: Job, model: ModelInfo, finished_at: int | None = None) -> str:
     parameters: dict[str, object] = {
         "Steps": job.step_count,
         "Finished at step": finished_at,
+        "Prompt syntax": "weighted" if job.prompt_syntax is PromptSyntax.WEIGHTED else None,
         "Speed": "fast" if job.speed is Speed.FAST else None,
         "Sampler": job.scheduler,
         "CFG scale": None if job.guidance_scale is None else f"{job.guidance_scale:g}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from pydantic_settings import EnvSettingsSource
@@ -9,7 +10,7 @@ from pydantic_settings import EnvSettingsSource
 if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
 
-__all__ = ["Environment", "check_address", "check_not_blank", "split_list"]
+__all__ = ["Environment", "check_address", "check_named", "check_not_blank", "split_list"]
 
 
 class Environment(EnvSettingsSource):
@@ -54,6 +55,23 @@ def split_list(value: object) -> Any:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
+
+
+def check_named(values: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns a list of NAME=VALUE unchanged.
+
+    Raises:
+        ValueError: An entry has another form, or a name occurs twice.
+    """
+    names: set[str] = set()
+    for value in values:
+        name, _, rest = value.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or not rest:
+            raise ValueError(f"{value!r} is not NAME=VALUE with a name of 1 to 64 letters, digits, dashes, underscores")
+        if name in names:
+            raise ValueError(f"the name {name!r} is used twice")
+        names.add(name)
+    return values
 
 
 def check_address(value: str) -> str:

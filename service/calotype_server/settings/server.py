@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_settings import NoDecode
 
 from calotype_server.limits import (
     DEFAULT_LIMITS,
@@ -15,7 +16,7 @@ from calotype_server.limits import (
     PREVIEW_INTERVAL_MAX,
     Limits,
 )
-from calotype_server.settings.parsing import check_address, split_list
+from calotype_server.settings.parsing import check_address, check_named, split_list
 from calotype_server.settings.web import WebSettings
 from calotype_server.types import RENDERED_PREVIEW_METHODS, OtherSizes, PreviewMethod, PreviewOptions, Schedule
 
@@ -27,7 +28,8 @@ _PREVIEW = DEFAULT_LIMITS.preview
 class Settings(WebSettings):
     """Settings of `calotype serve`."""
 
-    lists: ClassVar[frozenset[str]] = WebSettings.lists | {"preview_methods"}
+    lists: ClassVar[frozenset[str]] = WebSettings.lists | {"preview_methods", "embedding"}
+    repeatable: ClassVar[frozenset[str]] = WebSettings.repeatable | {"embedding"}
 
     grpc_address: str = Field(
         "127.0.0.1:50051", description="HOST:PORT of the native gRPC port. Port 0 picks a free one."
@@ -37,6 +39,11 @@ class Settings(WebSettings):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id. Default: its main branch.")
     variant: str | None = Field(None, description="Variant of the weights to load, such as fp16.")
+    embedding: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="NAME=FILE or NAME=HUB_ID[:FILE]: a textual inversion for Stable Diffusion 1.x, 2.x or XL, as "
+        "safetensors, that prompts use by its name. Repeatable; the variable is comma-separated. Default: none.",
+    )
     device: str | None = Field(
         None,
         description="Torch device, such as cpu, cuda:1, xpu or mps. Default: the first of cuda, xpu and mps that is "
@@ -219,6 +226,16 @@ class Settings(WebSettings):
         if not set(split_list(value)) <= set(RENDERED_PREVIEW_METHODS):
             raise ValueError(f"{value!r} is not a list of {', '.join(sorted(RENDERED_PREVIEW_METHODS))}")
         return value
+
+    @field_validator("embedding", mode="before")
+    @classmethod
+    def _split_embedding(cls, value: object) -> Any:
+        return split_list(value)
+
+    @field_validator("embedding")
+    @classmethod
+    def _check_embedding(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return check_named(value)
 
     @model_validator(mode="after")
     def _check_preview_defaults(self) -> Self:

@@ -13,6 +13,7 @@ from calotype_server.types import (
     EncodingPrompt,
     Event,
     ModelInfo,
+    Notice,
     Pixels,
     PreviewMethod,
     PreviewReady,
@@ -59,6 +60,8 @@ class FakeEngine:
     def __init__(self) -> None:
         self.failure: Exception | None = None
         """If set, it is raised after the first step of every job."""
+        self.notices: tuple[Notice, ...] = ()
+        """Warnings of every job."""
         self.preview_size = (8, 8)
         """Width and height of every preview, in pixels."""
         self.jobs: list[Job] = []
@@ -101,7 +104,7 @@ class FakeEngine:
                 self.active -= 1
 
     def _run(self, job: Job, report: Callable[[Event], None], stop: Stop) -> Pixels:
-        report(EncodingPrompt())
+        report(EncodingPrompt(self.notices))
         report(Denoising(0, job.step_count))
         for step in range(1, job.step_count + 1):
             self.at_step.release()

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import torch
 
+from calotype_server.engine.batching.interleaved import shared_state
 from calotype_server.engine.batching.measure import Knee, Threads, knee, pick_threads
 from calotype_server.engine.batching.verify import unbatchable, verify
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.machine import device_of
 from calotype_server.engine.memory import is_device_failure
-from calotype_server.engine.requests.sample_calls import Arguments, sample_calls
+from calotype_server.engine.requests.own_state import uncopyable
+from calotype_server.engine.requests.sample_calls import Arguments, rejected_change, sample_calls
 
 if TYPE_CHECKING:
     from calotype_server.engine.runtime.base import DenoiserRuntime
@@ -91,7 +93,7 @@ def reason_to_run_alone(pipeline: Any, options: PlanOptions) -> str | None:
     """Returns why generations run one at a time, in one sentence, if that is known without measuring."""
     if options.max_active == 1:
         return "The server was started with --max-active 1."
-    return unbatchable(getattr(pipeline, denoiser_name(pipeline)))
+    return _must_call_itself(pipeline)
 
 
 def measures_threads(model: ModelInfo, options: PlanOptions) -> bool:
@@ -115,11 +117,14 @@ def measure_plan(pipeline: Any, model: ModelInfo, options: PlanOptions, runtime:
     most = options.threads or before
     few = pick_threads(pipeline, model, runtime) if measures_threads(model, options) else most
     reason = reason_to_run_alone(pipeline, options)
-    if reason is not None:
-        calls_itself = unbatchable(getattr(pipeline, denoiser_name(pipeline))) is not None
-        return Plan(1, 0 if calls_itself else 1, reason, Threads(few, most, math.inf))
     try:
+        if reason is not None:
+            calls_itself = _must_call_itself(pipeline) or rejected_change(pipeline, model)
+            return Plan(1, 0 if calls_itself else 1, reason, Threads(few, most, math.inf))
         torch.set_num_threads(few)
+        state = shared_state(pipeline, model)
+        if state is not None:
+            return Plan(1, 0, state, Threads(few, most, math.inf))
         return _batching_plan(runtime, sample_calls(pipeline, model), options, (few, most))
     except Exception as error:
         if is_device_failure(error):
@@ -129,6 +134,11 @@ def measure_plan(pipeline: Any, model: ModelInfo, options: PlanOptions, runtime:
         return Plan(1, 0, reason, Threads(few, most, math.inf), provisional=True)
     finally:
         torch.set_num_threads(before)
+
+
+def _must_call_itself(pipeline: Any) -> str | None:
+    """Returns why one request runs at a time and calls the denoiser itself, if that is known without a call."""
+    return unbatchable(getattr(pipeline, denoiser_name(pipeline))) or uncopyable(pipeline)
 
 
 def deterministic_rows(options: PlanOptions, rows: int) -> int:

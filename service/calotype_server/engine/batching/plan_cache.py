@@ -40,7 +40,7 @@ __all__ = ["find_plan", "load_plan", "plan_facts", "plan_path", "save_plan"]
 
 _log = structlog.get_logger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 """Part of the key: increase it when the measurements or the file change their meaning."""
 
 
@@ -100,6 +100,7 @@ def plan_facts(pipeline: Any, model: ModelInfo, options: PlanOptions, runtime: s
         "machine": machine_facts(torch.device(model.device)),
         "pipeline": type(pipeline).__name__,
         "denoiser": type(module).__name__,
+        "components": {name: type(component).__name__ for name, component in pipeline.components.items()},
         "config": config_of(module),
         "weights": weights_fingerprint(module),
         "request": [model.width, model.height, model.step_count, model.guidance_scale, model.scheduler],

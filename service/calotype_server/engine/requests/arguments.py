@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calotype_server.engine.capabilities import tokenizers
-from calotype_server.types import Notice
+from calotype_server.engine.prompts.notices import ignored_weights
+from calotype_server.types import Notice, PromptSyntax
 
 if TYPE_CHECKING:
     from calotype_server.types import Job
@@ -49,9 +50,14 @@ def call_arguments(pipeline: Any, job: Job) -> dict[str, Any]:
 
 
 def prompt_notices(pipeline: Any, job: Job) -> tuple[Notice, ...]:
+    """Returns a notice for each problem of the prompts that does not stop the job."""
+    return (*_truncated(pipeline, job), *ignored_weights(pipeline, job))
+
+
+def _truncated(pipeline: Any, job: Job) -> tuple[Notice, ...]:
     """Returns a notice for each prompt that is longer than the limit of every tokenizer of the pipeline."""
     found = tokenizers(pipeline)
-    if not found:
+    if not found or job.prompt_syntax is PromptSyntax.WEIGHTED:
         return ()
     tokenizer, limit = max(found, key=lambda each: each[1])
     notices = []

@@ -5,27 +5,31 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+from calotype_server.engine.requests.read_only import ReadOnly
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["DenoiserProxy"]
 
 
-class DenoiserProxy:
+class DenoiserProxy(ReadOnly):
     """Looks like a module to a pipeline, but forwards calls to a function.
 
-    Reading an attribute reads it from the module. A pipeline assumes that it owns the module, so the proxy blocks
-    everything that would change the shared one: caches are neither entered nor reset, and attributes are read-only.
+    Reading an attribute reads it from the module. Everything that would change the module, or a part of it, raises
+    `ChangeRejected`: a pipeline assumes that it owns the module. Caches are neither entered nor reset.
 
     Args:
         module: The real module.
         answer: Called instead of the module.
+        ignore_changes: Whether changes have no effect, instead of raising `ChangeRejected`: for calls whose answers do
+            not matter.
     """
 
-    __slots__ = ("_answer", "_module")
+    __slots__ = ("_answer",)
 
-    def __init__(self, module: Any, answer: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_module", module)
+    def __init__(self, module: Any, answer: Callable[..., Any], *, ignore_changes: bool = False) -> None:
+        super().__init__(module, ignore_changes=ignore_changes)
         object.__setattr__(self, "_answer", answer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,14 +46,3 @@ class DenoiserProxy:
 
     def _reset_stateful_cache(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: a pipeline calls it when it ends, while other requests still run."""
-
-    @property  # type: ignore[misc]  # typeshed gives it a setter
-    def __class__(self) -> Any:
-        """The module's class, so that a pipeline that looks for a module to find its device finds this proxy."""
-        return type(self._module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{name!r} cannot be set: the {type(self._module).__name__} is shared by all requests.")

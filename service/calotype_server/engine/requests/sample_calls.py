@@ -6,11 +6,14 @@ import contextlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import structlog
 import torch
 
 from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.memory import is_device_failure
 from calotype_server.engine.requests.arguments import size_arguments
 from calotype_server.engine.requests.denoiser_proxy import DenoiserProxy
+from calotype_server.engine.requests.read_only import ChangeRejected
 from calotype_server.engine.requests.view import request_view
 from calotype_server.engine.schedulers.make import make_scheduler
 
@@ -19,7 +22,16 @@ if TYPE_CHECKING:
 
     from calotype_server.types import ModelInfo
 
-__all__ = ["Arguments", "default_arguments", "denoiser_call", "plain_arguments", "sample_calls"]
+__all__ = [
+    "Arguments",
+    "default_arguments",
+    "denoiser_call",
+    "plain_arguments",
+    "rejected_change",
+    "sample_calls",
+]
+
+_log = structlog.get_logger(__name__)
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a call."""
@@ -66,6 +78,35 @@ def denoiser_call(pipeline: Any, model: ModelInfo) -> Callable[[], Any]:
     return call
 
 
+def rejected_change(pipeline: Any, model: ModelInfo) -> str | None:
+    """Returns why requests must not share the denoiser, in one sentence, if their pipeline changes it before a call.
+
+    It encodes a prompt, but does not call the denoiser. None also if the pipeline fails: the warm-up reports why.
+
+    Raises:
+        Exception: The device failed.
+    """
+
+    def capture(*_: Any, **__: Any) -> Any:
+        raise _Captured
+
+    name = denoiser_name(pipeline)
+    proxies = {name: DenoiserProxy(getattr(pipeline, name), capture)}
+    view = request_view(pipeline, make_scheduler(pipeline, model.scheduler), **proxies)
+    arguments = plain_arguments(pipeline, model.width, model.height, model.guidance_scale)
+    try:
+        view(**arguments, num_inference_steps=model.step_count)
+    except _Captured:
+        pass
+    except ChangeRejected as error:
+        return error.reason
+    except Exception as error:
+        if is_device_failure(error):
+            raise
+        _log.debug("the pipeline failed before it called the denoiser", exc_info=error)
+    return None
+
+
 def _captured_call(pipeline: Any, model: ModelInfo, *, number: int, prompt: str, seed: int) -> Arguments:
     """Returns the arguments of a request's call of that number, from 1, or of its last call if it makes fewer."""
     name = denoiser_name(pipeline)
@@ -78,7 +119,7 @@ def _captured_call(pipeline: Any, model: ModelInfo, *, number: int, prompt: str,
             raise _Captured
         return module(*args, **kwargs)
 
-    proxies = {name: DenoiserProxy(module, capture)}
+    proxies = {name: DenoiserProxy(module, capture, ignore_changes=True)}
     view = request_view(pipeline, make_scheduler(pipeline, model.scheduler), **proxies)
     arguments = plain_arguments(pipeline, model.width, model.height, model.guidance_scale) | {"prompt": prompt}
     if "generator" in arguments:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from calotype_server.engine.requests.own_state import is_locked
+
 __all__ = ["Locked", "shared_components"]
 
 _VAE_METHODS = frozenset({"decode", "encode", "forward", "tiled_decode", "tiled_encode"})
@@ -28,7 +30,7 @@ def shared_components(pipeline: Any) -> dict[str, Any]:
     shared: dict[str, Any] = {"_all_hooks": []}
     tokenizers = threading.Lock()
     for name, component in pipeline.components.items():
-        if component is not None and name.startswith(("tokenizer", "processor")):
+        if is_locked(name, component):
             shared[name] = Locked(component, tokenizers)
     vae = pipeline.components.get("vae")
     if vae is not None:
@@ -60,7 +62,7 @@ class Locked:
     @property  # type: ignore[misc]  # typeshed gives it a setter
     def __class__(self) -> Any:
         """The component's class, so that type checks of a pipeline succeed."""
-        return type(self._component)
+        return self._component.__class__
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._component, name)

@@ -16,6 +16,7 @@ __all__ = [
     "FileFormat",
     "Image",
     "ImageEvent",
+    "ImageWarning",
     "ImagesRequest",
     "ImagesResponse",
     "ModelEntry",
@@ -88,6 +89,13 @@ class ImagesRequest(RequestModel):
         float | None, Field(ge=-1e38, le=1e38, description="Calotype only: strength of classifier-free guidance.")
     ] = None
     scheduler: Annotated[Text | None, Field(description="Calotype only: one of the model's schedulers.")] = None
+    prompt_syntax: Annotated[
+        Literal["plain", "weighted"],
+        Field(
+            description="Calotype only. weighted: parts of the prompts can have weights, as in `(red:1.4)`, and long "
+            "prompts are not truncated."
+        ),
+    ] = "plain"
     speed: Annotated[
         Literal["exact", "fast"],
         Field(description="Calotype only. fast: compute about half of the steps; the image is close to the exact one."),
@@ -110,6 +118,13 @@ class Usage(BaseModel):
     total_tokens: int = 0
 
 
+class ImageWarning(BaseModel):
+    """A problem that did not stop the generation, such as a truncated prompt."""
+
+    reason: str = Field(description="Machine-readable, such as PROMPT_TRUNCATED.")
+    message: str = Field(description="One sentence for people.")
+
+
 class Image(BaseModel):
     """One image."""
 
@@ -128,6 +143,7 @@ class ImagesResponse(BaseModel):
     quality: Quality
     size: str = Field(description="WIDTHxHEIGHT in pixels.")
     usage: Usage = Usage()
+    warnings: list[ImageWarning] = Field([], description="Calotype only: problems, each once.")
 
 
 class ImageEvent(BaseModel):
@@ -142,6 +158,7 @@ class ImageEvent(BaseModel):
     size: str = Field(description="Size of the final image.")
     partial_image_index: int | None = Field(None, description="Of a partial image, from 0 to 2.")
     usage: Usage | None = Field(None, description="Of the completed image.")
+    warnings: list[ImageWarning] | None = Field(None, description="Calotype only: of the completed image.")
     seed: int = Field(description="Calotype only: the seed used.")
 
 

@@ -22,6 +22,7 @@ from calotype_server.transport.http.openai_models import (
     ImageEvent,
     ImagesRequest,
     ImagesResponse,
+    ImageWarning,
     ModelEntry,
     ModelList,
     Usage,
@@ -29,8 +30,10 @@ from calotype_server.transport.http.openai_models import (
 from calotype_server.transport.http.openai_translation import (
     conflicts,
     file_format,
+    image_warnings,
     quality_of,
     to_generate_request,
+    warning_headers,
     with_openai_names,
 )
 from calotype_server.transport.http.parsing import Lenient, Parsed
@@ -114,8 +117,9 @@ class _ImageRoutes:
         else:
             described = [Image(b64_json=base64.b64encode(each.image).decode(), seed=each.seed) for each in images]
         size = f"{images[0].width_px}x{images[0].height_px}"
-        response = _images_response(described, body.value, size).model_dump_json(exclude_none=True)
-        return Response(response, media_type="application/json")
+        warnings = image_warnings(images)
+        response = _images_response(described, body.value, size, warnings).model_dump_json(exclude_none=True)
+        return Response(response, media_type="application/json", headers=warning_headers(warnings))
 
     async def linked(
         self,
@@ -176,13 +180,16 @@ class _ModelRoutes:
         return ModelEntry(id=model.name, created=self._created, sizes=sizes)
 
 
-def _images_response(images: list[Image], request: ImagesRequest, size: str) -> ImagesResponse:
+def _images_response(
+    images: list[Image], request: ImagesRequest, size: str, warnings: list[ImageWarning]
+) -> ImagesResponse:
     return ImagesResponse(
         created=int(time.time()),
         data=images,
         output_format=request.output_format,
         quality=quality_of(request),
         size=size,
+        warnings=warnings,
     )
 
 
@@ -193,7 +200,14 @@ async def _image_events(stream: ProgressStream, request: ImagesRequest) -> Async
     index = 0
     async for message in stream:
         if message.image_kind == pb.IMAGE_KIND_FINAL:
-            yield _image_event("image_generation.completed", message, request, size, usage=Usage())
+            yield _image_event(
+                "image_generation.completed",
+                message,
+                request,
+                size,
+                usage=Usage(),
+                warnings=image_warnings([message]),
+            )
         elif message.image and index < (request.partial_images or 0):
             yield _image_event("image_generation.partial_image", message, request, size, partial_image_index=index)
             index += 1

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.api.enums import IMAGE_FORMATS, SPEEDS
+from calotype_server.api.enums import IMAGE_FORMATS, PROMPT_SYNTAXES, SPEEDS
 from calotype_server.errors import InvalidRequest, Violation
 from calotype_server.limits import JPEG_QUALITY_MAX, PREVIEW_EVERY_STEPS_MAX, WEBP_QUALITY_MAX
-from calotype_server.types import Speed
+from calotype_server.transport.http.openai_models import ImageWarning
+from calotype_server.types import PromptSyntax, Speed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from calotype_server.transport.http.openai_models import FileFormat, ImagesRequest, Quality
 
-__all__ = ["conflicts", "file_format", "quality_of", "to_generate_request", "with_openai_names"]
+__all__ = [
+    "WARNINGS_HEADER",
+    "conflicts",
+    "file_format",
+    "image_warnings",
+    "quality_of",
+    "to_generate_request",
+    "warning_headers",
+    "with_openai_names",
+]
 
 _STEP_FACTORS = {"low": 0.5, "medium": 1.0, "high": 2.0, "xhigh": 3.0, "max": 4.0}
 
@@ -26,6 +38,10 @@ _OPENAI_NAMES = {
     "image_count": "n",
 }
 """OpenAI's names of the proto's fields, where they differ."""
+
+
+WARNINGS_HEADER: Final = "calotype-warnings"
+"""Response header with the reasons of all warnings, separated by commas, for clients that only read known fields."""
 
 
 def conflicts(request: ImagesRequest, model: pb.Model) -> list[Violation]:
@@ -52,7 +68,8 @@ def to_generate_request(request: ImagesRequest, model: pb.Model, index: int) -> 
     """
     output = pb.OutputOptions(format=IMAGE_FORMATS.to_proto(request.output_format))
     speed = SPEEDS.to_proto(Speed[request.speed.upper()])
-    translated = pb.GenerateRequest(prompt=request.prompt, output=output, speed=speed)
+    syntax = PROMPT_SYNTAXES.to_proto(PromptSyntax[request.prompt_syntax.upper()])
+    translated = pb.GenerateRequest(prompt=request.prompt, output=output, speed=speed, prompt_syntax=syntax)
     for name in ("negative_prompt", "step_count", "guidance_scale", "scheduler"):
         if (value := getattr(request, name)) is not None:
             setattr(translated, name, value)
@@ -88,3 +105,15 @@ def file_format(message: pb.Progress) -> FileFormat:
 def with_openai_names(error: InvalidRequest) -> InvalidRequest:
     """Returns the error with OpenAI's names for the fields."""
     return InvalidRequest([Violation(_OPENAI_NAMES.get(v.field, v.field), v.description) for v in error.violations])
+
+
+def image_warnings(messages: Iterable[pb.Progress]) -> list[ImageWarning]:
+    """Returns the warnings in the last messages of generations, each once."""
+    found = [(warning.reason, warning.message) for message in messages for warning in message.warnings]
+    return [ImageWarning(reason=reason, message=message) for reason, message in dict.fromkeys(found)]
+
+
+def warning_headers(warnings: Iterable[ImageWarning]) -> dict[str, str]:
+    """Returns the response header for warnings; none if there are no warnings."""
+    reasons = dict.fromkeys(warning.reason for warning in warnings)
+    return {WARNINGS_HEADER: ", ".join(reasons)} if reasons else {}

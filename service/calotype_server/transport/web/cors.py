@@ -17,7 +17,7 @@ __all__ = ["Cors"]
 
 _RESPONSE_HEADERS = (
     *("accept-encoding", "accept-post", "allow", "grpc-message", "grpc-status", "grpc-status-details-bin"),
-    *("retry-after", "www-authenticate", "x-request-id", "x-should-retry"),
+    *("calotype-warnings", "retry-after", "www-authenticate", "x-request-id", "x-should-retry"),
 )
 """Headers of responses that pages may read, in addition to those that are always readable."""
 

@@ -80,19 +80,12 @@ def _model(settings: Settings) -> Iterator[Finding]:
         from calotype_server.engine import capabilities, loading
 
         device = loading.pick_device(settings.device)
-        dtype = loading.pick_dtype(settings.dtype, device)
-        yield Finding(True, "device", f"{device}, {str(dtype).removeprefix('torch.')}")
+        options = loading.LoadOptions.of(settings, device, download=False)
+        yield Finding(True, "device", f"{device}, {str(options.dtype).removeprefix('torch.')}")
         yield _accelerator(settings.accelerate, device)
         source = loading.locate(settings.model)
         try:
-            pipeline = loading.load_pipeline(
-                settings.model,
-                revision=settings.revision,
-                variant=settings.variant,
-                device=device,
-                dtype=dtype,
-                download=False,
-            )
+            pipeline = loading.load_pipeline(options)
         except StartupError:
             if not isinstance(source, str):
                 raise

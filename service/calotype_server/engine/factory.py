@@ -42,13 +42,7 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
     memory.return_large_blocks()
     device = loading.pick_device(settings.device)
     select.check_available(settings.accelerate, device)
-    pipeline = loading.load_pipeline(
-        settings.model,
-        revision=settings.revision,
-        variant=settings.variant,
-        device=device,
-        dtype=loading.pick_dtype(settings.dtype, device),
-    )
+    pipeline = loading.load_pipeline(loading.LoadOptions.of(settings, device))
     try:
         return engine_around(settings, pipeline, observe)
     except errors.StartupError:

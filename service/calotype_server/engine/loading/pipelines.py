@@ -16,52 +16,37 @@ from calotype_server.engine.memory import is_out_of_memory
 from calotype_server.errors import ModelUnavailable
 
 if TYPE_CHECKING:
-    import torch
+    from calotype_server.engine.loading.options import LoadOptions
 
 __all__ = ["load_pipeline"]
 
 _log = structlog.get_logger(__name__)
 
 
-def load_pipeline(
-    model: str,
-    *,
-    revision: str | None,
-    variant: str | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    download: bool = True,
-) -> Any:
+def load_pipeline(options: LoadOptions) -> Any:
     """Loads a text-to-image pipeline from safetensors only; it never runs code that comes with the weights.
-
-    Args:
-        model: "bundled", a path, or a hub id.
-        revision: Branch, tag or commit of a hub id.
-        variant: Weight variant, such as "fp16".
-        device: Where the model runs.
-        dtype: Number format of the weights.
-        download: Whether a hub id may be downloaded; otherwise it must be in the local cache.
 
     Raises:
         ModelUnavailable: The model is missing, unreachable, incomplete, or not text-to-image.
     """
+    model = options.model
     source = locate(model)
     local = isinstance(source, Path)
     try:
         with quiet():
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
                 source,
-                revision=None if local else revision,
-                variant=variant,
-                dtype=dtype,
+                revision=None if local else options.revision,
+                variant=options.variant,
+                dtype=options.dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
-                local_files_only=local or not download,
+                local_files_only=local or not options.download,
             )
-            pipeline.to(device)
+            pipeline.to(options.device)
     except Exception as error:
         if is_out_of_memory(error):
-            raise ModelUnavailable(f"The model {model!r} does not fit into the memory of {device}.") from None
+            raise ModelUnavailable(f"The model {model!r} does not fit into the memory of {options.device}.") from None
         _log.debug("the model cannot be loaded", model=model, exc_info=error)
         raise ModelUnavailable(explain(model, local, error)) from error
     parameters = inspect.signature(type(pipeline).__call__).parameters

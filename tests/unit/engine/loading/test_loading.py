@@ -14,14 +14,11 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from calotype_server.engine import loading
 from calotype_server.engine.capabilities import Defaults, describe, read_defaults
-from calotype_server.engine.loading import load_pipeline
+from calotype_server.engine.loading import LoadOptions, load_pipeline
 from calotype_server.errors import ModelUnavailable
 from support.engine import tiny
 from support.engine.device_errors import EXHAUSTED
 from support.engine.tiny_inputs import arguments
-
-CPU = torch.device("cpu")
-
 
 # The hub's client speaks through httpx or its successor, depending on the version.
 _HUB_CLIENT = vars(huggingface_hub.utils._http)
@@ -32,9 +29,7 @@ httpx = _HUB_CLIENT.get("httpx2") or _HUB_CLIENT["httpx"]
 
 def load(model, **options):
     """Loads a model with the defaults of a server on a CPU."""
-    return load_pipeline(
-        str(model), **{"revision": None, "variant": None, "device": CPU, "dtype": torch.float32, **options}
-    )
+    return load_pipeline(LoadOptions(model=str(model), **options))
 
 
 def rejection(model, **options):

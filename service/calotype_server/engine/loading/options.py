@@ -1,0 +1,54 @@
+"""Options of loading a model, so that a new option needs no change where the pipeline is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from calotype_server.engine.loading.devices import pick_dtype
+
+if TYPE_CHECKING:
+    from calotype_server.settings import Settings
+
+__all__ = ["LoadOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """The model to load, and how.
+
+    Attributes:
+        model: "bundled", the path of a folder, or a hub id.
+        device: Where the model runs.
+        dtype: Number format of the weights.
+        revision: Branch, tag or commit of a hub id; ignored for local folders.
+        variant: Weight variant, such as "fp16".
+        download: Whether a hub id may be downloaded; otherwise it must be in the local cache.
+    """
+
+    model: str
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    revision: str | None = None
+    variant: str | None = None
+    download: bool = True
+
+    @classmethod
+    def of(cls, settings: Settings, device: torch.device, *, download: bool = True) -> Self:
+        """Returns the options that the operator's settings name.
+
+        Args:
+            settings: The operator's settings.
+            device: The device that `pick_device` chose.
+            download: Whether a hub id may be downloaded.
+        """
+        return cls(
+            model=settings.model,
+            device=device,
+            dtype=pick_dtype(settings.dtype, device),
+            revision=settings.revision,
+            variant=settings.variant,
+            download=download,
+        )

@@ -78,6 +78,8 @@ def _port(address: str, option: str) -> Finding:
 def _model(settings: Settings) -> Iterator[Finding]:
     try:
         from calotype_server.engine import capabilities, loading
+        from calotype_server.engine.loading.explain import is_unreachable
+        from calotype_server.engine.requests import trial
 
         device = loading.pick_device(settings.device)
         options = loading.LoadOptions.of(settings, device, download=False)
@@ -86,14 +88,18 @@ def _model(settings: Settings) -> Iterator[Finding]:
         source = loading.locate(settings.model)
         try:
             pipeline = loading.load_pipeline(options)
-        except StartupError:
-            if not isinstance(source, str):
+        except StartupError as error:
+            if not is_unreachable(error):
                 raise
-            yield Finding(True, "model", f"{settings.model} is not in the local cache; serve will download it")
+            subject = f"{settings.model} is" if isinstance(source, str) else f"the configs of {settings.model} are"
+            yield Finding(True, "model", f"{subject} not in the local cache; serve will download what is missing")
             return
+        trial.check_draws(settings.model, pipeline)
         model = capabilities.describe(settings.model, pipeline, capabilities.read_defaults(source))
     except StartupError as error:
         yield Finding(False, "model", f"{settings.model} cannot be used", str(error))
+    except RuntimeError as error:
+        yield Finding(False, "model", f"{settings.model} cannot draw an image", f"The device failed: {error}")
     except ImportError as error:
         yield Finding(False, "model", f"cannot import {error.name}", "pip install 'calotype[server]'")
     else:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_settings import NoDecode
 
 from calotype_server.limits import (
     DEFAULT_LIMITS,
@@ -23,20 +25,40 @@ __all__ = ["Settings"]
 
 _PREVIEW = DEFAULT_LIMITS.preview
 
+_TEXT_ENCODER = re.compile(r"(?:(?P<name>text_encoder\w*)=)?(?P<source>.+)")
+
 
 class Settings(WebSettings):
     """Settings of `calotype serve`."""
 
-    lists: ClassVar[frozenset[str]] = WebSettings.lists | {"preview_methods"}
+    lists: ClassVar[frozenset[str]] = WebSettings.lists | {"preview_methods", "text_encoder"}
 
     grpc_address: str = Field(
         "127.0.0.1:50051", description="HOST:PORT of the native gRPC port. Port 0 picks a free one."
     )
     model: str = Field(
-        "bundled", description="Model to serve: 'bundled', a hub id such as org/name, or a local diffusers folder."
+        "bundled",
+        description="Model to serve: 'bundled', a hub id such as org/name, a local diffusers folder, or a single "
+        ".safetensors or .gguf file.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id. Default: its main branch.")
     variant: str | None = Field(None, description="Variant of the weights to load, such as fp16.")
+    config: str | None = Field(
+        None,
+        description="For a single file: folder or hub id of a pipeline whose configs, tokenizers and other components "
+        "fit it. Default: the model on the hub that this kind of file is based on.",
+    )
+    vae: str | None = Field(None, description="Folder, hub id or .safetensors file of a VAE. Default: the model's own.")
+    text_encoder: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Comma-separated folders, hub ids or .safetensors files of text encoders. For others than the "
+        "first, put the component's name before it, such as text_encoder_2=PATH. Default: the model's own.",
+    )
+    safety_checker: bool = Field(
+        True,
+        description="Load the safety checker of a model that has one. Without it, neither images nor previews are "
+        "checked.",
+    )
     device: str | None = Field(
         None,
         description="Torch device, such as cpu, cuda:1, xpu or mps. Default: the first of cuda, xpu and mps that is "
@@ -215,6 +237,11 @@ class Settings(WebSettings):
             raise ValueError(f"{value!r} is not a list of {', '.join(sorted(RENDERED_PREVIEW_METHODS))}")
         return value
 
+    @field_validator("text_encoder", mode="before")
+    @classmethod
+    def _split_text_encoders(cls, value: object) -> object:
+        return split_list(value)
+
     @model_validator(mode="after")
     def _check_preview_defaults(self) -> Self:
         for default, maximum in (("preview_edge", "max_preview_edge"), ("preview_quality", "max_preview_quality")):
@@ -227,6 +254,12 @@ class Settings(WebSettings):
         if method not in (PreviewMethod.AUTO, PreviewMethod.NONE) and method not in self.allowed_methods:
             raise ValueError(f"preview_method {method} is not among preview_methods")
         return self
+
+    @property
+    def text_encoders(self) -> dict[str, str]:
+        """The parsed `text_encoder`: the folder, hub id or file of each component."""
+        matches = (_TEXT_ENCODER.fullmatch(each) for each in self.text_encoder)
+        return {match["name"] or "text_encoder": match["source"] for match in matches if match is not None}
 
     @property
     def allowed_methods(self) -> frozenset[PreviewMethod]:

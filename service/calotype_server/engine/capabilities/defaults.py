@@ -33,20 +33,21 @@ class Defaults:
 
 
 def read_defaults(source: Path | str) -> Defaults:
-    """Reads `calotype.json` in a local model folder: defaults that suit its weights.
+    """Reads `calotype.json` in a local model folder, or beside a single file: defaults that suit its weights.
 
     Keys: `step_count`, `guidance_scale`, and `tiny_vae`, the path of an `AutoencoderTiny` for previews, relative to the
     folder. diffusers cannot store them: a pipeline class has one set of defaults for all weights.
 
     Args:
-        source: The folder, or a hub id, for which there is no such file.
+        source: The folder, the single file, or a hub id, for which there is no such file.
 
     Raises:
         ModelUnavailable: The file is invalid.
     """
     if isinstance(source, str):
         return Defaults()
-    file = source / "calotype.json"
+    folder = source.parent if source.is_file() else source
+    file = folder / "calotype.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         step_count, guidance = values.get("step_count"), values.get("guidance_scale")
@@ -61,4 +62,4 @@ def read_defaults(source: Path | str) -> Defaults:
         return Defaults()
     except (ValueError, AttributeError) as error:
         raise ModelUnavailable(f"{str(file)!r} is damaged ({error}); correct or delete it.") from error
-    return Defaults(step_count, guidance, None if tiny_vae is None else str(source / tiny_vae))
+    return Defaults(step_count, guidance, None if tiny_vae is None else str(folder / tiny_vae))

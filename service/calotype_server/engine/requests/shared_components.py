@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from calotype_server.engine.capabilities import decoder_name
+
 __all__ = ["Locked", "shared_components"]
 
 _VAE_METHODS = frozenset({"decode", "encode", "forward", "tiled_decode", "tiled_encode"})
@@ -30,9 +32,8 @@ def shared_components(pipeline: Any) -> dict[str, Any]:
     for name, component in pipeline.components.items():
         if component is not None and name.startswith(("tokenizer", "processor")):
             shared[name] = Locked(component, tokenizers)
-    vae = pipeline.components.get("vae")
-    if vae is not None:
-        shared["vae"] = Locked(_upcast(vae), threading.Lock(), _VAE_METHODS)
+    name = decoder_name(pipeline)
+    shared[name] = Locked(_upcast(getattr(pipeline, name)), threading.Lock(), _VAE_METHODS)
     return shared
 
 

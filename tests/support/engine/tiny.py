@@ -32,7 +32,6 @@ _BUILDERS = {
     "cogview4": tiny_transformers.cogview4,
     "flux": tiny_transformers.flux,
     "flux2_klein": tiny_transformers.flux2,
-    "kandinsky3": tiny_unets.kandinsky3,
     "lcm": tiny_unets.lcm,
     "ldm": tiny_unets.ldm,
     "lumina2": tiny_transformers.lumina2,

@@ -106,7 +106,6 @@ _PROMPTS = {
     "cogview4": lambda: _pair(32),
     "flux": _flux,
     "flux2_klein": lambda: _pair(16),
-    "kandinsky3": _text,
     "lcm": _positive_text,
     "ldm": _positive_text,
     "lumina2": lambda: _masked_pair(8, torch.bool),

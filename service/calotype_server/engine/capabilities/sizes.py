@@ -15,7 +15,9 @@ def size_multiple(pipeline: Any, denoiser: Any) -> int:
     processor = getattr(pipeline, "image_processor", None)
     # FLUX and similar models pack 2x2 latents outside the transformer; only their image processor shows it.
     processed = processor.config.get("vae_scale_factor", 1) if processor is not None else 1
-    return max(patched, processed)
+    # Kandinsky rounds the edges of the latents up to multiples of 8.
+    rounded = factor * 8 if getattr(pipeline, "movq", None) is not None else 1
+    return max(patched, processed, rounded)
 
 
 def native_size(pipeline: Any, denoiser: Any, multiple: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ def explain(model: str, source: Path | str, error: Exception, problem: str | Non
         return needs_packages(repr(model), [package])
     if isinstance(source, Path):
         if source.is_file():
-            return f"The file {model!r} cannot be loaded ({first_line(error)})."
+            return f"The file {model!r} cannot be loaded: {_file_problem(error)}."
         if problem is not None:
             return f"The model folder {model!r} cannot be loaded. {problem}."
         return (
@@ -63,6 +64,16 @@ def _explain_hub(model: str, chain: list[BaseException], problem: str | None) ->
             f"local folder, or --model {BUNDLED}."
         )
     return None if problem is None else f"The model {model!r} cannot be loaded. {problem}."
+
+
+def _file_problem(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it lacks the weights {error.args[0]!r}"
+    mismatch = re.search(r"(\S+) expected shape\s+\S+?(\[[^]]*\])\S*\s+but got \S+?(\[[^]]*\])", str(error))
+    if mismatch is not None:
+        name, expected, found = mismatch.groups()
+        return f"{name} has the shape {found}, but the configs say {expected}. Name others with --config"
+    return first_line(error)
 
 
 def first_line(error: Exception) -> str:

@@ -61,7 +61,19 @@ def load_component(
     if issubclass(kind, diffusers.ModelMixin):
         # A decoder of another class is welcome if it decodes the same latents, such as an `AutoencoderTiny`.
         kind = getattr(diffusers, str(config.get("_class_name")), kind)
-    return kind.from_pretrained(source, **arguments)
+        return kind.from_pretrained(source, **arguments)
+    return _checked(kind, source, **arguments)
+
+
+def _checked(kind: Any, source: Path | str | None, **arguments: Any) -> Any:
+    """Loads a component of transformers, which fills weights that it does not find with random numbers."""
+    component, report = kind.from_pretrained(source, **arguments, output_loading_info=True)
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise ModelUnavailable(
+            f"The weights are not those of a {kind.__name__}: there are none for {absent[0]}. Name others."
+        )
+    return component
 
 
 def load_weights(name: str, kind: Any, file: Path, configs: Path | str, options: LoadOptions, **others: Any) -> Any:
@@ -117,8 +129,8 @@ def _load(index: PipelineIndex, name: str, source: str, options: LoadOptions) ->
         if local and path.is_file():
             return _load_file(index, name, kind, path, options)
         return load_component(name, kind, path if local else source, options)
-    except ModelUnavailable:
-        raise
+    except ModelUnavailable as error:
+        raise ModelUnavailable(f"{option} {source!r} cannot be used. {error}") from error
     except Exception as error:
         if not local and is_unreachable(error):
             raise ModelUnavailable(f"{option}: {explain(source, source, error)}") from error
@@ -134,12 +146,4 @@ def _load_file(index: PipelineIndex, name: str, kind: Any, file: Path, options: 
     config = kind.config_class.from_pretrained(
         index.source, subfolder=name, local_files_only=isinstance(index.source, Path) or not options.download
     )
-    component, report = kind.from_pretrained(
-        None, config=config, state_dict=load_file(file), dtype=options.dtype, output_loading_info=True
-    )
-    absent = sorted(report["missing_keys"])
-    if absent:
-        raise ModelUnavailable(
-            f"{str(file)!r} lacks some weights of a {kind.__name__}, such as {absent[0]}. Is it made for this model?"
-        )
-    return component
+    return _checked(kind, None, config=config, state_dict=load_file(file), dtype=options.dtype)

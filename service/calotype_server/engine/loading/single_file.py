@@ -80,8 +80,8 @@ def _absent_component(file: Path, name: str, index: PipelineIndex, options: Load
     except Exception as error:
         option = "--vae PATH" if name in DECODERS else f"--text-encoder {name}=PATH"
         raise ModelUnavailable(
-            f"{str(file)!r} has no weights of {name}, and {str(index.source)!r} has none either. Name other weights with "
-            f"{option}, or a complete folder with --config."
+            f"{str(file)!r} has no weights of {name}, and {str(index.source)!r} has none either. Name other weights "
+            f"with {option}, or a complete folder with --config."
         ) from error
 
 

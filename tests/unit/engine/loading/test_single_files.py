@@ -164,7 +164,16 @@ class TestDenoiserOnly:
         weights = single_files.sd3_transformer(sd3().transformer)
         del weights["joint_blocks.0.x_block.attn.proj.bias"]
         file = single_files.write(tmp_path / "x.safetensors", weights)
-        assert rejection(file, config=str(sd3_folder))
+        text = rejection(file, config=str(sd3_folder))
+        assert text.endswith("cannot be loaded: it lacks the weights 'joint_blocks.0.x_block.attn.proj.bias'.")
+
+    def test_other_shapes(self, sd3_folder, tmp_path):
+        """If the configs say another shape than the file has, the message has both."""
+        weights = single_files.sd3_transformer(sd3().transformer)
+        weights["x_embedder.proj.weight"] = torch.zeros(7, 7)
+        file = single_files.write(tmp_path / "x.safetensors", weights)
+        text = rejection(file, config=str(sd3_folder))
+        assert "pos_embed.proj.weight has the shape [7, 7], but the configs say [32, 4, 2, 2]" in text
 
     def test_folder_without_the_other_weights(self, sd3_folder, tmp_path):
         """If the folder has only configs, the message names the file's content and a missing component."""
@@ -362,8 +371,12 @@ class TestOverrides:
         """The message names the option and the problem."""
         assert reason in rejection(sd15_folder, **options)
 
-    def test_file_of_another_component(self, sd15_folder):
-        """A file with other weights is rejected, because the component would be random."""
+    def test_weights_of_another_component(self, sd15_folder, sd3_folder):
+        """Other weights are rejected, because the component would be random."""
         file = sd15_folder / "unet" / "diffusion_pytorch_model.safetensors"
-        assert "lacks" in rejection(sd15_folder, text_encoders={"text_encoder": str(file)})
-        assert str(file) in rejection(sd15_folder, vae=str(file))
+        for source in (file, sd3_folder / "text_encoder_3"):
+            text = rejection(sd15_folder, text_encoders={"text_encoder": str(source)})
+            assert (
+                f"--text-encoder {str(source)!r} cannot be used. The weights are not those of a CLIPTextModel" in text
+            )
+        assert f"--vae {str(file)!r} cannot be loaded as a AutoencoderKL" in rejection(sd15_folder, vae=str(file))

@@ -33,7 +33,6 @@ _BUILDERS = {
     "flux": tiny_transformers.flux,
     "flux2_klein": tiny_transformers.flux2,
     "lcm": tiny_unets.lcm,
-    "ldm": tiny_unets.ldm,
     "lumina2": tiny_transformers.lumina2,
     "pixart_sigma": tiny_transformers.pixart_sigma,
     "qwen_image": tiny_transformers.qwen_image,
@@ -77,7 +76,7 @@ def shared(family: str) -> Any:
 def prompted(family: str) -> Any:
     """Builds a pipeline that accepts prompts; one without a text encoder uses the same embeddings for every prompt."""
     pipeline = build(family)
-    if pipeline.components.get("text_encoder") is not None or not hasattr(pipeline, "encode_prompt"):
+    if pipeline.components.get("text_encoder") is not None:
         return pipeline
     encode_prompt = pipeline.encode_prompt
     signature = inspect.signature(encode_prompt)

@@ -107,7 +107,6 @@ _PROMPTS = {
     "flux": _flux,
     "flux2_klein": lambda: _pair(16),
     "lcm": _positive_text,
-    "ldm": _positive_text,
     "lumina2": lambda: _masked_pair(8, torch.bool),
     "pixart_sigma": lambda: _masked_pair(32),
     "qwen_image": _qwen_image,

@@ -21,7 +21,7 @@ from support.runs import Run
 
 
 def sdxl():
-    """Returns an SDXL whose text encoders differ as the real ones do: diffusers tells them apart by width and depth."""
+    """Returns an SDXL whose text encoders differ in width and depth, by which diffusers distinguishes them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipeline = tiny_unets.sdxl(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,10 @@ class PipelineIndex:
     def components(self) -> dict[str, tuple[str, str]]:
         """Returns the library and the class of each component that the pipeline has."""
         return {
-            name: (str(value[0]), str(value[1]))
+            name: (value[0], value[1])
             for name, value in self.values.items()
-            if not name.startswith("_") and isinstance(value, list | tuple) and len(value) == 2 and value[0] is not None
+            # Other lists are settings of the pipeline.
+            if not name.startswith("_") and isinstance(value, list) and [type(each) for each in value] == [str, str]
         }
 
     def pipeline_class(self) -> Any:
@@ -74,13 +76,13 @@ class PipelineIndex:
             raise self._custom(f"its {component}, {name}")
         return self._known(module, library if library in _LIBRARIES else "diffusers", name, component)
 
-    def check_components(self) -> None:
-        """Looks up the classes of all components.
+    def check_components(self, kind: Any) -> None:
+        """Looks up the classes of all components that a pipeline class takes.
 
         Raises:
             ModelUnavailable: See `pipeline_class`.
         """
-        for component in self.components():
+        for component in self.components().keys() & inspect.signature(kind.__init__).parameters.keys():
             self.component_class(component)
 
     def _known(self, module: Any, library: str, name: str, part: str) -> Any:

@@ -60,7 +60,7 @@ def _load_whole(source: Path | str, options: LoadOptions) -> Any:
     index = PipelineIndex.read(source, options)
     kind = index.pipeline_class()
     check_class(options.model, kind)
-    index.check_components()
+    index.check_components(kind)
     replaced = replaced_components(index, options)
     if not options.safety_checker and "safety_checker" in inspect.signature(kind.__init__).parameters:
         replaced |= {"safety_checker": None, "requires_safety_checker": False}

@@ -106,6 +106,11 @@ class TestClasses:
         assert "saved by diffusers 9.1.0" in text
         assert "pip install -U diffusers" in text
 
+    def test_settings_of_the_pipeline_are_no_components(self, folder):
+        """Lists of numbers in the index, and components that the pipeline does not take, are ignored."""
+        edit(folder, sizes=[64, 64], watermark=["watermark_package", "Watermark"])
+        assert load(folder).unet is not None
+
     def test_unknown_component(self, folder):
         """So is a component class of either library."""
         edit(folder, unet=["diffusers", "UNet9Model"])

@@ -27,9 +27,7 @@ DEFAULT_THREADS = torch.get_num_threads()
 
 def loaded() -> tuple[Any, ModelInfo]:
     """Returns the pipeline and its description."""
-    pipeline = loading.load_pipeline(
-        "bundled", revision=None, variant=None, device=torch.device("cpu"), dtype=torch.float32
-    )
+    pipeline = loading.load_pipeline(loading.LoadOptions(model="bundled"))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, capabilities.describe("bundled", pipeline, capabilities.Defaults(STEPS, GUIDANCE))
 

@@ -78,29 +78,28 @@ def _port(address: str, option: str) -> Finding:
 def _model(settings: Settings) -> Iterator[Finding]:
     try:
         from calotype_server.engine import capabilities, loading
+        from calotype_server.engine.loading.explain import is_unreachable
+        from calotype_server.engine.requests import trial
 
         device = loading.pick_device(settings.device)
-        dtype = loading.pick_dtype(settings.dtype, device)
-        yield Finding(True, "device", f"{device}, {str(dtype).removeprefix('torch.')}")
+        options = loading.LoadOptions.of(settings, device, download=False)
+        yield Finding(True, "device", f"{device}, {str(options.dtype).removeprefix('torch.')}")
         yield _accelerator(settings.accelerate, device)
         source = loading.locate(settings.model)
         try:
-            pipeline = loading.load_pipeline(
-                settings.model,
-                revision=settings.revision,
-                variant=settings.variant,
-                device=device,
-                dtype=dtype,
-                download=False,
-            )
-        except StartupError:
-            if not isinstance(source, str):
+            pipeline = loading.load_pipeline(options)
+        except StartupError as error:
+            if not is_unreachable(error):
                 raise
-            yield Finding(True, "model", f"{settings.model} is not in the local cache; serve will download it")
+            subject = f"{settings.model} is" if isinstance(source, str) else f"the configs of {settings.model} are"
+            yield Finding(True, "model", f"{subject} not in the local cache; serve will download what is missing")
             return
+        trial.check_draws(settings.model, pipeline)
         model = capabilities.describe(settings.model, pipeline, capabilities.read_defaults(source))
     except StartupError as error:
         yield Finding(False, "model", f"{settings.model} cannot be used", str(error))
+    except RuntimeError as error:
+        yield Finding(False, "model", f"{settings.model} cannot draw an image", f"The device failed: {error}")
     except ImportError as error:
         yield Finding(False, "model", f"cannot import {error.name}", "pip install 'calotype[server]'")
     else:

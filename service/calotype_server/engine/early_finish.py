@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from calotype_server.engine.capabilities import decoder
 from calotype_server.engine.preview.decoders import VaeDecoder
 from calotype_server.engine.preview.safety_gate import safety_gate
 
@@ -25,7 +26,7 @@ class EarlyFinisher:
 
     def __init__(self, pipeline: Any) -> None:
         self._lock = threading.Lock()
-        self._decoder = VaeDecoder(pipeline, pipeline.vae)
+        self._decoder = VaeDecoder(pipeline, decoder(pipeline))
         self._gate = safety_gate(pipeline, self._decoder)
 
     @torch.no_grad()

@@ -37,21 +37,18 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Not at the top: importing torch takes seconds, and a wrong address or flag should be reported before that.
     from calotype_server.engine import loading, memory
+    from calotype_server.engine.loading.explain import first_line
     from calotype_server.engine.prompts import embeddings
+    from calotype_server.engine.requests import trial
     from calotype_server.engine.runtime import select
 
     memory.return_large_blocks()
     device = loading.pick_device(settings.device)
     select.check_available(settings.accelerate, device)
-    pipeline = loading.load_pipeline(
-        settings.model,
-        revision=settings.revision,
-        variant=settings.variant,
-        device=device,
-        dtype=loading.pick_dtype(settings.dtype, device),
-    )
+    pipeline = loading.load_pipeline(loading.LoadOptions.of(settings, device))
     try:
         embeddings.load_embeddings(pipeline, settings.embedding)
+        trial.check_draws(settings.model, pipeline)
         return engine_around(settings, pipeline, observe)
     except errors.StartupError:
         raise
@@ -63,7 +60,9 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
             raise errors.ModelUnavailable(f"The memory of {device} does not suffice for {settings.model!r}.") from error
         _log.exception("the pipeline is not supported")
         kind = type(pipeline).__name__
-        raise errors.ModelUnavailable(f"{settings.model!r} is a {kind}, which Calotype does not support.") from error
+        raise errors.ModelUnavailable(
+            f"{settings.model!r} is a {kind}, which Calotype does not support: {first_line(error)}"
+        ) from error
 
 
 def engine_around(settings: Settings, pipeline: Any, observe: Observe) -> Engine:
@@ -81,7 +80,9 @@ def engine_around(settings: Settings, pipeline: Any, observe: Observe) -> Engine
 
     given = capabilities.Defaults(settings.step_count, settings.guidance_scale, settings.tiny_vae)
     defaults = given.or_else(capabilities.read_defaults(loading.locate(settings.model)))
-    tiny_vae = loading.load_tiny_vae(defaults.tiny_vae, like=pipeline.vae) if defaults.tiny_vae else None
+    tiny_vae = (
+        loading.load_tiny_vae(defaults.tiny_vae, like=capabilities.decoder(pipeline)) if defaults.tiny_vae else None
+    )
     engine = assembly.build_engine(
         loading.display_name(settings.model),
         pipeline,

@@ -15,6 +15,7 @@ import torch
 
 from calotype_server.engine.batching.plan import PlanOptions
 from calotype_server.engine.batching.plan_cache import plan_facts
+from calotype_server.engine.capabilities import decoder
 from calotype_server.engine.capabilities.sizes import draws_exactly
 from calotype_server.engine.disk_cache import config_of, facts_path, load_checked, save_checked
 from calotype_server.engine.memory import free_memory, is_device_failure, peak_memory
@@ -99,10 +100,9 @@ def _find_need(
     pipeline: Any, model: ModelInfo, device: torch.device, cache_dir: Path
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Returns the extrapolations of a denoiser call and of a whole generation, from the cache or measured."""
-    vae = getattr(pipeline, "vae", None)
     facts = plan_facts(pipeline, model, PlanOptions()) | {
         "memory_format": _FORMAT,
-        "vae": None if vae is None else {name: str(value) for name, value in config_of(vae).items()},
+        "vae": {name: str(value) for name, value in config_of(decoder(pipeline)).items()},
     }
     path = facts_path(cache_dir, "memory", facts)
     points = load_checked(path, facts, _decode, key="bytes", kind="memory measurement")

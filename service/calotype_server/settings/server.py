@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -24,18 +25,22 @@ __all__ = ["Settings"]
 
 _PREVIEW = DEFAULT_LIMITS.preview
 
+_TEXT_ENCODER = re.compile(r"(?:(?P<name>text_encoder\w*)=)?(?P<source>.+)")
+
 
 class Settings(WebSettings):
     """Settings of `calotype serve`."""
 
-    lists: ClassVar[frozenset[str]] = WebSettings.lists | {"preview_methods", "embedding"}
+    lists: ClassVar[frozenset[str]] = WebSettings.lists | {"preview_methods", "embedding", "text_encoder"}
     repeatable: ClassVar[frozenset[str]] = WebSettings.repeatable | {"embedding"}
 
     grpc_address: str = Field(
         "127.0.0.1:50051", description="HOST:PORT of the native gRPC port. Port 0 picks a free one."
     )
     model: str = Field(
-        "bundled", description="Model to serve: 'bundled', a hub id such as org/name, or a local diffusers folder."
+        "bundled",
+        description="Model to serve: 'bundled', a hub id such as org/name, a local diffusers folder, or a single "
+        ".safetensors or .gguf file.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id. Default: its main branch.")
     variant: str | None = Field(None, description="Variant of the weights to load, such as fp16.")
@@ -43,6 +48,22 @@ class Settings(WebSettings):
         (),
         description="NAME=FILE or NAME=HUB_ID[:FILE]: a textual inversion for Stable Diffusion 1.x, 2.x or XL, as "
         "safetensors, that prompts use by its name. Repeatable; the variable is comma-separated. Default: none.",
+    )
+    config: str | None = Field(
+        None,
+        description="For a single file: folder or hub id of a pipeline whose configs, tokenizers and other components "
+        "fit it. Default: the model on the hub that this kind of file is based on.",
+    )
+    vae: str | None = Field(None, description="Folder, hub id or .safetensors file of a VAE. Default: the model's own.")
+    text_encoder: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Comma-separated folders, hub ids or .safetensors files of text encoders. For others than the "
+        "first, put the component's name before it, such as text_encoder_2=PATH. Default: the model's own.",
+    )
+    safety_checker: bool = Field(
+        True,
+        description="Load the safety checker of a model that has one. Without it, neither images nor previews are "
+        "checked.",
     )
     device: str | None = Field(
         None,
@@ -237,6 +258,11 @@ class Settings(WebSettings):
     def _check_embedding(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return check_named(value)
 
+    @field_validator("text_encoder", mode="before")
+    @classmethod
+    def _split_text_encoders(cls, value: object) -> object:
+        return split_list(value)
+
     @model_validator(mode="after")
     def _check_preview_defaults(self) -> Self:
         for default, maximum in (("preview_edge", "max_preview_edge"), ("preview_quality", "max_preview_quality")):
@@ -249,6 +275,12 @@ class Settings(WebSettings):
         if method not in (PreviewMethod.AUTO, PreviewMethod.NONE) and method not in self.allowed_methods:
             raise ValueError(f"preview_method {method} is not among preview_methods")
         return self
+
+    @property
+    def text_encoders(self) -> dict[str, str]:
+        """The parsed `text_encoder`: the folder, hub id or file of each component."""
+        matches = (_TEXT_ENCODER.fullmatch(each) for each in self.text_encoder)
+        return {match["name"] or "text_encoder": match["source"] for match in matches if match is not None}
 
     @property
     def allowed_methods(self) -> frozenset[PreviewMethod]:

@@ -71,7 +71,7 @@ def build(family: str, *, toy: bool, device: str, dtype: torch.dtype) -> Any:
         dtype: Number format of the weights.
     """
     if family == "bundled":
-        return loading.load_pipeline("bundled", revision=None, variant=None, device=torch.device(device), dtype=dtype)
+        return loading.load_pipeline(loading.LoadOptions(model="bundled", device=torch.device(device), dtype=dtype))
     torch.manual_seed(0)
     built = modules(family, toy=toy, device=device, dtype=dtype)
     with torch.no_grad():

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from support.engine.tiny_unets import shifted_vae, vae
+from support.engine.tiny_unets import clip, clip_tokenizer, shifted_vae, t5, vae
 
 __all__ = [
     "aura_flow",
@@ -21,26 +21,14 @@ __all__ = [
     "sana",
     "sana_sprint",
     "sd3",
+    "sd3_with_text",
     "z_image",
 ]
 
 
 def sd3() -> diffusers.StableDiffusion3Pipeline:
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_projection_dim=32,
-        joint_attention_dim=32,
-        pooled_projection_dim=64,
-        pos_embed_max_size=96,
-    )
     return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
+        transformer=_sd3_transformer(),
         vae=shifted_vae(),
         text_encoder=None,
         text_encoder_2=None,
@@ -49,6 +37,37 @@ def sd3() -> diffusers.StableDiffusion3Pipeline:
         tokenizer_2=None,
         tokenizer_3=None,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def sd3_with_text() -> diffusers.StableDiffusion3Pipeline:
+    """Returns an SD3 with its three text encoders, so that it can be saved and loaded."""
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=_sd3_transformer(joint_attention_dim=64),
+        vae=shifted_vae(),
+        text_encoder=clip(projection=True),
+        text_encoder_2=clip(projection=True),
+        text_encoder_3=t5(width=64),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        tokenizer_3=clip_tokenizer(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def _sd3_transformer(joint_attention_dim: int = 32) -> diffusers.SD3Transformer2DModel:
+    return diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=joint_attention_dim,
+        pooled_projection_dim=64,
+        pos_embed_max_size=96,
     )
 
 

@@ -7,7 +7,19 @@ from typing import Any
 import diffusers
 import transformers
 
-__all__ = ["clip_tokenizer", "lcm", "sd15", "sdxl", "shifted_vae", "tiny_vae", "vae"]
+__all__ = [
+    "clip",
+    "clip_tokenizer",
+    "kandinsky3",
+    "lcm",
+    "ldm",
+    "sd15",
+    "sdxl",
+    "shifted_vae",
+    "t5",
+    "tiny_vae",
+    "vae",
+]
 
 _SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -23,19 +35,30 @@ def clip_tokenizer() -> transformers.CLIPTokenizer:
     return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def _clip(*, projection: bool = False) -> Any:
+def clip(*, projection: bool = False, **others: Any) -> Any:
     config = transformers.CLIPTextConfig(
         vocab_size=514,
         bos_token_id=512,
         eos_token_id=513,
         pad_token_id=513,
-        hidden_size=32,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_hidden_layers=3,
-        projection_dim=32,
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 3,
+            "projection_dim": 32,
+            **others,
+        },
     )
     return (transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config)
+
+
+def t5(width: int = 32) -> transformers.T5EncoderModel:
+    """Returns a T5 for the vocabulary of `clip_tokenizer`."""
+    config = transformers.T5Config(
+        vocab_size=514, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=4, pad_token_id=513
+    )
+    return transformers.T5EncoderModel(config)
 
 
 def vae(channels: int = 4, **config: Any) -> diffusers.AutoencoderKL:
@@ -87,7 +110,7 @@ def sd15(scheduler: Any = None) -> diffusers.StableDiffusionPipeline:
     return diffusers.StableDiffusionPipeline(
         unet=_unet(),
         vae=vae(),
-        text_encoder=_clip(),
+        text_encoder=clip(),
         tokenizer=clip_tokenizer(),
         scheduler=scheduler
         or diffusers.DDIMScheduler(**_SD_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
@@ -97,20 +120,22 @@ def sd15(scheduler: Any = None) -> diffusers.StableDiffusionPipeline:
     )
 
 
-def sdxl() -> diffusers.StableDiffusionXLPipeline:
+def sdxl(cross_attention_dim: int = 64, text_encoder_2: Any = None) -> diffusers.StableDiffusionXLPipeline:
+    """Returns a Stable Diffusion XL; `cross_attention_dim` is the sum of both text encoders' widths."""
+    text_encoder_2 = text_encoder_2 or clip(projection=True)
     unet = _unet(
-        cross_attention_dim=64,
+        cross_attention_dim=cross_attention_dim,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 32,
+        projection_class_embeddings_input_dim=6 * 8 + text_encoder_2.config.projection_dim,
         transformer_layers_per_block=(1, 1),
         use_linear_projection=True,
     )
     return diffusers.StableDiffusionXLPipeline(
         unet=unet,
         vae=vae(),
-        text_encoder=_clip(),
-        text_encoder_2=_clip(projection=True),
+        text_encoder=clip(),
+        text_encoder_2=text_encoder_2,
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         scheduler=diffusers.EulerDiscreteScheduler(**_SD_BETAS, timestep_spacing="leading", steps_offset=1),
@@ -118,11 +143,52 @@ def sdxl() -> diffusers.StableDiffusionXLPipeline:
     )
 
 
+def kandinsky3() -> diffusers.Kandinsky3Pipeline:
+    movq = diffusers.VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        norm_type="spatial",
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+    )
+    unet = diffusers.Kandinsky3UNet(
+        in_channels=4,
+        time_embedding_dim=4,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=3,
+        block_out_channels=(32, 64),
+        cross_attention_dim=4,
+        encoder_hid_dim=32,
+    )
+    return diffusers.Kandinsky3Pipeline(
+        unet=unet,
+        movq=movq,
+        text_encoder=t5(),
+        tokenizer=clip_tokenizer(),
+        scheduler=diffusers.DDPMScheduler(**_SD_BETAS, clip_sample=False),
+    )
+
+
+def ldm() -> diffusers.LDMTextToImagePipeline:
+    return diffusers.LDMTextToImagePipeline(
+        unet=_unet(),
+        vqvae=vae(),
+        bert=clip(),
+        tokenizer=clip_tokenizer(),
+        scheduler=diffusers.DDIMScheduler(**_SD_BETAS, clip_sample=False, set_alpha_to_one=False),
+    )
+
+
 def lcm() -> diffusers.LatentConsistencyModelPipeline:
     return diffusers.LatentConsistencyModelPipeline(
         unet=_unet(time_cond_proj_dim=32),
         vae=vae(),
-        text_encoder=_clip(),
+        text_encoder=clip(),
         tokenizer=clip_tokenizer(),
         scheduler=diffusers.LCMScheduler(**_SD_BETAS, clip_sample=False, set_alpha_to_one=False),
         safety_checker=None,

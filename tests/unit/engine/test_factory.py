@@ -8,6 +8,7 @@ import pytest
 
 from calotype_server import errors
 from calotype_server.engine import factory, loading
+from calotype_server.engine.requests import trial
 from calotype_server.observability.events import ignore
 from calotype_server.settings import Settings
 from calotype_server.types import OtherSizes
@@ -30,6 +31,7 @@ def test_the_operator_learns_that_the_device_failed(monkeypatch, error, message)
         raise error
 
     monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: None)
+    monkeypatch.setattr(trial, "check_draws", lambda *_: None)
     monkeypatch.setattr(factory, "engine_around", fail)
     with pytest.raises(errors.ModelUnavailable, match=message):
         factory.load_engine(Settings(device="cpu"), ignore)

@@ -1,7 +1,7 @@
 """Capabilities of a loaded pipeline, read from the pipeline itself."""
 
-from calotype_server.engine.capabilities.components import denoiser_name, tokenizers
+from calotype_server.engine.capabilities.components import decoder, decoder_name, denoiser_name, tokenizers
 from calotype_server.engine.capabilities.defaults import Defaults, read_defaults
 from calotype_server.engine.capabilities.model_info import describe
 
-__all__ = ["Defaults", "denoiser_name", "describe", "read_defaults", "tokenizers"]
+__all__ = ["Defaults", "decoder", "decoder_name", "denoiser_name", "describe", "read_defaults", "tokenizers"]

@@ -1,4 +1,4 @@
-"""Finds the denoiser and the tokenizers of a pipeline."""
+"""Finds the denoiser, the decoder and the tokenizers of a pipeline."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Any
 
 from calotype_server.errors import ModelUnavailable
 
-__all__ = ["denoiser_name", "tokenizers"]
+__all__ = ["DECODERS", "DENOISERS", "decoder", "decoder_name", "denoiser_name", "tokenizers"]
 
-_DENOISERS = ("transformer", "unet")
+DENOISERS = ("transformer", "unet")
+"""Attributes of pipelines for the denoiser, the first that a pipeline has."""
+
+DECODERS = ("vae", "movq", "vqvae")
+"""Attributes of pipelines for the decoder of latents: most, Kandinsky, and latent diffusion (LDM)."""
 
 
 def denoiser_name(pipeline: Any) -> str:
@@ -18,10 +22,27 @@ def denoiser_name(pipeline: Any) -> str:
     Raises:
         ModelUnavailable: There is none.
     """
-    for name in _DENOISERS:
+    for name in DENOISERS:
         if getattr(pipeline, name, None) is not None:
             return name
     raise ModelUnavailable(f"A {type(pipeline).__name__} has neither a transformer nor a UNet.")
+
+
+def decoder_name(pipeline: Any) -> str:
+    """Returns the attribute that holds the decoder, which turns latents into images.
+
+    Raises:
+        ModelUnavailable: There is none.
+    """
+    for name in DECODERS:
+        if getattr(pipeline, name, None) is not None:
+            return name
+    raise ModelUnavailable(f"A {type(pipeline).__name__} has no decoder of latents.")
+
+
+def decoder(pipeline: Any) -> Any:
+    """Returns the decoder of a pipeline; see `decoder_name`."""
+    return getattr(pipeline, decoder_name(pipeline))
 
 
 def tokenizers(pipeline: Any) -> list[tuple[Any, int]]:

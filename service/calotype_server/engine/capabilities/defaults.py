@@ -38,7 +38,7 @@ class Defaults:
 
 
 def read_defaults(source: Path | str) -> Defaults:
-    """Reads `calotype.json` in a local model folder: defaults that suit its weights.
+    """Reads `calotype.json` in a local model folder, or beside a single file: defaults that suit its weights.
 
     Keys: `step_count`; `guidance_scale`; `tiny_vae`, the path of an `AutoencoderTiny` for previews, relative to the
     folder; `sizes`, a list of [width, height] in pixels that the weights draw well, the default first; `min_pixels` and
@@ -46,14 +46,15 @@ def read_defaults(source: Path | str) -> Defaults:
     are supported. diffusers cannot store these values: a pipeline class has one set of defaults for all weights.
 
     Args:
-        source: The folder, or a hub id, for which there is no such file.
+        source: The folder, the single file, or a hub id, for which there is no such file.
 
     Raises:
         ModelUnavailable: The file is invalid.
     """
     if isinstance(source, str):
         return Defaults()
-    file = source / "calotype.json"
+    folder = source.parent if source.is_file() else source
+    file = folder / "calotype.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         step_count, guidance = values.get("step_count"), values.get("guidance_scale")
@@ -77,7 +78,7 @@ def read_defaults(source: Path | str) -> Defaults:
     return Defaults(
         step_count,
         guidance,
-        None if tiny_vae is None else str(source / tiny_vae),
+        None if tiny_vae is None else str(folder / tiny_vae),
         None if sizes is None else tuple((width, height) for width, height in sizes),
         **pixels,
     )

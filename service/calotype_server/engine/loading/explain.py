@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -15,35 +17,63 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RevisionNotFoundError,
 )
 
+from calotype_server.engine.loading.checks.packages import needs_packages, package_missing_in
 from calotype_server.engine.loading.sources import BUNDLED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["explain", "first_line"]
+__all__ = ["causes", "explain", "first_line", "is_unreachable"]
 
 
-def explain(model: str, local: bool, error: Exception) -> str:
-    """Returns a message for operators: the problem and a remedy. The exception's cause keeps the library's message."""
-    chain = list(_chain(error))
-    first = first_line(error)
-    if local:
+def explain(model: str, source: Path | str, error: Exception, problem: str | None = None) -> str:
+    """Returns a message for operators: the problem and a remedy. The exception's cause keeps the library's message.
+
+    Args:
+        model: The operator's setting.
+        source: The folder, file or hub id that it means.
+        error: Raised while the model was loaded.
+        problem: The problem that the names of the model's files show, if any.
+    """
+    chain = list(causes(error))
+    package = package_missing_in(chain)
+    if package is not None:
+        return needs_packages(repr(model), [package])
+    if isinstance(source, Path):
+        if source.is_file():
+            return f"The file {model!r} cannot be loaded: {_file_problem(error)}."
+        if problem is not None:
+            return f"The model folder {model!r} cannot be loaded. {problem}."
         return (
-            f"The model folder {model!r} is incomplete or damaged ({first}). It needs model_index.json, "
+            f"The model folder {model!r} is incomplete or damaged ({first_line(error)}). It needs model_index.json, "
             "the configs, and weights as .safetensors."
         )
+    return _explain_hub(model, chain, problem) or f"The model {model!r} cannot be loaded ({first_line(error)})."
+
+
+def _explain_hub(model: str, chain: list[BaseException], problem: str | None) -> str | None:
     if any(isinstance(each, GatedRepoError) for each in chain):
         return f"The hub requires that you accept the terms of {model!r} and log in: hf auth login"
     if any(isinstance(each, RevisionNotFoundError) for each in chain):
         return f"The hub has {model!r}, but not the requested revision."
     if any(isinstance(each, RepositoryNotFoundError | HFValidationError) for each in chain):
         return f"The hub has no model {model!r}, or it is private and you are not logged in."
-    if any(_is_unreachable(each) for each in chain):
+    if any(map(_shows_no_hub, chain)):
         return (
             f"The hub cannot be reached, and {model!r} is not complete in the local cache. Check the network, or use a "
             f"local folder, or --model {BUNDLED}."
         )
-    return f"The model {model!r} cannot be loaded ({first})."
+    return None if problem is None else f"The model {model!r} cannot be loaded. {problem}."
+
+
+def _file_problem(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it lacks the weights {error.args[0]!r}"
+    mismatch = re.search(r"(\S+) expected shape\s+\S+?(\[[^]]*\])\S*\s+but got \S+?(\[[^]]*\])", str(error))
+    if mismatch is not None:
+        name, expected, found = mismatch.groups()
+        return f"{name} has the shape {found}, but the configs say {expected}. Name others with --config"
+    return first_line(error)
 
 
 def first_line(error: Exception) -> str:
@@ -52,14 +82,20 @@ def first_line(error: Exception) -> str:
     return words[0][:300] if words else type(error).__name__
 
 
-def _is_unreachable(error: BaseException) -> bool:
+def is_unreachable(error: Exception) -> bool:
+    """Returns whether something failed because the hub cannot be reached and the local cache does not suffice."""
+    return any(map(_shows_no_hub, causes(error)))
+
+
+def _shows_no_hub(error: BaseException) -> bool:
     if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError | ConnectionError | TimeoutError):
         return True
     # `HTTPError` belongs to the HTTP client of the hub's library. An answer of the hub is an `HfHubHTTPError`.
     return isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception and its causes, the last cause last."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,7 +1,8 @@
-"""Loads a pipeline by name: `bundled`, a local diffusers folder or a hub id, all with `from_pretrained`."""
+"""Loads a pipeline by name: `bundled`, a local diffusers folder, a hub id, or a single file."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,68 +10,69 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import structlog
 
+from calotype_server.engine.loading.adapt import adapted
+from calotype_server.engine.loading.checks.damage import damage, files_of
+from calotype_server.engine.loading.checks.supported import check_class, check_pipeline
 from calotype_server.engine.loading.explain import explain
+from calotype_server.engine.loading.index import PipelineIndex
+from calotype_server.engine.loading.overrides import replaced_components
 from calotype_server.engine.loading.quiet import quiet
+from calotype_server.engine.loading.single_file import load_single_file
 from calotype_server.engine.loading.sources import locate
 from calotype_server.engine.memory import is_out_of_memory
 from calotype_server.errors import ModelUnavailable
 
 if TYPE_CHECKING:
-    import torch
+    from calotype_server.engine.loading.options import LoadOptions
 
 __all__ = ["load_pipeline"]
 
 _log = structlog.get_logger(__name__)
 
 
-def load_pipeline(
-    model: str,
-    *,
-    revision: str | None,
-    variant: str | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    download: bool = True,
-) -> Any:
-    """Loads a text-to-image pipeline from safetensors only; it never runs code that comes with the weights.
-
-    Args:
-        model: "bundled", a path, or a hub id.
-        revision: Branch, tag or commit of a hub id.
-        variant: Weight variant, such as "fp16".
-        device: Where the model runs.
-        dtype: Number format of the weights.
-        download: Whether a hub id may be downloaded; otherwise it must be in the local cache.
+def load_pipeline(options: LoadOptions) -> Any:
+    """Loads a text-to-image pipeline from safetensors or GGUF only; it never runs code that comes with the weights.
 
     Raises:
         ModelUnavailable: The model is missing, unreachable, incomplete, or not text-to-image.
     """
+    model = options.model
     source = locate(model)
-    local = isinstance(source, Path)
     try:
         with quiet():
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                source,
-                revision=None if local else revision,
-                variant=variant,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=local or not download,
-            )
-            pipeline.to(device)
+            if isinstance(source, Path) and source.is_file():
+                pipeline = load_single_file(source, options)
+            else:
+                pipeline = _load_whole(source, options)
+            pipeline.to(options.device)
+    except ModelUnavailable:
+        raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise ModelUnavailable(f"The model {model!r} does not fit into the memory of {device}.") from None
+            raise ModelUnavailable(f"The model {model!r} does not fit into the memory of {options.device}.") from None
         _log.debug("the model cannot be loaded", model=model, exc_info=error)
-        raise ModelUnavailable(explain(model, local, error)) from error
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    image = parameters.get("image")
-    kind = type(pipeline).__name__
-    needs_image = image is not None and (image.default is image.empty or "strength" in parameters)
-    makes_video = not {"num_frames", "video_length"}.isdisjoint(parameters)
-    if needs_image or makes_video or not {"prompt", "width", "height", "num_inference_steps"} <= parameters.keys():
-        raise ModelUnavailable(f"{model!r} is a {kind}, which does not turn text into images.")
-    if getattr(pipeline, "vae", None) is None or getattr(pipeline, "scheduler", None) is None:
-        raise ModelUnavailable(f"{model!r} is a {kind}, which is not a latent diffusion pipeline.")
-    return pipeline
+        raise ModelUnavailable(explain(model, source, error, _problem(source, options))) from error
+    check_pipeline(model, pipeline)
+    return adapted(pipeline)
+
+
+def _load_whole(source: Path | str, options: LoadOptions) -> Any:
+    index = PipelineIndex.read(source, options)
+    kind = index.pipeline_class()
+    check_class(options.model, kind)
+    index.check_components(kind)
+    replaced = replaced_components(index, options)
+    if not options.safety_checker and "safety_checker" in inspect.signature(kind.__init__).parameters:
+        replaced |= {"safety_checker": None, "requires_safety_checker": False}
+    return diffusers.DiffusionPipeline.from_pretrained(source, **options.pretrained_arguments(source), **replaced)
+
+
+def _problem(source: Path | str, options: LoadOptions) -> str | None:
+    """Returns the problem that the names of the model's files show, or None."""
+    if isinstance(source, Path) and source.is_file():
+        return None
+    with contextlib.suppress(Exception), quiet():  # Without an index, its absence is the problem.
+        files = files_of(source, options)
+        if files is not None:
+            return damage(PipelineIndex.read(source, options), files, options.variant)
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from calotype_server.engine.capabilities import decoder_name
 from calotype_server.engine.preview.pipeline_tail import PipelineTail
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class VaeDecoder:
     """
 
     def __init__(self, pipeline: Any, vae: Any) -> None:
-        self._tail = PipelineTail(pipeline, vae=vae)
+        self._tail = PipelineTail(pipeline, **{decoder_name(pipeline): vae})
 
     def shape(self, width: int, height: int) -> tuple[int, ...]:
         """Returns the shape of the latents of an image of that size in pixels."""

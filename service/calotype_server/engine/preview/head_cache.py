@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.capabilities import decoder, denoiser_name
 from calotype_server.engine.disk_cache import config_of, weights_fingerprint, write_atomically
 from calotype_server.engine.preview.head import HeadStatistics, PreviewHead
 
@@ -28,7 +28,7 @@ _FORMAT = 4
 
 def head_path(folder: Path, pipeline: Any) -> Path:
     """Returns the file for a pipeline's decoder. The key covers its class, config and weights, and the native size."""
-    vae = pipeline.vae
+    vae = decoder(pipeline)
     size = getattr(pipeline, denoiser_name(pipeline)).config.get("sample_size")
     # `__class__`, not `type`: a component that is shared by requests is wrapped in an object of another type.
     facts = [

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import torch
 
+from calotype_server.engine.capabilities import decoder as pipeline_decoder
 from calotype_server.engine.memory import is_device_failure
 from calotype_server.engine.preview.calibrate import calibrate
 from calotype_server.engine.preview.decoders import Decoder, HeadDecoder, VaeDecoder
@@ -67,7 +68,7 @@ class PipelinePreviews:
         self._path = head_path(cache_dir, pipeline)
         self._learned_images = 0
         self._learns = learns
-        full = VaeDecoder(pipeline, pipeline.vae)
+        full = VaeDecoder(pipeline, pipeline_decoder(pipeline))
         head = _fitted_head(self._path, pipeline, model) if PreviewMethod.HEAD in allowed else None
         self._head = None if head is None else HeadDecoder(head)
         small = None if tiny_vae is None else VaeDecoder(pipeline, tiny_vae)

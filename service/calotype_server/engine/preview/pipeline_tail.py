@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.capabilities import decoder_name, denoiser_name
 from calotype_server.engine.machine import device_of
 from calotype_server.engine.preview.device_stream import call_in_order
 from calotype_server.engine.preview.tape import Tape, TapedVae
@@ -50,6 +50,7 @@ class PipelineTail:
         if "safety_checker" in pipeline.components:
             self._replaced["safety_checker"] = None
         self._denoiser = denoiser_name(pipeline)
+        self._decoder = decoder_name(pipeline)
         self._denoisers: OrderedDict[tuple[int, int], DenoiserProxy] = OrderedDict()
         self._tapes: OrderedDict[tuple[Any, ...], Tape | None] = OrderedDict()
         """None where the pipeline does something that cannot be repeated."""
@@ -90,7 +91,7 @@ class PipelineTail:
                 self._tapes[key] = None
             return images
         tape = Tape()
-        vae = TapedVae(self._replaced.get("vae", self._pipeline.vae), tape)
+        vae = TapedVae(self._replaced.get(self._decoder, getattr(self._pipeline, self._decoder)), tape)
         with contextlib.ExitStack() as recording:
 
             def replace(sample: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,7 @@ class PipelineTail:
                 tape.start(latents)
                 return latents.to(sample)
 
-            images = self._call(replace, width, height, vae=vae)
+            images = self._call(replace, width, height, **{self._decoder: vae})
         self._tapes[key] = tape if tape.end(images) else None
         while len(self._tapes) > _SIZES_KEPT:
             self._tapes.popitem(last=False)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from torch.nn import functional
 
+from calotype_server.engine.capabilities import decoder as pipeline_decoder
+
 if TYPE_CHECKING:
     import torch
 
@@ -47,7 +49,9 @@ class SafetyGate:
         """
         try:
             image = self._decoder.decode(latents, width, height)
-            _, flagged = self._pipeline.run_safety_checker(2 * image - 1, latents.device, self._pipeline.vae.dtype)
+            _, flagged = self._pipeline.run_safety_checker(
+                2 * image - 1, latents.device, pipeline_decoder(self._pipeline).dtype
+            )
         except Exception:
             _log.exception("the safety checker failed; previews stay blurred")
             return False

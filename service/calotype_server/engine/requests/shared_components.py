@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from calotype_server.engine.capabilities import decoder_name
 from calotype_server.engine.requests.own_state import is_locked
 
 __all__ = ["Locked", "shared_components"]
@@ -32,9 +33,8 @@ def shared_components(pipeline: Any) -> dict[str, Any]:
     for name, component in pipeline.components.items():
         if is_locked(name, component):
             shared[name] = Locked(component, tokenizers)
-    vae = pipeline.components.get("vae")
-    if vae is not None:
-        shared["vae"] = Locked(_upcast(vae), threading.Lock(), _VAE_METHODS)
+    name = decoder_name(pipeline)
+    shared[name] = Locked(_upcast(getattr(pipeline, name)), threading.Lock(), _VAE_METHODS)
     return shared
 
 

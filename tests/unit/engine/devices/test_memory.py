@@ -174,7 +174,7 @@ class TestOfAPipeline:
 @pytest.mark.slow
 def test_the_documented_need_of_the_bundled_model_is_the_measured_one(tmp_path):
     """The figures in service/SIZING.md, which the manifests rely on, are within 5 % of a new measurement."""
-    pipeline = loading.load_pipeline("bundled", revision=None, variant=None, device=CPU, dtype=torch.float32)
+    pipeline = loading.load_pipeline(loading.LoadOptions(model="bundled"))
     model = describe("bundled", pipeline, Defaults())
     found = memory_model(pipeline, model, cache_dir=tmp_path, limit=MIB)
     assert (found.denoising[0], found.decoding[0]) == pytest.approx((168, 883), rel=0.05)

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from calotype_server.engine import loading
 from calotype_server.engine.assembly import build_engine
@@ -138,9 +137,7 @@ def test_a_model_with_hooks_does_not_offer_it(open_engine, logs):
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 def test_a_fast_image_is_closer_than_one_with_fewer_steps(tmp_path, scheduler):
     """With the bundled model and 28 steps, FAST is at least 25 dB from EXACT, and better than as many exact steps."""
-    pipeline = loading.load_pipeline(
-        "bundled", revision=None, variant=None, device=torch.device("cpu"), dtype=torch.float32
-    )
+    pipeline = loading.load_pipeline(loading.LoadOptions(model="bundled"))
     engine = build_engine(
         "bundled", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1, max_active=1, step_cache=True
     )

@@ -1,0 +1,1 @@
+"""Checks of a model before and after it is loaded."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from calotype_server.engine.capabilities.components import denoiser_name, tokenizers
 from calotype_server.engine.capabilities.schedulers import compatible_schedulers, max_step_counts
 from calotype_server.engine.capabilities.sizes import native_size, size_multiple
+from calotype_server.engine.capabilities.weights import offload_of, quantization_of
+from calotype_server.engine.machine import device_of
 from calotype_server.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
         schedulers=schedulers,
         max_step_counts=max_step_counts(pipeline, schedulers),
         max_prompt_tokens=max((limit for _, limit in tokenizers(pipeline)), default=0),
-        device=str(denoiser.device),
+        device=str(device_of(denoiser)),
         dtype=str(denoiser.dtype).removeprefix("torch."),
+        quantization=quantization_of(pipeline),
+        offload=offload_of(pipeline, denoiser),
     )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from calotype_server.engine.loading.devices import pick_dtype
+from calotype_server.engine.loading.offload import check_offload
+from calotype_server.engine.loading.quantize import check_quantize
 
 if TYPE_CHECKING:
     from calotype_server.settings import Settings
@@ -26,6 +28,8 @@ class LoadOptions:
         revision: Branch, tag or commit of a hub id; ignored for local folders.
         variant: Weight variant, such as "fp16".
         download: Whether a hub id may be downloaded; otherwise it must be in the local cache.
+        quantize: Format for weights of linear layers: "int8", "fp8", "nf4", or empty for none.
+        offload: "model" or "group" to keep weights in ordinary memory until the device needs them, or empty.
     """
 
     model: str
@@ -34,6 +38,17 @@ class LoadOptions:
     revision: str | None = None
     variant: str | None = None
     download: bool = True
+    quantize: str = ""
+    offload: str = ""
+
+    def check(self) -> None:
+        """Checks that the device and the installed packages can do what the options say, before anything is read.
+
+        Raises:
+            ModelUnavailable: They cannot. The message names the remedy.
+        """
+        check_quantize(self.quantize, self.device)
+        check_offload(self.offload, self.device, self.quantize)
 
     @classmethod
     def of(cls, settings: Settings, device: torch.device, *, download: bool = True) -> Self:
@@ -51,4 +66,6 @@ class LoadOptions:
             revision=settings.revision,
             variant=settings.variant,
             download=download,
+            quantize=settings.quantize or "",
+            offload=settings.offload or "",
         )

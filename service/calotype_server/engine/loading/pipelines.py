@@ -10,8 +10,11 @@ import diffusers
 import structlog
 
 from calotype_server.engine.loading.explain import explain
+from calotype_server.engine.loading.offload import place
+from calotype_server.engine.loading.quantize import quantization_config
 from calotype_server.engine.loading.quiet import quiet
 from calotype_server.engine.loading.sources import locate
+from calotype_server.engine.machine import on_device
 from calotype_server.engine.memory import is_out_of_memory
 from calotype_server.errors import ModelUnavailable
 
@@ -27,23 +30,29 @@ def load_pipeline(options: LoadOptions) -> Any:
     """Loads a text-to-image pipeline from safetensors only; it never runs code that comes with the weights.
 
     Raises:
-        ModelUnavailable: The model is missing, unreachable, incomplete, or not text-to-image.
+        ModelUnavailable: The model is missing, unreachable, incomplete, or not text-to-image, or its weights cannot be
+            quantized or offloaded here.
     """
+    options.check()
     model = options.model
     source = locate(model)
     local = isinstance(source, Path)
     try:
-        with quiet():
+        hub = {"revision": None if local else options.revision, "local_files_only": local or not options.download}
+        # bitsandbytes quantizes on the current device.
+        with quiet(), on_device(options.device):
             pipeline = diffusers.DiffusionPipeline.from_pretrained(
                 source,
-                revision=None if local else options.revision,
                 variant=options.variant,
                 dtype=options.dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
-                local_files_only=local or not options.download,
+                quantization_config=quantization_config(options.quantize, options.dtype, source, **hub),
+                **hub,
             )
-            pipeline.to(options.device)
+            place(pipeline, options.offload, options.device)
+    except ModelUnavailable:
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise ModelUnavailable(f"The model {model!r} does not fit into the memory of {options.device}.") from None

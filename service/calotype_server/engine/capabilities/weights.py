@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 __all__ = ["moves_layers", "offload_of", "quantization_of"]
 
 
@@ -35,7 +37,7 @@ def offload_of(pipeline: Any, denoiser: Any) -> str:
 
 def moves_layers(module: Any) -> bool:
     """Whether hooks of diffusers move layers of a module to the device, each for its own call."""
-    return any(
+    return isinstance(module, torch.nn.Module) and any(
         "group_offloading" in getattr(getattr(part, "_diffusers_hook", None), "hooks", {}) for part in module.modules()
     )
 

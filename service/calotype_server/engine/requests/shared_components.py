@@ -85,7 +85,7 @@ class Locked:
     @property  # type: ignore[misc]  # typeshed gives it a setter
     def __class__(self) -> Any:
         """The component's class, so that type checks of a pipeline succeed."""
-        return type(self._component)
+        return self._component.__class__
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._component, name)

@@ -80,7 +80,7 @@ class TilingVae:
     @property  # type: ignore[misc]  # typeshed gives it a setter
     def __class__(self) -> Any:
         """The class of the VAE, so that type checks of a pipeline succeed."""
-        return type(self._vae)
+        return self._vae.__class__
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)
@@ -100,7 +100,7 @@ def _tiles(vae: Any, edge: int) -> Iterator[None]:
     """
     before = {name: getattr(vae, name) for name in _TILE_SETTINGS if hasattr(vae, name)}
     pixels = edge * _pixels_per_latent(vae, before)
-    changed = {"use_tiling": True}
+    changed: dict[str, Any] = {"use_tiling": True}
     if _first(before.get("tile_latent_min_size", 0)) > edge:
         changed |= {"tile_latent_min_size": edge, "tile_sample_min_size": pixels}
     for side in ("height", "width"):

@@ -23,14 +23,15 @@ __all__ = ["decoding_bytes", "denoising_bytes", "native_edge"]
 _log = structlog.get_logger(__name__)
 
 _GUIDED_ROWS = 2
-"""Rows of a request with guidance."""
+"""One row with the prompt and one without."""
 
 _CLIP_TOKENS = 77
 _TEXT_TOKENS = 512
 """Of T5 and language models, at most, by default."""
 
 _HIDDEN_COPIES = 16
-"""Tensors of the size of all tokens that exist at the same time in a block of a transformer."""
+"""Tensors of the size of all tokens that exist at the same time in a block of a transformer, at most: two blocks of
+FLUX.1, Stable Diffusion 3.5 and PixArt-Sigma without values needed 15, 11 and 12."""
 
 _CPU = torch.device("cpu")
 
@@ -61,8 +62,7 @@ def denoising_bytes(denoiser: Mapping[str, Any], vae: Mapping[str, Any], edge: i
     patch = denoiser.get("patch_size", 1)
     patch = 2 if packed else (patch[-1] if isinstance(patch, (list, tuple)) else int(patch or 1))
     tokens = (latents // patch) ** 2 + _TEXT_TOKENS
-    rows = 1 if denoiser.get("guidance_embeds") else _GUIDED_ROWS
-    return rows * tokens * hidden * dtype.itemsize * _HIDDEN_COPIES
+    return _rows(denoiser) * tokens * hidden * dtype.itemsize * _HIDDEN_COPIES
 
 
 def decoding_bytes(vae: Mapping[str, Any], edge: int, dtype: torch.dtype) -> int | None:
@@ -78,38 +78,48 @@ def decoding_bytes(vae: Mapping[str, Any], edge: int, dtype: torch.dtype) -> int
     shape = (1, _latent_channels(vae), *((1,) if "z_dim" in vae else ()), latents, latents)
     # Pipelines convert VAEs that overflow in float16.
     value_bytes = torch.float32.itemsize if vae.get("force_upcast") else dtype.itemsize
-    return _peak(vae, lambda model: model.decode(torch.empty(shape), return_dict=False), value_bytes)
+
+    def prepare(model: Any) -> Callable[[], Any]:
+        sample = torch.empty(shape)
+        return lambda: model.decode(sample, return_dict=False)
+
+    return _peak(vae, prepare, value_bytes)
 
 
 def _unet_bytes(config: Mapping[str, Any], latents: int, dtype: torch.dtype) -> int | None:
-    def call(model: Any) -> Any:
-        rows, width = _GUIDED_ROWS, config["cross_attention_dim"]
+    def prepare(model: Any) -> Callable[[], Any]:
+        rows, width = _rows(config), config["cross_attention_dim"]
         sample = torch.empty(rows, config["in_channels"], latents, latents)
         text = torch.empty(rows, _CLIP_TOKENS, width[0] if isinstance(width, list) else width)
         added = None
         if config.get("addition_embed_type") == "text_time":
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
             added = {"text_embeds": torch.empty(rows, pooled), "time_ids": torch.empty(rows, 6)}
-        return model(sample, 1, text, added_cond_kwargs=added, return_dict=False)
+        return lambda: model(sample, 1, text, added_cond_kwargs=added, return_dict=False)
 
-    return _peak(config, call, dtype.itemsize)
+    return _peak(config, prepare, dtype.itemsize)
 
 
-def _peak(config: Mapping[str, Any], call: Callable[[Any], Any], value_bytes: int) -> int | None:
+def _peak(config: Mapping[str, Any], prepare: Callable[[Any], Callable[[], Any]], value_bytes: int) -> int | None:
     """Returns the bytes of a call of a model without values; None if it fails.
 
     Args:
         config: Configuration of the model.
-        call: Receives the model, and calls it.
+        prepare: Receives the model, and returns a function that calls it with arguments made before.
         value_bytes: Bytes of a value in the real model. The one without values has 4 for each.
     """
     try:
         with FakeTensorMode(), torch.no_grad():
             model = getattr(diffusers, config["_class_name"]).from_config(dict(config)).eval()
-            return peak_memory(lambda: call(model), _CPU) * value_bytes // torch.float32.itemsize
+            return peak_memory(prepare(model), _CPU) * value_bytes // torch.float32.itemsize
     except Exception as error:  # For any reason: the configuration may belong to another version.
         _log.debug("cannot estimate", model=config.get("_class_name"), exc_info=error)
         return None
+
+
+def _rows(denoiser: Mapping[str, Any]) -> int:
+    """Returns the rows of a request with guidance: one for models that get the scale as an argument."""
+    return 1 if denoiser.get("guidance_embeds") or denoiser.get("time_cond_proj_dim") else _GUIDED_ROWS
 
 
 def _hidden(config: Mapping[str, Any]) -> int | None:

@@ -54,7 +54,7 @@ class Estimate:
 
 
 class _Moment(NamedTuple):
-    """What is on the device at the same time: bytes of weights, and of other tensors."""
+    """The content of the device at one time: bytes of weights, and of other tensors."""
 
     weights: int
     working: int = 0

@@ -5,6 +5,7 @@ There is no GPU here: the device that weights move to is the CPU as well, or a s
 
 import dataclasses
 import threading
+from typing import Any
 
 import accelerate
 import pydantic
@@ -179,7 +180,7 @@ class TestModel:
     def test_a_preview_does_not_move_weights_that_are_in_use(self, open_engine, monkeypatch):
         """Full-VAE previews run between steps: one module at a time is on the device, and none moves while used."""
         pipeline = offloaded("model")
-        present, used, faults = set(), [], []
+        present, used, faults = set[Any](), list[Any](), list[Any]()
         hook = accelerate.hooks.CpuOffload
         arrive, send_back = hook.pre_forward, hook.init_hook
 

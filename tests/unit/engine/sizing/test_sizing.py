@@ -135,7 +135,7 @@ class TestActivations:
         estimated = decoding_bytes(stored(pipeline.vae), 128, torch.float32)
         assert estimated == pytest.approx(measured, rel=0.1)
 
-    @pytest.mark.parametrize("family", ["sd15", "sdxl"])
+    @pytest.mark.parametrize("family", ["sd15", "sdxl", "lcm"])
     def test_a_unet_is_close_to_the_measurement(self, family):
         """The estimate of a UNet is that of a real call with guidance."""
         pipeline = tiny.shared(family)

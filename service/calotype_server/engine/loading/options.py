@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from calotype_server.engine.loading.devices import pick_dtype
 from calotype_server.engine.loading.offload import check_offload
 from calotype_server.engine.loading.quantize import check_quantize
+from calotype_server.errors import ModelUnavailable
 
 if TYPE_CHECKING:
     from calotype_server.settings import Settings
@@ -48,6 +50,11 @@ class LoadOptions:
             ModelUnavailable: They cannot. The message names the remedy.
         """
         check_quantize(self.quantize, self.device)
+        if self.quantize and Path(self.model).expanduser().is_file():
+            raise ModelUnavailable(
+                f"--quantize {self.quantize} needs a diffusers folder or a hub id, and {self.model!r} is a single file. "
+                "Start without it."
+            )
         check_offload(self.offload, self.device, self.quantize)
 
     @classmethod

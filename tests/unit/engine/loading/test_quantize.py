@@ -169,6 +169,14 @@ def test_a_missing_package_stops_loading(sd15_folder, monkeypatch):
         load(sd15_folder, quantize="int8")
 
 
+def test_a_single_file_cannot_be_quantized(tmp_path):
+    """The message says which models can."""
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(ModelUnavailable, match="needs a diffusers folder or a hub id"):
+        load(file, quantize="int8")
+
+
 def test_components_of_every_kind():
     """The denoiser, T5 and language models are chosen; VAE, CLIP, BERT, tokenizers and empty entries are not."""
     index = {

@@ -52,8 +52,8 @@ class LoadOptions:
         check_quantize(self.quantize, self.device)
         if self.quantize and Path(self.model).expanduser().is_file():
             raise ModelUnavailable(
-                f"--quantize {self.quantize} needs a diffusers folder or a hub id, and {self.model!r} is a single file. "
-                "Start without it."
+                f"--quantize {self.quantize} needs a diffusers folder or a hub id, and {self.model!r} is a single "
+                "file. Start without it."
             )
         check_offload(self.offload, self.device, self.quantize)
 

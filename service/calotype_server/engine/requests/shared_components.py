@@ -116,7 +116,8 @@ class _UpcastVae:
 
     def __init__(self, vae: Any) -> None:
         # A copy of an offloaded VAE would include the modules that its hook sends back, such as the denoiser.
-        self._vae = (vae if hasattr(vae, "_hf_hook") else copy.deepcopy(vae)).to(torch.float32)
+        own = vae if hasattr(vae, "_hf_hook") else copy.deepcopy(vae)
+        self.__dict__["_vae"] = own.to(torch.float32)
 
     def decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Decodes in float32."""
@@ -128,6 +129,9 @@ class _UpcastVae:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._vae, name, value)
 
 
 def _upcast(vae: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Decodes an image again in tiles if memory runs out: a smaller image of the same quality would not be asked for."""
+"""Decodes an image in tiles if memory runs out, so that its denoising was not for nothing."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ class TilingVae:
     """
 
     def __init__(self, vae: Any) -> None:
-        self._vae = vae
+        self.__dict__["_vae"] = vae
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the VAE."""
+        return self._vae(*args, **kwargs)
 
     def decode(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Decodes latents, with two last dimensions for rows and columns; in tiles if memory runs out.
@@ -84,6 +88,9 @@ class TilingVae:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vae, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._vae, name, value)
 
 
 def _tile_edge(vae: Any, latents: torch.Tensor) -> int | None:

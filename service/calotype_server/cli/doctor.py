@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from calotype_server.cli.doctor_memory import memory_findings
+from calotype_server.cli.findings import Finding
 from calotype_server.errors import AcceleratorUnavailable, StartupError
 from calotype_server.transport.net.address import check_free
 
@@ -21,20 +22,10 @@ if TYPE_CHECKING:
 
     from calotype_server.settings import Settings
 
-__all__ = ["Finding", "doctor", "examine"]
+__all__ = ["doctor", "examine"]
 
 _PACKAGES = ("calotype", "grpcio", "protobuf", "torch", "diffusers", "transformers", "pillow")
 _EXTRAS = {"images in the terminal": "textual_image", "notebooks": "IPython"}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report; `advice` says how to fix the problem when `ok` is false."""
-
-    ok: bool
-    subject: str
-    result: str
-    advice: str = ""
 
 
 def doctor(settings: Settings) -> None:
@@ -85,7 +76,9 @@ def _model(settings: Settings) -> Iterator[Finding]:
         options = loading.LoadOptions.of(settings, device, download=False)
         yield Finding(True, "device", f"{device}, {str(options.dtype).removeprefix('torch.')}")
         yield _accelerator(settings.accelerate, device)
+        options.check()
         source = loading.locate(settings.model)
+        yield from memory_findings(settings, device, options.dtype)
         try:
             pipeline = loading.load_pipeline(options)
         except StartupError as error:

@@ -196,11 +196,7 @@ def _start_batcher(
 
 def _shared_pipeline(pipeline: Any, batcher: StepBatcher | None) -> Any:
     """Returns a view of the pipeline that is safe to use while requests run."""
-    components = shared_components(pipeline)
-    if batcher is None:
-        # With one generation at a time, the pipeline may apply its hooks for offloading.
-        del components["_all_hooks"]
-    view = request_view(pipeline, pipeline.scheduler, **components)
+    view = request_view(pipeline, pipeline.scheduler, **shared_components(pipeline))
     # Previews call the denoiser as well, to learn shapes.
     return _with_session(view, batcher)
 

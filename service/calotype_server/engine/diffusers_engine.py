@@ -11,8 +11,10 @@ import torch
 from calotype_server import errors
 from calotype_server.engine.generation_run import EngineParts, GenerationRun
 from calotype_server.engine.memory import is_device_failure, is_out_of_memory, release_cached_memory
+from calotype_server.engine.requests.tiled_vae import when_tiled
 from calotype_server.engine.runtime.fallback import FallbackRuntime
 from calotype_server.engine.stepping.step_reports import StepReports
+from calotype_server.types import Notice, Noticed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["DiffusersEngine"]
 
 _log = structlog.get_logger(__name__)
+
+_TILED = Notice(
+    "DECODED_IN_TILES",
+    "Memory ran out, so the image was decoded in overlapping tiles. Its pixels differ slightly from the usual ones.",
+)
 
 
 class DiffusersEngine:
@@ -50,7 +57,8 @@ class DiffusersEngine:
         reports = StepReports(report)
         queue = self._parts.previews.open_queue(job, reports)
         try:
-            return GenerationRun(self._parts, job, reports, stop, queue).run()
+            with when_tiled(lambda: reports(Noticed((_TILED,)))):
+                return GenerationRun(self._parts, job, reports, stop, queue).run()
         except errors.ServiceError:
             raise
         except BaseException as error:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 __all__ = [
@@ -37,10 +38,21 @@ def weights_fingerprint(module: Any) -> str:
     """Returns a hash of a module's weights: of each tensor its name, its shape, and the numbers at both ends."""
     fingerprint = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().flatten()
-        ends = torch.cat([flat[:_SAMPLED_WEIGHTS], flat[-_SAMPLED_WEIGHTS:]]).double().cpu()
-        fingerprint.update(f"{name}{tuple(tensor.shape)}".encode() + ends.numpy().tobytes())
+        for part in _plain_parts(tensor.detach()):
+            flat = part.flatten()
+            ends = torch.cat([flat[:_SAMPLED_WEIGHTS], flat[-_SAMPLED_WEIGHTS:]]).double().cpu()
+            fingerprint.update(f"{name}{tuple(part.shape)}".encode() + ends.numpy().tobytes())
     return fingerprint.hexdigest()
+
+
+def _plain_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yields the tensors that a quantized one consists of, such as integers and scales; a plain tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _plain_parts(getattr(tensor, name))
 
 
 def config_of(module: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["device_of", "machine_facts", "select_device"]
+__all__ = ["device_of", "machine_facts", "on_device", "select_device"]
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -41,9 +42,29 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def device_of(module: Any) -> torch.device:
-    """Returns the device of a module's weights; the CPU if it has none."""
-    parameter = next(iter(module.parameters()), None) if isinstance(module, torch.nn.Module) else None
+    """Returns the device that a module computes on: that of its weights; the CPU if it has none.
+
+    Offloaded weights are on the CPU, and hooks move them to the device for each call; see `loading.offload`.
+    """
+    if not isinstance(module, torch.nn.Module):
+        return torch.device("cpu")
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        group = getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).get("group_offloading")
+        if device is None and group is not None:
+            device = group.config.onload_device
+        if device is not None:
+            return torch.device(device)
+    parameter = next(iter(module.parameters()), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Returns a block in which a device is the current one; the block of a CPU or of Metal does nothing."""
+    if device.type not in ("cuda", "xpu"):
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[Any] = getattr(torch, device.type).device(device)
+    return context
 
 
 def select_device(device: torch.device) -> None:

@@ -61,6 +61,10 @@ def memory_model(
         reserved: Bytes that the process will use for other purposes; ignored if there is a `limit`.
     """
     device = torch.device(model.device)
+    if model.offload == "model":
+        # Weights come and go during a generation, and generations run one after another.
+        _log.info("the memory of a generation is not measured, because weights move")
+        return None
     available = limit
     if available is None:
         free = free_memory(device)

@@ -23,6 +23,7 @@ from calotype_server.types import (
     Failed,
     Heartbeat,
     Notice,
+    Noticed,
     Phase,
     PreviewMethod,
     PreviewOptions,
@@ -96,6 +97,8 @@ def advance(state: State, event: Event) -> State:
             reached = advance(state, Denoising(step, total, skipped, remaining))
             # A preview that arrives after the next step was reported changes only the sequence number.
             return replace(reached, sequence=later.sequence)
+        case Noticed(notices):
+            return replace(later, notices=(*state.notices, *notices))
         case Withdrawn() if not state.withdrawn:
             return replace(later, withdrawn=True)
         case Decoding(early, remaining) if state.phase < Phase.DECODING:

@@ -75,6 +75,17 @@ class Settings(WebSettings):
         description="Number format of the weights: float32, float16 or bfloat16. Default: bfloat16 or float16 on cuda "
         "and xpu, float32 on mps and cpu.",
     )
+    quantize: Literal["int8", "fp8", "nf4"] | None = Field(
+        None,
+        description="Format for the linear layers of the denoiser and of large text encoders: int8, fp8 or nf4. It "
+        "saves memory, and changes images slightly. Needs 'calotype[quantize]'. Default: that of the model's files.",
+    )
+    offload: Literal["model", "group"] | None = Field(
+        None,
+        description="Keep weights in ordinary memory until a GPU needs them: model (one model at a time, and one "
+        "generation at a time) or group (a few layers at a time). Slower; not tried on a GPU yet. Default: they stay "
+        "on the device.",
+    )
     accelerate: Literal["auto", "none", "graphs", "compile", "openvino"] = Field(
         "auto",
         description="How to compute the denoiser: none (plain calls), graphs (CUDA graphs), compile (torch.compile), "
@@ -262,6 +273,12 @@ class Settings(WebSettings):
     @classmethod
     def _split_text_encoders(cls, value: object) -> object:
         return split_list(value)
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        if self.offload is not None and self.accelerate not in ("auto", "none"):
+            raise ValueError(f"offload cannot be combined with accelerate {self.accelerate}")
+        return self
 
     @model_validator(mode="after")
     def _check_preview_defaults(self) -> Self:

@@ -19,6 +19,7 @@ __all__ = [
     "Failed",
     "Heartbeat",
     "Notice",
+    "Noticed",
     "Phase",
     "PreviewReady",
     "Queued",
@@ -111,6 +112,13 @@ class PreviewReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Noticed:
+    """Warnings for the caller that were not known when the prompt was encoded."""
+
+    notices: tuple[Notice, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Withdrawn:
     """The safety checker rejected the image. Clients must remove the previews that they show."""
 
@@ -163,5 +171,7 @@ class Heartbeat:
     seconds: float
 
 
-Event = Queued | EncodingPrompt | Denoising | PreviewReady | Withdrawn | Decoding | Heartbeat | Succeeded | Failed
+Event = (
+    Queued | EncodingPrompt | Denoising | PreviewReady | Noticed | Withdrawn | Decoding | Heartbeat | Succeeded | Failed
+)
 """Everything that can happen to a generation. `Succeeded` and `Failed` end it."""

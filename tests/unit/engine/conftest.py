@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 import structlog
 import torch
+import transformers
 
 from calotype_server.engine.preview import pipeline_previews
 from calotype_server.engine.preview.calibrate import calibrate
@@ -56,6 +57,23 @@ def sd15_folder(tmp_path_factory):
     """A diffusers folder as `--model` takes it, with the tiny SD1.5 in it; tests copy it before they change it."""
     folder = tmp_path_factory.mktemp("models") / "tiny-sd15"
     tiny.build("sd15").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory):
+    """The folder of a tiny FLUX with CLIP and T5."""
+    pipeline = tiny.build("flux")
+    config = transformers.T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    clip = tiny.shared("sd15")
+    pipeline.register_modules(
+        text_encoder=clip.text_encoder,
+        text_encoder_2=transformers.T5EncoderModel(config),
+        tokenizer=clip.tokenizer,
+        tokenizer_2=clip.tokenizer,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-flux"
+    pipeline.save_pretrained(folder)
     return folder
 
 

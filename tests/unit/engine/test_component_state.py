@@ -13,7 +13,7 @@ import torch
 
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.loading import load_pipeline
+from calotype_server.engine.loading import LoadOptions, load_pipeline
 from calotype_server.types import PreviewMethod, PreviewOptions, PreviewReady
 from support.engine import tiny
 from support.engine.tiny_hunyuan import save_hunyuan_image
@@ -58,7 +58,7 @@ def differences(alone: Sequence[Pixels], together: Sequence[Pixels]) -> list[int
 def test_guiders_belong_to_a_request(tmp_path: Path, open_engine: Callable[..., DiffusersEngine]) -> None:
     """HunyuanImage's guiders keep a momentum: requests that run together still get the images that they get alone."""
     folder = save_hunyuan_image(tmp_path / "hunyuan")
-    pipeline = load_pipeline(str(folder), revision=None, variant=None, device=torch.device("cpu"), dtype=torch.float32)
+    pipeline = load_pipeline(LoadOptions(str(folder), torch.device("cpu")))
     # Smaller images and prompts than the model's, to save time. The template of prompts has 186 tokens here.
     pipeline.default_sample_size, pipeline.tokenizer_max_length = 8, 200
     engine = open_engine(pipeline)

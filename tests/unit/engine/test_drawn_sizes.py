@@ -11,7 +11,7 @@ from calotype_server.api.sizes import narrowed
 from calotype_server.api.validation import validate
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
-from calotype_server.engine.loading import load_pipeline
+from calotype_server.engine.loading import LoadOptions, load_pipeline
 from calotype_server.errors import InvalidRequest
 from calotype_server.limits import DEFAULT_LIMITS
 from calotype_server.types import Decoding, PreviewMethod, PreviewReady
@@ -46,7 +46,7 @@ def test_a_folder_of_a_model_with_bins(tmp_path):
     transformer = diffusers.PixArtTransformer2DModel.from_config(config)
     diffusers.PixArtSigmaPipeline(**{**parts, "transformer": transformer}).save_pretrained(tmp_path / "model")
     folder, device = str(tmp_path / "model"), torch.device("cpu")
-    loaded = load_pipeline(folder, revision=None, variant=None, device=device, dtype=torch.float32)
+    loaded = load_pipeline(LoadOptions(folder, device))
     pipeline = tiny_sized.with_embeddings(loaded, "pixart_sigma")
     defaults = Defaults(step_count=2)
     engine = build_engine("tiny", pipeline, defaults=defaults, cache_dir=tmp_path, threads=1)

@@ -19,6 +19,8 @@ from calotype_server.types import (
     EncodedImage,
     EncodingPrompt,
     Failed,
+    Notice,
+    Noticed,
     Phase,
     PreviewMethod,
     PreviewReady,
@@ -80,6 +82,17 @@ def test_state_only_moves_forward(events: list) -> None:
         if state.end is not None:
             assert later is state
         state = later
+
+
+def test_later_warnings_are_added() -> None:
+    """A warning during the generation follows those of the prompt, in any phase, and changes nothing else."""
+    first, second = Notice("PROMPT_TRUNCATED", "long"), Notice("DECODED_IN_TILES", "tiles")
+    state = advance(State(), EncodingPrompt((first,)))
+    for event in (Denoising(0, 4), Decoding()):
+        state = advance(state, event)
+        warned = advance(state, Noticed((second,)))
+        assert warned.notices == (first, second)
+        assert (warned.phase, warned.step, warned.sequence) == (state.phase, state.step, state.sequence + 1)
 
 
 @given(st.lists(st.one_of(progress_events, st.just("read")), max_size=30), ends)

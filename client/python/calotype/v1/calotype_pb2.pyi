@@ -761,7 +761,9 @@ class Warning(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """Machine-readable, in UPPER_SNAKE_CASE: PROMPT_TRUNCATED, PROMPT_WEIGHTS_IGNORED, LORA_TAG_IGNORED or SIZE_SCALED."""
+    """Machine-readable, in UPPER_SNAKE_CASE: PROMPT_TRUNCATED, PROMPT_WEIGHTS_IGNORED, LORA_TAG_IGNORED, SIZE_SCALED
+    or DECODED_IN_TILES.
+    """
     message: _builtins.str
     """One sentence for people."""
     def __init__(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from calotype_server.engine.capabilities.components import denoiser_name, tokenizers
 from calotype_server.engine.capabilities.schedulers import compatible_schedulers, max_step_counts
 from calotype_server.engine.capabilities.sizes import size_multiple, supported_sizes
+from calotype_server.engine.capabilities.weights import offload_of, quantization_of
+from calotype_server.engine.machine import device_of
 from calotype_server.types import ModelInfo, OtherSizes
 
 if TYPE_CHECKING:
@@ -48,11 +50,13 @@ def describe(name: str, pipeline: Any, defaults: Defaults, other_sizes: OtherSiz
         schedulers=schedulers,
         max_step_counts=max_step_counts(pipeline, schedulers),
         max_prompt_tokens=max((limit for _, limit in tokenizers(pipeline)), default=0),
-        device=str(denoiser.device),
+        device=str(device_of(denoiser)),
         dtype=str(denoiser.dtype).removeprefix("torch."),
         sizes=sizes.sizes,
         min_pixels=sizes.min_pixels,
         max_pixels=sizes.max_pixels,
         max_aspect_ratio=sizes.max_aspect_ratio,
         scales_other_sizes=other_sizes is OtherSizes.SCALE,
+        quantization=quantization_of(pipeline),
+        offload=offload_of(pipeline, denoiser),
     )

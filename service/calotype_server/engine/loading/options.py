@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from calotype_server.engine.loading.devices import pick_dtype
+from calotype_server.engine.loading.offload import check_offload
+from calotype_server.engine.loading.quantize import check_quantize
+from calotype_server.errors import ModelUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +37,8 @@ class LoadOptions:
         text_encoders: The same for text encoders, by the name of the component.
         safety_checker: Whether to load the safety checker of a model that has one.
         download: Whether a hub id may be downloaded; otherwise it must be in the local cache.
+        quantize: Format for weights of linear layers: "int8", "fp8", "nf4", or empty for none.
+        offload: "model" or "group" to keep weights in ordinary memory until the device needs them, or empty.
     """
 
     model: str
@@ -46,6 +51,22 @@ class LoadOptions:
     text_encoders: Mapping[str, str] = field(default_factory=dict)
     safety_checker: bool = True
     download: bool = True
+    quantize: str = ""
+    offload: str = ""
+
+    def check(self) -> None:
+        """Checks that the device and the installed packages can do what the options say, before anything is read.
+
+        Raises:
+            ModelUnavailable: They cannot. The message names the remedy.
+        """
+        check_quantize(self.quantize, self.device)
+        if self.quantize and Path(self.model).expanduser().is_file():
+            raise ModelUnavailable(
+                f"--quantize {self.quantize} needs a diffusers folder or a hub id, and {self.model!r} is a single "
+                "file. Start without it."
+            )
+        check_offload(self.offload, self.device, self.quantize)
 
     @classmethod
     def of(cls, settings: Settings, device: torch.device, *, download: bool = True) -> Self:
@@ -67,6 +88,8 @@ class LoadOptions:
             text_encoders=settings.text_encoders,
             safety_checker=settings.safety_checker,
             download=download,
+            quantize=settings.quantize or "",
+            offload=settings.offload or "",
         )
 
     def pretrained_arguments(self, source: Path | str) -> dict[str, Any]:

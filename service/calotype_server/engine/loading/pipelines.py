@@ -15,10 +15,13 @@ from calotype_server.engine.loading.checks.damage import damage, files_of
 from calotype_server.engine.loading.checks.supported import check_class, check_pipeline
 from calotype_server.engine.loading.explain import explain
 from calotype_server.engine.loading.index import PipelineIndex
+from calotype_server.engine.loading.offload import place
 from calotype_server.engine.loading.overrides import replaced_components
+from calotype_server.engine.loading.quantize import quantization_config
 from calotype_server.engine.loading.quiet import quiet
 from calotype_server.engine.loading.single_file import load_single_file
 from calotype_server.engine.loading.sources import locate
+from calotype_server.engine.machine import on_device
 from calotype_server.engine.memory import is_out_of_memory
 from calotype_server.errors import ModelUnavailable
 
@@ -34,17 +37,20 @@ def load_pipeline(options: LoadOptions) -> Any:
     """Loads a text-to-image pipeline from safetensors or GGUF only; it never runs code that comes with the weights.
 
     Raises:
-        ModelUnavailable: The model is missing, unreachable, incomplete, or not text-to-image.
+        ModelUnavailable: The model is missing, unreachable, incomplete, or not text-to-image, or its weights cannot be
+            quantized or offloaded here.
     """
+    options.check()
     model = options.model
     source = locate(model)
     try:
-        with quiet():
+        # bitsandbytes quantizes on the current device.
+        with quiet(), on_device(options.device):
             if isinstance(source, Path) and source.is_file():
                 pipeline = load_single_file(source, options)
             else:
                 pipeline = _load_whole(source, options)
-            pipeline.to(options.device)
+            place(pipeline, options.offload, options.device)
     except ModelUnavailable:
         raise
     except Exception as error:
@@ -64,7 +70,12 @@ def _load_whole(source: Path | str, options: LoadOptions) -> Any:
     replaced = replaced_components(index, options)
     if not options.safety_checker and "safety_checker" in inspect.signature(kind.__init__).parameters:
         replaced |= {"safety_checker": None, "requires_safety_checker": False}
-    return diffusers.DiffusionPipeline.from_pretrained(source, **options.pretrained_arguments(source), **replaced)
+    arguments = options.pretrained_arguments(source)
+    hub = {name: arguments[name] for name in ("revision", "local_files_only")}
+    quantization = quantization_config(options.quantize, options.dtype, source, **hub)
+    return diffusers.DiffusionPipeline.from_pretrained(
+        source, **arguments, quantization_config=quantization, **replaced
+    )
 
 
 def _problem(source: Path | str, options: LoadOptions) -> str | None:

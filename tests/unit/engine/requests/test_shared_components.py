@@ -146,3 +146,25 @@ def test_an_overflowing_vae_is_converted_once():
         decoded = vae.decode(latents, return_dict=False)[0]
         expected = pipeline.vae.to(torch.float32).decode(latents.float(), return_dict=False)[0]
     assert torch.equal(decoded, expected)
+
+
+def test_an_overflowing_vae_decodes_in_tiles_too(monkeypatch):
+    """If memory runs out, the converted copy uses smaller tiles: its settings are those that change."""
+    pipeline = tiny.build("sdxl")
+    pipeline.vae.register_to_config(force_upcast=True)
+    pipeline.vae.to(torch.float16)
+    vae = shared_components(pipeline)["vae"]
+    vae.tile_latent_min_size, vae.tile_sample_min_size = 16, 128
+    decode, tried = vae.decoder.forward, []
+
+    def limited(sample, *args, **kwargs):
+        tried.append(sample.shape[-1])
+        if sample.shape[-1] > 8:
+            raise torch.OutOfMemoryError
+        return decode(sample, *args, **kwargs)
+
+    monkeypatch.setattr(vae.decoder, "forward", limited)
+    with torch.no_grad():
+        assert vae.decode(torch.zeros(1, 4, 16, 16).half(), return_dict=False)[0].shape[-1] == 128
+    assert (tried[0], max(tried[1:])) == (16, 8)
+    assert vae.tile_latent_min_size == 16

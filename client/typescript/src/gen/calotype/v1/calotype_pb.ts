@@ -502,7 +502,8 @@ export const ProgressSchema: GenMessage<Progress> = /*@__PURE__*/
  */
 export type Warning = Message<"calotype.v1.Warning"> & {
   /**
-   * Machine-readable, in UPPER_SNAKE_CASE: PROMPT_TRUNCATED, PROMPT_WEIGHTS_IGNORED, LORA_TAG_IGNORED or SIZE_SCALED.
+   * Machine-readable, in UPPER_SNAKE_CASE: PROMPT_TRUNCATED, PROMPT_WEIGHTS_IGNORED, LORA_TAG_IGNORED, SIZE_SCALED
+   * or DECODED_IN_TILES.
    *
    * @generated from field: string reason = 1;
    */

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 __all__ = ["Finding", "doctor", "examine"]
 
 _PACKAGES = ("calotype", "grpcio", "protobuf", "torch", "diffusers", "transformers", "pillow")
-_EXTRAS = {"images in the terminal": "textual_image", "notebooks": "IPython"}
+_EXTRAS = {
+    "images in the terminal": "textual_image",
+    "notebooks": "IPython",
+    "the scheduler LMS and BETA sigmas (pip install scipy)": "scipy",
+    "the scheduler DPM++ SDE (pip install torchsde)": "torchsde",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,7 +210,7 @@ def _fast_schedulers(pipeline: Any, model: ModelInfo) -> tuple[str, ...]:
         # Such a module keeps state between calls, or code outside the pipeline's call relies on each call.
         _log.warning("the step cache is not offered", reason=reason)
         return ()
-    return fast_schedulers(pipeline, model.schedulers)
+    return fast_schedulers(pipeline, model.scheduler_details)
 
 
 def _planned(model: ModelInfo, denoiser: PreparedDenoiser, schedule: Schedule, previews: PipelinePreviews) -> ModelInfo:

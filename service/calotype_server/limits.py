@@ -17,6 +17,7 @@ __all__ = [
     "PREVIEW_EDGE_MIN",
     "PREVIEW_EVERY_STEPS_MAX",
     "PREVIEW_INTERVAL_MAX",
+    "RANDOM_SEED",
     "REQUEST_ID_CHARS_MAX",
     "SEED_MAX",
     "SIDE_PORT_LIMITS",
@@ -27,6 +28,9 @@ __all__ = [
 
 SEED_MAX = 2**53 - 1
 """The largest range of integers that JavaScript represents exactly."""
+
+RANDOM_SEED = -1
+"""The seed that means a random one, as in most programs for diffusion models."""
 
 GUIDANCE_SCALE_MAX = 100.0
 

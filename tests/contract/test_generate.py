@@ -105,7 +105,7 @@ async def test_the_first_message_arrives_before_the_first_step(service: Service,
 async def test_all_invalid_fields_are_reported_together(service: Service) -> None:
     """INVALID_ARGUMENT carries a BadRequest that names each field, and an ErrorInfo."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await service.stub.Generate(pb.GenerateRequest(width_px=7, seed=-1)).read()
+        await service.stub.Generate(pb.GenerateRequest(width_px=7, seed=-2)).read()
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     found = details(caught.value)
     assert [v.field for v in found["BadRequest"].field_violations] == ["prompt", "width_px", "seed"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.enums import DISCONNECT_POLICIES, IMAGE_FORMATS, PREVIEW_METHODS, PRIORITIES, SPEEDS
 from calotype_server.api.prompt_syntax import prompt_syntax
+from calotype_server.api.schedulers import chosen_options, chosen_scheduler
 from calotype_server.api.sizes import choose_size
 from calotype_server.errors import InvalidRequest, PreviewMethodUnavailable, Violation
 from calotype_server.limits import (
@@ -21,6 +22,7 @@ from calotype_server.limits import (
     PREVIEW_EDGE_MIN,
     PREVIEW_EVERY_STEPS_MAX,
     PREVIEW_INTERVAL_MAX,
+    RANDOM_SEED,
     REQUEST_ID_CHARS_MAX,
     SEED_MAX,
     WEBP_QUALITY_MAX,
@@ -77,22 +79,25 @@ def validate(
     violations, reject = _collector(earlier)
     _check_prompts(request, model, limits, reject)
     (width, height), scaled = choose_size(request, model, limits, reject)
-    scheduler = request.scheduler if request.HasField("scheduler") else model.scheduler
-    steps = _step_count(request, model, model.max_steps(scheduler, limits.max_step_count), reject)
+    about_scheduler: list[tuple[str, str]] = []
+    scheduler = chosen_scheduler(request, model, lambda *each: about_scheduler.append(each))
+    steps = _step_count(request, model, model.max_steps(scheduler.scheduler, limits.max_step_count), reject)
     guidance = _guidance_scale(request, model, reject)
-    seed = request.seed if request.HasField("seed") else secrets.randbelow(2**_SEED_BITS)
+    draws_seed = not request.HasField("seed") or request.seed == RANDOM_SEED
+    seed = secrets.randbelow(2**_SEED_BITS) if draws_seed else request.seed
     if not 0 <= seed <= SEED_MAX:
-        reject("seed", f"is {seed}, must be 0 to {SEED_MAX}")
-    if scheduler not in model.schedulers:
-        reject("scheduler", f"{scheduler[:80]!r} is unknown, must be one of {', '.join(model.schedulers)}")
+        reject("seed", f"is {seed}, must be 0 to {SEED_MAX}, or {RANDOM_SEED} for a random one")
+    for each in about_scheduler:
+        reject(*each)
     preview = _preview(request.preview, limits, limits.preview, reject)
     output = replace(_output(request.output, max(scaled or (width, height)), reject), size=scaled)
     priority = PRIORITIES.from_proto(request.priority)
     if priority is None:
         reject("priority", f"has the unknown value {request.priority}")
     delivery = _delivery(request, reject)
-    speed = _speed(request, model, scheduler, steps, reject)
+    speed = _speed(request, model, scheduler.scheduler, steps, reject)
     syntax = prompt_syntax(request, model, reject)
+    sigmas, spacing = chosen_options(request, model, scheduler, reject)
     if violations or priority is None:
         raise InvalidRequest(violations)
     _check_method(preview.method, model, limits)
@@ -105,14 +110,16 @@ def validate(
         steps,
         guidance,
         seed,
-        scheduler,
+        scheduler.scheduler,
         preview,
         output,
         priority,
         speed,
         prompt_syntax=syntax,
+        sigmas=sigmas,
+        spacing=spacing,
     )
-    return job, replace(delivery, seed_was_drawn=not request.HasField("seed"))
+    return job, replace(delivery, seed_was_drawn=draws_seed)
 
 
 def validate_id(generation_id: str) -> None:
@@ -223,7 +230,7 @@ def _speed(request: pb.GenerateRequest, model: ModelInfo, scheduler: str, steps:
     elif speed is Speed.FAST:
         if not model.fast_schedulers:
             reject("speed", "is FAST, which this server does not offer")
-        elif scheduler in model.schedulers and scheduler not in model.fast_schedulers:
+        elif model.scheduler_info(scheduler) is not None and scheduler not in model.fast_schedulers:
             reject("speed", f"is FAST, which needs one of the schedulers {', '.join(model.fast_schedulers)}")
         elif steps < FAST_MIN_STEPS:
             reject("speed", f"is FAST, which needs at least {FAST_MIN_STEPS} steps")

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 __all__ = ["doctor", "examine"]
 
 _PACKAGES = ("calotype", "grpcio", "protobuf", "torch", "diffusers", "transformers", "pillow")
-_EXTRAS = {"images in the terminal": "textual_image", "notebooks": "IPython"}
+_EXTRAS = {
+    "images in the terminal": "textual_image",
+    "notebooks": "IPython",
+    "the scheduler LMS and BETA sigmas (pip install scipy)": "scipy",
+    "the scheduler DPM++ SDE (pip install torchsde)": "torchsde",
+}
 
 
 def doctor(settings: Settings) -> None:

@@ -231,7 +231,7 @@ def _fast_schedulers(pipeline: Any, model: ModelInfo, plan: Plan) -> tuple[str, 
         reason = unbatchable(getattr(pipeline, denoiser_name(pipeline))) or plan.reason
         _log.warning("the step cache is not offered", reason=reason)
         return ()
-    return fast_schedulers(pipeline, model.schedulers)
+    return fast_schedulers(pipeline, model.scheduler_details)
 
 
 def _planned(model: ModelInfo, denoiser: PreparedDenoiser, schedule: Schedule, previews: PipelinePreviews) -> ModelInfo:

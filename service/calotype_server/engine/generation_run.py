@@ -14,6 +14,7 @@ from calotype_server.engine.requests.arguments import call_arguments, prompt_not
 from calotype_server.engine.requests.processors import restored_processors
 from calotype_server.engine.requests.view import request_view
 from calotype_server.engine.schedulers.make import make_scheduler
+from calotype_server.engine.schedulers.noise import draw_noise_from
 from calotype_server.engine.step_cache.cache import StepCache
 from calotype_server.engine.step_cache.direct import cached_proxy
 from calotype_server.engine.stepping.host_timesteps import keep_timesteps_on_host
@@ -105,7 +106,10 @@ class GenerationRun:
             NumericalFailure: The latents or the image hold NaN or infinity.
             ContentWithheld: The safety checker rejected the image.
         """
-        scheduler = make_scheduler(self._parts.pipeline, self._job.scheduler)
+        job = self._job
+        arguments = call_arguments(self._parts.pipeline, job)
+        scheduler = make_scheduler(self._parts.pipeline, job.scheduler, job.sigmas, job.spacing)
+        draw_noise_from(scheduler, arguments["generator"], job.seed)
         tap = StepTap(
             scheduler,
             on_start=self._on_start,
@@ -123,7 +127,7 @@ class GenerationRun:
                 raise Stopped
             self._report(EncodingPrompt(prompt_notices(self._parts.pipeline, self._job)))
             with self._session or restored_processors(getattr(self._parts.pipeline, self._parts.denoiser)):
-                output = view(**call_arguments(self._parts.pipeline, self._job))
+                output = view(**arguments)
             return self._complete(tap.last, output)
         except Stopped:
             return self._finish_early(tap.last)

@@ -52,10 +52,15 @@ def _violations(job: Job, model: ModelInfo, limits: Limits) -> list[errors.Viola
         found.append(("width_px", f"times height_px is {pixels} pixels, the maximum is {maximum}"))
     elif not found and not model.supports_size(job.width, job.height):
         found.append(("width_px", f"{job.width}x{job.height} is not a size that the model supports"))
-    if job.scheduler not in model.schedulers:
+    info = model.scheduler_info(job.scheduler)
+    if info is None:
         found.append(("scheduler", f"{job.scheduler!r} is unknown, must be one of {', '.join(model.schedulers)}"))
     elif job.step_count > (maximum := model.max_steps(job.scheduler, limits.max_step_count)):
         found.append(("step_count", f"is {job.step_count}, must be 1 to {maximum}"))
+    elif job.sigmas is not None and job.sigmas not in info.sigmas:
+        found.append(("sigmas", f"is {job.sigmas.name}, which {job.scheduler} does not support"))
+    elif job.spacing is not None and job.spacing not in info.spacings:
+        found.append(("spacing", f"is {job.spacing.name}, which {job.scheduler} does not support"))
     elif job.speed is Speed.FAST and job.scheduler not in model.fast_schedulers:
         found.append(("speed", f"is FAST, which {job.scheduler} does not offer"))
     return [errors.Violation(field, f"{text}, since the server restarted") for field, text in found]

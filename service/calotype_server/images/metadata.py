@@ -31,6 +31,8 @@ def describe(job: Job, model: ModelInfo, finished_at: int | None = None) -> str:
         "Prompt syntax": "weighted" if job.prompt_syntax is PromptSyntax.WEIGHTED else None,
         "Speed": "fast" if job.speed is Speed.FAST else None,
         "Sampler": job.scheduler,
+        "Schedule type": None if job.sigmas is None else job.sigmas.name.capitalize(),
+        "Timestep spacing": None if job.spacing is None else job.spacing.name.lower(),
         "CFG scale": None if job.guidance_scale is None else f"{job.guidance_scale:g}",
         "Seed": job.seed,
         "Size": f"{job.width}x{job.height}",

@@ -58,7 +58,7 @@ class Job:
         step_count: Denoising steps, at least 1.
         guidance_scale: Classifier-free guidance, 0 to 100, or None when the model does not support it.
         seed: Seed of the initial noise, 0 to 2**53 - 1.
-        scheduler: Class name of the scheduler, one of `ModelInfo.schedulers`.
+        scheduler: One of `ModelInfo.schedulers`, or an alias of `ModelInfo.scheduler_details` in its main spelling.
         preview: Options of the previews.
         output: Options of the final image.
         priority: Rank in the queue.

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from calotype_server.types.prompts import PromptSyntax
+from calotype_server.types.schedulers import SchedulerInfo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from calotype_server.types.previews import PreviewMethod
-    from calotype_server.types.schedulers import SchedulerInfo
 
 __all__ = [
     "MemoryModel",
@@ -67,7 +67,7 @@ class ModelInfo:
         scheduler: Class name of the default scheduler.
         schedulers: Class names that requests may choose, sorted; they include the default.
         max_step_counts: Maximum number of steps, for each scheduler that has one.
-        fast_schedulers: Schedulers that `Speed.FAST` works with, sorted; empty when it is not offered.
+        fast_schedulers: Schedulers and aliases that `Speed.FAST` works with, sorted; empty when it is not offered.
         max_prompt_tokens: Tokens that the text encoder reads, including special ones; 0 when unknown.
         device: Torch device, such as "cpu" or "cuda:0".
         dtype: Number format of the weights, such as "float32".
@@ -126,9 +126,17 @@ class ModelInfo:
     quantization: str = ""
     offload: str = ""
 
+    def scheduler_info(self, scheduler: str) -> SchedulerInfo | None:
+        """Returns the details of a scheduler, given its class name or one of its aliases; None if it is unknown."""
+        for info in self.scheduler_details:
+            if scheduler == info.name or scheduler in info.aliases:
+                return info
+        return SchedulerInfo(scheduler) if scheduler in self.schedulers else None
+
     def max_steps(self, scheduler: str, ceiling: int) -> int:
-        """Returns the maximum number of steps with this scheduler, at most `ceiling`."""
-        return min(ceiling, self.max_step_counts.get(scheduler, ceiling))
+        """Returns the maximum number of steps with this scheduler or alias, at most `ceiling`."""
+        info = self.scheduler_info(scheduler)
+        return ceiling if info is None else min(ceiling, self.max_step_counts.get(info.name, ceiling))
 
     def supports_size(self, width: int, height: int) -> bool:
         """Returns whether the model draws this size well, in pixels. Limits of the operator are not considered."""

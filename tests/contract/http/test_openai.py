@@ -14,7 +14,7 @@ from openai.types import image_generate_params
 from calotype_server import errors
 from calotype_server.api import service as api
 from calotype_server.transport.http.openai_models import ImagesRequest
-from calotype_server.types import Speed
+from calotype_server.types import SchedulerInfo, Sigmas, Speed, TimestepSpacing
 from support.engine.fake_engine import FakeEngine
 from support.keyring import Keyring
 from support.lab import until
@@ -99,6 +99,36 @@ async def test_several_images_have_consecutive_seeds(sdk: openai.AsyncOpenAI, en
     assert len({image.b64_json for image in answer.data}) == 3
 
 
+async def test_a_seed_of_minus_one_is_random(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    """With the seed -1, each image gets its own random seed, as without a seed; lower numbers are rejected."""
+    answer = await sdk.images.generate(prompt="a red apple", n=2, extra_body={"seed": -1})
+    seeds = {image.seed for image in answer.data}  # type: ignore[attr-defined]
+    assert len(seeds) == 2
+    assert min(seeds) >= 0
+    with pytest.raises(openai.BadRequestError) as caught:
+        await sdk.images.generate(prompt="a red apple", n=2, extra_body={"seed": -2})
+    assert caught.value.param == "seed"
+    assert len(engine.jobs) == 2
+
+
+async def test_schedulers_have_familiar_names_and_options(engine: FakeEngine) -> None:
+    """`scheduler` accepts an alias, and `sigmas` and `spacing` reach the engine or are violations."""
+    details = SchedulerInfo("DDIMScheduler", ("Euler",), (Sigmas.KARRAS,), (TimestepSpacing.TRAILING,))
+    engine.model = replace(engine.model, scheduler_details=(details,))
+    async with (
+        running(engine, transport="sse") as service,
+        openai.AsyncOpenAI(base_url=f"http://{service.address}/v1", api_key="any", max_retries=0) as sdk,
+    ):
+        for options in ({"scheduler": "euler", "sigmas": "karras"}, {"spacing": "trailing"}):
+            await sdk.images.generate(prompt="a red apple", extra_body=options)
+        with pytest.raises(openai.BadRequestError) as caught:
+            await sdk.images.generate(prompt="a red apple", extra_body={"sigmas": "beta", "spacing": "odd"})
+    error: Any = caught.value
+    assert {each["field"] for each in error.body["violations"]} == {"sigmas", "spacing"}
+    chosen = [(job.scheduler, job.sigmas, job.spacing) for job in engine.jobs]
+    assert chosen == [("Euler", Sigmas.KARRAS, None), ("DDIMScheduler", None, TimestepSpacing.TRAILING)]
+
+
 @pytest.mark.proves("openai", "streams")
 @pytest.mark.parametrize("count", [0, 1, 3])
 async def test_a_stream_shows_partial_images(sdk: openai.AsyncOpenAI, engine: FakeEngine, count: int) -> None:
@@ -170,7 +200,7 @@ async def test_all_violations_are_reported_together(sdk: openai.AsyncOpenAI) -> 
             output_compression=50,
             response_format="svg",  # type: ignore[call-overload]
             partial_images=2,
-            extra_body={"seed": -1, "strength": 0.3},
+            extra_body={"seed": -2, "strength": 0.3},
         )
     error: Any = caught.value
     assert (error.type, error.code, error.param) == ("invalid_request_error", "INVALID_REQUEST", "n")

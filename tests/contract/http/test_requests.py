@@ -54,7 +54,7 @@ async def test_parsing_and_validation_errors_are_reported_together(client: httpx
         "prompt": 5,
         "width_px": 63,
         "step_count": "many",
-        "seed": "-1",
+        "seed": "-2",
         "preview": {"quality": 1000, "every_steps": [], "odd": 1},
         "on_disconnect": "KEEP",
         "disconnect_grace": "ten seconds",

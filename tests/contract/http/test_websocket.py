@@ -145,7 +145,7 @@ async def test_closing_applies_each_disconnect_policy(service: Service, engine: 
         ('{"type": "cancel", "id": "x", "request": {}}', ["generation_id"]),
         ('{"type": "cancel", "id": "x", "request": {"generation": "y"}}', ["generation"]),
         (
-            '{"type": "generate", "request": {"width_px": "x", "seed": -1, "odd": 1}}',
+            '{"type": "generate", "request": {"width_px": "x", "seed": -2, "odd": 1}}',
             ["width_px", "odd", "prompt", "seed"],
         ),
         ('{"type": "watch", "request": {"after_sequence": -1}}', ["generation_id", "after_sequence"]),

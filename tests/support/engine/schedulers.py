@@ -22,8 +22,8 @@ _known: dict[tuple[Any, ...], Any] = {}
 def schedulers_examined_once() -> Iterator[None]:
     """Remembers during the block which schedulers suit a config, which takes each `describe` a second otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        for function in (model_info.compatible_schedulers, model_info.max_step_counts):
-            patch.setattr(model_info, function.__name__, _remembering(function))
+        for name in ("compatible_schedulers", "max_step_counts"):
+            patch.setattr(model_info, name, _remembering(getattr(model_info, name)))
         yield
 
 

@@ -77,7 +77,7 @@ def test_every_violation_is_named_at_once() -> None:
         ({"guidance_scale": float("inf")}, "guidance_scale"),
         ({"guidance_scale": -0.1}, "guidance_scale"),
         ({"guidance_scale": 100.1}, "guidance_scale"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -2}, "seed"),
         ({"scheduler": ""}, "scheduler"),
     ],
 )

@@ -10,7 +10,7 @@ from calotype_server import errors
 from calotype_server.generations.index import StoredGeneration
 from calotype_server.generations.records import dump_record, parse_record
 from calotype_server.generations.restored import reason_not_to_run
-from calotype_server.types import Speed
+from calotype_server.types import SchedulerInfo, Sigmas, Speed, TimestepSpacing
 from support.engine.fake_engine import MODEL
 from support.service import LIMITS
 from support.state.fixture import fixture_records
@@ -56,3 +56,24 @@ def test_a_size_must_still_be_supported(
     else:
         assert isinstance(error, errors.InvalidRequest)
         assert [each.description for each in error.violations] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"scheduler": "Euler"}, None),
+        ({"scheduler": "Euler", "sigmas": Sigmas.KARRAS}, None),
+        ({"scheduler": "DPM++ 2M"}, "scheduler"),
+        ({"scheduler": "Euler", "sigmas": Sigmas.BETA}, "sigmas"),
+        ({"scheduler": "Euler", "spacing": TimestepSpacing.LINSPACE}, "spacing"),
+    ],
+)
+def test_a_stored_choice_needs_a_server_that_offers_it(options: dict, field: str | None) -> None:
+    """A stored alias, noise levels and spacing run again only if the scheduler still supports them."""
+    record = replace(fixture_records()[0], end=None)
+    job = replace(record.job, width=64, height=64, step_count=4, **options)
+    info = SchedulerInfo("EulerDiscreteScheduler", ("Euler",), (Sigmas.KARRAS,), (TimestepSpacing.TRAILING,))
+    model = replace(MODEL, schedulers=(info.name,), scheduler_details=(info,))
+    error = reason_not_to_run(StoredGeneration(replace(record, job=job), None, replaced=False), model, LIMITS)
+    found = [violation.field for violation in error.violations] if isinstance(error, errors.InvalidRequest) else []
+    assert found == ([] if field is None else [field])

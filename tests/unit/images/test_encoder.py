@@ -16,7 +16,16 @@ from calotype_server import __version__
 from calotype_server.failpoints import injected
 from calotype_server.images.encoder import Encoder, encode_final, encode_preview
 from calotype_server.images.metadata import describe
-from calotype_server.types import ImageFormat, Job, OutputOptions, Pixels, PreviewOptions, Speed
+from calotype_server.types import (
+    ImageFormat,
+    Job,
+    OutputOptions,
+    Pixels,
+    PreviewOptions,
+    Sigmas,
+    Speed,
+    TimestepSpacing,
+)
 from support.engine.fake_engine import MODEL, flat_pixels
 
 FORMATS: tuple[ImageFormat, ...] = ("jpeg", "png", "webp")
@@ -189,6 +198,13 @@ class TestDescribe:
             "Steps: 20, Sampler: DDIMScheduler, CFG scale: 7.5, Seed: 123, Size: 64x48, Model: fake, "
             f"Version: Calotype {__version__}",
         ]
+
+    def test_the_noise_levels_are_included_if_they_were_chosen(self) -> None:
+        """The text has the scheduler's familiar name, and chosen sigmas under the name that other programs read."""
+        text = describe(replace(JOB, scheduler="DPM++ 2M", sigmas=Sigmas.KARRAS), MODEL)
+        assert "Sampler: DPM++ 2M, Schedule type: Karras, CFG" in text
+        text = describe(replace(JOB, spacing=TimestepSpacing.TRAILING), MODEL)
+        assert "Sampler: DDIMScheduler, Timestep spacing: trailing, CFG" in text
 
     def test_absent_parameters_are_left_out(self) -> None:
         """The text has no empty negative prompt, and no guidance if the model does not support it."""

@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from calotype_server.engine.capabilities.components import denoiser_name, tokenizers
-from calotype_server.engine.capabilities.schedulers import compatible_schedulers, max_step_counts
+from calotype_server.engine.capabilities.schedulers import compatible_schedulers, max_step_counts, scheduler_details
 from calotype_server.engine.capabilities.sizes import size_multiple, supported_sizes
 from calotype_server.engine.capabilities.weights import offload_of, quantization_of
 from calotype_server.engine.machine import device_of
@@ -49,6 +49,7 @@ def describe(name: str, pipeline: Any, defaults: Defaults, other_sizes: OtherSiz
         scheduler=type(pipeline.scheduler).__name__,
         schedulers=schedulers,
         max_step_counts=max_step_counts(pipeline, schedulers),
+        scheduler_details=scheduler_details(pipeline, schedulers),
         max_prompt_tokens=max((limit for _, limit in tokenizers(pipeline)), default=0),
         device=str(device_of(denoiser)),
         dtype=str(denoiser.dtype).removeprefix("torch."),

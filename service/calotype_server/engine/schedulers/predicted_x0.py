@@ -9,6 +9,7 @@ the model was evaluated, and from the kind of prediction, x0 follows:
 | `sample` (x0 itself) | `m` |
 | `v_prediction` (Salimans & Ho 2022, arXiv 2202.00512, appendix D) | `alpha * x / n^2 - sigma * m / n` |
 | `flow_prediction` (noise - x0; Lipman et al. 2023, arXiv 2210.02747) | `x - sigma * m` |
+| `inverted_flow_prediction` (x0 - noise; `invert_sigmas`, as OmniGen) | `x + sigma * m` |
 | EDM (Karras et al. 2022, arXiv 2206.00364, eq. 7) | the scheduler's `precondition_outputs` |
 
 `n^2 = alpha^2 + sigma^2` is 1 for variance-preserving schedulers; with it, the formula also holds for
@@ -57,7 +58,10 @@ def noise_level(scheduler: Any, evaluation: int, timestep: Any) -> NoiseLevel | 
     index = _step_index(scheduler, evaluation, timestep)
     if hasattr(scheduler, "precondition_outputs"):
         return NoiseLevel("edm", None, sigmas[index])
-    if sigmas is not None and kind is None and hasattr(scheduler, "scale_noise"):
+    if sigmas is not None and kind in (None, "flow_prediction") and hasattr(scheduler, "scale_noise"):
+        if scheduler.config.get("invert_sigmas"):
+            # These `sigmas` rise to 1: they are the factors of x0.
+            return NoiseLevel("inverted_flow_prediction", sigmas[index], 1 - sigmas[index])
         return NoiseLevel("flow_prediction", 1 - sigmas[index], sigmas[index])
     if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         # DPM-Solver, DEIS, UniPC, SA-Solver: their `sigmas` are sigma / alpha.
@@ -69,6 +73,9 @@ def noise_level(scheduler: Any, evaluation: int, timestep: Any) -> NoiseLevel | 
             sigmas = scheduler.sigmas_interpol
             # The ancestral variant stores them one index earlier.
             index -= hasattr(scheduler, "sigmas_up")
+        if getattr(scheduler, "mid_point_sigma", None) is not None:
+            # The second stage of DPMSolverSDE.
+            return NoiseLevel(kind, 1.0, scheduler.mid_point_sigma)
         return NoiseLevel(kind, 1.0, sigmas[index])
     if hasattr(scheduler, "alphas_cumprod") and kind is not None:
         cumulative = scheduler.alphas_cumprod[int(timestep)]
@@ -101,6 +108,8 @@ def predict_x0(
             return (alpha / norm) * sample - (sigma / norm**0.5) * model_output
         case "flow_prediction":
             return sample - sigma * model_output
+        case "inverted_flow_prediction":
+            return sample + sigma * model_output
         case "edm":
             return scheduler.precondition_outputs(sample, model_output, sigma)
     return None

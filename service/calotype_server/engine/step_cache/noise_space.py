@@ -36,6 +36,8 @@ def to_noise(level: NoiseLevel | None, sample: torch.Tensor, output: torch.Tenso
             return (sigma / norm**2) * sample + (alpha / norm) * output
         case "flow_prediction":
             return sample + alpha * output
+        case "inverted_flow_prediction":
+            return sample - alpha * output
     return output
 
 
@@ -52,6 +54,8 @@ def from_noise(level: NoiseLevel | None, sample: torch.Tensor, noise: torch.Tens
             return (norm * noise - (sigma / norm) * sample) / alpha
         case "flow_prediction":
             return (noise - sample) / alpha
+        case "inverted_flow_prediction":
+            return (sample - noise) / alpha
     return noise
 
 

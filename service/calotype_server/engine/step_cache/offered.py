@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from calotype_server.engine.schedulers.make import make_scheduler
+from calotype_server.engine.schedulers.names import read_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from calotype_server.types import SchedulerInfo
 
 __all__ = ["fast_schedulers"]
 
@@ -23,12 +26,19 @@ add fresh noise at every step, and solvers of two stages evaluate the model twic
 with them, images with fewer steps were measured to be as close as fast images."""
 
 
-def fast_schedulers(pipeline: Any, names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the schedulers among `names` that `Speed.FAST` works with, in the same order."""
-    return tuple(name for name in names if name in _SMOOTH and not _adds_noise(make_scheduler(pipeline, name)))
+def fast_schedulers(pipeline: Any, details: Iterable[SchedulerInfo]) -> tuple[str, ...]:
+    """Returns the schedulers and aliases that `Speed.FAST` works with, sorted.
+
+    Args:
+        pipeline: The pipeline.
+        details: Its schedulers.
+    """
+    candidates = [name for info in details if info.name in _SMOOTH for name in (info.name, *info.aliases)]
+    return tuple(sorted(name for name in candidates if not _adds_noise(pipeline, name)))
 
 
-def _adds_noise(scheduler: Any) -> bool:
-    """Whether a scheduler is configured to add noise at every step."""
-    config = scheduler.config
+def _adds_noise(pipeline: Any, name: str) -> bool:
+    """Whether a scheduler adds noise at every step, because of its config or its alias."""
+    alias = read_name(name)
+    config = make_scheduler(pipeline, name if alias is None else alias.scheduler).config
     return bool(config.get("stochastic_sampling")) or str(config.get("algorithm_type")).startswith("sde-")

@@ -45,6 +45,7 @@ HOSTED = frozenset(
         "KDPM2AncestralDiscreteScheduler",
         "KDPM2DiscreteScheduler",
         "LCMScheduler",
+        "LMSDiscreteScheduler",
         "PNDMScheduler",
         "SASolverScheduler",
         "TCDScheduler",

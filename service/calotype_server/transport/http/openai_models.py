@@ -78,7 +78,9 @@ class ImagesRequest(RequestModel):
     seed: Annotated[
         int | None,
         Field(
-            ge=-(2**63), le=2**63 - 11, description="Calotype only: seed of the first image; each next image adds 1."
+            ge=-(2**63),
+            le=2**63 - 11,
+            description="Calotype only: seed of the first image; each next image adds 1. Default, also for -1: random.",
         ),
     ] = None
     step_count: Annotated[
@@ -88,7 +90,17 @@ class ImagesRequest(RequestModel):
     guidance_scale: Annotated[
         float | None, Field(ge=-1e38, le=1e38, description="Calotype only: strength of classifier-free guidance.")
     ] = None
-    scheduler: Annotated[Text | None, Field(description="Calotype only: one of the model's schedulers.")] = None
+    scheduler: Annotated[
+        Text | None, Field(description="Calotype only: one of the model's schedulers, or a familiar name of one.")
+    ] = None
+    sigmas: Annotated[
+        Literal["karras", "exponential", "beta"] | None,
+        Field(description="Calotype only: noise levels of the steps, if the scheduler supports them."),
+    ] = None
+    spacing: Annotated[
+        Literal["leading", "trailing", "linspace"] | None,
+        Field(description="Calotype only: spacing of the timesteps, if the scheduler supports it."),
+    ] = None
     prompt_syntax: Annotated[
         Literal["plain", "weighted"],
         Field(

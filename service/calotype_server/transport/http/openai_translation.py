@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, cast
 
 from calotype.v1 import calotype_pb2 as pb
-from calotype_server.api.enums import IMAGE_FORMATS, PROMPT_SYNTAXES, SPEEDS
+from calotype_server.api.enums import IMAGE_FORMATS, PROMPT_SYNTAXES, SIGMAS, SPACINGS, SPEEDS
 from calotype_server.errors import InvalidRequest, Violation
 from calotype_server.limits import JPEG_QUALITY_MAX, PREVIEW_EVERY_STEPS_MAX, WEBP_QUALITY_MAX
 from calotype_server.transport.http.openai_models import ImageWarning
-from calotype_server.types import PromptSyntax, Speed
+from calotype_server.types import PromptSyntax, Sigmas, Speed, TimestepSpacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -73,8 +73,13 @@ def to_generate_request(request: ImagesRequest, model: pb.Model, index: int) -> 
     for name in ("negative_prompt", "step_count", "guidance_scale", "scheduler"):
         if (value := getattr(request, name)) is not None:
             setattr(translated, name, value)
+    if request.sigmas is not None:
+        translated.sigmas = SIGMAS.to_proto(Sigmas[request.sigmas.upper()])
+    if request.spacing is not None:
+        translated.spacing = SPACINGS.to_proto(TimestepSpacing[request.spacing.upper()])
     if request.seed is not None:
-        translated.seed = request.seed + index
+        # -1 is a random seed, and other negative numbers are invalid.
+        translated.seed = request.seed + (index if request.seed >= 0 else 0)
     if request.size != "auto":
         translated.width_px, translated.height_px = map(int, request.size.split("x"))
     if request.output_compression is not None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_args
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
 from pydantic import BaseModel, ValidationError
 from pydantic_core import core_schema
 
+from calotype_server.api.field_names import suggested_field
 from calotype_server.errors import Violation
 from calotype_server.transport.http.schema import request_model
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pydantic import GetCoreSchemaHandler
 
@@ -42,7 +43,11 @@ def parse(model: type[M], data: Any) -> Parsed[M]:
         except ValidationError as error:
             for each in error.errors(include_url=False, include_context=False, include_input=False):
                 path = tuple(map(str, each["loc"]))
-                violations.append(Violation(_printable(".".join(path)) or "body", sentence(each)))
+                description = sentence(each)
+                if each["type"] == "extra_forbidden":
+                    meant = suggested_field(path[-1], _fields_at(model, path[:-1]))
+                    description += "" if meant is None else f"; did you mean {meant}?"
+                violations.append(Violation(_printable(".".join(path)) or "body", description))
                 data = _without(data, path)
     return Parsed(model(), violations)
 
@@ -117,8 +122,28 @@ def _printable(name: str) -> str:
 
 
 def _without(data: Any, path: tuple[str, ...]) -> Any:
+    """Returns JSON without the value at a path of field names and indices of lists."""
+    if path and isinstance(data, list):
+        index, rest = int(path[0]), path[1:]
+        return [*data[:index], *([_without(data[index], rest)] if rest else []), *data[index + 1 :]]
     if not path or not isinstance(data, dict):
         return {}
     if len(path) == 1:
         return {name: value for name, value in data.items() if name != path[0]}
     return {**data, path[0]: _without(data.get(path[0]), path[1:])}
+
+
+def _fields_at(model: type[BaseModel], path: tuple[str, ...]) -> Iterable[str]:
+    """Returns the fields of the part of a model at a path of field names and indices of lists."""
+    part: type[BaseModel] | None = model
+    for name in path:
+        if part is not None and name in part.model_fields:
+            part = _model_in(part.model_fields[name].annotation)
+    return () if part is None else part.model_fields
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """Returns the model that an annotation is or contains, as in `list[Model]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _model_in(each)) is not None), None)

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from calotype_server.engine.capabilities import Defaults, describe, read_defaults, tokenizers
+from calotype_server.engine.capabilities.schedulers import compatible_schedulers, scheduler_details
 from calotype_server.engine.requests.view import request_view
+from calotype_server.engine.schedulers.flow import FLOW_SCHEDULERS
 from calotype_server.engine.schedulers.make import make_scheduler
 from calotype_server.errors import ModelUnavailable
+from calotype_server.types import Sigmas
 from support.engine import tiny
 from support.engine.tiny_inputs import arguments
 
@@ -39,17 +42,20 @@ EPSILON_SCHEDULERS = [
     "DDPMScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "HeunDiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
     "UniPCMultistepScheduler",
 ]
-# They need scipy and torchsde, which may or may not be there.
-NEEDING_MORE = {"LMSDiscreteScheduler", "DPMSolverSDEScheduler"}
 
 
 def model_of(pipeline, defaults=None):
@@ -126,10 +132,11 @@ class TestSchedulers:
         """A model that predicts noise gets all schedulers that expect noise, sorted; those of EDM are excluded."""
         assert list(offered) == sorted(offered)
         assert "EDMEulerScheduler" in {kind.__name__ for kind in sd15.scheduler.compatibles}
-        assert set(offered) - NEEDING_MORE == set(EPSILON_SCHEDULERS)
+        assert set(offered) == set(EPSILON_SCHEDULERS)
 
     @pytest.mark.parametrize("steps", [1, 2, 4])
     @pytest.mark.parametrize("name", EPSILON_SCHEDULERS)
+    @pytest.mark.filterwarnings("ignore:Should have:UserWarning")
     def test_every_offered_scheduler_works(self, sd15, offered, name, steps):
         """Every offered scheduler gives a finite image, also with few steps."""
         assert name in offered
@@ -147,14 +154,45 @@ class TestSchedulers:
         assert ("EulerAncestralDiscreteScheduler" in offered) == (prediction_type == "v_prediction")
         assert ("KDPM2DiscreteScheduler" in offered) == (prediction_type == "v_prediction")
         assert "EDMEulerScheduler" not in offered
-        for name in sorted(offered - NEEDING_MORE):
+        for name in sorted(offered):
             result = request_view(pipeline, make_scheduler(pipeline, name))(**arguments("sd15", steps=4))[0]
             assert torch.isfinite(result).all(), name
 
     @pytest.mark.parametrize("family", ["flux", "sd3", "cogview4", "z_image"])
     def test_flow_model(self, family):
-        """A flow model gets flow matching, even if its scheduler needs the size of the image."""
-        assert model_of(tiny.shared(family)).schedulers == ("FlowMatchEulerDiscreteScheduler",)
+        """A flow model gets all schedulers for flow models, even if its own needs the size of the image."""
+        assert model_of(tiny.shared(family)).schedulers == tuple(sorted(FLOW_SCHEDULERS))
+
+    @pytest.mark.parametrize("config", [{"clip_sample": True}, {"thresholding": True}])
+    def test_schedulers_that_clip_are_not_offered(self, config):
+        """A scheduler that would not end at x0 with the model's config is not offered, except the model's own."""
+        own = diffusers.DDIMScheduler(**{"clip_sample": False, **config})
+        offered = set(compatible_schedulers(SimpleNamespace(scheduler=own)))
+        assert {"DDIMScheduler", "EulerDiscreteScheduler"} <= offered
+        assert "DDPMScheduler" not in offered
+
+    def test_others_do_not_clip(self):
+        """If the model's own scheduler has no option to clip, the others do not clip."""
+        own = diffusers.EulerDiscreteScheduler()
+        for name in ("DDIMScheduler", "DDPMScheduler"):
+            assert make_scheduler(SimpleNamespace(scheduler=own), name).config.clip_sample is False
+            assert name in compatible_schedulers(SimpleNamespace(scheduler=own))
+
+    def test_others_have_the_noise_of_the_model(self):
+        """Another class gets the model's betas, even if they are the defaults of the own class and not its own."""
+        own = diffusers.DPMSolverMultistepScheduler()
+        for name in compatible_schedulers(SimpleNamespace(scheduler=own)):
+            made = make_scheduler(SimpleNamespace(scheduler=own), name)
+            torch.testing.assert_close(made.alphas_cumprod, own.alphas_cumprod, msg=name)
+
+    def test_a_missing_package_removes_its_choices(self, sd15, monkeypatch):
+        """Without scipy, BETA sigmas are not offered."""
+        details = scheduler_details(sd15, ("EulerDiscreteScheduler",))
+        assert Sigmas.BETA in details[0].sigmas
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+        (info,) = scheduler_details(sd15, ("EulerDiscreteScheduler",))
+        assert info.sigmas == (Sigmas.KARRAS, Sigmas.EXPONENTIAL)
+        assert info.aliases == ("Euler", "Euler Karras")
 
     def test_largest_numbers_of_steps(self, sd15):
         """Each scheduler accepts the reported number of steps, and no more."""

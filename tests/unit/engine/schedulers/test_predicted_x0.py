@@ -12,6 +12,7 @@ import torch
 
 from calotype_server.engine.schedulers.predicted_x0 import NoiseLevel, noise_level, predict_x0
 from calotype_server.engine.tap import StepTap
+from support.engine.oracle import walk
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _STEPS = 6
@@ -89,73 +90,12 @@ def schedulers():
         yield pytest.param(scheduler, "edm", id=name)
 
 
-def own_noise_level(scheduler, timestep):
-    """Returns alpha and sigma at the next evaluation, taken from the scheduler's own forward process."""
-    probe = copy.deepcopy(scheduler)
-    if getattr(probe, "step_index", None) is not None and hasattr(probe, "set_begin_index"):
-        # With a begin index set, the forward process looks at the step index, which distinguishes equal timesteps.
-        probe.set_begin_index(0)
-    if getattr(probe, "state_in_first_order", True) is False and hasattr(probe, "sigmas_interpol"):
-        # KDPM2's forward process knows nothing of its second stage, halfway to the next sigma, but its scaling of the
-        # model's input does: it divides by sqrt(sigma^2 + 1).
-        scaled = float(probe.scale_model_input(torch.ones(1, dtype=torch.float64), timestep))
-        return 1.0, (scaled**-2 - 1) ** 0.5
-    one, zero, when = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.as_tensor(timestep).reshape(1)
-    if hasattr(probe, "scale_noise"):
-        return float(probe.scale_noise(one, when, zero)), float(probe.scale_noise(zero, when, one))
-    return float(probe.add_noise(one, zero, when)), float(probe.add_noise(zero, one, when))
-
-
-def oracle(kind, alpha, sigma, x0, sample, data_sigma):
-    """Returns the answer of a perfect model, from the definitions of the prediction types."""
-    noise = (sample - alpha * x0) / sigma
-    norm = (alpha**2 + sigma**2) ** 0.5
-    match kind:
-        case "epsilon":
-            return noise
-        case "sample":
-            return x0
-        case "v_prediction":
-            return (alpha * noise - sigma * x0) / norm
-        case "flow_prediction":
-            return noise - x0
-        case "edm":
-            # Karras et al. 2022, eq. 7 and table 1: D = c_skip x + c_out F, and D must be the true x0.
-            total = sigma**2 + data_sigma**2
-            return (x0 - data_sigma**2 / total * sample) * total**0.5 / (sigma * data_sigma)
-    raise AssertionError(kind)
-
-
-def walk(scheduler, kind):
-    """Runs a scheduler on the oracle; yields the true x0, the predicted x0, and the result of the scheduler's step."""
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(_STEPS)
-    random = torch.Generator().manual_seed(0)
-    x0 = 0.7 * torch.randn(_SHAPE, generator=random)
-    sample = torch.randn(_SHAPE, generator=random) * getattr(scheduler, "init_noise_sigma", 1.0)
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    for number, timestep in enumerate(scheduler.timesteps):
-        if hasattr(scheduler, "scale_model_input"):
-            scheduler.scale_model_input(sample, timestep)
-        alpha, sigma = own_noise_level(scheduler, timestep)
-        if sigma < 1e-4:
-            # Nothing is left to predict, and the oracle would divide by zero.
-            break
-        output = oracle(kind, alpha, sigma, x0, sample, scheduler.config.get("sigma_data"))
-        predicted = predict_x0(scheduler, noise_level(scheduler, number, timestep), sample, output)
-        stepped = scheduler.step(output, timestep, sample, **({"generator": random} if takes_generator else {}))
-        # Rounding of the sample grows with the noise that is divided out of it; flow divides by nothing.
-        yield x0, predicted, stepped, 1.0 if kind == "flow_prediction" else max(1.0, sigma / alpha)
-        sample = stepped.prev_sample
-
-
 @pytest.mark.parametrize(("scheduler", "kind"), list(schedulers()))
 def test_x0_is_exact_for_a_perfect_model(scheduler, kind):
     """With a perfect model, the predicted x0 is the true one at every step."""
     evaluations = 0
-    for x0, predicted, _, scale in walk(scheduler, kind):
-        assert predicted.shape == x0.shape
-        torch.testing.assert_close(predicted, x0, rtol=0, atol=1e-5 * scale)
+    for each in walk(scheduler, kind, _STEPS):
+        torch.testing.assert_close(each.predicted, each.x0, rtol=0, atol=1e-5 * each.scale)
         evaluations += 1
     assert evaluations >= _STEPS - 1
 
@@ -193,10 +133,10 @@ def test_asking_for_x0_changes_no_bit(scheduler, kind):
 def test_x0_agrees_with_the_scheduler(scheduler, kind):
     """If a scheduler reports its own x0, it equals the predicted one."""
     compared = 0
-    for _, predicted, stepped, scale in walk(scheduler, kind):
-        reported = getattr(stepped, "pred_original_sample", None)
+    for each in walk(scheduler, kind, _STEPS):
+        reported = getattr(each.output, "pred_original_sample", None)
         if reported is not None:
-            torch.testing.assert_close(predicted, reported, rtol=0, atol=1e-5 * scale)
+            torch.testing.assert_close(each.predicted, reported, rtol=0, atol=1e-5 * each.scale)
             compared += 1
     assert (compared > 0) == (type(scheduler).__name__ in _REPORTING)
 

@@ -10,9 +10,19 @@ import pytest
 from calotype_server.engine import loading
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.capabilities import Defaults
+from calotype_server.engine.capabilities.schedulers import scheduler_details
+from calotype_server.engine.schedulers.names import Name, read_name
 from calotype_server.engine.step_cache import offered
 from calotype_server.engine.step_cache.offered import fast_schedulers
-from calotype_server.types import Decoding, PreviewMethod, PreviewOptions, PreviewReady, Speed, forecast_steps
+from calotype_server.types import (
+    Decoding,
+    PreviewMethod,
+    PreviewOptions,
+    PreviewReady,
+    SchedulerInfo,
+    Speed,
+    forecast_steps,
+)
 from support.engine import tiny
 from support.runs import JOB, PATIENCE, Run
 
@@ -96,9 +106,10 @@ def test_every_scheduler_on_offer_works(open_engine):
     """Each scheduler on offer skips steps and gives a finite image."""
     engine = open_engine(max_active=1)
     assert {"DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"} <= set(engine.model.fast_schedulers)
-    for name in engine.model.fast_schedulers:
-        run = Run(engine)
-        run(dataclasses.replace(FAST, scheduler=name, preview=PreviewOptions(method=PreviewMethod.NONE)))
+    for offered_name in engine.model.fast_schedulers:
+        run, name = Run(engine), read_name(offered_name) or Name(offered_name)
+        none = PreviewOptions(method=PreviewMethod.NONE)
+        run(dataclasses.replace(FAST, scheduler=name.scheduler, sigmas=name.sigmas, preview=none))
         assert computed(run) < TOTAL
 
 
@@ -107,8 +118,16 @@ def test_schedulers_that_add_noise_are_not_offered(family):
     """Ancestral samplers, DDPM, consistency models and solvers of two stages are not offered, nor SDE variants."""
     pipeline = tiny.shared(family)
     own = type(pipeline.scheduler).__name__
-    offered_names = fast_schedulers(pipeline, (own, "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"))
-    assert offered_names == (() if family in ("lcm", "sana_sprint") else (own,))
+    details = scheduler_details(pipeline, (own, "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"))
+    names = set(fast_schedulers(pipeline, details))
+    assert (own in names) == (family not in ("lcm", "sana_sprint"))
+    assert not names & {"EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "Heun", "Euler a"}
+
+
+def test_aliases_are_offered_unless_they_add_noise(sd15):
+    """Of the aliases of one class, those that stand for an SDE are not offered."""
+    details = scheduler_details(sd15, ("DPMSolverMultistepScheduler",))
+    assert fast_schedulers(sd15, details) == ("DPM++ 2M", "DPM++ 2M Karras", "DPMSolverMultistepScheduler")
 
 
 def test_variants_that_add_noise_are_not_offered(monkeypatch):
@@ -116,7 +135,7 @@ def test_variants_that_add_noise_are_not_offered(monkeypatch):
     for config in ({"algorithm_type": "sde-dpmsolver++"}, {"stochastic_sampling": True}):
         scheduler = type("Scheduler", (), {"config": config})()
         monkeypatch.setattr(offered, "make_scheduler", lambda *_, scheduler=scheduler: scheduler)
-        assert fast_schedulers(None, ["DPMSolverMultistepScheduler"]) == ()
+        assert fast_schedulers(None, [SchedulerInfo("DPMSolverMultistepScheduler")]) == ()
 
 
 def test_it_is_off_by_default(open_engine):

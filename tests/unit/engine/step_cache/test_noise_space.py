@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from calotype_server.engine.schedulers.predicted_x0 import NoiseLevel, predict_x0
 from calotype_server.engine.step_cache.noise_space import from_noise, to_noise
 
-KINDS = ["epsilon", "sample", "v_prediction", "flow_prediction"]
+KINDS = ["epsilon", "sample", "v_prediction", "flow_prediction", "inverted_flow_prediction"]
 
 
 def level_of(kind, share, scale):
     """Returns a noise level: a variance-preserving one times `scale`, or that of a flow."""
-    if kind == "flow_prediction":
+    if "flow" in kind:
         return NoiseLevel(kind, 1 - share, share)
     return NoiseLevel(kind, scale * (1 - share**2) ** 0.5, scale * share)
 

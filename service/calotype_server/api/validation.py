@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.enums import DISCONNECT_POLICIES, IMAGE_FORMATS, PREVIEW_METHODS, PRIORITIES, SPEEDS
+from calotype_server.api.loras import chosen_loras
 from calotype_server.errors import InvalidRequest, PreviewMethodUnavailable, Violation
 from calotype_server.limits import (
     GRACE_SECONDS_MAX,
@@ -90,12 +91,25 @@ def validate(
         reject("priority", f"has the unknown value {request.priority}")
     delivery = _delivery(request, reject)
     speed = _speed(request, model, scheduler, steps, reject)
+    loras = chosen_loras(request, model, reject)
     if violations or priority is None:
         raise InvalidRequest(violations)
     _check_method(preview.method, model, limits)
     negative = request.negative_prompt or None
     job = Job(
-        request.prompt, negative, width, height, steps, guidance, seed, scheduler, preview, output, priority, speed
+        request.prompt,
+        negative,
+        width,
+        height,
+        steps,
+        guidance,
+        seed,
+        scheduler,
+        preview,
+        output,
+        priority,
+        speed,
+        loras,
     )
     return job, replace(delivery, seed_was_drawn=not request.HasField("seed"))
 

@@ -28,7 +28,7 @@ def with_settings(command: Callable[[S], None], kind: type[S]) -> Callable[..., 
     """
 
     def run(**options: Any) -> None:
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in options.items() if value not in (None, [])}
         try:
             settings = kind(**given)
         except pydantic.ValidationError as error:
@@ -43,19 +43,23 @@ def with_settings(command: Callable[[S], None], kind: type[S]) -> Callable[..., 
     run.__name__ = command.__name__.strip("_")
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name, field))
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name, field, kind))
             for name, field in kind.model_fields.items()
         ]
     )
     return run
 
 
-def _option(name: str, field: FieldInfo) -> Any:
+def _option(name: str, field: FieldInfo, kind: type[WebSettings]) -> Any:
     default = default_text(field)
     text = f"{help_text(field)} Default: {default}." if default else help_text(field)
     if field.annotation in (bool, bool | None):
         no = f"/--no-{name.replace('_', '-')}"
         return Annotated[bool | None, typer.Option(flag_text(name) + no, help=text, show_default=False)]
+    if name in kind.repeated:
+        return Annotated[
+            list[str] | None, typer.Option(flag_text(name), help=text, show_default=False, metavar="VALUE")
+        ]
     # As text, because pydantic parses options and variables alike.
     return Annotated[str | None, typer.Option(flag_text(name), help=text, show_default=False, metavar="VALUE")]
 

@@ -69,14 +69,17 @@ def engine_around(settings: Settings, pipeline: Any, observe: Observe) -> Engine
 
     Args:
         settings: The operator's settings.
-        pipeline: A text-to-image pipeline; not changed.
+        pipeline: A text-to-image pipeline. Its text encoders get hooks if the settings name LoRAs.
         observe: Receives the engine's observations.
 
     Raises:
-        ModelUnavailable: The model lacks the default preview method, or its folder has an invalid `calotype.json`.
+        ModelUnavailable: The model lacks the default preview method, its folder has an invalid `calotype.json`, or a
+            LoRA does not fit it.
     """
     from calotype_server.engine import assembly, capabilities, loading
+    from calotype_server.engine.adapters.load import load_loras
 
+    loras = load_loras(pipeline, settings.lora_sources)
     given = capabilities.Defaults(settings.step_count, settings.guidance_scale, settings.tiny_vae)
     defaults = given.or_else(capabilities.read_defaults(loading.locate(settings.model)))
     tiny_vae = loading.load_tiny_vae(defaults.tiny_vae, like=pipeline.vae) if defaults.tiny_vae else None
@@ -100,6 +103,7 @@ def engine_around(settings: Settings, pipeline: Any, observe: Observe) -> Engine
         memory_limit=settings.memory_limit,
         # Images that are retained later.
         reserved_bytes=settings.retain_bytes,
+        loras=loras,
         observe=observe,
     )
     _check_default_method(settings, engine.model)

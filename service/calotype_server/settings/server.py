@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_settings import NoDecode
 
 from calotype_server.limits import (
     DEFAULT_LIMITS,
@@ -15,7 +16,7 @@ from calotype_server.limits import (
     PREVIEW_INTERVAL_MAX,
     Limits,
 )
-from calotype_server.settings.parsing import check_address, split_list
+from calotype_server.settings.parsing import check_address, named_values, split_list, split_repeated
 from calotype_server.settings.web import WebSettings
 from calotype_server.types import RENDERED_PREVIEW_METHODS, PreviewMethod, PreviewOptions, Schedule
 
@@ -27,7 +28,8 @@ _PREVIEW = DEFAULT_LIMITS.preview
 class Settings(WebSettings):
     """Settings of `calotype serve`."""
 
-    lists: ClassVar[frozenset[str]] = WebSettings.lists | {"preview_methods"}
+    lists: ClassVar[frozenset[str]] = WebSettings.lists | {"preview_methods", "lora"}
+    repeated: ClassVar[frozenset[str]] = WebSettings.repeated | {"lora"}
 
     grpc_address: str = Field(
         "127.0.0.1:50051", description="HOST:PORT of the native gRPC port. Port 0 picks a free one."
@@ -37,6 +39,12 @@ class Settings(WebSettings):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id. Default: its main branch.")
     variant: str | None = Field(None, description="Variant of the weights to load, such as fp16.")
+    lora: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="NAME=PATH_OR_HUB_ID[:FILE] of a LoRA that requests may choose: a .safetensors file, or "
+        "a folder or hub id that has one. Repeat the option for more; the variable takes a comma-separated list or a "
+        "JSON list. Default: none.",
+    )
     device: str | None = Field(
         None,
         description="Torch device, such as cpu, cuda:1, xpu or mps. Default: the first of cuda, xpu and mps that is "
@@ -208,6 +216,17 @@ class Settings(WebSettings):
     def _check_grpc_address(cls, value: str) -> str:
         return check_address(value)
 
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _split_lora(cls, value: object) -> object:
+        return split_repeated(value)
+
+    @field_validator("lora")
+    @classmethod
+    def _check_lora(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        named_values(value)
+        return value
+
     @field_validator("preview_methods")
     @classmethod
     def _check_methods(cls, value: str) -> str:
@@ -232,6 +251,11 @@ class Settings(WebSettings):
     def allowed_methods(self) -> frozenset[PreviewMethod]:
         """The parsed `preview_methods`."""
         return frozenset(PreviewMethod(name) for name in split_list(self.preview_methods))
+
+    @property
+    def lora_sources(self) -> dict[str, str]:
+        """The parsed `lora`: `PATH_OR_HUB_ID[:FILE]` by name."""
+        return named_values(self.lora)
 
     @property
     def limits(self) -> Limits:

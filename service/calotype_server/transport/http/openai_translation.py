@@ -56,6 +56,8 @@ def to_generate_request(request: ImagesRequest, model: pb.Model, index: int) -> 
     for name in ("negative_prompt", "step_count", "guidance_scale", "scheduler"):
         if (value := getattr(request, name)) is not None:
             setattr(translated, name, value)
+    for lora in request.loras:
+        translated.loras.add(name=lora.name, scale=lora.scale)
     if request.seed is not None:
         translated.seed = request.seed + index
     if request.size != "auto":

@@ -11,6 +11,8 @@ __all__ = [
     "GRACE_SECONDS_MAX",
     "GUIDANCE_SCALE_MAX",
     "JPEG_QUALITY_MAX",
+    "LORAS_MAX",
+    "LORA_SCALE_MAX",
     "PAGE_SIZE_DEFAULT",
     "PAGE_SIZE_MAX",
     "PORT_LIMITS",
@@ -33,6 +35,12 @@ RANDOM_SEED = -1
 """The seed that means a random one, as in most programs for diffusion models."""
 
 GUIDANCE_SCALE_MAX = 100.0
+
+LORAS_MAX = 8
+"""LoRAs of one request."""
+
+LORA_SCALE_MAX = 10.0
+"""Also the smallest, with a minus."""
 
 PREVIEW_EVERY_STEPS_MAX = 1000
 PREVIEW_INTERVAL_MAX = 60.0

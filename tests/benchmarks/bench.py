@@ -23,6 +23,7 @@ from benchmarks import (
     concurrency,
     images,
     launch_bound,
+    loras,
     previews,
     runtimes,
     step_cache,
@@ -60,6 +61,11 @@ GOALS = {
     "fast_speedup": ">= 1.5",
     "fast_psnr_db": ">= 25",
     "readers200_denoise_over_1": "<= 1.02",
+    **{
+        f"lora_{kind}_over_without_{name}": goal
+        for kind, goal in (("same", "<= 1.15"), ("mixed", "<= 1.15"), ("loaded", "<= 1.03"))
+        for name in ("bundled", *(f"tiny_{family}" for family in loras.TINY))
+    },
     "launch_bound_spinning_silent_over_bare": "<= 1.05",
     "launch_bound_spinning_stream_over_bare": "<= 1.05",
     "launch_bound_sleeping_silent_over_bare": "<= 1.05",
@@ -88,6 +94,7 @@ def main() -> None:
     table.add(subscribers.measure(ROUNDS, threads))
     table.add(previews.measure())
     table.add(images.measure(ROUNDS))
+    table.add(loras.measure(ROUNDS))
     table.add(launch_bound.measure(ROUNDS))
     table.add(runtimes.measure(ROUNDS))
     table.add(web.measure(ROUNDS))

@@ -19,7 +19,7 @@ from calotype.__main__ import main as calotype_main
 from calotype._cli import main as cli
 from calotype._cli.server_options import Server, with_server_options
 from calotype_server.cli import main
-from calotype_server.cli.options import help_text
+from calotype_server.cli.options import help_text, with_settings
 from calotype_server.limits import DEFAULT_LIMITS
 from calotype_server.observability import tracing
 from calotype_server.settings import BridgeSettings, Settings, WebSettings
@@ -232,6 +232,48 @@ def test_embeddings_are_named() -> None:
     """`--embedding` is repeatable, its variable is a list, and each entry has a name of its own."""
     entries = ("a=one.safetensors", "b=org/name:two.safetensors")
     assert Settings(embedding=",".join(entries)).embedding == Settings(embedding=entries).embedding == entries
-    for wrong, message in (("one.safetensors", "not NAME=VALUE"), ("a b=x", "not NAME=VALUE"), ("a=x,a=y", "twice")):
+    for wrong, message in (("one.safetensors", "not NAME=VALUE"), ("a b=x", "not a name"), ("a=x,a=y", "twice")):
         with pytest.raises(pydantic.ValidationError, match=message):
             Settings(embedding=wrong)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("a=x.safetensors, b=org/name:f.safetensors", {"a": "x.safetensors", "b": "org/name:f.safetensors"}),
+        ('["a=x,y", "b=z=1"]', {"a": "x,y", "b": "z=1"}),
+        ("", {}),
+    ],
+)
+def test_the_variable_for_loras_is_a_list(value: str, expected: dict[str, str], monkeypatch) -> None:
+    """`CALOTYPE_LORA` takes a list with commas, or one in JSON, for paths that have commas."""
+    monkeypatch.setenv("CALOTYPE_LORA", value)
+    assert Settings().lora_sources == expected
+
+
+def test_the_option_for_loras_is_repeated() -> None:
+    """Each `--lora` adds one; a comma is part of its path."""
+    found: list[Settings] = []
+    app = typer.Typer()
+    app.command()(with_settings(found.append, Settings))
+    assert CliRunner().invoke(app, ["--lora", "a=x,y", "--lora", "b=z"]).exit_code == 0
+    assert CliRunner().invoke(app, []).exit_code == 0
+    assert [settings.lora_sources for settings in found] == [{"a": "x,y", "b": "z"}, {}]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("style", "is not NAME=VALUE"),
+        ("style=", "is not NAME=VALUE"),
+        ("a:b=x", "is not a name"),
+        ("-a=x", "is not a name"),
+        ("a=x,a=y", "occurs twice"),
+        ('["a=x"', "is not valid JSON"),
+        ("[1]", "is not a list of strings"),
+    ],
+)
+def test_invalid_loras_are_settings_errors(value: str, reason: str) -> None:
+    """A name must be unique, and fit into a prompt's tag and a URL."""
+    with pytest.raises(pydantic.ValidationError, match=reason):
+        Settings(lora=value)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.enums import DISCONNECT_POLICIES, IMAGE_FORMATS, PREVIEW_METHODS, PRIORITIES, SPEEDS
+from calotype_server.api.loras import chosen_loras
 from calotype_server.api.prompt_syntax import prompt_syntax
 from calotype_server.api.schedulers import chosen_options, chosen_scheduler
 from calotype_server.api.sizes import choose_size
@@ -96,6 +97,7 @@ def validate(
         reject("priority", f"has the unknown value {request.priority}")
     delivery = _delivery(request, reject)
     speed = _speed(request, model, scheduler.scheduler, steps, reject)
+    loras = chosen_loras(request, model, reject)
     syntax = prompt_syntax(request, model, reject)
     sigmas, spacing = chosen_options(request, model, scheduler, reject)
     if violations or priority is None:
@@ -115,6 +117,7 @@ def validate(
         output,
         priority,
         speed,
+        loras=loras,
         prompt_syntax=syntax,
         sigmas=sigmas,
         spacing=spacing,

@@ -56,7 +56,7 @@ def _option(name: str, field: FieldInfo, kind: type[WebSettings]) -> Any:
     if field.annotation in (bool, bool | None):
         no = f"/--no-{name.replace('_', '-')}"
         return Annotated[bool | None, typer.Option(flag_text(name) + no, help=text, show_default=False)]
-    if name in kind.repeatable:
+    if name in kind.repeated:
         return Annotated[
             list[str] | None, typer.Option(flag_text(name), help=text, show_default=False, metavar="VALUE")
         ]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
     from pathlib import Path
 
+    from calotype_server.engine.adapters.loras import Loras
     from calotype_server.engine.batching.batch_runner import BatchRecord
     from calotype_server.engine.batching.plan import Plan
     from calotype_server.types import ModelInfo
@@ -66,6 +67,7 @@ def build_engine(
     memory_limit: int | None = 0,
     reserved_bytes: int = 0,
     other_sizes: OtherSizes = OtherSizes.REJECT,
+    loras: Loras | None = None,
     on_batch: Callable[[BatchRecord], None] | None = None,
     observe: Observe = ignore,
 ) -> DiffusersEngine:
@@ -91,10 +93,15 @@ def build_engine(
         memory_limit: Bytes that running generations may use together; 0 for no limit, None for the free memory.
         reserved_bytes: Bytes of the free memory that are for other purposes.
         other_sizes: What happens with requests for sizes that the model does not draw well.
+        loras: LoRAs of the pipeline that requests may choose, or None.
         on_batch: Called after every call of a shared denoiser; it must not block.
         observe: Receives observations.
     """
-    model = replace(describe(name, pipeline, defaults, other_sizes), prompt_syntaxes=prompt_syntaxes(pipeline))
+    model = replace(
+        describe(name, pipeline, defaults, other_sizes),
+        prompt_syntaxes=prompt_syntaxes(pipeline),
+        loras=() if loras is None else loras.names,
+    )
     _log.info("model loaded", model=name, device=model.device)
     options = PlanOptions(max_active, max_rows, threads, deterministic)
     device = DeviceThread()
@@ -108,6 +115,7 @@ def build_engine(
                 cache_dir=cache_dir,
                 measure_again=measure_again,
                 on_fallback=lambda: observe(AcceleratorActive("none")),
+                loras=loras,
             )
         )
     except BaseException:
@@ -158,6 +166,7 @@ def build_engine(
             # Encoding a prompt and decoding an image are enough work for all threads.
             threads=plan.threads.few if batcher is None else plan.threads.many,
             host_timesteps=host_timesteps,
+            loras=loras,
         )
     )
 
@@ -183,14 +192,16 @@ def _start_batcher(
     if plan.max_rows == 0:
         device.close()
         return None
+    with_loras = denoiser.lora_runtime
     return StepBatcher(
-        denoiser.runtime,
+        with_loras or denoiser.runtime,
         thread=device,
         max_rows=plan.max_rows,
         threads=plan.threads,
         deterministic=deterministic and not plan.reason,
         schedule=schedule,
         on_batch=on_batch,
+        mixes_loras=with_loras is None or with_loras.mixes,
     )
 
 

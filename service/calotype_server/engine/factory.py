@@ -47,7 +47,7 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
     select.check_available(settings.accelerate, device)
     pipeline = loading.load_pipeline(loading.LoadOptions.of(settings, device))
     try:
-        embeddings.load_embeddings(pipeline, settings.embedding)
+        embeddings.load_embeddings(pipeline, settings.embedding_sources)
         trial.check_draws(settings.model, pipeline)
         return engine_around(settings, pipeline, observe)
     except errors.StartupError:
@@ -70,14 +70,17 @@ def engine_around(settings: Settings, pipeline: Any, observe: Observe) -> Engine
 
     Args:
         settings: The operator's settings.
-        pipeline: A text-to-image pipeline; not changed.
+        pipeline: A text-to-image pipeline. Its text encoders get hooks if the settings name LoRAs.
         observe: Receives the engine's observations.
 
     Raises:
-        ModelUnavailable: The model lacks the default preview method, or its folder has an invalid `calotype.json`.
+        ModelUnavailable: The model lacks the default preview method, its folder has an invalid `calotype.json`, or a
+            LoRA does not fit it.
     """
     from calotype_server.engine import assembly, capabilities, loading
+    from calotype_server.engine.adapters.load import load_loras
 
+    loras = load_loras(pipeline, settings.lora_sources)
     given = capabilities.Defaults(settings.step_count, settings.guidance_scale, settings.tiny_vae)
     defaults = given.or_else(capabilities.read_defaults(loading.locate(settings.model)))
     tiny_vae = (
@@ -104,6 +107,7 @@ def engine_around(settings: Settings, pipeline: Any, observe: Observe) -> Engine
         # Images that are retained later.
         reserved_bytes=settings.retain_bytes,
         other_sizes=settings.other_sizes,
+        loras=loras,
         observe=observe,
     )
     _check_default_method(settings, engine.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from calotype_server import errors
 from calotype_server.engine.batching.run_ahead import RunAhead
 from calotype_server.engine.prompts.encoding import read_weights
 from calotype_server.engine.requests.arguments import call_arguments, prompt_notices
+from calotype_server.engine.requests.lora_tags import lora_tag_notices
 from calotype_server.engine.requests.processors import restored_processors
 from calotype_server.engine.requests.view import request_view
 from calotype_server.engine.schedulers.make import make_scheduler
@@ -32,6 +34,9 @@ from calotype_server.types import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from calotype_server.engine.adapters.loras import Loras
     from calotype_server.engine.batching.batcher import StepBatcher
     from calotype_server.engine.batching.session import DenoiserSession
     from calotype_server.engine.early_finish import EarlyFinisher
@@ -62,6 +67,7 @@ class EngineParts:
         runtime: Computes the denoiser for the batcher.
         threads: CPU threads for everything but a shared denoiser.
         host_timesteps: Whether schedulers get their timesteps in ordinary memory.
+        loras: LoRAs that requests choose by name; None if there are none.
     """
 
     pipeline: Any
@@ -74,6 +80,7 @@ class EngineParts:
     runtime: DenoiserRuntime
     threads: int
     host_timesteps: bool = False
+    loras: Loras | None = None
 
 
 class GenerationRun:
@@ -95,6 +102,7 @@ class GenerationRun:
         self._queue = queue
         self._session: DenoiserSession | None = None
         self._cache = StepCache() if job.speed is Speed.FAST else None
+        self._loras = tuple(lora for lora in job.loras if lora.scale)
         self._decoding: Lap | None = None
         self._run_ahead: RunAhead | None = None
 
@@ -125,8 +133,10 @@ class GenerationRun:
         try:
             if self._should_stop():
                 raise Stopped
-            self._report(EncodingPrompt(prompt_notices(self._parts.pipeline, self._job)))
-            with self._session or restored_processors(getattr(self._parts.pipeline, self._parts.denoiser)):
+            notices = (*prompt_notices(self._parts.pipeline, self._job), *lora_tag_notices(self._job))
+            self._report(EncodingPrompt(notices))
+            denoiser = getattr(self._parts.pipeline, self._parts.denoiser)
+            with self._session or restored_processors(denoiser), self._with_loras():
                 output = view(**arguments)
             return self._complete(tap.last, output)
         except Stopped:
@@ -141,11 +151,22 @@ class GenerationRun:
                 own[parts.denoiser] = cached_proxy(getattr(parts.pipeline, parts.denoiser), self._cache)
             return request_view(parts.pipeline, scheduler, **own)
         self._session = parts.batcher.open_session(
-            should_stop=self._should_stop, on_submitted=self._report.flush, cache=self._cache
+            should_stop=self._should_stop, on_submitted=self._report.flush, cache=self._cache, loras=self._loras
         )
         self._report.hold()
         self._stop.call(self._session.cancel)
         return request_view(parts.pipeline, scheduler, **{parts.denoiser: self._session.proxy()})
+
+    @contextlib.contextmanager
+    def _with_loras(self) -> Iterator[None]:
+        """Applies the request's LoRAs to its prompts, and to a denoiser that its pipeline calls itself."""
+        loras = self._parts.loras
+        if loras is None:
+            yield
+            return
+        own_denoiser = self._parts.batcher is None
+        with loras.in_encoders(self._loras), loras.in_whole_denoiser(self._loras if own_denoiser else ()):
+            yield
 
     def _should_stop(self) -> bool:
         return self._stop.is_set() or self._queue.invalid

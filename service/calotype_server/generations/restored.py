@@ -63,4 +63,8 @@ def _violations(job: Job, model: ModelInfo, limits: Limits) -> list[errors.Viola
         found.append(("spacing", f"is {job.spacing.name}, which {job.scheduler} does not support"))
     elif job.speed is Speed.FAST and job.scheduler not in model.fast_schedulers:
         found.append(("speed", f"is FAST, which {job.scheduler} does not offer"))
+    for number, lora in enumerate(job.loras):
+        if lora.name not in model.loras:
+            known = f", must be one of {', '.join(model.loras)}" if model.loras else ""
+            found.append((f"loras.{number}.name", f"{lora.name!r} is unknown{known}"))
     return [errors.Violation(field, f"{text}, since the server restarted") for field, text in found]

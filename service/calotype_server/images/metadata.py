@@ -40,7 +40,8 @@ def describe(job: Job, model: ModelInfo, finished_at: int | None = None) -> str:
         "Model": _quoted(model.name),
         "Version": f"Calotype {__version__}",
     }
-    lines = [job.prompt]
+    # The web UI reads LoRAs from tags in the prompt.
+    lines = [job.prompt + "".join(f" <lora:{lora.name}:{lora.scale:g}>" for lora in job.loras)]
     if job.negative_prompt:
         lines.append(f"Negative prompt: {job.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in parameters.items() if value is not None))

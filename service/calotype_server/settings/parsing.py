@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
 from pydantic_settings import EnvSettingsSource
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pydantic_settings import BaseSettings
 
-__all__ = ["Environment", "check_address", "check_named", "check_not_blank", "split_list"]
+__all__ = ["Environment", "check_address", "check_not_blank", "named_values", "split_list", "split_repeated"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Environment(EnvSettingsSource):
@@ -57,21 +62,42 @@ def split_list(value: object) -> Any:
     return value
 
 
-def check_named(values: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns a list of NAME=VALUE unchanged.
+def split_repeated(value: object) -> Any:
+    """Splits text that is a JSON list, or a list with commas; returns other values unchanged.
 
     Raises:
-        ValueError: An entry has another form, or a name occurs twice.
+        ValueError: The text starts like a JSON list, but is not a list of strings.
     """
-    names: set[str] = set()
-    for value in values:
-        name, _, rest = value.partition("=")
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or not rest:
-            raise ValueError(f"{value!r} is not NAME=VALUE with a name of 1 to 64 letters, digits, dashes, underscores")
-        if name in names:
-            raise ValueError(f"the name {name!r} is used twice")
-        names.add(name)
-    return values
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return split_list(value)
+    try:
+        items = json.loads(value)
+    except ValueError:
+        raise ValueError("is not valid JSON") from None
+    if not (isinstance(items, list) and all(isinstance(item, str) for item in items)):
+        raise ValueError("is not a list of strings")
+    return tuple(items)
+
+
+def named_values(items: Iterable[str]) -> dict[str, str]:
+    """Returns the values of items of the form NAME=VALUE by their names.
+
+    Raises:
+        ValueError: An item has another form, or a name occurs twice.
+    """
+    found: dict[str, str] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not value.strip():
+            raise ValueError(f"{item!r} is not NAME=VALUE")
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r} is not a name: 1 to 64 letters, digits, '.', '_' and '-'; the first is not a sign"
+            )
+        if name in found:
+            raise ValueError(f"the name {name!r} occurs twice")
+        found[name] = value.strip()
+    return found
 
 
 def check_address(value: str) -> str:

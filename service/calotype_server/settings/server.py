@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import NoDecode
@@ -17,7 +17,7 @@ from calotype_server.limits import (
     PREVIEW_INTERVAL_MAX,
     Limits,
 )
-from calotype_server.settings.parsing import check_address, check_named, split_list
+from calotype_server.settings.parsing import check_address, named_values, split_list, split_repeated
 from calotype_server.settings.web import WebSettings
 from calotype_server.types import RENDERED_PREVIEW_METHODS, OtherSizes, PreviewMethod, PreviewOptions, Schedule
 
@@ -31,8 +31,8 @@ _TEXT_ENCODER = re.compile(r"(?:(?P<name>text_encoder\w*)=)?(?P<source>.+)")
 class Settings(WebSettings):
     """Settings of `calotype serve`."""
 
-    lists: ClassVar[frozenset[str]] = WebSettings.lists | {"preview_methods", "embedding", "text_encoder"}
-    repeatable: ClassVar[frozenset[str]] = WebSettings.repeatable | {"embedding"}
+    lists: ClassVar[frozenset[str]] = WebSettings.lists | {"preview_methods", "embedding", "lora", "text_encoder"}
+    repeated: ClassVar[frozenset[str]] = WebSettings.repeated | {"embedding", "lora", "text_encoder"}
 
     grpc_address: str = Field(
         "127.0.0.1:50051", description="HOST:PORT of the native gRPC port. Port 0 picks a free one."
@@ -46,8 +46,8 @@ class Settings(WebSettings):
     variant: str | None = Field(None, description="Variant of the weights to load, such as fp16.")
     embedding: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="NAME=FILE or NAME=HUB_ID[:FILE]: a textual inversion for Stable Diffusion 1.x, 2.x or XL, as "
-        "safetensors, that prompts use by its name. Repeatable; the variable is comma-separated. Default: none.",
+        description="NAME=FILE or NAME=HUB_ID[:FILE] of a textual inversion for Stable Diffusion 1.x, 2.x or XL, as "
+        "safetensors, that prompts use by its name. Repeat the option for more, as for --lora. Default: none.",
     )
     config: str | None = Field(
         None,
@@ -57,13 +57,20 @@ class Settings(WebSettings):
     vae: str | None = Field(None, description="Folder, hub id or .safetensors file of a VAE. Default: the model's own.")
     text_encoder: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Comma-separated folders, hub ids or .safetensors files of text encoders. For others than the "
-        "first, put the component's name before it, such as text_encoder_2=PATH. Default: the model's own.",
+        description="Folder, hub id or .safetensors file of a text encoder. For another than the first, put the "
+        "component's name before it, such as text_encoder_2=PATH. Repeat the option for more, as for --lora. Default: "
+        "the model's own.",
     )
     safety_checker: bool = Field(
         True,
         description="Load the safety checker of a model that has one. Without it, neither images nor previews are "
         "checked.",
+    )
+    lora: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="NAME=PATH_OR_HUB_ID[:FILE] of a LoRA that requests may choose: a .safetensors file, or "
+        "a folder or hub id that has one. Repeat the option for more; the variable takes a comma-separated list or a "
+        "JSON list. Default: none.",
     )
     device: str | None = Field(
         None,
@@ -252,27 +259,23 @@ class Settings(WebSettings):
     def _check_grpc_address(cls, value: str) -> str:
         return check_address(value)
 
+    @field_validator("embedding", "lora", "text_encoder", mode="before")
+    @classmethod
+    def _split_repeated(cls, value: object) -> object:
+        return split_repeated(value)
+
+    @field_validator("embedding", "lora")
+    @classmethod
+    def _check_named(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        named_values(value)
+        return value
+
     @field_validator("preview_methods")
     @classmethod
     def _check_methods(cls, value: str) -> str:
         if not set(split_list(value)) <= set(RENDERED_PREVIEW_METHODS):
             raise ValueError(f"{value!r} is not a list of {', '.join(sorted(RENDERED_PREVIEW_METHODS))}")
         return value
-
-    @field_validator("embedding", mode="before")
-    @classmethod
-    def _split_embedding(cls, value: object) -> Any:
-        return split_list(value)
-
-    @field_validator("embedding")
-    @classmethod
-    def _check_embedding(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return check_named(value)
-
-    @field_validator("text_encoder", mode="before")
-    @classmethod
-    def _split_text_encoders(cls, value: object) -> object:
-        return split_list(value)
 
     @model_validator(mode="after")
     def _check_offload(self) -> Self:
@@ -303,6 +306,16 @@ class Settings(WebSettings):
     def allowed_methods(self) -> frozenset[PreviewMethod]:
         """The parsed `preview_methods`."""
         return frozenset(PreviewMethod(name) for name in split_list(self.preview_methods))
+
+    @property
+    def embedding_sources(self) -> dict[str, str]:
+        """The parsed `embedding`: `FILE` or `HUB_ID[:FILE]` by name."""
+        return named_values(self.embedding)
+
+    @property
+    def lora_sources(self) -> dict[str, str]:
+        """The parsed `lora`: `PATH_OR_HUB_ID[:FILE]` by name."""
+        return named_values(self.lora)
 
     @property
     def limits(self) -> Limits:

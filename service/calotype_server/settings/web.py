@@ -23,12 +23,12 @@ class WebSettings(BaseSettings):
     Attributes:
         guarded: Names of the settings whose defaults protect less, so that an empty variable is an error.
         lists: Names of the settings that may be empty, because they are lists.
-        repeatable: Names of the lists whose option is given once for each entry.
+        repeated: Names of the lists whose option is repeated on the command line.
     """
 
     guarded: ClassVar[frozenset[str]] = frozenset({"api_keys", "tls_certificate", "tls_key", "tls_client_ca"})
     lists: ClassVar[frozenset[str]] = frozenset({"allowed_origins", "allowed_hosts", "trusted_proxies"})
-    repeatable: ClassVar[frozenset[str]] = frozenset()
+    repeated: ClassVar[frozenset[str]] = frozenset()
 
     model_config = SettingsConfigDict(env_prefix="CALOTYPE_", extra="forbid", protected_namespaces=())
 

@@ -14,7 +14,7 @@ from openai.types import image_generate_params
 from calotype_server import errors
 from calotype_server.api import service as api
 from calotype_server.transport.http.openai_models import ImagesRequest
-from calotype_server.types import SchedulerInfo, Sigmas, Speed, TimestepSpacing
+from calotype_server.types import Lora, SchedulerInfo, Sigmas, Speed, TimestepSpacing
 from support.engine.fake_engine import FakeEngine
 from support.keyring import Keyring
 from support.lab import until
@@ -326,3 +326,19 @@ async def test_parameters_without_effect_are_accepted(sdk: openai.AsyncOpenAI, s
     assert base64.b64decode(answer.data[0].b64_json).startswith(b"\xff\xd8")
     with pytest.raises(openai.BadRequestError, match="response_format: must be b64_json with stream"):
         await sdk.images.generate(prompt="a red apple", stream=True, response_format="url")
+
+
+async def test_loras_of_an_image(engine: FakeEngine) -> None:
+    """`loras` reaches the engine; violations name the entry."""
+    engine.model = replace(engine.model, loras=("style", "subject"))
+    loras = [{"name": "style", "scale": 0.5}, {"name": "subject"}]
+    async with (
+        running(engine, transport="sse") as service,
+        openai.AsyncOpenAI(base_url=f"http://{service.address}/v1", api_key="any", max_retries=0) as sdk,
+    ):
+        await sdk.images.generate(prompt="a red apple", extra_body={"loras": loras})
+        for entry, field in (({"name": "nobody"}, "loras.0.name"), ({"name": "style", "scale": "x"}, "loras.0.scale")):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await sdk.images.generate(prompt="a red apple", extra_body={"loras": [entry]})
+            assert [each["field"] for each in caught.value.response.json()["error"]["violations"]] == [field]
+    assert [job.loras for job in engine.jobs] == [(Lora("style", 0.5), Lora("subject", 1.0))]

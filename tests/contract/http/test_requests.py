@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from calotype_server.api.service import GenerationService
 from calotype_server.limits import PortLimits
+from calotype_server.types import Lora
 from support.engine.fake_engine import FakeEngine
 from support.grpcweb import Connection
 from support.service import running
@@ -202,3 +204,22 @@ async def test_a_failed_generation_has_the_status_of_its_error(client: httpx.Asy
     assert (response.status_code, response.json()["error"]["code"]) == (499, "CANCELLED")
     answer: dict[str, Any] = (await client.post(f"/generations/{listed['generation_id']}/cancel")).json()
     assert answer == {"phase": "PHASE_CANCELLED"}
+
+
+async def test_lists_of_objects() -> None:
+    """LoRAs are a list in JSON, and numbered fields in a query; violations name the entry in the same way."""
+    engine = FakeEngine()
+    engine.model = replace(engine.model, loras=("style", "subject"))
+    async with running(engine, transport="sse") as service:
+        client = service.stub.client
+        body = {**APPLE, "loras": [{"name": "style", "scale": 0.5}, {"name": "subject"}]}
+        assert (await client.post("/generate", json=body)).status_code == 200
+        query = "prompt=a&loras.0.name=style&loras.0.scale=0.5&loras.1.name=subject"
+        assert (await client.get(f"/generate?{query}")).status_code == 200
+        assert [job.loras for job in engine.jobs] == [(Lora("style", 0.5), Lora("subject", 1.0))] * 2
+        wrong = {**APPLE, "seed": "x", "loras": [{"name": "style", "scale": "x"}, {"name": "subject", "odd": 1}]}
+        assert fields(await client.post("/generate", json=wrong)) == ["seed", "loras.0.scale", "loras.1.odd"]
+        unknown = {**APPLE, "loras": [{"name": "nobody"}]}
+        assert fields(await client.post("/generate", json=unknown)) == ["loras.0.name"]
+        assert fields(await client.get("/generate?prompt=a&loras.0.scale=x")) == ["loras.0.scale"]
+        assert fields(await client.get("/generate?prompt=a&loras.x=1")) == ["loras"]

@@ -13,6 +13,7 @@ from calotype_server.observability.events import ignore
 from calotype_server.settings import Settings
 from calotype_server.types import OtherSizes
 from support.engine.device_errors import EXHAUSTED, FAILED
+from support.engine.loras import save_lora
 
 
 def test_importing_the_factory_does_not_import_torch():
@@ -59,3 +60,16 @@ def test_a_size_that_the_model_cannot_draw_is_an_error_at_start(folder, tmp_path
     settings = Settings(model=str(folder), device="cpu", threads=1, cache_dir=tmp_path)
     with pytest.raises(errors.ModelUnavailable, match=r"calotype\.json lists the size 60x64"):
         factory.load_engine(settings, ignore)
+
+
+def test_loras_of_the_settings(sd15_folder, tmp_path, sd15):
+    """The engine offers the LoRAs that the settings name; one that does not fit ends the start with its reason."""
+    file = save_lora(tmp_path / "style.safetensors", sd15)
+    options = {"model": str(sd15_folder), "device": "cpu", "cache_dir": tmp_path, "max_active": 1, "memory_limit": 0}
+    engine = factory.load_engine(Settings(lora=f"style={file}", **options), ignore)
+    try:
+        assert engine.model.loras == ("style",)
+    finally:
+        engine.close()
+    with pytest.raises(errors.ModelUnavailable, match=r"--lora style=org/style:x\.bin cannot be used"):
+        factory.load_engine(Settings(lora="style=org/style:x.bin", **options), ignore)

@@ -10,7 +10,7 @@ from calotype_server import errors
 from calotype_server.generations.index import StoredGeneration
 from calotype_server.generations.records import dump_record, parse_record
 from calotype_server.generations.restored import reason_not_to_run
-from calotype_server.types import SchedulerInfo, Sigmas, Speed, TimestepSpacing
+from calotype_server.types import Lora, SchedulerInfo, Sigmas, Speed, TimestepSpacing
 from support.engine.fake_engine import MODEL
 from support.service import LIMITS
 from support.state.fixture import fixture_records
@@ -77,3 +77,21 @@ def test_a_stored_choice_needs_a_server_that_offers_it(options: dict, field: str
     error = reason_not_to_run(StoredGeneration(replace(record, job=job), None, replaced=False), model, LIMITS)
     found = [violation.field for violation in error.violations] if isinstance(error, errors.InvalidRequest) else []
     assert found == ([] if field is None else [field])
+
+
+@pytest.mark.parametrize(("loras", "runs"), [((), False), (("other",), False), (("other", "style"), True)])
+def test_a_generation_needs_its_loras(loras: tuple[str, ...], runs: bool) -> None:
+    """A stored generation ends with one violation if the server no longer has one of its LoRAs, and runs otherwise."""
+    record = replace(fixture_records()[0], end=None)
+    job = replace(
+        record.job, loras=(Lora("style", 0.5),), scheduler="DDIMScheduler", width=64, height=64, step_count=20
+    )
+    record = parse_record(dump_record(replace(record, job=job)))
+    assert record.job.loras == (Lora("style", 0.5),)
+    stored = StoredGeneration(record, None, replaced=False)
+    error = reason_not_to_run(stored, replace(MODEL, loras=loras), LIMITS)
+    if runs:
+        assert error is None
+    else:
+        assert isinstance(error, errors.InvalidRequest)
+        assert [violation.field for violation in error.violations] == ["loras.0.name"]

@@ -30,6 +30,7 @@ from calotype_server.types import (
     EncodedImage,
     Failed,
     Job,
+    Lora,
     OutputOptions,
     Phase,
     PreviewMethod,
@@ -63,6 +64,7 @@ jobs = st.builds(
     output=st.builds(OutputOptions, st.sampled_from(["jpeg", "png", "webp"]), numbers, st.booleans()),
     priority=st.sampled_from(Priority),
     speed=st.sampled_from(Speed),
+    loras=st.lists(st.builds(Lora, texts, st.floats(-10, 10)), max_size=2).map(tuple),
 )
 deliveries = st.builds(
     DeliveryOptions, texts, optional_seconds, st.sampled_from(DisconnectPolicy), seconds, texts, st.booleans()

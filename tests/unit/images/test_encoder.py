@@ -19,6 +19,7 @@ from calotype_server.images.metadata import describe
 from calotype_server.types import (
     ImageFormat,
     Job,
+    Lora,
     OutputOptions,
     Pixels,
     PreviewOptions,
@@ -217,6 +218,11 @@ class TestDescribe:
         """The text names the speed of a fast image, because the other parameters do not reproduce it."""
         assert ", Speed: fast, " in describe(replace(JOB, speed=Speed.FAST), MODEL)
         assert "Speed" not in describe(JOB, MODEL)
+
+    def test_loras(self):
+        """LoRAs are tags at the end of the prompt, where the web UI looks for them."""
+        job = replace(JOB, loras=(Lora("style", 0.8), Lora("subject", -1.0)))
+        assert describe(job, MODEL).splitlines()[0] == f"{JOB.prompt} <lora:style:0.8> <lora:subject:-1>"
 
     def test_a_name_with_separators_is_quoted(self) -> None:
         """The name of a model can contain commas, colons and quotes."""

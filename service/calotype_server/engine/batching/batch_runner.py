@@ -71,6 +71,10 @@ class BatchObserver(Protocol):
         ...
 
 
+def _by_loras(pending: PendingCall) -> tuple[tuple[str, float], ...]:
+    return tuple((lora.name, lora.scale) for lora in pending.call.loras)
+
+
 class BatchRunner:
     """Computes batches in the calling thread.
 
@@ -125,6 +129,8 @@ class BatchRunner:
         calls = [pending for pending in calls if not pending.future.done()]  # Some may be cancelled by now.
         if not calls:
             return
+        # Neighbours with the same LoRAs are computed together.
+        calls.sort(key=_by_loras)
         rows = sum(pending.call.rows for pending in calls)
         padded_rows = max(rows, self._observer.max_rows) if self._deterministic else rows
         error = self._try(calls, rows, padded_rows)

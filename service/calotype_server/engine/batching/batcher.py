@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from calotype_server.engine.runtime.base import DenoiserRuntime
     from calotype_server.engine.runtime.collate import Collator
     from calotype_server.engine.step_cache.cache import StepCache
+    from calotype_server.types import Lora
 
 __all__ = ["StepBatcher"]
 
@@ -56,6 +57,7 @@ class StepBatcher:
         schedule: Which requests come first if not all fit into one batch.
         on_batch: Called by the device thread after each call of the denoiser; it must not block.
         run_ahead: Follows the device; None for the one of the module.
+        mixes_loras: Whether calls with different LoRAs may be joined.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class StepBatcher:
         schedule: Schedule = Schedule.FIRST_LOOK,
         on_batch: Callable[[BatchRecord], None] | None = None,
         run_ahead: RunAhead | None = None,
+        mixes_loras: bool = True,
     ) -> None:
         self._runtime = runtime
+        self._mixes_loras = mixes_loras
         self._runner = BatchRunner(
             runtime, self, threads=threads, deterministic=deterministic, on_batch=on_batch, run_ahead=run_ahead
         )
@@ -101,6 +105,11 @@ class StepBatcher:
         return self._runtime.collator
 
     @property
+    def mixes_loras(self) -> bool:
+        """Whether calls with different LoRAs may be joined."""
+        return self._mixes_loras
+
+    @property
     def max_rows(self) -> int:
         """Most rows to run at once: as configured, or fewer since memory ran out."""
         return self._scheduler.max_rows
@@ -111,6 +120,7 @@ class StepBatcher:
         should_stop: Callable[[], bool] = lambda: False,
         on_submitted: Callable[[], None] = lambda: None,
         cache: StepCache | None = None,
+        loras: tuple[Lora, ...] = (),
     ) -> DenoiserSession:
         """Opens a session for one request.
 
@@ -119,10 +129,11 @@ class StepBatcher:
             on_submitted: Called after each call of the denoiser is submitted, before its answer is awaited, and after
                 each call that is not computed.
             cache: Decides which calls are computed; None for all.
+            loras: LoRAs to apply to all calls. They need a `LoraRuntime`.
         """
         with self._changed:
             number, self._opened = self._opened, self._opened + 1
-        return DenoiserSession(self, number, should_stop, on_submitted, cache)
+        return DenoiserSession(self, number, should_stop, on_submitted, cache, loras)
 
     def close(self) -> None:
         """Ends the device thread after the current batch; waiting calls and later ones raise `Draining`."""

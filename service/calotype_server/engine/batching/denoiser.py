@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import torch
 
+from calotype_server.engine.batching.mixed_loras import lora_runtime
 from calotype_server.engine.batching.plan import Plan, PlanOptions, deterministic_rows, most_rows
 from calotype_server.engine.batching.plan_cache import find_plan
 from calotype_server.engine.batching.verify import unbatchable
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from calotype_server.engine.adapters.loras import Loras
     from calotype_server.engine.runtime.base import DenoiserRuntime
+    from calotype_server.engine.runtime.lora import LoraRuntime
     from calotype_server.types import ModelInfo
 
 __all__ = ["PreparedDenoiser", "prepare_denoiser"]
@@ -41,11 +44,13 @@ class PreparedDenoiser:
         runtime: Computes the denoiser.
         plan: The batching plan.
         fallback: Why the runtime is not the requested one, in one sentence; empty if it is.
+        lora_runtime: Also computes calls with LoRAs; None if there are no LoRAs.
     """
 
     runtime: DenoiserRuntime
     plan: Plan
     fallback: str
+    lora_runtime: LoraRuntime | None = None
 
 
 @torch.no_grad()
@@ -58,6 +63,7 @@ def prepare_denoiser(
     cache_dir: Path,
     measure_again: bool,
     on_fallback: Callable[[], None],
+    loras: Loras | None = None,
 ) -> PreparedDenoiser:
     """Selects the runtime, plans the batching with it, and makes the calls that prepare it. Call in the device thread.
 
@@ -70,6 +76,7 @@ def prepare_denoiser(
         cache_dir: Folder of all caches.
         measure_again: Whether to ignore a cached batching plan and replace it.
         on_fallback: Called by the device thread when the accelerator fails later. It must not block.
+        loras: LoRAs of the model, or None.
     """
     select_device(torch.device(model.device))
     eager = Selection(EagerRuntime(getattr(pipeline, denoiser_name(pipeline)), exact=options.deterministic))
@@ -86,7 +93,10 @@ def prepare_denoiser(
         selected.runtime.clear()
         selected = _warmed_up(selected, eager, pipeline, model, plan, options)
     _log.info("denoiser runtime", accelerator=selected.runtime.name, requested=accelerate, fallback=selected.fallback)
-    return PreparedDenoiser(selected.runtime, plan, selected.fallback)
+    if loras is None:
+        return PreparedDenoiser(selected.runtime, plan, selected.fallback)
+    with_loras = lora_runtime(selected.runtime, loras, pipeline, model, plan, options)
+    return PreparedDenoiser(selected.runtime, plan, selected.fallback, with_loras)
 
 
 def _accelerated(

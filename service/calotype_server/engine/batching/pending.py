@@ -27,6 +27,7 @@ class PendingCall:
         arrived: Time of arrival in seconds.
         device_free_since: Time in seconds since which the device could have run it; infinite while it was busy.
         future: Receives the answer.
+        apart: Only calls with an equal value may be joined, even if their signatures are equal.
         batch_rows: Rows that were computed together with it, its own included. Set with the answer.
         context: Of the thread that waits, so that lines logged for the call carry the request's ids.
     """
@@ -36,8 +37,14 @@ class PendingCall:
     arrived: float
     device_free_since: float = math.inf
     future: Future[Any] = field(default_factory=Future)
+    apart: Hashable = None
     batch_rows: int = 0
     context: contextvars.Context = field(default_factory=contextvars.copy_context)
+
+    @property
+    def group(self) -> Hashable:
+        """Calls of equal groups can be joined."""
+        return self.call.signature if self.apart is None else (self.call.signature, self.apart)
 
     def offer(self, now: float) -> None:
         """Records that the device is free for this call."""
@@ -65,13 +72,13 @@ class RequestSlot:
         number: Identifies the request in records of batches; an older request has a smaller number.
         rows: Rows of its last call.
         looked: Whether it has finished its first step, so that its caller can see a preview.
-        expected: Signature of the call that it should make next, while others wait for it.
+        expected: Group of the call that it should make next, while others wait for it.
         on_time: Whether it made its last call within `max_wait` of the time when the answer before was computed.
         answer: Its last answered call; None while a call waits, and before the first.
         computed_at: Time in seconds when that answer was computed; None until then.
-        last_signature: Signature of its last call.
-        next_signatures: Maps a signature to the one that followed it: with classifier-free guidance in two calls, two
-            signatures alternate if the prompts differ in length.
+        last_group: Group of its last call.
+        next_groups: Maps a group to the one that followed it: with classifier-free guidance in two calls, two groups
+            alternate if the prompts differ in length.
     """
 
     number: int
@@ -81,23 +88,23 @@ class RequestSlot:
     on_time: bool = True
     answer: PendingCall | None = None
     computed_at: float | None = None
-    last_signature: Hashable | None = None
-    next_signatures: dict[Hashable, Hashable] = field(default_factory=dict)
+    last_group: Hashable | None = None
+    next_groups: dict[Hashable, Hashable] = field(default_factory=dict)
 
-    def note_call(self, call: Call, now: float, max_wait: float) -> None:
+    def note_call(self, pending: PendingCall, max_wait: float) -> None:
         """Records that the request made a call."""
         self.expected = None
-        self.on_time = self.computed_at is None or now - self.computed_at <= max_wait
+        self.on_time = self.computed_at is None or pending.arrived - self.computed_at <= max_wait
         self.answer = self.computed_at = None
-        if self.last_signature is not None:
-            self.next_signatures[self.last_signature] = call.signature
-        self.last_signature, self.rows = call.signature, call.rows
+        if self.last_group is not None:
+            self.next_groups[self.last_group] = pending.group
+        self.last_group, self.rows = pending.group, pending.call.rows
 
     def note_answer(self, pending: PendingCall) -> bool:
         """Records that the request got the answer to its call; returns whether to expect its next call."""
         self.answer = pending
         if self.on_time:
-            self.expected = self.next_signatures.get(self.last_signature, self.last_signature)
+            self.expected = self.next_groups.get(self.last_group, self.last_group)
         return self.on_time
 
     def note_computed(self, pending: PendingCall, now: float) -> None:

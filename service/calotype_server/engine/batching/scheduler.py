@@ -1,6 +1,6 @@
 """Decides which waiting calls run next. It has no threads and no clock: callers pass the current time in.
 
-Calls with the same signature form a group, from which one batch runs at a time. A batch is *ready* when waiting longer
+Calls that can be joined form a group, from which one batch runs at a time. A batch is *ready* when waiting longer
 gains nothing: all requests that are expected in it have arrived, or no further call would fit, or the idle device has
 waited for `max_wait`. `Schedule` decides which calls come first if not all fit:
 
@@ -98,7 +98,7 @@ class BatchScheduler:
         """Adds a call; the request's previous call must have been answered."""
         slot = pending.slot
         self.stop_waiting_for(slot)
-        slot.note_call(pending.call, pending.arrived, self.max_wait)
+        slot.note_call(pending, self.max_wait)
         self._waiting.append(pending)
 
     def launched(self, calls: Sequence[PendingCall], started: float, now: float) -> None:
@@ -174,15 +174,15 @@ class BatchScheduler:
     def _most_urgent_batch(self, urgency: Urgency) -> list[PendingCall | RequestSlot]:
         """Returns the batch that would run if the expected requests had arrived; they stand for their calls."""
         entries: list[tuple[tuple[bool, int], Hashable, int, PendingCall | RequestSlot]] = [
-            *((urgency.rank(each.slot), each.call.signature, each.call.rows, each) for each in self._waiting),
+            *((urgency.rank(each.slot), each.group, each.call.rows, each) for each in self._waiting),
             *((urgency.rank(slot), slot.expected, slot.rows, slot) for slot in self._expected),
         ]
         entries.sort(key=lambda entry: entry[0])
-        _, signature, room = entries[0][:3]
+        _, first, room = entries[0][:3]
         room = max(room, self._max_rows)
         batch: list[PendingCall | RequestSlot] = []
         for _, other, rows, each in entries:
-            if other == signature and rows <= room:
+            if other == first and rows <= room:
                 batch.append(each)
                 room -= rows
         return batch
@@ -190,13 +190,13 @@ class BatchScheduler:
     def _pick_oldest_call(self, now: float) -> tuple[list[PendingCall], float | None]:
         groups: dict[Hashable, list[PendingCall]] = {}
         for pending in self._waiting:
-            groups.setdefault(pending.call.signature, []).append(pending)
+            groups.setdefault(pending.group, []).append(pending)
             if not self.busy:
                 pending.offer(now)
         deadline = math.inf
-        for signature, group in groups.items():  # The group with the oldest call comes first.
+        for key, group in groups.items():  # The group with the oldest call comes first.
             limit = group[0].device_free_since + self.max_wait
-            missing = [slot for slot in self._expected if slot.expected == signature]
+            missing = [slot for slot in self._expected if slot.expected == key]
             if missing and now >= limit:
                 for slot in missing:
                     self.stop_waiting_for(slot)

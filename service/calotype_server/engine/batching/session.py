@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from calotype_server.engine.batching.pending import PendingCall, RequestSlot
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from calotype_server.engine.runtime.collate import Call, Collator, Digests
     from calotype_server.engine.step_cache.cache import StepCache
+    from calotype_server.types import Lora
 
 __all__ = ["CallQueue", "DenoiserSession"]
 
@@ -29,6 +31,11 @@ class CallQueue(Protocol):
     @property
     def collator(self) -> Collator:
         """Joins calls of that denoiser."""
+        ...
+
+    @property
+    def mixes_loras(self) -> bool:
+        """Whether calls with different LoRAs may be joined."""
         ...
 
     def submit(self, pending: PendingCall) -> None:
@@ -60,6 +67,7 @@ class DenoiserSession:
         on_submitted: Called after each call of the denoiser is submitted, before its answer is awaited, and after each
             call that is not computed.
         cache: Decides which calls are computed; None for all.
+        loras: LoRAs to apply to all calls.
     """
 
     def __init__(
@@ -69,11 +77,13 @@ class DenoiserSession:
         should_stop: Callable[[], bool],
         on_submitted: Callable[[], None],
         cache: StepCache | None = None,
+        loras: tuple[Lora, ...] = (),
     ) -> None:
         self._queue = queue
         self._should_stop = should_stop
         self._on_submitted = on_submitted
         self._cache = cache
+        self._loras = loras
         self._digests: Digests = {}
         self._slot = RequestSlot(number)
         self._pending: PendingCall | None = None
@@ -120,6 +130,8 @@ class DenoiserSession:
         if self._should_stop():
             raise Stopped
         call = self._queue.collator.bind(args, kwargs, self._digests)
+        if self._loras:
+            call = replace(call, loras=self._loras)
         if self._cache is None:
             return self._compute(call)
         calls = self._calls
@@ -131,7 +143,8 @@ class DenoiserSession:
         return answer
 
     def _compute(self, call: Call) -> Any:
-        self._pending = pending = PendingCall(self._slot, call, time.monotonic())
+        apart = None if self._queue.mixes_loras else call.loras
+        self._pending = pending = PendingCall(self._slot, call, time.monotonic(), apart=apart)
         if self._cancelled:
             raise Stopped
         self._queue.submit(pending)

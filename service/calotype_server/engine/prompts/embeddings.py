@@ -16,7 +16,7 @@ from calotype_server.engine.prompts.support import encoders
 from calotype_server.errors import ModelUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import torch
 
@@ -31,18 +31,17 @@ _XL_KEYS = ("clip_l", "clip_g")
 """Keys of the embeddings for the two text encoders of Stable Diffusion XL, in the order of the encoders."""
 
 
-def load_embeddings(pipeline: Any, entries: Sequence[str]) -> None:
+def load_embeddings(pipeline: Any, sources: Mapping[str, str]) -> None:
     """Adds textual inversions to the tokenizers and text encoders of a pipeline.
 
     Args:
         pipeline: The loaded pipeline; changed, so it must not be in use yet.
-        entries: NAME=FILE or NAME=HUB_ID[:FILE], all as safetensors.
+        sources: FILE or HUB_ID[:FILE] of each embedding by its name, all as safetensors.
 
     Raises:
         ModelUnavailable: An embedding is missing, unreadable, or does not fit the model.
     """
-    for entry in entries:
-        name, _, source = entry.partition("=")
+    for name, source in sources.items():
         vectors = _fitting(pipeline, name, _read(name, source))
         for (tokenizer, encoder), vector in zip(encoders(pipeline), vectors, strict=True):
             try:

@@ -28,6 +28,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
 
+    from calotype_server.types import Lora
+
 __all__ = ["TIMESTEPS", "Call", "Collator", "Digests", "Rows", "cut"]
 
 Digests = dict[int, tuple[torch.Tensor, int, bytes]]
@@ -69,6 +71,7 @@ class Call:
         named: Both, by name.
         rows: Length of the batch dimension.
         signature: Calls with equal signatures can be joined.
+        loras: LoRAs to apply to all its rows; see `LoraRuntime`.
     """
 
     args: tuple[Any, ...]
@@ -76,6 +79,7 @@ class Call:
     named: dict[str, Any]
     rows: int
     signature: tuple[Any, ...]
+    loras: tuple[Lora, ...] = ()
 
     @property
     def kind(self) -> Hashable:

@@ -19,6 +19,7 @@ __all__ = [
     "ImageWarning",
     "ImagesRequest",
     "ImagesResponse",
+    "LoraChoice",
     "ModelEntry",
     "ModelList",
     "Quality",
@@ -27,6 +28,13 @@ __all__ = [
 
 FileFormat = Literal["png", "jpeg", "webp"]
 Quality = Literal["low", "medium", "high", "xhigh", "max"]
+
+
+class LoraChoice(RequestModel):
+    """A LoRA and its strength."""
+
+    name: Annotated[Text, Field(description="One of the names in the model's `loras`.")] = ""
+    scale: Annotated[float | None, Field(ge=-1e38, le=1e38, description="-10 to 10. Default: 1.")] = None
 
 
 class ImagesRequest(RequestModel):
@@ -112,6 +120,9 @@ class ImagesRequest(RequestModel):
         Literal["exact", "fast"],
         Field(description="Calotype only. fast: compute about half of the steps; the image is close to the exact one."),
     ] = "exact"
+    loras: Annotated[
+        tuple[LoraChoice, ...], Field(max_length=8, description="Calotype only: LoRAs to apply, each at most once.")
+    ] = ()
 
 
 class InputTokens(BaseModel):

@@ -77,6 +77,8 @@ def to_generate_request(request: ImagesRequest, model: pb.Model, index: int) -> 
         translated.sigmas = SIGMAS.to_proto(Sigmas[request.sigmas.upper()])
     if request.spacing is not None:
         translated.spacing = SPACINGS.to_proto(TimestepSpacing[request.spacing.upper()])
+    for lora in request.loras:
+        translated.loras.add(name=lora.name, scale=lora.scale)
     if request.seed is not None:
         # -1 is a random seed, and other negative numbers are invalid.
         translated.seed = request.seed + (index if request.seed >= 0 else 0)

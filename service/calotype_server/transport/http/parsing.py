@@ -60,7 +60,10 @@ def parse_message(kind: type[P], data: Any) -> Parsed[P]:
 
 
 def parse_query(kind: type[P], query: Mapping[str, str]) -> Parsed[P]:
-    """Returns a message of the valid fields of a query; dots lead into messages, as in preview.quality=80."""
+    """Returns a message of the valid fields of a query.
+
+    Dots lead into messages, as in preview.quality=80, and numbers into lists, as in loras.0.name=watercolor.
+    """
     data: dict[str, Any] = {}
     for name, value in query.items():
         outer, dot, inner = name.partition(".")
@@ -68,7 +71,21 @@ def parse_query(kind: type[P], query: Mapping[str, str]) -> Parsed[P]:
             data[name] = value
         elif isinstance(data.setdefault(outer, {}), dict):
             data[outer][inner] = value
+    for field in kind.DESCRIPTOR.fields:
+        if field.is_repeated and isinstance(data.get(field.name), dict):
+            data[field.name] = _items(data[field.name])
     return parse_message(kind, data)
+
+
+def _items(fields: dict[str, str]) -> Any:
+    """Returns the items of a list, from keys such as "0.name"; the fields unchanged if they have other keys."""
+    items: dict[int, dict[str, str]] = {}
+    for key, value in fields.items():
+        number, _, name = key.partition(".")
+        if not (number.isascii() and number.isdecimal() and len(number) <= 3 and name):
+            return fields
+        items.setdefault(int(number), {})[name] = value
+    return [items[number] for number in sorted(items)]
 
 
 def query_parameters(kind: type[Message], *, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -78,8 +95,9 @@ def query_parameters(kind: type[Message], *, without: tuple[str, ...] = ()) -> l
     def flatten(schema: dict[str, Any], prefix: str) -> list[dict[str, Any]]:
         parameters = []
         for name, field in schema["properties"].items():
-            if "$ref" in field:
-                parameters += flatten(root["$defs"][field["$ref"].rpartition("/")[2]], f"{prefix}{name}.")
+            reference, number = (field["items"], "0.") if field.get("type") == "array" else (field, "")
+            if "$ref" in reference:
+                parameters += flatten(root["$defs"][reference["$ref"].rpartition("/")[2]], f"{prefix}{name}.{number}")
             else:
                 description = field.pop("description")
                 parameters.append({"name": prefix + name, "in": "query", "description": description, "schema": field})
@@ -125,7 +143,8 @@ def _without(data: Any, path: tuple[str, ...]) -> Any:
     """Returns JSON without the value at a path of field names and indices of lists."""
     if path and isinstance(data, list):
         index, rest = int(path[0]), path[1:]
-        return [*data[:index], *([_without(data[index], rest)] if rest else []), *data[index + 1 :]]
+        # As a whole: without an item, the others would have other numbers.
+        return [*data[:index], _without(data[index], rest), *data[index + 1 :]] if rest else []
     if not path or not isinstance(data, dict):
         return {}
     if len(path) == 1:

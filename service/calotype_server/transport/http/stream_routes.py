@@ -102,7 +102,10 @@ class StreamRoutes:
     async def generate_by_get(
         self, request: Request, images: _Images = "base64", last_event_id: _LastEventId = None
     ) -> Response:
-        """Like `POST`, with the request in the query: dots lead into objects, as in `preview.max_edge_px=256`.
+        """Like `POST`, with the request in the query.
+
+        Dots lead into objects, as in `preview.max_edge_px=256`, and numbers into lists, as in `loras.0.name`,
+        `loras.1.name`.
 
         An EventSource reconnects automatically, so the default of `disconnect_grace` is 10s. If it reconnects too late,
         or to a server that has lost the generation in a restart, the generation starts again.

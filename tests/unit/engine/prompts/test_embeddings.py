@@ -24,10 +24,10 @@ def vectors(count: int = 1, channels: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, channels, generator=torch.Generator().manual_seed(seed))
 
 
-def saved(folder: Path, **tensors: torch.Tensor) -> str:
-    """Saves tensors, and returns the entry of `--embedding`."""
+def saved(folder: Path, **tensors: torch.Tensor) -> dict[str, str]:
+    """Saves tensors, and returns the file by the name of the embedding."""
     safetensors.torch.save_file(tensors, folder / "file.safetensors")
-    return f"zorn={folder / 'file.safetensors'}"
+    return {"zorn": str(folder / "file.safetensors")}
 
 
 def encoded(pipeline: Any, prompt: str, *, weighted: bool = False) -> tuple[Any, ...]:
@@ -46,7 +46,7 @@ def test_an_embedding_is_used_by_its_name(tmp_path: Path, count: int) -> None:
     """The name in a prompt stands for all vectors, in plain and in weighted prompts."""
     pipeline = tiny.build("sd15")
     plain = encoded(pipeline, "a zorn apple")[0]
-    load_embeddings(pipeline, [saved(tmp_path, emb_params=vectors(count))])
+    load_embeddings(pipeline, saved(tmp_path, emb_params=vectors(count)))
     weights = pipeline.text_encoder.get_input_embeddings().weight
     assert torch.equal(weights[-count:], vectors(count))
     read = encoded(pipeline, "a zorn apple")[0]
@@ -60,7 +60,7 @@ def test_both_text_encoders_of_xl_get_their_vectors(tmp_path: Path) -> None:
     pipeline = tiny.build("sdxl")
     pipeline.text_encoder_2.text_model.eos_token_id = 2
     pooled = encoded(pipeline, "an apple")[2]
-    load_embeddings(pipeline, [saved(tmp_path, clip_l=vectors(2, seed=1), clip_g=vectors(2, seed=2))])
+    load_embeddings(pipeline, saved(tmp_path, clip_l=vectors(2, seed=1), clip_g=vectors(2, seed=2)))
     assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[-2:], vectors(2, seed=1))
     assert torch.equal(pipeline.text_encoder_2.get_input_embeddings().weight[-2:], vectors(2, seed=2))
     assert torch.equal(encoded(pipeline, "an apple")[2], pooled)
@@ -88,7 +88,7 @@ def test_an_embedding_must_fit_the_model(
 ) -> None:
     """The server does not start with an embedding of another model, and says why."""
     with pytest.raises(ModelUnavailable, match=message):
-        load_embeddings(tiny.build(family), [saved(tmp_path, **tensors)])
+        load_embeddings(tiny.build(family), saved(tmp_path, **tensors))
 
 
 def test_an_embedding_must_be_readable(tmp_path: Path) -> None:
@@ -96,19 +96,19 @@ def test_an_embedding_must_be_readable(tmp_path: Path) -> None:
     pipeline = tiny.build("sd15")
     (tmp_path / "bad.safetensors").write_bytes(b"damaged")
     (tmp_path / "old.pt").write_bytes(b"")
-    for entry, message in (
-        (f"zorn={tmp_path}/none.safetensors", "does not exist"),
-        (f"zorn={tmp_path}/old.pt", "not a .safetensors file"),
-        ("zorn=org/name:old.bin", "not a .safetensors file"),
-        (f"zorn={tmp_path}/bad.safetensors", "cannot be read"),
-        (saved(tmp_path, a=vectors()).replace("zorn", "a"), "needs another name"),
+    for name, source, message in (
+        ("zorn", f"{tmp_path}/none.safetensors", "does not exist"),
+        ("zorn", f"{tmp_path}/old.pt", "not a .safetensors file"),
+        ("zorn", "org/name:old.bin", "not a .safetensors file"),
+        ("zorn", f"{tmp_path}/bad.safetensors", "cannot be read"),
+        ("a", saved(tmp_path, a=vectors())["zorn"], "needs another name"),
     ):
         with pytest.raises(ModelUnavailable, match=message):
-            load_embeddings(pipeline, [entry])
+            load_embeddings(pipeline, {name: source})
 
 
 @pytest.mark.usefixtures("offline")
 def test_an_embedding_of_the_hub_needs_the_network() -> None:
     """Without the network, the message is the same as for a model."""
     with pytest.raises(ModelUnavailable, match="The hub cannot be reached"):
-        load_embeddings(tiny.build("sd15"), ["zorn=org/name"])
+        load_embeddings(tiny.build("sd15"), {"zorn": "org/name"})

@@ -7,9 +7,20 @@ from typing import Any
 import diffusers
 import transformers
 
-__all__ = ["clip_tokenizer", "lcm", "sd15", "sdxl", "shifted_vae", "tiny_vae", "vae"]
+__all__ = [
+    "SD_BETAS",
+    "clip_text_encoder",
+    "clip_tokenizer",
+    "conditional_unet",
+    "lcm",
+    "sd15",
+    "sdxl",
+    "shifted_vae",
+    "tiny_vae",
+    "vae",
+]
 
-_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def clip_tokenizer() -> transformers.CLIPTokenizer:
@@ -23,7 +34,7 @@ def clip_tokenizer() -> transformers.CLIPTokenizer:
     return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def _clip(*, projection: bool = False) -> Any:
+def clip_text_encoder(*, projection: bool = False) -> Any:
     config = transformers.CLIPTextConfig(
         vocab_size=514,
         bos_token_id=512,
@@ -68,7 +79,7 @@ def shifted_vae() -> diffusers.AutoencoderKL:
     return vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035)
 
 
-def _unet(cross_attention_dim: int = 32, **config: Any) -> diffusers.UNet2DConditionModel:
+def conditional_unet(cross_attention_dim: int = 32, **config: Any) -> diffusers.UNet2DConditionModel:
     return diffusers.UNet2DConditionModel(
         block_out_channels=(32, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -85,12 +96,12 @@ def _unet(cross_attention_dim: int = 32, **config: Any) -> diffusers.UNet2DCondi
 def sd15(scheduler: Any = None) -> diffusers.StableDiffusionPipeline:
     """Returns a Stable Diffusion 1.5, with `scheduler` instead of its DDIM."""
     return diffusers.StableDiffusionPipeline(
-        unet=_unet(),
+        unet=conditional_unet(),
         vae=vae(),
-        text_encoder=_clip(),
+        text_encoder=clip_text_encoder(),
         tokenizer=clip_tokenizer(),
         scheduler=scheduler
-        or diffusers.DDIMScheduler(**_SD_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        or diffusers.DDIMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -98,7 +109,7 @@ def sd15(scheduler: Any = None) -> diffusers.StableDiffusionPipeline:
 
 
 def sdxl() -> diffusers.StableDiffusionXLPipeline:
-    unet = _unet(
+    unet = conditional_unet(
         cross_attention_dim=64,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
@@ -109,22 +120,22 @@ def sdxl() -> diffusers.StableDiffusionXLPipeline:
     return diffusers.StableDiffusionXLPipeline(
         unet=unet,
         vae=vae(),
-        text_encoder=_clip(),
-        text_encoder_2=_clip(projection=True),
+        text_encoder=clip_text_encoder(),
+        text_encoder_2=clip_text_encoder(projection=True),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
-        scheduler=diffusers.EulerDiscreteScheduler(**_SD_BETAS, timestep_spacing="leading", steps_offset=1),
+        scheduler=diffusers.EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading", steps_offset=1),
         add_watermarker=False,
     )
 
 
 def lcm() -> diffusers.LatentConsistencyModelPipeline:
     return diffusers.LatentConsistencyModelPipeline(
-        unet=_unet(time_cond_proj_dim=32),
+        unet=conditional_unet(time_cond_proj_dim=32),
         vae=vae(),
-        text_encoder=_clip(),
+        text_encoder=clip_text_encoder(),
         tokenizer=clip_tokenizer(),
-        scheduler=diffusers.LCMScheduler(**_SD_BETAS, clip_sample=False, set_alpha_to_one=False),
+        scheduler=diffusers.LCMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 
 from calotype_server.engine import assembly, generation_run
 from calotype_server.engine.assembly import build_engine
@@ -18,22 +17,10 @@ from calotype_server.types import (
     PreviewReady,
 )
 from support.engine import tiny
+from support.engine.families.trial import small
 from support.runs import Run
 
 METHODS = (PreviewMethod.HEAD, PreviewMethod.FULL_VAE)
-
-
-def unbinned(pipeline):
-    """Returns the pipeline without resolution binning, which rounds to sizes of the real model, far too large here."""
-    kind = type(pipeline)
-    if "use_resolution_binning" in inspect.signature(kind.__call__).parameters:
-
-        @functools.wraps(kind.__call__)
-        def call(self, **arguments):
-            return kind.__call__(self, **{**arguments, "use_resolution_binning": False})
-
-        pipeline.__class__ = type(kind.__name__, (kind,), {"__call__": call})
-    return pipeline
 
 
 @tiny.every_family
@@ -42,7 +29,7 @@ def test_engine_drives_the_family(family, tmp_path, monkeypatch):
     described, made = describe, make_scheduler
     taken = []
 
-    def small(*args):
+    def at_64(*args):
         return dataclasses.replace(described(*args), width=64, height=64)
 
     def counting(*args):
@@ -57,9 +44,9 @@ def test_engine_drives_the_family(family, tmp_path, monkeypatch):
         scheduler.step = counted
         return scheduler
 
-    monkeypatch.setattr(assembly, "describe", small)
+    monkeypatch.setattr(assembly, "describe", at_64)
     monkeypatch.setattr(generation_run, "make_scheduler", counting)
-    pipeline = unbinned(tiny.prompted(family))
+    pipeline = small(tiny.prompted(family))
     engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
     assert engine.model.preview_methods == METHODS
     steps = 3

@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from calotype_server.engine.capabilities.components import denoiser_name, tokenizers
+from calotype_server.engine.capabilities.guidance import read_guidance
 from calotype_server.engine.capabilities.schedulers import compatible_schedulers, max_step_counts
 from calotype_server.engine.capabilities.sizes import native_size, size_multiple
 from calotype_server.types import ModelInfo
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["describe"]
 
+_log = structlog.get_logger(__name__)
+
 
 def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
     """Reads sizes, defaults, schedulers and accepted parameters from a loaded pipeline."""
@@ -22,13 +27,13 @@ def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     multiple = size_multiple(pipeline, denoiser)
     width, height = native_size(pipeline, denoiser, multiple)
-    guidance = None
-    if "guidance_scale" in parameters:
-        guidance = defaults.guidance_scale
-        default = parameters["guidance_scale"].default
-        # Qwen-Image's default is None: the parameter is only for guidance-distilled models.
-        if guidance is None and default is not None:
-            guidance = float(default)
+    guidance = read_guidance(pipeline)
+    scale = guidance.default
+    if defaults.guidance_scale is not None:
+        if guidance.parameter is None:
+            _log.warning("the default guidance has no effect on this model", guidance_scale=defaults.guidance_scale)
+        else:
+            scale = defaults.guidance_scale
     schedulers = compatible_schedulers(pipeline)
     return ModelInfo(
         name=name,
@@ -37,8 +42,9 @@ def describe(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
         height=height,
         size_multiple=multiple,
         step_count=defaults.step_count or parameters["num_inference_steps"].default,
-        guidance_scale=guidance,
-        takes_negative_prompt="negative_prompt" in parameters,
+        guidance_scale=scale,
+        takes_negative_prompt=guidance.takes_negative_prompt,
+        negative_prompt_above=guidance.threshold,
         scheduler=type(pipeline.scheduler).__name__,
         schedulers=schedulers,
         max_step_counts=max_step_counts(pipeline, schedulers),

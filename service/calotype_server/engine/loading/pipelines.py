@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import structlog
 from calotype_server.engine.loading.explain import explain
 from calotype_server.engine.loading.quiet import quiet
 from calotype_server.engine.loading.sources import locate
+from calotype_server.engine.loading.supported import check_pipeline
 from calotype_server.engine.memory import is_out_of_memory
 from calotype_server.errors import ModelUnavailable
 
@@ -64,13 +64,5 @@ def load_pipeline(
             raise ModelUnavailable(f"The model {model!r} does not fit into the memory of {device}.") from None
         _log.debug("the model cannot be loaded", model=model, exc_info=error)
         raise ModelUnavailable(explain(model, local, error)) from error
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    image = parameters.get("image")
-    kind = type(pipeline).__name__
-    needs_image = image is not None and (image.default is image.empty or "strength" in parameters)
-    makes_video = not {"num_frames", "video_length"}.isdisjoint(parameters)
-    if needs_image or makes_video or not {"prompt", "width", "height", "num_inference_steps"} <= parameters.keys():
-        raise ModelUnavailable(f"{model!r} is a {kind}, which does not turn text into images.")
-    if getattr(pipeline, "vae", None) is None or getattr(pipeline, "scheduler", None) is None:
-        raise ModelUnavailable(f"{model!r} is a {kind}, which is not a latent diffusion pipeline.")
+    check_pipeline(model, pipeline)
     return pipeline

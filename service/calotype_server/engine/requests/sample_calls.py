@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.capabilities import denoiser_name, read_guidance
 from calotype_server.engine.requests.denoiser_proxy import DenoiserProxy
 from calotype_server.engine.requests.view import request_view
 from calotype_server.engine.schedulers.make import make_scheduler
@@ -28,8 +28,7 @@ def plain_arguments(pipeline: Any, width: int, height: int, guidance_scale: floa
     """Returns arguments for a pipeline call with an empty prompt, without the number of steps."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     call: dict[str, Any] = {"prompt": "", "width": width, "height": height}
-    if "guidance_scale" in parameters and guidance_scale is not None:
-        call["guidance_scale"] = guidance_scale
+    call |= read_guidance(pipeline).arguments(guidance_scale)
     if "use_resolution_binning" in parameters:
         # Otherwise the pipeline generates at the nearest of the real model's sizes, and then resizes the image.
         call["use_resolution_binning"] = False

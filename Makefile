@@ -33,7 +33,7 @@ TWO_AT_ONCE = $(MAKE) --no-print-directory --jobs=2 --output-sync=target
 # A change of the proto must not break the last release, or the last commit if there is no release.
 PUBLISHED = $(shell git describe --tags --abbrev=0 2>/dev/null || echo HEAD)
 .DEFAULT_GOAL := help
-.PHONY: help run generate test test-all test-fast coverage test-clients client-table client-table-check lint format type sync-client proto proto-check web web-check test-web settings bench bench-gpu gpu-bundle soak ray-up ray-down test-ray bench-ray contact-sheet timeline filmstrip sizing evaluate-model clean
+.PHONY: help run generate test test-all test-fast coverage test-clients client-table client-table-check lint format type sync-client proto proto-check web web-check test-web models settings bench bench-gpu gpu-bundle soak ray-up ray-down test-ray bench-ray contact-sheet timeline filmstrip sizing evaluate-model clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -150,6 +150,10 @@ proto-check: ## fail if the generated code is out of date
 	diff -ru --exclude=__pycache__ build/proto/client/python/calotype/v1 client/python/calotype/v1
 	diff -ru build/proto/$(CLIENT_JS)/src/gen $(CLIENT_JS)/src/gen
 	diff build/proto/$(COMMENTS) $(COMMENTS)
+
+models: $(READY) ## write the table of models, service/MODELS.md, from trials of tiny pipelines
+	PYTHONPATH=tests $(BIN)/python -m support.models_table >build/MODELS.md
+	cp build/MODELS.md service/MODELS.md
 
 settings: $(READY) ## write the table of all settings, service/SETTINGS.md
 	$(BIN)/python service/settings_table.py >service/SETTINGS.md

@@ -21,7 +21,7 @@ from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.runtime.lora import LoraRuntime
 from calotype_server.types import Lora
 from support.engine import tiny
-from support.engine.loras import save_lora
+from support.engine.files.loras import save_lora
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.enums import DISCONNECT_POLICIES, IMAGE_FORMATS, PREVIEW_METHODS, PRIORITIES, SPEEDS
+from calotype_server.api.guidance import check_negative_prompt, guidance_scale
 from calotype_server.api.loras import chosen_loras
 from calotype_server.api.prompt_syntax import prompt_syntax
 from calotype_server.api.schedulers import chosen_options, chosen_scheduler
@@ -16,7 +16,6 @@ from calotype_server.api.sizes import choose_size
 from calotype_server.errors import InvalidRequest, PreviewMethodUnavailable, Violation
 from calotype_server.limits import (
     GRACE_SECONDS_MAX,
-    GUIDANCE_SCALE_MAX,
     JPEG_QUALITY_MAX,
     PAGE_SIZE_DEFAULT,
     PAGE_SIZE_MAX,
@@ -83,7 +82,7 @@ def validate(
     about_scheduler: list[tuple[str, str]] = []
     scheduler = chosen_scheduler(request, model, lambda *each: about_scheduler.append(each))
     steps = _step_count(request, model, model.max_steps(scheduler.scheduler, limits.max_step_count), reject)
-    guidance = _guidance_scale(request, model, reject)
+    guidance = guidance_scale(request, model, reject)
     draws_seed = not request.HasField("seed") or request.seed == RANDOM_SEED
     seed = secrets.randbelow(2**_SEED_BITS) if draws_seed else request.seed
     if not 0 <= seed <= SEED_MAX:
@@ -203,8 +202,7 @@ def _check_prompts(request: pb.GenerateRequest, model: ModelInfo, limits: Limits
         length = len(getattr(request, field))
         if length > limits.max_prompt_chars:
             reject(field, f"has {length} characters, the maximum is {limits.max_prompt_chars}")
-    if request.HasField("negative_prompt") and not model.takes_negative_prompt:
-        reject("negative_prompt", f"is not supported by {model.pipeline}")
+    check_negative_prompt(request, model, reject)
 
 
 def _step_count(request: pb.GenerateRequest, model: ModelInfo, maximum: int, reject: Reject) -> int:
@@ -212,17 +210,6 @@ def _step_count(request: pb.GenerateRequest, model: ModelInfo, maximum: int, rej
     if not 1 <= steps <= maximum:
         reject("step_count", f"is {steps}, must be 1 to {maximum}")
     return steps
-
-
-def _guidance_scale(request: pb.GenerateRequest, model: ModelInfo, reject: Reject) -> float | None:
-    if not request.HasField("guidance_scale"):
-        return model.guidance_scale
-    guidance = request.guidance_scale
-    if model.guidance_scale is None:
-        reject("guidance_scale", f"is not supported by {model.pipeline}")
-    elif not (math.isfinite(guidance) and 0 <= guidance <= GUIDANCE_SCALE_MAX):
-        reject("guidance_scale", f"is {guidance:g}, must be 0 to {GUIDANCE_SCALE_MAX:g}")
-    return guidance
 
 
 def _speed(request: pb.GenerateRequest, model: ModelInfo, scheduler: str, steps: int, reject: Reject) -> Speed:

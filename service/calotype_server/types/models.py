@@ -62,10 +62,12 @@ class ModelInfo:
         height: Native height in pixels.
         size_multiple: Width and height must be multiples of this number of pixels.
         step_count: Default number of denoising steps.
-        guidance_scale: Default guidance, or None when the pipeline does not support it.
-        takes_negative_prompt: Whether the pipeline supports a negative prompt.
+        guidance_scale: Default guidance, or None when no guidance scale has an effect.
+        takes_negative_prompt: Whether a negative prompt can have an effect.
         scheduler: Class name of the default scheduler.
         schedulers: Class names that requests may choose, sorted; they include the default.
+        negative_prompt_above: A negative prompt has an effect only with a guidance scale above this one; None if it
+            always has one.
         max_step_counts: Maximum number of steps, for each scheduler that has one.
         fast_schedulers: Schedulers and aliases that `Speed.FAST` works with, sorted; empty when it is not offered.
         max_prompt_tokens: Tokens that the text encoder reads, including special ones; 0 when unknown.
@@ -105,6 +107,7 @@ class ModelInfo:
     max_prompt_tokens: int
     device: str
     dtype: str
+    negative_prompt_above: float | None = None
     max_step_counts: Mapping[str, int] = field(default_factory=dict)
     fast_schedulers: tuple[str, ...] = ()
     preview_methods: tuple[PreviewMethod, ...] = ()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import pytest
@@ -15,10 +15,13 @@ import torch
 import transformers
 
 from support.engine import tiny_transformers, tiny_unets
-from support.engine.tiny_inputs import embeddings
+from support.engine.tiny_inputs import embeddings, words
 from support.engine.tiny_unets import sd15
 
-__all__ = ["FAMILIES", "REPRESENTATIVE", "build", "every_family", "prompted", "sd15", "shared"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["FAMILIES", "REPRESENTATIVE", "build", "every_family", "prompted", "sd15", "seeded_build", "shared"]
 
 # The libraries warn about unusually small configurations, and draw progress bars.
 diffusers.utils.logging.set_verbosity_error()
@@ -57,9 +60,14 @@ every_family = pytest.mark.parametrize(
 
 def build(family: str, **arguments: Any) -> Any:
     """Builds a new pipeline of a family. The global random state stays as it was."""
+    return seeded_build(_BUILDERS[family], **arguments)
+
+
+def seeded_build(builder: Callable[..., Any], **arguments: Any) -> Any:
+    """Builds a pipeline with seeded random weights. The global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipeline = _BUILDERS[family](**arguments)
+        pipeline = builder(**arguments)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval()
@@ -74,7 +82,7 @@ def shared(family: str) -> Any:
 
 
 def prompted(family: str) -> Any:
-    """Builds a pipeline that accepts prompts; one without a text encoder uses the same embeddings for every prompt."""
+    """Builds a pipeline that accepts prompts; one without a text encoder gets other embeddings for every prompt."""
     pipeline = build(family)
     if pipeline.components.get("text_encoder") is not None:
         return pipeline
@@ -84,8 +92,19 @@ def prompted(family: str) -> Any:
 
     def encode(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        bound.arguments.update(known)
+        for name, value in known.items():
+            text = bound.arguments.get("negative_prompt" if name.startswith("negative") else "prompt")
+            bound.arguments[name] = _spoken(value, text)
         return encode_prompt(*bound.args, **bound.kwargs)
 
     pipeline.encode_prompt = encode
     return pipeline
+
+
+def _spoken(value: Any, text: Any) -> Any:
+    """Returns the embeddings of a text: the given ones plus noise that depends on the text."""
+    if isinstance(value, list):
+        return [_spoken(each, text) for each in value]
+    if value is None or not value.is_floating_point():
+        return value
+    return value + words(text, *value.shape)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import torch
 
-__all__ = ["arguments", "embeddings"]
+__all__ = ["arguments", "embeddings", "words"]
 
 _PROMPT_TOKENS = 12
 _NEGATIVE_TOKENS = 12
@@ -36,6 +37,12 @@ def arguments(family: str, *, seed: int = 1, steps: int = 3, **others: Any) -> d
 def embeddings(family: str) -> dict[str, Any]:
     """Returns a prompt for a family: text if it has a text encoder, otherwise embeddings."""
     return _PROMPTS[family]()
+
+
+def words(text: Any, *shape: int) -> torch.Tensor:
+    """Returns random embeddings of a text, or of a list with one: the same for the same text and shape."""
+    first = text[0] if isinstance(text, (list, tuple)) else text
+    return _random(zlib.crc32(f"{first or ''} {shape}".encode()), *shape)
 
 
 def _text() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from support.engine.tiny_unets import clip, clip_tokenizer, shifted_vae, t5, vae
+from support.engine.tiny_unets import clip_text_encoder, clip_tokenizer, shifted_vae, t5, vae
 
 __all__ = [
     "aura_flow",
@@ -15,9 +15,11 @@ __all__ = [
     "cogview4",
     "flux",
     "flux2",
+    "flux2_vae",
     "lumina2",
     "pixart_sigma",
     "qwen_image",
+    "qwen_image_vae",
     "sana",
     "sana_sprint",
     "sd3",
@@ -45,8 +47,8 @@ def sd3_with_text() -> diffusers.StableDiffusion3Pipeline:
     return diffusers.StableDiffusion3Pipeline(
         transformer=_sd3_transformer(joint_attention_dim=64),
         vae=shifted_vae(),
-        text_encoder=clip(projection=True),
-        text_encoder_2=clip(projection=True),
+        text_encoder=clip_text_encoder(projection=True),
+        text_encoder_2=clip_text_encoder(projection=True),
         text_encoder_3=t5(width=64),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
@@ -71,7 +73,7 @@ def _sd3_transformer(joint_attention_dim: int = 32) -> diffusers.SD3Transformer2
     )
 
 
-def flux() -> diffusers.FluxPipeline:
+def flux(*, guidance_embeds: bool = True) -> diffusers.FluxPipeline:
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -82,7 +84,7 @@ def flux() -> diffusers.FluxPipeline:
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=[4, 4, 8],
-        guidance_embeds=True,
+        guidance_embeds=guidance_embeds,
     )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         shift=3.0,
@@ -103,7 +105,7 @@ def flux() -> diffusers.FluxPipeline:
     )
 
 
-def flux2() -> diffusers.Flux2KleinPipeline:
+def flux2(*, guidance_embeds: bool = False) -> diffusers.Flux2KleinPipeline:
     transformer = diffusers.Flux2Transformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -114,9 +116,19 @@ def flux2() -> diffusers.Flux2KleinPipeline:
         joint_attention_dim=16,
         timestep_guidance_channels=256,
         axes_dims_rope=[4, 4, 4, 4],
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
     )
-    vae = diffusers.AutoencoderKLFlux2(
+    return diffusers.Flux2KleinPipeline(
+        transformer=transformer,
+        vae=flux2_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+def flux2_vae() -> diffusers.AutoencoderKLFlux2:
+    return diffusers.AutoencoderKLFlux2(
         sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -126,13 +138,6 @@ def flux2() -> diffusers.Flux2KleinPipeline:
         norm_num_groups=4,
         use_quant_conv=False,
         use_post_quant_conv=False,
-    )
-    return diffusers.Flux2KleinPipeline(
-        transformer=transformer,
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
     )
 
 
@@ -148,7 +153,17 @@ def qwen_image() -> diffusers.QwenImagePipeline:
         guidance_embeds=False,
         axes_dims_rope=(8, 4, 4),
     )
-    vae = diffusers.AutoencoderKLQwenImage(
+    return diffusers.QwenImagePipeline(
+        transformer=transformer,
+        vae=qwen_image_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def qwen_image_vae() -> diffusers.AutoencoderKLQwenImage:
+    return diffusers.AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=4,
         dim_mult=[1, 2, 2, 2],
@@ -156,13 +171,6 @@ def qwen_image() -> diffusers.QwenImagePipeline:
         temperal_downsample=[False, True, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.0, 2.0, 1.5, 0.7],
-    )
-    return diffusers.QwenImagePipeline(
-        transformer=transformer,
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 
 
@@ -193,7 +201,7 @@ def z_image() -> diffusers.ZImagePipeline:
     )
 
 
-def pixart_sigma() -> diffusers.PixArtSigmaPipeline:
+def pixart_sigma(**config: Any) -> diffusers.PixArtSigmaPipeline:
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=8,
         num_layers=2,
@@ -207,6 +215,7 @@ def pixart_sigma() -> diffusers.PixArtSigmaPipeline:
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
         norm_eps=1e-6,
+        **config,
     )
     return diffusers.PixArtSigmaPipeline(
         transformer=transformer,

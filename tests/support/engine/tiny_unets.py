@@ -8,8 +8,10 @@ import diffusers
 import transformers
 
 __all__ = [
-    "clip",
+    "SD_BETAS",
+    "clip_text_encoder",
     "clip_tokenizer",
+    "conditional_unet",
     "kandinsky3",
     "lcm",
     "ldm",
@@ -21,7 +23,7 @@ __all__ = [
     "vae",
 ]
 
-_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def clip_tokenizer() -> transformers.CLIPTokenizer:
@@ -35,7 +37,7 @@ def clip_tokenizer() -> transformers.CLIPTokenizer:
     return transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
 
 
-def clip(*, projection: bool = False, **others: Any) -> Any:
+def clip_text_encoder(*, projection: bool = False, **others: Any) -> Any:
     config = transformers.CLIPTextConfig(
         vocab_size=514,
         bos_token_id=512,
@@ -91,7 +93,7 @@ def shifted_vae() -> diffusers.AutoencoderKL:
     return vae(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035)
 
 
-def _unet(cross_attention_dim: int = 32, **config: Any) -> diffusers.UNet2DConditionModel:
+def conditional_unet(cross_attention_dim: int = 32, **config: Any) -> diffusers.UNet2DConditionModel:
     return diffusers.UNet2DConditionModel(
         block_out_channels=(32, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -108,12 +110,12 @@ def _unet(cross_attention_dim: int = 32, **config: Any) -> diffusers.UNet2DCondi
 def sd15(scheduler: Any = None) -> diffusers.StableDiffusionPipeline:
     """Returns a Stable Diffusion 1.5, with `scheduler` instead of its DDIM."""
     return diffusers.StableDiffusionPipeline(
-        unet=_unet(),
+        unet=conditional_unet(),
         vae=vae(),
-        text_encoder=clip(),
+        text_encoder=clip_text_encoder(),
         tokenizer=clip_tokenizer(),
         scheduler=scheduler
-        or diffusers.DDIMScheduler(**_SD_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        or diffusers.DDIMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -122,8 +124,8 @@ def sd15(scheduler: Any = None) -> diffusers.StableDiffusionPipeline:
 
 def sdxl(cross_attention_dim: int = 64, text_encoder_2: Any = None) -> diffusers.StableDiffusionXLPipeline:
     """Returns a Stable Diffusion XL; `cross_attention_dim` is the sum of both text encoders' widths."""
-    text_encoder_2 = text_encoder_2 or clip(projection=True)
-    unet = _unet(
+    text_encoder_2 = text_encoder_2 or clip_text_encoder(projection=True)
+    unet = conditional_unet(
         cross_attention_dim=cross_attention_dim,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
@@ -134,11 +136,11 @@ def sdxl(cross_attention_dim: int = 64, text_encoder_2: Any = None) -> diffusers
     return diffusers.StableDiffusionXLPipeline(
         unet=unet,
         vae=vae(),
-        text_encoder=clip(),
+        text_encoder=clip_text_encoder(),
         text_encoder_2=text_encoder_2,
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
-        scheduler=diffusers.EulerDiscreteScheduler(**_SD_BETAS, timestep_spacing="leading", steps_offset=1),
+        scheduler=diffusers.EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading", steps_offset=1),
         add_watermarker=False,
     )
 
@@ -170,27 +172,27 @@ def kandinsky3() -> diffusers.Kandinsky3Pipeline:
         movq=movq,
         text_encoder=t5(),
         tokenizer=clip_tokenizer(),
-        scheduler=diffusers.DDPMScheduler(**_SD_BETAS, clip_sample=False),
+        scheduler=diffusers.DDPMScheduler(**SD_BETAS, clip_sample=False),
     )
 
 
 def ldm() -> diffusers.LDMTextToImagePipeline:
     return diffusers.LDMTextToImagePipeline(
-        unet=_unet(),
+        unet=conditional_unet(),
         vqvae=vae(),
-        bert=clip(),
+        bert=clip_text_encoder(),
         tokenizer=clip_tokenizer(),
-        scheduler=diffusers.DDIMScheduler(**_SD_BETAS, clip_sample=False, set_alpha_to_one=False),
+        scheduler=diffusers.DDIMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False),
     )
 
 
 def lcm() -> diffusers.LatentConsistencyModelPipeline:
     return diffusers.LatentConsistencyModelPipeline(
-        unet=_unet(time_cond_proj_dim=32),
+        unet=conditional_unet(time_cond_proj_dim=32),
         vae=vae(),
-        text_encoder=clip(),
+        text_encoder=clip_text_encoder(),
         tokenizer=clip_tokenizer(),
-        scheduler=diffusers.LCMScheduler(**_SD_BETAS, clip_sample=False, set_alpha_to_one=False),
+        scheduler=diffusers.LCMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -131,6 +131,30 @@ def test_unsupported_parameters_are_rejected() -> None:
 
 
 @pytest.mark.parametrize(
+    ("threshold", "default", "changes", "rejected"),
+    [
+        (1.0, 5.0, {}, False),
+        (1.0, 5.0, {"guidance_scale": 1.0}, True),
+        (1.0, 5.0, {"guidance_scale": 1.5}, False),
+        (0.0, 5.0, {"guidance_scale": 0.5}, False),
+        (0.0, 5.0, {"guidance_scale": 0.0}, True),
+        (1.0, 0.0, {}, True),
+        (1.0, 0.0, {"guidance_scale": 2.0}, False),
+        (None, None, {}, False),
+    ],
+)
+def test_a_negative_prompt_needs_guidance(threshold, default, changes: dict, rejected: bool) -> None:
+    """A negative prompt is rejected if the guidance, of the request or by default, is too low for it."""
+    model = replace(MODEL, guidance_scale=default, negative_prompt_above=threshold)
+    request = pb.GenerateRequest(prompt="a", negative_prompt="b", **changes)
+    assert (fields(request, model) if rejected else validate(request, model, LIMITS)[0].negative_prompt) == (
+        ["negative_prompt"] if rejected else "b"
+    )
+    request.negative_prompt = ""
+    assert validate(request, model, LIMITS)[0].negative_prompt is None
+
+
+@pytest.mark.parametrize(
     ("schedulers", "changes", "description"),
     [
         ((), {}, "is FAST, which this server does not offer"),

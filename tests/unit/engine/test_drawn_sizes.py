@@ -15,7 +15,8 @@ from calotype_server.engine.loading import LoadOptions, load_pipeline
 from calotype_server.errors import InvalidRequest
 from calotype_server.limits import DEFAULT_LIMITS
 from calotype_server.types import Decoding, PreviewMethod, PreviewReady
-from support.engine import tiny, tiny_sized
+from support.engine import tiny
+from support.engine.families import sized
 from support.runs import Run
 
 SMALL = Defaults(step_count=2, sizes=((64, 64), (96, 32)), min_pixels=32 * 32, max_pixels=96 * 96)
@@ -31,7 +32,7 @@ def test_images_have_the_requested_size(family, tmp_path):
 @pytest.mark.parametrize("name", ["hidream", "kontext", "prx"])
 def test_pipelines_that_choose_sizes(name, tmp_path):
     """The same holds for pipelines that choose sizes, also while their memory is measured and previews are fitted."""
-    pipeline = tiny_sized.prompted(name)
+    pipeline = sized.prompted(name)
     options = {"cache_dir": tmp_path, "threads": 1, "memory_limit": None}
     engine = build_engine("tiny", pipeline, defaults=Defaults(step_count=2, guidance_scale=1.0), **options)
     assert engine.model.memory is not None
@@ -47,7 +48,7 @@ def test_a_folder_of_a_model_with_bins(tmp_path):
     diffusers.PixArtSigmaPipeline(**{**parts, "transformer": transformer}).save_pretrained(tmp_path / "model")
     folder, device = str(tmp_path / "model"), torch.device("cpu")
     loaded = load_pipeline(LoadOptions(folder, device))
-    pipeline = tiny_sized.with_embeddings(loaded, "pixart_sigma")
+    pipeline = sized.with_embeddings(loaded, "pixart_sigma")
     defaults = Defaults(step_count=2)
     engine = build_engine("tiny", pipeline, defaults=defaults, cache_dir=tmp_path, threads=1)
     assert engine.model.sizes[0] == (256, 256)

@@ -13,7 +13,7 @@ from calotype_server.observability.events import ignore
 from calotype_server.settings import Settings
 from calotype_server.types import OtherSizes
 from support.engine.device_errors import EXHAUSTED, FAILED
-from support.engine.loras import save_lora
+from support.engine.files.loras import save_lora
 
 
 def test_importing_the_factory_does_not_import_torch():

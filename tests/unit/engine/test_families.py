@@ -17,6 +17,7 @@ from calotype_server.types import (
     PreviewReady,
 )
 from support.engine import tiny
+from support.engine.families.trial import small
 from support.runs import Run
 
 METHODS = (PreviewMethod.HEAD, PreviewMethod.FULL_VAE)
@@ -28,7 +29,7 @@ def test_engine_drives_the_family(family, tmp_path, monkeypatch):
     described, made = describe, make_scheduler
     taken = []
 
-    def small(*args):
+    def at_64(*args):
         return dataclasses.replace(described(*args), width=64, height=64)
 
     def counting(*args):
@@ -43,9 +44,10 @@ def test_engine_drives_the_family(family, tmp_path, monkeypatch):
         scheduler.step = counted
         return scheduler
 
-    monkeypatch.setattr(assembly, "describe", small)
+    monkeypatch.setattr(assembly, "describe", at_64)
     monkeypatch.setattr(generation_run, "make_scheduler", counting)
-    engine = build_engine("tiny", tiny.prompted(family), defaults=Defaults(), cache_dir=tmp_path, threads=1)
+    pipeline = small(tiny.prompted(family))
+    engine = build_engine("tiny", pipeline, defaults=Defaults(), cache_dir=tmp_path, threads=1)
     assert engine.model.preview_methods == METHODS
     steps = 3
     guidance, scheduler = engine.model.guidance_scale, engine.model.scheduler

@@ -360,8 +360,9 @@ class GenerateRequest(_message.Message):
     the model can read, it is truncated and `Progress.warnings` reports this.
     """
     negative_prompt: _builtins.str
-    """Describes what the image should not show. 0 to `Model.max_prompt_chars` characters. Default: empty. Rejected if the
-    model does not support it (`Model.takes_negative_prompt`).
+    """Describes what the image should not show. 0 to `Model.max_prompt_chars` characters. Default: empty. Rejected if it
+    has no effect: if the model does not support it (`Model.takes_negative_prompt`), or if `guidance_scale` is too low; in
+    most models it must be above 1.
     """
     width_px: _builtins.int
     """Width of the final image in pixels. Width and height must be one of `Model.sizes`, or a size in the range that

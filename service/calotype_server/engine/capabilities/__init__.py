@@ -2,6 +2,7 @@
 
 from calotype_server.engine.capabilities.components import decoder, decoder_name, denoiser_name, tokenizers
 from calotype_server.engine.capabilities.defaults import Defaults, read_defaults
+from calotype_server.engine.capabilities.guidance import read_guidance
 from calotype_server.engine.capabilities.model_info import describe
 from calotype_server.engine.capabilities.weights import moves_layers
 
@@ -13,5 +14,6 @@ __all__ = [
     "describe",
     "moves_layers",
     "read_defaults",
+    "read_guidance",
     "tokenizers",
 ]

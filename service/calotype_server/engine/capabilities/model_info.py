@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from calotype_server.engine.capabilities.components import denoiser_name, tokenizers
+from calotype_server.engine.capabilities.guidance import read_guidance
 from calotype_server.engine.capabilities.schedulers import compatible_schedulers, max_step_counts, scheduler_details
 from calotype_server.engine.capabilities.sizes import size_multiple, supported_sizes
 from calotype_server.engine.capabilities.weights import offload_of, quantization_of
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from calotype_server.engine.capabilities.defaults import Defaults
 
 __all__ = ["describe"]
+
+_log = structlog.get_logger(__name__)
 
 
 def describe(name: str, pipeline: Any, defaults: Defaults, other_sizes: OtherSizes = OtherSizes.REJECT) -> ModelInfo:
@@ -29,13 +34,13 @@ def describe(name: str, pipeline: Any, defaults: Defaults, other_sizes: OtherSiz
     multiple = size_multiple(pipeline, denoiser)
     sizes = supported_sizes(pipeline, multiple, defaults, other_sizes)
     width, height = sizes.sizes[0]
-    guidance = None
-    if "guidance_scale" in parameters:
-        guidance = defaults.guidance_scale
-        default = parameters["guidance_scale"].default
-        # Qwen-Image's default is None: the parameter is only for guidance-distilled models.
-        if guidance is None and default is not None:
-            guidance = float(default)
+    guidance = read_guidance(pipeline)
+    scale = guidance.default
+    if defaults.guidance_scale is not None:
+        if guidance.parameter is None:
+            _log.warning("the default guidance has no effect on this model", guidance_scale=defaults.guidance_scale)
+        else:
+            scale = defaults.guidance_scale
     schedulers = compatible_schedulers(pipeline)
     return ModelInfo(
         name=name,
@@ -44,8 +49,9 @@ def describe(name: str, pipeline: Any, defaults: Defaults, other_sizes: OtherSiz
         height=height,
         size_multiple=multiple,
         step_count=defaults.step_count or parameters["num_inference_steps"].default,
-        guidance_scale=guidance,
-        takes_negative_prompt="negative_prompt" in parameters,
+        guidance_scale=scale,
+        takes_negative_prompt=guidance.takes_negative_prompt,
+        negative_prompt_above=guidance.threshold,
         scheduler=type(pipeline.scheduler).__name__,
         schedulers=schedulers,
         max_step_counts=max_step_counts(pipeline, schedulers),

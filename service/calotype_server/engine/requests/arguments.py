@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from calotype_server.engine.capabilities import tokenizers
+from calotype_server.engine.capabilities import read_guidance, tokenizers
 from calotype_server.engine.prompts.notices import ignored_weights
 from calotype_server.types import Notice, PromptSyntax
 
@@ -42,11 +42,7 @@ def call_arguments(pipeline: Any, job: Job) -> dict[str, Any]:
     if job.step_count != 2 and "intermediate_timesteps" in inspect.signature(type(pipeline).__call__).parameters:
         # Sana-Sprint's default is the timestep between two steps; with any other number of steps it requires None.
         arguments["intermediate_timesteps"] = None
-    if job.negative_prompt is not None:
-        arguments["negative_prompt"] = job.negative_prompt
-    if job.guidance_scale is not None:
-        arguments["guidance_scale"] = job.guidance_scale
-    return arguments
+    return arguments | read_guidance(pipeline).arguments(job.guidance_scale, job.negative_prompt, job.step_count)
 
 
 def prompt_notices(pipeline: Any, job: Job) -> tuple[Notice, ...]:

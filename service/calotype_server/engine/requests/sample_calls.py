@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import torch
 
-from calotype_server.engine.capabilities import denoiser_name
+from calotype_server.engine.capabilities import denoiser_name, read_guidance
 from calotype_server.engine.memory import is_device_failure
 from calotype_server.engine.requests.arguments import size_arguments
 from calotype_server.engine.requests.denoiser_proxy import DenoiserProxy
@@ -41,8 +41,7 @@ def plain_arguments(pipeline: Any, width: int, height: int, guidance_scale: floa
     """Returns arguments for a pipeline call with an empty prompt, without the number of steps."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     call: dict[str, Any] = {"prompt": "", **size_arguments(pipeline, width, height)}
-    if "guidance_scale" in parameters and guidance_scale is not None:
-        call["guidance_scale"] = guidance_scale
+    call |= read_guidance(pipeline).arguments(guidance_scale)
     if "generator" in parameters:
         call["generator"] = torch.Generator().manual_seed(0)
     return call

@@ -19,7 +19,7 @@ from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.errors import ModelUnavailable
 from calotype_server.types import Lora
 from support.engine import tiny
-from support.engine.loras import kohya_lora, lora_weights, save_lora
+from support.engine.files.loras import kohya_lora, lora_weights, save_lora
 from support.engine.tiny_inputs import arguments
 from support.runs import PATIENCE
 

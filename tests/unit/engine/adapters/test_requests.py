@@ -14,7 +14,7 @@ from calotype_server.engine.batching.measure import Knee, Threads
 from calotype_server.engine.capabilities import Defaults
 from calotype_server.types import EncodingPrompt, Lora, PreviewMethod, PreviewOptions, Speed
 from support.engine import tiny
-from support.engine.loras import ATTENTION, save_lora
+from support.engine.files.loras import ATTENTION, save_lora
 from support.runs import JOB, PATIENCE, Run
 
 PLAIN = dataclasses.replace(JOB, preview=PreviewOptions(method=PreviewMethod.NONE))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from calotype_server.engine.capabilities import Defaults, describe, read_defaults, tokenizers
 from calotype_server.engine.capabilities.schedulers import compatible_schedulers, scheduler_details
@@ -23,12 +24,12 @@ EXPECTED = {
     "aura_flow": (64, 16, 3.5, True, 50),
     "chroma": (1024, 16, 5.0, True, 35),
     "cogview4": (1024, 16, 5.0, True, 50),
-    "flux": (1024, 16, 3.5, True, 28),
+    "flux": (1024, 16, 3.5, False, 28),
     "flux2_klein": (1024, 16, 4.0, False, 50),
     "lcm": (64, 8, 8.5, False, 4),
     "lumina2": (32, 16, 4.0, True, 30),
     "pixart_sigma": (64, 16, 4.5, True, 20),
-    "qwen_image": (1024, 16, None, True, 50),
+    "qwen_image": (1024, 16, 4.0, True, 50),
     "sana": (256, 32, 4.5, True, 20),
     "sana_sprint": (256, 32, 4.5, False, 2),
     "sd15": (64, 8, 7.5, True, 50),
@@ -118,7 +119,10 @@ def test_the_multiple_is_as_small_as_possible(family):
 def test_sizes_need_not_be_square(sd15):
     """A native size with two numbers is height and width."""
     unet = SimpleNamespace(
-        config={"sample_size": (8, 16)}, device=sd15.unet.device, dtype=sd15.unet.dtype, __class__=object
+        config=FrozenDict(sample_size=(8, 16), time_cond_proj_dim=None),
+        device=sd15.unet.device,
+        dtype=sd15.unet.dtype,
+        __class__=object,
     )
     pipeline = request_view(sd15, sd15.scheduler, unet=unet, default_sample_size=None)
     model = model_of(pipeline)

@@ -15,7 +15,7 @@ from calotype_server.engine import loading
 from calotype_server.engine.capabilities import Defaults, describe, read_defaults
 from support.engine import tiny
 from support.engine.device_errors import EXHAUSTED
-from support.engine.loading import load, rejection
+from support.engine.files.loading import load, rejection
 from support.engine.tiny_inputs import arguments
 
 # The hub's client speaks through httpx or its successor, depending on the version.

@@ -20,7 +20,7 @@ from calotype_server.observability.events import ignore
 from calotype_server.settings import Settings
 from support.engine import tiny
 from support.engine.device_errors import EXHAUSTED, FAILED
-from support.engine.loading import checked, load, rejection
+from support.engine.files.loading import checked, load, rejection
 from support.engine.tiny_inputs import arguments
 
 

@@ -15,8 +15,9 @@ from calotype_server.engine.capabilities import Defaults, read_defaults
 from calotype_server.engine.loading import display_name, kinds, locate
 from calotype_server.settings import Settings
 from calotype_server.types import Job, PreviewMethod, PreviewOptions
-from support.engine import single_files, tiny, tiny_transformers, tiny_unets
-from support.engine.loading import load, rejection
+from support.engine import tiny, tiny_transformers, tiny_unets
+from support.engine.files import single_files
+from support.engine.files.loading import load, rejection
 from support.runs import Run
 
 
@@ -26,7 +27,9 @@ def sdxl():
         torch.manual_seed(0)
         pipeline = tiny_unets.sdxl(
             cross_attention_dim=80,
-            text_encoder_2=tiny_unets.clip(projection=True, hidden_size=48, projection_dim=48, num_hidden_layers=10),
+            text_encoder_2=tiny_unets.clip_text_encoder(
+                projection=True, hidden_size=48, projection_dim=48, num_hidden_layers=10
+            ),
         )
     pipeline.text_encoder_2.eval()
     pipeline.text_encoder.eval()

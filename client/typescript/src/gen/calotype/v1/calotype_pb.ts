@@ -34,8 +34,9 @@ export type GenerateRequest = Message<"calotype.v1.GenerateRequest"> & {
   prompt: string;
 
   /**
-   * Describes what the image should not show. 0 to `Model.max_prompt_chars` characters. Default: empty. Rejected if the
-   * model does not support it (`Model.takes_negative_prompt`).
+   * Describes what the image should not show. 0 to `Model.max_prompt_chars` characters. Default: empty. Rejected if it
+   * has no effect: if the model does not support it (`Model.takes_negative_prompt`), or if `guidance_scale` is too low; in
+   * most models it must be above 1.
    *
    * @generated from field: optional string negative_prompt = 2;
    */

@@ -1,0 +1,1 @@
+"""Files of tiny models and LoRAs, as people download them."""

@@ -78,6 +78,11 @@ class _GenerationRoutes:
             responses=_json_response(pb.CancelResponse),
         )(self.cancel)
         routes.post(
+            "/groups/{group:path}/cancel",
+            summary="Cancel all generations of a group",
+            responses=_json_response(pb.CancelResponse),
+        )(self.cancel_group)
+        routes.post(
             "/generations/{generation_id}/finish",
             summary="Finish a generation early",
             responses=_json_response(pb.FinishResponse),
@@ -109,6 +114,12 @@ class _GenerationRoutes:
         return _message_response(
             self._service.cancel(pb.CancelRequest(generation_id=generation_id), caller_of(request))
         )
+
+    async def cancel_group(
+        self, request: Request, group: Annotated[str, Path(description="From `GenerateRequest.group`.", min_length=1)]
+    ) -> Response:
+        """Cancels the caller's own members. Idempotent: `cancelled_count` counts those that this call cancels."""
+        return _message_response(self._service.cancel(pb.CancelRequest(group=group), caller_of(request)))
 
     async def finish(self, request: Request, generation_id: GenerationId) -> Response:
         """Ends a generation after the current step. The current estimate becomes the final image."""

@@ -19,9 +19,7 @@ from support.service import opener, running
 
 def member(group: str, seed: int) -> pb.GenerateRequest:
     """Returns the request of one member, which continues without readers."""
-    return pb.GenerateRequest(
-        prompt="a red apple", seed=seed, group=group, on_disconnect=pb.DISCONNECT_POLICY_KEEP
-    )
+    return pb.GenerateRequest(prompt="a red apple", seed=seed, group=group, on_disconnect=pb.DISCONNECT_POLICY_KEEP)
 
 
 async def code_of(call) -> grpc.StatusCode:

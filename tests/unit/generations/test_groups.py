@@ -48,9 +48,7 @@ class Clock:
 
 actions = st.lists(
     st.one_of(
-        st.tuples(
-            st.just("start"), st.sampled_from(CALLERS), st.sampled_from(GROUPS), st.sampled_from(["", "1", "2"])
-        ),
+        st.tuples(st.just("start"), st.sampled_from(CALLERS), st.sampled_from(GROUPS), st.sampled_from(["", "1", "2"])),
         st.tuples(st.just("cancel"), st.sampled_from([*CALLERS, "operator"]), st.sampled_from(GROUPS[:2])),
         st.tuples(st.just("wait"), st.sampled_from([tombstones.SECONDS / 2, tombstones.SECONDS])),
     ),

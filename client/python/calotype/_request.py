@@ -11,11 +11,12 @@ import math
 import numbers
 import operator
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 
+from ._constants import MAX_MEMBERS
 from ._convert import wire_names
 from ._errors import InvalidRequest, Violation
 from ._options import GenerateOptions, Lora, Output, Previews
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 __all__ = [
-    "MAX_MEMBERS",
     "argument_name",
     "build",
     "build_group",
@@ -52,9 +52,6 @@ _FIELDS = {argument: field for field, argument in _ARGUMENTS.items()}
 _OPTIONS: dict[str, type[Previews | Output]] = {"preview": Previews, "output": Output}
 _INT64_MAX = 2**63 - 1
 _FLOAT32_MAX = 3.4028234663852886e38
-MAX_MEMBERS: Final = 64
-"""Maximum number of generations in a call of `generate_many`."""
-
 _DURATION_MAX = 315_576_000_000  # seconds; the range of google.protobuf.Duration
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .._constants import RETRIES
+from .._constants import MAX_MEMBERS, RETRIES
 from .._image import FORMATS
 from .._options import (
     DisconnectPolicyName,
@@ -23,7 +23,6 @@ from .._options import (
     SpacingName,
     SpeedName,
 )
-from .._request import MAX_MEMBERS
 from .._sync.client import Client
 from .._sync.generation import Generation
 from .._sync.group import GenerationGroup

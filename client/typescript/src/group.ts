@@ -59,7 +59,7 @@ export class GenerationGroup implements AsyncIterable<MemberProgress> {
           ...options,
           group: this.id,
           ...(seed !== undefined && seed >= 0 && { seed: seed + index }),
-          ...(requestId && { requestId: `${requestId}/${index}` }),
+          ...(requestId ? { requestId: `${requestId}/${index}` } : {}),
         },
         cancel,
       ),
@@ -152,9 +152,11 @@ export class GenerationGroup implements AsyncIterable<MemberProgress> {
     member: AsyncGenerator<Progress, void, undefined>,
   ): Promise<{ index: number; progress: Progress | undefined }> {
     try {
-      const { value } = await member.next();
-      if (value?.picture?.kind === "final") this.#outcomes[index] = value.picture;
-      return { index, progress: value || undefined };
+      const result = await member.next();
+      if (result.done) return { index, progress: undefined };
+      const progress = result.value;
+      if (progress.picture?.kind === "final") this.#outcomes[index] = progress.picture;
+      return { index, progress };
     } catch (thrown) {
       if (!(thrown instanceof CalotypeError)) throw thrown;
       this.#outcomes[index] = thrown;

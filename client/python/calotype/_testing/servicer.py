@@ -77,7 +77,7 @@ class Servicer(GenerationServiceServicer):
             if request.group:
                 return v1.CancelResponse(cancelled_count=self._state.cancel_group(request.group))
             phase, cancelled = self._state.cancel(request.generation_id)
-            return v1.CancelResponse(phase=phase, cancelled_count=cancelled)
+            return v1.CancelResponse(phase=phase, cancelled_count=int(cancelled))
         except CalotypeError as error:
             abort(context, error)
 

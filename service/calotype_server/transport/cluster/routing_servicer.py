@@ -1,8 +1,8 @@
 """Routes calls between several servers behind one address, whose load balancer sends a call to any of them.
 
 `Watch`, `Cancel` and `Finish` go to the server that started the generation, which its id names. A list is merged from
-all servers, and the cancel of a group goes to all servers. Every other call is answered by the server that receives it, but if that server accepts no new work,
-`Generate` goes to another one.
+all servers, and the cancel of a group goes to all servers. Every other call is answered by the server that receives it,
+but if that server accepts no new work, `Generate` goes to another one.
 """
 
 from __future__ import annotations

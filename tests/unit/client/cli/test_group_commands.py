@@ -36,7 +36,7 @@ def test_files_of_several_images_are_numbered(run):
     assert result.exit_code == 0
     names = ["apple-1.jpg", "apple-2.jpg", "frames", "strip-1.png", "strip-2.png"]
     assert sorted(os.listdir()) == names
-    assert sorted(os.listdir("frames/2")) == ["final.png", "step-01.jpg"]
+    assert sorted(os.listdir("frames/2")) == ["final.jpg", "step-01.jpg"]
     with PIL.Image.open("apple-2.jpg") as picture:
         assert picture.format == "JPEG"
 

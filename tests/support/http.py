@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import grpc
 from google.protobuf import json_format
@@ -223,9 +222,9 @@ class EventStub:
         return self._stream("GET", path, timeout, params=flat, headers=metadata)
 
     async def Cancel(self, request: Any, metadata: Any = None) -> pb.CancelResponse:  # noqa: N802
-        path = f"/generations/{request.generation_id}/cancel"
         if request.group:
-            path = f"/groups/{quote(request.group, safe='')}/cancel"
+            return await self._ask("POST", "/cancel", pb.CancelResponse, json=as_json(request), headers=metadata)
+        path = f"/generations/{request.generation_id}/cancel"
         return await self._ask("POST", path, pb.CancelResponse, headers=metadata)
 
     async def Finish(self, request: Any, metadata: Any = None) -> pb.FinishResponse:  # noqa: N802

@@ -74,14 +74,7 @@ export class Composer {
     this.#set("prompt", request.prompt);
     this.#fitHeight();
     const values = { ...options, ...options.preview, format: options.output?.format };
-    for (const name of [
-      "seed",
-      "steps",
-      "guidanceScale",
-      "negativePrompt",
-      "scheduler",
-      "format",
-    ] as const) {
+    for (const name of ["seed", "steps", "guidanceScale", "negativePrompt", "scheduler", "format"] as const) {
       if (values[name] !== undefined) this.#set(name, String(values[name]));
     }
     this.#size.choose(options);

@@ -1,13 +1,16 @@
 import { describe, expect, it } from "vitest";
 import { develop, expectAccessible, openPage, screenshot, waitForText } from "./support/browser.js";
 import {
+  create,
   final,
   type GenerateRequest,
   MODEL,
+  ModelSchema,
   PreviewMethod,
   PromptSyntax,
   preview,
   serveScripted,
+  WarningSchema,
 } from "./support/scripted_service.js";
 
 async function* steps(until = 8) {
@@ -91,8 +94,9 @@ describe("the form", () => {
 });
 
 describe("the options of a model with LoRAs and fixed sizes", () => {
-  const model = {
-    ...MODEL,
+  const { $typeName: _, ...base } = MODEL;
+  const model = create(ModelSchema, {
+    ...base,
     loras: [{ name: "pixel art" }, { name: "sharp, soft" }],
     sizes: [
       { widthPx: 64, heightPx: 48 },
@@ -104,11 +108,12 @@ describe("the options of a model with LoRAs and fixed sizes", () => {
       { name: "DDIMScheduler", aliases: ["DDIM"] },
       { name: "EulerDiscreteScheduler", aliases: ["Euler", "Euler Karras"] },
     ],
-  };
+  });
 
   it("are offered, sent, and shown with their warnings", async () => {
     const requests: GenerateRequest[] = [];
-    const warnings = [{ reason: "LORA_TAG_IGNORED", message: "The tag <lora:x:1> has no effect." }];
+    const warning = { reason: "LORA_TAG_IGNORED", message: "The tag <lora:x:1> has no effect." };
+    const warnings = [create(WarningSchema, warning)];
     const { url } = await serveScripted({
       getModel: () => model,
       async *generate(received) {
@@ -120,15 +125,15 @@ describe("the options of a model with LoRAs and fixed sizes", () => {
     await page.locator("#develop:enabled").waitFor();
     await page.getByText("More").click();
     await expectAccessible(page);
-    expect(await page.getByLabel("Size", { exact: true }).locator("option").allTextContents()).toEqual([
+    expect(await page.getByLabel(/^Size/).locator("option").allTextContents()).toEqual([
       "64 × 48",
       "96 × 32",
       "other",
     ]);
-    await page.getByLabel("Size", { exact: true }).selectOption("96 × 32");
+    await page.getByLabel(/^Size/).selectOption("96 × 32");
     await page.getByLabel("pixel art").fill("0.8");
     await page.getByLabel("sharp, soft").fill("-1");
-    await page.getByLabel(/^Prompt weights/).check();
+    await page.getByLabel(/^Weights/).check();
     await page.getByLabel("Scheduler").selectOption("Euler Karras");
     await screenshot(page, "form-loras");
     await page.getByLabel(/^Prompt:/).fill("sunrise");
@@ -154,14 +159,14 @@ describe("the options of a model with LoRAs and fixed sizes", () => {
     const page = await openPage(url);
     await page.locator("#develop:enabled").waitFor();
     await page.getByLabel("Width").fill("16");
-    expect(await page.getByLabel("Size", { exact: true }).inputValue()).toBe("other");
+    expect(await page.getByLabel(/^Size/).inputValue()).toBe("other");
     const height = page.locator("input[name=height]");
     expect(await height.evaluate((input: HTMLInputElement) => input.validationMessage)).toContain("at least 1,024");
 
     const fixed = await serveScripted({ getModel: () => ({ ...model, minPixels: 0 }) });
     const other = await openPage(fixed.url);
     await other.locator("#develop:enabled").waitFor();
-    expect(await other.getByLabel("Size", { exact: true }).locator("option").count()).toBe(2);
+    expect(await other.getByLabel(/^Size/).locator("option").count()).toBe(2);
     for (const label of ["Width", "Height"]) expect(await other.getByLabel(label).isVisible()).toBe(false);
   });
 });

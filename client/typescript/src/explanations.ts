@@ -186,7 +186,7 @@ const FIELDS: Readonly<Record<string, string>> = {
   scheduler: "Scheduler",
   speed: "Speed",
   loras: "LoRA",
-  prompt_syntax: "Prompt weights",
+  prompt_syntax: "Weights",
   sigmas: "Sigmas",
   spacing: "Timestep spacing",
   "preview.every_steps": "Preview every … steps",

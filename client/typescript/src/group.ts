@@ -9,10 +9,7 @@ import type { FollowOptions, GenerateOptions, MemberProgress, Picture, Progress 
 /** The calls that a group makes. */
 export interface GroupCalls {
   /** Creates a member. `cancel` is called to cancel it on the server. */
-  generate(
-    options: GenerateOptions & FollowOptions,
-    cancel: (generationId: string) => Promise<unknown>,
-  ): Generation;
+  generate(options: GenerateOptions & FollowOptions, cancel: (generationId: string) => Promise<unknown>): Generation;
   /** Cancels one generation on the server. */
   cancel(generationId: string): Promise<unknown>;
   /** Cancels all members on the server, also those that arrive later. */

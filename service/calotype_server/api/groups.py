@@ -8,7 +8,7 @@ from calotype_server.errors import InvalidRequest, Violation
 from calotype_server.limits import GROUP_CHARS_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from calotype.v1 import calotype_pb2 as pb
 
@@ -26,17 +26,21 @@ def check_group(group: str, reject: Callable[[str, str], None]) -> None:
         reject("group", f"must be up to {GROUP_CHARS_MAX} characters of printable ASCII")
 
 
-def validate_cancel(request: pb.CancelRequest) -> None:
+def validate_cancel(request: pb.CancelRequest, earlier: Sequence[Violation] = ()) -> None:
     """Checks a request to cancel a generation or a group.
+
+    Args:
+        request: The request of the caller.
+        earlier: Violations found while decoding the request.
 
     Raises:
         InvalidRequest: It names neither, both, or an impossible group.
     """
-    violations: list[Violation] = []
+    violations = list(earlier)
     check_group(request.group, lambda field, text: violations.append(Violation(field, text)))
     if request.generation_id and request.group:
         violations.append(Violation("generation_id", "must be empty, because group is set"))
-    elif not (request.generation_id or request.group):
+    elif not (request.generation_id or request.group or earlier):
         violations.append(Violation("generation_id", "must not be empty, unless group is set"))
     if violations:
         raise InvalidRequest(violations)

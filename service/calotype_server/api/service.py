@@ -138,13 +138,15 @@ class GenerationService:
         async with self.generations.follow(generation, request.after_sequence, preview) as reader:
             yield ProgressStream(reader, whole=whole)
 
-    def cancel(self, request: pb.CancelRequest, caller: Caller) -> pb.CancelResponse:
+    def cancel(
+        self, request: pb.CancelRequest, caller: Caller, violations: Sequence[Violation] = ()
+    ) -> pb.CancelResponse:
         """Cancels a generation by id, or a group.
 
         Raises:
             ServiceError: There is no such generation or group, or the request is invalid.
         """
-        validate_cancel(request)
+        validate_cancel(request, violations)
         if request.group:
             return pb.CancelResponse(cancelled_count=self.generations.groups.cancel(request.group, caller))
         phase, cancelled = self.generations.cancel(request.generation_id, caller)

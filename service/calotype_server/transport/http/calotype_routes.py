@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Body, Depends, Path, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, create_model
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.transport.http.callers import caller_of
-from calotype_server.transport.http.parsing import parse_query, query_parameters
+from calotype_server.transport.http.media import require_json
+from calotype_server.transport.http.parsing import Lenient, Parsed, parse_query, query_parameters
 from calotype_server.transport.http.request_parts import (
     IMAGE_RESPONSES,
     GenerationId,
@@ -78,10 +79,11 @@ class _GenerationRoutes:
             responses=_json_response(pb.CancelResponse),
         )(self.cancel)
         routes.post(
-            "/groups/{group:path}/cancel",
-            summary="Cancel all generations of a group",
+            "/cancel",
+            summary="Cancel a generation, or all generations of a group",
             responses=_json_response(pb.CancelResponse),
-        )(self.cancel_group)
+            dependencies=[Depends(require_json)],
+        )(self.cancel_all)
         routes.post(
             "/generations/{generation_id}/finish",
             summary="Finish a generation early",
@@ -115,11 +117,11 @@ class _GenerationRoutes:
             self._service.cancel(pb.CancelRequest(generation_id=generation_id), caller_of(request))
         )
 
-    async def cancel_group(
-        self, request: Request, group: Annotated[str, Path(description="From `GenerateRequest.group`.", min_length=1)]
+    async def cancel_all(
+        self, request: Request, body: Annotated[Parsed[pb.CancelRequest], Body(), Lenient(pb.CancelRequest)]
     ) -> Response:
-        """Cancels the caller's own members. Idempotent: `cancelled_count` counts those that this call cancels."""
-        return _message_response(self._service.cancel(pb.CancelRequest(group=group), caller_of(request)))
+        """Names of groups may contain any character, so they are in the body. Idempotent."""
+        return _message_response(self._service.cancel(body.value, caller_of(request), body.violations))
 
     async def finish(self, request: Request, generation_id: GenerationId) -> Response:
         """Ends a generation after the current step. The current estimate becomes the final image."""

@@ -125,11 +125,7 @@ describe("the options of a model with LoRAs and fixed sizes", () => {
     await page.locator("#develop:enabled").waitFor();
     await page.getByText("More").click();
     await expectAccessible(page);
-    expect(await page.getByLabel(/^Size/).locator("option").allTextContents()).toEqual([
-      "64 × 48",
-      "96 × 32",
-      "other",
-    ]);
+    expect(await page.getByLabel(/^Size/).locator("option").allTextContents()).toEqual(["64 × 48", "96 × 32", "other"]);
     await page.getByLabel(/^Size/).selectOption("96 × 32");
     await page.getByLabel("pixel art").fill("0.8");
     await page.getByLabel("sharp, soft").fill("-1");

@@ -140,11 +140,11 @@ class MemberProgress(NamedTuple):
     """The progress of one member of a group.
 
     Attributes:
-        index: Index of the member, from 0.
+        member: Index of the member in `GenerationGroup.generations`, from 0.
         progress: Its progress.
     """
 
-    index: int
+    member: int
     progress: Progress
 
 

@@ -76,7 +76,7 @@ def test_members_stream_together_without_asyncio():
     """The sync loop does the same, with a thread for each member, and the threads end."""
     with FakeServer(steps=3) as server, Client(server.address) as client:
         with client.generate_many("a red apple", 3, seed=5) as group:
-            seen = [(member.index, member.progress.phase) for member in group]
+            seen = [(each.member, each.progress.phase) for each in group]
             images = group.images()
         assert [index for index, phase in sorted(seen) if phase is Phase.SUCCEEDED] == [0, 1, 2]
         assert [image.width for image in images] == [64] * 3
@@ -120,7 +120,7 @@ def test_repeated_request_ids_follow_the_same_group():
 def test_count_must_be_possible(n):
     """The number of members is checked together with the other arguments."""
     with Client() as client, pytest.raises(InvalidRequest) as caught:
-        client.generate_many("a", n, width="wide")
+        client.generate_many("a", n, width="wide")  # type: ignore[arg-type]
     assert [violation.field for violation in caught.value.violations] == ["n", "width"]
 
 

@@ -106,7 +106,8 @@ def test_a_group_takes_the_arguments_of_a_generation():
 
 def test_sampler_options_and_loras_reach_the_server():
     """Every argument is sent; LoRAs are a list, or a dict of scales."""
-    options = {"sigmas": "karras", "spacing": "trailing", "prompt_syntax": PromptSyntax.WEIGHTED, "group": "cats"}
+    options: dict[str, typing.Any] = {"sigmas": "karras", "spacing": "trailing", "group": "cats"}
+    options["prompt_syntax"] = PromptSyntax.WEIGHTED
     request = build_request("a", loras=[Lora("pixel", 0.5), Lora("sharp")], **options)
     assert (request.sigmas, request.spacing) == (v1.SIGMAS_KARRAS, v1.TIMESTEP_SPACING_TRAILING)
     assert (request.prompt_syntax, request.group) == (v1.PROMPT_SYNTAX_WEIGHTED, "cats")

@@ -93,10 +93,10 @@ def show_many(
     with _session(server, retries, wait, view, left or "Cancelled.") as (client, messages):
         with view:
             failures = _follow_group(start(client), outputs, view, messages)
-        if len(failures) == count and len({str(error) for _, error in failures}) == 1:
+        if len(failures) == count and len({str(failure) for _, failure in failures}) == 1:
             raise failures[0][1]
-        for index, error in failures:
-            sys.stderr.write(f"Image {index + 1}: {explain(error, server)}\n")
+        for index, failure in failures:
+            sys.stderr.write(f"Image {index + 1}: {explain(failure, server)}\n")
         if failures:
             raise typer.Exit(exit_code(failures[0][1]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
@@ -49,8 +50,8 @@ class Tombstones:
 
     def has(self, caller: str, group: str) -> bool:
         """Whether a caller's group was cancelled within the last `SECONDS`."""
-        until = self._until.get(caller, {}).get(group)
-        return until is not None and until > self._clock()
+        groups = self._until.get(caller)
+        return groups is not None and groups.get(group, -math.inf) > self._clock()
 
     def __len__(self) -> int:
         return sum(map(len, self._until.values()))

@@ -222,6 +222,8 @@ class EventStub:
         return self._stream("GET", path, timeout, params=flat, headers=metadata)
 
     async def Cancel(self, request: Any, metadata: Any = None) -> pb.CancelResponse:  # noqa: N802
+        if request.group:
+            return await self._ask("POST", "/cancel", pb.CancelResponse, json=as_json(request), headers=metadata)
         path = f"/generations/{request.generation_id}/cancel"
         return await self._ask("POST", path, pb.CancelResponse, headers=metadata)
 

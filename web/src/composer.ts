@@ -2,6 +2,8 @@
 
 import type { Model, PictureFormat, PreviewMethod } from "calotype";
 import { copies, type GenerationRequest } from "./generation_request";
+import { LoraFields } from "./lora_fields";
+import { SizeFields } from "./size_fields";
 
 /** Prompts that the bundled model was trained on. */
 const EXAMPLES = ["red apple", "fox", "hot air balloon", "octopus", "sailboat", "rose", "owl"];
@@ -17,11 +19,15 @@ const METHODS: Readonly<Record<PreviewMethod, string>> = {
 export class Composer {
   readonly #form: HTMLFormElement;
   readonly #develop: (request: GenerationRequest) => void;
+  readonly #size: SizeFields;
+  readonly #loras: LoraFields;
   #model: Model | undefined;
 
   constructor(form: HTMLFormElement, develop: (request: GenerationRequest) => void) {
     this.#form = form;
     this.#develop = develop;
+    this.#size = new SizeFields(form);
+    this.#loras = new LoraFields(form);
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       this.#submit();
@@ -40,7 +46,6 @@ export class Composer {
       ({ target }) => (target as Element).closest("details")?.setAttribute("open", ""),
       true,
     );
-    for (const name of ["width", "height"]) this.#field(name).addEventListener("input", () => this.#checkSize());
   }
 
   /** Fills the form with the model's defaults and limits, and enables it. */
@@ -48,17 +53,14 @@ export class Composer {
     this.#model = model;
     const prompt = this.#field("prompt") as HTMLTextAreaElement;
     prompt.maxLength = model.maxPromptChars;
-    this.#limit("width", model.width, model.sizeMultiple, undefined, model.sizeMultiple);
-    this.#limit("height", model.height, model.sizeMultiple, undefined, model.sizeMultiple);
+    this.#size.enable(model);
+    this.#loras.enable(model.loras);
+    this.#setAvailable("weighted", model.promptSyntaxes.includes("weighted"));
     this.#limit("steps", model.steps, 1, model.maxSteps);
     this.#setAvailable("guidance", model.guidanceScale !== undefined);
     if (model.guidanceScale !== undefined) this.#set("guidanceScale", String(Number(model.guidanceScale.toFixed(4))));
     this.#setAvailable("negative-prompt", model.takesNegativePrompt);
-    this.#choose(
-      "scheduler",
-      model.schedulers.map((name) => [name, name.replace(/Scheduler$/, "")]),
-      model.scheduler,
-    );
+    this.#fillSchedulers(model);
     this.#fillPreviewOptions(model);
     for (const control of this.#form.querySelectorAll<HTMLFieldSetElement | HTMLButtonElement>("#settings, #develop")) {
       control.disabled = false;
@@ -72,19 +74,28 @@ export class Composer {
     this.#set("prompt", request.prompt);
     this.#fitHeight();
     const values = { ...options, ...options.preview, format: options.output?.format };
-    for (const name of [
-      "seed",
-      "width",
-      "height",
-      "steps",
-      "guidanceScale",
-      "negativePrompt",
-      "scheduler",
-      "format",
-    ] as const) {
+    for (const name of ["seed", "steps", "guidanceScale", "negativePrompt", "scheduler", "format"] as const) {
       if (values[name] !== undefined) this.#set(name, String(values[name]));
     }
+    this.#size.choose(options);
+    this.#loras.choose(options.loras ?? {});
+    (this.#field("weighted") as HTMLInputElement).checked = options.promptSyntax === "weighted";
     this.#develop(request);
+  }
+
+  /** Lists the schedulers, and below them their familiar names with fixed options. */
+  #fillSchedulers({ scheduler, schedulers, schedulerDetails }: Model): void {
+    this.#choose(
+      "scheduler",
+      schedulers.map((name) => [name, name.replace(/Scheduler$/, "")]),
+      scheduler,
+    );
+    const aliases = schedulerDetails.flatMap((each) => each.aliases);
+    if (aliases.length === 0) return;
+    const group = document.createElement("optgroup");
+    group.label = "Familiar names";
+    group.append(...aliases.map((alias) => new Option(alias)));
+    this.#field("scheduler").append(group);
   }
 
   /** Without `Model.preview` the server does not offer preview options. */
@@ -113,12 +124,13 @@ export class Composer {
       prompt: text("prompt"),
       options: {
         negativePrompt,
-        width: number("width"),
-        height: number("height"),
+        ...this.#size.chosen,
         steps: number("steps"),
         guidanceScale: number("guidanceScale"),
         seed: number("seed"),
         scheduler: text("scheduler") || undefined,
+        loras: this.#loras.chosen,
+        promptSyntax: (this.#field("weighted") as HTMLInputElement).checked ? "weighted" : undefined,
         preview: model.preview && {
           everySteps: number("everySteps"),
           maxEdge: number("maxEdge"),
@@ -129,16 +141,6 @@ export class Composer {
       },
     };
     for (const copy of copies(request, number("count") ?? 1)) this.#develop(copy);
-  }
-
-  #checkSize(): void {
-    const width = this.#field("width") as HTMLInputElement;
-    const height = this.#field("height") as HTMLInputElement;
-    const maxPixels = this.#model?.maxPixels ?? Number.POSITIVE_INFINITY;
-    const tooLarge = width.valueAsNumber * height.valueAsNumber > maxPixels;
-    height.setCustomValidity(
-      tooLarge ? `Width × height must be at most ${maxPixels.toLocaleString("en")} pixels.` : "",
-    );
   }
 
   #showExamples(): void {

@@ -17,7 +17,7 @@ export function copies(request: GenerationRequest, count: number): readonly Gene
   );
 }
 
-/** Returns the attributes for a request, without undefined ones. */
+/** Returns the attributes for a request, without undefined ones. LoRAs are passed to `start`: their names are free. */
 export function attributes({ prompt, options }: GenerationRequest): ReadonlyMap<string, string> {
   const { preview, output } = options;
   const values: Record<string, string | number | undefined> = {
@@ -29,6 +29,7 @@ export function attributes({ prompt, options }: GenerationRequest): ReadonlyMap<
     "guidance-scale": options.guidanceScale,
     seed: options.seed,
     scheduler: options.scheduler,
+    "prompt-syntax": options.promptSyntax,
     "preview-every-steps": preview?.everySteps,
     "preview-max-edge": preview?.maxEdge,
     "preview-quality": preview?.quality,

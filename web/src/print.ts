@@ -54,7 +54,8 @@ export class Print {
   /** Watches the generation, or starts one if there is no id. The print must be in the document. */
   start(client: Client, requestId: string, generationId: string | undefined): void {
     this.view.client = client;
-    if (generationId === undefined) this.view.start({ requestId });
+    const { loras } = this.#request?.options ?? {};
+    if (generationId === undefined) this.view.start({ requestId, ...(loras && { loras }) });
     else this.view.watch(generationId);
   }
 

@@ -1,6 +1,17 @@
 import { describe, expect, it } from "vitest";
 import { develop, expectAccessible, openPage, screenshot, waitForText } from "./support/browser.js";
-import { final, MODEL, PreviewMethod, preview, serveScripted } from "./support/scripted_service.js";
+import {
+  create,
+  final,
+  type GenerateRequest,
+  MODEL,
+  ModelSchema,
+  PreviewMethod,
+  PromptSyntax,
+  preview,
+  serveScripted,
+  WarningSchema,
+} from "./support/scripted_service.js";
 
 async function* steps(until = 8) {
   for (let step = 1; step <= until; step += 1) yield preview(step);
@@ -79,6 +90,80 @@ describe("the form", () => {
       scheduler: "EulerDiscreteScheduler",
       preview: { everySteps: 2, method: PreviewMethod.FULL_VAE },
     });
+  });
+});
+
+describe("the options of a model with LoRAs and fixed sizes", () => {
+  const { $typeName: _, ...base } = MODEL;
+  const model = create(ModelSchema, {
+    ...base,
+    loras: [{ name: "pixel art" }, { name: "sharp, soft" }],
+    sizes: [
+      { widthPx: 64, heightPx: 48 },
+      { widthPx: 96, heightPx: 32 },
+    ],
+    minPixels: 1024,
+    promptSyntaxes: [PromptSyntax.PLAIN, PromptSyntax.WEIGHTED],
+    schedulerDetails: [
+      { name: "DDIMScheduler", aliases: ["DDIM"] },
+      { name: "EulerDiscreteScheduler", aliases: ["Euler", "Euler Karras"] },
+    ],
+  });
+
+  it("are offered, sent, and shown with their warnings", async () => {
+    const requests: GenerateRequest[] = [];
+    const warning = { reason: "LORA_TAG_IGNORED", message: "The tag <lora:x:1> has no effect." };
+    const warnings = [create(WarningSchema, warning)];
+    const { url } = await serveScripted({
+      getModel: () => model,
+      async *generate(received) {
+        requests.push(received);
+        yield { ...final(), warnings };
+      },
+    });
+    const page = await openPage(url);
+    await page.locator("#develop:enabled").waitFor();
+    await page.getByText("More").click();
+    await expectAccessible(page);
+    expect(await page.getByLabel(/^Size/).locator("option").allTextContents()).toEqual(["64 × 48", "96 × 32", "other"]);
+    await page.getByLabel(/^Size/).selectOption("96 × 32");
+    await page.getByLabel("pixel art").fill("0.8");
+    await page.getByLabel("sharp, soft").fill("-1");
+    await page.getByLabel(/^Weights/).check();
+    await page.getByLabel("Scheduler").selectOption("Euler Karras");
+    await screenshot(page, "form-loras");
+    await page.getByLabel(/^Prompt:/).fill("sunrise");
+    await page.getByLabel(/^Prompt:/).press("Enter");
+    await waitForText(page, "The tag <lora:x:1> has no effect.");
+    await page.getByText("Repeat with this seed").click();
+    await expect.poll(() => requests.length).toBe(2);
+    for (const request of requests)
+      expect(request).toMatchObject({
+        widthPx: 96,
+        heightPx: 32,
+        scheduler: "Euler Karras",
+        promptSyntax: PromptSyntax.WEIGHTED,
+        loras: [
+          { name: "pixel art", scale: Math.fround(0.8) },
+          { name: "sharp, soft", scale: -1 },
+        ],
+      });
+  });
+
+  it("accept any size above the minimum, or only the offered ones", async () => {
+    const { url } = await serveScripted({ getModel: () => model });
+    const page = await openPage(url);
+    await page.locator("#develop:enabled").waitFor();
+    await page.getByLabel("Width").fill("16");
+    expect(await page.getByLabel(/^Size/).inputValue()).toBe("other");
+    const height = page.locator("input[name=height]");
+    expect(await height.evaluate((input: HTMLInputElement) => input.validationMessage)).toContain("at least 1,024");
+
+    const fixed = await serveScripted({ getModel: () => ({ ...model, minPixels: 0 }) });
+    const other = await openPage(fixed.url);
+    await other.locator("#develop:enabled").waitFor();
+    expect(await other.getByLabel(/^Size/).locator("option").count()).toBe(2);
+    for (const label of ["Width", "Height"]) expect(await other.getByLabel(label).isVisible()).toBe(false);
   });
 });
 

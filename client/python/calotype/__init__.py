@@ -20,6 +20,7 @@ Usage::
 
 from ._async.client import AsyncClient
 from ._async.generation import AsyncGeneration
+from ._async.group import AsyncGenerationGroup
 from ._channel import TLS
 from ._errors import (
     Aborted,
@@ -45,10 +46,32 @@ from ._errors import (
     Violation,
 )
 from ._image import Image
-from ._options import DisconnectPolicy, Output, PreviewMethod, Previews, Priority, Speed
+from ._options import (
+    DisconnectPolicy,
+    Lora,
+    Output,
+    PreviewMethod,
+    Previews,
+    Priority,
+    PromptSyntax,
+    Sigmas,
+    Speed,
+    TimestepSpacing,
+)
 from ._sync.client import Client
 from ._sync.generation import Generation
-from ._types import GenerationSummary, Model, Notice, Phase, Progress, Timings
+from ._sync.group import GenerationGroup
+from ._types import (
+    GenerationSummary,
+    MemberProgress,
+    Model,
+    Notice,
+    Phase,
+    Progress,
+    Scheduler,
+    Size,
+    Timings,
+)
 from ._version import __version__
 
 __all__ = [
@@ -57,6 +80,7 @@ __all__ = [
     "AlreadyExists",
     "AsyncClient",
     "AsyncGeneration",
+    "AsyncGenerationGroup",
     "CalotypeError",
     "Cancelled",
     "Client",
@@ -67,10 +91,13 @@ __all__ = [
     "FailedPrecondition",
     "Generation",
     "GenerationConsumed",
+    "GenerationGroup",
     "GenerationSummary",
     "Image",
     "InternalError",
     "InvalidRequest",
+    "Lora",
+    "MemberProgress",
     "Model",
     "NotFound",
     "Notice",
@@ -83,8 +110,13 @@ __all__ = [
     "Previews",
     "Priority",
     "Progress",
+    "PromptSyntax",
+    "Scheduler",
+    "Sigmas",
+    "Size",
     "Speed",
     "StreamIncomplete",
+    "TimestepSpacing",
     "Timings",
     "Unauthenticated",
     "Unavailable",

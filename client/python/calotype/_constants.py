@@ -1,9 +1,10 @@
-"""Timeouts and retry limits. The TypeScript client has the same names and values in `src/constants.ts`."""
+"""Timeouts and limits. The TypeScript client has the same names and values in `src/constants.ts`."""
 
 __all__ = [
     "CONTROL_TIMEOUT_SECONDS",
     "DISCONNECT_GRACE_SECONDS",
     "LOADING_TIMEOUT_SECONDS",
+    "MAX_MEMBERS",
     "RETRIES",
     "RETRY_BASE_SECONDS",
     "RETRY_MAX_SECONDS",
@@ -28,6 +29,9 @@ LOADING_TIMEOUT_SECONDS = 600.0
 
 STALL_TIMEOUT_SECONDS = 20.0
 """Silence after which a server counts as lost: twice the interval of its heartbeats."""
+
+MAX_MEMBERS = 64
+"""Most generations that one call starts as a group."""
 
 CONTROL_TIMEOUT_SECONDS = 10.0
 """Deadline of calls that the server answers immediately: cancel, finish, list, and describe the model."""

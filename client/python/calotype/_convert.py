@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from datetime import UTC
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from ._image import Image
-from ._options import PreviewMethod, Previews
-from ._types import GenerationSummary, Model, Notice, Phase, Progress, Timings
+from ._options import PreviewMethod, Previews, PromptSyntax, Sigmas, TimestepSpacing
+from ._types import GenerationSummary, Model, Notice, Phase, Progress, Scheduler, Size, Timings
 from .v1 import calotype_pb2 as v1
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from google.protobuf.descriptor import EnumDescriptor
     from google.protobuf.duration_pb2 import Duration
     from google.protobuf.message import Message
+
+T = TypeVar("T")
 
 __all__ = [
     "image_from_proto",
@@ -35,6 +39,9 @@ def wire_names(enum: EnumDescriptor) -> dict[int, str]:
 _PHASES = {number: Phase(name) for number, name in wire_names(v1.Phase.DESCRIPTOR).items()}
 _METHODS = {number: PreviewMethod(name) for number, name in wire_names(v1.PreviewMethod.DESCRIPTOR).items()}
 _FORMATS = wire_names(v1.ImageFormat.DESCRIPTOR)
+_SYNTAXES = {number: PromptSyntax(name) for number, name in wire_names(v1.PromptSyntax.DESCRIPTOR).items()}
+_SIGMAS = {number: Sigmas(name) for number, name in wire_names(v1.Sigmas.DESCRIPTOR).items()}
+_SPACINGS = {number: TimestepSpacing(name) for number, name in wire_names(v1.TimestepSpacing.DESCRIPTOR).items()}
 
 
 def phase_from_proto(phase: int) -> Phase:
@@ -106,6 +113,7 @@ def summary_from_proto(summary: v1.GenerationSummary) -> GenerationSummary:
         total_steps=summary.total_steps,
         seed=summary.seed,
         create_time=summary.create_time.ToDatetime(UTC),
+        group=summary.group,
     )
 
 
@@ -118,13 +126,19 @@ def model_from_proto(model: v1.Model) -> Model:
         height=model.height_px,
         size_multiple=model.size_multiple_px,
         max_pixels=model.max_pixels,
+        sizes=tuple(Size(size.width_px, size.height_px) for size in model.sizes),
+        min_pixels=model.min_pixels,
+        scales_other_sizes=model.scales_other_sizes,
         steps=model.step_count,
         max_steps=model.max_step_count,
         guidance_scale=model.guidance_scale if model.HasField("guidance_scale") else None,
         takes_negative_prompt=model.takes_negative_prompt,
         scheduler=model.scheduler,
         schedulers=tuple(model.schedulers),
+        scheduler_details=tuple(map(_scheduler_from_proto, model.scheduler_details)),
         fast_schedulers=tuple(model.fast_schedulers),
+        loras=tuple(lora.name for lora in model.loras),
+        prompt_syntaxes=_known(_SYNTAXES, model.prompt_syntaxes),
         max_prompt_chars=model.max_prompt_chars,
         max_prompt_tokens=model.max_prompt_tokens,
         preview_methods=tuple(_METHODS.get(method, PreviewMethod.UNKNOWN) for method in model.preview_methods),
@@ -139,8 +153,24 @@ def model_from_proto(model: v1.Model) -> Model:
         replica=model.replica,
         device=model.device,
         dtype=model.dtype,
+        quantization=model.quantization,
+        offload=model.offload,
         server_version=model.server_version,
     )
+
+
+def _scheduler_from_proto(scheduler: v1.Scheduler) -> Scheduler:
+    return Scheduler(
+        name=scheduler.name,
+        aliases=tuple(scheduler.aliases),
+        sigmas=_known(_SIGMAS, scheduler.sigmas),
+        spacings=_known(_SPACINGS, scheduler.spacings),
+    )
+
+
+def _known(values: Mapping[int, T], numbers: Iterable[int]) -> tuple[T, ...]:
+    """Converts numbers of an enum. Leaves out those that this client does not know, because it cannot send them."""
+    return tuple(values[number] for number in numbers if number in values)
 
 
 def _previews_from_proto(options: v1.PreviewOptions) -> Previews:

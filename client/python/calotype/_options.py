@@ -1,28 +1,42 @@
-"""Options of a request: previews, output, priority, speed, and the effect of a disconnect."""
+"""Options of a request, such as previews, output, priority and LoRAs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 __all__ = [
     "DisconnectPolicy",
     "DisconnectPolicyName",
     "FormatName",
+    "GenerateOptions",
+    "Lora",
     "MethodName",
     "Output",
     "PreviewMethod",
     "Previews",
     "Priority",
     "PriorityName",
+    "PromptSyntax",
+    "PromptSyntaxName",
+    "Sigmas",
+    "SigmasName",
+    "SpacingName",
     "Speed",
     "SpeedName",
+    "TimestepSpacing",
 ]
 
 DisconnectPolicyName: TypeAlias = Literal["cancel", "keep"]
 FormatName: TypeAlias = Literal["jpeg", "png", "webp"]
 PriorityName: TypeAlias = Literal["interactive", "batch"]
+PromptSyntaxName: TypeAlias = Literal["plain", "weighted"]
+SigmasName: TypeAlias = Literal["karras", "exponential", "beta"]
+SpacingName: TypeAlias = Literal["leading", "trailing", "linspace"]
 SpeedName: TypeAlias = Literal["exact", "fast"]
 MethodName: TypeAlias = Literal["auto", "head", "tiny_vae", "full_vae", "none"]
 
@@ -44,6 +58,56 @@ class Speed(StrEnum):
     FAST = "fast"
     """About half of the steps; the model's output at the other ones is forecast. The image is close to the exact one.
     Needs at least 16 steps, and one of `Model.fast_schedulers`."""
+
+
+class PromptSyntax(StrEnum):
+    """How the server reads a prompt. Arguments also accept the plain strings "plain" and "weighted"."""
+
+    PLAIN = "plain"
+    """Every character is text."""
+    WEIGHTED = "weighted"
+    """Parts can have weights: `(red:1.4)` weighs "red" 1.4 times, `(red)` 1.1 times and `[red]` 1 / 1.1 times. A
+    backslash before a bracket makes it text. A long prompt is read in parts instead of being truncated."""
+
+
+class Sigmas(StrEnum):
+    """Noise levels of the denoising steps. Arguments also accept plain strings, such as "karras"."""
+
+    KARRAS = "karras"
+    """Karras et al. 2022, arXiv 2206.00364, equation 5."""
+    EXPONENTIAL = "exponential"
+    """Evenly spaced logarithms."""
+    BETA = "beta"
+    """Quantiles of a beta distribution; arXiv 2407.12173."""
+
+
+class TimestepSpacing(StrEnum):
+    """Spacing of the timesteps; table 2 of arXiv 2305.08891. Arguments also accept plain strings, such as "leading"."""
+
+    LEADING = "leading"
+    """Starts slightly below the last timestep of the training."""
+    TRAILING = "trailing"
+    """Starts at the last timestep of the training."""
+    LINSPACE = "linspace"
+    """Evenly spaced from the last timestep to the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """A LoRA and its strength.
+
+    Usage::
+
+        client.generate("a red apple", loras=[Lora("pixel-art", 0.8), Lora("sharp")])
+        client.generate("a red apple", loras={"pixel-art": 0.8, "sharp": 1})
+
+    Attributes:
+        name: One of `Model.loras`.
+        scale: Factor of its weights, -10 to 10. 1 is the strength that it was trained with.
+    """
+
+    name: str
+    scale: float = 1.0
 
 
 class DisconnectPolicy(StrEnum):
@@ -119,3 +183,24 @@ class Output:
     format: FormatName | None = None
     quality: int | None = None
     metadata: bool | None = None
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of `Client.generate_many`, with the meaning that they have in `Client.generate`."""
+
+    negative_prompt: str | None
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance_scale: float | None
+    scheduler: str | None
+    sigmas: Sigmas | SigmasName | None
+    spacing: TimestepSpacing | SpacingName | None
+    speed: Speed | SpeedName | None
+    loras: Sequence[Lora] | Mapping[str, float] | None
+    prompt_syntax: PromptSyntax | PromptSyntaxName | None
+    priority: Priority | PriorityName | None
+    on_disconnect: DisconnectPolicy | DisconnectPolicyName | None
+    disconnect_grace: float | None
+    previews: Previews | None
+    output: Output | None

@@ -10,24 +10,27 @@ import dataclasses
 import math
 import numbers
 import operator
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 
+from ._constants import MAX_MEMBERS
 from ._convert import wire_names
 from ._errors import InvalidRequest, Violation
-from ._options import Output, Previews
+from ._options import GenerateOptions, Lora, Output, Previews
 from .v1 import calotype_pb2 as v1
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from google.protobuf.message import Message
 
 __all__ = [
     "argument_name",
     "build",
+    "build_group",
     "build_request",
     "fill",
     "resolve_retries",
@@ -47,6 +50,7 @@ _ARGUMENTS = {
 }
 _FIELDS = {argument: field for field, argument in _ARGUMENTS.items()}
 _OPTIONS: dict[str, type[Previews | Output]] = {"preview": Previews, "output": Output}
+_INT64_MAX = 2**63 - 1
 _FLOAT32_MAX = 3.4028234663852886e38
 _DURATION_MAX = 315_576_000_000  # seconds; the range of google.protobuf.Duration
 
@@ -67,13 +71,56 @@ def build_request(
     return build(v1.GenerateRequest(), "prompt", {"prompt": prompt, **optional, "previews": previews, "output": output})
 
 
-def build(request: Request, required: str | None, values: Mapping[str, Any]) -> Request:
+def build_group(
+    prompt: str, n: int, group: str, *, seed: int | None, request_id: str | None, **optional: Any
+) -> list[v1.GenerateRequest]:
+    """Builds the requests of the members of a group. They differ in their seed and request id.
+
+    Args:
+        prompt: As for `build_request`.
+        n: Number of members.
+        group: Name of the group.
+        seed: Seed of the first member; each further one adds 1. None or -1 lets the server draw all of them.
+        request_id: Beginning of the request ids of all members. None for none.
+        optional: As for `build_request`.
+
+    Raises:
+        InvalidRequest: A request cannot carry an argument, or there are too many members. Lists every violation.
+        TypeError: There is no argument of this name.
+    """
+    if unknown := sorted(optional.keys() - GenerateOptions.__annotations__.keys()):
+        raise TypeError(f"generate_many() got an unexpected keyword argument {unknown[0]!r}")
+    values = {"prompt": prompt, **optional, "seed": seed, "request_id": request_id, "group": group}
+    is_count = isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= MAX_MEMBERS
+    wrong = [] if is_count else [Violation("n", f"must be an int, 1 to {MAX_MEMBERS}, not {n!r}")]
+    first = build(v1.GenerateRequest(), "prompt", values, wrong)
+    requests = []
+    for index in range(n):
+        request = v1.GenerateRequest()
+        request.CopyFrom(first)
+        if request.HasField("seed") and request.seed >= 0:
+            request.seed = min(request.seed + index, _INT64_MAX)
+        if request_id:
+            request.request_id = f"{request_id}/{index}"
+        requests.append(request)
+    return requests
+
+
+def build(
+    request: Request, required: str | None, values: Mapping[str, Any], earlier: Sequence[Violation] = ()
+) -> Request:
     """Sets the fields of a request. None leaves a field unset, so that the server uses its default.
+
+    Args:
+        request: Has no fields set.
+        required: Name of the argument that must not be None; None if there is no such argument.
+        values: The arguments.
+        earlier: Violations that were found before.
 
     Raises:
         InvalidRequest: The request cannot carry an argument, or the required one is None. Lists every violation.
     """
-    violations = fill(request, values)
+    violations = [*earlier, *fill(request, values)]
     if required is not None and values[required] is None:
         violations.insert(0, Violation(required, "must be a str, not NoneType"))
     if violations:
@@ -96,6 +143,9 @@ def fill(message: Message, values: Mapping[str, Any], prefix: str = "") -> list[
             if (kind := _OPTIONS.get(field.name)) is not None:
                 options = _options(value, kind)
                 violations += fill(getattr(message, field.name), options, f"{prefix}{argument}.")
+            elif field.name == "loras":
+                for index, lora in enumerate(_loras(value)):
+                    violations += fill(getattr(message, field.name).add(), lora, f"{prefix}{argument}[{index}].")
             elif field.type == FieldDescriptor.TYPE_MESSAGE:
                 getattr(message, field.name).CopyFrom(_duration(value))
             else:
@@ -219,6 +269,14 @@ def _options(value: Any, kind: type[Previews | Output]) -> dict[str, Any]:
     if not isinstance(value, kind):
         raise ValueError(f"must be a calotype.{kind.__name__}, not {type(value).__name__}")
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _loras(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, Mapping):
+        return [{"name": name, "scale": scale} for name, scale in value.items()]
+    if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(each, Lora) for each in value):
+        return [{"name": each.name, "scale": each.scale} for each in value]
+    raise ValueError("must be a list of calotype.Lora, or a dict with the scale of each name")
 
 
 _CONVERTERS: dict[int, Callable[[Any, Any], str | int | float]] = {

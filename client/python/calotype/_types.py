@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from ._image import Image
-    from ._options import PreviewMethod, Previews
+    from ._options import PreviewMethod, Previews, PromptSyntax, Sigmas, TimestepSpacing
 
-__all__ = ["GenerationSummary", "Model", "Notice", "Phase", "Progress", "Timings"]
+__all__ = [
+    "GenerationSummary",
+    "MemberProgress",
+    "Model",
+    "Notice",
+    "Phase",
+    "Progress",
+    "Scheduler",
+    "Size",
+    "Timings",
+]
 
 
 class Phase(StrEnum):
@@ -126,6 +136,18 @@ class Progress:
     not_persisted: bool = False
 
 
+class MemberProgress(NamedTuple):
+    """The progress of one member of a group.
+
+    Attributes:
+        member: Index of the member in `GenerationGroup.generations`, from 0.
+        progress: Its progress.
+    """
+
+    member: int
+    progress: Progress
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSummary:
     """One entry of `Client.generations`.
@@ -139,6 +161,7 @@ class GenerationSummary:
         total_steps: Total number of denoising steps. 0 until it is known.
         seed: Seed in use.
         create_time: When the server accepted the request, in UTC.
+        group: Group of the request. Empty if it had none.
     """
 
     generation_id: str
@@ -149,6 +172,32 @@ class GenerationSummary:
     total_steps: int
     seed: int
     create_time: datetime
+    group: str = ""
+
+
+class Size(NamedTuple):
+    """Width and height of an image, in pixels."""
+
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheduler:
+    """A scheduler (sampler) that a model supports.
+
+    Attributes:
+        name: Name of a class of diffusers, as in `Model.schedulers`.
+        aliases: Familiar names of this scheduler with fixed options, such as "DPM++ 2M Karras". `Client.generate`
+            accepts them as `scheduler`, regardless of case.
+        sigmas: Valid values of `sigmas` with this scheduler.
+        spacings: Valid values of `spacing` with this scheduler.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    sigmas: tuple[Sigmas, ...] = ()
+    spacings: tuple[TimestepSpacing, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,13 +211,21 @@ class Model:
         height: Default height in pixels, the model's native height.
         size_multiple: Width and height must be multiples of this number of pixels.
         max_pixels: Maximum of width times height.
+        sizes: Sizes that the model draws well, the default size first. If `min_pixels` is 0, these are all supported
+            sizes.
+        min_pixels: Minimum of width times height for sizes that are not in `sizes`. 0 if only `sizes` are supported.
+        scales_other_sizes: Whether the server also accepts unsupported sizes: it draws the nearest supported size,
+            scales the image, and warns with the reason SIZE_SCALED.
         steps: Default number of denoising steps.
         max_steps: Maximum number of denoising steps.
         guidance_scale: Default guidance scale. None if the model has no guidance.
         takes_negative_prompt: Whether requests may have a negative prompt.
         scheduler: Default scheduler.
         schedulers: Valid schedulers, sorted: names of classes of diffusers.
+        scheduler_details: Aliases and options of each scheduler, in the order of `schedulers`.
         fast_schedulers: Schedulers that support the speed "fast", sorted. Empty if the server does not offer it.
+        loras: Names of the LoRAs that requests can apply, sorted.
+        prompt_syntaxes: Valid values of `prompt_syntax`.
         max_prompt_chars: Maximum length of a prompt in characters.
         max_prompt_tokens: Number of tokens that the model reads of a prompt, including special tokens; the rest is
             truncated. 0 if unknown.
@@ -185,6 +242,8 @@ class Model:
         replica: Tag of the server, to distinguish servers of the same model. Ids of its generations begin with it.
         device: Device of the model, such as "cpu" or "cuda:0".
         dtype: Number format of the weights, such as "float32" or "bfloat16".
+        quantization: Number format to which the weights are quantized, such as "int8". Empty if they are not.
+        offload: How weights move between the device and the host: "model" or "group". Empty if they stay on the device.
         server_version: Version of the server.
     """
 
@@ -194,13 +253,19 @@ class Model:
     height: int
     size_multiple: int
     max_pixels: int
+    sizes: tuple[Size, ...] = field(default=(), repr=False)
+    min_pixels: int = 1
+    scales_other_sizes: bool = False
     steps: int
     max_steps: int
     guidance_scale: float | None
     takes_negative_prompt: bool
     scheduler: str
     schedulers: tuple[str, ...] = field(repr=False)
+    scheduler_details: tuple[Scheduler, ...] = field(default=(), repr=False)
     fast_schedulers: tuple[str, ...] = field(default=(), repr=False)
+    loras: tuple[str, ...] = ()
+    prompt_syntaxes: tuple[PromptSyntax, ...] = ()
     max_prompt_chars: int
     max_prompt_tokens: int
     preview_methods: tuple[PreviewMethod, ...]
@@ -215,4 +280,6 @@ class Model:
     replica: str = ""
     device: str
     dtype: str
+    quantization: str = ""
+    offload: str = ""
     server_version: str

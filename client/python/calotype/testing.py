@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Self
 
 import grpc
 
-from ._options import PreviewMethod, Previews
+from ._options import PreviewMethod, Previews, PromptSyntax
 from ._testing.generation import Script
 from ._testing.servicer import KeyCheckInterceptor, LoadingInterceptor, Servicer
 from ._testing.state import FakeState
@@ -62,6 +62,7 @@ _MODEL = Model(
     takes_negative_prompt=True,
     scheduler="DDIMScheduler",
     schedulers=("DDIMScheduler", "EulerDiscreteScheduler"),
+    prompt_syntaxes=(PromptSyntax.PLAIN, PromptSyntax.WEIGHTED),
     max_prompt_chars=2000,
     max_prompt_tokens=77,
     preview_methods=(PreviewMethod.HEAD, PreviewMethod.FULL_VAE),
@@ -160,7 +161,7 @@ class FakeServer:
         """Starts to serve on a free port of 127.0.0.1."""
         # Clients ping every 20 s; gRPC's default allows a ping every 5 minutes.
         options = (("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),)
-        pool = ThreadPoolExecutor(16, "fake-calotype")
+        pool = ThreadPoolExecutor(100, "fake-calotype")  # each open stream needs a thread
         server = grpc.server(pool, interceptors=[*self._interceptors, self._loading], options=options)
         add_GenerationServiceServicer_to_server(Servicer(self._state), server)
         self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")

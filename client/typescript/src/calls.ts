@@ -51,8 +51,11 @@ export class ServiceCalls {
     return this.#stream((callOptions) => this.#stub.watch(request, callOptions), options, leaveSignal);
   }
 
-  cancel(generationId: string, options: CallOptions): Promise<wire.CancelResponse> {
-    return this.#unary((callOptions) => this.#stub.cancel({ generationId }, callOptions), options);
+  cancel(
+    target: Partial<Pick<wire.CancelRequest, "generationId" | "group">>,
+    options: CallOptions,
+  ): Promise<wire.CancelResponse> {
+    return this.#unary((callOptions) => this.#stub.cancel(target, callOptions), options);
   }
 
   finish(generationId: string, options: CallOptions): Promise<wire.FinishResponse> {

@@ -7,6 +7,7 @@ import { DISCONNECT_GRACE_SECONDS, RETRIES } from "./constants.js";
 import { modelFromWire, phaseFromWire, requestToWire, summaryFromWire, watchToWire } from "./convert.js";
 import { GenerationService } from "./gen/calotype/v1/calotype_pb.js";
 import { Generation } from "./generation.js";
+import { GenerationGroup } from "./group.js";
 import { newRequestId } from "./request_id.js";
 import { type Clock, realClock } from "./resume/clock.js";
 import { type FollowPlan, follow, type StreamCalls } from "./resume/follow.js";
@@ -44,6 +45,20 @@ export interface Client {
    */
   generate(prompt: string, options?: GenerateOptions & FollowOptions): Generation;
   /**
+   * Creates several generations of the same prompt, as a group that can be cancelled as a whole. The service draws them
+   * together if it can. Nothing is sent before the group is iterated or `pictures` is called.
+   *
+   * @param count - Number of pictures, 1 to 64. The service rejects those that its queue cannot hold.
+   * @param options - The seed is that of the first picture; each further one adds 1. `requestId` is also the id of the
+   *   group.
+   * @throws CalotypeError - INVALID_ARGUMENT if a number cannot be sent.
+   */
+  generateMany(
+    prompt: string,
+    count: number,
+    options?: Omit<GenerateOptions, "group"> & FollowOptions,
+  ): GenerationGroup;
+  /**
    * Follows a generation that already exists. It yields the newest preview, or the end, and then all further progress.
    * Leaving the loop does not affect other readers.
    *
@@ -57,6 +72,13 @@ export interface Client {
    * @returns The phase of the generation before the call.
    */
   cancel(generationId: string, options?: CallOptions): Promise<Phase>;
+  /**
+   * Cancels all of the caller's generations of a group. For about a minute, the service rejects new members with the
+   * code CANCELLED.
+   *
+   * @returns The number of generations that this call cancels.
+   */
+  cancel(target: { readonly group: string }, options?: CallOptions): Promise<number>;
   /**
    * Ends a generation early: its current picture becomes the final one. It is not an error if the generation has ended.
    *
@@ -101,6 +123,26 @@ class ServiceClient implements Client {
   }
 
   generate(prompt: string, options: GenerateOptions & FollowOptions = {}): Generation {
+    return this.#generate(prompt, options, (id) => this.cancel(id, inBackground(options)));
+  }
+
+  generateMany(
+    prompt: string,
+    count: number,
+    options: Omit<GenerateOptions, "group"> & FollowOptions = {},
+  ): GenerationGroup {
+    return new GenerationGroup(count, options, {
+      generate: (member, cancel) => this.#generate(prompt, member, cancel),
+      cancel: (id) => this.cancel(id, inBackground(options)),
+      cancelGroup: (group) => this.cancel({ group }, inBackground(options)),
+    });
+  }
+
+  #generate(
+    prompt: string,
+    options: GenerateOptions & FollowOptions,
+    cancel: (generationId: string) => Promise<unknown>,
+  ): Generation {
     const { retries = RETRIES } = options;
     const isDefaultGrace = retries > 0 && options.onDisconnect === undefined && options.disconnectGrace === undefined;
     const request = requestToWire(prompt, {
@@ -122,7 +164,7 @@ class ServiceClient implements Client {
     return new Generation(
       {
         follow: (leaveSignal, onOrphan) => follow(streamCalls(leaveSignal), plan, leaveSignal, onOrphan),
-        cancel: (id) => this.cancel(id, inBackground(options)),
+        cancel,
         cancelsOnLeave: isDefaultGrace,
       },
       options.signal,
@@ -151,8 +193,11 @@ class ServiceClient implements Client {
     );
   }
 
-  async cancel(generationId: string, options: CallOptions = {}): Promise<Phase> {
-    return phaseFromWire((await this.#calls.cancel(generationId, options)).phase);
+  cancel(generationId: string, options?: CallOptions): Promise<Phase>;
+  cancel(target: { readonly group: string }, options?: CallOptions): Promise<number>;
+  async cancel(target: string | { readonly group: string }, options: CallOptions = {}): Promise<Phase | number> {
+    if (typeof target !== "string") return (await this.#calls.cancel(target, options)).cancelledCount;
+    return phaseFromWire((await this.#calls.cancel({ generationId: target }, options)).phase);
   }
 
   async finish(generationId: string, options: CallOptions = {}): Promise<Phase> {

@@ -1,4 +1,4 @@
-/** Defaults of the client. `calotype/_constants.py` of the Python client has the same names and values. */
+/** Defaults and limits of the client. `calotype/_constants.py` of the Python client has the same names and values. */
 
 /**
  * Failed retries in a row after a lost connection. They wait 24 seconds on average, enough until the next process of the
@@ -20,6 +20,9 @@ export const LOADING_TIMEOUT_SECONDS = 600;
 
 /** How long the client waits for the next message of a stream. The server sends one at least every 10 seconds. */
 export const STALL_TIMEOUT_SECONDS = 20;
+
+/** Most generations that one call starts as a group. */
+export const MAX_MEMBERS = 64;
 
 /** Deadline of calls that are not streams: `cancel`, `finish`, `getModel` and each page of `generations`. */
 export const CONTROL_TIMEOUT_SECONDS = 10;

@@ -40,6 +40,23 @@ const SPEEDS: Record<NonNullable<types.GenerateOptions["speed"]>, wire.Speed> = 
   fast: wire.Speed.FAST,
 };
 
+const SYNTAXES: Record<types.PromptSyntax, wire.PromptSyntax> = {
+  plain: wire.PromptSyntax.PLAIN,
+  weighted: wire.PromptSyntax.WEIGHTED,
+};
+
+const SIGMAS: Record<types.Sigmas, wire.Sigmas> = {
+  karras: wire.Sigmas.KARRAS,
+  exponential: wire.Sigmas.EXPONENTIAL,
+  beta: wire.Sigmas.BETA,
+};
+
+const SPACINGS: Record<types.TimestepSpacing, wire.TimestepSpacing> = {
+  leading: wire.TimestepSpacing.LEADING,
+  trailing: wire.TimestepSpacing.TRAILING,
+  linspace: wire.TimestepSpacing.LINSPACE,
+};
+
 /** Validates that numbers can be sent, and collects the violations. */
 class NumberValidator {
   readonly #violations: Violation[] = [];
@@ -88,6 +105,10 @@ export function requestToWire(prompt: string, options: types.GenerateOptions): w
     guidanceScale: numbers.finite("guidance_scale", options.guidanceScale),
     seed: seed === undefined ? undefined : BigInt(seed),
     scheduler: options.scheduler,
+    sigmas: options.sigmas && SIGMAS[options.sigmas],
+    spacing: options.spacing && SPACINGS[options.spacing],
+    loras: lorasToWire(options.loras ?? [], numbers),
+    promptSyntax: options.promptSyntax && SYNTAXES[options.promptSyntax],
     speed: options.speed && SPEEDS[options.speed],
     preview: preview && previewToWire(preview, numbers),
     output: output && {
@@ -98,9 +119,19 @@ export function requestToWire(prompt: string, options: types.GenerateOptions): w
     onDisconnect: onDisconnect && POLICIES[onDisconnect],
     disconnectGrace: numbers.duration("disconnect_grace", options.disconnectGrace),
     requestId: options.requestId,
+    group: options.group,
   };
   numbers.throwIfInvalid();
   return create(wire.GenerateRequestSchema, request);
+}
+
+function lorasToWire(
+  loras: NonNullable<types.GenerateOptions["loras"]>,
+  numbers: NumberValidator,
+): MessageInitShape<typeof wire.LoraSchema>[] {
+  const isList = (value: typeof loras): value is readonly types.Lora[] => Array.isArray(value);
+  const list = isList(loras) ? loras : Object.entries(loras).map(([name, scale]) => ({ name, scale }));
+  return list.map(({ name, scale }, index) => ({ name, scale: numbers.finite(`loras[${index}].scale`, scale) }));
 }
 
 /**
@@ -188,11 +219,11 @@ export function summaryFromWire(summary: wire.GenerationSummary): types.Generati
     totalSteps: summary.totalSteps,
     seed: Number(summary.seed),
     created: summary.createTime && timestampDate(summary.createTime),
+    group: summary.group,
   };
 }
 
 export function modelFromWire(model: wire.Model): types.Model {
-  const methods = model.previewMethods.map((method) => keyOf(METHODS, method));
   return {
     name: model.name,
     pipeline: model.pipeline,
@@ -200,21 +231,34 @@ export function modelFromWire(model: wire.Model): types.Model {
     height: model.heightPx,
     sizeMultiple: model.sizeMultiplePx,
     maxPixels: model.maxPixels,
+    sizes: model.sizes.map(({ widthPx, heightPx }) => ({ width: widthPx, height: heightPx })),
+    minPixels: model.minPixels,
+    scalesOtherSizes: model.scalesOtherSizes,
     steps: model.stepCount,
     maxSteps: model.maxStepCount,
     guidanceScale: model.guidanceScale,
     takesNegativePrompt: model.takesNegativePrompt,
     scheduler: model.scheduler,
     schedulers: model.schedulers,
+    schedulerDetails: model.schedulerDetails.map(({ name, aliases, sigmas, spacings }) => ({
+      name,
+      aliases,
+      sigmas: keysOf(SIGMAS, sigmas),
+      spacings: keysOf(SPACINGS, spacings),
+    })),
+    loras: model.loras.map(({ name }) => name),
+    promptSyntaxes: keysOf(SYNTAXES, model.promptSyntaxes),
     fastSchedulers: model.fastSchedulers,
     maxPromptChars: model.maxPromptChars,
     maxPromptTokens: model.maxPromptTokens,
     device: model.device,
     dtype: model.dtype,
+    quantization: model.quantization,
+    offload: model.offload,
     accelerator: model.accelerator,
     acceleratorFallback: model.acceleratorFallback,
     serverVersion: model.serverVersion,
-    previewMethods: methods.filter((method) => method !== undefined),
+    previewMethods: keysOf(METHODS, model.previewMethods),
     preview: model.preview && {
       everySteps: model.preview.everySteps ?? 1,
       minInterval: seconds(model.preview.minInterval) ?? 0,
@@ -233,4 +277,9 @@ function seconds(duration: Duration | undefined): number | undefined {
 
 function keyOf<K extends string, V>(table: Record<K, V>, value: V): K | undefined {
   return (Object.keys(table) as K[]).find((key) => table[key] === value);
+}
+
+/** Returns the keys of values. Leaves out values that this client does not know, because it cannot send them. */
+function keysOf<K extends string, V>(table: Record<K, V>, values: readonly V[]): K[] {
+  return values.map((value) => keyOf(table, value)).filter((key) => key !== undefined);
 }

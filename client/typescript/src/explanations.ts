@@ -185,6 +185,10 @@ const FIELDS: Readonly<Record<string, string>> = {
   seed: "Seed",
   scheduler: "Scheduler",
   speed: "Speed",
+  loras: "LoRA",
+  prompt_syntax: "Weights",
+  sigmas: "Sigmas",
+  spacing: "Timestep spacing",
   "preview.every_steps": "Preview every … steps",
   "preview.max_edge_px": "Preview size",
   "preview.quality": "Preview quality",
@@ -195,5 +199,6 @@ const FIELDS: Readonly<Record<string, string>> = {
 
 /** Returns the label of a request field, as in the form of the page. */
 export function fieldLabel(field: string): string {
-  return FIELDS[field] ?? field;
+  // Of a list, all entries have the same label, such as loras[0].scale.
+  return FIELDS[field] ?? FIELDS[field.replace(/[.[].*/, "")] ?? field;
 }

@@ -4,6 +4,7 @@ export { type Client, type ClientOptions, createClient } from "./client.js";
 export { CalotypeError, type StatusCode, type Violation } from "./errors.js";
 export { type Explanation, explain } from "./explanations.js";
 export type { Generation } from "./generation.js";
+export type { GenerationGroup } from "./group.js";
 export { Pacer } from "./pacer.js";
 export { fraction, frameAt, initialState, isOver, reduce, stages, type ViewEvent, type ViewState } from "./reducer.js";
 export { newRequestId } from "./request_id.js";
@@ -15,6 +16,8 @@ export {
   type GenerateOptions,
   type GenerationSummary,
   isEnd,
+  type Lora,
+  type MemberProgress,
   type Model,
   mediaType,
   type Notice,
@@ -25,7 +28,12 @@ export {
   type PreviewMethod,
   type PreviewOptions,
   type Progress,
+  type PromptSyntax,
   type Reconnect,
+  type Scheduler,
+  type Sigmas,
+  type Size,
+  type TimestepSpacing,
   type Timings,
   type WatchOptions,
 } from "./types.js";

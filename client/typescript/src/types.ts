@@ -16,6 +16,15 @@ export type Phase =
 
 export type PreviewMethod = "auto" | "head" | "tiny_vae" | "full_vae" | "none";
 
+/** How the service reads a prompt. `weighted`: parts can have weights, such as `(red:1.4)`. */
+export type PromptSyntax = "plain" | "weighted";
+
+/** Noise levels of the denoising steps. */
+export type Sigmas = "karras" | "exponential" | "beta";
+
+/** Spacing of the timesteps. */
+export type TimestepSpacing = "leading" | "trailing" | "linspace";
+
 export type PictureFormat = "jpeg" | "png" | "webp";
 
 /** A complete image file. */
@@ -93,6 +102,23 @@ export interface GenerationSummary {
   readonly seed: number;
   /** When the server accepted the generation. */
   readonly created: Date | undefined;
+  /** From the request; empty if it had none. */
+  readonly group: string;
+}
+
+/** The progress of one member of a group. */
+export interface MemberProgress {
+  /** Index of the member, from 0. */
+  readonly index: number;
+  readonly progress: Progress;
+}
+
+/** A LoRA and its strength. */
+export interface Lora {
+  /** One of `Model.loras`. */
+  readonly name: string;
+  /** Factor of its weights, -10 to 10. Default: 1, the strength that it was trained with. */
+  readonly scale?: number;
 }
 
 /** Appearance and frequency of previews. Defaults are in `Model.preview`. */
@@ -130,10 +156,18 @@ export interface GenerateOptions {
   readonly steps?: number;
   /** 0 to 100. In most models, 1 or less disables guidance. */
   readonly guidanceScale?: number;
-  /** 0 to 2^53 - 1. The same request with the same seed gives the same picture. Default: random. */
+  /** 0 to 2^53 - 1. The same request with the same seed gives the same picture. Default, also for -1: random. */
   readonly seed?: number;
-  /** One of `Model.schedulers`. */
+  /** One of `Model.schedulers`, or one of their aliases, such as "DPM++ 2M Karras". */
   readonly scheduler?: string;
+  /** Noise levels of the steps, one of `Scheduler.sigmas`. Default: those of the scheduler. */
+  readonly sigmas?: Sigmas;
+  /** Timesteps of the steps, one of `Scheduler.spacings`. Default: that of the scheduler. */
+  readonly spacing?: TimestepSpacing;
+  /** LoRAs to apply, at most 8: a list, or the scale of each name. Default: none. */
+  readonly loras?: readonly Lora[] | Readonly<Record<string, number>>;
+  /** One of `Model.promptSyntaxes`. Default: `plain`. */
+  readonly promptSyntax?: PromptSyntax;
   /**
    * `fast` computes only about half of the steps; the picture is close to that of `exact`. It needs at least 16 steps
    * and one of `Model.fastSchedulers`. Default: `exact`.
@@ -154,6 +188,11 @@ export interface GenerateOptions {
    * At most 128 characters of printable ASCII. Default: a random id, unless `retries` is 0.
    */
   readonly requestId?: string;
+  /**
+   * Makes the generation a member of this group, which `cancel` can end as a whole. At most 128 characters of printable
+   * ASCII. Default: no group.
+   */
+  readonly group?: string;
 }
 
 /** Options of `watch`. */
@@ -211,6 +250,22 @@ export interface Reconnect {
   readonly error: CalotypeError;
 }
 
+/** Width and height of a picture. */
+export interface Size {
+  readonly width: number;
+  readonly height: number;
+}
+
+/** A scheduler (sampler) that the model supports. */
+export interface Scheduler {
+  /** One of `Model.schedulers`. */
+  readonly name: string;
+  /** Familiar names of this scheduler with fixed options, such as "DPM++ 2M Karras". Requests may use them. */
+  readonly aliases: readonly string[];
+  readonly sigmas: readonly Sigmas[];
+  readonly spacings: readonly TimestepSpacing[];
+}
+
 /** The loaded model: its capabilities and defaults. */
 export interface Model {
   readonly name: string;
@@ -222,6 +277,12 @@ export interface Model {
   readonly sizeMultiple: number;
   /** Largest width times height. */
   readonly maxPixels: number;
+  /** Sizes that the model draws well, the default size first. If `minPixels` is 0, these are all supported sizes. */
+  readonly sizes: readonly Size[];
+  /** Smallest width times height of sizes that are not in `sizes`. 0 if only `sizes` are supported. */
+  readonly minPixels: number;
+  /** Whether the service draws unsupported sizes at the nearest supported size, and scales the picture. */
+  readonly scalesOtherSizes: boolean;
   readonly steps: number;
   readonly maxSteps: number;
   /** Undefined if the model does not support guidance. */
@@ -229,6 +290,11 @@ export interface Model {
   readonly takesNegativePrompt: boolean;
   readonly scheduler: string;
   readonly schedulers: readonly string[];
+  /** Aliases and options of each scheduler, in the order of `schedulers`. */
+  readonly schedulerDetails: readonly Scheduler[];
+  /** Names of the LoRAs that requests can apply, sorted. */
+  readonly loras: readonly string[];
+  readonly promptSyntaxes: readonly PromptSyntax[];
   /** Schedulers that support the speed `fast`, sorted; empty if the server does not offer it. */
   readonly fastSchedulers: readonly string[];
   readonly maxPromptChars: number;
@@ -236,6 +302,10 @@ export interface Model {
   readonly maxPromptTokens: number;
   readonly device: string;
   readonly dtype: string;
+  /** Number format to which the weights are quantized, such as `int8`. Empty if they are not. */
+  readonly quantization: string;
+  /** How weights move between the device and the host: `model` or `group`. Empty if they stay on the device. */
+  readonly offload: string;
   /** How the denoiser is computed: `none` for plain calls, or `graphs`, `compile` or `openvino`. */
   readonly accelerator: string;
   /** Why it is not the accelerator that the operator chose. Empty if it is. */

@@ -12,6 +12,7 @@ from calotype.v1 import calotype_pb2 as pb
 from calotype_server import __version__, errors
 from calotype_server.api import encoding
 from calotype_server.api.enums import PHASES
+from calotype_server.api.groups import validate_cancel
 from calotype_server.api.progress_stream import ProgressStream
 from calotype_server.api.sizes import narrowed
 from calotype_server.api.validation import validate, validate_id, validate_page, validate_watch, watched_previews
@@ -134,15 +135,19 @@ class GenerationService:
         async with self.generations.follow(generation, request.after_sequence, preview) as reader:
             yield ProgressStream(reader, whole=whole)
 
-    def cancel(self, request: pb.CancelRequest, caller: Caller) -> pb.CancelResponse:
-        """Cancels a generation by id.
+    def cancel(
+        self, request: pb.CancelRequest, caller: Caller, violations: Sequence[Violation] = ()
+    ) -> pb.CancelResponse:
+        """Cancels a generation by id, or a group.
 
         Raises:
-            ServiceError: There is no such generation.
+            ServiceError: There is no such generation or group, or the request is invalid.
         """
-        validate_id(request.generation_id)
-        phase = self.generations.cancel(request.generation_id, caller)
-        return pb.CancelResponse(phase=PHASES.to_proto(phase))
+        validate_cancel(request, violations)
+        if request.group:
+            return pb.CancelResponse(cancelled_count=self.generations.groups.cancel(request.group, caller))
+        phase, cancelled = self.generations.cancel(request.generation_id, caller)
+        return pb.CancelResponse(phase=PHASES.to_proto(phase), cancelled_count=int(cancelled))
 
     def finish(self, request: pb.FinishRequest, caller: Caller) -> pb.FinishResponse:
         """Finishes a generation early, by id.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.enums import DISCONNECT_POLICIES, IMAGE_FORMATS, PREVIEW_METHODS, PRIORITIES, SPEEDS
+from calotype_server.api.groups import check_group
 from calotype_server.api.guidance import check_negative_prompt, guidance_scale
 from calotype_server.api.loras import chosen_loras
 from calotype_server.api.prompt_syntax import prompt_syntax
@@ -237,7 +238,10 @@ def _delivery(request: pb.GenerateRequest, reject: Reject) -> DeliveryOptions:
     name = request.request_id
     if len(name) > REQUEST_ID_CHARS_MAX or not (name.isascii() and name.isprintable()):
         reject("request_id", f"must be up to {REQUEST_ID_CHARS_MAX} characters of printable ASCII")
-    return DeliveryOptions(on_disconnect=policy or DisconnectPolicy.CANCEL, grace=grace, request_id=name)
+    check_group(request.group, reject)
+    return DeliveryOptions(
+        on_disconnect=policy or DisconnectPolicy.CANCEL, grace=grace, request_id=name, group=request.group
+    )
 
 
 def _preview(options: pb.PreviewOptions, limits: Limits, base: PreviewOptions, reject: Reject) -> PreviewOptions:

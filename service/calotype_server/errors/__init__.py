@@ -28,6 +28,8 @@ ServiceError                      a status code, a reason and a message that is 
 ├── DeadlineTooShort              DEADLINE_EXCEEDED
 ├── GenerationNotFound            NOT_FOUND
 │   └── OtherReplica
+├── GroupNotFound                 NOT_FOUND
+├── GroupCancelled                CANCELLED            a new member of a group that was cancelled before
 ├── ImageNotFound                 NOT_FOUND
 ├── RequestIdTaken                ALREADY_EXISTS
 ├── RequestTooLarge               RESOURCE_EXHAUSTED   HTTP only
@@ -86,6 +88,8 @@ from calotype_server.errors.rejections import (
     DeadlineExceeded,
     DeadlineTooShort,
     GenerationNotFound,
+    GroupCancelled,
+    GroupNotFound,
     ImageNotFound,
     InvalidRequest,
     KeyExpired,
@@ -145,6 +149,8 @@ __all__ = [
     "GenerationError",
     "GenerationFailed",
     "GenerationNotFound",
+    "GroupCancelled",
+    "GroupNotFound",
     "ImageNotFound",
     "InvalidRequest",
     "KeyExpired",

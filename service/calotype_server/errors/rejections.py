@@ -15,6 +15,8 @@ __all__ = [
     "DeadlineExceeded",
     "DeadlineTooShort",
     "GenerationNotFound",
+    "GroupCancelled",
+    "GroupNotFound",
     "ImageNotFound",
     "InvalidRequest",
     "KeyExpired",
@@ -220,6 +222,20 @@ class OtherReplica(GenerationNotFound):
     """The generation belongs to another server, which may be gone."""
 
     reason = "OTHER_REPLICA"
+
+
+class GroupNotFound(ServiceError):
+    """The caller has no generation in this group, or none is retained any more."""
+
+    code = "NOT_FOUND"
+    reason = "GROUP_NOT_FOUND"
+
+
+class GroupCancelled(ServiceError):
+    """The group of a new generation was cancelled a short time ago."""
+
+    code = "CANCELLED"
+    reason = "GROUP_CANCELLED"
 
 
 class ImageNotFound(ServiceError):

@@ -165,7 +165,9 @@ class Generation:
         """Returns the names of the fields in which another request differs, except a seed drawn by the server."""
         same = dataclasses.replace(job, seed=self.job.seed) if delivery.seed_was_drawn else job
         names = (field.name for field in dataclasses.fields(job))
-        return [name for name in names if getattr(same, name) != getattr(self.job, name)]
+        differing = [name for name in names if getattr(same, name) != getattr(self.job, name)]
+        # A generation is a member of one group, and its caller must be able to cancel that group.
+        return differing if delivery.group == self.delivery.group else [*differing, "group"]
 
     # Running
 
@@ -178,16 +180,17 @@ class Generation:
         if self._run is not None:
             await asyncio.wait({self._run})
 
-    def abort(self, error: errors.ServiceError) -> None:
+    def abort(self, error: errors.ServiceError) -> bool:
         """Ends it with `error`: at once while queued, before the next denoising step while running.
 
-        The first call counts. Later calls, and calls after the end, do nothing.
+        The first call counts. Later calls, and calls after the end, do nothing and return False.
         """
         if self._aborted.done() or self.ended:
-            return
+            return False
         self._aborted_at = time.monotonic()
         self._aborted.set_result(error)
         self.stop.set()
+        return True
 
     async def unless_aborted(self, turn: asyncio.Future[None]) -> None:
         """Waits for `turn`.

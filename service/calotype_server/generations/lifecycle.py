@@ -13,6 +13,7 @@ import structlog
 from calotype_server import errors
 from calotype_server.generations.completion import Completion
 from calotype_server.generations.generation import Generation
+from calotype_server.generations.groups.groups import Groups
 from calotype_server.generations.heartbeats import Heartbeats
 from calotype_server.generations.ids import tag_of
 from calotype_server.generations.reader import Reader
@@ -65,6 +66,7 @@ class Generations:
 
     Attributes:
         replica: Tag of this server, which begins the id of each of its generations.
+        groups: Cancels several generations at once.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Generations:
         observe: Observe = ignore,
     ) -> None:
         self.replica: str = index.replica
+        self.groups = Groups(index)
         self._runner = runner
         self._admission = admission
         self._index = index
@@ -205,16 +208,15 @@ class Generations:
             raise errors.GenerationNotFound("There is no generation with this id.")
         return found
 
-    def cancel(self, generation_id: str, caller: Caller) -> Phase:
-        """Cancels a generation and returns the phase it was in. One that has ended does not change.
+    def cancel(self, generation_id: str, caller: Caller) -> tuple[Phase, bool]:
+        """Cancels a generation. Returns its phase before, and whether this call cancels it: not after its end.
 
         Raises:
             GenerationNotFound: As for `find`.
         """
         generation = self.find(generation_id, caller)
         phase = generation.events.state.phase
-        generation.abort(errors.Cancelled("The generation was cancelled."))
-        return phase
+        return phase, generation.abort(errors.Cancelled("The generation was cancelled."))
 
     def finish(self, generation_id: str, caller: Caller) -> Phase:
         """Makes a generation end successfully with its current prediction, and returns the phase it was in.
@@ -323,6 +325,7 @@ class Generations:
 
     def _accept(self, requests: Sequence[tuple[Job, DeliveryOptions]], quota: Quota | None) -> list[Generation]:
         """Accepts all jobs or none, without giving control to the event loop in between."""
+        self.groups.require_open(delivery for _, delivery in requests)
         if self._retry_after is not None:
             raise errors.Draining("The server is stopping.", retry_after=self._retry_after)
         if problem := self._index.problem:

@@ -107,3 +107,24 @@ async def test_a_server_that_accepts_no_work_routes_it_to_another(shared) -> Non
         with pytest.raises(calotype.Unavailable) as rejected:
             await client.generate("x").result()
         assert rejected.value.retry_after == 2.0
+
+
+async def test_the_cancel_of_a_group_reaches_every_server(shared) -> None:
+    """Members on both servers are cancelled, also if only the other server has some, and later ones are rejected."""
+    address, own, other, *_ = shared
+    for places in ((own, other), (other,)):
+        group = str(len(places))
+        for place in places:
+            async with calotype.AsyncClient(place) as client:
+                await client.generate("x", group=group).result()
+        async with calotype.AsyncClient(address) as client:
+            assert await client.cancel(group=group) == 0
+        for place in (own, other):
+            async with calotype.AsyncClient(place) as client:
+                with pytest.raises(calotype.Cancelled) as rejected:
+                    await client.generate("x", group=group).result()
+                assert rejected.value.reason == "GROUP_CANCELLED"
+    async with calotype.AsyncClient(address) as client:
+        with pytest.raises(calotype.NotFound) as rejected:
+            await client.cancel(group="unknown")
+        assert rejected.value.reason == "GROUP_NOT_FOUND"

@@ -95,7 +95,7 @@ async def test_commands_work_while_generations_run(socket, engine: FakeEngine) -
         ids[frame["id"]] = frame["progress"].generation_id
     await send(socket, "cancel", "c", request={"generation_id": ids["a"]})
     answer = await read_until(socket, lambda frame: frame["type"] == "cancel")
-    assert answer == {"type": "cancel", "id": "c", "phase": "PHASE_DENOISING"}
+    assert answer == {"type": "cancel", "id": "c", "phase": "PHASE_DENOISING", "cancelled_count": 1}
     await send(socket, "finish", "d", request={"generation_id": ids["b"]})
     assert (await read_until(socket, lambda frame: frame["type"] == "finish"))["id"] == "d"
     engine.allow()

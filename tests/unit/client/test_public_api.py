@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import calotype
-from calotype import AsyncClient, AsyncGeneration, Client, Generation
+from calotype import AsyncClient, AsyncGeneration, AsyncGenerationGroup, Client, Generation, GenerationGroup
 from calotype.testing import FakeServer
 
 ASYNC_NAMES = {"aclose": "close", "__aenter__": "__enter__", "__aexit__": "__exit__", "__aiter__": "__iter__"}
@@ -35,7 +35,10 @@ def test_public_names_have_docstrings():
             assert inspect.getdoc(getattr(calotype, name)), name
 
 
-@pytest.mark.parametrize(("sync", "asynchronous"), [(Client, AsyncClient), (Generation, AsyncGeneration)])
+@pytest.mark.parametrize(
+    ("sync", "asynchronous"),
+    [(Client, AsyncClient), (Generation, AsyncGeneration), (GenerationGroup, AsyncGenerationGroup)],
+)
 def test_async_classes_have_the_same_methods(sync, asynchronous):
     """The sync and the async classes have the same methods with the same parameters."""
     ours, theirs = surface(sync), surface(asynchronous)

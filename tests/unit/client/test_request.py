@@ -1,14 +1,24 @@
 """Arguments are converted to requests."""
 
 import dataclasses
+import inspect
 import math
 import typing
 
 import pytest
 
-from calotype import Client, InvalidRequest, Output, PreviewMethod, Previews, Priority, Speed
+from calotype import Client, InvalidRequest, Lora, Output, PreviewMethod, Previews, Priority, PromptSyntax, Speed
 from calotype._convert import wire_names
-from calotype._options import FormatName, MethodName
+from calotype._options import (
+    FormatName,
+    GenerateOptions,
+    MethodName,
+    PromptSyntaxName,
+    Sigmas,
+    SigmasName,
+    SpacingName,
+    TimestepSpacing,
+)
 from calotype._request import build_request, resolve_timeout
 from calotype.testing import FakeServer
 from calotype.v1 import calotype_pb2 as v1
@@ -79,6 +89,31 @@ def test_every_enum_value_of_the_proto_has_a_name():
     methods = set(wire_names(v1.PreviewMethod.DESCRIPTOR).values())
     assert set(typing.get_args(MethodName)) == methods == {*PreviewMethod} - {"unknown"}
     assert set(typing.get_args(FormatName)) == set(wire_names(v1.ImageFormat.DESCRIPTOR).values())
+    for names, kind, enum in (
+        (PromptSyntaxName, PromptSyntax, v1.PromptSyntax),
+        (SigmasName, Sigmas, v1.Sigmas),
+        (SpacingName, TimestepSpacing, v1.TimestepSpacing),
+    ):
+        assert set(typing.get_args(names)) == {*kind} == set(wire_names(enum.DESCRIPTOR).values())
+
+
+def test_a_group_takes_the_arguments_of_a_generation():
+    """`generate_many` accepts every argument of `generate`, except the group, whose name is the group's id."""
+    one = set(inspect.signature(Client.generate).parameters)
+    many = set(inspect.signature(Client.generate_many).parameters) | set(GenerateOptions.__annotations__)
+    assert many - {"n", "options"} == one - {"group"}
+
+
+def test_sampler_options_and_loras_reach_the_server():
+    """Every argument is sent; LoRAs are a list, or a dict of scales."""
+    options: dict[str, typing.Any] = {"sigmas": "karras", "spacing": "trailing", "group": "cats"}
+    options["prompt_syntax"] = PromptSyntax.WEIGHTED
+    request = build_request("a", loras=[Lora("pixel", 0.5), Lora("sharp")], **options)
+    assert (request.sigmas, request.spacing) == (v1.SIGMAS_KARRAS, v1.TIMESTEP_SPACING_TRAILING)
+    assert (request.prompt_syntax, request.group) == (v1.PROMPT_SYNTAX_WEIGHTED, "cats")
+    assert [(lora.name, lora.scale) for lora in request.loras] == [("pixel", 0.5), ("sharp", 1)]
+    assert build_request("a", loras={"pixel": 0.5, "sharp": 1}, **options) == request
+    assert not build_request("a", loras=[]).loras
 
 
 def test_omitted_arguments_are_not_sent():
@@ -120,6 +155,14 @@ def test_omitted_arguments_are_not_sent():
         ({"output": Output(format="unspecified")}, "output.format"),  # type: ignore[arg-type]
         ({"output": Output(quality="90")}, "output.quality"),  # type: ignore[arg-type]
         ({"output": Output(metadata=1)}, "output.metadata"),  # type: ignore[arg-type]
+        ({"loras": "pixel"}, "loras"),
+        ({"loras": ["pixel"]}, "loras"),
+        ({"loras": [Lora("a"), Lora("b", "1")]}, "loras[1].scale"),  # type: ignore[arg-type]
+        ({"loras": {7: 1.0}}, "loras[0].name"),
+        ({"sigmas": "linear"}, "sigmas"),
+        ({"spacing": 1}, "spacing"),
+        ({"prompt_syntax": "compel"}, "prompt_syntax"),
+        ({"group": 7}, "group"),
     ],
 )
 def test_values_that_a_request_cannot_carry_are_invalid(arguments, field):

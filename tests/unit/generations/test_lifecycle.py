@@ -78,7 +78,7 @@ async def test_a_cancel_during_encoding_counts(monkeypatch: pytest.MonkeyPatch) 
     """After a successful cancel, the generation does not end as succeeded."""
 
     async def cancel_then_encode(encoder: Encoder, *arguments):
-        assert generations.cancel(generation.id, Caller("")) is Phase.DECODING
+        assert generations.cancel(generation.id, Caller("")) == (Phase.DECODING, True)
         return await encode(encoder, *arguments)
 
     encode = Encoder.final

@@ -31,6 +31,7 @@ export * from "../../../client/typescript/src/gen/google/rpc/error_details_pb.js
 export {
   Code,
   ConnectError,
+  create,
   disconnected,
   type HandlerContext,
   type Handlers,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, Self
+import uuid
+from typing import TYPE_CHECKING, Self, overload
 from weakref import WeakSet
 
 from .._backends.aio.primitives import StateLock
 from .._channel import TLS, call_metadata, channel_credentials
 from .._constants import RETRIES, STALL_TIMEOUT_SECONDS
-from .._convert import summary_from_proto
 from .._errors import Cancelled
 from .._request import (
     build,
+    build_group,
     build_request,
     resolve_retries,
     resolve_seconds,
@@ -25,22 +25,32 @@ from ..targets import is_balanced, parse_address
 from ..v1 import calotype_pb2 as v1
 from .calls import AsyncCalls
 from .generation import AsyncGeneration
+from .group import AsyncGenerationGroup
+from .listing import summaries
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from types import TracebackType
+    from typing import Unpack
 
-    from .._backends.aio.primitives import Stub
     from .._errors import CalotypeError
     from .._options import (
         DisconnectPolicy,
         DisconnectPolicyName,
+        GenerateOptions,
+        Lora,
         Output,
         Previews,
         Priority,
         PriorityName,
+        PromptSyntax,
+        PromptSyntaxName,
+        Sigmas,
+        SigmasName,
+        SpacingName,
         Speed,
         SpeedName,
+        TimestepSpacing,
     )
     from .._types import GenerationSummary, Model, Phase
 
@@ -67,13 +77,12 @@ class AsyncClient:
     `stall_timeout` seconds counts as lost. The first attempt is different: if the server cannot be reached, or rejects
     the request, the error is raised immediately, unless `wait_for_server` is set.
 
-    Loading: while the server loads its model, every call waits, the first one as well. The answers of a loading server
-    are not failed attempts: the wait ends at the timeout, or after 10 minutes if there is no timeout (see
-    `loading_timeout`).
+    Loading: while the server loads its model, every call waits, the first one as well, until the timeout, or for
+    10 minutes if there is no timeout (see `loading_timeout`).
 
     Several servers: a target such as `dns:///calotype:50051` or `ipv4:10.0.0.1:50051,10.0.0.2:50051` can stand for
-    several servers of the same model. New generations are distributed round-robin among the servers that are ready.
-    Calls about one generation go to the server that has it. When a server is lost, another one takes over.
+    several servers of the same model. New generations go round-robin to the servers that are ready. Calls about one
+    generation go to the server that has it. When a server is lost, another one takes over.
 
     Leaving: to make reconnecting possible, the server keeps a generation without a reader for `disconnect_grace`
     seconds, 10 by default. When you leave a loop early, cancel, close the client or reach the timeout, the client
@@ -152,11 +161,16 @@ class AsyncClient:
         guidance_scale: float | None = None,
         seed: int | None = None,
         scheduler: str | None = None,
+        sigmas: Sigmas | SigmasName | None = None,
+        spacing: TimestepSpacing | SpacingName | None = None,
         speed: Speed | SpeedName | None = None,
+        loras: Sequence[Lora] | Mapping[str, float] | None = None,
+        prompt_syntax: PromptSyntax | PromptSyntaxName | None = None,
         priority: Priority | PriorityName | None = None,
         on_disconnect: DisconnectPolicy | DisconnectPolicyName | None = None,
         disconnect_grace: float | None = None,
         request_id: str | None = None,
+        group: str | None = None,
         previews: Previews | None = None,
         output: Output | None = None,
         timeout: float | None = None,
@@ -174,10 +188,17 @@ class AsyncClient:
             steps: Number of denoising steps, 1 to `Model.max_steps`.
             guidance_scale: Strength of classifier-free guidance, 0 to 100. 1 or less disables it in most models.
             seed: Seed of the initial noise, 0 to 2^53 - 1. The same request with the same seed gives the same image.
-                Default: drawn at random by the server.
-            scheduler: One of `Model.schedulers`.
+                Default, also for -1: drawn at random by the server.
+            scheduler: One of `Model.schedulers`, or one of their aliases in `Model.scheduler_details`, such as
+                "DPM++ 2M Karras".
+            sigmas: Noise levels of the steps, one of `Scheduler.sigmas`. Default: those of the scheduler.
+            spacing: Timesteps of the steps, one of `Scheduler.spacings`. Default: that of the scheduler.
             speed: "exact", or "fast" to compute only about half of the steps: the image is close to the exact one.
                 "fast" needs at least 16 steps and one of `Model.fast_schedulers`. Default: "exact".
+            loras: LoRAs to apply, at most 8, each one of `Model.loras`: a list of `Lora`, or a dict with the scale of
+                each name.
+            prompt_syntax: "plain", or "weighted" to read weights such as `(red:1.4)`; one of `Model.prompt_syntaxes`.
+                Default: "plain".
             priority: Rank in the queue, "interactive" or "batch". Default: "interactive".
             on_disconnect: Effect of leaving the generation early. "cancel" ends it. "keep" lets it run to its end, and
                 `watch` can follow it for a while after that. Default: "cancel".
@@ -186,6 +207,8 @@ class AsyncClient:
             request_id: Makes the call idempotent: a second call with the same id and the same arguments follows the
                 first generation, also for a while after its end. Up to 128 printable ASCII characters. Default: drawn
                 at random.
+            group: Makes the generation a member of this group, which `cancel` can end as a whole. Up to 128 printable
+                ASCII characters. Default: no group.
             previews: Size, quality and rate of previews. Default: `Model.previews`.
             output: Format of the final image. Default: a PNG with metadata.
             timeout: Seconds until the final image, including time in the queue; `math.inf` means no limit. Default: the
@@ -204,17 +227,46 @@ class AsyncClient:
             guidance_scale=guidance_scale,
             seed=seed,
             scheduler=scheduler,
+            sigmas=sigmas,
+            spacing=spacing,
             speed=speed,
+            loras=loras,
+            prompt_syntax=prompt_syntax,
             priority=priority,
             on_disconnect=on_disconnect,
             disconnect_grace=disconnect_grace,
             request_id=request_id,
+            group=group,
             previews=previews,
             output=output,
         )
-        if self._calls.policy.retries:
-            make_resumable(request)
         return self._follow(request, timeout)
+
+    def generate_many(
+        self,
+        prompt: str,
+        n: int,
+        *,
+        seed: int | None = None,
+        request_id: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerationGroup:
+        """Starts several generations of the same prompt, as a group that can be cancelled as a whole.
+
+        Returns immediately. The server denoises the images together if it can.
+
+        Args:
+            prompt: Describes the images.
+            n: Number of images, 1 to 64. The server rejects those that its queue cannot hold.
+            seed: Seed of the first image; each further one adds 1. Default, also for -1: each is drawn at random.
+            request_id: Makes the call idempotent, as for `generate`; also the id of the group. At most 125 characters.
+            timeout: As for `generate`, for all images together.
+            options: As for `generate`, which also describes the errors.
+        """
+        group = request_id or uuid.uuid4().hex
+        requests = build_group(prompt, n, group, seed=seed, request_id=request_id, **options)
+        return AsyncGenerationGroup(self._calls, group, [self._follow(each, timeout) for each in requests])
 
     def watch(
         self,
@@ -245,8 +297,7 @@ class AsyncClient:
     def generations(self, *, page_size: int | None = None) -> AsyncIterator[GenerationSummary]:
         """Lists your own generations that are running or ended recently, newest first. An operator's key lists all.
 
-        With several servers, lists generations from every server that responds. Requests the next page when it is
-        needed, and waits up to 10 s for each page.
+        With several servers, lists those of every server that responds. Waits up to 10 s for each page.
 
         Args:
             page_size: Generations per page, 1 to 100. Default: 50.
@@ -257,25 +308,7 @@ class AsyncClient:
             ClientClosed: The client is closed.
         """
         self._calls.require_open()
-        return self._list(build(v1.ListGenerationsRequest(), None, {"page_size": page_size}))
-
-    async def _list(self, request: v1.ListGenerationsRequest) -> AsyncIterator[GenerationSummary]:
-        lists = [self._pages(stub, copy.copy(request)) for stub in await self._calls.stubs()]
-        heads = {each: first for each in lists if (first := await anext(each, None)) is not None}
-        while heads:
-            newest = max(heads, key=lambda each: heads[each].create_time)
-            yield heads.pop(newest)
-            if (following := await anext(newest, None)) is not None:
-                heads[newest] = following
-
-    async def _pages(self, stub: Stub, request: v1.ListGenerationsRequest) -> AsyncIterator[GenerationSummary]:
-        while True:
-            answer = await self._calls.list_page(stub, request)
-            for summary in answer.generations:
-                yield summary_from_proto(summary)
-            if not answer.next_page_token:
-                return
-            request.page_token = answer.next_page_token
+        return summaries(self._calls, build(v1.ListGenerationsRequest(), None, {"page_size": page_size}))
 
     async def finish(self, generation_id: str) -> Phase:
         """Ends a generation early; its current estimate becomes the final image. Any client may have started it.
@@ -293,18 +326,32 @@ class AsyncClient:
         """
         return await self._calls.finish(generation_id)
 
-    async def cancel(self, generation_id: str) -> Phase:
-        """Cancels a generation, which may belong to any client. Waits up to 10 s for the answer.
+    @overload
+    async def cancel(self, generation_id: str) -> Phase: ...
+
+    @overload
+    async def cancel(self, *, group: str) -> int: ...
+
+    async def cancel(self, generation_id: str | None = None, *, group: str | None = None) -> Phase | int:
+        """Cancels a generation, which may belong to any client, or a group. Waits up to 10 s for the answer.
+
+        Args:
+            generation_id: From `Progress.generation_id` or `generations`.
+            group: From the request: cancels all your own generations of this group, with several servers on each that
+                responds. For about a minute, the servers reject new members with `Cancelled`.
 
         Returns:
-            The phase of the generation when the request arrived. If the phase is an end, there was nothing to cancel.
+            The phase of the generation when the request arrived; if it is an end, there was nothing to cancel. For a
+            group, the number of generations that this call cancels.
 
         Raises:
-            NotFound: The server does not know the generation, or no longer knows it.
+            NotFound: The server does not know the generation or group, or no longer knows it.
             CalotypeError: The call failed.
             ClientClosed: The client is closed.
         """
-        return await self._calls.cancel(generation_id)
+        if (generation_id is None) == (group is None):
+            raise TypeError("cancel() takes either generation_id or group")
+        return await (self._calls.cancel_group(group) if group is not None else self._calls.cancel(generation_id or ""))
 
     async def model(self) -> Model:
         """Describes the loaded model: sizes, limits, defaults and schedulers. Waits up to 10 s for the answer.
@@ -328,6 +375,8 @@ class AsyncClient:
         await self._calls.close()
 
     def _follow(self, request: v1.GenerateRequest | v1.WatchRequest, timeout: float | None) -> AsyncGeneration:
+        if isinstance(request, v1.GenerateRequest) and self._calls.policy.retries:
+            make_resumable(request)
         resumption = Resumption(request, self._calls.policy, resolve_timeout(timeout, self._timeout))
         generation = AsyncGeneration(self._calls, resumption, self._on_reconnect)
         with self._state_lock:

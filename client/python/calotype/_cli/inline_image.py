@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    from .._image import Image
-
 __all__ = ["HalfBlocks", "Protocol", "detect_protocol", "picture_renderer"]
 
 Protocol = Literal["sixel", "kitty", "blocks"]
@@ -54,10 +52,10 @@ def _device_attributes() -> list[str]:
     return []
 
 
-def picture_renderer(protocol: Protocol) -> Callable[[Image, int, int], RenderableType]:
+def picture_renderer(protocol: Protocol) -> Callable[[PIL.Image.Image, int, int], RenderableType]:
     """Returns a function that renders an image in at most the given number of columns and rows."""
     if protocol == "blocks":
-        return lambda image, columns, rows: HalfBlocks(image.to_pil(), columns, rows)
+        return HalfBlocks
     # textual_image queries the terminal on import, and leaves the query on the screen when there is no answer.
     namespace, logger = vars(sys), logging.getLogger("textual_image")
     stdout, namespace["__stdout__"] = sys.__stdout__, None
@@ -68,8 +66,8 @@ def picture_renderer(protocol: Protocol) -> Callable[[Image, int, int], Renderab
         namespace["__stdout__"] = stdout
     kind = SixelImage if protocol == "sixel" else TGPImage
 
-    def render(image: Image, columns: int, rows: int) -> RenderableType:
-        picture: RenderableType = kind(image.to_pil(), *_fit(image.width, image.height, columns, rows))
+    def render(image: PIL.Image.Image, columns: int, rows: int) -> RenderableType:
+        picture: RenderableType = kind(image, *_fit(image.width, image.height, columns, rows))
         return picture
 
     return render

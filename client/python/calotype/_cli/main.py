@@ -2,19 +2,31 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .._constants import RETRIES
+from .._constants import MAX_MEMBERS, RETRIES
 from .._image import FORMATS
-from .._options import DisconnectPolicyName, FormatName, MethodName, Output, Previews, PriorityName, SpeedName
+from .._options import (
+    DisconnectPolicyName,
+    FormatName,
+    GenerateOptions,
+    MethodName,
+    Output,
+    Previews,
+    PriorityName,
+    SigmasName,
+    SpacingName,
+    SpeedName,
+)
 from .._sync.client import Client
 from .._sync.generation import Generation
-from .._types import Phase
+from .._sync.group import GenerationGroup
+from .._types import Phase, Size
 from .failures import EXIT_USAGE, exit_with
 from .options import (
     FILES,
@@ -26,8 +38,9 @@ from .options import (
     PreviewFolder,
     Retries,
     Timeout,
+    parse_loras,
 )
-from .running import connected, show
+from .running import connected, show, show_many
 from .server_options import Server, with_server_options
 from .waiting import WAIT_SECONDS
 
@@ -55,7 +68,23 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the initial noise. The same seed gives the same image.")
     ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Scheduler; `calotype model` lists them.")] = None,
+    count: Annotated[
+        int,
+        typer.Option("--count", "-n", min=1, max=MAX_MEMBERS, help="Number of images, each with the next seed."),
+    ] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Scheduler, or a familiar name such as 'Euler a'; `calotype model` lists them.")
+    ] = None,
+    sigmas: Annotated[SigmasName | None, typer.Option(help="Noise levels of the steps.")] = None,
+    spacing: Annotated[SpacingName | None, typer.Option(help="Spacing of the timesteps.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:SCALE]", help="LoRA to apply; `calotype model` lists them. Can be repeated."),
+    ] = None,
+    weighted: Annotated[
+        bool,
+        typer.Option("--weighted", help="Read weights in the prompts, such as (red:1.4), and long prompts in parts."),
+    ] = False,
     speed: Annotated[
         SpeedName | None,
         typer.Option(help="Speed: fast computes about half of the steps.", show_default="exact"),
@@ -144,29 +173,39 @@ def generate(
         metadata=False if no_metadata else None,
     )
 
+    options: GenerateOptions = {
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": scheduler,
+        "sigmas": sigmas,
+        "spacing": spacing,
+        "speed": speed,
+        "loras": parse_loras(lora or ()),
+        "prompt_syntax": "weighted" if weighted else None,
+        "priority": priority,
+        "on_disconnect": on_disconnect,
+        "disconnect_grace": disconnect_grace,
+        "previews": preview_options,
+        "output": output_options,
+    }
+
     def start(client: Client) -> Generation:
-        return client.generate(
-            prompt,
-            negative_prompt=negative_prompt,
-            width=width,
-            height=height,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            scheduler=scheduler,
-            speed=speed,
-            priority=priority,
-            on_disconnect=on_disconnect,
-            disconnect_grace=disconnect_grace,
-            request_id=request_id,
-            previews=preview_options,
-            output=output_options,
-            timeout=timeout,
-        )
+        return client.generate(prompt, seed=seed, request_id=request_id, timeout=timeout, **options)
+
+    def start_many(client: Client) -> GenerationGroup:
+        return client.generate_many(prompt, count, seed=seed, request_id=request_id, timeout=timeout, **options)
 
     kept = "Stopped watching. The generation continues: see `calotype list` and `calotype watch`."
     left = kept if on_disconnect == "keep" else None
-    show(server, start, output, previews, filmstrip, retries=retries, wait=wait, as_json=as_json, left=left)
+    if count == 1:
+        show(server, start, output, previews, filmstrip, retries=retries, wait=wait, as_json=as_json, left=left)
+        return
+    show_many(
+        server, start_many, count, output, previews, filmstrip, retries=retries, wait=wait, as_json=as_json, left=left
+    )
 
 
 @app.command()
@@ -216,11 +255,23 @@ def list_generations(server: Server, as_json: Json = False) -> None:
 
 @app.command()
 @with_server_options
-def cancel(generation_id: GenerationId, server: Server) -> None:
-    """Cancel a generation."""
+def cancel(
+    server: Server,
+    generation_id: Annotated[
+        str | None, typer.Argument(help="A generation_id from `list` or `generate --json`.")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Cancel all generations of this group instead.")
+    ] = None,
+) -> None:
+    """Cancel a generation, or all generations of a group."""
+    if (generation_id is None) == (group is None):
+        exit_with("Name either a generation_id or a --group.", EXIT_USAGE)
     with connected(server) as client:
-        phase = client.cancel(generation_id)
-    typer.echo(_outcome("Cancelled", phase))
+        if group is not None:
+            typer.echo(f"Cancelled: {client.cancel(group=group)}.")
+        else:
+            typer.echo(_outcome("Cancelled", client.cancel(generation_id or "")))
 
 
 @app.command()
@@ -233,6 +284,7 @@ def model(server: Server, as_json: Json = False) -> None:
         typer.echo(json.dumps(facts))
         return
     table = Table.grid(padding=(0, 2))
+    facts["scheduler_details"] = "\n".join(map(_describe_scheduler, facts["scheduler_details"]))
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), _in_words(value))
     Console().print(table, markup=False, highlight=False)
@@ -266,7 +318,18 @@ def _outcome(action: str, phase: Phase) -> str:
     return f"{action} while {name}."
 
 
+def _describe_scheduler(facts: dict[str, Any]) -> str:
+    """Describes a scheduler in one line, such as "EulerDiscreteScheduler (Euler); sigmas karras; spacing leading"."""
+    names = f"{facts['name']} ({', '.join(facts['aliases'])})" if facts["aliases"] else facts["name"]
+    options = {"sigmas": facts["sigmas"], "spacing": facts["spacings"]}
+    return "; ".join([names, *(f"{name} {', '.join(values)}" for name, values in options.items() if values)])
+
+
 def _in_words(value: object) -> str:
+    if isinstance(value, Size):
+        return f"{value.width}x{value.height}"
     if isinstance(value, dict):
         return ", ".join(f"{name.replace('_', ' ')} {_in_words(part)}" for name, part in value.items())
-    return "none" if value is None else ", ".join(value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else ", ".join(map(_in_words, value)) if isinstance(value, tuple) else str(value)

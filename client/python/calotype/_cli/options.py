@@ -1,9 +1,12 @@
 """Options of `generate` and `watch`, and which option sets which argument of `Client.generate`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .._options import Lora
 
 __all__ = [
     "FILES",
@@ -17,12 +20,16 @@ __all__ = [
     "Retries",
     "Timeout",
     "option_name",
+    "parse_loras",
 ]
 
 PREVIEWS, FILES = "Previews", "Files"
 
 OPTION_NAMES = {
     "prompt": "prompt",
+    "loras": "--lora",
+    "prompt_syntax": "--weighted",
+    "n": "--count",
     "previews.every_steps": "--preview-every",
     "previews.min_interval": "--preview-interval",
     "previews.max_edge": "--preview-edge",
@@ -37,7 +44,22 @@ OPTION_NAMES = {
 
 def option_name(argument: str) -> str:
     """Returns the option that sets an argument of `Client.generate`, such as "--guidance-scale"."""
+    if argument.startswith("loras"):
+        argument = "loras"  # of all LoRAs, such as loras[0].name
     return OPTION_NAMES.get(argument, f"--{argument.replace('_', '-')}")
+
+
+def parse_loras(given: Sequence[str]) -> list[Lora] | None:
+    """Returns the LoRAs of options such as "pixel-art:0.8"; without a number, the scale is 1. None for no options."""
+    return [_parse_lora(each) for each in given] or None
+
+
+def _parse_lora(text: str) -> Lora:
+    name, colon, scale = text.rpartition(":")
+    try:
+        return Lora(name, float(scale)) if colon else Lora(text)
+    except ValueError:
+        return Lora(text)
 
 
 GenerationId = Annotated[str, typer.Argument(help="A generation_id from `list` or `generate --json`.")]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .._image import Image
     from .._types import Progress
 
-__all__ = ["BadPath", "Outputs"]
+__all__ = ["BadPath", "Outputs", "numbered"]
 
 
 class BadPath(ValueError):
@@ -90,6 +90,25 @@ class Outputs:
             with _replacing(self._filmstrip) as path:
                 compose([*pick_evenly(self._frames), image]).save(path)
         return output
+
+
+def numbered(output: Path | None, previews: Path | None, filmstrip: Path | None, number: int) -> Outputs:
+    """Returns the files of one of several generations: apple.png becomes apple-2.png, and previews get a subfolder.
+
+    Args:
+        output: As for `Outputs`.
+        previews: As for `Outputs`.
+        filmstrip: As for `Outputs`.
+        number: Of the generation, from 1.
+
+    Raises:
+        BadPath: A file cannot be written.
+    """
+
+    def add_number(path: Path | None) -> Path | None:
+        return None if path is None else path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+    return Outputs(add_number(output), previews and previews / str(number), add_number(filmstrip))
 
 
 def _check(path: Path, suffixes: set[str]) -> None:

@@ -1,25 +1,29 @@
-"""Connects to a server, shows a generation and writes its files."""
+"""Connects to a server, shows generations and writes their files."""
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import typer
 from rich.console import Console
 
 from .._constants import RETRIES
 from .._errors import CalotypeError, Cancelled
 from .._sync.client import Client
 from .._sync.generation import Generation
+from .._sync.group import GenerationGroup
+from .._types import Phase
 from .failures import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, exit_code, exit_with, explain
 from .live_view import LiveView
-from .outputs import BadPath, Outputs
+from .outputs import BadPath, Outputs, numbered
 from .quiet import quiet_core
 from .server_options import Server
 from .text_views import JsonView, PlainView
 from .view import View
 from .waiting import WaitMessages
 
-__all__ = ["connected", "show"]
+__all__ = ["connected", "show", "show_many"]
 
 
 def show(
@@ -51,7 +55,7 @@ def show(
         outputs = Outputs(output, previews, filmstrip)
     except BadPath as error:
         exit_with(str(error), EXIT_USAGE)
-    view = _choose_view(Console(), as_json=as_json)
+    view = _choose_view(Console(), 1, as_json=as_json)
     with _session(server, retries, wait, view, left or "Cancelled.") as (client, messages), view:
         try:
             _follow(start(client), outputs, view, messages)
@@ -64,11 +68,63 @@ def show(
             raise
 
 
-def _choose_view(console: Console, *, as_json: bool) -> View:
+def show_many(
+    server: Server,
+    start: Callable[[Client], GenerationGroup],
+    count: int,
+    output: Path | None,
+    previews: Path | None,
+    filmstrip: Path | None,
+    *,
+    retries: int,
+    wait: float,
+    as_json: bool,
+    left: str | None,
+) -> None:
+    """Shows several generations until their ends, and writes the files of each; arguments as for `show`.
+
+    If some of them fail, the others are saved nevertheless, and the program ends with an exit code for the first error.
+    """
+    try:
+        outputs = [numbered(output, previews, filmstrip, number + 1) for number in range(count)]
+    except BadPath as error:
+        exit_with(str(error), EXIT_USAGE)
+    view = _choose_view(Console(), count, as_json=as_json)
+    with _session(server, retries, wait, view, left or "Cancelled.") as (client, messages):
+        with view:
+            failures = _follow_group(start(client), outputs, view, messages)
+        if len(failures) == count and len({str(failure) for _, failure in failures}) == 1:
+            raise failures[0][1]
+        for index, failure in failures:
+            sys.stderr.write(f"Image {index + 1}: {explain(failure, server)}\n")
+        if failures:
+            raise typer.Exit(exit_code(failures[0][1]))
+
+
+def _choose_view(console: Console, count: int, *, as_json: bool) -> View:
     """Chooses the view: JSON if asked for, a live view in a terminal, and plain lines elsewhere."""
     if as_json:
-        return JsonView()
-    return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainView(console)
+        return JsonView(count)
+    is_live = console.is_terminal and not console.is_dumb_terminal
+    return LiveView(console, count) if is_live else PlainView(console, count)
+
+
+def _follow_group(
+    group: GenerationGroup, outputs: Sequence[Outputs], view: View, messages: WaitMessages
+) -> list[tuple[int, CalotypeError]]:
+    """Follows all generations to their ends. Returns the index and the error of each that failed."""
+    with group:
+        for index, progress in group:
+            messages.note_progress()
+            view.update(progress, outputs[index].keep(progress), index)
+            if progress.phase is Phase.SUCCEEDED:
+                image = group.generations[index].result()
+                view.finish(progress, image, outputs[index].finish(image, progress.seed), index)
+        outcomes = list(enumerate(group.outcomes()))
+    failures = [(index, outcome) for index, outcome in outcomes if isinstance(outcome, CalotypeError)]
+    for index, error in failures:
+        view.fail(error, index)
+    return failures
 
 
 def _follow(generation: Generation, outputs: Outputs, view: View, messages: WaitMessages) -> None:

@@ -22,29 +22,36 @@ __all__ = ["JsonView", "PlainView"]
 
 
 class PlainView(BaseView):
-    """Prints one line per step, for pipes and logs."""
+    """Prints one line per step, for pipes and logs.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: The terminal.
+        count: Number of generations. If there are several, each line starts with the number of its generation.
+    """
+
+    def __init__(self, console: Console, count: int = 1) -> None:
         self._console = console
-        self._last = ""
+        self._count = count
+        self._last: dict[int, str] = {}
         self._noticed: set[Notice] = set()
 
-    def update(self, progress: Progress, path: Path | None) -> None:
+    def update(self, progress: Progress, path: Path | None, index: int = 0) -> None:
         """Prints a line when its text differs from the last one."""
         for notice in progress.warnings:
             if notice not in self._noticed:
                 self._noticed.add(notice)
                 self._print(f"Note: {notice.message}")
         line = describe(progress)
-        if line != self._last:
-            self._last = line
-            self._print(line if path is None else f"{line}: {path}")
+        if line != self._last.get(index):
+            self._last[index] = line
+            number = f"image {index + 1}: " if self._count > 1 else ""
+            self._print(number + (line if path is None else f"{line}: {path}"))
 
     def reconnect(self, error: CalotypeError, delay: float) -> None:
         """Prints that the connection is lost."""
         self._print(RECONNECTING)
 
-    def finish(self, progress: Progress, image: Image, output: Path) -> None:
+    def finish(self, progress: Progress, image: Image, output: Path, index: int = 0) -> None:
         """Prints the path of the image."""
         self._print(summarize(progress, output))
 
@@ -54,28 +61,34 @@ class PlainView(BaseView):
 
 
 class JsonView(BaseView):
-    """Prints one JSON object per event and line."""
+    """Prints one JSON object per event and line.
 
-    def __init__(self) -> None:
-        self._withdrawn = False
+    Args:
+        count: Number of generations. If there are several, each event has the `index` of its generation.
+    """
 
-    def update(self, progress: Progress, path: Path | None) -> None:
+    def __init__(self, count: int = 1) -> None:
+        self._count = count
+        self._withdrawn: set[int] = set()
+
+    def update(self, progress: Progress, path: Path | None, index: int = 0) -> None:
         """Prints an event, unless the generation has ended: `finish` or `fail` prints the last event."""
-        self._withdrawn = progress.previews_withdrawn
+        if progress.previews_withdrawn:
+            self._withdrawn.add(index)
         if not progress.phase.ended:
-            self._print(self._event(progress, path))
+            self._print(self._event(progress, path), index)
 
-    def finish(self, progress: Progress, image: Image, output: Path) -> None:
+    def finish(self, progress: Progress, image: Image, output: Path, index: int = 0) -> None:
         """Prints the last event, with the file of the image."""
-        self._print(self._event(progress, None) | {"image": _facts(image), "output": str(output)})
+        self._print(self._event(progress, None) | {"image": _facts(image), "output": str(output)}, index)
 
-    def fail(self, error: CalotypeError) -> None:
+    def fail(self, error: CalotypeError, index: int = 0) -> None:
         """Prints the last event, with the error."""
         facts: dict[str, Any] = {"code": error.code, "reason": error.reason, "message": error.message}
         facts |= {"retry_after": error.retry_after, "metadata": error.metadata}
         facts["violations"] = [violation._asdict() for violation in getattr(error, "violations", ())]
         phase = "cancelled" if error.code == "CANCELLED" else "failed"
-        self._print({"phase": phase, "previews_withdrawn": self._withdrawn, "error": facts})
+        self._print({"phase": phase, "previews_withdrawn": index in self._withdrawn, "error": facts}, index)
 
     def _event(self, progress: Progress, path: Path | None) -> dict[str, Any]:
         preview = None if progress.preview is None else _facts(progress.preview)
@@ -86,7 +99,9 @@ class JsonView(BaseView):
         timings = asdict(progress.timings) if progress.timings else None
         return plain | {"preview": preview, "warnings": warnings, "timings": timings}
 
-    def _print(self, event: dict[str, Any]) -> None:
+    def _print(self, event: dict[str, Any], index: int) -> None:
+        if self._count > 1:
+            event = {"index": index, **event}
         sys.stdout.write(json.dumps(event) + "\n")
         sys.stdout.flush()
 

@@ -18,7 +18,7 @@ RECONNECTING = "connection lost, reconnecting ..."
 
 
 class View(Protocol):
-    """Shows one generation."""
+    """Shows one generation, or several: `index` is then the index of one of them, from 0."""
 
     def __enter__(self) -> View: ...
 
@@ -26,7 +26,7 @@ class View(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
 
-    def update(self, progress: Progress, path: Path | None) -> None:
+    def update(self, progress: Progress, path: Path | None, index: int = 0) -> None:
         """Shows progress. `path` is the file of its preview, if it was saved."""
 
     def reconnect(self, error: CalotypeError, delay: float) -> None:
@@ -35,10 +35,10 @@ class View(Protocol):
     def wait(self, text: str) -> bool:
         """Shows why the command waits for the server. Returns False if the view has no place for it."""
 
-    def finish(self, progress: Progress, image: Image, output: Path) -> None:
+    def finish(self, progress: Progress, image: Image, output: Path, index: int = 0) -> None:
         """Shows the final image."""
 
-    def fail(self, error: CalotypeError) -> None:
+    def fail(self, error: CalotypeError, index: int = 0) -> None:
         """Shows an end without an image. The error message is printed on stderr separately."""
 
 
@@ -60,7 +60,7 @@ class BaseView:
         """Returns False: there is no place for the text."""
         return False
 
-    def fail(self, error: CalotypeError) -> None:
+    def fail(self, error: CalotypeError, index: int = 0) -> None:
         """Does nothing."""
 
 

@@ -13,7 +13,7 @@ from .._backends.threads.primitives import Event, StateLock, connect, make_stub
 from .._channel import Metadata, Options, channel_options
 from .._constants import CONTROL_TIMEOUT_SECONDS
 from .._convert import model_from_proto, phase_from_proto
-from .._errors import CalotypeError, ClientClosed
+from .._errors import CalotypeError, ClientClosed, NotFound
 from .._resume.waits import Waits, is_loading, is_unreached
 from .._status import from_rpc_error
 from ..targets import is_balanced
@@ -123,6 +123,29 @@ class Calls:
         stub = self._stub_for(generation_id)
         answer: v1.CancelResponse = self._ask(stub.Cancel, v1.CancelRequest(generation_id=generation_id))
         return phase_from_proto(answer.phase)
+
+    def send_cancel_group(self, group: str) -> None:
+        """Cancels a group on all servers in the background. Does nothing when the client is closed."""
+        with self._state_lock:
+            if self.closed:
+                return
+            stub = self.require_open()
+        self._pending_cancels.send_group(stub, group, None if self._replicas is None else self._replicas.ask)
+
+    def cancel_group(self, group: str) -> int:
+        """Cancels a group. See `Client.cancel`."""
+        counts: list[int] = []
+        missing: NotFound | None = None
+        for stub in self.stubs():
+            try:
+                answer: v1.CancelResponse = self._ask(stub.Cancel, v1.CancelRequest(group=group))
+            except NotFound as error:
+                missing = error
+            else:
+                counts.append(answer.cancelled_count)
+        if missing is not None and not counts:
+            raise missing
+        return sum(counts)
 
     def finish(self, generation_id: str) -> Phase:
         """Finishes a generation early by id. See `Client.finish`."""

@@ -110,6 +110,11 @@ class Generation(BaseGeneration):
 
     def _leave(self, reason: CalotypeError | None = None, *, cancel: bool = False) -> None:
         """Closes the call, and cancels by id where closing alone would keep the generation running. Never waits."""
+        if self._close(reason, cancel=cancel):
+            self._calls.send_cancel(self._resumption)
+
+    def _close(self, reason: CalotypeError | None = None, *, cancel: bool = False) -> bool:
+        """Closes the call. Returns whether the generation must be cancelled on the server to end now."""
         resumption = self._resumption
         cancel = cancel or resumption.leaving_cancels
         if not self._assembler.ended:
@@ -117,10 +122,10 @@ class Generation(BaseGeneration):
             self._assembler.close(reason or Cancelled(text))
             self._left.set()
             self._call.cancel()
-        if resumption.unsettled:
-            resumption.settle()
-            if cancel and resumption.lingers:
-                self._calls.send_cancel(resumption)
+        if not resumption.unsettled:
+            return False
+        resumption.settle()
+        return cancel and resumption.lingers
 
     def _advance(self) -> Progress | None:
         """Takes one message, or makes the next call when the current one is lost."""

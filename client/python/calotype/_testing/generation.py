@@ -141,6 +141,7 @@ class FakeGeneration:
             step=self._last.step,
             total_steps=self._last.total_steps,
             seed=self._last.seed,
+            group=self.request.group,
             create_time=Timestamp(seconds=_EPOCH + self._number),
         )
 
@@ -155,7 +156,9 @@ class FakeGeneration:
             sequence += message.chunk_index == 0  # the chunks of one image share a number
             withdrawn = withdrawn or self._withdraws(message.step)
             message.generation_id, message.sequence, message.total_steps = self.id, sequence, self.total_steps
-            message.seed = self.request.seed if self.request.HasField("seed") else _DEFAULT_SEED
+            message.seed = (
+                self.request.seed if self.request.HasField("seed") and self.request.seed >= 0 else _DEFAULT_SEED
+            )
             message.previews_withdrawn = withdrawn
             message.warnings.extend(v1.Warning(reason=n.reason, message=n.message) for n in self._script.warnings)
             yield message

@@ -11,7 +11,7 @@ from .._request import fill
 from ..v1 import calotype_pb2 as v1
 from ..v1.calotype_pb2_grpc import GenerationServiceServicer
 from .state import ConnectionCut
-from .wire import abort, method_to_proto, model_fields
+from .wire import abort, model_fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,15 +67,17 @@ class Servicer(GenerationServiceServicer):
 
     def GetModel(self, request: v1.GetModelRequest, context: Any) -> v1.Model:  # noqa: N802
         fields = model_fields(self._state.script.model)
-        methods = [method_to_proto(method) for method in fields.pop("preview_methods")]
         previews = fields.pop("previews")
-        answer = v1.Model(preview_methods=methods, **fields)
+        answer = v1.Model(**fields)
         fill(answer, {"previews": previews})
         return answer
 
     def Cancel(self, request: v1.CancelRequest, context: Any) -> v1.CancelResponse:  # noqa: N802
         try:
-            return v1.CancelResponse(phase=self._state.cancel(request.generation_id))
+            if request.group:
+                return v1.CancelResponse(cancelled_count=self._state.cancel_group(request.group))
+            phase, cancelled = self._state.cancel(request.generation_id)
+            return v1.CancelResponse(phase=phase, cancelled_count=int(cancelled))
         except CalotypeError as error:
             abort(context, error)
 

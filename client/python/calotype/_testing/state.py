@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from .._errors import AlreadyExists, NotFound
+from .._errors import AlreadyExists, Cancelled, NotFound
 from ..v1 import calotype_pb2 as v1
 from .generation import FakeGeneration
 
@@ -41,6 +41,7 @@ class FakeState:
         self.watched: list[v1.WatchRequest] = []
         self.cancelled: list[str] = []
         self._generations: dict[str, FakeGeneration] = {}
+        self._cancelled_groups: set[str] = set()
         self._drops, self._losses = set(drop_at), set(lose_at)
         self._cuts = 0
         self._released = False
@@ -53,7 +54,7 @@ class FakeState:
             The generation, and the index of the reader's first event.
 
         Raises:
-            CalotypeError: The script rejects the request, or its id belongs to another request.
+            CalotypeError: The script rejects the request, its id belongs to another request, or its group is cancelled.
         """
         with self._changed:
             self.requests.append(request)
@@ -61,6 +62,8 @@ class FakeState:
                 raise self.script.error
             generation = self._find_request(request)
             if generation is None:
+                if request.group in self._cancelled_groups:
+                    raise Cancelled("The group was cancelled.", reason="GROUP_CANCELLED")
                 generation = FakeGeneration(len(self.requests), request, self.script)
                 self._generations[generation.id] = generation
             return generation, generation.position(0) if generation.ended else 0
@@ -76,8 +79,8 @@ class FakeState:
             generation = self._find(request.generation_id)
             return generation, generation.position(request.after_sequence)
 
-    def cancel(self, generation_id: str) -> v1.Phase.ValueType:
-        """Cancels a generation. Returns its phase before.
+    def cancel(self, generation_id: str) -> tuple[v1.Phase.ValueType, bool]:
+        """Cancels a generation. Returns its phase before, and whether this call cancels it.
 
         Raises:
             NotFound: There is no such generation.
@@ -85,8 +88,20 @@ class FakeState:
         with self._changed:
             generation = self._find(generation_id)
             found = generation.phase
-            self._cancel(generation)
-            return found
+            return found, self._cancel(generation)
+
+    def cancel_group(self, group: str) -> int:
+        """Cancels all members of a group, and rejects later ones. Returns the number that this call cancels.
+
+        Raises:
+            NotFound: There is no such group.
+        """
+        with self._changed:
+            self._cancelled_groups.add(group)
+            members = [each for each in self._generations.values() if each.request.group == group]
+            if not members:
+                raise NotFound(f"There is no group {group!r}.", reason="GROUP_NOT_FOUND")
+            return sum(map(self._cancel, members))
 
     def finish(self, generation_id: str) -> v1.Phase.ValueType:
         """Finishes a generation early. Returns its phase before.
@@ -186,6 +201,7 @@ class FakeState:
         """Loses all generations."""
         with self._changed:
             self._generations.clear()
+            self._cancelled_groups.clear()
 
     def release(self) -> None:
         """Lets held generations continue, and holds no more of them."""
@@ -215,7 +231,9 @@ class FakeState:
     def _may_advance(self, generation: FakeGeneration) -> bool:
         return not generation.ended and (self._released or not generation.holds)
 
-    def _cancel(self, generation: FakeGeneration) -> None:
-        if generation.cancel():
+    def _cancel(self, generation: FakeGeneration) -> bool:
+        cancels = generation.cancel()
+        if cancels:
             self.cancelled.append(generation.id)
         self._changed.notify_all()
+        return cancels

@@ -14,6 +14,8 @@ from .._status import DETAILS_KEY
 from ..v1 import calotype_pb2 as v1
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .._types import Model
 
 __all__ = ["abort", "error_to_proto", "method_to_proto", "model_fields", "seconds_to_proto"]
@@ -40,7 +42,25 @@ def method_to_proto(method: str) -> v1.PreviewMethod.ValueType:
 
 def model_fields(model: Model) -> dict[str, Any]:
     """Maps the fields of `v1.Model` to the values of a model."""
-    return {_MODEL_FIELDS.get(name, name): getattr(model, name) for name in type(model).__dataclass_fields__}
+    fields = {_MODEL_FIELDS.get(name, name): getattr(model, name) for name in type(model).__dataclass_fields__}
+    fields["preview_methods"] = list(map(method_to_proto, model.preview_methods))
+    fields["sizes"] = [v1.Size(width_px=width, height_px=height) for width, height in model.sizes]
+    fields["loras"] = [v1.ModelLora(name=name) for name in model.loras]
+    fields["prompt_syntaxes"] = _numbers(v1.PromptSyntax, "PROMPT_SYNTAX", model.prompt_syntaxes)
+    fields["scheduler_details"] = [
+        v1.Scheduler(
+            name=each.name,
+            aliases=each.aliases,
+            sigmas=_numbers(v1.Sigmas, "SIGMAS", each.sigmas),
+            spacings=_numbers(v1.TimestepSpacing, "TIMESTEP_SPACING", each.spacings),
+        )
+        for each in model.scheduler_details
+    ]
+    return fields
+
+
+def _numbers(enum: Any, prefix: str, names: Iterable[str]) -> list[Any]:
+    return [enum.Value(f"{prefix}_{name.upper()}") for name in names]
 
 
 def error_to_proto(error: CalotypeError) -> v1.Error:

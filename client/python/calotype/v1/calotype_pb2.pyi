@@ -888,7 +888,9 @@ class CancelRequest(_message.Message):
     generation_id: _builtins.str
     """From `Progress.generation_id`: cancels this generation."""
     group: _builtins.str
-    """From `GenerateRequest.group`: cancels all members of the caller's group."""
+    """From `GenerateRequest.group`: cancels all members of the caller's group. With an operator's key, cancels the groups
+    of all callers that have this name.
+    """
     def __init__(
         self,
         *,

@@ -96,7 +96,7 @@ class GenerationServiceServicer(object):
         FAILED_PRECONDITION (the server does not offer the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo`
         (the queue is full, or a limit of the caller's key is reached), DEADLINE_EXCEEDED (the deadline cannot be met),
         UNAVAILABLE with `google.rpc.RetryInfo` (the server is loading or draining, or cannot store the request),
-        ALREADY_EXISTS (`request_id` was used with other parameters). Later errors: the status repeats `Progress.error`.
+        ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later errors: the status repeats `Progress.error`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,6 +122,10 @@ class GenerationServiceServicer(object):
     def Cancel(self, request, context):
         """Cancels a queued or running generation, or all members of a group. Idempotent: cancelling a generation that has ended
         is not an error.
+
+        A member whose request arrives within 60 seconds after the cancel of its group is rejected with the status CANCELLED
+        and the reason GROUP_CANCELLED, also if the group was unknown. A restart of the server shortens this time. With several
+        servers, the cancel of a group reaches all of them.
 
         Errors: INVALID_ARGUMENT (no id and no group, or both), NOT_FOUND (no such generation or group, or it is no longer
         retained), DATA_LOSS (the stored generation is damaged).

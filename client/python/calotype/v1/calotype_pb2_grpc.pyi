@@ -57,7 +57,7 @@ class GenerationServiceStub:
     FAILED_PRECONDITION (the server does not offer the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo`
     (the queue is full, or a limit of the caller's key is reached), DEADLINE_EXCEEDED (the deadline cannot be met),
     UNAVAILABLE with `google.rpc.RetryInfo` (the server is loading or draining, or cannot store the request),
-    ALREADY_EXISTS (`request_id` was used with other parameters). Later errors: the status repeats `Progress.error`.
+    ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later errors: the status repeats `Progress.error`.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]
     """Streams the progress of a generation that was started earlier, from any connection. The first message carries the
@@ -75,6 +75,10 @@ class GenerationServiceStub:
     Cancel: _grpc.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]
     """Cancels a queued or running generation, or all members of a group. Idempotent: cancelling a generation that has ended
     is not an error.
+
+    A member whose request arrives within 60 seconds after the cancel of its group is rejected with the status CANCELLED
+    and the reason GROUP_CANCELLED, also if the group was unknown. A restart of the server shortens this time. With several
+    servers, the cancel of a group reaches all of them.
 
     Errors: INVALID_ARGUMENT (no id and no group, or both), NOT_FOUND (no such generation or group, or it is no longer
     retained), DATA_LOSS (the stored generation is damaged).
@@ -123,7 +127,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     FAILED_PRECONDITION (the server does not offer the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo`
     (the queue is full, or a limit of the caller's key is reached), DEADLINE_EXCEEDED (the deadline cannot be met),
     UNAVAILABLE with `google.rpc.RetryInfo` (the server is loading or draining, or cannot store the request),
-    ALREADY_EXISTS (`request_id` was used with other parameters). Later errors: the status repeats `Progress.error`.
+    ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later errors: the status repeats `Progress.error`.
     """
     Watch: _aio.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]  # type: ignore[assignment]
     """Streams the progress of a generation that was started earlier, from any connection. The first message carries the
@@ -141,6 +145,10 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Cancel: _aio.UnaryUnaryMultiCallable[_calotype_pb2.CancelRequest, _calotype_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancels a queued or running generation, or all members of a group. Idempotent: cancelling a generation that has ended
     is not an error.
+
+    A member whose request arrives within 60 seconds after the cancel of its group is rejected with the status CANCELLED
+    and the reason GROUP_CANCELLED, also if the group was unknown. A restart of the server shortens this time. With several
+    servers, the cancel of a group reaches all of them.
 
     Errors: INVALID_ARGUMENT (no id and no group, or both), NOT_FOUND (no such generation or group, or it is no longer
     retained), DATA_LOSS (the stored generation is damaged).
@@ -192,7 +200,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION (the server does not offer the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo`
         (the queue is full, or a limit of the caller's key is reached), DEADLINE_EXCEEDED (the deadline cannot be met),
         UNAVAILABLE with `google.rpc.RetryInfo` (the server is loading or draining, or cannot store the request),
-        ALREADY_EXISTS (`request_id` was used with other parameters). Later errors: the status repeats `Progress.error`.
+        ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later errors: the status repeats `Progress.error`.
         """
 
     @_abc_1.abstractmethod
@@ -222,6 +230,10 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_calotype_pb2.CancelResponse, _abc.Awaitable[_calotype_pb2.CancelResponse]]:
         """Cancels a queued or running generation, or all members of a group. Idempotent: cancelling a generation that has ended
         is not an error.
+
+        A member whose request arrives within 60 seconds after the cancel of its group is rejected with the status CANCELLED
+        and the reason GROUP_CANCELLED, also if the group was unknown. A restart of the server shortens this time. With several
+        servers, the cancel of a group reaches all of them.
 
         Errors: INVALID_ARGUMENT (no id and no group, or both), NOT_FOUND (no such generation or group, or it is no longer
         retained), DATA_LOSS (the stored generation is damaged).

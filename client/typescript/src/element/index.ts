@@ -27,9 +27,10 @@ const Base = globalThis.HTMLElement ?? (class {} as typeof HTMLElement);
  * Shows a picture while it develops, with progress, cancel, download and a filmstrip.
  *
  * Attributes: `server` (base URL; default: the origin of the page), `prompt`, `negative-prompt`, `width`, `height`, `steps`,
- * `guidance-scale`, `seed`, `scheduler`, `speed`, `preview-every-steps`, `preview-min-interval`, `preview-max-edge`,
- * `preview-quality`, `preview-method`, `output-format`, `output-quality`, `on-disconnect`, `disconnect-grace`;
- * `autostart` starts it when it enters a document. `start` reads the attributes. The slot `actions` takes more buttons.
+ * `guidance-scale`, `seed`, `scheduler`, `sigmas`, `spacing`, `speed`, `loras` (such as "pixel-art:0.8, sharp"),
+ * `prompt-syntax`, `group`, `preview-every-steps`, `preview-min-interval`, `preview-max-edge`, `preview-quality`,
+ * `preview-method`, `output-format`, `output-quality`, `on-disconnect`, `disconnect-grace`; `autostart` starts it when it
+ * enters a document. `start` reads the attributes. The slot `actions` takes more buttons.
  */
 export class CalotypeView extends Base {
   #state = initialState;

@@ -1,6 +1,6 @@
 /** Reads the options of a generation from the attributes of the element. */
 
-import type { GenerateOptions, PictureFormat, PreviewMethod, PreviewOptions } from "../types.js";
+import type { GenerateOptions, Lora, PictureFormat, PreviewMethod, PreviewOptions } from "../types.js";
 
 type Mutable<T> = { -readonly [K in keyof T]: T[K] };
 
@@ -19,6 +19,11 @@ export function optionsOf(element: Element): GenerateOptions {
     guidanceScale: number("guidance-scale"),
     seed: number("seed"),
     scheduler: text("scheduler"),
+    sigmas: text("sigmas") as GenerateOptions["sigmas"],
+    spacing: text("spacing") as GenerateOptions["spacing"],
+    loras: lorasOf(text("loras")),
+    promptSyntax: text("prompt-syntax") as GenerateOptions["promptSyntax"],
+    group: text("group"),
     speed: text("speed") as GenerateOptions["speed"],
     onDisconnect: text("on-disconnect") as GenerateOptions["onDisconnect"],
     disconnectGrace: number("disconnect-grace"),
@@ -35,6 +40,14 @@ export function optionsOf(element: Element): GenerateOptions {
   const quality = number("output-quality");
   if (format || quality !== undefined) options.output = defined({ format, quality });
   return options;
+}
+
+/** Reads LoRAs such as "pixel-art:0.8, sharp". Everything up to the last colon is the name, if a number follows it. */
+function lorasOf(text: string | undefined): Lora[] | undefined {
+  return text?.split(",").map((part) => {
+    const [, name = "", scale] = /^(.*?)(?::\s*([-+.\d]+))?$/s.exec(part.trim()) ?? [];
+    return scale === undefined ? { name } : { name, scale: Number(scale) };
+  });
 }
 
 function defined<T>(values: { [K in keyof T]: T[K] | undefined }): Mutable<T> {

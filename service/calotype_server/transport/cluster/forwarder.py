@@ -1,7 +1,7 @@
 """Forwards the calls of a bridge to its upstream servers, as bytes, so that any service works.
 
-It decodes only two things: the generation id of `Watch`, `Cancel` and `Finish`, to find the server that has the
-generation, and the lists of several servers, to merge them.
+It decodes only three things: the generation id of `Watch`, `Cancel` and `Finish`, to find the server that has the
+generation; the group of `Cancel`, which goes to all servers; and the answers of several servers, to merge them.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from calotype_server.transport.net.peers import host_of
 from calotype_server.transport.net.proxies import FORWARDED_FOR
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Iterable, Sequence
 
     from calotype_server.transport.cluster.upstream import Upstream
     from calotype_server.transport.cluster.upstreams import Upstreams
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
-__all__ = ["Forwarder", "abort_like", "forwarded_metadata", "merge_pages"]
+__all__ = ["Forwarder", "abort_like", "forwarded_metadata", "merge_cancels", "merge_pages"]
 
 _METHOD = re.compile(r"/\w+(\.\w+)+/\w+")
 _SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
@@ -38,10 +38,11 @@ _BY_GENERATION = {f"/{_SERVICE}/{name}" for name in ("Watch", "Cancel", "Finish"
 """Methods that only the server with the generation can answer."""
 
 _LIST = f"/{_SERVICE}/ListGenerations"
+_CANCEL = f"/{_SERVICE}/Cancel"
 _DETAILS = "grpc-status-details-bin"
 _RETRY_SECONDS = 2.0
-_LIST_SECONDS = 5.0
-"""Time for an upstream to return its part of a list."""
+_ANSWER_SECONDS = 5.0
+"""Time for an upstream to answer a call that goes to all of them."""
 
 _RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 """Statuses after which another upstream may accept the call."""
@@ -71,6 +72,9 @@ class Forwarder(grpc.GenericRpcHandler):
             candidates = await self._candidates(path, request, context)
             if path == _LIST and len(candidates) > 1:
                 yield await _list_all(candidates, request, context)
+                return
+            if path == _CANCEL and len(candidates) > 1 and _cancelled(request).group:
+                yield await _cancel_group(candidates, request, context)
                 return
             answer: grpc.aio.AioRpcError | None = None  # of a server that cannot accept the call
             while True:
@@ -108,7 +112,7 @@ class Forwarder(grpc.GenericRpcHandler):
         """Returns the servers that may answer, best first."""
         if path in _BY_GENERATION:
             metadata = _bridged_metadata(context)
-            if (owner := await self._upstreams.owner_of(_generation_id(request), metadata)) is not None:
+            if (owner := await self._upstreams.owner_of(_cancelled(request).generation_id, metadata)) is not None:
                 return [owner]
         # If the owner is gone, any server returns the right error.
         if not (candidates := self._upstreams.by_health()):
@@ -126,28 +130,47 @@ def merge_pages(pages: Sequence[pb.ListGenerationsResponse], size: int) -> pb.Li
     return merged
 
 
-async def _list_all(upstreams: Sequence[Upstream], request: bytes, context: Context) -> bytes:
-    """Requests the same page from all servers and merges the results. Leaves out servers that do not respond."""
-    deadline = context.time_remaining()
-    seconds = _LIST_SECONDS if deadline is None else min(deadline, _LIST_SECONDS)
+def merge_cancels(responses: Iterable[pb.CancelResponse]) -> pb.CancelResponse:
+    """Merges the responses of several servers that have members of the same group."""
+    return pb.CancelResponse(cancelled_count=sum(each.cancelled_count for each in responses))
 
-    async def fetch(upstream: Upstream) -> bytes | grpc.aio.AioRpcError:
+
+async def _list_all(upstreams: Sequence[Upstream], request: bytes, context: Context) -> bytes:
+    """Requests the same page from all servers and merges the results."""
+    pages = [pb.ListGenerationsResponse.FromString(each) for each in await _ask_all(upstreams, _LIST, request, context)]
+    size, _ = validate_page(pb.ListGenerationsRequest.FromString(request))
+    return merge_pages(pages, size).SerializeToString()
+
+
+async def _cancel_group(upstreams: Sequence[Upstream], request: bytes, context: Context) -> bytes:
+    """Cancels the members of a group on all servers. A server without members only notes the cancel."""
+    answers = await _ask_all(upstreams, _CANCEL, request, context)
+    return merge_cancels(map(pb.CancelResponse.FromString, answers)).SerializeToString()
+
+
+async def _ask_all(upstreams: Sequence[Upstream], path: str, request: bytes, context: Context) -> list[bytes]:
+    """Makes the same unary call on all servers and returns their responses.
+
+    Leaves out servers that fail. If all of them fail, the call is aborted with the most informative status.
+    """
+    deadline = context.time_remaining()
+    seconds = _ANSWER_SECONDS if deadline is None else min(deadline, _ANSWER_SECONDS)
+
+    async def ask(upstream: Upstream) -> bytes | grpc.aio.AioRpcError:
         with upstream.channel() as channel:
             try:
-                page: bytes = await _call(channel, _LIST, request, context, seconds).read()
+                answer: bytes = await _call(channel, path, request, context, seconds).read()
             except grpc.aio.AioRpcError as error:
                 return error
-            return page
+            return answer
 
-    results = await asyncio.gather(*(fetch(each) for each in upstreams if each.health is not Health.LOST))
-    pages = [pb.ListGenerationsResponse.FromString(each) for each in results if isinstance(each, bytes)]
-    if not pages:
+    results = await asyncio.gather(*(ask(each) for each in upstreams if each.health is not Health.LOST))
+    if not (answers := [each for each in results if isinstance(each, bytes)]):
         failures = [each for each in results if isinstance(each, grpc.aio.AioRpcError)]
         if not failures:
             raise _unavailable()
-        await abort_like(min(failures, key=_is_connection_error), context)
-    size, _ = validate_page(pb.ListGenerationsRequest.FromString(request))
-    return merge_pages(pages, size).SerializeToString()
+        await abort_like(min(failures, key=_vagueness), context)
+    return answers
 
 
 def _call(channel: grpc.aio.Channel, path: str, request: bytes, context: Context, timeout: float | None = None) -> Any:
@@ -165,12 +188,12 @@ def _bridged_metadata(context: Context) -> list[tuple[str, Any]]:
     return [*metadata, (FORWARDED_FOR, host_of(peer_of_call(context)) or "unknown")]
 
 
-def _generation_id(request: bytes) -> str:
-    """Returns the generation id, the first field of the request; "" if it cannot be decoded, which a server reports."""
+def _cancelled(request: bytes) -> pb.CancelRequest:
+    """Returns a request for one generation, whose first field is its id; empty if a server has to reject it."""
     try:
-        return pb.CancelRequest.FromString(request).generation_id
+        return pb.CancelRequest.FromString(request)
     except DecodeError:
-        return ""
+        return pb.CancelRequest()
 
 
 def _is_connection_error(error: grpc.aio.AioRpcError) -> bool:
@@ -179,6 +202,11 @@ def _is_connection_error(error: grpc.aio.AioRpcError) -> bool:
     # own cancels never end up here, and those of a server have details.
     lost = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
     return error.code() in lost and not _has_details(error)
+
+
+def _vagueness(error: grpc.aio.AioRpcError) -> tuple[bool, bool]:
+    """Orders errors of several servers: a permanent one says more than one that a retry may change."""
+    return _is_connection_error(error), error.code() in _RETRYABLE
 
 
 def _has_details(error: grpc.aio.AioRpcError) -> bool:

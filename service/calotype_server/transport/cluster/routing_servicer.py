@@ -1,8 +1,8 @@
 """Routes calls between several servers behind one address, whose load balancer sends a call to any of them.
 
 `Watch`, `Cancel` and `Finish` go to the server that started the generation, which its id names. A list is merged from
-all servers. Every other call is answered by the server that receives it, but if that server accepts no new work,
-`Generate` goes to another one.
+all servers, and the cancel of a group goes to all servers. Every other call is answered by the server that receives it,
+but if that server accepts no new work, `Generate` goes to another one.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import grpc
 
 from calotype.v1.calotype_pb2_grpc import GenerationServiceServicer, GenerationServiceStub
 from calotype_server.api.validation import validate_page
-from calotype_server.errors import Draining
+from calotype_server.errors import Draining, GroupNotFound
 from calotype_server.generations.ids import tag_of
-from calotype_server.transport.cluster.forwarder import abort_like, forwarded_metadata, merge_pages
+from calotype_server.transport.cluster.forwarder import abort_like, forwarded_metadata, merge_cancels, merge_pages
 from calotype_server.transport.cluster.upstream import Health, Upstream
 from calotype_server.transport.grpc.options import CHANNEL_OPTIONS
 
@@ -131,7 +131,9 @@ class RoutingServicer(GenerationServiceServicer):
     async def Cancel(  # noqa: N802
         self, request: pb.CancelRequest, context: Context
     ) -> pb.CancelResponse:
-        """Cancels a generation on the replica that has it."""
+        """Cancels a generation on the replica that has it, or a group on all replicas that respond."""
+        if request.group and not request.generation_id:
+            return await self._cancel_group(request, context)
         return await self._forward_unary("Cancel", request, context)  # type: ignore[no-any-return]
 
     async def Finish(  # noqa: N802
@@ -145,14 +147,31 @@ class RoutingServicer(GenerationServiceServicer):
     ) -> pb.ListGenerationsResponse:
         """Merges the lists of all replicas that respond."""
         size, _ = validate_page(request)
-        pages = [await self._local.ListGenerations(request, context)]
+        own = await self._local.ListGenerations(request, context)
+        return merge_pages([own, *await self._ask_others("ListGenerations", request, context)], size)
 
-        async def fetch(replica: Upstream) -> None:
+    async def _cancel_group(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
+        """Cancels the members of a group on all replicas. A replica without members only notes the cancel."""
+        missing, responses = None, []
+        try:
+            responses.append(await self._local.Cancel(request, context))
+        except GroupNotFound as error:
+            missing = error
+        responses += await self._ask_others("Cancel", request, context)
+        if missing is not None and not responses:
+            raise missing
+        return merge_cancels(responses)
+
+    async def _ask_others(self, method: str, request: Any, context: Context) -> list[Any]:
+        """Makes a unary call on all other replicas, and returns the responses of those that succeed."""
+        responses = []
+
+        async def ask(replica: Upstream) -> None:
             with contextlib.suppress(grpc.aio.AioRpcError), replica.channel() as channel:
-                pages.append(await _call_unary(GenerationServiceStub(channel), "ListGenerations", request, context))
+                responses.append(await _call_unary(GenerationServiceStub(channel), method, request, context))
 
-        await asyncio.gather(*map(fetch, await self._peer_replicas.responding()))
-        return merge_pages(pages, size)
+        await asyncio.gather(*map(ask, await self._peer_replicas.responding()))
+        return responses
 
     async def _forward_unary(self, method: str, request: Any, context: Context) -> Any:
         owner = await self._peer_replicas.owner_of(request.generation_id)

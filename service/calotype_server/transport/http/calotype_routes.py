@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Body, Depends, Path, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, create_model
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.transport.http.callers import caller_of
-from calotype_server.transport.http.parsing import parse_query, query_parameters
+from calotype_server.transport.http.media import require_json
+from calotype_server.transport.http.parsing import Lenient, Parsed, parse_query, query_parameters
 from calotype_server.transport.http.request_parts import (
     IMAGE_RESPONSES,
     GenerationId,
@@ -78,6 +79,12 @@ class _GenerationRoutes:
             responses=_json_response(pb.CancelResponse),
         )(self.cancel)
         routes.post(
+            "/cancel",
+            summary="Cancel a generation, or all generations of a group",
+            responses=_json_response(pb.CancelResponse),
+            dependencies=[Depends(require_json)],
+        )(self.cancel_all)
+        routes.post(
             "/generations/{generation_id}/finish",
             summary="Finish a generation early",
             responses=_json_response(pb.FinishResponse),
@@ -109,6 +116,12 @@ class _GenerationRoutes:
         return _message_response(
             self._service.cancel(pb.CancelRequest(generation_id=generation_id), caller_of(request))
         )
+
+    async def cancel_all(
+        self, request: Request, body: Annotated[Parsed[pb.CancelRequest], Body(), Lenient(pb.CancelRequest)]
+    ) -> Response:
+        """Names of groups may contain any character, so they are in the body. Idempotent."""
+        return _message_response(self._service.cancel(body.value, caller_of(request), body.violations))
 
     async def finish(self, request: Request, generation_id: GenerationId) -> Response:
         """Ends a generation after the current step. The current estimate becomes the final image."""

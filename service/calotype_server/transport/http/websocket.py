@@ -5,8 +5,8 @@ Text frames are JSON objects. The client sends commands; `id` is its own name fo
     {"type": "generate", "id": "a", "request": GenerateRequest}    answered by `progress` and `end` with this id
     {"type": "watch",    "id": "b", "request": WatchRequest}       answered in the same way
     {"type": "leave",    "id": "a"}                                stops messages; `on_disconnect` decides what follows
-    {"type": "cancel",   "id": "c", "request": CancelRequest}      answered by the same type with `phase`
-    {"type": "finish",   "id": "d", "request": FinishRequest}      answered by the same type with `phase`
+    {"type": "cancel",   "id": "c", "request": CancelRequest}      answered by the same type with `CancelResponse`
+    {"type": "finish",   "id": "d", "request": FinishRequest}      answered by the same type with `FinishResponse`
 
 The server sends `{"type": "progress" | "end", "id", "progress": Progress}`. With `"image_bytes"` in it, the next frame
 is binary and contains an image of that size. Errors are `{"type": "error", "id", "error"}`. An invalid command is

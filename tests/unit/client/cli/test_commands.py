@@ -8,7 +8,15 @@ import PIL.Image
 import pytest
 import typer
 
-from calotype import Client, FailedPrecondition, InternalError, InvalidRequest, Notice, Overloaded, Unavailable
+from calotype import (
+    Client,
+    FailedPrecondition,
+    InternalError,
+    InvalidRequest,
+    Notice,
+    Overloaded,
+    Unavailable,
+)
 from calotype._cli.main import app
 from calotype._cli.options import OPTION_NAMES
 from calotype._options import Output, Previews
@@ -295,7 +303,7 @@ def test_every_nested_argument_has_its_option():
     flags = {flag for parameter in typer.main.get_group(app).commands["generate"].params for flag in parameter.opts}
     nested = {f"previews.{field.name}" for field in dataclasses.fields(Previews)}
     nested |= {f"output.{field.name}" for field in dataclasses.fields(Output)}
-    assert set(OPTION_NAMES) - {"prompt"} == nested
+    assert set(OPTION_NAMES) - {"prompt", "loras", "prompt_syntax", "n"} == nested
     assert {*OPTION_NAMES.values()} <= flags
 
 

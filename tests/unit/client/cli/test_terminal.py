@@ -87,6 +87,19 @@ def test_picture_of_half_blocks_and_a_bar(terminal, tmp_path):
     assert (tmp_path / "apple.png").exists()
 
 
+def test_several_pictures_share_the_screen(terminal, tmp_path):
+    """Several images are drawn as one grid above one progress bar, and the paths of all files follow at the end."""
+    with FakeServer(steps=2) as server:
+        output, code = rest(*terminal(server, "generate", "a red apple", "-n", "2", "--seed", "5"))
+    assert code == 0
+    assert "▀" in output
+    assert "1 of 2 done, " in output
+    assert "2 of 2 done, succeeded, step 2/2" in output
+    end = output[output.rindex("▀") :]
+    assert end.count("Saved calotype-") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calotype-5.png", "calotype-6.png"]
+
+
 def test_sixel_terminal(terminal):
     """A terminal that reports sixel support gets sixel graphics."""
     with FakeServer(steps=2) as server:

@@ -19,7 +19,7 @@ from ..._resume.policy import NEWEST_GENERATIONS
 from ...v1 import calotype_pb2 as v1
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
     from ..._channel import Metadata
     from ..._resume.policy import Resumption
@@ -54,19 +54,36 @@ class PendingCancels:
             resumption: The generation to cancel. Without a generation id, it is found by its request id.
             ask: Yields all servers, when there are several: each of them is asked.
         """
-        work = self._cancel(stub, resumption) if ask is None else self._cancel_on_all(ask, resumption)
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._start(self._cancel(stub, resumption) if ask is None else self._cancel_on_all(ask, resumption))
+
+    def send_group(
+        self, stub: Stub, group: str, ask: Callable[[], AsyncIterator[tuple[str, Stub]]] | None = None
+    ) -> None:
+        """Cancels a group without waiting; `stub` and `ask` as for `send`."""
+        self._start(self._cancel_group(stub, group) if ask is None else self._cancel_group_on_all(ask, group))
 
     async def wait(self) -> None:
         """Waits up to 1 s for the cancels in progress."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_CLOSE_TIMEOUT_SECONDS)
 
+    def _start(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     async def _cancel_on_all(self, ask: Callable[[], AsyncIterator[tuple[str, Stub]]], resumption: Resumption) -> None:
         async for _, stub in ask():
             self.send(stub, resumption)
+
+    async def _cancel_group_on_all(self, ask: Callable[[], AsyncIterator[tuple[str, Stub]]], group: str) -> None:
+        async for _, stub in ask():
+            self.send_group(stub, group)
+
+    async def _cancel_group(self, stub: Stub, group: str) -> None:
+        with contextlib.suppress(grpc.RpcError):
+            request = v1.CancelRequest(group=group)
+            await stub.Cancel(request, timeout=CONTROL_TIMEOUT_SECONDS, metadata=self._metadata)
 
     async def _cancel(self, stub: Stub, resumption: Resumption) -> None:
         with contextlib.suppress(grpc.RpcError):

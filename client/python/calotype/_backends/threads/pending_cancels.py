@@ -50,25 +50,38 @@ class PendingCancels:
             ask: Yields all servers, when there are several: each of them is asked.
         """
         if ask is not None:
-            self._add(resumption)
-            threading.Thread(target=self._send_to_all, args=(ask, resumption), daemon=True).start()
+            self._send_to_all(ask, lambda stub: self.send(stub, resumption))
             return
         with contextlib.suppress(ValueError):  # the client closed its channel meanwhile
             if resumption.generation_id is not None:
-                self._cancel(stub, resumption.generation_id)
+                self._cancel(stub, v1.CancelRequest(generation_id=resumption.generation_id))
             else:
                 self._find_and_cancel(stub, resumption)
+
+    def send_group(self, stub: Stub, group: str, ask: Callable[[], Iterator[tuple[str, Stub]]] | None = None) -> None:
+        """Cancels a group without waiting; `stub` and `ask` as for `send`."""
+        if ask is not None:
+            self._send_to_all(ask, lambda stub: self.send_group(stub, group))
+            return
+        with contextlib.suppress(ValueError):  # the client closed its channel meanwhile
+            self._cancel(stub, v1.CancelRequest(group=group))
 
     def wait(self) -> None:
         """Waits up to 1 s for the cancels in progress."""
         with self._changed:
             self._changed.wait_for(lambda: not self._pending, _CLOSE_TIMEOUT_SECONDS)
 
-    def _send_to_all(self, ask: Callable[[], Iterator[tuple[str, Stub]]], resumption: Resumption) -> None:
-        with contextlib.suppress(ValueError):  # the client closed its channels meanwhile
-            for _, stub in ask():
-                self.send(stub, resumption)
-        self._remove(resumption)
+    def _send_to_all(self, ask: Callable[[], Iterator[tuple[str, Stub]]], send: Callable[[Stub], None]) -> None:
+        """Calls `send` for all servers, in a thread."""
+
+        def run() -> None:
+            with contextlib.suppress(ValueError):  # the client closed its channels meanwhile
+                for _, stub in ask():
+                    send(stub)
+            self._remove(send)
+
+        self._add(send)
+        threading.Thread(target=run, daemon=True).start()
 
     def _find_and_cancel(self, stub: Stub, resumption: Resumption) -> None:
         def found(call: Any) -> None:
@@ -77,13 +90,12 @@ class PendingCancels:
             generation_id = resumption.find_id(call.result())
             if generation_id is not None:
                 with contextlib.suppress(ValueError):  # the client closed its channel meanwhile
-                    self._cancel(stub, generation_id)
+                    self._cancel(stub, v1.CancelRequest(generation_id=generation_id))
 
         call = stub.ListGenerations.future(NEWEST_GENERATIONS, timeout=CONTROL_TIMEOUT_SECONDS, metadata=self._metadata)
         self._track(call, found)
 
-    def _cancel(self, stub: Stub, generation_id: str) -> None:
-        request = v1.CancelRequest(generation_id=generation_id)
+    def _cancel(self, stub: Stub, request: v1.CancelRequest) -> None:
         self._track(stub.Cancel.future(request, timeout=CONTROL_TIMEOUT_SECONDS, metadata=self._metadata))
 
     def _track(self, call: Any, then: Callable[[Any], None] | None = None) -> None:

@@ -1,0 +1,1 @@
+"""Groups of generations that are cancelled together."""

@@ -70,11 +70,11 @@ def _hub_file(repository: str, file: str) -> Path:
     except ModelUnavailable:
         raise
     except LocalEntryNotFoundError as error:
-        raise ModelUnavailable(explain(repository, False, error)) from error
+        raise ModelUnavailable(explain(repository, repository, error)) from error
     except EntryNotFoundError as error:
         raise ModelUnavailable(f"The hub has {repository!r}, but it has no file {file!r}.") from error
     except Exception as error:
-        raise ModelUnavailable(explain(repository, False, error)) from error
+        raise ModelUnavailable(explain(repository, repository, error)) from error
 
 
 def _hub_names(repository: str) -> list[str]:

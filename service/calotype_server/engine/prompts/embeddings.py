@@ -95,7 +95,7 @@ def _downloaded(name: str, repository: str, file: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(repository, file))
     except Exception as error:
-        raise ModelUnavailable(f"The embedding {name!r}: {explain(repository, False, error)}") from error
+        raise ModelUnavailable(f"The embedding {name!r}: {explain(repository, repository, error)}") from error
 
 
 def _fitting(pipeline: Any, name: str, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

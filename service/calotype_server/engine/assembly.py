@@ -213,8 +213,9 @@ def _shared_pipeline(pipeline: Any, batcher: StepBatcher | None) -> Any:
 
 
 def _with_session(pipeline: Any, batcher: StepBatcher | None) -> Any:
-    """Returns a view of the pipeline with its own session of the shared denoiser."""
-    own = {} if batcher is None else {denoiser_name(pipeline): batcher.open_session().proxy()}
+    """Returns a view of the pipeline with its own session of the shared denoiser, for previews and early finishes."""
+    # Joined with theirs, the last bits of a request's answers would depend on its previews.
+    own = {} if batcher is None else {denoiser_name(pipeline): batcher.open_session(alone=True).proxy()}
     return request_view(pipeline, pipeline.scheduler, **own)
 
 

@@ -121,6 +121,7 @@ class StepBatcher:
         on_submitted: Callable[[], None] = lambda: None,
         cache: StepCache | None = None,
         loras: tuple[Lora, ...] = (),
+        alone: bool = False,
     ) -> DenoiserSession:
         """Opens a session for one request.
 
@@ -130,10 +131,11 @@ class StepBatcher:
                 each call that is not computed.
             cache: Decides which calls are computed; None for all.
             loras: LoRAs to apply to all calls. They need a `LoraRuntime`.
+            alone: Whether its calls are never joined with those of other requests.
         """
         with self._changed:
             number, self._opened = self._opened, self._opened + 1
-        return DenoiserSession(self, number, should_stop, on_submitted, cache, loras)
+        return DenoiserSession(self, number, should_stop, on_submitted, cache, loras, alone)
 
     def close(self) -> None:
         """Ends the device thread after the current batch; waiting calls and later ones raise `Draining`."""

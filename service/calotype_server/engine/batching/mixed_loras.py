@@ -46,20 +46,20 @@ def lora_runtime(
         plan: The batching plan.
         options: The operator's settings.
     """
-    result = LoraRuntime(runtime, loras, exact=options.deterministic)
+    mixing = LoraRuntime(runtime, loras, exact=options.deterministic)
     if plan.reason or plan.max_rows <= 1:
-        return result  # Calls are not joined anyway.
+        return mixing  # Calls are not joined anyway.
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(plan.threads.of(plan.max_rows))
-        calls = joinable(result, sample_calls(pipeline, model))
-        reason = why_not_mixed(result, calls, loras.names, deterministic_rows(options, calls[0].rows))
+        calls = joinable(mixing, sample_calls(pipeline, model))
+        reason = why_not_mixed(mixing, calls, loras.names, deterministic_rows(options, calls[0].rows))
     finally:
         torch.set_num_threads(before)
-    if reason is not None:
-        _log.warning("calls with different LoRAs are not joined", reason=reason)
-        result.mixes = False
-    return result
+    if reason is None:
+        return mixing
+    _log.warning("calls with different LoRAs are not joined", reason=reason)
+    return LoraRuntime(runtime, loras, exact=options.deterministic, mixes=False)
 
 
 def why_not_mixed(runtime: LoraRuntime, calls: Sequence[Call], names: Sequence[str], exact_rows: int) -> str | None:

@@ -11,7 +11,7 @@ from calotype_server.engine.requests.denoiser_proxy import DenoiserProxy
 from calotype_server.engine.tap import Stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from calotype_server.engine.runtime.collate import Call, Collator, Digests
     from calotype_server.engine.step_cache.cache import StepCache
@@ -68,6 +68,7 @@ class DenoiserSession:
             call that is not computed.
         cache: Decides which calls are computed; None for all.
         loras: LoRAs to apply to all calls.
+        alone: Whether its calls are never joined with those of other requests.
     """
 
     def __init__(
@@ -78,8 +79,10 @@ class DenoiserSession:
         on_submitted: Callable[[], None],
         cache: StepCache | None = None,
         loras: tuple[Lora, ...] = (),
+        alone: bool = False,
     ) -> None:
         self._queue = queue
+        self._alone = alone
         self._should_stop = should_stop
         self._on_submitted = on_submitted
         self._cache = cache
@@ -143,8 +146,7 @@ class DenoiserSession:
         return answer
 
     def _compute(self, call: Call) -> Any:
-        apart = None if self._queue.mixes_loras else call.loras
-        self._pending = pending = PendingCall(self._slot, call, time.monotonic(), apart=apart)
+        self._pending = pending = PendingCall(self._slot, call, time.monotonic(), apart=self._apart(call))
         if self._cancelled:
             raise Stopped
         self._queue.submit(pending)
@@ -157,3 +159,9 @@ class DenoiserSession:
         self._calls += 1
         self._rows += pending.batch_rows
         return answer
+
+    def _apart(self, call: Call) -> Hashable:
+        """Returns a value that the calls to join have in common; None if the signature alone decides."""
+        if self._alone:
+            return self.number
+        return None if self._queue.mixes_loras else call.loras

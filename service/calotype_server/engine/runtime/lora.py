@@ -35,7 +35,7 @@ class LoraRuntime:
         self._eager = EagerRuntime(plain.module, exact=exact)
         self._loras = loras
         self._exact = exact
-        self.mixes = mixes
+        self._mixes = mixes
 
     @property
     def name(self) -> str:
@@ -51,6 +51,11 @@ class LoraRuntime:
     def collator(self) -> Collator:
         """Joins and splits its calls."""
         return self._plain.collator
+
+    @property
+    def mixes(self) -> bool:
+        """Whether calls with different LoRAs may be joined."""
+        return self._mixes
 
     def start(self) -> None:
         """Passes the call on."""
@@ -81,7 +86,7 @@ class LoraRuntime:
 
     def _ranges(self, calls: Sequence[Call], padded_rows: int) -> list[RowRange]:
         first = calls[0].loras
-        own_ranges = self._exact and self.mixes  # The bits of a product depend on its number of rows.
+        own_ranges = self._exact and self._mixes  # The bits of a product depend on its number of rows.
         if not own_ranges and all(call.loras == first for call in calls):
             return [RowRange(0, padded_rows, first)]
         ranges: list[RowRange] = []

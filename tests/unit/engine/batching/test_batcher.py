@@ -43,6 +43,17 @@ def test_different_sizes_are_not_joined(callers):
     assert torch.equal(answers[1], answer_to(2, 0, 1, 6))
 
 
+def test_a_session_can_stay_alone(callers):
+    """Calls of a session for previews are not joined with those of requests, whose last bits would change."""
+    batcher = callers.batcher
+    sessions = [batcher.open_session(), batcher.open_session(alone=True), batcher.open_session()]
+    with callers.held(3):
+        futures = [callers.start(callers.step, session, value) for value, session in enumerate(sessions)]
+    answers = [future.result(PATIENCE) for future in futures]
+    assert sorted(callers.module.sizes) == [1, 2]
+    assert all(torch.equal(answer, answer_to(value, 0)) for value, answer in enumerate(answers))
+
+
 def test_a_batch_has_at_most_max_rows():
     """Calls that do not fit run in the order of arrival; a call with more than `max_rows` rows runs alone."""
     with Callers(max_rows=4) as callers:

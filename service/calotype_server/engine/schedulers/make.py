@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["chosen", "make_scheduler", "works"]
 
 _OF_THE_MODEL = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+
+_made: weakref.WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
+"""For each model's own scheduler, those made for requests, to copy: KDPM2 takes 0.2 s to make, and 0.4 ms to copy."""
 
 
 def make_scheduler(
@@ -34,13 +38,21 @@ def make_scheduler(
         spacing: Spacing of the timesteps. None: that of the config.
     """
     own = pipeline.scheduler
+    if name == type(own).__name__ and sigmas is None and spacing is None:
+        return copy.deepcopy(own)
+    made = _made.setdefault(own, {})
+    key = name, sigmas, spacing
+    if key not in made:
+        made[key] = _make(own, *key)
+    return copy.deepcopy(made[key])
+
+
+def _make(own: Any, name: str, sigmas: Sigmas | None, spacing: TimestepSpacing | None) -> Any:
     is_alias = name in ALIASES
     choice = chosen(own, name)
     options = dict(choice.options)
     if spacing is not None:
         options["timestep_spacing"] = spacing.name.lower()
-    if choice.class_name == type(own).__name__ and not is_alias and not options and sigmas is None:
-        return copy.deepcopy(own)
     if is_flow(own):
         return flow_scheduler(own, choice.class_name, options, sigmas, plain=is_alias)
     kind = getattr(diffusers, choice.class_name)

@@ -21,7 +21,17 @@ from support.engine.tiny_unets import sd15
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FAMILIES", "REPRESENTATIVE", "build", "every_family", "prompted", "sd15", "seeded_build", "shared"]
+__all__ = [
+    "FAMILIES",
+    "REPRESENTATIVE",
+    "build",
+    "every_family",
+    "prompted",
+    "sd15",
+    "seeded_build",
+    "shared",
+    "with_prompts",
+]
 
 # The libraries warn about unusually small configurations, and draw progress bars.
 diffusers.utils.logging.set_verbosity_error()
@@ -82,8 +92,12 @@ def shared(family: str) -> Any:
 
 
 def prompted(family: str) -> Any:
-    """Builds a pipeline that accepts prompts; one without a text encoder gets other embeddings for every prompt."""
-    pipeline = build(family)
+    """Builds a pipeline that accepts prompts."""
+    return with_prompts(build(family), family)
+
+
+def with_prompts(pipeline: Any, family: str) -> Any:
+    """Gives other embeddings for every prompt to a pipeline without a text encoder, and returns the pipeline."""
     if pipeline.components.get("text_encoder") is not None:
         return pipeline
     encode_prompt = pipeline.encode_prompt

@@ -12,9 +12,7 @@ __all__ = [
     "clip_text_encoder",
     "clip_tokenizer",
     "conditional_unet",
-    "kandinsky3",
     "lcm",
-    "ldm",
     "sd15",
     "sdxl",
     "shifted_vae",
@@ -142,47 +140,6 @@ def sdxl(cross_attention_dim: int = 64, text_encoder_2: Any = None) -> diffusers
         tokenizer_2=clip_tokenizer(),
         scheduler=diffusers.EulerDiscreteScheduler(**SD_BETAS, timestep_spacing="leading", steps_offset=1),
         add_watermarker=False,
-    )
-
-
-def kandinsky3() -> diffusers.Kandinsky3Pipeline:
-    movq = diffusers.VQModel(
-        down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
-        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 32, 32, 32),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        norm_type="spatial",
-        num_vq_embeddings=12,
-        vq_embed_dim=4,
-    )
-    unet = diffusers.Kandinsky3UNet(
-        in_channels=4,
-        time_embedding_dim=4,
-        groups=2,
-        attention_head_dim=4,
-        layers_per_block=3,
-        block_out_channels=(32, 64),
-        cross_attention_dim=4,
-        encoder_hid_dim=32,
-    )
-    return diffusers.Kandinsky3Pipeline(
-        unet=unet,
-        movq=movq,
-        text_encoder=t5(),
-        tokenizer=clip_tokenizer(),
-        scheduler=diffusers.DDPMScheduler(**SD_BETAS, clip_sample=False),
-    )
-
-
-def ldm() -> diffusers.LDMTextToImagePipeline:
-    return diffusers.LDMTextToImagePipeline(
-        unet=conditional_unet(),
-        vqvae=vae(),
-        bert=clip_text_encoder(),
-        tokenizer=clip_tokenizer(),
-        scheduler=diffusers.DDIMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False),
     )
 
 

@@ -16,7 +16,7 @@ from calotype_server.engine.capabilities import Defaults
 from calotype_server.engine.loading import LoadOptions, load_pipeline
 from calotype_server.types import PreviewMethod, PreviewOptions, PreviewReady
 from support.engine import tiny
-from support.engine.families.hunyuan_folder import save_hunyuan_image
+from support.engine.families.hunyuan_image import save_hunyuan_image
 from support.runs import JOB, PATIENCE, Run
 
 if TYPE_CHECKING:

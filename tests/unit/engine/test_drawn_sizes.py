@@ -15,8 +15,7 @@ from calotype_server.engine.loading import LoadOptions, load_pipeline
 from calotype_server.errors import InvalidRequest
 from calotype_server.limits import DEFAULT_LIMITS
 from calotype_server.types import Decoding, PreviewMethod, PreviewReady
-from support.engine import tiny
-from support.engine.families import sized
+from support.engine import families, tiny
 from support.runs import Run
 
 SMALL = Defaults(step_count=2, sizes=((64, 64), (96, 32)), min_pixels=32 * 32, max_pixels=96 * 96)
@@ -29,10 +28,10 @@ def test_images_have_the_requested_size(family, tmp_path):
     check_sizes(build_engine("tiny", tiny.prompted(family), defaults=SMALL, cache_dir=tmp_path, threads=1))
 
 
-@pytest.mark.parametrize("name", ["hidream", "kontext", "prx"])
+@pytest.mark.parametrize("name", ["flux_kontext", "hidream", "kandinsky5", "prx"])
 def test_pipelines_that_choose_sizes(name, tmp_path):
     """The same holds for pipelines that choose sizes, also while their memory is measured and previews are fitted."""
-    pipeline = sized.prompted(name)
+    pipeline = families.prompted(name)
     options = {"cache_dir": tmp_path, "threads": 1, "memory_limit": None}
     engine = build_engine("tiny", pipeline, defaults=Defaults(step_count=2, guidance_scale=1.0), **options)
     assert engine.model.memory is not None
@@ -48,7 +47,7 @@ def test_a_folder_of_a_model_with_bins(tmp_path):
     diffusers.PixArtSigmaPipeline(**{**parts, "transformer": transformer}).save_pretrained(tmp_path / "model")
     folder, device = str(tmp_path / "model"), torch.device("cpu")
     loaded = load_pipeline(LoadOptions(model=folder, device=device))
-    pipeline = sized.with_embeddings(loaded, "pixart_sigma")
+    pipeline = tiny.with_prompts(loaded, "pixart_sigma")
     defaults = Defaults(step_count=2)
     engine = build_engine("tiny", pipeline, defaults=defaults, cache_dir=tmp_path, threads=1)
     assert engine.model.sizes[0] == (256, 256)

@@ -11,25 +11,18 @@ from calotype_server.engine.capabilities import Defaults, decoder, decoder_name,
 from calotype_server.engine.requests import trial
 from calotype_server.errors import ModelUnavailable
 from calotype_server.types import Job, PreviewMethod, PreviewOptions, PreviewReady
-from support.engine import tiny_unets
+from support.engine import families
 from support.runs import Run
 
 
-def seeded(kind):
-    """Returns a tiny pipeline with seeded weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return getattr(tiny_unets, kind)()
-
-
-@pytest.mark.parametrize(("kind", "name"), [("kandinsky3", "movq"), ("ldm", "vqvae")])
-def test_image_equals_the_plain_call(kind, name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "name"), [("kandinsky3", "movq"), ("latent_diffusion", "vqvae")])
+def test_image_equals_the_plain_call(family, name, tmp_path, monkeypatch):
     """The image equals that of the plain call, every step has a preview, and the last full preview is the image."""
     monkeypatch.setattr(assembly, "describe", lambda *args: dataclasses.replace(describe(*args), width=64, height=64))
-    seeded(kind).save_pretrained(tmp_path / "model")
+    families.prompted(family).save_pretrained(tmp_path / "model")
     pipeline = loading.load_pipeline(loading.LoadOptions(model=str(tmp_path / "model")))
     pipeline.set_progress_bar_config(disable=True)
-    trial.check_draws(kind, pipeline)
+    trial.check_draws(family, pipeline)
     assert decoder_name(pipeline) == name
     assert decoder(pipeline) is getattr(pipeline, name)
     plain = pipeline(

@@ -8,6 +8,7 @@ import diffusers
 import torch
 
 from support.engine import tiny_transformers
+from support.engine.families.hunyuan_image import hunyuan_image
 from support.engine.families.prompts import TOKENS, mask, pair, speaking
 from support.engine.tiny_inputs import words
 from support.engine.tiny_unets import shifted_vae, vae
@@ -41,7 +42,10 @@ def _flux_schnell() -> Any:
 
 
 def _flux_kontext() -> Any:
-    return _flux(diffusers.FluxKontextPipeline(**tiny_transformers.flux().components))
+    pipeline = diffusers.FluxKontextPipeline(**tiny_transformers.flux().components)
+    # Real ones have 128, a megapixel.
+    pipeline.default_sample_size = 8
+    return _flux(pipeline)
 
 
 def _flux2(kind: Any, *, guidance_embeds: bool = False, **others: Any) -> Any:
@@ -246,47 +250,12 @@ def _krea2() -> Any:
 
 
 def _hunyuan_image(*, distilled: bool = False) -> Any:
-    transformer = diffusers.HunyuanImageTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        patch_size=(1, 1),
-        guidance_embeds=distilled,
-        use_meanflow=distilled,
-        text_embed_dim=16,
-        text_embed_2_dim=16,
-        rope_axes_dim=(4, 4),
-    )
-    vae = diffusers.AutoencoderKLHunyuanImage(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(32, 32, 32, 32),
-        layers_per_block=1,
-        spatial_compression_ratio=8,
-        sample_size=64,
-        scaling_factor=0.476986,
-    )
     guiders = {} if distilled else {name: diffusers.AdaptiveProjectedMixGuidance() for name in ("guider", "ocr_guider")}
-    pipeline = diffusers.HunyuanImagePipeline(
-        transformer=transformer,
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
-        **guiders,
-    )
 
     def encode(call: Any) -> Any:
         return words(call.prompt, 1, TOKENS, 16), mask(), torch.zeros(1, TOKENS, 16), mask()
 
-    return speaking(pipeline, encode)
+    return speaking(hunyuan_image(distilled=distilled, **guiders), encode)
 
 
 PACKED = {

@@ -113,6 +113,7 @@ def _prx() -> Any:
         text_encoder=None,
         tokenizer=None,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        default_sample_size=64,
     )
     return speaking(pipeline, lambda call: _masked(call, 8, torch.bool))
 
@@ -194,7 +195,8 @@ def _kandinsky5() -> Any:
         tokenizer_2=None,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
-    pipeline.resolutions = [(64, 64), (80, 64)]
+    # Real ones have seven sizes of about a megapixel.
+    pipeline.resolutions = [(64, 64), (80, 64), (64, 80)]
     return speaking(
         pipeline,
         lambda call: (words(call.prompt, 1, TOKENS, 8), words(call.prompt, 1, 4), torch.tensor([0, TOKENS])),

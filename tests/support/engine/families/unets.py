@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import torch
 
 from support.engine.families.prompts import TOKENS, pair, speaking
-from support.engine.tiny_unets import SD_BETAS, clip_text_encoder, clip_tokenizer, conditional_unet, sd15, sdxl, vae
+from support.engine.tiny_unets import (
+    SD_BETAS,
+    clip_text_encoder,
+    clip_tokenizer,
+    conditional_unet,
+    sd15,
+    sdxl,
+    t5,
+    vae,
+)
 
 __all__ = ["UNETS"]
 
@@ -71,37 +79,33 @@ def _kolors(kind: Any = diffusers.KolorsPipeline, **others: Any) -> Any:
 
 
 def _kandinsky3() -> Any:
-    denoiser = diffusers.Kandinsky3UNet(
-        time_embedding_dim=32,
-        groups=16,
-        attention_head_dim=8,
-        layers_per_block=3,
-        block_out_channels=(32, 64),
-        cross_attention_dim=16,
-        encoder_hid_dim=16,
-    )
-    pipeline = diffusers.Kandinsky3Pipeline(
-        unet=denoiser, movq=_movq(), text_encoder=None, tokenizer=None, scheduler=diffusers.DDPMScheduler(**SD_BETAS)
-    )
-
-    def encode(call: Any) -> Any:
-        masks = torch.ones(1, TOKENS, dtype=torch.long)
-        return *pair(call, 1, TOKENS, 16), masks, masks
-
-    return speaking(pipeline, encode)
-
-
-def _movq() -> Any:
-    return diffusers.VQModel(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+    movq = diffusers.VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 3 + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 3,
         block_out_channels=(32, 32, 32, 32),
         layers_per_block=1,
         latent_channels=4,
-        num_vq_embeddings=16,
         norm_num_groups=4,
-        vq_embed_dim=4,
         norm_type="spatial",
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+    )
+    unet = diffusers.Kandinsky3UNet(
+        in_channels=4,
+        time_embedding_dim=4,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=3,
+        block_out_channels=(32, 64),
+        cross_attention_dim=4,
+        encoder_hid_dim=32,
+    )
+    return diffusers.Kandinsky3Pipeline(
+        unet=unet,
+        movq=movq,
+        text_encoder=t5(),
+        tokenizer=clip_tokenizer(),
+        scheduler=diffusers.DDPMScheduler(**SD_BETAS, clip_sample=False),
     )
 
 
@@ -111,7 +115,7 @@ def _latent_diffusion() -> Any:
         vqvae=vae(),
         bert=clip_text_encoder(),
         tokenizer=clip_tokenizer(),
-        scheduler=sd15().scheduler,
+        scheduler=diffusers.DDIMScheduler(**SD_BETAS, clip_sample=False, set_alpha_to_one=False),
     )
 
 

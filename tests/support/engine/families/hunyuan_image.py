@@ -1,8 +1,8 @@
-"""A tiny HunyuanImage with random weights and real text encoders, so that it can be saved to a folder and loaded."""
+"""A tiny HunyuanImage with random weights, also with real text encoders, to be saved to a folder and loaded."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -13,18 +13,29 @@ from support.engine.tiny_unets import clip_tokenizer
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["save_hunyuan_image"]
+__all__ = ["hunyuan_image", "save_hunyuan_image"]
 
 
 def save_hunyuan_image(folder: Path) -> Path:
-    """Saves the pipeline to a folder, and returns the folder."""
+    """Saves a pipeline with text encoders to a folder, and returns the folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _hunyuan_image().save_pretrained(folder)
+        pipeline = hunyuan_image(
+            text_encoder=_qwen(),
+            tokenizer=_qwen_tokenizer(),
+            text_encoder_2=transformers.T5EncoderModel(
+                transformers.T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+            ),
+            tokenizer_2=transformers.ByT5Tokenizer(),
+            guider=_guider(),
+            ocr_guider=_guider(),
+        )
+        pipeline.save_pretrained(folder)
     return folder
 
 
-def _hunyuan_image() -> diffusers.HunyuanImagePipeline:
+def hunyuan_image(*, distilled: bool = False, **parts: Any) -> diffusers.HunyuanImagePipeline:
+    """Returns a pipeline with these text encoders and guiders, which are absent otherwise."""
     transformer = diffusers.HunyuanImageTransformer2DModel(
         in_channels=4,
         out_channels=4,
@@ -34,6 +45,8 @@ def _hunyuan_image() -> diffusers.HunyuanImagePipeline:
         num_single_layers=1,
         num_refiner_layers=1,
         patch_size=(1, 1),
+        guidance_embeds=distilled,
+        use_meanflow=distilled,
         text_embed_dim=16,
         text_embed_2_dim=16,
         rope_axes_dim=(4, 4),
@@ -48,18 +61,12 @@ def _hunyuan_image() -> diffusers.HunyuanImagePipeline:
         sample_size=64,
         scaling_factor=0.476986,
     )
+    absent = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     return diffusers.HunyuanImagePipeline(
         transformer=transformer,
         vae=vae,
-        text_encoder=_qwen(),
-        tokenizer=_qwen_tokenizer(),
-        text_encoder_2=transformers.T5EncoderModel(
-            transformers.T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-        ),
-        tokenizer_2=transformers.ByT5Tokenizer(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
-        guider=_guider(),
-        ocr_guider=_guider(),
+        **{**absent, **parts},
     )
 
 

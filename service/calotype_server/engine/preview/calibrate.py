@@ -86,7 +86,9 @@ def multiscale_noise(shape: tuple[int, ...], generator: torch.Generator) -> torc
     grid /= grid.std()
     if len(shape) == 3:
         return grid.flatten(2).transpose(1, 2).contiguous()
-    return grid.unsqueeze(2) if len(shape) == 5 else grid
+    if len(shape) == 5:
+        return grid.unsqueeze(2) if shape[2] == 1 else grid.movedim(1, -1).unsqueeze(1).contiguous()
+    return grid
 
 
 def _scale(cells: int, cell_edge: int) -> int:

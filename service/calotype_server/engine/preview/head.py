@@ -34,13 +34,13 @@ def to_grid(latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
     """Returns latents of any layout as float32 of shape (batch, channels, rows, columns).
 
     Args:
-        latents: (batch, channels, rows, columns), the same with a frame axis of 1 after the channels, or packed tokens
-            (batch, rows * columns, channels).
+        latents: (batch, channels, rows, columns), the same with a frame axis of 1 after the channels, packed tokens
+            (batch, rows * columns, channels), or as Kandinsky 5 (batch, 1, rows, columns, channels).
         width: Of the image, in any unit; `width` and `height` determine the layout of packed tokens.
         height: Of the image, in the same unit.
     """
     if latents.ndim == 5:
-        latents = latents[:, :, 0]
+        latents = latents[:, :, 0] if latents.shape[2] == 1 else latents[:, 0].movedim(-1, 1)
     if latents.ndim == 3:
         rows = max(1, round(math.sqrt(latents.shape[1] * height / width)))
         while latents.shape[1] % rows:

@@ -16,7 +16,9 @@ from support.engine.heads import seeded
 class TestMultiscaleNoise:
     """Synthetic latents have the statistics of natural images."""
 
-    @pytest.mark.parametrize("shape", [(1, 4, 32, 32), (1, 16, 1, 24, 24), (1, 256, 64), (2, 3, 8, 8)])
+    @pytest.mark.parametrize(
+        "shape", [(1, 4, 32, 32), (1, 16, 1, 24, 24), (1, 1, 24, 24, 16), (1, 256, 64), (2, 3, 8, 8)]
+    )
     def test_shape_and_variance(self, shape):
         """Every layout has the requested shape, unit variance and finite values."""
         noise = multiscale_noise(shape, seeded())

@@ -22,6 +22,11 @@ class TestToGrid:
         latents = torch.randn(2, 4, 1, 5, 7, generator=seeded())
         assert torch.equal(to_grid(latents, 56, 40), latents[:, :, 0])
 
+    def test_channels_move_to_the_front(self):
+        """Latents with a frame axis and the channels last, as those of Kandinsky 5, get the order of all others."""
+        latents = torch.randn(2, 1, 5, 7, 4, generator=seeded())
+        assert torch.equal(to_grid(latents, 56, 40), latents[:, 0].permute(0, 3, 1, 2))
+
     @pytest.mark.parametrize(
         ("width", "height", "rows", "columns"),
         [(64, 64, 4, 4), (96, 64, 4, 6), (64, 96, 6, 4), (1024, 16, 1, 64), (48, 112, 7, 3)],

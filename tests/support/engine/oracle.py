@@ -48,7 +48,8 @@ def own_noise_level(scheduler: Any, timestep: Any) -> tuple[float, float]:
         index = scheduler.step_index or 0
         alpha, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[index])
         return float(alpha), float(sigma)
-    probe = copy.deepcopy(scheduler)
+    # Shallow, because no method below changes a tensor; a deep copy of a Brownian path takes long.
+    probe = copy.copy(scheduler)
     if getattr(probe, "step_index", None) is not None and hasattr(probe, "set_begin_index"):
         # With a begin index set, the forward process looks at the step index, which distinguishes equal timesteps.
         probe.set_begin_index(0)

@@ -25,8 +25,8 @@ WRONG = "ends elsewhere"
 REFUSED = "raises an exception"
 
 STEPS = 6
-SLOW = {"KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"}
-"""They take 0.3 s to make with 1000 timesteps, so the tests use fewer."""
+SLOW = {"DPMSolverSDEScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"}
+"""They take up to 0.3 s to make with 1000 timesteps, so the tests use fewer."""
 
 UNSUPPORTED = {
     "AmusedScheduler": "tokens",

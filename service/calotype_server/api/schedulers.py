@@ -78,7 +78,7 @@ def chosen_options(
     spacing = choose(
         "spacing", request.spacing, SPACINGS.from_proto(request.spacing), name.spacing, info.spacings if info else ()
     )
-    if sigmas is not None and spacing is not None:
+    if sigmas is not None and spacing is not None and (info is None or spacing in info.spacings):
         reject("spacing", f"is {spacing.name}, which cannot be combined with {sigmas.name} sigmas")
     return sigmas, spacing
 
@@ -94,7 +94,7 @@ def _unsupported(given: str, name: Name, model: ModelInfo) -> str:
     if (reason := reason_against(given)) is not None:
         return f"{quoted} is unavailable, because {reason}; {known}"
     if read_name(given) is not None:
-        return f"{quoted} does not work with {model.pipeline}, {known}"
+        return f"{quoted} does not work with this model, {known}"
     candidates = [*model.schedulers, *(alias for each in model.scheduler_details for alias in each.aliases)]
     by_key = {each.casefold(): each for each in candidates}
     close = difflib.get_close_matches(given[:_QUOTED_CHARS].casefold(), by_key, n=1, cutoff=_CLOSE)

@@ -22,7 +22,7 @@ DETAILS = (
         DPM, ("DPM++ 2M", "DPM++ 2M Karras", "DPM++ 2M SDE", "DPM++ 2M SDE Karras"), ALL_SIGMAS, ALL_SPACINGS
     ),
     SchedulerInfo(ANCESTRAL, ("Euler a",), (), ALL_SPACINGS),
-    SchedulerInfo(EULER, ("Euler", "Euler Karras"), (Sigmas.KARRAS, Sigmas.EXPONENTIAL), ALL_SPACINGS),
+    SchedulerInfo(EULER, ("Euler", "Euler Karras"), (Sigmas.KARRAS, Sigmas.EXPONENTIAL), ALL_SPACINGS[:2]),
 )
 DIFFUSION = replace(MODEL, schedulers=tuple(each.name for each in DETAILS), scheduler_details=DETAILS)
 FLOW = replace(
@@ -129,11 +129,15 @@ def test_options_reach_the_job() -> None:
             {"scheduler": "Euler Karras", "spacing": pb.TIMESTEP_SPACING_TRAILING},
             ("spacing", "is TRAILING, which cannot be combined with KARRAS sigmas"),
         ),
+        (
+            {"scheduler": "Euler Karras", "spacing": pb.TIMESTEP_SPACING_LINSPACE},
+            ("spacing", f"is LINSPACE, and {EULER} does not support LINSPACE"),
+        ),
         ({"scheduler": "DPM adaptive"}, ("scheduler", "'DPM adaptive' is unavailable, because DPM adaptive does not")),
         ({"scheduler": "res_multistep"}, ("scheduler", "'res_multistep' is unavailable, because ")),
         ({"scheduler": "Restart"}, ("scheduler", "'Restart' is unavailable, because ")),
         ({"scheduler": "er_sde"}, ("scheduler", "'er_sde' is unavailable, because ")),
-        ({"scheduler": "UniPC"}, ("scheduler", "'UniPC' does not work with FakePipeline, must be one of DDIM")),
+        ({"scheduler": "UniPC"}, ("scheduler", "'UniPC' does not work with this model, must be one of DDIM")),
     ],
 )
 def test_unsupported_choices_are_violations(request_fields: dict, expected: tuple[str, str]) -> None:

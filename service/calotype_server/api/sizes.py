@@ -113,8 +113,10 @@ def _scaled(
     elif not nearest:
         reject(field, _unsupported(requested, model, limits))
     elif abs(math.log(_ratio(nearest[0]) / _ratio(requested))) > math.log(_MAX_CROP):
+        shape = "wide" if _ratio(requested) > _ratio(nearest[0]) else "tall"
         reject(
-            field, f"{width}x{height} is too narrow to be scaled from the nearest supported size, {_text(nearest[0])}"
+            field,
+            f"{width}x{height} is too {shape} to be cropped from the nearest supported size, {_text(nearest[0])}",
         )
     else:
         return nearest[0], requested

@@ -119,8 +119,10 @@ class TestScaled:
         """The image shows at least half of the drawn one."""
         scaling = replace(ONE_SIZE, scales_other_sizes=True)
         assert job_for(scaling, 128, 64).output_size == (128, 64)
-        assert "is too narrow" in violations(scaling, 129, 64)["width_px"]
-        assert "is too narrow" in violations(scaling, 1, 1_000_000)["width_px"]
+        wide = replace(scaling, sizes=((256, 64),), width=256, height=64)
+        assert "96x64 is too tall" in violations(wide, 96, 64)["width_px"]
+        assert "129x64 is too wide" in violations(scaling, 129, 64)["width_px"]
+        assert "1x1000000 is too tall" in violations(scaling, 1, 1_000_000)["width_px"]
 
     def test_the_file_format_counts_the_output(self) -> None:
         """WebP supports 16383 pixels per side, of the image that the file contains."""

@@ -34,7 +34,7 @@ def make_scheduler(
     Args:
         pipeline: The pipeline, which is not changed.
         name: Class name of diffusers, or a key of `ALIASES`.
-        sigmas: Noise levels. None: those of the config for a class name, and the plain ones for an alias.
+        sigmas: Noise levels. None: those of the config for a class name without a spacing, otherwise the plain ones.
         spacing: Spacing of the timesteps. None: that of the config.
     """
     own = pipeline.scheduler
@@ -56,7 +56,8 @@ def _make(own: Any, name: str, sigmas: Sigmas | None, spacing: TimestepSpacing |
     if is_flow(own):
         return flow_scheduler(own, choice.class_name, options, sigmas, plain=is_alias)
     kind = getattr(diffusers, choice.class_name)
-    if is_alias or sigmas is not None:
+    if is_alias or sigmas is not None or spacing is not None:
+        # With the other kinds of noise levels, solvers ignore the spacing.
         options |= sigma_options(kind, sigmas)
     if choice.class_name != type(own).__name__:
         options = _adapted(kind, own.config) | options

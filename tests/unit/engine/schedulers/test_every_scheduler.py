@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 
 from calotype_server.engine.capabilities.schedulers import compatible_schedulers, scheduler_details
 from calotype_server.engine.schedulers.make import make_scheduler
@@ -290,9 +291,12 @@ MODELS = {
 }
 """Own schedulers of models, as released."""
 
+QUICK = {"sample", "sd15", "zero_snr"}
+"""One of each kind of prediction."""
+
 
 @pytest.mark.parametrize(
-    "model", [pytest.param(each, marks=pytest.mark.slow) if each in ("sdxl", "turbo") else each for each in MODELS]
+    "model", [each if each in QUICK else pytest.param(each, marks=pytest.mark.slow) for each in MODELS]
 )
 @pytest.mark.filterwarnings("ignore:Should have:UserWarning")
 def test_everything_on_offer_is_right(model):
@@ -320,18 +324,19 @@ def test_everything_on_offer_is_right(model):
     assert tried == expected
 
 
-@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
-def test_every_option_on_offer_has_an_effect(name):
-    """No two options on offer lead to the same noise levels."""
-    pipeline = SimpleNamespace(scheduler=MODELS["sdxl"])
-    (info,) = scheduler_details(pipeline, (name,))
-    levels = []
-    choices = [(sigmas, None) for sigmas in info.sigmas] + [(None, spacing) for spacing in info.spacings]
-    for sigmas, spacing in choices:
-        scheduler = make_scheduler(pipeline, name, sigmas, spacing)
-        scheduler.set_timesteps(STEPS)
-        levels.append(tuple(scheduler.timesteps.tolist()))
-    assert len(set(levels)) == len(info.sigmas) + len(info.spacings)
+@pytest.mark.parametrize("model", ["karras", "sd15", "zero_snr"])
+def test_every_option_on_offer_has_an_effect(model):
+    """No two options on offer lead to the same noise levels, also if the model's config has one of them."""
+    own = MODELS[model]
+    pipeline = SimpleNamespace(scheduler=type(own).from_config(own.config, num_train_timesteps=100))
+    for info in scheduler_details(pipeline, compatible_schedulers(pipeline)):
+        choices = [(sigmas, None) for sigmas in info.sigmas] + [(None, spacing) for spacing in info.spacings]
+        levels = set()
+        for sigmas, spacing in choices:
+            scheduler = make_scheduler(pipeline, info.name, sigmas, spacing)
+            scheduler.set_timesteps(STEPS)
+            levels.add((*scheduler.timesteps.tolist(), *getattr(scheduler, "sigmas", torch.empty(0)).tolist()))
+        assert len(levels) == len(choices), info.name
 
 
 def test_at_most_one_kind_of_sigmas_is_on():

@@ -42,7 +42,7 @@ def chosen_scheduler(request: pb.GenerateRequest, model: ModelInfo, reject: Call
         return name
     for option, supported in ((name.sigmas, info.sigmas), (name.spacing, info.spacings)):
         if option is not None and option not in supported:
-            reject("scheduler", f"{given!r} is unavailable, because {_unsupported_option(option, info)}")
+            reject("scheduler", f"{_quoted(given)} is unavailable, because {_unsupported_option(option, info)}")
     return name
 
 
@@ -67,7 +67,7 @@ def chosen_options(
         if value is None:
             reject(field, f"has the unknown value {number}")
         elif included not in (None, value):
-            reject(field, f"is {value.name}, but scheduler {request.scheduler!r} includes {included.name}")
+            reject(field, f"is {value.name}, but scheduler {_quoted(request.scheduler)} includes {included.name}")
         elif info is not None and value not in supported:
             reject(field, f"is {value.name}, and {_unsupported_option(value, info)}")
         return value
@@ -85,7 +85,7 @@ def chosen_options(
 
 def _unsupported(given: str, name: Name, model: ModelInfo) -> str:
     """Returns the violation for a scheduler that the model does not have."""
-    quoted = repr(given[:_QUOTED_CHARS])
+    quoted = _quoted(given)
     takes_flow = any(each.startswith("FlowMatch") for each in model.schedulers)
     # Flow models have no use for schedulers that need other packages.
     if not takes_flow and (package := missing_package(name.scheduler)) is not None:
@@ -110,3 +110,7 @@ def _unsupported_option(option: Sigmas | TimestepSpacing, info: SchedulerInfo) -
         )
     kind = "sigmas" if isinstance(option, Sigmas) else "spacing"
     return f"{info.name} does not support {option.name} {kind}"
+
+
+def _quoted(given: str) -> str:
+    return repr(given[:_QUOTED_CHARS])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given as given_any
+from hypothesis import strategies as st
 
 from calotype.v1 import calotype_pb2 as pb
 from calotype_server.api.validation import validate
@@ -163,6 +165,28 @@ def test_nothing_is_suggested_without_similarity() -> None:
     ((_, description),) = violations(scheduler="x" * 1000)
     assert "did you mean" not in description
     assert len(description) < 300
+
+
+PIECES = st.sampled_from([*names.ALIASES, "Karras", "_k", "ancestral", "beta", "sgm_uniform", "dpmpp", " " * 9000, "K"])
+NAMES = st.lists(PIECES | st.text(max_size=5), max_size=4).map("".join)
+
+
+@given_any(NAMES, st.integers(0, 4), st.integers(0, 4))
+def test_any_name_and_options_make_a_supported_job_or_short_violations(name: str, sigmas: int, spacing: int) -> None:
+    """A job has a scheduler and options that the model offers; anything else is rejected, each field at most once."""
+    try:
+        found = job(scheduler=name, sigmas=sigmas, spacing=spacing)
+    except InvalidRequest as error:
+        fields = [each.field for each in error.violations]
+        assert len(set(fields)) == len(fields)
+        assert set(fields) <= {"scheduler", "sigmas", "spacing"}
+        assert all(len(each.description) < 500 for each in error.violations)
+    else:
+        info = DIFFUSION.scheduler_info(found.scheduler)
+        assert info is not None
+        assert found.sigmas in (None, *info.sigmas)
+        assert found.spacing in (None, *info.spacings)
+        assert None in (found.sigmas, found.spacing)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,8 +39,8 @@ _HEAD = """# Models
 <!-- Written by `make models` from the installed diffusers and from trials of tiny pipelines. -->
 
 Calotype serves every pipeline of diffusers that turns text into images in a latent space and lets its steps be
-observed. This page lists the pipeline classes of diffusers {version}, and {count} tiny pipelines with random weights
-that were tried.
+observed. `calotype model` shows the sizes, schedulers and limits of the model that a server has loaded. This page lists
+the pipeline classes of diffusers {version}, and {count} tiny pipelines with random weights that were tried.
 
 ## Tried
 
@@ -63,7 +63,10 @@ call of the diffusers pipeline with its own defaults. A difference is stated in 
 _CLASSES = """
 ## Pipeline classes
 
-"accepted" means that the class can be loaded. Its row above, if it has one, says how well it works.
+- *tried*: its row above says how well it works.
+- *not tried*: nothing in the class speaks against it. The server draws one step when it loads the model, and if this
+  fails, as with the pipelines that need a ControlNet's image, it reports the pipeline's own reason and stops.
+- All others are rejected, with the message in the table.
 
 | pipeline class | |
 |---|---|
@@ -128,14 +131,15 @@ def family_row(family: str) -> Row:
 
 
 def class_rows(tried: Iterable[str] = ()) -> list[Row]:
-    """Returns the rows of all pipeline classes that diffusers exports."""
+    """Returns the rows of all pipeline classes that diffusers exports: tried, not tried, and rejected ones."""
     tried = set(tried)
-    rows = []
+    groups: tuple[list[Row], ...] = ([], [], [])
     for kind in pipeline_classes():
         name = f"`{kind.__name__}`"
         reason = rejection(kind)
-        rows.append(Row(name, (reason or ("accepted, tried" if name in tried else "accepted"),)))
-    return rows
+        group = 2 if reason else 0 if name in tried else 1
+        groups[group].append(Row(name, (reason or ("tried", "not tried")[group],)))
+    return [row for rows in groups for row in rows]
 
 
 def pipeline_classes() -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import example
 from hypothesis import given as given_any
 from hypothesis import strategies as st
 
@@ -171,6 +172,8 @@ PIECES = st.sampled_from([*names.ALIASES, "Karras", "_k", "ancestral", "beta", "
 NAMES = st.lists(PIECES | st.text(max_size=5), max_size=4).map("".join)
 
 
+@example("Euler" + " " * 9000 + "Karras", pb.SIGMAS_EXPONENTIAL, 0)
+@example("Euler a" + " " * 9000 + "Karras", 0, 0)
 @given_any(NAMES, st.integers(0, 4), st.integers(0, 4))
 def test_any_name_and_options_make_a_supported_job_or_short_violations(name: str, sigmas: int, spacing: int) -> None:
     """A job has a scheduler and options that the model offers; anything else is rejected, each field at most once."""

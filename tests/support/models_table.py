@@ -45,13 +45,13 @@ the pipeline classes of diffusers {version}, and {count} tiny pipelines with ran
 ## Tried
 
 Each row is one kind of model. Two images are drawn, alone and at the same time, and compared with the image of a plain
-call of the diffusers pipeline with its own defaults. A difference is stated in levels of 255.
+call of the diffusers pipeline with its own defaults.
 
 - *as plain*: the image is bitwise that of the plain call.
-- *last preview*: the preview of the last step, decoded by the full VAE, is the image. A scheduler that stops before it
-  reaches zero noise, such as DDIM in Stable Diffusion 1.5, previews a slightly cleaner image.
+- *last preview*: the preview of the last step, decoded by the full VAE, is the image, up to two of 255 levels. Some
+  schedulers end with a little noise, which the preview does not have.
 - *joined*: concurrent requests share calls of the denoiser; otherwise the page states why they do not.
-- *together*: an image drawn at the same time as another one is the image drawn alone, up to one level for rounding.
+- *together*: an image drawn at the same time as another one is the image drawn alone, up to one of 255 levels.
 - *guidance*: the default of `guidance_scale`, and the parameter of the pipeline if it has another name. Empty: no
   guidance scale has an effect, so requests cannot set one.
 - *negative prompt*: whether requests can set one, and the guidance above which it has an effect.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,5 +66,3 @@ def test_each_own_scheduler_has_its_choices(made: list[Any]) -> None:
     assert levels(make_scheduler(pipeline_of(own[0]), "DPM2")) != levels(make_scheduler(pipeline_of(own[1]), "DPM2"))
     assert len(made) == 2
     assert [options["beta_end"] for options in made] == [0.01, 0.02]
-    del own
-    gc.collect()

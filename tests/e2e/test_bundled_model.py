@@ -57,15 +57,16 @@ def test_the_links_of_the_readmes_exist() -> None:
 def test_the_other_python_examples_of_the_readme_work(
     server: ServerProcess, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The examples of errors, previews, reconnecting and the fake server run unchanged."""
-    assert len(BLOCKS) == 5
+    """The examples of errors, previews, reconnecting, groups and the fake server run unchanged."""
+    assert len(BLOCKS) == 6
     monkeypatch.chdir(tmp_path)
     with calotype.Client(server.address) as client:
-        for block in BLOCKS[1:4]:
+        for block in BLOCKS[1:5]:
             exec(compile(block, "README.md", "exec"), {"calotype": calotype, "client": client})
     assert "Violation(" in capsys.readouterr().out
     assert (tmp_path / "apple.png").read_bytes().startswith(b"\x89PNG")
-    exec(compile(BLOCKS[4], "README.md", "exec"), {})
+    assert (tmp_path / "apple-3.png").read_bytes().startswith(b"\x89PNG")
+    exec(compile(BLOCKS[5], "README.md", "exec"), {})
 
 
 def test_a_generated_stub_alone_is_enough(server: ServerProcess) -> None:

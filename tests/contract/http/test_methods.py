@@ -41,6 +41,7 @@ ROUTES = {
     "/v1/generations/ID/preview/0": GET,
     "/v1/generations/ID/cancel": POST,
     "/v1/generations/ID/finish": POST,
+    "/v1/cancel": POST,
     "/calotype.v1.GenerationService/GetModel": POST,
     "/grpc.health.v1.Health/Check": POST,
 }

@@ -221,5 +221,5 @@ async def test_lists_of_objects() -> None:
         assert fields(await client.post("/generate", json=wrong)) == ["seed", "loras.0.scale", "loras.1.odd"]
         unknown = {**APPLE, "loras": [{"name": "nobody"}]}
         assert fields(await client.post("/generate", json=unknown)) == ["loras.0.name"]
-        assert fields(await client.get("/generate?prompt=a&loras.0.scale=x")) == ["loras.0.scale"]
+        assert fields(await client.get("/generate?prompt=a&loras.0.scale=x")) == ["loras.0.scale", "loras.0.name"]
         assert fields(await client.get("/generate?prompt=a&loras.x=1")) == ["loras"]

@@ -58,7 +58,7 @@ def differences(alone: Sequence[Pixels], together: Sequence[Pixels]) -> list[int
 def test_guiders_belong_to_a_request(tmp_path: Path, open_engine: Callable[..., DiffusersEngine]) -> None:
     """HunyuanImage's guiders keep a momentum: requests that run together still get the images that they get alone."""
     folder = save_hunyuan_image(tmp_path / "hunyuan")
-    pipeline = load_pipeline(LoadOptions(str(folder)))
+    pipeline = load_pipeline(LoadOptions(model=str(folder)))
     # Smaller images and prompts than the model's, to save time. The template of prompts has 186 tokens here.
     pipeline.default_sample_size, pipeline.tokenizer_max_length = 8, 200
     engine = open_engine(pipeline)

@@ -47,7 +47,7 @@ def test_a_folder_of_a_model_with_bins(tmp_path):
     transformer = diffusers.PixArtTransformer2DModel.from_config(config)
     diffusers.PixArtSigmaPipeline(**{**parts, "transformer": transformer}).save_pretrained(tmp_path / "model")
     folder, device = str(tmp_path / "model"), torch.device("cpu")
-    loaded = load_pipeline(LoadOptions(folder, device=device))
+    loaded = load_pipeline(LoadOptions(model=folder, device=device))
     pipeline = sized.with_embeddings(loaded, "pixart_sigma")
     defaults = Defaults(step_count=2)
     engine = build_engine("tiny", pipeline, defaults=defaults, cache_dir=tmp_path, threads=1)

@@ -77,8 +77,8 @@ def small(pipeline: Any) -> Any:
 def small_engine(pipeline: Any, cache_dir: Path, **options: Any) -> Iterator[DiffusersEngine]:
     """Opens an engine whose default image is small, and that runs two generations at once."""
 
-    def described(name: str, pipeline: Any, defaults: Defaults) -> ModelInfo:
-        model = describe(name, pipeline, defaults)
+    def described(name: str, pipeline: Any, *options: Any) -> ModelInfo:
+        model = describe(name, pipeline, *options)
         side = max(SIZE, model.size_multiple)
         return dataclasses.replace(model, width=side, height=side)
 

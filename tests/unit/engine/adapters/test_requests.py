@@ -206,7 +206,7 @@ def test_a_scale_of_zero_has_no_effect(open_engine):
 def test_layers_of_requests_without_loras_are_plain(open_engine, monkeypatch):
     """A batch without LoRAs runs the layers as the model has them: loading LoRAs does not slow it down."""
     engine, _ = open_engine()
-    unet, seen = engine._parts.pipeline.unet, []
+    unet, seen = engine._parts.runtime.module, []
     layers = [module for module in unet.modules() if isinstance(module, torch.nn.Linear)]
     handle = layers[0].register_forward_pre_hook(
         lambda *_: seen.append(sum("forward" in vars(each) for each in layers))

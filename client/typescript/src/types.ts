@@ -281,6 +281,8 @@ export interface Model {
   readonly sizes: readonly Size[];
   /** Smallest width times height of sizes that are not in `sizes`. 0 if only `sizes` are supported. */
   readonly minPixels: number;
+  /** Largest ratio of the longer edge to the shorter one, for sizes that are not in `sizes`. Undefined: no limit. */
+  readonly maxAspectRatio: number | undefined;
   /** Whether the service draws unsupported sizes at the nearest supported size, and scales the picture. */
   readonly scalesOtherSizes: boolean;
   readonly steps: number;

@@ -131,7 +131,14 @@ describe("the options of a model with LoRAs and fixed sizes", () => {
     await page.getByLabel("pixel art").fill("0.8");
     await page.getByLabel("sharp, soft").fill("-1");
     await page.getByLabel(/^Weights/).check();
-    await page.getByLabel("Scheduler").selectOption("Euler Karras");
+    const scheduler = page.getByLabel("Scheduler");
+    expect(await scheduler.locator("option").allTextContents()).toEqual([
+      "DDIM",
+      "EulerDiscrete",
+      "Euler",
+      "Euler Karras",
+    ]);
+    await scheduler.selectOption("Euler Karras");
     await screenshot(page, "form-loras");
     await page.getByLabel(/^Prompt:/).fill("sunrise");
     await page.getByLabel(/^Prompt:/).press("Enter");

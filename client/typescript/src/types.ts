@@ -297,7 +297,7 @@ export interface Model {
   /** Names of the LoRAs that requests can apply, sorted. */
   readonly loras: readonly string[];
   readonly promptSyntaxes: readonly PromptSyntax[];
-  /** Schedulers that support the speed `fast`, sorted; empty if the server does not offer it. */
+  /** Schedulers and aliases that support the speed `fast`, sorted; empty if the server does not offer it. */
   readonly fastSchedulers: readonly string[];
   readonly maxPromptChars: number;
   /** 0 if unknown. */

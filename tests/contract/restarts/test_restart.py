@@ -30,7 +30,10 @@ async def test_an_ended_generation_can_be_watched_after_a_restart(tmp_path) -> N
     """A watcher gets the same image and warnings under the same generation id and request id."""
     named = pb.GenerateRequest(prompt="a red apple", seed=7, request_id="mine")
     store, engine = await Store.open(tmp_path), FakeEngine()
-    engine.notices, engine.late_notices = (Notice("PROMPT_TRUNCATED", "Long."),), (Notice("DECODED_IN_TILES", "Tiled."),)
+    engine.notices, engine.late_notices = (
+        (Notice("PROMPT_TRUNCATED", "Long."),),
+        (Notice("DECODED_IN_TILES", "Tiled."),),
+    )
     async with running(engine, store=store) as service:
         before = await read_until(service.stub.Generate(named), pb.PHASE_SUCCEEDED)
     await store.close()

@@ -121,7 +121,8 @@ class ImagesRequest(RequestModel):
         Field(description="Calotype only. fast: compute about half of the steps; the image is close to the exact one."),
     ] = "exact"
     loras: Annotated[
-        tuple[LoraChoice, ...], Field(max_length=LORAS_MAX, description="Calotype only: LoRAs to apply, each at most once.")
+        tuple[LoraChoice, ...],
+        Field(max_length=LORAS_MAX, description="Calotype only: LoRAs to apply, each at most once."),
     ] = ()
 
 

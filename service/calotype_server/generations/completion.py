@@ -72,6 +72,7 @@ class Completion:
         phases: tuple[PhaseSpan, ...] = ()
         try:
             end = await self._runner.run(generation, ticket, partial(self._index.persist_attempt, generation))
+            generation.decide_end()
             # Not persisted until `_store` has written it, which an exception may prevent.
             end = replace(end, persisted=not self._index.is_durable)
             phases = generation.stopwatch.phases()

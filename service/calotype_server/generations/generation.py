@@ -111,6 +111,7 @@ class Generation:
         self._on_engine = False
         self._aborted: asyncio.Future[errors.ServiceError] = asyncio.get_running_loop().create_future()
         self._aborted_at = 0.0
+        self._decided = False
         self._persisting: asyncio.Task[errors.ServiceError | None] | None = None
         self._run: asyncio.Task[None] | None = None
         self._renditions: OrderedDict[tuple[int, int], tuple[PreviewReady, asyncio.Future[EncodedImage]]]
@@ -183,14 +184,18 @@ class Generation:
     def abort(self, error: errors.ServiceError) -> bool:
         """Ends it with `error`: at once while queued, before the next denoising step while running.
 
-        The first call counts. Later calls, and calls after the end, do nothing and return False.
+        The first call counts. Later calls, and calls when the end is decided, do nothing and return False.
         """
-        if self._aborted.done() or self.ended:
+        if self._aborted.done() or self._decided or self.ended:
             return False
         self._aborted_at = time.monotonic()
         self._aborted.set_result(error)
         self.stop.set()
         return True
+
+    def decide_end(self) -> None:
+        """Records that its end is decided, although it is not stored and published yet: aborts come too late now."""
+        self._decided = True
 
     async def unless_aborted(self, turn: asyncio.Future[None]) -> None:
         """Waits for `turn`.

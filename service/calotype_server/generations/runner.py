@@ -130,13 +130,13 @@ class Runner:
         try:
             image = await self._make(generation, ticket, before_start)
         except errors.ServiceError as error:
-            cause = generation.abort_error if isinstance(error, errors.Cancelled) else None
-            return Failed(cause or error, generation.stopwatch.timings())
+            return Failed(_decisive(generation, error), generation.stopwatch.timings())
         except asyncio.CancelledError:
             raise
         except BaseException:
             _log.exception("generation failed")
-            return Failed(errors.GenerationFailed("The image could not be generated."), generation.stopwatch.timings())
+            error = errors.GenerationFailed("The image could not be generated.")
+            return Failed(_decisive(generation, error), generation.stopwatch.timings())
         early = generation.events.state.finished_early
         end = Succeeded(image, generation.stopwatch.timings(), early)
         if not early:
@@ -243,6 +243,17 @@ class Runner:
             generation.publish(event)
 
         return report
+
+
+def _decisive(generation: Generation, error: errors.ServiceError) -> errors.ServiceError:
+    """Returns the error of the end: that of an abort, even if the generation fails while it is aborted.
+
+    By then, the same request may have started a new generation, because nobody read this one.
+    """
+    cause = generation.abort_error
+    if cause is None or isinstance(error, errors.EngineDead):
+        return error
+    return cause if isinstance(cause, errors.Cancelled) or isinstance(error, errors.Cancelled) else error
 
 
 def _check_cancelled(generation: Generation) -> None:

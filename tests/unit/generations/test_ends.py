@@ -184,6 +184,51 @@ def fail_at_the_end(publish: Callable[[EventLog, Event], None]) -> Callable[[Eve
     return fail
 
 
+@pytest.mark.parametrize("place", ["runner.start", "engine.run"])
+async def test_a_generation_that_fails_while_it_is_aborted_ends_with_the_abort(place: str) -> None:
+    """A request may start again once its generation is abandoned, so that one must not end in any other way."""
+    loop = asyncio.get_running_loop()
+    async with running_runtime(FakeEngine()) as runtime:
+
+        def abandon() -> None:
+            (generation,) = runtime.generations.running
+            assert generation.abort(errors.Abandoned("The last reader left."))
+
+        async def abandon_in_the_loop() -> None:
+            abandon()
+
+        def abandon_and_fail() -> None:
+            if threading.current_thread() is threading.main_thread():
+                abandon()
+            else:
+                asyncio.run_coroutine_threadsafe(abandon_in_the_loop(), loop).result(20)
+            raise RuntimeError
+
+        with injected(place, abandon_and_fail):
+            generation = await generate(runtime)
+        end = generation.events.state.end
+        assert isinstance(end, Failed)
+        assert isinstance(end.error, errors.Abandoned)
+
+
+async def test_an_abort_after_the_end_is_decided_comes_too_late() -> None:
+    """While the end is stored, an abort changes nothing: the same request still gets this generation."""
+    delivery = DeliveryOptions(caller="a", request_id="1")
+    async with running_runtime(FakeEngine()) as runtime:
+        aborted = []
+
+        def abandon() -> None:
+            (generation,) = runtime.generations.running
+            aborted.append(generation.abort(errors.Abandoned("The last reader left.")))
+            assert not generation.is_replaceable
+
+        with injected("runner.end", abandon):
+            async with runtime.generations.start(JOB, delivery) as reader:
+                updates = [update async for update, _ in reader]
+        assert aborted == [False]
+        assert isinstance(updates[-1].state.end, Succeeded)
+
+
 async def test_a_cancelled_run_ends_its_generation() -> None:
     """If the event loop cancels the task of a generation, its readers get DRAINING, and the engine is stopped."""
     engine = FakeEngine()

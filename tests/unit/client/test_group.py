@@ -126,9 +126,9 @@ def test_count_must_be_possible(n):
 
 
 def test_unknown_arguments_are_type_errors():
-    """A misspelt argument raises TypeError, as in any function."""
-    with Client() as client, pytest.raises(TypeError, match="argument 'hight'"):
-        client.generate_many("a", 2, hight=32)  # type: ignore[call-arg]
+    """An unknown argument raises TypeError, as in any function."""
+    with Client() as client, pytest.raises(TypeError, match="argument 'tall'"):
+        client.generate_many("a", 2, tall=32)  # type: ignore[call-arg]
 
 
 async def test_one_failure_does_not_lose_the_others(failing):

@@ -150,7 +150,7 @@ class TestHub:
         text = rejection("some-org/some-model")
         assert "cannot be reached" in text
         assert "'some-org/some-model'" in text
-        assert "--model bundled" in text
+        assert "neither a local path" in text
 
     def test_hub_is_down(self, offline, monkeypatch):
         """A failing connection gives the same message as no network."""
@@ -181,7 +181,7 @@ class TestHub:
         [
             # The tool was called huggingface-cli before huggingface_hub 1.0.
             (GatedRepoError, "accept the terms of 'some-org/some-model' and log in: hf auth login"),
-            (RepositoryNotFoundError, "has no model"),
+            (RepositoryNotFoundError, "has no repository"),
         ],
     )
     def test_a_rejection_by_the_hub_gives_advice(self, monkeypatch, error, hint):

@@ -382,4 +382,4 @@ class TestOverrides:
             assert (
                 f"--text-encoder {str(source)!r} cannot be used. The weights are not those of a CLIPTextModel" in text
             )
-        assert f"--vae {str(file)!r} cannot be loaded as a AutoencoderKL" in rejection(sd15_folder, vae=str(file))
+        assert f"--vae {str(file)!r} cannot be used for the model's AutoencoderKL" in rejection(sd15_folder, vae=str(file))

@@ -16,6 +16,7 @@ from calotype_server.cli.doctor_additions import additions
 from calotype_server.cli.doctor_memory import memory_findings
 from calotype_server.cli.findings import Finding
 from calotype_server.errors import AcceleratorUnavailable, StartupError
+from calotype_server.observability.logs import configure_logging
 from calotype_server.transport.net.address import check_free
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ _EXTRAS = {
 
 def doctor(settings: Settings) -> None:
     """Check this machine: packages, device, model and ports. Takes the options of `serve`."""
+    # The report has all findings. Debug lines would add tracebacks.
+    configure_logging("warning", settings.log_format)
     failed = False
     for finding in examine(settings):
         mark = typer.style("ok  ", fg="green") if finding.ok else typer.style("FAIL", fg="red")

@@ -62,7 +62,7 @@ def test_imports_write_nothing():
 
 
 def test_errors_of_diffusers_are_hidden_only_while_a_model_is_loaded():
-    """diffusers logs errors that it also raises, some over many lines; afterwards its errors are logged again."""
+    """Loading raises each error that diffusers would log, some over many lines; later errors are logged again."""
     log = logging.getLogger("diffusers")
     with quiet():
         assert not log.isEnabledFor(logging.ERROR)

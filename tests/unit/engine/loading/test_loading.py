@@ -152,6 +152,11 @@ class TestHub:
         assert "'some-org/some-model'" in text
         assert "neither a local path" in text
 
+    def test_the_network_is_tried_once(self, offline, monkeypatch):
+        """Without the network, the files of the model are not listed to explain the error: each try takes seconds."""
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: pytest.fail("listed"))
+        assert "cannot be reached" in rejection("some-org/some-model")
+
     def test_hub_is_down(self, offline, monkeypatch):
         """A failing connection gives the same message as no network."""
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

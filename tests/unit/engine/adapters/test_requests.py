@@ -11,7 +11,11 @@ from calotype_server.engine.adapters.loras import Loras
 from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.batching import plan as plan_module
 from calotype_server.engine.batching.measure import Knee, Threads
-from calotype_server.engine.capabilities import Defaults
+from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
+from calotype_server.engine.requests.sample_calls import sample_calls
+from calotype_server.engine.runtime.check import answers, joinable
+from calotype_server.engine.runtime.eager import EagerRuntime
+from calotype_server.engine.runtime.lora import LoraRuntime
 from calotype_server.types import EncodingPrompt, Lora, PreviewMethod, PreviewOptions, Speed
 from support.engine import tiny
 from support.engine.files.loras import ATTENTION, save_lora
@@ -86,6 +90,30 @@ def test_requests_with_different_loras_share_calls(open_engine):
     for picture, single in zip(together(engine, JOBS), alone, strict=True):
         assert difference(picture, single) <= 1
     assert max(len(batch.sessions) for batch in batches) > 2
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+@torch.no_grad()
+def test_rows_with_different_loras_match_each_alone(family, tmp_path):
+    """Answers of one call with a LoRA, without, and with two differ from those of single calls by at most 1e-6."""
+    pipeline = tiny.prompted(family)
+    files = {
+        name: str(save_lora(tmp_path / f"{name}.safetensors", pipeline, seed=seed, size=0.02))
+        for seed, name in enumerate(("style", "subject"))
+    }
+    runtime = LoraRuntime(
+        EagerRuntime(getattr(pipeline, denoiser_name(pipeline))), load_loras(pipeline, files), exact=False
+    )
+    model = dataclasses.replace(describe("tiny", pipeline, Defaults()), width=64, height=64)
+    calls = joinable(runtime, sample_calls(pipeline, model))
+    choices = ((STYLE,), (), (STYLE, SUBJECT))
+    calls = [dataclasses.replace(call, loras=chosen) for call, chosen in zip(calls, choices, strict=False)]
+    assert len(calls) >= 2
+    for together, call in zip(answers(runtime, calls), calls, strict=True):
+        (alone,) = answers(runtime, [call])
+        plain = answers(runtime, [dataclasses.replace(call, loras=())])[0]
+        assert (together[0] - alone[0]).abs().max() <= 1e-6
+        assert torch.equal(alone[0], plain[0]) == (not call.loras)
 
 
 def test_images_equal_those_of_diffusers(open_engine, files):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from calotype_server.cli.findings import Finding
@@ -28,18 +29,12 @@ def additions(settings: Settings, pipeline: Any, tiny_vae: str | None) -> Iterat
     from calotype_server.engine.prompts.embeddings import load_embeddings
 
     for name, source in settings.embedding_sources.items():
-        yield _finding(
-            "embedding", name, source, lambda one=(name, source): load_embeddings(pipeline, dict([one]), download=False)
-        )
+        yield _finding("embedding", name, source, partial(load_embeddings, pipeline, {name: source}, download=False))
     for name, source in settings.lora_sources.items():
-        yield _finding(
-            "lora", name, source, lambda one=(name, source): load_loras(pipeline, dict([one]), download=False)
-        )
+        yield _finding("lora", name, source, partial(load_loras, pipeline, {name: source}, download=False))
     if tiny_vae is not None:
-        decoder = capabilities.decoder(pipeline)
-        yield _finding(
-            "tiny-vae", tiny_vae, tiny_vae, lambda: loading.load_tiny_vae(tiny_vae, like=decoder, download=False)
-        )
+        load = partial(loading.load_tiny_vae, tiny_vae, like=capabilities.decoder(pipeline), download=False)
+        yield _finding("tiny-vae", tiny_vae, tiny_vae, load)
 
 
 def _finding(subject: str, name: str, source: str, load: Callable[[], object]) -> Finding:

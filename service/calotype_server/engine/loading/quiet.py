@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from typing import TYPE_CHECKING
 
 import diffusers
@@ -28,6 +29,8 @@ def quiet() -> Iterator[None]:
     # The hub's library prints its warnings, and also passes them on to the server's log.
     logging.getLogger("huggingface_hub").handlers.clear()
     diffusers.utils.logging.set_verbosity(logging.CRITICAL)
+    # diffusers passes an argument to the hub's library that this no longer uses.
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument", UserWarning)
     try:
         yield
     finally:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from calotype_server.cli.doctor_additions import additions
 from calotype_server.cli.doctor_memory import memory_findings
 from calotype_server.cli.findings import Finding
 from calotype_server.errors import AcceleratorUnavailable, StartupError
+from calotype_server.observability.logs import configure_logging
 from calotype_server.transport.net.address import check_free
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ _EXTRAS = {
 
 def doctor(settings: Settings) -> None:
     """Check this machine: packages, device, model and ports. Takes the options of `serve`."""
+    # The report has all findings. Debug lines would add tracebacks.
+    configure_logging("warning", settings.log_format)
     failed = False
     for finding in examine(settings):
         mark = typer.style("ok  ", fg="green") if finding.ok else typer.style("FAIL", fg="red")
@@ -73,6 +77,9 @@ def _port(address: str, option: str) -> Finding:
 
 def _model(settings: Settings) -> Iterator[Finding]:
     try:
+        from calotype_server.engine.libraries import prepare_libraries
+
+        prepare_libraries()
         from calotype_server.engine import capabilities, loading
         from calotype_server.engine.loading.explain import is_unreachable
         from calotype_server.engine.requests import trial
@@ -93,7 +100,9 @@ def _model(settings: Settings) -> Iterator[Finding]:
             yield Finding(True, "model", f"{subject} not in the local cache; serve will download what is missing")
             return
         trial.check_draws(settings.model, pipeline)
-        model = capabilities.describe(settings.model, pipeline, capabilities.read_defaults(source))
+        defaults = capabilities.Defaults(settings.step_count, settings.guidance_scale, settings.tiny_vae)
+        defaults = defaults.or_else(capabilities.read_defaults(source))
+        model = capabilities.describe(settings.model, pipeline, defaults)
     except StartupError as error:
         yield Finding(False, "model", f"{settings.model} cannot be used", str(error))
     except RuntimeError as error:
@@ -102,6 +111,7 @@ def _model(settings: Settings) -> Iterator[Finding]:
         yield Finding(False, "model", f"cannot import {error.name}", "pip install 'calotype[server]'")
     else:
         yield Finding(True, "model", f"{model.name}: {model.pipeline}, {model.width}x{model.height}")
+        yield from additions(settings, pipeline, defaults.tiny_vae)
 
 
 def _accelerator(accelerate: str, device: Any) -> Finding:

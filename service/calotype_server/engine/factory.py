@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from calotype_server import errors
+from calotype_server.engine.libraries import prepare_libraries
 from calotype_server.engine.preview.budget import PreviewBudget
 from calotype_server.types import PreviewMethod
 
@@ -32,9 +32,7 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
     Raises:
         StartupError: The device, the accelerator, the model or the preview method cannot be used.
     """
-    # OpenMP's threads spin while they wait for each other. A server shares its cores, at least with its own event loop,
-    # and spinning was measured to make a step up to twenty times slower. Torch reads this when it is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_libraries()
     # Not at the top: importing torch takes seconds, and a wrong address or flag should be reported before that.
     from calotype_server.engine import loading, memory
     from calotype_server.engine.loading.explain import first_line
@@ -61,7 +59,7 @@ def load_engine(settings: Settings, observe: Observe) -> Engine:
         _log.exception("the pipeline is not supported")
         kind = type(pipeline).__name__
         raise errors.ModelUnavailable(
-            f"{settings.model!r} is a {kind}, which Calotype does not support: {first_line(error)}"
+            f"{settings.model!r} is a {kind}, which Calotype does not support: {first_line(error)}."
         ) from error
 
 

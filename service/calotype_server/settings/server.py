@@ -46,7 +46,7 @@ class Settings(WebSettings):
     variant: str | None = Field(None, description="Variant of the weights to load, such as fp16.")
     embedding: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="NAME=FILE or NAME=HUB_ID[:FILE] of a textual inversion for Stable Diffusion 1.x, 2.x or XL, as "
+        description="NAME=PATH_OR_HUB_ID[:FILE] of a textual inversion for Stable Diffusion 1.x, 2.x or XL, as "
         "safetensors, that prompts use by its name. Repeat the option for more, as for --lora. Default: none.",
     )
     config: str | None = Field(
@@ -309,7 +309,7 @@ class Settings(WebSettings):
 
     @property
     def embedding_sources(self) -> dict[str, str]:
-        """The parsed `embedding`: `FILE` or `HUB_ID[:FILE]` by name."""
+        """The parsed `embedding`: `PATH_OR_HUB_ID[:FILE]` by name."""
         return named_values(self.embedding)
 
     @property

@@ -15,10 +15,10 @@ import torch
 from calotype_server.engine.adapters.header import read_header
 from calotype_server.engine.adapters.layers import LayerDelta
 from calotype_server.engine.adapters.loras import Loras
-from calotype_server.engine.adapters.sources import find_file
 from calotype_server.engine.capabilities import denoiser_name
 from calotype_server.engine.loading.explain import first_line
 from calotype_server.engine.loading.quiet import quiet
+from calotype_server.engine.loading.weight_files import load_weight_files
 from calotype_server.engine.memory import is_device_failure, is_out_of_memory
 from calotype_server.errors import ModelUnavailable
 
@@ -36,12 +36,13 @@ _ADAPTER = "calotype"
 """Name inside peft, where each LoRA stays only while it is loaded."""
 
 
-def load_loras(pipeline: Any, sources: Mapping[str, str]) -> Loras | None:
+def load_loras(pipeline: Any, sources: Mapping[str, str], *, download: bool = True) -> Loras | None:
     """Loads LoRAs, from safetensors only. Call it before anything else uses the pipeline.
 
     Args:
         pipeline: The loaded pipeline. Its text encoders get hooks, which do nothing for requests without LoRAs.
         sources: Maps the name of each LoRA to `PATH_OR_HUB_ID[:FILE]`.
+        download: Whether a hub id may be downloaded; otherwise it must be in the local cache.
 
     Returns:
         The LoRAs; None if there are no sources.
@@ -54,14 +55,10 @@ def load_loras(pipeline: Any, sources: Mapping[str, str]) -> Loras | None:
     kind = type(pipeline).__name__
     if not hasattr(pipeline, "load_lora_weights"):
         raise ModelUnavailable(f"The model is a {kind}, for which diffusers has no LoRAs. Start without --lora.")
-    loras, problems = Loras(), []
-    for name, source in sources.items():
-        try:
-            _load(pipeline, name, find_file(source), loras)
-        except ModelUnavailable as error:
-            problems.append(f"--lora {name}={source} cannot be used with this {kind}: {error}")
-    if problems:
-        raise ModelUnavailable(" ".join(problems))
+    loras = Loras()
+    load_weight_files(
+        "--lora", sources, lambda name, file: _load(pipeline, name, file, loras), kind=kind, download=download
+    )
     return loras
 
 
@@ -145,7 +142,7 @@ def _reason(error: Exception) -> str:
     text = str(error)
     if "size mismatch" in text:
         return "Its tensors have other shapes than the layers of the model."
-    return f"diffusers cannot read it ({first_line(error).rstrip('.')})."
+    return f"diffusers cannot read it ({first_line(error)})."
 
 
 def _origin(header: LoraHeader) -> str:

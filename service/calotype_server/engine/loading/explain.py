@@ -18,12 +18,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 
 from calotype_server.engine.loading.checks.packages import needs_packages, package_missing_in
-from calotype_server.engine.loading.sources import BUNDLED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["causes", "explain", "first_line", "is_unreachable"]
+__all__ = ["causes", "explain", "explain_hub", "first_line", "is_unreachable"]
 
 
 def explain(model: str, source: Path | str, error: Exception, problem: str | None = None) -> str:
@@ -48,22 +47,32 @@ def explain(model: str, source: Path | str, error: Exception, problem: str | Non
             f"The model folder {model!r} is incomplete or damaged ({first_line(error)}). It needs model_index.json, "
             "the configs, and weights as .safetensors."
         )
-    return _explain_hub(model, chain, problem) or f"The model {model!r} cannot be loaded ({first_line(error)})."
+    message = explain_hub(model, error)
+    if message is None:
+        message = f"The model {model!r} cannot be loaded" + (f". {problem}." if problem else f" ({first_line(error)}).")
+    return message
 
 
-def _explain_hub(model: str, chain: list[BaseException], problem: str | None) -> str | None:
+def explain_hub(name: str, error: Exception) -> str | None:
+    """Returns a message for operators if the hub or the network is the reason of an error, else None.
+
+    Args:
+        name: The hub id of a model, a LoRA or an embedding.
+        error: Raised while it was downloaded, or looked up in the local cache.
+    """
+    chain = list(causes(error))
     if any(isinstance(each, GatedRepoError) for each in chain):
-        return f"The hub requires that you accept the terms of {model!r} and log in: hf auth login"
+        return f"The hub requires that you accept the terms of {name!r} and log in: hf auth login"
     if any(isinstance(each, RevisionNotFoundError) for each in chain):
-        return f"The hub has {model!r}, but not the requested revision."
+        return f"The hub has {name!r}, but not the requested revision."
     if any(isinstance(each, RepositoryNotFoundError | HFValidationError) for each in chain):
-        return f"The hub has no model {model!r}, or it is private and you are not logged in."
+        return f"The hub has no repository {name!r}, or it is private and you are not logged in."
     if any(map(_shows_no_hub, chain)):
         return (
-            f"The hub cannot be reached, and {model!r} is not complete in the local cache. Check the network, or use a "
-            f"local folder, or --model {BUNDLED}."
+            f"The hub cannot be reached, and {name!r} is neither a local path nor complete in the local cache. "
+            "Check the path and the network."
         )
-    return None if problem is None else f"The model {model!r} cannot be loaded. {problem}."
+    return None
 
 
 def _file_problem(error: Exception) -> str:
@@ -77,9 +86,9 @@ def _file_problem(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of an exception's message, or its class name if it has none."""
+    """Returns the first line of an exception's message, or its class name if it has none, without a full stop."""
     words = str(error).strip().splitlines()
-    return words[0][:300] if words else type(error).__name__
+    return words[0][:300].rstrip(".") if words else type(error).__name__
 
 
 def is_unreachable(error: Exception) -> bool:

@@ -128,7 +128,10 @@ def read_json(source: Path | str, name: str, options: LoadOptions, *, revision: 
         file = source / name
     else:
         file = huggingface_hub.hf_hub_download(source, name, revision=revision, local_files_only=not options.download)
-    values = json.loads(Path(file).read_text(encoding="utf-8"))
+    try:
+        values = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON") from error
     if not isinstance(values, dict):
         raise ValueError(f"{name} is not a JSON object")
     return values

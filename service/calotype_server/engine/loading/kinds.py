@@ -54,8 +54,14 @@ def recognised_kind(file: Path, shapes: Mapping[str, torch.Tensor]) -> str | Non
     """Returns the kind of model, a key of `PIPELINES`, or None if diffusers does not know it.
 
     Raises:
-        ModelUnavailable: It does not turn text into images, or its weights are stored in a way that is not supported.
+        ModelUnavailable: It is a LoRA, does not turn text into images, or stores its weights in a way that is not
+            supported.
     """
+    if shapes and all("lora" in name or name.endswith("alpha") for name in shapes):
+        raise ModelUnavailable(
+            f"{str(file)!r} is a LoRA and not a model. Name the model that it was made for with --model, and this file "
+            "with --lora NAME=FILE."
+        )
     if any(name.endswith(_SCALED) for name in shapes):
         raise ModelUnavailable(
             f"{str(file)!r} has 8-bit weights with separate scales, which diffusers cannot read. Use the file with "

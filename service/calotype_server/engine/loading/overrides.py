@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from calotype_server.engine.capabilities.components import DECODERS
 from calotype_server.engine.loading.checks.pickles import refuse_pickle
-from calotype_server.engine.loading.explain import explain, first_line, is_unreachable
+from calotype_server.engine.loading.explain import explain_hub, first_line
 from calotype_server.engine.loading.index import read_json
 from calotype_server.engine.loading.sources import is_path
 from calotype_server.errors import ModelUnavailable
@@ -132,10 +132,11 @@ def _load(index: PipelineIndex, name: str, source: str, options: LoadOptions) ->
     except ModelUnavailable as error:
         raise ModelUnavailable(f"{option} {source!r} cannot be used. {error}") from error
     except Exception as error:
-        if not local and is_unreachable(error):
-            raise ModelUnavailable(f"{option}: {explain(source, source, error)}") from error
+        message = None if local else explain_hub(source, error)
+        if message is not None:
+            raise ModelUnavailable(f"{option} {source!r} cannot be used. {message}") from error
         raise ModelUnavailable(
-            f"{option} {source!r} cannot be loaded as a {kind.__name__} ({first_line(error)})."
+            f"{option} {source!r} cannot be used for the model's {kind.__name__} ({first_line(error)})."
         ) from error
 
 

@@ -13,7 +13,7 @@ import structlog
 from calotype_server.engine.loading.adapt import adapted
 from calotype_server.engine.loading.checks.damage import damage, files_of
 from calotype_server.engine.loading.checks.supported import check_class, check_pipeline
-from calotype_server.engine.loading.explain import explain
+from calotype_server.engine.loading.explain import explain, is_unreachable
 from calotype_server.engine.loading.index import PipelineIndex
 from calotype_server.engine.loading.offload import place
 from calotype_server.engine.loading.overrides import replaced_components
@@ -57,7 +57,9 @@ def load_pipeline(options: LoadOptions) -> Any:
         if is_out_of_memory(error):
             raise ModelUnavailable(f"The model {model!r} does not fit into the memory of {options.device}.") from None
         _log.debug("the model cannot be loaded", model=model, exc_info=error)
-        raise ModelUnavailable(explain(model, source, error, _problem(source, options))) from error
+        # Listing the files would only wait for the network again.
+        problem = None if is_unreachable(error) else _problem(source, options)
+        raise ModelUnavailable(explain(model, source, error, problem)) from error
     check_pipeline(model, pipeline)
     return adapted(pipeline)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from calotype_server.engine.loading.checks.pickles import refuse_pickle
 from calotype_server.errors import ModelUnavailable
 
-__all__ = ["BUNDLED", "SINGLE_FILES", "display_name", "is_path", "locate"]
+__all__ = ["BUNDLED", "SINGLE_FILES", "display_name", "is_hub_id", "is_path", "locate"]
 
 BUNDLED = "bundled"
 
@@ -32,6 +32,11 @@ def is_path(name: str) -> bool:
     return Path(name).expanduser().exists() or name.startswith((".", "/", "~"))
 
 
+def is_hub_id(name: str) -> bool:
+    """Returns whether a name has the form of a hub id, org/name."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def locate(model: str) -> Path | str:
     """Returns the folder of a local or bundled model, its single file, or the unchanged hub id.
 
@@ -49,7 +54,7 @@ def locate(model: str) -> Path | str:
         return _local(model, path)
     if path.suffix in SINGLE_FILES and model.count("/") != 1:
         raise ModelUnavailable(f"There is no file {model!r}.")
-    if not _HUB_ID.fullmatch(model):
+    if not is_hub_id(model):
         raise ModelUnavailable(f"{model!r} is neither a folder nor a file nor a hub id (org/name) nor {BUNDLED!r}.")
     return model
 

@@ -61,7 +61,7 @@ def check_draws(model: str, pipeline: Any) -> None:
     if package is not None:
         raise ModelUnavailable(needs_packages(f"{model!r} is a {kind}, which", [package])) from failure
     raise ModelUnavailable(
-        f"{model!r} is a {kind}, which cannot draw an image from a prompt alone: {first_line(failure)}"
+        f"{model!r} is a {kind}, which cannot draw an image from a prompt alone: {first_line(failure)}."
     ) from failure
 
 

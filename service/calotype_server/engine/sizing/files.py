@@ -146,4 +146,5 @@ def _in_file(tensors: list[Tensor]) -> list[Component]:
     for tensor in tensors:
         names = (name for name, prefixes in _PREFIXES.items() if tensor.name.startswith(prefixes))
         parts.setdefault(next(names, "transformer"), []).append(tensor)
-    return [Component(name, tuple(part), quantizable=name == "transformer") for name, part in parts.items()]
+    # `--quantize` needs a folder.
+    return [Component(name, tuple(part)) for name, part in parts.items()]

@@ -246,8 +246,8 @@ class TestRefusal:
     def test_pickles(self, tmp_path):
         """A pickle is never opened."""
         (tmp_path / "style.bin").write_bytes(pickle.dumps({"weight": 0}))
-        assert "can contain code" in refusal(tiny.build("sd15"), tmp_path / "style.bin")
-        assert "can contain code" in refusal(tiny.build("sd15"), "org/name:style.pt")
+        assert "can run code" in refusal(tiny.build("sd15"), tmp_path / "style.bin")
+        assert "can run code" in refusal(tiny.build("sd15"), "org/name:style.pt")
 
     def test_a_control_lora_replaces_layers(self, tmp_path):
         """A LoRA that widens the first layer of FLUX would change all images."""
@@ -296,6 +296,11 @@ class TestSources:
         assert "no file" in refusal(pipeline, f"{tmp_path}:three.safetensors")
         assert "no file or folder" in refusal(pipeline, tmp_path / "nothing")
 
+    def test_a_relative_path_without_a_file(self):
+        """A name that ends in .safetensors is a missing file and not a hub id, which would wait for the network."""
+        assert "There is no file 'loras/style.safetensors'." in refusal(tiny.build("sd15"), "loras/style.safetensors")
+        assert "'notes.txt' is not a .safetensors file" in refusal(tiny.build("sd15"), "notes.txt")
+
     def test_hub_without_network(self, offline):
         """The message for an unreachable hub id names it."""
         assert "hub cannot be reached" in refusal(tiny.build("sd15"), "org/style")
@@ -317,4 +322,4 @@ class TestSources:
             raise RepositoryNotFoundError("none", response=unittest.mock.Mock())
 
         monkeypatch.setattr(huggingface_hub, "list_repo_files", answer)
-        assert "hub has no model 'org/style'" in refusal(tiny.build("sd15"), "org/style")
+        assert "hub has no repository 'org/style'" in refusal(tiny.build("sd15"), "org/style")

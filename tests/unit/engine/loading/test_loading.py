@@ -150,7 +150,12 @@ class TestHub:
         text = rejection("some-org/some-model")
         assert "cannot be reached" in text
         assert "'some-org/some-model'" in text
-        assert "--model bundled" in text
+        assert "neither a local path" in text
+
+    def test_the_network_is_tried_once(self, offline, monkeypatch):
+        """Without the network, the files of the model are not listed to explain the error: each try takes seconds."""
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: pytest.fail("listed"))
+        assert "cannot be reached" in rejection("some-org/some-model")
 
     def test_hub_is_down(self, offline, monkeypatch):
         """A failing connection gives the same message as no network."""
@@ -181,7 +186,7 @@ class TestHub:
         [
             # The tool was called huggingface-cli before huggingface_hub 1.0.
             (GatedRepoError, "accept the terms of 'some-org/some-model' and log in: hf auth login"),
-            (RepositoryNotFoundError, "has no model"),
+            (RepositoryNotFoundError, "has no repository"),
         ],
     )
     def test_a_rejection_by_the_hub_gives_advice(self, monkeypatch, error, hint):

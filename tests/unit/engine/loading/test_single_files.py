@@ -18,6 +18,7 @@ from calotype_server.types import Job, PreviewMethod, PreviewOptions
 from support.engine import tiny, tiny_transformers, tiny_unets
 from support.engine.files import single_files
 from support.engine.files.loading import load, rejection
+from support.engine.files.loras import save_lora
 from support.runs import Run
 
 
@@ -262,6 +263,10 @@ class TestFiles:
         save_file({"blocks.0.weight": torch.zeros(2), "blocks.0.scale_weight": torch.ones(1)}, file)
         assert "8-bit weights with separate scales" in rejection(file, config=str(sd15_folder))
 
+    def test_a_lora(self, tmp_path, sd15):
+        """A LoRA as the model names the option that loads it."""
+        assert "with --lora NAME=FILE" in rejection(save_lora(tmp_path / "x.safetensors", sd15))
+
     def test_model_that_starts_from_an_image(self, tmp_path, sd15_file):
         """A file whose UNet has nine channels is an inpainting model, and is rejected by that name."""
         weights = load_file(sd15_file)
@@ -382,4 +387,6 @@ class TestOverrides:
             assert (
                 f"--text-encoder {str(source)!r} cannot be used. The weights are not those of a CLIPTextModel" in text
             )
-        assert f"--vae {str(file)!r} cannot be loaded as a AutoencoderKL" in rejection(sd15_folder, vae=str(file))
+        assert f"--vae {str(file)!r} cannot be used for the model's AutoencoderKL" in rejection(
+            sd15_folder, vae=str(file)
+        )

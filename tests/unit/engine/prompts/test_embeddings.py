@@ -80,7 +80,7 @@ def test_both_text_encoders_of_xl_get_their_vectors(tmp_path: Path) -> None:
         ("sd15", {"a": vectors(), "b": vectors()}, "needs one tensor, but has a, b"),
         ("sdxl", {"a": vectors()}, "needs the tensors clip_l and clip_g, but has a"),
         ("sdxl", {"clip_l": vectors(), "clip_g": vectors(channels=16)}, "made for another model"),
-        ("flux", {"a": vectors()}, "FluxPipeline has no textual inversions"),
+        ("flux", {"a": vectors()}, "FluxPipeline, which has no textual inversions"),
     ],
 )
 def test_an_embedding_must_fit_the_model(
@@ -97,14 +97,36 @@ def test_an_embedding_must_be_readable(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"damaged")
     (tmp_path / "old.pt").write_bytes(b"")
     for name, source, message in (
-        ("zorn", f"{tmp_path}/none.safetensors", "does not exist"),
-        ("zorn", f"{tmp_path}/old.pt", "not a .safetensors file"),
-        ("zorn", "org/name:old.bin", "not a .safetensors file"),
+        ("zorn", f"{tmp_path}/none.safetensors", "There is no file or folder"),
+        ("zorn", f"{tmp_path}/old.pt", "can run code"),
+        ("zorn", "org/name:old.bin", "can run code"),
         ("zorn", f"{tmp_path}/bad.safetensors", "cannot be read"),
         ("a", saved(tmp_path, a=vectors())["zorn"], "needs another name"),
     ):
         with pytest.raises(ModelUnavailable, match=message):
             load_embeddings(pipeline, {name: source})
+
+
+def test_a_folder_with_the_usual_file(tmp_path: Path) -> None:
+    """Of several files in a folder, the one with the usual name is taken; a file after a colon comes first."""
+    pipeline = tiny.build("sd15")
+    for name, count in (("learned_embeds", 1), ("other", 3)):
+        safetensors.torch.save_file({"a": vectors(count)}, tmp_path / f"{name}.safetensors")
+    before = len(pipeline.tokenizer)
+    load_embeddings(pipeline, {"zorn": str(tmp_path)})
+    assert len(pipeline.tokenizer) == before + 1
+    load_embeddings(pipeline, {"blick": f"{tmp_path}:other.safetensors"})
+    assert len(pipeline.tokenizer) == before + 4
+
+
+def test_all_embeddings_with_problems_are_named(tmp_path: Path) -> None:
+    """One message names the option, the source and the reason of each."""
+    wide = tmp_path / "wide.safetensors"
+    safetensors.torch.save_file({"a": vectors(channels=16)}, wide)
+    with pytest.raises(ModelUnavailable) as caught:
+        load_embeddings(tiny.build("sd15"), {"one": str(wide), "two": f"{tmp_path}/none.safetensors"})
+    assert f"--embedding one={wide} cannot be used" in str(caught.value)
+    assert f"--embedding two={tmp_path}/none.safetensors cannot be used" in str(caught.value)
 
 
 @pytest.mark.usefixtures("offline")

@@ -116,6 +116,8 @@ class TestWeights:
         )
         assert sizing.find_source(str(file)) == file
         found = {each.name: each.bytes(2) for each in sizing.find_components(file)}
+        # Loading refuses `--quantize` with a single file.
+        assert not any(each.quantizable for each in sizing.find_components(file))
         assert found == {"transformer": 128, "vae": 8, "text_encoder": 4}
 
 

@@ -21,6 +21,6 @@ def refuse_pickle(name: str) -> None:
     suffix = PurePath(name).suffix.lower()
     if suffix in PICKLES:
         raise ModelUnavailable(
-            f"{name!r} is refused: {suffix} files are pickles, which can run code when they are read. Use the "
-            ".safetensors file of the model, or convert it on a machine that may run such code."
+            f"{name!r} is refused: {suffix} files are pickles, which can run code when they are read. Use a "
+            ".safetensors file, or convert it on a machine that may run such code."
         )

@@ -69,7 +69,7 @@ class Loras:
 
     def free_memory(self) -> bool:
         """Frees memory that only makes calls of the denoiser faster. Returns whether there was any."""
-        return any([each.free_memory() for each in self._denoiser.values()])
+        return sum([each.free_memory() for each in self._denoiser.values()]) > 0
 
     @contextlib.contextmanager
     def in_encoders(self, loras: tuple[Lora, ...]) -> Iterator[None]:

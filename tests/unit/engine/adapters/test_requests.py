@@ -276,7 +276,7 @@ def test_names_are_sorted():
 
 
 def test_pipelines_that_change_their_denoiser(open_engine, tmp_path):
-    """Perturbed attention guidance and LoRAs work together, as with diffusers, and both leave the denoiser as it was."""
+    """Perturbed attention guidance and LoRAs work together, as with diffusers, and leave the denoiser as it was."""
     pipeline = UNETS["sd_pag"]()
     bare, processors = copy.deepcopy(pipeline), dict(pipeline.unet.attn_processors)
     style = save_lora(tmp_path / "style.safetensors", pipeline, size=0.2)

@@ -28,7 +28,7 @@ __all__ = ["check_draws"]
 
 _log = structlog.get_logger(__name__)
 
-_EDGE = 128
+_EDGE = 256
 """Longer edge of the image in pixels: a step costs little, even of a large model on a CPU."""
 
 

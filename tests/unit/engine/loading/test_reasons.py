@@ -200,20 +200,6 @@ class TestTrial:
         """Pipelines that draw pass, with one step if possible."""
         trial.check_draws(family, tiny.prompted(family))
 
-    def test_the_image_is_small(self):
-        """The start waits for the trial, so it draws at most 128 pixels along an edge, and not the model's size."""
-        pipeline, seen = tiny.build("sd15"), []
-        pipeline.unet.config["sample_size"] = 512
-        decode = pipeline.vae.decode
-
-        def watch(latents, *args, **kwargs):
-            seen.append(latents.shape[-1] * pipeline.vae_scale_factor)
-            return decode(latents, *args, **kwargs)
-
-        pipeline.vae.decode = watch
-        trial.check_draws("sd15", pipeline)
-        assert seen == [128]
-
     def test_second_order_scheduler(self):
         """A scheduler that takes two calls for a step gets two steps."""
         trial.check_draws("sd15", tiny.build("sd15", scheduler=diffusers.HeunDiscreteScheduler()))

@@ -90,7 +90,10 @@ export class Composer {
       schedulers.map((name) => [name, name.replace(/Scheduler$/, "")]),
       scheduler,
     );
-    const aliases = schedulerDetails.flatMap((each) => each.aliases);
+    // Some names are those of the classes.
+    const aliases = schedulerDetails.flatMap((each) =>
+      each.aliases.filter((alias) => `${alias}Scheduler` !== each.name),
+    );
     if (aliases.length === 0) return;
     const group = document.createElement("optgroup");
     group.label = "Familiar names";

@@ -26,16 +26,18 @@ export class SizeFields {
   /** Offers the sizes of the model. */
   enable(model: Model): void {
     this.#model = model;
-    const { sizes, sizeMultiple } = model;
+    const { sizes, sizeMultiple, scalesOtherSizes } = model;
     // A menu of one size helps only if it replaces the numbers.
     setShown(this.#menu, sizes.length > 1 || (sizes.length === 1 && !this.#allowsOthers));
     this.#menu.replaceChildren(
       ...sizes.map(({ width, height }) => new Option(`${width} × ${height}`, `${width}x${height}`)),
       ...(this.#allowsOthers ? [new Option("other", OTHER)] : []),
     );
+    // The service scales pictures to sizes that the model does not draw.
+    const multiple = String(scalesOtherSizes ? 1 : sizeMultiple);
     for (const input of [this.#width, this.#height]) {
-      input.min = String(sizeMultiple);
-      input.step = String(sizeMultiple);
+      input.min = multiple;
+      input.step = multiple;
       setShown(input, this.#allowsOthers);
     }
     this.#setNumbers(model);
@@ -64,19 +66,28 @@ export class SizeFields {
 
   /** Selects the entry of the menu for the numbers, and reports a size that the service would reject. */
   #check(): void {
-    const { sizes = [], minPixels = 0, maxPixels = Number.POSITIVE_INFINITY, scalesOtherSizes } = this.#model ?? {};
     const { valueAsNumber: width } = this.#width;
     const { valueAsNumber: height } = this.#height;
-    const isOffered = sizes.some((size) => size.width === width && size.height === height);
+    const model = this.#model;
+    const isOffered = model?.sizes.some((size) => size.width === width && size.height === height) ?? false;
     this.#menu.value = isOffered ? `${width}x${height}` : OTHER;
-    const problem =
-      width * height > maxPixels
-        ? `Width × height must be at most ${maxPixels.toLocaleString("en")} pixels.`
-        : width * height < minPixels && !isOffered && !scalesOtherSizes
-          ? `Width × height must be at least ${minPixels.toLocaleString("en")} pixels.`
-          : "";
-    this.#height.setCustomValidity(problem);
+    const isChecked = model && !isOffered && !model.scalesOtherSizes;
+    this.#height.setCustomValidity(isChecked ? problemOf({ width, height }, model) : "");
   }
+}
+
+/** Returns why a size is outside of the model's range, in one sentence; empty if it is not. */
+function problemOf(
+  { width, height }: Size,
+  { minPixels, maxPixels, maxAspectRatio = Number.POSITIVE_INFINITY }: Model,
+): string {
+  const pixels = width * height;
+  if (pixels > maxPixels) return `Width × height must be at most ${maxPixels.toLocaleString("en")} pixels.`;
+  if (pixels < minPixels) return `Width × height must be at least ${minPixels.toLocaleString("en")} pixels.`;
+  // The service sends the ratio with 24 bits.
+  if (Math.max(width, height) > maxAspectRatio * Math.min(width, height) * (1 + 1e-6))
+    return `The longer edge must be at most ${Number(maxAspectRatio.toFixed(2))} times the shorter one.`;
+  return "";
 }
 
 /** Shows a field with its label. A hidden field is not validated. */

@@ -103,6 +103,7 @@ describe("the options of a model with LoRAs and fixed sizes", () => {
       { widthPx: 96, heightPx: 32 },
     ],
     minPixels: 1024,
+    maxAspectRatio: 4,
     promptSyntaxes: [PromptSyntax.PLAIN, PromptSyntax.WEIGHTED],
     schedulerDetails: [
       { name: "DDIMScheduler", aliases: ["DDIM"] },
@@ -130,7 +131,14 @@ describe("the options of a model with LoRAs and fixed sizes", () => {
     await page.getByLabel("pixel art").fill("0.8");
     await page.getByLabel("sharp, soft").fill("-1");
     await page.getByLabel(/^Weights/).check();
-    await page.getByLabel("Scheduler").selectOption("Euler Karras");
+    const scheduler = page.getByLabel("Scheduler");
+    expect(await scheduler.locator("option").allTextContents()).toEqual([
+      "DDIM",
+      "EulerDiscrete",
+      "Euler",
+      "Euler Karras",
+    ]);
+    await scheduler.selectOption("Euler Karras");
     await screenshot(page, "form-loras");
     await page.getByLabel(/^Prompt:/).fill("sunrise");
     await page.getByLabel(/^Prompt:/).press("Enter");
@@ -159,11 +167,38 @@ describe("the options of a model with LoRAs and fixed sizes", () => {
     const height = page.locator("input[name=height]");
     expect(await height.evaluate((input: HTMLInputElement) => input.validationMessage)).toContain("at least 1,024");
 
+    await page.getByLabel("Width").fill("96");
+    await height.fill("16");
+    expect(await height.evaluate((input: HTMLInputElement) => input.validationMessage)).toContain("at most 4 times");
+    await height.fill("24");
+    expect(await height.evaluate((input: HTMLInputElement) => input.validationMessage)).toBe("");
+
     const fixed = await serveScripted({ getModel: () => ({ ...model, minPixels: 0 }) });
     const other = await openPage(fixed.url);
     await other.locator("#develop:enabled").waitFor();
     expect(await other.getByLabel(/^Size/).locator("option").count()).toBe(2);
     for (const label of ["Width", "Height"]) expect(await other.getByLabel(label).isVisible()).toBe(false);
+  });
+
+  it("accept any size if the service scales pictures", async () => {
+    const { url } = await serveScripted({ getModel: () => ({ ...model, scalesOtherSizes: true }) });
+    const page = await openPage(url);
+    await page.locator("#develop:enabled").waitFor();
+    await page.getByLabel("Width").fill("1920");
+    await page.getByLabel("Height").fill("1081");
+    expect(
+      await page
+        .locator("form")
+        .first()
+        .evaluate((form: HTMLFormElement) => form.checkValidity()),
+    ).toBe(false);
+    await page.getByLabel(/^Prompt:/).fill("sunrise");
+    expect(
+      await page
+        .locator("form")
+        .first()
+        .evaluate((form: HTMLFormElement) => form.checkValidity()),
+    ).toBe(true);
   });
 });
 

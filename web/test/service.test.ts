@@ -217,7 +217,7 @@ describe("with the bundled model", () => {
     for (const page of tabs) {
       // The page sets 30 s, which page_reload.test.ts checks.
       await page.evaluate(SHORT_GRACE);
-      await develop(page, "octopus", { Steps: LONG, Width: 256, Height: 256 });
+      await develop(page, "octopus", { Steps: LONG });
       await waitForText(page, /^Step [1-9]\d* of/);
     }
     await closed?.close();

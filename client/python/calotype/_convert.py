@@ -128,6 +128,7 @@ def model_from_proto(model: v1.Model) -> Model:
         max_pixels=model.max_pixels,
         sizes=tuple(Size(size.width_px, size.height_px) for size in model.sizes),
         min_pixels=model.min_pixels,
+        max_aspect_ratio=model.max_aspect_ratio or None,
         scales_other_sizes=model.scales_other_sizes,
         steps=model.step_count,
         max_steps=model.max_step_count,

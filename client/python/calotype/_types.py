@@ -214,6 +214,8 @@ class Model:
         sizes: Sizes that the model draws well, the default size first. If `min_pixels` is 0, these are all supported
             sizes.
         min_pixels: Minimum of width times height for sizes that are not in `sizes`. 0 if only `sizes` are supported.
+        max_aspect_ratio: Maximum of the longer edge divided by the shorter one, for sizes that are not in `sizes`. None
+            if there is no limit.
         scales_other_sizes: Whether the server also accepts unsupported sizes: it draws the nearest supported size,
             scales the image, and warns with the reason SIZE_SCALED.
         steps: Default number of denoising steps.
@@ -223,7 +225,8 @@ class Model:
         scheduler: Default scheduler.
         schedulers: Valid schedulers, sorted: names of classes of diffusers.
         scheduler_details: Aliases and options of each scheduler, in the order of `schedulers`.
-        fast_schedulers: Schedulers that support the speed "fast", sorted. Empty if the server does not offer it.
+        fast_schedulers: Schedulers and aliases that support the speed "fast", sorted. Empty if the server does not
+            offer it.
         loras: Names of the LoRAs that requests can apply, sorted.
         prompt_syntaxes: Valid values of `prompt_syntax`.
         max_prompt_chars: Maximum length of a prompt in characters.
@@ -255,6 +258,7 @@ class Model:
     max_pixels: int
     sizes: tuple[Size, ...] = field(default=(), repr=False)
     min_pixels: int = 1
+    max_aspect_ratio: float | None = None
     scales_other_sizes: bool = False
     steps: int
     max_steps: int

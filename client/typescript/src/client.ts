@@ -73,8 +73,8 @@ export interface Client {
    */
   cancel(generationId: string, options?: CallOptions): Promise<Phase>;
   /**
-   * Cancels all of the caller's generations of a group. For about a minute, the service rejects new members with the
-   * code CANCELLED.
+   * Cancels all of the caller's generations of a group; with an operator's key, those of all callers. For about a
+   * minute, the service rejects new members with the code CANCELLED.
    *
    * @returns The number of generations that this call cancels.
    */

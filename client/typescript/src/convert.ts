@@ -233,6 +233,7 @@ export function modelFromWire(model: wire.Model): types.Model {
     maxPixels: model.maxPixels,
     sizes: model.sizes.map(({ widthPx, heightPx }) => ({ width: widthPx, height: heightPx })),
     minPixels: model.minPixels,
+    maxAspectRatio: model.maxAspectRatio || undefined,
     scalesOtherSizes: model.scalesOtherSizes,
     steps: model.stepCount,
     maxSteps: model.maxStepCount,

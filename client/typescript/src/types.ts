@@ -281,6 +281,8 @@ export interface Model {
   readonly sizes: readonly Size[];
   /** Smallest width times height of sizes that are not in `sizes`. 0 if only `sizes` are supported. */
   readonly minPixels: number;
+  /** Largest ratio of the longer edge to the shorter one, for sizes that are not in `sizes`. Undefined: no limit. */
+  readonly maxAspectRatio: number | undefined;
   /** Whether the service draws unsupported sizes at the nearest supported size, and scales the picture. */
   readonly scalesOtherSizes: boolean;
   readonly steps: number;
@@ -295,7 +297,7 @@ export interface Model {
   /** Names of the LoRAs that requests can apply, sorted. */
   readonly loras: readonly string[];
   readonly promptSyntaxes: readonly PromptSyntax[];
-  /** Schedulers that support the speed `fast`, sorted; empty if the server does not offer it. */
+  /** Schedulers and aliases that support the speed `fast`, sorted; empty if the server does not offer it. */
   readonly fastSchedulers: readonly string[];
   readonly maxPromptChars: number;
   /** 0 if unknown. */

@@ -168,6 +168,7 @@ describe("options of the sampler", () => {
           loras: [{ name: "pixel" }],
           sizes: [{ widthPx: 64, heightPx: 96 }],
           minPixels: 4096,
+          maxAspectRatio: 2.5,
           scalesOtherSizes: true,
           promptSyntaxes: [PromptSyntax.PLAIN, PromptSyntax.WEIGHTED, 99 as PromptSyntax],
           schedulerDetails: [
@@ -181,6 +182,7 @@ describe("options of the sampler", () => {
       loras: ["pixel"],
       sizes: [{ width: 64, height: 96 }],
       minPixels: 4096,
+      maxAspectRatio: 2.5,
       scalesOtherSizes: true,
       promptSyntaxes: ["plain", "weighted"],
       schedulerDetails: [{ name: "Euler", aliases: ["Euler Karras"], sigmas: ["beta"], spacings: ["linspace"] }],

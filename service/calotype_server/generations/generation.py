@@ -339,4 +339,4 @@ def _restored(record: Record, image: bytes | None) -> State:
         end = Succeeded(file, stored.timings, stored.finished_early)
     else:
         end = Failed(stored.error or errors.DataLoss("The stored image is damaged."), stored.timings)
-    return advance(State(step=stored.step, total_steps=stored.total_steps), end)
+    return advance(State(step=stored.step, total_steps=stored.total_steps, notices=stored.notices), end)

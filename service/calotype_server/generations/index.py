@@ -180,7 +180,8 @@ class GenerationIndex:
         early = isinstance(end, Succeeded) and end.finished_early
         step = state.total_steps if isinstance(end, Succeeded) and not early else state.step
         is_durable = await self._writer.try_for_a_while(
-            "end", lambda: write(generation.id, end, step=step, total_steps=state.total_steps)
+            "end",
+            lambda: write(generation.id, end, step=step, total_steps=state.total_steps, notices=state.notices),
         )
         if not is_durable:
             _log.error("the end of a generation is delivered although it could not be stored", generation=generation.id)

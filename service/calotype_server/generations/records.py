@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import PlainSerializer, PlainValidator, TypeAdapter
 
 from calotype_server import errors
-from calotype_server.types import DeliveryOptions, ImageFormat, Job, Phase, Timings
+from calotype_server.types import DeliveryOptions, ImageFormat, Job, Notice, Phase, Timings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,6 +73,7 @@ class End:
         finished_early: Whether the image is the prediction after `step`.
         image: Properties of the final image; None if there is an error.
         error: Why there is no image; None if there is one.
+        notices: Warnings for the caller.
     """
 
     at: float
@@ -82,6 +83,7 @@ class End:
     finished_early: bool = False
     image: ImageFacts | None = None
     error: Annotated[errors.ServiceError, PlainValidator(_revive), PlainSerializer(_describe)] | None = None
+    notices: tuple[Notice, ...] = ()
 
     @property
     def phase(self) -> Phase:

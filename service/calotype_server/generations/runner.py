@@ -135,8 +135,8 @@ class Runner:
             raise
         except BaseException:
             _log.exception("generation failed")
-            error = errors.GenerationFailed("The image could not be generated.")
-            return Failed(_decisive(generation, error), generation.stopwatch.timings())
+            failure = errors.GenerationFailed("The image could not be generated.")
+            return Failed(_decisive(generation, failure), generation.stopwatch.timings())
         early = generation.events.state.finished_early
         end = Succeeded(image, generation.stopwatch.timings(), early)
         if not early:
@@ -248,7 +248,7 @@ class Runner:
 def _decisive(generation: Generation, error: errors.ServiceError) -> errors.ServiceError:
     """Returns the error of the end: that of an abort, even if the generation fails while it is aborted.
 
-    By then, the same request may have started a new generation, because nobody read this one.
+    By then, the same request may have started a new generation, because this one had no reader.
     """
     cause = generation.abort_error
     if cause is None or isinstance(error, errors.EngineDead):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from calotype_server.generations.state.file import Row, StateFile
-    from calotype_server.types import Job
+    from calotype_server.types import Job, Notice
 
 __all__ = ["Store"]
 
@@ -182,7 +182,15 @@ class Store:
 
         await self._write(write)
 
-    async def end(self, generation_id: str, end: Succeeded | Failed, *, step: int, total_steps: int) -> None:
+    async def end(
+        self,
+        generation_id: str,
+        end: Succeeded | Failed,
+        *,
+        step: int,
+        total_steps: int,
+        notices: tuple[Notice, ...] = (),
+    ) -> None:
         """Stores how a generation ended, with its image. The first end counts; an unknown id is ignored.
 
         Raises:
@@ -197,6 +205,7 @@ class Store:
             finished_early=isinstance(end, Succeeded) and end.finished_early,
             image=None if image is None else ImageFacts(image.format, image.width, image.height, len(image.data)),
             error=end.error if isinstance(end, Failed) else None,
+            notices=notices,
         )
 
         def write() -> bool:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 TRUNCATED = Notice("PROMPT_TRUNCATED", "The prompt has 90 tokens; the model read only the first 77.")
 IGNORED = Notice("PROMPT_WEIGHTS_IGNORED", "Weights such as (red:1.4) were read as text.")
 
+TILED = Notice("DECODED_IN_TILES", "Memory ran out.")
+
 
 @pytest.fixture
 def engine() -> FakeEngine:
@@ -59,11 +61,11 @@ async def test_a_response_without_warnings_has_no_header(sdk: openai.AsyncOpenAI
 
 
 async def test_the_completed_event_lists_warnings(sdk: openai.AsyncOpenAI, engine: FakeEngine) -> None:
-    """The last event of a stream has the warnings; partial images have none."""
-    engine.notices = (TRUNCATED,)
+    """The last event of a stream has all warnings, those of the decoding too; partial images have none."""
+    engine.notices, engine.late_notices = (TRUNCATED,), (TILED,)
     stream = await sdk.images.generate(prompt="a red apple", stream=True, partial_images=1)
     *partial, completed = [event async for event in stream]
-    assert completed.warnings == described(TRUNCATED)  # type: ignore[union-attr]
+    assert completed.warnings == described(TRUNCATED, TILED)  # type: ignore[union-attr]
     assert all(not hasattr(event, "warnings") for event in partial)
 
 

@@ -219,6 +219,10 @@ async def test_lists_of_objects() -> None:
         assert [job.loras for job in engine.jobs] == [(Lora("style", 0.5), Lora("subject", 1.0))] * 2
         wrong = {**APPLE, "seed": "x", "loras": [{"name": "style", "scale": "x"}, {"name": "subject", "odd": 1}]}
         assert fields(await client.post("/generate", json=wrong)) == ["seed", "loras.0.scale", "loras.1.odd"]
+        mixed = {**APPLE, "loras": [7, {"name": "style", "scale": "x"}]}
+        assert fields(await client.post("/generate", json=mixed)) == ["loras.0", "loras.1.scale"]
+        many = {**APPLE, "loras": [{"odd": 1}] * 1000}
+        assert fields(await client.post("/generate", json=many)) == ["loras"]
         unknown = {**APPLE, "loras": [{"name": "nobody"}]}
         assert fields(await client.post("/generate", json=unknown)) == ["loras.0.name"]
         assert fields(await client.get("/generate?prompt=a&loras.0.scale=x")) == ["loras.0.scale", "loras.0.name"]

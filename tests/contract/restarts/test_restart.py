@@ -17,7 +17,7 @@ from calotype_server.auth.access import Caller
 from calotype_server.failpoints import injected
 from calotype_server.generations.records import Record
 from calotype_server.generations.store import Store
-from calotype_server.types import DeliveryOptions, DisconnectPolicy, Failed, Succeeded
+from calotype_server.types import DeliveryOptions, DisconnectPolicy, Failed, Notice, Succeeded
 from support.engine.fake_engine import FakeEngine
 from support.runtime import running_runtime
 from support.service import read_until, running
@@ -27,10 +27,14 @@ KEEP = pb.DISCONNECT_POLICY_KEEP
 
 
 async def test_an_ended_generation_can_be_watched_after_a_restart(tmp_path) -> None:
-    """A watcher gets the same image under the same generation id and request id."""
+    """A watcher gets the same image and warnings under the same generation id and request id."""
     named = pb.GenerateRequest(prompt="a red apple", seed=7, request_id="mine")
-    store = await Store.open(tmp_path)
-    async with running(FakeEngine(), store=store) as service:
+    store, engine = await Store.open(tmp_path), FakeEngine()
+    engine.notices, engine.late_notices = (
+        (Notice("PROMPT_TRUNCATED", "Long."),),
+        (Notice("DECODED_IN_TILES", "Tiled."),),
+    )
+    async with running(engine, store=store) as service:
         before = await read_until(service.stub.Generate(named), pb.PHASE_SUCCEEDED)
     await store.close()
     store, engine = await Store.open(tmp_path), FakeEngine()
@@ -40,6 +44,7 @@ async def test_an_ended_generation_can_be_watched_after_a_restart(tmp_path) -> N
         again = await read_until(service.stub.Generate(named), pb.PHASE_SUCCEEDED)
     await store.close()
     assert (after.image, after.seed, after.step) == (before.image, before.seed, before.step)
+    assert [each.reason for each in after.warnings] == ["PROMPT_TRUNCATED", "DECODED_IN_TILES"]
     assert again.generation_id == before.generation_id
     assert not engine.jobs
 

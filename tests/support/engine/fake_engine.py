@@ -14,6 +14,7 @@ from calotype_server.types import (
     Event,
     ModelInfo,
     Notice,
+    Noticed,
     Pixels,
     PreviewMethod,
     PreviewReady,
@@ -62,6 +63,8 @@ class FakeEngine:
         """If set, it is raised after the first step of every job."""
         self.notices: tuple[Notice, ...] = ()
         """Warnings of every job."""
+        self.late_notices: tuple[Notice, ...] = ()
+        """Warnings of every job that is decoded."""
         self.preview_size = (8, 8)
         """Width and height of every preview, in pixels."""
         self.jobs: list[Job] = []
@@ -124,6 +127,8 @@ class FakeEngine:
                 return flat_pixels(job.width, job.height, step)
         report(Decoding(computed_steps=job.computed_step_count))
         self.decoding.wait()
+        if self.late_notices:
+            report(Noticed(self.late_notices))
         return flat_pixels(job.width, job.height, job.seed)
 
     def note_preview_encoding(self, seconds: float) -> None:

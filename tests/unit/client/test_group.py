@@ -1,6 +1,7 @@
 """Several generations of one prompt, with both clients."""
 
 import asyncio
+import dataclasses
 import threading
 
 import pytest
@@ -19,7 +20,7 @@ from calotype import (
 from calotype._backends.aio.merging import merge as merge_async
 from calotype._backends.threads.merging import merge
 from calotype._testing.state import FakeState
-from calotype.testing import FakeServer
+from calotype.testing import _MODEL, FakeServer
 
 
 @pytest.fixture
@@ -125,9 +126,9 @@ def test_count_must_be_possible(n):
 
 
 def test_unknown_arguments_are_type_errors():
-    """A misspelt argument raises TypeError, as in any function."""
-    with Client() as client, pytest.raises(TypeError, match="argument 'hight'"):
-        client.generate_many("a", 2, hight=32)  # type: ignore[call-arg]
+    """An unknown argument raises TypeError, as in any function."""
+    with Client() as client, pytest.raises(TypeError, match="argument 'tall'"):
+        client.generate_many("a", 2, tall=32)  # type: ignore[call-arg]
 
 
 async def test_one_failure_does_not_lose_the_others(failing):
@@ -209,6 +210,24 @@ async def test_a_kept_group_continues_until_it_is_cancelled(held):
         again.cancel()
         with pytest.raises(Cancelled):
             await again.images()
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+async def test_a_server_that_fails_does_not_keep_the_others_from_cancelling(broken, monkeypatch):
+    """All servers get the cancel of a group; then the error of the one that failed is raised."""
+    first, second = (dataclasses.replace(_MODEL, replica=tag) for tag in ("one", "two"))
+    with FakeServer(model=first) as one, FakeServer(model=second) as other:
+        servers = [one, other]
+
+        def fail(group):
+            raise InternalError("broken")
+
+        monkeypatch.setattr(servers[broken]._state, "cancel_group", fail)
+        calls = calls_of(servers[1 - broken], monkeypatch)
+        async with AsyncClient(f"ipv4:{one.address},{other.address}") as client:
+            with pytest.raises(InternalError):
+                await client.cancel(group="cats")
+        assert calls == ["cats"]
 
 
 def test_cancel_takes_one_argument():

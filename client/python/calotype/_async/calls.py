@@ -132,18 +132,20 @@ class AsyncCalls:
         self._pending_cancels.send_group(stub, group, None if self._replicas is None else self._replicas.ask)
 
     async def cancel_group(self, group: str) -> int:
-        """Cancels a group. See `AsyncClient.cancel`."""
+        """Cancels a group on all servers, also after one of them fails. See `AsyncClient.cancel`."""
         counts: list[int] = []
-        missing: NotFound | None = None
+        failures: list[CalotypeError] = []
         for stub in await self.stubs():
             try:
                 answer: v1.CancelResponse = await self._ask(stub.Cancel, v1.CancelRequest(group=group))
-            except NotFound as error:
-                missing = error
+            except CalotypeError as error:
+                failures.append(error)
             else:
                 counts.append(answer.cancelled_count)
-        if missing is not None and not counts:
-            raise missing
+        # A server without members answers NOT_FOUND.
+        failures.sort(key=lambda error: isinstance(error, NotFound))
+        if failures and not (counts and isinstance(failures[0], NotFound)):
+            raise failures[0]
         return sum(counts)
 
     async def finish(self, generation_id: str) -> Phase:

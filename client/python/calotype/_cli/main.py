@@ -261,7 +261,11 @@ def cancel(
         str | None, typer.Argument(help="A generation_id from `list` or `generate --json`.")
     ] = None,
     group: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Cancel all generations of this group instead.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Cancel all generations of your group instead. An operator cancels those of all callers.",
+        ),
     ] = None,
 ) -> None:
     """Cancel a generation, or all generations of a group."""

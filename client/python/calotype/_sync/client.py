@@ -339,7 +339,8 @@ class Client:
         Args:
             generation_id: From `Progress.generation_id` or `generations`.
             group: From the request: cancels all your own generations of this group, with several servers on each that
-                responds. For about a minute, the servers reject new members with `Cancelled`.
+                responds. An operator's key cancels those of all callers. For about a minute, the servers reject new
+                members with `Cancelled`.
 
         Returns:
             The phase of the generation when the request arrived; if it is an end, there was nothing to cancel. For a

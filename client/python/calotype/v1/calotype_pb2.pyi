@@ -381,8 +381,8 @@ class GenerateRequest(_message.Message):
     seed produces the same image. Default, also for -1: a random seed, reported in `Progress.seed`.
     """
     scheduler: _builtins.str
-    """Scheduler (sampler): one of `Model.schedulers`, or one of the `Scheduler.aliases` of `Model.scheduler_details`.
-    Default: `Model.scheduler`.
+    """Scheduler (sampler): one of `Model.schedulers`, or one of the `Scheduler.aliases` of `Model.scheduler_details`, also
+    in the spellings of ComfyUI and InvokeAI, such as "dpmpp_2m_karras" and "dpmpp_2m_k". Default: `Model.scheduler`.
     """
     priority: Global___Priority.ValueType
     """Priority in the queue. Default: INTERACTIVE."""
@@ -1270,7 +1270,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def fast_schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Schedulers that support `SPEED_FAST`, sorted. Empty if the server does not offer it."""
+        """Schedulers and aliases that support `SPEED_FAST`, sorted. Empty if the server does not offer it."""
 
     @_builtins.property
     def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelLora]:

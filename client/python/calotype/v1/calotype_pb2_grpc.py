@@ -96,7 +96,8 @@ class GenerationServiceServicer(object):
         FAILED_PRECONDITION (the server does not offer the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo`
         (the queue is full, or a limit of the caller's key is reached), DEADLINE_EXCEEDED (the deadline cannot be met),
         UNAVAILABLE with `google.rpc.RetryInfo` (the server is loading or draining, or cannot store the request),
-        ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later errors: the status repeats `Progress.error`.
+        ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later
+        errors: the status repeats `Progress.error`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -57,7 +57,8 @@ class GenerationServiceStub:
     FAILED_PRECONDITION (the server does not offer the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo`
     (the queue is full, or a limit of the caller's key is reached), DEADLINE_EXCEEDED (the deadline cannot be met),
     UNAVAILABLE with `google.rpc.RetryInfo` (the server is loading or draining, or cannot store the request),
-    ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later errors: the status repeats `Progress.error`.
+    ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later
+    errors: the status repeats `Progress.error`.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]
     """Streams the progress of a generation that was started earlier, from any connection. The first message carries the
@@ -127,7 +128,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     FAILED_PRECONDITION (the server does not offer the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo`
     (the queue is full, or a limit of the caller's key is reached), DEADLINE_EXCEEDED (the deadline cannot be met),
     UNAVAILABLE with `google.rpc.RetryInfo` (the server is loading or draining, or cannot store the request),
-    ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later errors: the status repeats `Progress.error`.
+    ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later
+    errors: the status repeats `Progress.error`.
     """
     Watch: _aio.UnaryStreamMultiCallable[_calotype_pb2.WatchRequest, _calotype_pb2.Progress]  # type: ignore[assignment]
     """Streams the progress of a generation that was started earlier, from any connection. The first message carries the
@@ -200,7 +202,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION (the server does not offer the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo`
         (the queue is full, or a limit of the caller's key is reached), DEADLINE_EXCEEDED (the deadline cannot be met),
         UNAVAILABLE with `google.rpc.RetryInfo` (the server is loading or draining, or cannot store the request),
-        ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later errors: the status repeats `Progress.error`.
+        ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later
+        errors: the status repeats `Progress.error`.
         """
 
     @_abc_1.abstractmethod

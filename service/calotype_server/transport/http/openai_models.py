@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from calotype_server.limits import JPEG_QUALITY_MAX
+from calotype_server.limits import JPEG_QUALITY_MAX, LORAS_MAX
 from calotype_server.transport.http.schema import RequestModel, Text
 
 __all__ = [
@@ -121,7 +121,8 @@ class ImagesRequest(RequestModel):
         Field(description="Calotype only. fast: compute about half of the steps; the image is close to the exact one."),
     ] = "exact"
     loras: Annotated[
-        tuple[LoraChoice, ...], Field(max_length=8, description="Calotype only: LoRAs to apply, each at most once.")
+        tuple[LoraChoice, ...],
+        Field(max_length=LORAS_MAX, description="Calotype only: LoRAs to apply, each at most once."),
     ] = ()
 
 

@@ -41,7 +41,7 @@ def parse(model: type[M], data: Any) -> Parsed[M]:
         try:
             return Parsed(model.model_validate(data), violations)
         except ValidationError as error:
-            for each in error.errors(include_url=False, include_context=False, include_input=False):
+            for each in error.errors(include_url=False, include_input=False):
                 path = tuple(map(str, each["loc"]))
                 description = sentence(each)
                 if each["type"] == "extra_forbidden":
@@ -130,6 +130,10 @@ def sentence(error: Any) -> str:
         return "is unknown"
     if error["type"] in ("model_type", "model_attributes_type"):
         return "must be a JSON object, sent as application/json" if not error["loc"] else "must be an object"
+    if error["type"] in ("list_type", "tuple_type"):
+        return "must be a list"
+    if error["type"] == "too_long":
+        return f"has too many entries, the maximum is {error['ctx']['max_length']}"
     message: str = error["msg"]
     return message.removeprefix("Value error, ").replace("Input should be", "must be")
 
@@ -143,6 +147,8 @@ def _without(data: Any, path: tuple[str, ...]) -> Any:
     """Returns JSON without the value at a path of field names and indices of lists."""
     if path and isinstance(data, list):
         index, rest = int(path[0]), path[1:]
+        if index >= len(data):
+            return data  # removed with another item
         # As a whole: without an item, the others would have other numbers.
         return [*data[:index], _without(data[index], rest), *data[index + 1 :]] if rest else []
     if not path or not isinstance(data, dict):

@@ -15,6 +15,8 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
 
+from calotype_server.limits import LORAS_MAX
+
 if TYPE_CHECKING:
     from google.protobuf.descriptor import Descriptor
     from google.protobuf.message import Message
@@ -33,6 +35,9 @@ _INT64 = Annotated[
 _INT64_STRING = Annotated[str, WithJsonSchema({"type": "string", "format": "int64", "pattern": "^-?[0-9]+$"})]
 _BASE64 = Annotated[str, WithJsonSchema({"type": "string", "contentEncoding": "base64"})]
 
+_MAX_ITEMS = {"calotype.v1.GenerateRequest.loras": LORAS_MAX}
+"""Maximum length of lists in requests."""
+
 
 def _in_unicode(value: str) -> str:
     if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
@@ -47,7 +52,7 @@ _SCALARS: dict[int, Any] = {
     FieldDescriptor.TYPE_STRING: Text,
     FieldDescriptor.TYPE_BOOL: bool,
     FieldDescriptor.TYPE_INT32: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)],
-    FieldDescriptor.TYPE_FLOAT: Annotated[float, Field(ge=-_MAX_FLOAT, le=_MAX_FLOAT)],
+    FieldDescriptor.TYPE_FLOAT: Annotated[float, Field(ge=-_MAX_FLOAT, le=_MAX_FLOAT, allow_inf_nan=False)],
     FieldDescriptor.TYPE_BYTES: _BASE64,
 }
 _WELL_KNOWN = {"google.protobuf.Duration": _DURATION, "google.protobuf.Timestamp": _TIMESTAMP}
@@ -91,7 +96,11 @@ def _model(message: Descriptor, base: type[BaseModel]) -> type[BaseModel]:
         description = _comment(field.full_name)
         if field.enum_type is not None:
             description += "".join(f"\n- `{v.name}`: {_comment(_value_name(v))}" for v in field.enum_type.values)
-        fields[field.name] = (kind, Field(None, description=description, json_schema_extra=_without_default))
+        most = _MAX_ITEMS.get(field.full_name)
+        fields[field.name] = (
+            kind,
+            Field(None, description=description, max_length=most, json_schema_extra=_without_default),
+        )
     return create_model(message.name, __base__=base, __doc__=_comment(message.full_name), **fields)
 
 

@@ -112,6 +112,7 @@ def test_model_describes_loras_sizes_and_schedulers(run):
         _MODEL,
         loras=("pixel", "sharp"),
         sizes=(Size(64, 64), Size(96, 64)),
+        max_aspect_ratio=2.5,
         scheduler_details=(
             Scheduler(name="DDIMScheduler", aliases=("DDIM",)),
             Scheduler(
@@ -130,6 +131,7 @@ def test_model_describes_loras_sizes_and_schedulers(run):
             assert client.model() == model
     words = " ".join(text.split())
     assert "sizes 64x64, 96x64" in words
+    assert "max aspect ratio 2.5" in words
     assert "loras pixel, sharp" in words
     assert "DDIMScheduler (DDIM)" in words
     assert "EulerDiscreteScheduler (Euler, Euler Karras); sigmas karras; spacing leading, trailing" in words

@@ -81,8 +81,8 @@ export type GenerateRequest = Message<"calotype.v1.GenerateRequest"> & {
   seed?: bigint | undefined;
 
   /**
-   * Scheduler (sampler): one of `Model.schedulers`, or one of the `Scheduler.aliases` of `Model.scheduler_details`.
-   * Default: `Model.scheduler`.
+   * Scheduler (sampler): one of `Model.schedulers`, or one of the `Scheduler.aliases` of `Model.scheduler_details`, also
+   * in the spellings of ComfyUI and InvokeAI, such as "dpmpp_2m_karras" and "dpmpp_2m_k". Default: `Model.scheduler`.
    *
    * @generated from field: optional string scheduler = 8;
    */
@@ -1102,7 +1102,7 @@ export type Model = Message<"calotype.v1.Model"> & {
   replica: string;
 
   /**
-   * Schedulers that support `SPEED_FAST`, sorted. Empty if the server does not offer it.
+   * Schedulers and aliases that support `SPEED_FAST`, sorted. Empty if the server does not offer it.
    *
    * @generated from field: repeated string fast_schedulers = 26;
    */
@@ -1737,7 +1737,8 @@ export const GenerationService: GenService<{
    * FAILED_PRECONDITION (the server does not offer the preview method), RESOURCE_EXHAUSTED with `google.rpc.RetryInfo`
    * (the queue is full, or a limit of the caller's key is reached), DEADLINE_EXCEEDED (the deadline cannot be met),
    * UNAVAILABLE with `google.rpc.RetryInfo` (the server is loading or draining, or cannot store the request),
-   * ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later errors: the status repeats `Progress.error`.
+   * ALREADY_EXISTS (`request_id` was used with other parameters), CANCELLED (`group` was cancelled before). Later
+   * errors: the status repeats `Progress.error`.
    *
    * @generated from rpc calotype.v1.GenerationService.Generate
    */

@@ -114,6 +114,11 @@ class AdaptedLayer:
         """Adds the changes of LoRAs for the input `x` to `result`, in place."""
         _add(result, x, self._additions([RowRange(0, 1, tuple(loras))]), 1)
 
+    def free_memory(self) -> bool:
+        """Drops the stacked weights. Returns whether there were any."""
+        stack, self._stack = self._stack, None
+        return stack is not None
+
     def forward(self, ranges: Sequence[RowRange], rows: int, *, exact: bool) -> Callable[..., torch.Tensor] | None:
         """Returns the layer's computation with LoRAs; None if none of the LoRAs changes this layer.
 

@@ -67,6 +67,10 @@ class Loras:
         """Applies LoRAs to all rows of all calls of the denoiser during a block."""
         return self.in_denoiser([RowRange(0, _EVERY_ROW, loras)] if loras else [], _EVERY_ROW)
 
+    def free_memory(self) -> bool:
+        """Frees memory that only makes calls of the denoiser faster. Returns whether there was any."""
+        return sum([each.free_memory() for each in self._denoiser.values()]) > 0
+
     @contextlib.contextmanager
     def in_encoders(self, loras: tuple[Lora, ...]) -> Iterator[None]:
         """Applies LoRAs to prompts that the calling thread encodes during a block."""

@@ -77,12 +77,14 @@ class LoraRuntime:
             return self._eager.run(calls, padded_rows)
 
     def clear(self) -> None:
-        """Passes the call on."""
+        """Passes the call on, and drops the stacked weights of LoRAs."""
+        self._loras.free_memory()
         self._plain.clear()
 
     def free_memory(self) -> bool:
-        """Passes the call on."""
-        return self._plain.free_memory()
+        """Passes the call on, and drops the stacked weights of LoRAs."""
+        freed = self._loras.free_memory()
+        return self._plain.free_memory() or freed
 
     def _ranges(self, calls: Sequence[Call], padded_rows: int) -> list[RowRange]:
         first = calls[0].loras

@@ -1,6 +1,7 @@
 """Requests with different LoRAs on one engine."""
 
 import concurrent.futures
+import copy
 import dataclasses
 
 import pytest
@@ -12,12 +13,16 @@ from calotype_server.engine.assembly import build_engine
 from calotype_server.engine.batching import plan as plan_module
 from calotype_server.engine.batching.measure import Knee, Threads
 from calotype_server.engine.capabilities import Defaults, denoiser_name, describe
+from calotype_server.engine.generation_run import to_pixels
+from calotype_server.engine.requests.arguments import call_arguments
 from calotype_server.engine.requests.sample_calls import sample_calls
 from calotype_server.engine.runtime.check import answers, joinable
 from calotype_server.engine.runtime.eager import EagerRuntime
 from calotype_server.engine.runtime.lora import LoraRuntime
+from calotype_server.errors import GenerationFailed
 from calotype_server.types import EncodingPrompt, Lora, PreviewMethod, PreviewOptions, Speed
 from support.engine import tiny
+from support.engine.families.unets import UNETS
 from support.engine.files.loras import ATTENTION, save_lora
 from support.runs import JOB, PATIENCE, Run
 
@@ -50,7 +55,7 @@ def open_engine(tmp_path, files, monkeypatch):
 
     def open_one(*, with_loras=True, pipeline=None, prepare=lambda _: None, **options):
         pipeline = pipeline or tiny.build("sd15")
-        loras = load_loras(pipeline, files) if with_loras else None
+        loras = load_loras(pipeline, files) if with_loras else options.pop("loras", None)
         prepare(pipeline)
         batches = []
         options = {"max_active": len(JOBS), "max_rows": 10, "threads": 1, **options}
@@ -268,3 +273,40 @@ def test_names_are_sorted():
     loras.add_name("b")
     loras.add_name("a")
     assert loras.names == ("a", "b")
+
+
+def test_pipelines_that_change_their_denoiser(open_engine, tmp_path):
+    """Perturbed attention guidance and LoRAs work together, as with diffusers, and leave the denoiser as it was."""
+    pipeline = UNETS["sd_pag"]()
+    bare, processors = copy.deepcopy(pipeline), dict(pipeline.unet.attn_processors)
+    style = save_lora(tmp_path / "style.safetensors", pipeline, size=0.2)
+    loras = load_loras(pipeline, {"style": str(style)})
+    engine, _ = open_engine(pipeline=pipeline, with_loras=False, loras=loras)
+    assert engine.model.unbatched_reason.startswith("Its pipeline changes the denoiser")
+    plain, job = Run(engine)(PLAIN), dataclasses.replace(JOBS[1], scheduler=engine.model.scheduler)
+    bare.load_lora_weights(str(style))
+    picture = bare(**call_arguments(bare, job))[0]
+    assert difference(Run(engine)(job), to_pixels(picture)) <= 1
+
+    def fail(*_):
+        raise RuntimeError("a layer in the middle fails")
+
+    handle = pipeline.unet.conv_out.register_forward_pre_hook(fail)
+    with pytest.raises(GenerationFailed):
+        Run(engine)(job)
+    handle.remove()
+    assert not any("forward" in vars(each) for each in pipeline.unet.modules())
+    assert pipeline.unet.attn_processors == processors
+    assert Run(engine)(PLAIN) == plain
+
+
+def test_memory_of_loras_is_freed(open_engine):
+    """If memory runs out, weights that are stacked for mixed batches are dropped; then calls work as before."""
+    engine, _ = open_engine()
+    alone = [Run(engine)(job) for job in JOBS[:3]]
+    together(engine, JOBS[:3])
+    runtime = engine._parts.batcher._runtime
+    assert runtime.free_memory()
+    assert not runtime.free_memory()
+    for picture, single in zip(together(engine, JOBS[:3]), alone, strict=True):
+        assert difference(picture, single) <= 1

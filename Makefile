@@ -72,7 +72,7 @@ run: $(READY) ## start the service with the bundled model; ARGS="--model FOLDER"
 generate: $(READY) ## generate an image and show it in this terminal; PROMPT="a red apple"
 	$(BIN)/calotype generate "$(or $(PROMPT),a red apple)" $(ARGS)
 
-test: $(ALL_READY) ## run the checks and tests that CI runs; the Python tests take about 7 minutes on two cores
+test: $(ALL_READY) ## run the checks and tests that CI runs; the Python tests take about 11 minutes on two cores
 	@$(TWO_AT_ONCE) $(CHECKS)
 	@$(TWO_AT_ONCE) test-fast test-web FAST=1
 	@$(MAKE) --no-print-directory client-table-check FAST=1

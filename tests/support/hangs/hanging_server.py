@@ -13,10 +13,13 @@ import sys
 import threading
 
 import structlog
-from diffusers import UNet2DConditionModel
 
 from calotype.__main__ import main
+from calotype_server.engine.libraries import prepare_libraries
 from calotype_server.failpoints import injected
+
+prepare_libraries()  # As the server does before it imports the library.
+from diffusers import UNet2DConditionModel  # noqa: E402
 
 _point = os.environ.get("HANG_POINT")
 _forward = UNet2DConditionModel.forward

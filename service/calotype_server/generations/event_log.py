@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EventLog", "State", "Subscription", "Update", "advance"]
 
-_READER_SECONDS = 0.001
+_READER_SECONDS = 0.002
 """Least time between two wake-ups, per reader. A message takes about 0.1 ms of the event loop, which shares Python's
 lock with the denoiser; so many readers get fewer previews instead of slowing it down."""
 

@@ -73,23 +73,21 @@ def validate(
         earlier: Violations found while decoding the request. Their fields get no further violations.
 
     Raises:
-        InvalidRequest: At least one field is invalid. Lists all violations in the order of the proto's fields.
+        InvalidRequest: At least one field is invalid. Lists all violations: the earlier ones, and then the others in
+            the order of the proto's fields.
         PreviewMethodUnavailable: The request is valid, but the server does not have or does not allow its preview
             method.
     """
     violations, reject = _collector(earlier)
     _check_prompts(request, model, limits, reject)
     (width, height), scaled = choose_size(request, model, limits, reject)
-    about_scheduler: list[tuple[str, str]] = []
-    scheduler = chosen_scheduler(request, model, lambda *each: about_scheduler.append(each))
+    scheduler = chosen_scheduler(request, model, reject)
     steps = _step_count(request, model, model.max_steps(scheduler.scheduler, limits.max_step_count), reject)
     guidance = guidance_scale(request, model, reject)
     draws_seed = not request.HasField("seed") or request.seed == RANDOM_SEED
     seed = secrets.randbelow(2**_SEED_BITS) if draws_seed else request.seed
     if not 0 <= seed <= SEED_MAX:
         reject("seed", f"is {seed}, must be 0 to {SEED_MAX}, or {RANDOM_SEED} for a random one")
-    for each in about_scheduler:
-        reject(*each)
     preview = _preview(request.preview, limits, limits.preview, reject)
     output = replace(_output(request.output, max(scaled or (width, height)), reject), size=scaled)
     priority = PRIORITIES.from_proto(request.priority)
@@ -100,8 +98,9 @@ def validate(
     loras = chosen_loras(request, model, reject)
     syntax = prompt_syntax(request, model, reject)
     sigmas, spacing = chosen_options(request, model, scheduler, reject)
+    check_group(request.group, reject)
     if violations or priority is None:
-        raise InvalidRequest(violations)
+        raise InvalidRequest([*earlier, *sorted(violations[len(earlier) :], key=_field_number)])
     _check_method(preview.method, model, limits)
     negative = request.negative_prompt or None
     job = Job(
@@ -123,6 +122,11 @@ def validate(
         spacing=spacing,
     )
     return job, replace(delivery, seed_was_drawn=draws_seed)
+
+
+def _field_number(violation: Violation) -> int:
+    """Returns the number of a violation's field in `GenerateRequest`."""
+    return pb.GenerateRequest.DESCRIPTOR.fields_by_name[violation.field.partition(".")[0]].number
 
 
 def validate_id(generation_id: str) -> None:
@@ -238,7 +242,6 @@ def _delivery(request: pb.GenerateRequest, reject: Reject) -> DeliveryOptions:
     name = request.request_id
     if len(name) > REQUEST_ID_CHARS_MAX or not (name.isascii() and name.isprintable()):
         reject("request_id", f"must be up to {REQUEST_ID_CHARS_MAX} characters of printable ASCII")
-    check_group(request.group, reject)
     return DeliveryOptions(
         on_disconnect=policy or DisconnectPolicy.CANCEL, grace=grace, request_id=name, group=request.group
     )

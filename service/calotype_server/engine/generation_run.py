@@ -128,12 +128,12 @@ class GenerationRun:
         if self._parts.host_timesteps:
             keep_timesteps_on_host(scheduler)
         view = self._open_view(scheduler)
-        if self._job.prompt_syntax is PromptSyntax.WEIGHTED:
+        if job.prompt_syntax is PromptSyntax.WEIGHTED:
             read_weights(view)
         try:
             if self._should_stop():
                 raise Stopped
-            notices = (*prompt_notices(self._parts.pipeline, self._job), *lora_tag_notices(self._job))
+            notices = (*prompt_notices(self._parts.pipeline, job), *lora_tag_notices(job))
             self._report(EncodingPrompt(notices))
             denoiser = getattr(self._parts.pipeline, self._parts.denoiser)
             with self._session or restored_processors(denoiser), self._with_loras():

@@ -56,11 +56,22 @@ def test_every_violation_is_named_at_once() -> None:
             method=77,  # type: ignore[arg-type]
         ),
         output=pb.OutputOptions(format=77, quality=101),  # type: ignore[arg-type]
+        priority=77,  # type: ignore[arg-type]
+        on_disconnect=77,  # type: ignore[arg-type]
+        disconnect_grace=Duration(seconds=-1),
+        request_id="\n",
+        speed=77,  # type: ignore[arg-type]
+        loras=[pb.Lora(name="unknown")],
+        prompt_syntax=77,  # type: ignore[arg-type]
+        sigmas=77,  # type: ignore[arg-type]
+        spacing=77,  # type: ignore[arg-type]
+        group="\n",
     )
     assert fields(request) == [
         "prompt", "negative_prompt", "width_px", "height_px", "step_count", "guidance_scale", "seed", "scheduler",
         "preview.every_steps", "preview.max_edge_px", "preview.quality", "preview.min_interval", "preview.method",
-        "output.format", "output.quality",
+        "output.format", "output.quality", "priority", "on_disconnect", "disconnect_grace", "request_id", "speed",
+        "loras", "prompt_syntax", "sigmas", "spacing", "group",
     ]  # fmt: skip
 
 
